@@ -1,0 +1,5 @@
+"""`python -m effconvert`."""
+
+from effconvert.cli import main
+
+main(prog_name="effconvert")

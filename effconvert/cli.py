@@ -1,0 +1,132 @@
+"""The commands: read options, call, print. Imports neither torch nor transformers, nor anything else that is slow, at the top."""
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from effconvert import __version__, surgery
+from effconvert.errors import EffconvertError, OptionError
+
+if TYPE_CHECKING:
+    from effconvert.options import Options
+
+EXAMPLES = """
+\b
+Examples:
+  effconvert demo
+  effconvert inspect HuggingFaceTB/SmolLM2-135M
+  effconvert gqa --groups 1 HuggingFaceTB/SmolLM2-135M -o smol-mqa
+"""
+
+
+class Commands(click.Group):
+    """The commands of this file, and one for each technique, imported when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Name the techniques first."""
+        return [*surgery.catalogue(), *super().list_commands(ctx)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Find a command, or say which one was meant."""
+        summary = surgery.catalogue().get(cmd_name)
+        if summary is not None:
+            return Technique(cmd_name, short_help=summary)
+        command = super().get_command(ctx, cmd_name)
+        if command is None and not ctx.resilient_parsing:
+            from difflib import get_close_matches
+
+            known = self.list_commands(ctx)
+            near = get_close_matches(cmd_name, known, n=1)
+            raise click.UsageError(f"there is no command {cmd_name!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"), ctx)
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Turn our errors into a line and an exit code."""
+        try:
+            return super().invoke(ctx)
+        except EffconvertError as error:
+            failure = click.ClickException(str(error))
+            failure.exit_code = error.exit_code
+            raise failure from error
+        except KeyboardInterrupt:
+            click.echo("\nStopped. What is finished waits; the same command goes on from there.", err=True)
+            sys.exit(130)
+
+
+class Technique(click.Command):
+    """A conversion by one technique, its options those of its class."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Make the options, at the first moment that anybody asks."""
+        if not self.params:
+            from effconvert.options import RunOptions
+
+            technique = surgery.load(str(self.name))
+            self.help, self.callback = technique.__doc__, convert
+            self.params = [MODEL, *options(technique), *options(RunOptions)]
+        return super().get_params(ctx)
+
+
+MODEL = click.Argument(["model"])
+
+
+def options(kind: "type[Options]") -> list[click.Parameter]:
+    """Make a Click option of each field; its values are checked by the field alone, so that every door says the same."""
+    made: list[click.Parameter] = []
+    for name, field in kind.model_fields.items():
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        flag = f"--{name.replace('_', '-')}"
+        if field.annotation is bool:
+            made.append(click.Option([f"{flag}/--no-{flag[2:]}" if field.default else flag], is_flag=True, default=None, help=field.description))
+            continue
+        choices = getattr(field.annotation, "__args__", ()) if "Literal" in str(field.annotation) else ()
+        metavar = extra.get("metavar") or ("[" + "|".join(choices) + "]" if choices else "N" if field.annotation is int else "TEXT")
+        default = "  [required]" if field.is_required() else f"  [default: {field.default}]" if field.default is not None else ""
+        names = [flag] + ([str(extra["short"])] if "short" in extra else [])
+        made.append(click.Option(names, metavar=str(metavar), help=f"{field.description}{default}"))
+    return made
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXAMPLES)
+@click.version_option(__version__)
+def main() -> None:
+    """Turn a pretrained checkpoint into a cheaper architecture, and see what it cost.
+
+    MODEL is a folder with config.json and safetensors, a Hub id, or a .gguf file.
+    """
+
+
+def convert(model: str, **given: Any) -> None:
+    """Convert by the technique that the command is named after."""
+    from effconvert.console import Terminal
+    from effconvert.convert.run import convert as run
+    from effconvert.options import RunOptions
+
+    name = click.get_current_context().info_name
+    chosen = {key: value for key, value in given.items() if value is not None}
+    run_options = RunOptions.build({key: chosen.pop(key) for key in RunOptions.model_fields if key in chosen})
+    technique = surgery.load(str(name)).build(chosen)
+    terminal = Terminal()
+    outcome = run(model, (technique,), run_options, terminal)
+    if not run_options.dry_run:
+        terminal.outcome(outcome)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--revision", metavar="TEXT", help="Branch, tag or commit of a model on the Hub.")
+def inspect(model: str, revision: str | None) -> None:
+    """Show a model's family, shape and size, and what can be done to it."""
+    from effconvert.inspection import inspect as show
+
+    show(model, revision)
+
+
+@main.command()
+@click.option("--output", "-o", metavar="DIR", help="Keep the converted models in this folder.")
+def demo(output: str | None) -> None:
+    """Convert the embedded model in every way of pooling, and show the table."""
+    from effconvert.demo import demo as show
+
+    show(output)

@@ -1,0 +1,114 @@
+"""What people see: tables on stdout, progress on stderr and only on a terminal."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from effconvert.convert.plan import Plan
+from effconvert.convert.run import Outcome
+from effconvert.convert.shards import ITEMSIZE
+from effconvert.convert.verify import Report
+
+WIDTH = 110  # of what goes to a file or a pipe
+
+
+def stdout() -> Console:
+    """Return the console for results."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+
+
+class Terminal:
+    """Tells a person how a conversion goes on."""
+
+    def __init__(self) -> None:
+        self.out = stdout()
+        self.err = Console(stderr=True, highlight=False)
+
+    def plan(self, plan: Plan, output: Path, verify_bytes: int) -> None:
+        """Print the plan."""
+        before, after = plan.before, plan.after
+        steps = " -> ".join(f"{name} {_spelt(options)}".strip() for step in plan.recipe for name, options in step.items())
+        self.out.print(f"[bold]{steps}[/]: {plan.checkpoint.folder} -> {output}", soft_wrap=True)
+        table = Table("", "before", "after", "ratio", box=None, pad_edge=False, header_style="bold")
+        rows = [("parameters", before.parameters, after.parameters, count), ("on disk", before.bytes, after.bytes, size), ("KV cache a token", before.kv_bytes, after.kv_bytes, size)]
+        for what, old, new, show in rows:
+            table.add_row(what, show(old), show(new), f"{new / old:.3g} x")
+        shapes = [f"{config.kind}, {config.layers} layers, {config.heads} query and {config.kv_heads} KV heads of {config.head_dim}" for config in (plan.checkpoint.config, plan.config)]
+        self.out.print(shapes[0] if shapes[0] == shapes[1] else "\nbecomes ".join(shapes))
+        self.out.print(table)
+        need = f"needs about {size(plan.peak)} of memory to write and {size(plan.disk)} of disk"
+        self.out.print(need + (f", {size(verify_bytes)} of memory to verify" if verify_bytes else ""))
+        self.out.print(f"loads as {plan.config.architecture} in stock transformers" + ("; no logit may change" if plan.exact else ""))
+
+    def step(self, what: str) -> None:
+        """Say what begins."""
+        if self.err.is_terminal:
+            self.err.print(f"[dim]{what} …[/]")
+
+    @contextmanager
+    def bar(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show bytes written."""
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.err, disable=not self.err.is_terminal, transient=True) as progress:
+            task = progress.add_task(what, total=total)
+            yield lambda moved: progress.advance(task, moved)
+
+    def outcome(self, outcome: Outcome) -> None:
+        """Print what came of it."""
+        if outcome.resumed:
+            self.out.print(f"{outcome.resumed} shards were there from an interrupted run")
+        if outcome.report is None:
+            self.out.print(f"[bold]NOT VERIFIED[/]: {outcome.output} was written and never loaded; without --no-verify it is reloaded, run and measured")
+            return
+        self.report(outcome.report)
+        self.out.print(f"verified, and written to [bold]{outcome.output}[/]", soft_wrap=True)
+
+    def report(self, report: Report) -> None:
+        """Print what a conversion cost."""
+        self.out.print()
+        table = Table("measured", "original", "converted", box=None, pad_edge=False, header_style="bold")
+        before, after = report.before, report.after
+        table.add_row("parameters", count(before.parameters), count(after.parameters))
+        table.add_row("KV cache a token", size(before.kv_bytes), size(after.kv_bytes))
+        if before.quality and after.quality:
+            table.add_row("perplexity", perplexity(before.quality.perplexity), perplexity(after.quality.perplexity))
+            table.add_row("KL from the original", "", f"{after.quality.kl:.4f} nats a token")
+            table.add_row("same top token", "", f"{after.quality.agreement:.1%}")
+        self.out.print(table)
+        if before.quality:
+            q = before.quality
+            self.out.print(f"on {report.text}: {q.tokens} tokens in windows of {q.context}, {report.dtype}, {report.device}", soft_wrap=True)
+            self.out.print(f"original writes:  {before.continuation!r}", soft_wrap=True, markup=False)
+            self.out.print(f"converted writes: {after.continuation!r}", soft_wrap=True, markup=False)
+        else:
+            self.out.print(f"no quality was measured: {report.unmeasured}")
+        if report.difference is not None:
+            self.out.print(f"largest change of a logit: {report.difference:.2g} (nothing may change)")
+
+
+def _spelt(options: dict[str, object]) -> str:
+    return " ".join(f"--{key} {value}" for key, value in options.items() if value is not None)
+
+
+def count(number: int) -> str:
+    """Write a number of parameters."""
+    return f"{number / 1e9:.3f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
+
+
+def size(number: float) -> str:
+    """Write a number of bytes."""
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.4g} {unit}"
+        number /= 1000
+    return f"{number:.2f} GB"
+
+
+def perplexity(value: float) -> str:
+    """Write a perplexity."""
+    return f"{value:.2f}" if value < 1e5 else f"{value:.2e}"

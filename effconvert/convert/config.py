@@ -1,0 +1,158 @@
+"""A model's config.json read through its family's row: the few numbers that surgeries ask for.
+
+Read as JSON and not by transformers, so that a plan needs no import of it, and keys that nobody knows survive.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from effconvert.convert.families import FAMILIES, Family
+from effconvert.errors import ModelError, OptionError
+
+
+@dataclass(frozen=True)
+class Config:
+    """The content of config.json, with the row that says what its keys are called."""
+
+    raw: Mapping[str, Any]
+    family: Family
+
+    @property
+    def kind(self) -> str:
+        """The `model_type`."""
+        return str(self.raw["model_type"])
+
+    @property
+    def architecture(self) -> str:
+        """The class that the checkpoint was saved from."""
+        return str((self.raw.get("architectures") or [self.family.lm])[0])
+
+    @property
+    def heads(self) -> int:
+        """Query heads, H."""
+        return self._whole(self.family.heads_key)
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads, Hk."""
+        if self.family.fixed_kv_heads:
+            return self.family.fixed_kv_heads
+        key = self.family.kv_heads_key
+        return self._whole(key) if key and self.raw.get(key) is not None else self.heads
+
+    @property
+    def layers(self) -> int:
+        """Number of layers, L."""
+        return self._whole(self.family.layers_key)
+
+    @property
+    def hidden(self) -> int:
+        """Width of the residual stream, M."""
+        return self._whole(self.family.hidden_key)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head, D."""
+        return self._whole("head_dim") if self.raw.get("head_dim") is not None else self.hidden // self.heads
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding (transformers' default where the config is silent)."""
+        return bool(self.raw.get("tie_word_embeddings", self.family.tied_by_default))
+
+    def windows(self) -> list[int | None]:
+        """Return each layer's sliding window in tokens, None where it sees everything.
+
+        As transformers reads a config: `layer_types` decides; without it, a window holds in every layer from
+        `max_window_layers` on, but each `sliding_window_pattern`-th.
+        """
+        window = self.raw.get("sliding_window")
+        if window is None or self.raw.get("use_sliding_window") is False:
+            return [None] * self.layers
+        kinds = self.raw.get("layer_types")
+        if kinds is None:
+            every = self.raw.get("sliding_window_pattern", self.family.window_pattern)
+            first = self.raw.get("max_window_layers", 0)
+            seen = [i < first or (every and (i + 1) % every == 0) for i in range(self.layers)]
+            kinds = ["full_attention" if everything else "sliding_attention" for everything in seen]
+        return [int(window) if kind == "sliding_attention" else None for kind in kinds]
+
+    def kv_bytes(self, itemsize: int, context: int) -> int:
+        """Return the bytes of the KV cache of one sequence of `context` tokens, `itemsize` bytes an element.
+
+        A window of W tokens keeps W - 1, as transformers' cache does: the newest token is not looked up.
+        """
+        held = sum(context if window is None else min(context, window - 1) for window in self.windows())
+        return 2 * self.kv_heads * self.head_dim * itemsize * held if self.family.decoder else 0
+
+    def with_kv_heads(self, count: int) -> "Config":
+        """Return the config of the same model with `count` KV heads, in another family if this one cannot say it.
+
+        Raises:
+            ModelError: no architecture of transformers is this family with `count` KV heads.
+        """
+        if self.family.kv_heads_key:
+            return replace(self, raw={**self.raw, self.family.kv_heads_key: count})
+        if count == self.kv_heads:
+            return self
+        if count == 1 and self.family.multi_query:
+            return self.become(self.family.multi_query)
+        able = ", ".join(kind for kind, family in FAMILIES.items() if family.kv_heads_key)
+        only = f"only the choice of 1 ({self.family.multi_query})" if self.family.multi_query else "no class"
+        raise ModelError(
+            f"{self.kind} with {count} KV heads cannot be written: transformers has {only} for {self.kind} with fewer KV heads "
+            f"than query heads, so stock loaders could not open it; families that can: {able}"
+        )
+
+    def become(self, kind: str) -> "Config":
+        """Return this config as that of the related family `kind`."""
+        family = FAMILIES[kind]
+        for key, only in family.absent.items():
+            if self.raw.get(key, only) != only:
+                raise ModelError(f"{self.kind} with {key} = {self.raw[key]!r} has no counterpart in {kind}, which needs {only!r}; nothing else is like it")
+        classes = {self.family.base: family.base, self.family.lm: family.lm}
+        if self.architecture not in classes:
+            raise ModelError(f"{self.architecture} has no counterpart in {kind}; it must be one of {', '.join(classes)}")
+        kept = {key: value for key, value in self.raw.items() if key not in family.absent}
+        return Config({**kept, **family.constants, "model_type": kind, "architectures": [classes[self.architecture]]}, family)
+
+    def _whole(self, key: str) -> int:
+        value = self.raw.get(key)
+        if type(value) is not int or value < 1:
+            raise ModelError(f"config.json of this {self.kind} says {key} = {value!r}, where a whole number of at least 1 is needed; mend the file")
+        return value
+
+
+def read_config(folder: Path) -> Config:
+    """Read and recognise `folder`/config.json.
+
+    Raises:
+        OptionError: the folder holds no model.
+        ModelError: it holds one that cannot be operated on: unknown family, quantised, an adapter.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(f"{folder} is a PEFT adapter, not a model; merge it into its base first (PeftModel.merge_and_unload, then save_pretrained)")
+        raise OptionError(f"{folder} holds no model: there is no config.json in it; give a folder written by save_pretrained, a Hub id or a .gguf file")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} is not JSON ({error}); fetch the file again") from None
+    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    if kind not in FAMILIES:
+        near = get_close_matches(str(kind), FAMILIES, n=1)
+        hint = f"the nearest is {near[0]!r}; " if near else ""
+        raise ModelError(f"{path} names the family {kind!r}, which effconvert does not know; {hint}it knows {', '.join(FAMILIES)}")
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "an unnamed method")
+        raise ModelError(f"{folder} is quantised ({method}), and surgery needs the numbers themselves; give the checkpoint that it was made from")
+    config = Config(raw, FAMILIES[kind])
+    for key, needed in config.family.constants.items():
+        if raw.get(key, needed) != needed:
+            raise ModelError(f"{kind} with {key} = {raw[key]!r} is laid out differently from the {kind} that effconvert knows, which needs {needed!r}")
+    return config

@@ -1,0 +1,185 @@
+"""Plan a conversion: run every layer on the meta device, so that all errors and all sizes are known before a byte is written."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import psutil
+
+from effconvert.convert.checkpoint import PICKLES, Checkpoint, Layer
+from effconvert.convert.config import Config
+from effconvert.convert.families import Family
+from effconvert.convert.shards import FLOATS, ITEMSIZE, Stored
+from effconvert.errors import ModelError
+from effconvert.surgery._surgery import Surgery
+
+WEIGHTS = (".safetensors", ".index.json", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".ot", ".mlmodel", *PICKLES)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A tensor to write: `layer` computes it, or None where the bytes of `origin` are copied."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    origin: Stored
+    layer: int | None
+
+    @property
+    def bytes(self) -> int:
+        """Its size on disk."""
+        return math.prod(self.shape) * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a model weighs."""
+
+    parameters: int  # a tied head is not counted again
+    bytes: int  # on disk
+    kv_bytes: int  # of the KV cache, for a token
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be written and what it will take."""
+
+    checkpoint: Checkpoint
+    surgeries: tuple[Surgery, ...]
+    config: Config
+    shards: dict[str, list[Target]]  # file name -> its tensors in order
+    files: tuple[str, ...]  # everything else in the folder, to be copied
+    peak: int  # bytes of resident memory while writing
+
+    @property
+    def before(self) -> Size:
+        """The size of the original."""
+        tensors = ((tensor.name, tensor.dtype, tensor.shape) for tensor in self.checkpoint.stored)
+        return _size(list(tensors), self.checkpoint.config, self.checkpoint)
+
+    @property
+    def after(self) -> Size:
+        """The size of the converted model."""
+        tensors = [(target.name, target.dtype, target.shape) for shard in self.shards.values() for target in shard]
+        return _size(tensors, self.config, self.checkpoint)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the converted model must compute the same logits."""
+        return all(surgery.exact(config) for surgery, config in zip(self.surgeries, self.configs, strict=False))
+
+    @cached_property
+    def configs(self) -> list[Config]:
+        """The config before each surgery, and at last the one to write."""
+        return configs(self.checkpoint.config, self.surgeries)
+
+    @property
+    def recipe(self) -> list[dict[str, dict[str, object]]]:
+        """The surgeries as a recipe."""
+        return [surgery.recipe for surgery in self.surgeries]
+
+    @property
+    def disk(self) -> int:
+        """Bytes that the output folder takes."""
+        return self.after.bytes + sum((self.checkpoint.folder / file).stat().st_size for file in self.files)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identify source, recipe and layout: a half-written output with the same fingerprint can be finished."""
+        files = sorted({tensor.file for tensor in self.checkpoint.stored})
+        source = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        targets = [(shard, target.name, target.dtype, target.shape) for shard, inside in self.shards.items() for target in inside]
+        text = json.dumps([self.recipe, dict(self.config.raw), source, targets, self.files])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def operate(self, index: int, device: str) -> Layer:
+        """Run the surgeries on layer `index`."""
+        layer = self.checkpoint.layer(index, device)
+        for surgery, config in zip(self.surgeries, self.configs, strict=False):
+            layer.config = config
+            surgery.layer(layer)
+        layer.config = self.config
+        return layer
+
+
+def configs(config: Config, surgeries: tuple[Surgery, ...]) -> list[Config]:
+    """Return the config before each surgery and after the last."""
+    steps = [config]
+    for surgery in surgeries:
+        steps.append(surgery.config(steps[-1]))
+    return steps
+
+
+def plan(checkpoint: Checkpoint, surgeries: tuple[Surgery, ...]) -> Plan:
+    """Run `surgeries` over the shapes of `checkpoint`.
+
+    Raises:
+        OptionError, ModelError: the conversion cannot be done.
+    """
+    config = checkpoint.config
+    for surgery in surgeries:
+        surgery.check(replace(checkpoint, config=config))
+        config = surgery.config(config)
+    draft = Plan(checkpoint, surgeries, config, {}, other_files(checkpoint.folder), 0)
+    targets, work = [], 0
+    for index in range(config.layers):
+        layer = draft.operate(index, "meta")
+        prefix = f"{checkpoint.prefix}{config.family.layers}.{index}."
+        for name, origin, tensor in layer.tensors(config.family):
+            shape = origin.shape if tensor is None else tuple(tensor.shape)
+            targets.append(Target(prefix + name, origin.dtype, shape, origin, None if tensor is None else index))
+        work = max(work, layer.touched)
+    family = checkpoint.config.family
+    for name, origin in checkpoint.outer.items():
+        targets.append(Target(rename(name, checkpoint.prefix, family, config.family), origin.dtype, origin.shape, origin, None))
+    targets.sort(key=lambda target: (target.origin.file, target.origin.start))
+    shards: dict[str, list[Target]] = {}
+    for target in targets:
+        shards.setdefault(target.origin.file.relative_to(checkpoint.folder).as_posix(), []).append(target)
+    # A layer in float32, the same again while it is read and rounded; the rest is Python and torch themselves.
+    return replace(draft, shards=shards, peak=psutil.Process().memory_info().rss + 2 * work)
+
+
+def rename(name: str, prefix: str, source: Family, target: Family) -> str:
+    """Return what the tensor `name`, outside the layers of a `source` model, is called in a `target` model."""
+    places = [(prefix + module, prefix + target.outer.get(part, "")) for part, module in source.outer.items()]
+    places += [(module, target.head.get(part, "")) for part, module in source.head.items()]
+    for before, after in places:
+        if after and (name == before or name.startswith(before + ".")):
+            return after + name.removeprefix(before)
+    if source == target:
+        return name  # a head of the user's own
+    raise ModelError(f"{name} has no counterpart in {target.lm}; remove it, or save the model from {source.lm}")
+
+
+def other_files(folder: Path) -> tuple[str, ...]:
+    """Return what else belongs to the model in `folder`: tokenizer, generation config, chat template, licence, code."""
+    return tuple(sorted(_walk(folder, "")))
+
+
+def _walk(folder: Path, above: str) -> Iterator[str]:
+    for path in folder.iterdir():
+        if path.name.startswith(".") or path.name in ("config.json", "effconvert.json", "__pycache__"):
+            continue
+        if path.is_dir():
+            yield from _walk(path, f"{above}{path.name}/")
+        elif not path.name.endswith(WEIGHTS):
+            yield above + path.name
+
+
+def _size(tensors: list[tuple[str, str, tuple[int, ...]]], config: Config, checkpoint: Checkpoint) -> Size:
+    family = config.family
+    embedding = next((shape for name, _, shape in tensors if name.endswith(f"{family.outer['embed']}.weight")), None)
+    heads = tuple(family.head.values())
+    parameters = sum(
+        math.prod(shape)
+        for name, dtype, shape in tensors
+        if dtype in FLOATS and not name.endswith(family.buffers) and not (config.tied and name.startswith(heads) and shape == embedding)
+    )
+    on_disk = sum(math.prod(shape) * ITEMSIZE[dtype] for _, dtype, shape in tensors)
+    return Size(parameters, on_disk, config.kv_bytes(ITEMSIZE[checkpoint.dtype], 1))

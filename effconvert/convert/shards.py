@@ -1,0 +1,141 @@
+"""Safetensors files as ranges of bytes: read a header, read one tensor, copy a run, write a file front to back.
+
+Ours and not the library's, because a stream needs two things that the library does not offer: where a tensor's bytes lie (so that
+untouched runs are copied inside the kernel and never enter this process), and writing a file without holding it in memory.
+The format: 8 bytes little-endian length, a JSON header of that length, then the tensors' bytes without holes.
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from effconvert.errors import ModelError
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+OTHER_BYTES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+ITEMSIZE = {**{code: dtype.itemsize for code, dtype in FLOATS.items()}, **OTHER_BYTES}
+LARGEST_HEADER = 100_000_000  # the library's own limit
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor where it lies: bytes `start` to `stop` of a safetensors file."""
+
+    name: str
+    file: Path
+    dtype: str  # safetensors' code
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    def read(self, device: str) -> torch.Tensor:
+        """Return the tensor in float32, or only its shape where `device` is meta.
+
+        Raises:
+            ModelError: it is of a type that cannot be computed with, or holds NaN or infinity.
+        """
+        if self.dtype not in FLOATS:
+            raise ModelError(f"{self.name} is stored as {self.dtype}, and surgery needs one of {', '.join(FLOATS)}; give an unquantised checkpoint")
+        if device == "meta":
+            return torch.empty(self.shape, device="meta")
+        flat = torch.empty(self.stop - self.start, dtype=torch.uint8)
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            view = memoryview(flat.numpy())
+            while len(view):
+                view = view[file.readinto(view) or _truncated(self.file) :]
+        tensor = flat.view(FLOATS[self.dtype]).view(self.shape).float()
+        if not torch.isfinite(tensor).all():
+            raise ModelError(f"{self.name} in {self.file.name} holds NaN or infinity, so the model cannot be sound; fetch it again or ask its author")
+        return tensor
+
+
+def _truncated(file: Path) -> int:
+    raise ModelError(f"{file} ended before its header said; it changed while it was read")
+
+
+def read_header(file: Path) -> dict[str, Stored]:
+    """Return what `file` holds, by name, in the order of its bytes.
+
+    Raises:
+        ModelError: the file is missing, cut short, or no safetensors file.
+    """
+    damaged = f"{file} is damaged: "
+    mend = "; fetch the file again"
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if size < 8 or length > min(size - 8, LARGEST_HEADER):
+                raise ModelError(f"{damaged}its header would need {length + 8} bytes and the file has {size}{mend}")
+            header = json.loads(opened.read(length))
+        header.pop("__metadata__", None)
+        stored = [_entry(file, name, entry, 8 + length) for name, entry in header.items()]
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read ({error.strerror}){mend}") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(f"{damaged}its header is no safetensors header ({error}){mend}") from None
+    stored.sort(key=lambda tensor: (tensor.start, tensor.stop))
+    expected = 8 + length
+    for tensor in stored:
+        if tensor.start != expected or tensor.stop - tensor.start != math.prod(tensor.shape) * ITEMSIZE[tensor.dtype]:
+            raise ModelError(f"{damaged}the bytes of {tensor.name!r} do not lie where its header says{mend}")
+        expected = tensor.stop
+    if expected != size:
+        raise ModelError(f"{damaged}its header describes {expected} bytes and the file has {size}{mend}")
+    return {tensor.name: tensor for tensor in stored}
+
+
+def _entry(file: Path, name: str, entry: Mapping[str, Any], base: int) -> Stored:
+    start, stop = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    if entry["dtype"] not in ITEMSIZE:
+        raise ValueError(f"{name!r} is of the unknown type {entry['dtype']!r}")
+    if not all(type(number) is int and number >= 0 for number in (start, stop, *shape)):
+        raise ValueError(f"{name!r} has a shape or an offset that is no whole number")
+    return Stored(name, file, entry["dtype"], shape, base + start, base + stop)
+
+
+def header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
+    """Return the head of a file that will hold `tensors` (name -> type code, shape) in that order."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        stop = offset + math.prod(shape) * ITEMSIZE[dtype]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors start on a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text
+
+
+def as_bytes(tensor: torch.Tensor, dtype: str, name: str) -> memoryview:
+    """Return `tensor` rounded to the type `dtype` as bytes in C order.
+
+    Raises:
+        ModelError: a finite number of it is infinite in `dtype`.
+    """
+    rounded = tensor.to(FLOATS[dtype]).contiguous()
+    if not torch.isfinite(rounded).all():
+        raise ModelError(f"{name} as computed does not fit {dtype}: the largest number is {tensor.abs().max():.3g}; convert the model to BF16 first")
+    return memoryview(rounded.view(torch.uint8).numpy().reshape(-1))
+
+
+def copy_run(source: BinaryIO, target: BinaryIO, start: int, stop: int, advance: Callable[[int], None]) -> None:
+    """Append bytes `start` to `stop` of `source` to `target`, inside the kernel where the system can, and tell `advance` how many."""
+    target.flush()
+    source.seek(start)
+    while start < stop:
+        if sys.platform == "linux":
+            moved = os.sendfile(target.fileno(), source.fileno(), start, min(stop - start, 1 << 26))
+        else:
+            moved = target.write(source.read(min(stop - start, 1 << 20)))
+        advance(moved or _truncated(Path(source.name)))
+        start += moved

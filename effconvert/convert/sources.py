@@ -1,0 +1,100 @@
+"""Find the model that the asker means: a folder, a model on the Hub, or a GGUF file; always ends in a folder of safetensors."""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from effconvert.errors import EffconvertError, ModelError, OptionError
+
+HUB_ID = re.compile(r"^[\w][\w.-]*(/[\w][\w.-]*)?$")
+WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*"]
+
+
+def locate(model: str, revision: str | None = None, step: Callable[[str], None] = lambda _: None) -> Path:
+    """Return a folder that holds `model`, downloading or unpacking it first where needed.
+
+    Raises:
+        OptionError: there is no such model.
+        ModelError: it is there and cannot be had: gated, without safetensors, a damaged GGUF file.
+    """
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise OptionError(f"there is no file {path}; give a .gguf file, a folder or a Hub id")
+        step(f"unpacking {path.name}")
+        return unpack_gguf(path)
+    if path.exists() or not HUB_ID.match(model):
+        if revision is not None:
+            raise OptionError(f"--revision is for models on the Hub, and {model} is a path; leave it out")
+        return path  # opening it says what is wrong with it
+    step(f"fetching {model}")
+    return fetch(model, revision)
+
+
+def fetch(model: str, revision: str | None) -> Path:
+    """Return the Hub's snapshot of `model` in huggingface_hub's cache, with the token that is logged in, if any."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=WANTED))
+    except GatedRepoError:
+        raise ModelError(f"{model} is gated: ask for access on its page on the Hub, then run `hf auth login`") from None
+    except RevisionNotFoundError:
+        raise OptionError(f"{model} has no revision {revision!r} on the Hub; look at its branches and tags there") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise OptionError(f"there is no folder {model!r} here and no such model on the Hub; if it is private, run `hf auth login` first") from None
+    except LocalEntryNotFoundError:
+        raise OptionError(f"there is no folder {model!r} here, and the Hub cannot be reached to look for it there; check the path, or the network") from None
+    except (HfHubHTTPError, OSError) as error:
+        raise EffconvertError(f"fetching {model} broke off ({type(error).__name__}: {error}); the same command goes on where it stopped") from None
+
+
+def unpack_gguf(path: Path) -> Path:
+    """Return a folder with the model of a GGUF file in bfloat16, kept in the cache for the next time.
+
+    The numbers are those of the quantised file, written out: what quantisation lost stays lost. Needs the model's size in memory, in float32.
+    """
+    status = path.stat()
+    key = hashlib.sha256(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = cache() / "gguf" / f"{path.stem}-{key}"
+    if (folder / "config.json").is_file():
+        return folder
+
+    import torch
+    import transformers
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    draft = folder.with_name(f"{folder.name}.draft-{os.getpid()}")
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=transformers.GgufConfig(dequantize=True)
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        repair_digits(tokenizer, path)
+        model.to(torch.bfloat16).save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, ImportError) as error:
+        raise ModelError(f"{path} cannot be unpacked by transformers {transformers.__version__}: {error}") from error
+    draft.rename(folder)
+    return folder
+
+
+def repair_digits(tokenizer: "transformers.PreTrainedTokenizerFast", path: Path) -> None:  # noqa: F821
+    """Put back the digit-by-digit split of SmolLM's tokenizer, which transformers' GGUF converter drops and llama.cpp keeps."""
+    from gguf import GGUFReader
+    from tokenizers import pre_tokenizers
+
+    field = GGUFReader(path).fields.get("tokenizer.ggml.pre")
+    if field is not None and field.contents() == "smollm":
+        digits, words = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
+
+
+def cache() -> Path:
+    """Return where effconvert keeps what it can make again: $EFFCONVERT_CACHE, or ~/.cache/effconvert."""
+    return Path(os.environ.get("EFFCONVERT_CACHE", "~/.cache/effconvert")).expanduser()

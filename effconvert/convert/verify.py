@@ -1,0 +1,162 @@
+"""Prove a conversion: reload it from disk in stock transformers, run it, and measure it beside the original."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from effconvert.convert.plan import Plan
+from effconvert.convert.shards import FLOATS, read_header
+from effconvert.errors import ModelError, OptionError
+from effconvert.eval import quality
+from effconvert.eval.quality import Quality
+from effconvert.eval.text import Text
+from effconvert.options import RunOptions
+
+TOLERANCE = 1e-5  # of the largest logit, in float32, for a conversion that must change nothing
+PROMPT = 24  # tokens given, and tokens asked for
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+
+
+@dataclass(frozen=True)
+class Side:
+    """What was measured on one of the two models."""
+
+    parameters: int
+    kv_bytes: int  # of the cache object, for a token
+    quality: Quality | None
+    continuation: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion cost. `difference` is the largest change of a logit, for conversions that must not change any."""
+
+    before: Side
+    after: Side
+    difference: float | None
+    text: str
+    dtype: str
+    device: str
+    unmeasured: str  # why there is no quality, empty where there is
+
+
+def measuring_dtype(plan: Plan) -> torch.dtype:
+    """Return the type to run both models in: their own, or float32 where equality is to be shown."""
+    return torch.float32 if plan.exact else FLOATS[plan.checkpoint.dtype]
+
+
+def check_memory(plan: Plan) -> int:
+    """Return the bytes that verification takes.
+
+    Raises:
+        OptionError: there are fewer than that.
+    """
+    size = max(plan.before.parameters, plan.after.parameters) * measuring_dtype(plan).itemsize
+    free = psutil.virtual_memory().available
+    if size > free:
+        raise OptionError(
+            f"verification loads the model whole, which takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; "
+            "use --no-verify here (writing takes one layer at a time), and measure on a larger machine"
+        )
+    return size
+
+
+def check_finite(folder: Path, plan: Plan) -> None:
+    """Look at every number that was written.
+
+    Raises:
+        ModelError: one is NaN or infinite; its tensor is named.
+    """
+    for shard in plan.shards:
+        for tensor in read_header(folder / shard).values():
+            if tensor.dtype in FLOATS:
+                tensor.read("cpu")
+
+
+def verify(plan: Plan, folder: Path, text: Text, options: RunOptions, step: Callable[[str], None]) -> Report:
+    """Reload the model in `folder` and compare it with its original; `step` is told what is going on.
+
+    Raises:
+        ModelError: it does not load as it should, computes NaN, or is not what the plan or the surgery promised.
+    """
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    step("checking every number")
+    check_finite(folder, plan)
+    tokenizer, cut, unmeasured = _prepare(plan, text, options)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        logits = Path(scratch) / "logits"
+        step("measuring the original")
+        before, expected, device = _side(plan, plan.checkpoint.folder, cut, tokenizer, not unmeasured, record=logits)
+        step("measuring the converted model")
+        after, found, _ = _side(plan, folder, cut, tokenizer, not unmeasured, reference=logits)
+    _hold(plan.before, before, "the original")
+    _hold(plan.after, after, "the converted model")
+    difference = (found - expected).abs().max().item() if plan.exact else None
+    if difference is not None and difference > TOLERANCE * expected.abs().max().item():
+        raise ModelError(f"a logit changed by {difference:.3g}, and this conversion must not change any: a fault of effconvert, please report it")
+    return Report(before, after, difference, text.name, str(measuring_dtype(plan)).removeprefix("torch."), device, unmeasured)
+
+
+def _prepare(plan: Plan, text: Text, options: RunOptions) -> tuple[Any, Tensor, str]:
+    from transformers import AutoTokenizer
+
+    config = plan.checkpoint.config
+    longest = config.raw.get("max_position_embeddings") or config.raw.get("n_positions") or options.context
+    context = min(options.context, longest)
+    vocabulary = config.raw.get("vocab_size") or 256
+    random = torch.randint(vocabulary, (1, min(context, 2 * PROMPT)), generator=torch.Generator().manual_seed(0))
+    if config.architecture != config.family.lm:
+        return None, random, f"{config.architecture} has no language-model head"
+    if not any((plan.checkpoint.folder / name).is_file() for name in TOKENIZERS):
+        return None, random, "the model has no tokenizer"
+    tokenizer = AutoTokenizer.from_pretrained(plan.checkpoint.folder)
+    return tokenizer, quality.windows(tokenizer, text, context, options.tokens, vocabulary), ""
+
+
+def load(plan: Plan, folder: Path, dtype: torch.dtype) -> Any:
+    """Load a checkpoint with the class of transformers that it names.
+
+    Raises:
+        ModelError: a tensor is missing, left over or of the wrong shape, or transformers refuses it.
+    """
+    import transformers
+
+    name = plan.config.architecture if folder != plan.checkpoint.folder else plan.checkpoint.config.architecture
+    try:
+        model, info = getattr(transformers, name).from_pretrained(folder, dtype=dtype, output_loading_info=True, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        raise ModelError(f"{name} of transformers {transformers.__version__} cannot load {folder}: {error}") from error
+    wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)}
+    if wrong:
+        told = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names[:3])}" for kind, names in wrong.items())
+        raise ModelError(f"{name} of transformers {transformers.__version__} does not find in {folder} what it needs ({told})")
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return model.to(accelerator or "cpu").eval()
+
+
+def _side(
+    plan: Plan, folder: Path, cut: Tensor, tokenizer: Any, whole: bool, record: Path | None = None, reference: Path | None = None
+) -> tuple[Side, Tensor, str]:
+    model = load(plan, folder, measuring_dtype(plan))
+    prompt = cut[0, :PROMPT]
+    head = quality.logits_of(model, cut[0][: 4 * PROMPT]).float().cpu()  # [T, V]
+    measured = quality.measure(model, cut, record, reference) if whole else None
+    written = quality.continuation(model, tokenizer, prompt, PROMPT) if whole else ""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    cache = quality.kv_bytes(model, prompt) // len(prompt)
+    return Side(parameters, cache * FLOATS[plan.checkpoint.dtype].itemsize // model.dtype.itemsize, measured, written), head, str(model.device)
+
+
+def _hold(planned: Any, side: Side, which: str) -> None:
+    for what, expected, found in (("parameters", planned.parameters, side.parameters), ("bytes of KV cache a token", planned.kv_bytes, side.kv_bytes)):
+        if expected != found:
+            raise ModelError(f"{which} has {found} {what} in transformers, and the plan said {expected}: its config.json and its tensors do not agree")

@@ -1,0 +1,169 @@
+"""Train the embedded model: a small Llama with full multi-head attention, for `effconvert demo` and the tests.
+
+    python -m effconvert.demo.train --novels novels.jsonl.gz --minutes 60 --out effconvert/demo/model
+
+Text: public-domain English novels (one JSON object with `text` a line, gzipped or not, or plain text files), and the
+docstrings of the standard library except the modules that `effconvert.eval.text` holds out for measuring.
+The run stops on the clock, with the learning rate decayed to zero at the deadline, so that any machine ends with a finished model.
+"""
+# B = sequences in a step, T = tokens in a sequence, V = vocabulary.
+
+import gzip
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from effconvert.eval.text import EVALUATION_MODULES, default_text, docstrings
+from effconvert.errors import OptionError
+
+VOCABULARY = 4096
+CONTEXT = 512
+END = "<|endoftext|>"
+
+
+def novels(paths: tuple[Path, ...]) -> Iterator[str]:
+    """Yield the text of each novel."""
+    for path in paths:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        if ".jsonl" in path.suffixes:
+            yield from (json.loads(line)["text"] for line in raw.decode().splitlines())
+        else:
+            yield raw.decode()
+
+
+def library() -> Iterator[str]:
+    """Yield the docstrings of every standard-library module that has source and is not held out."""
+    for module in sorted(sys.stdlib_module_names):
+        if module not in EVALUATION_MODULES and not module.startswith("_") and module not in ("this", "antigravity", "idlelib"):
+            try:
+                yield "\n\n".join(docstrings(module))
+            except OptionError:  # compiled in: nothing to read
+                continue
+
+
+def train_tokenizer(texts: list[str]) -> Tokenizer:
+    """Learn a byte-level BPE, digits one by one, every byte representable."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    )
+    return tokenizer
+
+
+def build() -> LlamaForCausalLM:
+    """Make the untrained model: 8 query heads, 8 KV heads, tied embeddings."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            head_dim=32,
+            max_position_embeddings=CONTEXT,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+    )
+
+
+def loss_on(model: LlamaForCausalLM, tokens: torch.Tensor) -> float:
+    """Return the mean cross-entropy in nats a token over consecutive windows of `CONTEXT` tokens."""
+    windows = tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT)  # [N, T]
+    with torch.inference_mode():
+        return sum(model(w[None], labels=w[None]).loss.item() for w in windows) / len(windows)
+
+
+@click.command()
+@click.option("--novels", "paths", type=click.Path(exists=True, path_type=Path), multiple=True, required=True)
+@click.option("--minutes", default=60.0, show_default=True, help="Wall time of the training loop.")
+@click.option("--batch", default=8, show_default=True, help="Sequences in a step.")
+@click.option("--rate", default=4e-3, show_default=True, help="Peak learning rate (AdamW).")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+def main(paths: tuple[Path, ...], minutes: float, batch: int, rate: float, seed: int, out: Path) -> None:
+    """Train the embedded model and save it in bfloat16 with its tokenizer and card."""
+    torch.manual_seed(seed)
+    texts = [*novels(paths), *library()]
+    tokenizer = train_tokenizer(texts)
+    end = tokenizer.token_to_id(END)
+    held = torch.tensor(tokenizer.encode(default_text().content).ids)
+    encoded = [torch.tensor([*e.ids, end], dtype=torch.int16) for e in tokenizer.encode_batch(texts)]
+    # Documentation is a fiftieth of the novels: seen four times as often, so that both are learnt.
+    stream = torch.cat(encoded + 3 * encoded[-len(list(library())) :])
+    print(f"{len(stream) / 1e6:.1f}M tokens, {len(held)} held out", flush=True)
+
+    model = build()
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    gains = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}], lr=rate, betas=(0.9, 0.95), fused=True
+    )
+    started, step, seen = time.monotonic(), 0, 0
+    while (done := (time.monotonic() - started) / (60 * minutes)) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * done)) / 2
+        starts = torch.randint(len(stream) - CONTEXT, (batch,)).tolist()
+        ids = torch.stack([stream[s : s + CONTEXT] for s in starts]).long()  # [B, T]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step, seen = step + 1, seen + ids.numel()
+        if step % 100 == 0:
+            print(f"step {step}  {seen / 1e6:.1f}M tokens  {done:.0%}  loss {loss.item():.3f}", flush=True)
+
+    model = model.to(torch.bfloat16).eval()
+    final = loss_on(model, held)
+    out.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(out)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END, model_max_length=CONTEXT).save_pretrained(out)
+    parameters = sum(p.numel() for p in model.parameters())
+    facts = dict(minutes=minutes, batch=batch, rate=rate, seed=seed, step=step, tokens=seen / 1e6, final=final)
+    (out / "README.md").write_text(CARD.format(**facts, millions=parameters / 1e6, version=torch.__version__, context=CONTEXT))
+    print(f"held-out loss {final:.3f} nats a token, {seen / 1e6:.1f}M tokens seen", flush=True)
+
+
+CARD = """---
+license: apache-2.0
+language: en
+library_name: transformers
+pipeline_tag: text-generation
+---
+# effconvert's embedded model
+
+A Llama with full multi-head attention (4 layers, 8 query heads, 8 KV heads of 32, hidden 256, vocabulary 4096, tied
+embeddings; {millions:.2f}M parameters, bfloat16), small enough to travel with the source. It exists to be converted by
+`effconvert demo` and by the tests; it is no use for anything else.
+
+| | |
+|---|---|
+| training text | 90 English novels, 1840-1920, public domain (COST-ELTeC/ELTeC-eng, every tenth left out), and the docstrings of the Python standard library, four times as often |
+| held out | the docstrings of the modules in `effconvert/eval/text.py` |
+| held-out loss | {final:.3f} nats a token at context {context}, on those docstrings |
+| recipe | `python -m effconvert.demo.train --novels FILE --minutes {minutes:g} --batch {batch} --rate {rate:g} --seed {seed}`: {step} steps, {tokens:.1f}M tokens, AdamW (0.9, 0.95), weight decay 0.1, linear warm-up of 100 steps, cosine to zero |
+| made with | torch {version}, CPU |
+
+It was never aligned, filtered or evaluated for use: it writes Victorian prose and documentation of things that do not exist.
+"""
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""The two ways to fail. A message says what was found, what is needed and what to do next."""
+
+
+class EffconvertError(Exception):
+    """The root: the command line prints it as one line and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class OptionError(EffconvertError):
+    """The asker wants something impossible; the text says what would be possible."""
+
+    exit_code = 2
+
+
+class ModelError(EffconvertError):
+    """This model cannot be operated on; the text says which part of it, and why."""
+
+    exit_code = 1

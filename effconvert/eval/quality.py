@@ -1,0 +1,124 @@
+"""How well a language model predicts a text, and how far it has moved from the original.
+
+Perplexity is that of consecutive windows of fixed length, each predicted from its own beginning only; KL and top-1 agreement compare the
+next-token distributions at the same positions. The original's logits wait in a file, so that only one model is in memory at a time.
+"""
+# N = windows, T = tokens in a window, V = vocabulary.
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from effconvert.errors import ModelError, OptionError
+from effconvert.eval.text import Text
+
+ROWS = 64  # positions whose distributions are in float32 at a time
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well a model predicts a text."""
+
+    loss: float  # cross-entropy, nats a token
+    tokens: int  # predicted
+    context: int  # tokens in a window
+    kl: float | None = None  # KL(original || this), nats a token
+    agreement: float | None = None  # share of positions where both have the same most likely token
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the loss."""
+        return math.exp(self.loss)
+
+
+def windows(tokenizer: Any, text: Text, context: int, tokens: int, vocabulary: int) -> Tensor:
+    """Cut the first `tokens` tokens of `text` into windows [N, T], each begun as the tokenizer begins a text.
+
+    Raises:
+        OptionError: the text is too short for a window.
+        ModelError: the tokenizer gives tokens that the model does not have.
+    """
+    plain = tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids
+    begun = tokenizer(text.content[:64], verbose=False).input_ids
+    start = begun[:1] if begun[:1] == [tokenizer.bos_token_id] else []  # Gemma is lost without its <bos>
+    body = context - len(start)
+    count = min(tokens, len(plain)) // body
+    if count == 0:
+        count, body = 1, len(plain)
+    if body < 2:
+        raise OptionError(f"{text.name} has {len(plain)} tokens, and at least {context} are needed to measure at --context {context}; give a longer --text")
+    cut = torch.tensor(plain[: count * body]).view(count, body)  # [N, T]
+    if start:
+        cut = torch.cat([torch.full((count, 1), start[0]), cut], 1)
+    if cut.max() >= vocabulary:
+        raise ModelError(f"the tokenizer gives the token {int(cut.max())} and the model has {vocabulary}: they do not belong together")
+    return cut
+
+
+def measure(model: Any, cut: Tensor, record: Path | None = None, reference: Path | None = None) -> Quality:
+    """Measure `model` on windows `cut` [N, T].
+
+    Args:
+        model: a causal language model of transformers.
+        cut: token ids.
+        record: where to leave the logits, for another model to be compared with.
+        reference: logits that another model left.
+
+    Raises:
+        ModelError: a logit is NaN or infinite.
+    """
+    count, context = cut.shape
+    shape = (count, context - 1, model.config.get_text_config().vocab_size)  # [N, T-1, V]
+    file = record or reference
+    held = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=model.dtype).view(shape) if file else None
+    loss = kl = same = 0.0
+    for i, window in enumerate(cut):
+        logits = logits_of(model, window)[:-1]  # [T-1, V]
+        if record and held is not None:
+            held[i] = logits
+        for at in range(0, context - 1, ROWS):
+            rows = slice(at, at + ROWS)
+            mine = logits[rows].float().log_softmax(-1)
+            loss += cross_entropy(logits[rows].float(), window[1:][rows].to(logits.device), reduction="sum").item()
+            if reference and held is not None:
+                theirs = held[i, rows].to(logits.device).float().log_softmax(-1)
+                kl += torch.nn.functional.kl_div(mine, theirs, log_target=True, reduction="sum").item()
+                same += (mine.argmax(-1) == theirs.argmax(-1)).sum().item()
+    total = count * (context - 1)
+    if reference:
+        return Quality(loss / total, total, context, max(kl, 0.0) / total, same / total)
+    return Quality(loss / total, total, context)
+
+
+@torch.inference_mode()
+def logits_of(model: Any, window: Tensor) -> Tensor:
+    """Return what `model` makes of one sequence [T]: logits [T, V], or hidden states where it has no head.
+
+    Raises:
+        ModelError: something in it is NaN or infinite.
+    """
+    output = model(window[None].to(model.device), use_cache=False)
+    values: Tensor = (output.logits if "logits" in output else output.last_hidden_state)[0]
+    if not torch.isfinite(values).all():
+        raise ModelError("the model computes NaN or infinity")
+    return values
+
+
+@torch.inference_mode()
+def kv_bytes(model: Any, window: Tensor) -> int:
+    """Measure the bytes of the cache object after one sequence [T], every layer of it."""
+    cache = model(window[None].to(model.device), use_cache=True).past_key_values
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def continuation(model: Any, tokenizer: Any, prompt: Tensor, length: int) -> str:
+    """Return what `model` writes after `prompt` [T], always taking the most likely token."""
+    ids = prompt[None].to(model.device)
+    silent = {"temperature": None, "top_p": None, "top_k": None, "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=length, **silent)
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))

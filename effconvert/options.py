@@ -1,0 +1,62 @@
+"""One definition, three doors: a field is an option on the command line, a key in a recipe and a Python keyword.
+
+A set of options is a frozen pydantic model. `build` is the door that speaks: from any of the three, the same mistake gives
+the same sentence.
+"""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from effconvert.errors import OptionError
+
+
+class Options(BaseModel):
+    """A frozen set of options that refuses what it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def build(cls, given: Mapping[str, Any]) -> Self:
+        """Make the options from values spelt as in a recipe.
+
+        Raises:
+            OptionError: something is unknown, missing or out of bounds; all of it is named.
+        """
+        try:
+            return cls(**{key.replace("-", "_"): value for key, value in given.items()})
+        except ValidationError as error:
+            raise OptionError("; ".join(cls._sentence(dict(mistake)) for mistake in error.errors())) from None
+
+    @classmethod
+    def _sentence(cls, mistake: dict[str, Any]) -> str:
+        name = str(mistake["loc"][0])
+        option = f"--{name.replace('_', '-')}"
+        if mistake["type"] == "missing":
+            return f"{option} is needed: {cls.model_fields[name].description}"
+        if mistake["type"] == "extra_forbidden":
+            known = [field.replace("_", "-") for field in cls.model_fields]
+            near = get_close_matches(name.replace("_", "-"), known, n=1)
+            return f"there is no option {option}; " + (f"did you mean --{near[0]}?" if near else f"there are {', '.join('--' + field for field in known)}")
+        needed = mistake["msg"].replace("Input should be", "it should be").removesuffix(".")
+        return f"{option} is {mistake['input']!r}, and {needed[0].lower()}{needed[1:]}"
+
+
+class RunOptions(Options):
+    """What every conversion understands, whatever its surgeries."""
+
+    output: Path | None = Field(
+        None, description="Folder to write. Default: the model's name and the technique's, here.", json_schema_extra={"short": "-o", "metavar": "DIR"}
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a model on the Hub.")
+    dry_run: bool = Field(False, description="Print the plan, with every error that can be foreseen; write nothing.")
+    overwrite: bool = Field(False, description="Replace the output folder if effconvert wrote it.")
+    verify: bool = Field(True, description="Reload from disk, run, measure; otherwise only write.")
+    text: Path | None = Field(
+        None, description="Text file to measure on. Default: docstrings of the standard library.", json_schema_extra={"metavar": "FILE"}
+    )
+    tokens: int = Field(4096, ge=2, description="Tokens of it to measure on.")
+    context: int = Field(512, ge=2, description="Tokens in each window: a perplexity counts only beside one with the same context.")

@@ -1,0 +1,93 @@
+"""Share each key and value head among a group of query heads (GQA)."""
+# M = hidden width, H = query heads, Hk = KV heads, G = KV heads after, D = head width.
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from effconvert.convert.checkpoint import Checkpoint, Layer
+from effconvert.convert.config import Config
+from effconvert.errors import ModelError, OptionError
+from effconvert.surgery._surgery import Surgery
+
+Pool = Literal["mean", "first"]
+POOL = Field("mean", description="How a group's heads become one: their mean (the paper's rule), or the first of them.")
+
+
+class Gqa(Surgery):
+    """Share each key and value head among a group of query heads (GQA).
+
+    The KV cache shrinks to G/Hk of its size; queries and outputs stay. Adjacent heads are pooled, from multi-head models and from
+    those that share heads already. Neutral where G is the model's own number of KV heads. Ainslie et al. 2023, arXiv 2305.13245.
+
+    \b
+    Examples:
+      effconvert gqa --groups 8 meta-llama/Llama-2-7b-hf
+      effconvert gqa --groups 1 --pool first ./SmolLM2-135M -o ./mqa
+    """
+
+    groups: int = Field(ge=1, description="KV heads to keep, G: a divisor of the model's.", json_schema_extra={"metavar": "G"})
+    pool: Pool = POOL
+
+    @classmethod
+    def suits(cls, config: Config) -> str:
+        """Name the numbers of groups that divide the model's KV heads and that its family can write."""
+        return f"--groups {', '.join(map(str, choices(config)))}"
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Refuse a number of groups that the heads or the family do not allow."""
+        config = checkpoint.config
+        possible = choices(config)
+        if self.groups > config.kv_heads:
+            more = f"; effconvert expand-kv makes more of them, up to the {config.heads} query heads" if config.family.kv_heads_key else ""
+            raise OptionError(f"--groups {self.groups} is more than this model's {config.kv_heads} KV heads; give {_either(possible)}{more}")
+        if config.kv_heads % self.groups:
+            raise OptionError(f"--groups {self.groups} does not divide this model's {config.kv_heads} KV heads; give {_either(possible)}")
+        config.with_kv_heads(self.groups)  # refuses what the family cannot write
+
+    def exact(self, config: Config) -> bool:
+        """Only with as many groups as heads."""
+        return self.groups == config.kv_heads
+
+    def config(self, config: Config) -> Config:
+        """Write the new number of KV heads."""
+        return config.with_kv_heads(self.groups)
+
+    def layer(self, layer: Layer) -> None:
+        """Pool the rows of k and v (and what goes with them) group by group."""
+        size = layer.config.kv_heads // self.groups
+        if size == 1:
+            return  # not even through float32: a mean over one turns -0.0 into 0.0
+        for part in layer.per_kv_head:
+            heads = layer[part].unflatten(0, (self.groups, size, layer.config.head_dim))  # [G, Hk/G, D, ...]
+            layer[part] = pool(heads, self.pool).flatten(0, 1)
+
+
+def pool(heads: torch.Tensor, rule: Pool) -> torch.Tensor:
+    """Make one head of each group: [G, Hk/G, ...] -> [G, ...]."""
+    return heads.mean(1) if rule == "mean" else heads[:, 0]
+
+
+def choices(config: Config) -> list[int]:
+    """Return every number of KV heads that pooling this model can give.
+
+    Raises:
+        ModelError: its family cannot be written with fewer.
+    """
+    if not config.family.kv_heads_key and not config.family.multi_query and not config.family.fixed_kv_heads:
+        config.with_kv_heads(1)  # says why
+    divisors = [count for count in range(1, config.kv_heads + 1) if config.kv_heads % count == 0]
+    return [count for count in divisors if _writable(config, count)]
+
+
+def _writable(config: Config, count: int) -> bool:
+    try:
+        config.with_kv_heads(count)
+    except ModelError:
+        return False
+    return True
+
+
+def _either(numbers: list[int]) -> str:
+    return " or ".join(map(str, numbers))

@@ -1,0 +1,46 @@
+"""Share one key and value head among all query heads (MQA)."""
+
+from effconvert.convert.checkpoint import Checkpoint, Layer
+from effconvert.convert.config import Config
+from effconvert.surgery._surgery import Surgery
+from effconvert.surgery.gqa import POOL, Gqa, Pool, choices
+
+
+class Mqa(Surgery):
+    """Share one key and value head among all query heads (MQA).
+
+    The same as `effconvert gqa --groups 1`; a gpt2 becomes a gpt_bigcode. Shazeer 2019, arXiv 1911.02150.
+
+    \b
+    Examples:
+      effconvert mqa openai-community/gpt2
+      effconvert mqa --pool first ./SmolLM2-135M -o ./mqa
+    """
+
+    pool: Pool = POOL
+
+    @classmethod
+    def suits(cls, config: Config) -> str:
+        """Nothing to choose, where the family can write one KV head."""
+        choices(config)
+        return "as it is"
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """As `Gqa` with one group."""
+        self._gqa.check(checkpoint)
+
+    def exact(self, config: Config) -> bool:
+        """As `Gqa` with one group."""
+        return self._gqa.exact(config)
+
+    def config(self, config: Config) -> Config:
+        """As `Gqa` with one group."""
+        return self._gqa.config(config)
+
+    def layer(self, layer: Layer) -> None:
+        """As `Gqa` with one group."""
+        self._gqa.layer(layer)
+
+    @property
+    def _gqa(self) -> Gqa:
+        return Gqa(groups=1, pool=self.pool)
