@@ -1,5 +1,19 @@
-"""`python -m effconvert`."""
+"""`effconvert` and `python -m effconvert`."""
 
-from effconvert.cli import main
+import sys
 
-main(prog_name="effconvert")
+
+def main() -> None:
+    """Show the first page, or load the commands and run one."""
+    if sys.argv[1:] in ([], ["-h"], ["--help"]):
+        from effconvert.overview import page
+
+        sys.stdout.write(page())
+    else:
+        from effconvert.cli import main as commands
+
+        commands(prog_name="effconvert")
+
+
+if __name__ == "__main__":
+    main()

@@ -6,22 +6,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from effconvert import __version__, surgery
-from effconvert.errors import EffconvertError, OptionError
+from effconvert.errors import EffconvertError
+from effconvert.overview import COMMANDS, page
 
 if TYPE_CHECKING:
     from effconvert.options import Options
 
-EXAMPLES = """
-\b
-Examples:
-  effconvert demo
-  effconvert inspect HuggingFaceTB/SmolLM2-135M
-  effconvert gqa --groups 1 HuggingFaceTB/SmolLM2-135M -o smol-mqa
-"""
-
 
 class Commands(click.Group):
     """The commands of this file, and one for each technique, imported when it is called."""
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Show the first page."""
+        formatter.write(page())
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Name the techniques first."""
@@ -46,9 +43,8 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except EffconvertError as error:
-            failure = click.ClickException(str(error))
-            failure.exit_code = error.exit_code
-            raise failure from error
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("\nStopped. What is finished waits; the same command goes on from there.", err=True)
             sys.exit(130)
@@ -88,13 +84,10 @@ def options(kind: "type[Options]") -> list[click.Parameter]:
     return made
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXAMPLES)
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
-    """Turn a pretrained checkpoint into a cheaper architecture, and see what it cost.
-
-    MODEL is a folder with config.json and safetensors, a Hub id, or a .gguf file.
-    """
+    """Hold the commands; `effconvert.overview` has what this says of itself."""
 
 
 def convert(model: str, **given: Any) -> None:
@@ -113,20 +106,41 @@ def convert(model: str, **given: Any) -> None:
         terminal.outcome(outcome)
 
 
-@main.command()
+@main.command(short_help=COMMANDS["inspect"])
 @click.argument("model")
 @click.option("--revision", metavar="TEXT", help="Branch, tag or commit of a model on the Hub.")
 def inspect(model: str, revision: str | None) -> None:
-    """Show a model's family, shape and size, and what can be done to it."""
-    from effconvert.inspection import inspect as show
+    """Show a model's shape and size, and what can be done to it.
 
-    show(model, revision)
+    Reads its config and headers alone, so that the largest model takes a second.
+
+    \b
+    Examples:
+      effconvert inspect ./SmolLM2-135M
+      effconvert inspect meta-llama/Llama-2-7b-hf --revision main
+    """
+    from effconvert.console import Terminal
+    from effconvert.convert.checkpoint import open_checkpoint
+    from effconvert.convert.inspection import inspect as look
+    from effconvert.convert.sources import locate
+
+    terminal = Terminal()
+    terminal.inspection(look(open_checkpoint(locate(model, revision, terminal.step))))
 
 
-@main.command()
+@main.command(short_help=COMMANDS["demo"])
 @click.option("--output", "-o", metavar="DIR", help="Keep the converted models in this folder.")
 def demo(output: str | None) -> None:
-    """Convert the embedded model in every way of pooling, and show the table."""
-    from effconvert.demo import demo as show
+    """Convert a small embedded model, and show what each way costs.
 
-    show(output)
+    It has 8 KV heads and gets 2, by every rule of pooling there is. Needs no network and less than two minutes.
+    """
+    from pathlib import Path
+    from tempfile import TemporaryDirectory
+
+    from effconvert.console import Terminal
+    from effconvert.demo import demo as convert_embedded
+
+    terminal = Terminal()
+    with TemporaryDirectory(prefix="effconvert-demo-") as scratch:
+        terminal.demo(convert_embedded(Path(output or scratch), terminal), kept=bool(output))

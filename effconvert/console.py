@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from effconvert.convert.config import Config
+from effconvert.convert.inspection import Inspection
 from effconvert.convert.plan import Plan
 from effconvert.convert.run import Outcome
-from effconvert.convert.shards import ITEMSIZE
 from effconvert.convert.verify import Report
 
 WIDTH = 110  # of what goes to a file or a pipe
@@ -34,12 +35,17 @@ class Terminal:
         before, after = plan.before, plan.after
         steps = " -> ".join(f"{name} {_spelt(options)}".strip() for step in plan.recipe for name, options in step.items())
         self.out.print(f"[bold]{steps}[/]: {plan.checkpoint.folder} -> {output}", soft_wrap=True)
+        rows = [
+            ("parameters", before.parameters, after.parameters, count),
+            ("on disk", before.bytes, after.bytes, size),
+            ("KV cache a token", before.kv_bytes, after.kv_bytes, size),
+        ]
         table = Table("", "before", "after", "ratio", box=None, pad_edge=False, header_style="bold")
-        rows = [("parameters", before.parameters, after.parameters, count), ("on disk", before.bytes, after.bytes, size), ("KV cache a token", before.kv_bytes, after.kv_bytes, size)]
         for what, old, new, show in rows:
             table.add_row(what, show(old), show(new), f"{new / old:.3g} x")
-        shapes = [f"{config.kind}, {config.layers} layers, {config.heads} query and {config.kv_heads} KV heads of {config.head_dim}" for config in (plan.checkpoint.config, plan.config)]
-        self.out.print(shapes[0] if shapes[0] == shapes[1] else "\nbecomes ".join(shapes))
+        becomes = plan.checkpoint.config.kind != plan.config.kind
+        self.out.print(f"{plan.checkpoint.config.kind}, {_shape(plan.checkpoint.config)}")
+        self.out.print(f"becomes {plan.config.kind + ', ' if becomes else ''}{_shape(plan.config)}")
         self.out.print(table)
         need = f"needs about {size(plan.peak)} of memory to write and {size(plan.disk)} of disk"
         self.out.print(need + (f", {size(verify_bytes)} of memory to verify" if verify_bytes else ""))
@@ -89,6 +95,53 @@ class Terminal:
             self.out.print(f"no quality was measured: {report.unmeasured}")
         if report.difference is not None:
             self.out.print(f"largest change of a logit: {report.difference:.2g} (nothing may change)")
+
+    def inspection(self, seen: Inspection) -> None:
+        """Print what a model is."""
+        config, checkpoint = seen.checkpoint.config, seen.checkpoint
+        kind = "decoder" if config.family.decoder else "encoder"
+        self.out.print(f"[bold]{checkpoint.folder}[/]: {config.kind} ({config.architecture}), {kind}, {checkpoint.dtype}", soft_wrap=True)
+        self.out.print(f"{_shape(config)}, width {config.hidden}, vocabulary {config.raw.get('vocab_size')}")
+        if windows := sorted({window for window in config.windows() if window}):
+            held = sum(window is not None for window in config.windows())
+            self.out.print(f"{held} of {config.layers} layers see a sliding window of {windows[0]} tokens")
+        table = Table("part", "parameters", "share", box=None, pad_edge=False, header_style="bold")
+        for part, number in sorted(seen.parts.items(), key=lambda item: -item[1]):
+            table.add_row(part, count(number), f"{number / sum(seen.parts.values()):.1%}")
+        table.add_row("all", count(seen.size.parameters), f"{size(seen.size.bytes)} on disk" + (", head tied to embed" if config.tied else ""))
+        self.out.print()
+        self.out.print(table)
+        if config.family.decoder:
+            at = ", ".join(f"{size(held)} at {context // 1024}k" for context, held in seen.kv_bytes.items())
+            self.out.print(f"\nKV cache: {size(seen.size.kv_bytes)} a token, {at}")
+        self.out.print()
+        table = Table("technique", "", box=None, pad_edge=False, header_style="bold")
+        for name, options in seen.suits.items():
+            table.add_row(name, f"applies: {options}")
+        for name, reason in seen.refusals.items():
+            table.add_row(name, f"does not apply: {reason}")
+        self.out.print(table)
+
+    def demo(self, outcomes: dict[str, Outcome], kept: bool) -> None:
+        """Print the rules of pooling side by side."""
+        reports = {rule: outcome.report for rule, outcome in outcomes.items() if outcome.report}
+        first = next(iter(reports.values()))
+        sides = {"original": first.before, **{f"--pool {rule}": report.after for rule, report in reports.items()}}
+        table = Table("", *sides, box=None, pad_edge=False, header_style="bold")
+        table.add_row("parameters", *(count(side.parameters) for side in sides.values()))
+        table.add_row("KV cache a token", *(size(side.kv_bytes) for side in sides.values()))
+        qualities = [side.quality for side in sides.values() if side.quality]
+        table.add_row("perplexity", *(perplexity(quality.perplexity) for quality in qualities))
+        table.add_row("KL from the original", "", *(f"{quality.kl:.3f}" for quality in qualities[1:]))
+        table.add_row("same top token", "", *(f"{quality.agreement:.1%}" for quality in qualities[1:]))
+        self.out.print("\n[bold]side by side[/]")
+        self.out.print(table)
+        if kept:
+            self.out.print(f"kept: {', '.join(str(outcome.output) for outcome in outcomes.values())}", soft_wrap=True)
+
+
+def _shape(config: Config) -> str:
+    return f"{config.layers} layers, {config.heads} query and {config.kv_heads} KV heads of {config.head_dim}"
 
 
 def _spelt(options: dict[str, object]) -> str:

@@ -4,7 +4,7 @@
 class EffconvertError(Exception):
     """The root: the command line prints it as one line and exits with `exit_code`."""
 
-    exit_code = 1
+    exit_code = 1  # one of ours, unless a subclass says whose fault it is
 
 
 class OptionError(EffconvertError):

@@ -41,6 +41,8 @@ class Options(BaseModel):
             known = [field.replace("_", "-") for field in cls.model_fields]
             near = get_close_matches(name.replace("_", "-"), known, n=1)
             return f"there is no option {option}; " + (f"did you mean --{near[0]}?" if near else f"there are {', '.join('--' + field for field in known)}")
+        if mistake["type"].startswith("int_"):
+            return f"{option} is {mistake['input']!r}, and it should be a whole number"
         needed = mistake["msg"].replace("Input should be", "it should be").removesuffix(".")
         return f"{option} is {mistake['input']!r}, and {needed[0].lower()}{needed[1:]}"
 
@@ -55,8 +57,6 @@ class RunOptions(Options):
     dry_run: bool = Field(False, description="Print the plan, with every error that can be foreseen; write nothing.")
     overwrite: bool = Field(False, description="Replace the output folder if effconvert wrote it.")
     verify: bool = Field(True, description="Reload from disk, run, measure; otherwise only write.")
-    text: Path | None = Field(
-        None, description="Text file to measure on. Default: docstrings of the standard library.", json_schema_extra={"metavar": "FILE"}
-    )
+    text: Path | None = Field(None, description="Text file to measure on. Default: docstrings of the standard library.", json_schema_extra={"metavar": "FILE"})
     tokens: int = Field(4096, ge=2, description="Tokens of it to measure on.")
     context: int = Field(512, ge=2, description="Tokens in each window: a perplexity counts only beside one with the same context.")

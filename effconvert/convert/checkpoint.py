@@ -196,7 +196,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         layers[index][inside] = tensor
         prefixes.add(prefix)
     if len(prefixes) != 1:
-        raise ModelError(f"{folder} has no tensors named {family.prefix}.{family.layers}.0.… as {config.kind} has; its first are {', '.join(list(tensors)[:3])}")
+        raise ModelError(
+            f"{folder} has no tensors named {family.prefix}.{family.layers}.0.… as {config.kind} has; its first are {', '.join(list(tensors)[:3])}"
+        )
     checkpoint = Checkpoint(folder, config, prefixes.pop(), outer, tuple(layers))
     check_shapes(checkpoint)
     return checkpoint
@@ -244,7 +246,9 @@ def check_shapes(checkpoint: Checkpoint) -> None:
     for index, stored in enumerate(checkpoint.layers):
         for module, parts in family.modules.items():
             if f"{module}.weight" not in stored and not family.optional.intersection(parts):
-                raise ModelError(f"{checkpoint.folder} has no {checkpoint.layer_prefix(index)}{module}.weight, which {config.kind} needs; fetch the missing shard")
+                raise ModelError(
+                    f"{checkpoint.folder} has no {checkpoint.layer_prefix(index)}{module}.weight, which {config.kind} needs; fetch the missing shard"
+                )
         for name, tensor in stored.items():
             module, _, kind = name.rpartition(".")
             parts = family.modules.get(module, ())
@@ -255,7 +259,7 @@ def check_shapes(checkpoint: Checkpoint) -> None:
                 want = want[::-1] if family.transposed else want
             if tensor.shape != want:
                 raise ModelError(
-                    f"{checkpoint.layer_prefix(index)}{name} is {_times(tensor.shape)}, and config.json ({keys}) makes it {_times(want)}; one of the two is wrong"
+                    f"{checkpoint.layer_prefix(index)}{name} is {_times(tensor.shape)}, but config.json ({keys}) makes it {_times(want)}; one is wrong"
                 )
     vocabulary = config.raw.get("vocab_size")
     for name, tensor in checkpoint.outer.items():

@@ -144,7 +144,7 @@ def read_config(folder: Path) -> Config:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} is not JSON ({error}); fetch the file again") from None
     kind = raw.get("model_type") if isinstance(raw, dict) else None
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         near = get_close_matches(str(kind), FAMILIES, n=1)
         hint = f"the nearest is {near[0]!r}; " if near else ""
         raise ModelError(f"{path} names the family {kind!r}, which effconvert does not know; {hint}it knows {', '.join(FAMILIES)}")

@@ -146,9 +146,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "granite": replace(LLAMA, base="GraniteModel", lm="GraniteForCausalLM"),
         "gemma": replace(LLAMA, base="GemmaModel", lm="GemmaForCausalLM", tied_by_default=True),
         "gemma2": GEMMA2,
-        "gemma3_text": replace(
-            GEMMA2, base="Gemma3TextModel", lm="Gemma3ForCausalLM", parts={**GEMMA2.parts, **QK_NORMS}, window_pattern=6
-        ),
+        "gemma3_text": replace(GEMMA2, base="Gemma3TextModel", lm="Gemma3ForCausalLM", parts={**GEMMA2.parts, **QK_NORMS}, window_pattern=6),
         "olmo2": replace(
             LLAMA,
             base="Olmo2Model",

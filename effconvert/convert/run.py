@@ -32,9 +32,14 @@ class Watcher(Protocol):
 class Silent:
     """Tells nobody."""
 
-    def plan(self, plan: Plan, output: Path, verify_bytes: int) -> None: ...
-    def step(self, what: str) -> None: ...
+    def plan(self, plan: Plan, output: Path, verify_bytes: int) -> None:
+        """Say nothing."""
+
+    def step(self, what: str) -> None:
+        """Say nothing."""
+
     def bar(self, what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Show nothing."""
         return nullcontext(lambda _: None)
 
 

@@ -48,7 +48,7 @@ class Stored:
         flat = torch.empty(self.stop - self.start, dtype=torch.uint8)
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
-            view = memoryview(flat.numpy())
+            view = flat.numpy().data
             while len(view):
                 view = view[file.readinto(view) or _truncated(self.file) :]
         tensor = flat.view(FLOATS[self.dtype]).view(self.shape).float()
@@ -125,7 +125,7 @@ def as_bytes(tensor: torch.Tensor, dtype: str, name: str) -> memoryview:
     rounded = tensor.to(FLOATS[dtype]).contiguous()
     if not torch.isfinite(rounded).all():
         raise ModelError(f"{name} as computed does not fit {dtype}: the largest number is {tensor.abs().max():.3g}; convert the model to BF16 first")
-    return memoryview(rounded.view(torch.uint8).numpy().reshape(-1))
+    return rounded.reshape(-1).view(torch.uint8).numpy().data
 
 
 def copy_run(source: BinaryIO, target: BinaryIO, start: int, stop: int, advance: Callable[[int], None]) -> None:

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from effconvert.errors import EffconvertError, ModelError, OptionError
 
@@ -36,7 +37,14 @@ def locate(model: str, revision: str | None = None, step: Callable[[str], None] 
 def fetch(model: str, revision: str | None) -> Path:
     """Return the Hub's snapshot of `model` in huggingface_hub's cache, with the token that is logged in, if any."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=WANTED))
@@ -84,7 +92,7 @@ def unpack_gguf(path: Path) -> Path:
     return folder
 
 
-def repair_digits(tokenizer: "transformers.PreTrainedTokenizerFast", path: Path) -> None:  # noqa: F821
+def repair_digits(tokenizer: Any, path: Path) -> None:
     """Put back the digit-by-digit split of SmolLM's tokenizer, which transformers' GGUF converter drops and llama.cpp keeps."""
     from gguf import GGUFReader
     from tokenizers import pre_tokenizers

@@ -21,8 +21,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from effconvert.eval.text import EVALUATION_MODULES, default_text, docstrings
 from effconvert.errors import OptionError
+from effconvert.eval.text import EVALUATION_MODULES, default_text, docstrings
 
 VOCABULARY = 4096
 CONTEXT = 512
@@ -52,14 +52,10 @@ def library() -> Iterator[str]:
 def train_tokenizer(texts: list[str]) -> Tokenizer:
     """Learn a byte-level BPE, digits one by one, every byte representable."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
-    )
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet, show_progress=False))
     return tokenizer
 
 
@@ -87,7 +83,8 @@ def loss_on(model: LlamaForCausalLM, tokens: torch.Tensor) -> float:
     """Return the mean cross-entropy in nats a token over consecutive windows of `CONTEXT` tokens."""
     windows = tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT)  # [N, T]
     with torch.inference_mode():
-        return sum(model(w[None], labels=w[None]).loss.item() for w in windows) / len(windows)
+        losses = [float(model(w[None], labels=w[None]).loss) for w in windows]
+    return sum(losses) / len(losses)
 
 
 @click.command()
@@ -112,9 +109,7 @@ def main(paths: tuple[Path, ...], minutes: float, batch: int, rate: float, seed:
     model = build()
     matrices = [p for p in model.parameters() if p.ndim == 2]
     gains = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}], lr=rate, betas=(0.9, 0.95), fused=True
-    )
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}], lr=rate, betas=(0.9, 0.95), fused=True)
     started, step, seen = time.monotonic(), 0, 0
     while (done := (time.monotonic() - started) / (60 * minutes)) < 1:
         for group in optimizer.param_groups:
@@ -137,7 +132,7 @@ def main(paths: tuple[Path, ...], minutes: float, batch: int, rate: float, seed:
     model.save_pretrained(out)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END, model_max_length=CONTEXT).save_pretrained(out)
     parameters = sum(p.numel() for p in model.parameters())
-    facts = dict(minutes=minutes, batch=batch, rate=rate, seed=seed, step=step, tokens=seen / 1e6, final=final)
+    facts = {"minutes": minutes, "batch": batch, "rate": rate, "seed": seed, "step": step, "tokens": seen / 1e6, "final": final}
     (out / "README.md").write_text(CARD.format(**facts, millions=parameters / 1e6, version=torch.__version__, context=CONTEXT))
     print(f"held-out loss {final:.3f} nats a token, {seen / 1e6:.1f}M tokens seen", flush=True)
 
@@ -154,13 +149,13 @@ A Llama with full multi-head attention (4 layers, 8 query heads, 8 KV heads of 3
 embeddings; {millions:.2f}M parameters, bfloat16), small enough to travel with the source. It exists to be converted by
 `effconvert demo` and by the tests; it is no use for anything else.
 
-| | |
-|---|---|
-| training text | 90 English novels, 1840-1920, public domain (COST-ELTeC/ELTeC-eng, every tenth left out), and the docstrings of the Python standard library, four times as often |
-| held out | the docstrings of the modules in `effconvert/eval/text.py` |
-| held-out loss | {final:.3f} nats a token at context {context}, on those docstrings |
-| recipe | `python -m effconvert.demo.train --novels FILE --minutes {minutes:g} --batch {batch} --rate {rate:g} --seed {seed}`: {step} steps, {tokens:.1f}M tokens, AdamW (0.9, 0.95), weight decay 0.1, linear warm-up of 100 steps, cosine to zero |
-| made with | torch {version}, CPU |
+- **Training text**: 90 English novels, 1840-1920, public domain (COST-ELTeC/ELTeC-eng, every tenth left out), and the
+  docstrings of the Python standard library, four times as often.
+- **Held out**: the docstrings of the modules named in `effconvert/eval/text.py`.
+- **Held-out loss**: {final:.3f} nats a token on those docstrings, in windows of {context} tokens.
+- **Recipe**: `python -m effconvert.demo.train --novels FILE --minutes {minutes:g} --batch {batch} --rate {rate:g} --seed {seed}`, which
+  made {step} steps over {tokens:.1f}M tokens in that time: AdamW (0.9, 0.95), weight decay 0.1, linear warm-up of 100 steps, cosine to zero.
+- **Made with** torch {version} on two CPU cores.
 
 It was never aligned, filtered or evaluated for use: it writes Victorian prose and documentation of things that do not exist.
 """

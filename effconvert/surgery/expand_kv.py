@@ -22,7 +22,10 @@ class ExpandKv(Surgery):
     """
 
     groups: int | None = Field(
-        None, ge=1, description="KV heads to write: a multiple of the model's that divides its query heads. Default: one per query head.", json_schema_extra={"metavar": "G"}
+        None,
+        ge=1,
+        description="KV heads to write: a multiple of the model's that divides its query heads. Default: one per query head.",
+        json_schema_extra={"metavar": "G"},
     )
 
     @classmethod

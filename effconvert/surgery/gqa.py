@@ -1,7 +1,7 @@
 """Share each key and value head among a group of query heads (GQA)."""
 # M = hidden width, H = query heads, Hk = KV heads, G = KV heads after, D = head width.
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -12,7 +12,7 @@ from effconvert.errors import ModelError, OptionError
 from effconvert.surgery._surgery import Surgery
 
 Pool = Literal["mean", "first"]
-POOL = Field("mean", description="How a group's heads become one: their mean (the paper's rule), or the first of them.")
+POOL: Any = Field("mean", description="How a group's heads become one: their mean (the paper's rule), or the first of them.")
 
 
 class Gqa(Surgery):

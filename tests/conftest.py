@@ -1,0 +1,85 @@
+"""A tiny model with a tokenizer, the command line, and what a folder holds."""
+
+import hashlib
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+import effconvert
+from effconvert.cli import main
+
+SHARDS = 5  # of the tiny model, at least
+EASY = ("--tokens", "60", "--context", "20")  # enough to see that something is measured
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with 4 KV heads in several shards, and a byte-level tokenizer. Nobody may change it: copy it."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("source") / "tiny"
+    config = LlamaConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {piece: i for i, piece in enumerate(["<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what transformers says while a fixture is made is not what is tested
+        model.save_pretrained(folder, max_shard_size="20KB")
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    assert len(list(folder.glob("*.safetensors"))) >= SHARDS
+    return folder
+
+
+@pytest.fixture
+def model(llama: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model that a test may damage."""
+    return Path(shutil.copytree(llama, tmp_path / "model"))
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every test in its own folder, with its own cache."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EFFCONVERT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def command() -> Callable[..., Result]:
+    """Run a command line in this process."""
+    return lambda *args: CliRunner().invoke(main, list(map(str, args)), prog_name="effconvert")
+
+
+@pytest.fixture
+def contents() -> Callable[[Path], dict[str, str]]:
+    """Map each file below a folder to the hash of its bytes."""
+    return lambda folder: {
+        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.rglob("*")) if file.is_file()
+    }
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    """What a subprocess needs to find the effconvert that is tested."""
+    package = str(Path(effconvert.__file__).parents[1])
+    return {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+@pytest.fixture
+def python() -> str:
+    """The interpreter that runs the tests."""
+    return sys.executable

@@ -1,0 +1,499 @@
+"""Every mistake that a person or a damaged download can make: a sentence, an exit code, and nothing broken."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from click.testing import Result
+from safetensors.torch import load_file, save_file
+
+ASKER, MODEL = 2, 1  # exit codes: whose fault it is
+EASY = ("--tokens", "60", "--context", "20")
+INDEX = "model.safetensors.index.json"
+Check = Callable[..., str]
+Command = Callable[..., Result]
+Contents = Callable[[Path], dict[str, str]]
+
+
+def edit(file: Path, **changes: object) -> None:
+    """Change keys of a JSON file; None removes one."""
+    content = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def shard_of(model: Path, name: str) -> Path:
+    return model / json.loads((model / INDEX).read_text())["weight_map"][name]
+
+
+def poison(model: Path, name: str, value: float) -> Path:
+    file = shard_of(model, name)
+    tensors = load_file(file)
+    tensors[name].view(-1)[3] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    return file
+
+
+def gqa(model: object, *more: object, groups: object = 2) -> tuple[object, ...]:
+    return ("gqa", "--groups", groups, model, "-o", "out", "--no-verify", *more)
+
+
+# The model that is named
+
+
+def test_a_folder_that_does_not_exist_is_the_askers_mistake(refused: Check, tmp_path: Path) -> None:
+    told = refused(ASKER, *gqa(tmp_path / "nowhere"))
+    assert "nowhere does not exist" in told
+
+
+def test_a_folder_without_a_model_is_the_askers_mistake(refused: Check, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "empty holds no model: there is no config.json" in refused(ASKER, *gqa(tmp_path / "empty"))
+
+
+def test_a_file_instead_of_a_folder_is_the_askers_mistake(refused: Check, model: Path) -> None:
+    told = refused(ASKER, *gqa(model / "config.json"))
+    assert "config.json is a file" in told
+
+
+def test_a_revision_of_a_folder_is_the_askers_mistake(refused: Check, model: Path) -> None:
+    assert "--revision" in refused(ASKER, *gqa(model, "--revision", "main"))
+
+
+def test_an_unknown_family_is_named_with_the_known_ones(refused: Check, model: Path) -> None:
+    edit(model / "config.json", model_type="lama")
+    told = refused(MODEL, *gqa(model))
+    assert "'lama'" in told
+    assert "the nearest is 'llama'" in told
+    assert "gpt2" in told
+
+
+@pytest.mark.parametrize("content", ["{", "", "\ufeff[]", '"llama"', "[1]", "null"])
+def test_a_config_that_is_not_a_json_object_is_the_models_fault(refused: Check, model: Path, content: str) -> None:
+    (model / "config.json").write_text(content)
+    assert "config.json" in refused(MODEL, *gqa(model))
+
+
+def test_a_config_in_another_encoding_is_the_models_fault(refused: Check, model: Path) -> None:
+    (model / "config.json").write_bytes(b'{"model_type": "\xff"}')
+    assert "config.json is not JSON" in refused(MODEL, *gqa(model))
+
+
+@pytest.mark.parametrize("value", [0, -4, "four", 4.0, True, [4]])
+def test_a_config_whose_numbers_are_none_is_the_models_fault(refused: Check, model: Path, value: object) -> None:
+    edit(model / "config.json", num_attention_heads=value)
+    assert "num_attention_heads" in refused(MODEL, *gqa(model))
+
+
+def test_a_quantised_model_is_refused_by_the_name_of_the_method(refused: Check, model: Path) -> None:
+    edit(model / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    assert "quantised (gptq)" in refused(MODEL, *gqa(model))
+
+
+@pytest.mark.parametrize("value", ["gptq", ["gptq"], 4])
+def test_a_strange_quantization_config_is_refused_as_well(refused: Check, model: Path, value: object) -> None:
+    edit(model / "config.json", quantization_config=value)
+    assert "quantised" in refused(MODEL, *gqa(model))
+
+
+def test_an_adapter_is_refused_with_how_to_merge_it(refused: Check, model: Path) -> None:
+    (model / "config.json").unlink()
+    (model / "adapter_config.json").write_text("{}")
+    assert "merge_and_unload" in refused(MODEL, *gqa(model))
+
+
+def test_a_model_with_an_adapters_tensors_in_it_is_refused(refused: Check, model: Path) -> None:
+    name = "model.layers.0.self_attn.k_proj.lora_A.weight"
+    file = model / "model-lora.safetensors"
+    save_file({name: torch.zeros(2, 32)}, file)
+    where = json.loads((model / INDEX).read_text())["weight_map"]
+    edit(model / INDEX, weight_map={**where, name: file.name})
+    assert name in refused(MODEL, *gqa(model))
+
+
+def test_a_checkpoint_that_is_only_pickle_is_refused_and_not_opened(refused: Check, model: Path) -> None:
+    for file in model.glob("*.safetensors*"):
+        file.unlink()
+    (model / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch opened'\ntR.")
+    told = refused(MODEL, *gqa(model))
+    assert "only as pickle (pytorch_model.bin)" in told
+    assert not Path("opened").exists()
+
+
+def test_code_that_comes_with_a_model_is_never_run(command: Command, model: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    (model / "modeling_evil.py").write_text(f"from pathlib import Path\nPath({str(marker)!r}).touch()\nclass Evil: ...\n")
+    edit(model / "config.json", auto_map={auto: "modeling_evil.Evil" for auto in ("AutoConfig", "AutoModel", "AutoModelForCausalLM")})
+    edit(model / "tokenizer_config.json", auto_map={"AutoTokenizer": ["modeling_evil.Evil", "modeling_evil.Evil"]})
+    result = command("gqa", "--groups", "2", model, "-o", "out", *EASY)
+    assert not marker.exists()
+    assert result.exit_code == 0, result.output  # the family is known, so its own class is used
+    assert Path("out/modeling_evil.py").is_file()
+
+
+def test_code_that_comes_with_a_model_of_an_unknown_family_is_never_run(refused: Check, model: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    (model / "modeling_evil.py").write_text(f"from pathlib import Path\nPath({str(marker)!r}).touch()\nclass Evil: ...\n")
+    edit(model / "config.json", model_type="evil", auto_map={"AutoConfig": "modeling_evil.Evil"})
+    refused(MODEL, "gqa", "--groups", "2", model, "-o", "out")
+    assert not marker.exists()
+
+
+# Damaged weights
+
+
+@pytest.mark.parametrize("keep", [0, 5, 8, 100, -1])
+def test_a_truncated_shard_is_named(refused: Check, model: Path, keep: int) -> None:
+    file = sorted(model.glob("*.safetensors"))[1]
+    file.write_bytes(file.read_bytes()[:keep])
+    assert f"{file.name} is damaged" in refused(MODEL, *gqa(model))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"\xff" * 8 + data[8:],  # a header of 16 exabytes
+        lambda data: data[:8] + b"?" + data[9:],
+        lambda data: data.replace(b'"BF16"', b'"QF16"', 1),
+        lambda data: data.replace(b'"data_offsets":[0', b'"data_offsets":[2', 1),
+        lambda data: data.replace(b'"shape":[', b'"shape":"', 1).replace(b"]", b'"', 1),
+        lambda data: data + b"\0\0",
+        lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 17\n",
+        lambda data: (2).to_bytes(8, "little") + b"[]",
+        lambda data: (11).to_bytes(8, "little") + b'{"a": null}',
+    ],
+    ids=["huge header", "no JSON", "unknown type", "a hole", "shape is text", "a tail", "LFS pointer", "a list", "null"],
+)
+def test_a_corrupt_shard_is_named(refused: Check, model: Path, damage: Callable[[bytes], bytes]) -> None:
+    file = sorted(model.glob("*.safetensors"))[1]
+    before = file.read_bytes()
+    file.write_bytes(damage(before))
+    assert file.read_bytes() != before
+    assert f"{file.name} is damaged" in refused(MODEL, *gqa(model))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": ["b"]}}', '{"weight_map": {}}'])
+def test_an_index_that_is_none_is_named(refused: Check, model: Path, content: str) -> None:
+    (model / INDEX).write_text(content)
+    assert INDEX in refused(MODEL, *gqa(model))
+
+
+def test_a_missing_shard_is_named(refused: Check, model: Path) -> None:
+    file = sorted(model.glob("*.safetensors"))[1]
+    file.unlink()
+    assert f"{file.name!r}, which is missing" in refused(MODEL, *gqa(model))
+
+
+@pytest.mark.parametrize("place", ["../elsewhere.safetensors", "/etc/passwd", "sub/../../elsewhere.safetensors", "..\\elsewhere.safetensors"])
+def test_an_index_that_leads_out_of_the_folder_is_refused(refused: Check, model: Path, place: str) -> None:
+    shutil.copyfile(sorted(model.glob("*.safetensors"))[0], model.parent / "elsewhere.safetensors")
+    where = json.loads((model / INDEX).read_text())["weight_map"]
+    edit(model / INDEX, weight_map={**where, "lm_head.weight": place})
+    assert f"{place!r}, which is outside the folder" in refused(MODEL, *gqa(model))
+
+
+def test_an_index_that_seeks_a_tensor_in_the_wrong_shard_is_named_with_the_tensor(refused: Check, model: Path) -> None:
+    where = json.loads((model / INDEX).read_text())["weight_map"]
+    first, last = where["model.embed_tokens.weight"], where["model.norm.weight"]
+    assert first != last
+    edit(model / INDEX, weight_map={**where, "model.norm.weight": first})
+    told = refused(MODEL, *gqa(model))
+    assert "model.norm.weight" in told
+    assert first in told
+
+
+def test_a_tensor_that_no_index_names_is_named(refused: Check, model: Path) -> None:
+    where = json.loads((model / INDEX).read_text())["weight_map"]
+    edit(model / INDEX, weight_map={name: file for name, file in where.items() if name != "model.layers.1.self_attn.k_proj.weight"})
+    assert "model.layers.1.self_attn.k_proj.weight" in refused(MODEL, *gqa(model))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("num_attention_heads", 8, "num_attention_heads = 8"),
+        ("num_attention_heads", 2, "num_attention_heads = 2"),
+        ("num_key_value_heads", 2, "num_key_value_heads = 2"),
+        ("head_dim", 16, "head_dim = 16"),
+        ("hidden_size", 64, "hidden_size = 64"),
+        ("num_hidden_layers", 2, "num_hidden_layers = 2"),
+        ("num_hidden_layers", 4, "model.layers.3."),
+        ("vocab_size", 300, "vocab_size = 300"),
+    ],
+)
+def test_tensors_that_contradict_the_config_are_refused_by_the_key(refused: Check, model: Path, key: str, value: int, named: str) -> None:
+    edit(model / "config.json", **{key: value})
+    assert named in refused(MODEL, *gqa(model))
+
+
+def test_a_width_of_the_mlp_that_contradicts_the_config_is_refused_at_the_latest_by_verification(refused_late: Check, model: Path) -> None:
+    edit(model / "config.json", intermediate_size=64)
+    assert "mlp" in refused_late(MODEL, "gqa", "--groups", "2", model, "-o", "out", *EASY)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.k_proj.weight", "model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"])
+def test_a_weight_that_is_no_number_is_named_whether_the_surgery_reads_it_or_not(refused_late: Check, model: Path, name: str, value: float) -> None:
+    file = poison(model, name, value)
+    told = refused_late(MODEL, "gqa", "--groups", "2", model, "-o", "out", *EASY)
+    assert name in told
+    assert file.name in told
+
+
+def test_a_result_that_does_not_fit_the_type_of_the_checkpoint_is_refused(refused_late: Check, model: Path) -> None:
+    for file in model.glob("*.safetensors"):
+        tensors = {name: tensor.to(torch.float16) for name, tensor in load_file(file).items()}
+        for name in tensors:
+            if "layers.1.self_attn.v_proj" in name:
+                tensors[name][:] = 65504.0
+        save_file(tensors, file, metadata={"format": "pt"})
+    edit(model / "config.json", dtype="float16")
+    told = refused_late(MODEL, "gqa", "--groups", "2", model, "-o", "out", *EASY)
+    assert "NaN or infinity" in told  # 65504 itself fits: the model computes infinity when it is run
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("groups", "named"),
+    [(3, "does not divide this model's 4 KV heads; give 1 or 2 or 4"), (8, "is more than this model's 4 KV heads"), (0, "'0'"), (-1, "'-1'"), ("3.7", "'3.7'"), ("abc", "'abc'"), ("", "''")],
+)
+def test_groups_that_cannot_be_are_refused_with_what_can(refused: Check, model: Path, groups: object, named: str) -> None:
+    told = refused(ASKER, *gqa(model, groups=groups))
+    assert "--groups" in told
+    assert named in told
+
+
+def test_missing_groups_are_asked_for_by_their_option(refused: Check, model: Path) -> None:
+    assert "--groups is needed" in refused(ASKER, "gqa", model, "-o", "out")
+
+
+def test_a_missing_model_is_the_askers_mistake(refused: Check) -> None:
+    assert "MODEL" in refused(ASKER, "gqa", "--groups", "2")
+
+
+def test_an_unknown_option_is_named_with_the_nearest(refused: Check, model: Path) -> None:
+    told = refused(ASKER, "gqa", "--group", "2", model)
+    assert "--group" in told
+    assert "--groups" in told.replace("--group'", "", 1)
+
+
+def test_an_unknown_command_is_named_with_the_nearest(refused: Check, model: Path) -> None:
+    assert "no command 'gpa'; did you mean 'gqa'?" in refused(ASKER, "gpa", "--groups", "2", model)
+
+
+def test_an_unknown_command_like_no_other_is_told_which_there_are(refused: Check) -> None:
+    told = refused(ASKER, "xyzzy")
+    assert "'xyzzy'" in told
+    assert "expand-kv" in told
+
+
+def test_a_choice_that_is_none_is_refused_with_the_choices(refused: Check, model: Path) -> None:
+    told = refused(ASKER, *gqa(model, "--pool", "median"))
+    assert "'median'" in told
+    assert "'mean' or 'first'" in told
+
+
+@pytest.mark.parametrize(("option", "value"), [("--tokens", "1"), ("--context", "0"), ("--tokens", "many")])
+def test_a_number_out_of_bounds_is_refused_by_its_option(refused: Check, model: Path, option: str, value: str) -> None:
+    told = refused(ASKER, *gqa(model, option, value))
+    assert option in told
+    assert repr(value) in told
+
+
+# The text
+
+
+def test_a_text_that_is_not_there_is_the_askers_mistake(refused: Check, model: Path) -> None:
+    assert "missing.txt cannot be read" in refused(ASKER, "gqa", "--groups", "2", model, "-o", "out", "--text", "missing.txt")
+
+
+@pytest.mark.parametrize(("content", "why"), [(b"caf\xe9 au lait", "not UTF-8"), (b" \n", "is empty")])
+def test_a_text_that_is_none_is_the_askers_mistake(refused: Check, model: Path, content: bytes, why: str) -> None:
+    Path("text.txt").write_bytes(content)
+    told = refused(ASKER, "gqa", "--groups", "2", model, "-o", "out", "--text", "text.txt")
+    assert "text.txt" in told
+    assert why in told
+
+
+@pytest.mark.parametrize("context", [20, 512])
+def test_a_text_of_three_words_is_measured_or_refused_in_one_line(command: Command, model: Path, context: int) -> None:
+    Path("text.txt").write_text("Three short words")
+    result = command("gqa", "--groups", "2", model, "-o", "out", "--text", "text.txt", "--context", context)
+    assert result.exit_code == 0, result.output  # 17 tokens: one short window, and the report says so
+    assert "16 tokens in windows of 17" in result.stdout
+
+
+def test_a_text_of_one_token_is_refused(refused_late: Check, model: Path) -> None:
+    Path("text.txt").write_text("a")
+    assert "text.txt has 1 tokens" in refused_late(ASKER, "gqa", "--groups", "2", model, "-o", "out", "--text", "text.txt")
+
+
+def test_a_tokenizer_of_another_model_is_the_models_fault(refused_late: Check, model: Path) -> None:
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["e"] = 999
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    told = refused_late(MODEL, "gqa", "--groups", "2", model, "-o", "out", *EASY)
+    assert "999" in told
+    assert "258" in told
+
+
+# The place to write
+
+
+def test_an_output_that_exists_is_refused_without_overwrite(refused: Check, model: Path) -> None:
+    Path("out").mkdir()
+    Path("out/thesis.txt").write_text("ten years")
+    assert "out exists" in refused(ASKER, *gqa(model))
+
+
+def test_an_output_that_is_a_file_is_refused(refused: Check, model: Path) -> None:
+    Path("out").write_text("ten years")
+    assert "out exists" in refused(ASKER, *gqa(model))
+    refused(ASKER, *gqa(model, "--overwrite"))
+
+
+def test_a_folder_that_effconvert_did_not_write_is_never_overwritten(refused: Check, model: Path) -> None:
+    Path("out").mkdir()
+    Path("out/thesis.txt").write_text("ten years")
+    assert "thesis.txt" in refused(ASKER, *gqa(model, "--overwrite"))
+
+
+def test_an_output_of_effconverts_own_is_replaced_when_asked(command: Command, contents: Contents, model: Path) -> None:
+    assert command(*gqa(model)).exit_code == 0
+    first = contents(Path("out"))
+    assert command(*gqa(model, groups=1)).exit_code == 2
+    assert contents(Path("out")) == first
+    assert command(*gqa(model, "--overwrite", groups=1)).exit_code == 0
+    assert json.loads(Path("out/config.json").read_text())["num_key_value_heads"] == 1
+    assert sorted(path.name for path in Path().iterdir()) == ["model", "out"]
+
+
+@pytest.mark.parametrize("added", ["thesis.txt", "sub/thesis.txt"])
+def test_an_output_to_which_somebody_added_a_file_is_never_overwritten(command: Command, refused: Check, model: Path, added: str) -> None:
+    assert command(*gqa(model)).exit_code == 0
+    Path("out", added).parent.mkdir(exist_ok=True)
+    Path("out", added).write_text("ten years")
+    assert added in refused(ASKER, *gqa(model, "--overwrite"))
+
+
+def test_what_lies_where_the_output_is_built_is_never_deleted(command: Command, model: Path) -> None:
+    Path("out.partial").mkdir()
+    Path("out.partial/thesis.txt").write_text("ten years")
+    result = command(*gqa(model))
+    assert result.exit_code == ASKER
+    assert "out.partial" in result.stderr
+    assert Path("out.partial/thesis.txt").read_text() == "ten years"
+
+
+def test_what_lies_where_the_old_output_waits_is_never_deleted(command: Command, model: Path) -> None:
+    assert command(*gqa(model)).exit_code == 0
+    Path("out.replaced").mkdir()
+    Path("out.replaced/thesis.txt").write_text("ten years")
+    result = command(*gqa(model, "--overwrite"))
+    assert result.exit_code == ASKER
+    assert "out.replaced" in result.stderr
+    assert Path("out.replaced/thesis.txt").read_text() == "ten years"
+
+
+@pytest.mark.parametrize("output", ["model", "model/converted", ".", "model/../model"])
+def test_an_output_in_the_source_or_around_it_is_refused(refused: Check, model: Path, output: str) -> None:
+    for more in ((), ("--overwrite",)):
+        told = refused(ASKER, "gqa", "--groups", "2", model, "-o", output, "--no-verify", *more)
+        assert "one inside the other" in told
+
+
+def test_an_output_in_the_source_by_way_of_a_link_is_refused(refused: Check, model: Path) -> None:
+    Path("link").symlink_to(model)
+    assert "one inside the other" in refused(ASKER, "gqa", "--groups", "2", model, "-o", "link/converted", "--no-verify")
+
+
+def test_an_output_that_is_a_link_to_nowhere_does_not_end_in_a_traceback(command: Command, model: Path) -> None:
+    Path("out").symlink_to("gone")
+    result = command(*gqa(model))
+    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+
+
+def test_an_output_below_a_file_is_refused(refused: Check, model: Path) -> None:
+    Path("file").write_text("")
+    assert "file is not a folder that you may write to" in refused(ASKER, "gqa", "--groups", "2", model, "-o", "file/out", "--no-verify")
+
+
+def test_a_place_that_is_read_only_is_refused(refused: Check, model: Path, tmp_path: Path) -> None:
+    place = tmp_path / "locked"
+    place.mkdir(mode=0o555)
+    opened = [(folder, folder.stat().st_mode) for folder in tmp_path.parents if folder.stat().st_uid == os.getuid() and folder.stat().st_mode & 0o055 != 0o055]
+    root = os.geteuid() == 0
+    try:
+        if root:  # whom no permission stops
+            for folder, mode in opened:
+                folder.chmod(mode | 0o055)
+            os.seteuid(65534)
+        told = refused(ASKER, "gqa", "--groups", "2", model, "-o", place / "out", "--no-verify")
+    finally:
+        if root:
+            os.seteuid(0)
+            for folder, mode in opened:
+                folder.chmod(mode)
+    assert "locked is not a folder that you may write to" in told
+
+
+# The disk
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(refused: Check, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("effconvert.convert.stream.shutil.disk_usage", lambda _: SimpleNamespace(total=10**9, used=10**9 - 1000, free=1000))
+    told = refused(ASKER, *gqa(model))
+    assert "out needs" in told
+    assert "make room" in told
+
+
+@pytest.mark.parametrize(("call", "times"), [("sendfile", 1), ("sendfile", 6), ("fsync", 1), ("fsync", 3)])
+def test_a_disk_that_fills_up_leaves_what_the_same_command_goes_on_from(
+    command: Command, contents: Contents, refused_late: Check, model: Path, monkeypatch: pytest.MonkeyPatch, call: str, times: int
+) -> None:
+    source = contents(model)
+    assert command("gqa", "--groups", "2", model, "-o", "unbroken", "--no-verify").exit_code == 0
+    real, left = getattr(os, call), [times]
+
+    def full(*args: object) -> object:
+        left[0] -= 1
+        if left[0] <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, full)
+        told = refused_late(MODEL, *gqa(model))
+    assert left[0] <= 0, "nothing called it"
+    assert "no room left for out" in told
+    assert not list(Path("out.partial").glob("*.draft"))
+    result = command(*gqa(model))
+    assert result.exit_code == 0, result.output
+    assert ("shards were there" in result.stdout) == (times > 1)
+    assert contents(Path("out")) == contents(Path("unbroken"))
+    assert contents(model) == source
+
+
+def test_an_error_of_the_disk_that_is_not_lack_of_room_is_told_as_it_is(refused_late: Check, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", broken)
+    told = refused_late(MODEL, *gqa(model))
+    assert os.strerror(errno.EIO) in told
+    assert "out" in told
+
+
+def test_a_conversion_never_changes_its_source(command: Command, contents: Contents, model: Path) -> None:
+    before = contents(model)
+    result = command("gqa", "--groups", "2", model, "-o", "out", *EASY)
+    assert result.exit_code == 0, result.output
+    assert contents(model) == before
+    assert sorted(path.name for path in Path().iterdir()) == ["model", "out"]

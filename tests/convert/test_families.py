@@ -1,0 +1,308 @@
+import json
+import re
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache
+
+from effconvert.convert.checkpoint import open_checkpoint
+from effconvert.convert.config import Config, read_config
+from effconvert.convert.families import FAMILIES
+from effconvert.convert.plan import plan
+from effconvert.errors import ModelError
+from tests.models import DECODERS, SETTINGS, save, tiny
+
+BOTH_HEADS = [kind for kind in FAMILIES if kind not in ("bert", "roberta", "distilbert", "modernbert")]  # transformers cannot untie these
+
+
+def bare(kind):
+    """The model without its language-model head, built as such: it may have parts that the other lacks (BERT's pooler)."""
+    return getattr(transformers, FAMILIES[kind].base)(tiny(kind).config)
+
+
+def places(name, family, prefix):
+    """Every (place, part) of the row that claims the parameter `name`."""
+    base = rf"{re.escape(prefix)}{re.escape(family.layers)}\.\d+\."
+    found = [("layer", part) for part, module in family.parts.items() if re.fullmatch(base + re.escape(module) + r"\.(weight|bias)", name)]
+    found += [("outer", part) for part, module in family.outer.items() if name.startswith(f"{prefix}{module}.")]
+    return found + [("head", part) for part, module in family.head.items() if name.startswith(f"{module}.")]
+
+
+def fused_with(family, part):
+    return {other for other, module in family.parts.items() if module == family.parts[part]}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("whole", [True, False], ids=["lm", "base"])
+def test_every_parameter_has_exactly_one_place(kind, whole):
+    family = FAMILIES[kind]
+    model, prefix = (tiny(kind), f"{family.prefix}.") if whole else (bare(kind), "")
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        found = places(name, family, prefix)
+        assert found, name
+        place, part = found[0]
+        allowed = {(place, other) for other in fused_with(family, part)} if place == "layer" else {found[0]}
+        assert set(found) == allowed, name
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_part_of_a_row_is_somewhere_in_a_layer(kind, tmp_path):
+    checkpoint = open_checkpoint(save(tiny(kind), tmp_path))
+    seen = {part for index in range(checkpoint.config.layers) for part in checkpoint.layer(index, "meta")}
+    assert {part for part in seen if not part.endswith(".bias")} == set(FAMILIES[kind].parts)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_row_and_transformers_agree_on_what_is_tied_by_default(kind):
+    assert FAMILIES[kind].tied_by_default == getattr(transformers, FAMILIES[kind].lm).config_class().tie_word_embeddings
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_config_is_read_as_transformers_reads_it(kind, tmp_path):
+    model = tiny(kind)
+    config, theirs = read_config(save(model, tmp_path)), model.config
+    assert (config.kind, config.architecture) == (kind, FAMILIES[kind].lm)
+    assert (config.heads, config.layers, config.hidden) == (theirs.num_attention_heads, theirs.num_hidden_layers, theirs.hidden_size)
+    assert config.tied == theirs.tie_word_embeddings
+    assert config.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+    assert config.kv_heads == (1 if kind == "gpt_bigcode" else 4)
+
+
+def expected_parts(kind, state, module, part, config):
+    """Weight and bias of `part` in [out, in] orientation, cut out by hand from what transformers calls `module`."""
+    heads, kv_heads, width = config.heads, config.kv_heads, config.head_dim
+    for suffix in ("weight", "bias"):
+        if f"{module}.{suffix}" not in state:
+            continue
+        tensor = state[f"{module}.{suffix}"]
+        if kind == "gpt2" and suffix == "weight" and "ln" not in module:
+            tensor = tensor.t()
+        fused = fused_with(config.family, part)
+        if fused == {"q", "k", "v"}:
+            if kind == "gpt_neox":
+                at = "qkv".index(part)
+                rows = [(3 * head + at) * width + i for head in range(heads) for i in range(width)]
+            else:
+                start = {"q": 0, "k": heads * width, "v": (heads + kv_heads) * width}[part]
+                rows = list(range(start, start + (heads if part == "q" else kv_heads) * width))
+            assert len(tensor) == (heads + 2 * kv_heads) * width
+            tensor = tensor[rows]
+        elif fused == {"gate", "up"}:
+            half = len(tensor) // 2
+            tensor = tensor[:half] if part == "gate" else tensor[half:]
+        yield part + (".bias" if suffix == "bias" else ""), tensor
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_layer_gives_every_part_as_a_plain_matrix(kind, kv_heads, tmp_path):
+    if kv_heads != 4 and not FAMILIES[kind].kv_heads_key:
+        kv_heads = None
+    model = tiny(kind, **({"num_key_value_heads": kv_heads} if FAMILIES[kind].kv_heads_key else {}))
+    checkpoint, state, family = open_checkpoint(save(model, tmp_path)), model.state_dict(), FAMILIES[kind]
+    for index in range(checkpoint.config.layers):
+        layer = checkpoint.layer(index, "cpu")
+        expected = {}
+        for part, module in family.parts.items():
+            expected |= expected_parts(kind, state, f"{family.prefix}.{family.layers}.{index}.{module}", part, checkpoint.config)
+        assert set(layer) == set(expected)
+        assert len(layer) == len(expected)
+        for part, tensor in expected.items():
+            assert torch.equal(layer[part], tensor), part
+            assert checkpoint.layer(index, "meta")[part].shape == tensor.shape
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_splitting_a_layer_and_joining_it_again_changes_no_bit(kind, tmp_path):
+    checkpoint = open_checkpoint(save(tiny(kind), tmp_path))
+    for index in range(checkpoint.config.layers):
+        layer = checkpoint.layer(index, "cpu")
+        for part in layer:
+            layer[part] = layer[part]
+        written = {name: (origin, tensor) for name, origin, tensor in layer.tensors(checkpoint.config.family)}
+        assert set(written) == set(checkpoint.layers[index])
+        for name, (origin, tensor) in written.items():
+            assert origin.name == checkpoint.layer_prefix(index) + name
+            assert torch.equal(tensor, checkpoint.layers[index][name].read("cpu")), name
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_layer_that_nobody_touched_is_left_as_bytes(kind, tmp_path):
+    checkpoint = open_checkpoint(save(tiny(kind), tmp_path))
+    assert all(tensor is None for _, _, tensor in checkpoint.layer(0, "cpu").tensors(checkpoint.config.family))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "phi3", "modernbert", "gpt_bigcode"])
+def test_changing_one_part_of_a_fused_tensor_leaves_its_neighbours(kind, tmp_path):
+    checkpoint = open_checkpoint(save(tiny(kind), tmp_path))
+    layer, original = checkpoint.layer(1, "cpu"), checkpoint.layer(1, "cpu")
+    layer["k"] = layer["k"] + 1
+    module = checkpoint.config.family.parts["k"]
+    changed = {name: tensor for name, _, tensor in layer.tensors(checkpoint.config.family) if tensor is not None}
+    assert set(changed) == {f"{module}.weight"}
+    difference = changed[f"{module}.weight"] - checkpoint.layers[1][f"{module}.weight"].read("cpu")
+    assert (difference != 0).sum() == original["k"].numel()
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_checkpoint_saved_without_the_prefix_of_the_base_model_opens(kind, tmp_path):
+    base = tiny(kind).base_model
+    checkpoint = open_checkpoint(save(base, tmp_path))
+    assert (checkpoint.prefix, checkpoint.config.architecture) == ("", FAMILIES[kind].base)
+    assert {tensor.name for tensor in checkpoint.stored} == set(base.state_dict())
+    assert plan(checkpoint, ()).before.parameters == base.num_parameters()
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_plan_counts_the_parameters_that_the_model_has(kind, tmp_path):
+    model = tiny(kind)
+    planned = plan(open_checkpoint(save(model, tmp_path)), ())
+    assert planned.before.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert planned.after == planned.before
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", BOTH_HEADS)
+def test_a_tied_head_is_counted_once_and_an_untied_one_too(kind, tied, tmp_path):
+    model = tiny(kind, tie_word_embeddings=tied)
+    planned = plan(open_checkpoint(save(model, tmp_path)), ())
+    assert planned.before.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert planned.checkpoint.config.tied == tied
+
+
+def test_a_tied_head_that_an_old_file_stored_all_the_same_is_not_counted_again(tmp_path):
+    model = tiny("gpt2")
+    state = {**model.state_dict(), "lm_head.weight": model.state_dict()["transformer.wte.weight"].clone()}
+    save(model, tmp_path)
+    from safetensors.torch import save_file
+
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert plan(open_checkpoint(tmp_path), ()).before.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+CACHES = [(kind, {}) for kind in DECODERS] + [
+    ("mistral", {"sliding_window": None}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    ("phi3", {"sliding_window": 8}),
+    ("llama", {"num_key_value_heads": 2}),
+    ("phi3", {"num_key_value_heads": 1}),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes"), CACHES)
+def test_the_planned_kv_bytes_are_those_of_the_real_cache(kind, changes, tmp_path):
+    model = tiny(kind, **changes)
+    checkpoint = open_checkpoint(save(model, tmp_path))
+    measured = {}
+    for tokens in (1, 7, 8, 9, 20):
+        cache = DynamicCache(config=model.config)
+        with torch.inference_mode():
+            model(torch.arange(3, 3 + tokens)[None], past_key_values=cache, use_cache=True)
+        measured[tokens] = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert {tokens: checkpoint.config.kv_bytes(4, tokens) for tokens in measured} == measured
+    assert plan(checkpoint, ()).before.kv_bytes == measured[1]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if not FAMILIES[kind].decoder])
+def test_an_encoder_has_no_kv_cache(kind, tmp_path):
+    assert read_config(save(tiny(kind), tmp_path)).kv_bytes(4, 20) == 0
+
+
+WINDOWS = [
+    ("mistral", {"sliding_window": 8}),
+    ("mistral", {"sliding_window": None}),
+    ("llama", {}),
+    ("gemma", {}),
+    ("gemma2", {"sliding_window": 8}),
+    ("gemma3_text", {"sliding_window": 8, "sliding_window_pattern": 2}),
+    ("gemma3_text", {"sliding_window": 8, "sliding_window_pattern": 3}),
+    ("gemma3_text", {"sliding_window": 8}),
+    ("gemma3_text", {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"] * 4}),
+    ("qwen2", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 3}),
+    ("qwen2", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 8}),
+    ("qwen2", {"sliding_window": 8, "use_sliding_window": False, "max_window_layers": 3}),
+    ("qwen2", {"sliding_window": None, "use_sliding_window": False, "max_window_layers": 3}),
+    ("qwen2", {"sliding_window": 8, "max_window_layers": 3}),
+    ("qwen3", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 3}),
+    ("qwen3", {"sliding_window": 8, "use_sliding_window": False, "max_window_layers": 3}),
+    ("phi3", {"sliding_window": 8}),
+    ("phi3", {"sliding_window": None}),
+]
+
+
+@pytest.mark.parametrize(("kind", "keys"), WINDOWS)
+def test_the_windows_of_an_older_config_are_those_that_transformers_makes_of_it(kind, keys, tmp_path):
+    old = {key: value for key, value in SETTINGS[kind].items() if key not in ("layer_types", "sliding_window")}
+    raw = {**old, "model_type": kind, "num_hidden_layers": 8, **keys}
+    (tmp_path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    expected = [getattr(layer, "sliding_window", None) if layer.is_sliding else None for layer in DynamicCache(config=theirs).layers]
+    assert Config(raw, FAMILIES[kind]).windows() == expected
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "llama"])
+def test_what_old_versions_stored_in_a_layer_is_carried_along_and_not_counted(kind, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    family, model = FAMILIES[kind], tiny(kind)
+    save(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for buffer in family.buffers:
+        tensors[f"{family.prefix}.{family.layers}.0.{buffer}"] = torch.ones(3)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = open_checkpoint(tmp_path)
+    assert plan(checkpoint, ()).before.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert set(family.buffers) <= {name for name, _, _ in checkpoint.layer(0, "cpu").tensors(family)}
+
+
+def test_a_part_that_a_layer_lacks_is_named_with_those_it_has(tmp_path):
+    layer = open_checkpoint(save(tiny("gpt2"), tmp_path)).layer(0, "cpu")
+    assert "gate" not in layer
+    with pytest.raises(ModelError, match="has no part 'gate'; it has q, q.bias, k, k.bias"):
+        layer["gate"]
+
+
+def test_a_deleted_part_is_gone_and_an_assigned_one_is_back(tmp_path):
+    layer = open_checkpoint(save(tiny("llama"), tmp_path)).layer(0, "cpu")
+    bias = layer["k.bias"]
+    del layer["k.bias"]
+    assert "k.bias" not in layer
+    assert "self_attn.k_proj.bias" not in {name for name, _, _ in layer.tensors(FAMILIES["llama"])}
+    layer["k.bias"] = bias
+    assert "k.bias" in layer
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"num_hidden_layers": 1}, "says num_hidden_layers = 1"),
+        ({"num_key_value_heads": 2}, "k_proj.weight is 32 x 32"),
+        ({"vocab_size": 127}, "says vocab_size = 127"),
+        ({"num_attention_heads": 0}, "num_attention_heads = 0"),
+        ({"num_hidden_layers": "two"}, "num_hidden_layers = 'two'"),
+        ({"model_type": "lama"}, "the nearest is 'llama'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
+    ],
+)
+def test_a_config_that_contradicts_the_tensors_is_refused(changes, sentence, tmp_path):
+    save(tiny("llama"), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(ModelError, match=sentence):
+        open_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_without_one_of_its_layers_is_refused(tmp_path):
+    save(tiny("llama"), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": 3}))
+    with pytest.raises(ModelError, match=r"model\.layers\.2\.self_attn\.q_proj\.weight"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_multi_head_gpt_bigcode_is_refused(tmp_path):
+    model = transformers.GPTBigCodeForCausalLM(transformers.GPTBigCodeConfig(n_embd=32, n_layer=1, n_head=4, vocab_size=128, multi_query=False))
+    with pytest.raises(ModelError, match="multi_query = False"):
+        open_checkpoint(save(model, tmp_path))
