@@ -100,7 +100,7 @@ def convert(model: str, **given: Any) -> None:
     chosen = {key: value for key, value in given.items() if value is not None}
     run_options = RunOptions.build({key: chosen.pop(key) for key in RunOptions.model_fields if key in chosen})
     technique = surgery.load(str(name)).build(chosen)
-    terminal = Terminal()
+    terminal = Terminal(model)
     outcome = run(model, (technique,), run_options, terminal)
     if not run_options.dry_run:
         terminal.outcome(outcome)
@@ -124,7 +124,7 @@ def inspect(model: str, revision: str | None) -> None:
     from effconvert.convert.inspection import inspect as look
     from effconvert.convert.sources import locate
 
-    terminal = Terminal()
+    terminal = Terminal(model)
     terminal.inspection(look(open_checkpoint(locate(model, revision, terminal.step))))
 
 
@@ -141,6 +141,6 @@ def demo(output: str | None) -> None:
     from effconvert.console import Terminal
     from effconvert.demo import demo as convert_embedded
 
-    terminal = Terminal()
+    terminal = Terminal("the embedded model")
     with TemporaryDirectory(prefix="effconvert-demo-") as scratch:
         terminal.demo(convert_embedded(Path(output or scratch), terminal), kept=bool(output))

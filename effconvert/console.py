@@ -26,7 +26,8 @@ def stdout() -> Console:
 class Terminal:
     """Tells a person how a conversion goes on."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: str) -> None:
+        self.model = model  # as the asker calls it
         self.out = stdout()
         self.err = Console(stderr=True, highlight=False)
 
@@ -34,7 +35,7 @@ class Terminal:
         """Print the plan."""
         before, after = plan.before, plan.after
         steps = " -> ".join(f"{name} {_spelt(options)}".strip() for step in plan.recipe for name, options in step.items())
-        self.out.print(f"[bold]{steps}[/]: {plan.checkpoint.folder} -> {output}", soft_wrap=True)
+        self.out.print(f"[bold]{steps}[/]: {self.model} -> {output}", soft_wrap=True)
         rows = [
             ("parameters", before.parameters, after.parameters, count),
             ("on disk", before.bytes, after.bytes, size),
@@ -100,7 +101,7 @@ class Terminal:
         """Print what a model is."""
         config, checkpoint = seen.checkpoint.config, seen.checkpoint
         kind = "decoder" if config.family.decoder else "encoder"
-        self.out.print(f"[bold]{checkpoint.folder}[/]: {config.kind} ({config.architecture}), {kind}, {checkpoint.dtype}", soft_wrap=True)
+        self.out.print(f"[bold]{self.model}[/]: {config.kind} ({config.architecture}), {kind}, {checkpoint.dtype}", soft_wrap=True)
         self.out.print(f"{_shape(config)}, width {config.hidden}, vocabulary {config.raw.get('vocab_size')}")
         if windows := sorted({window for window in config.windows() if window}):
             held = sum(window is not None for window in config.windows())

@@ -3,7 +3,10 @@
 import hashlib
 import os
 import re
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +81,12 @@ def unpack_gguf(path: Path) -> Path:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     draft = folder.with_name(f"{folder.name}.draft-{os.getpid()}")
+    quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO())  # its progress bar is for people
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=transformers.GgufConfig(dequantize=True)
-        )
+        with quiet:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=transformers.GgufConfig(dequantize=True)
+            )
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         repair_digits(tokenizer, path)
         model.to(torch.bfloat16).save_pretrained(draft)

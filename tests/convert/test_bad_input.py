@@ -1,10 +1,11 @@
 """Every mistake that a person or a damaged download can make: a sentence, an exit code, and nothing broken."""
 
+import contextlib
 import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,6 +38,24 @@ def poison(model: Path, name: str, value: float) -> Path:
     tensors[name].view(-1)[3] = value
     save_file(tensors, file, metadata={"format": "pt"})
     return file
+
+
+@contextlib.contextmanager
+def nobody(tmp_path: Path) -> Iterator[None]:
+    """Be somebody whom permissions stop, and who may enter the folders above the test's."""
+    if os.geteuid() != 0:
+        yield
+        return
+    opened = [(folder, folder.stat().st_mode) for folder in (tmp_path, *tmp_path.parents) if folder.stat().st_mode & 0o055 != 0o055]
+    for folder, mode in opened:
+        folder.chmod(mode | 0o055)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        for folder, mode in opened:
+            folder.chmod(mode)
 
 
 def gqa(model: object, *more: object, groups: object = 2) -> tuple[object, ...]:
@@ -88,6 +107,25 @@ def test_a_config_in_another_encoding_is_the_models_fault(refused: Check, model:
 def test_a_config_whose_numbers_are_none_is_the_models_fault(refused: Check, model: Path, value: object) -> None:
     edit(model / "config.json", num_attention_heads=value)
     assert "num_attention_heads" in refused(MODEL, *gqa(model))
+
+
+@pytest.mark.parametrize("value", ["x", [1], {"a": 1}, -1, 0, 1.5, True], ids=repr)
+def test_no_strange_value_of_any_key_of_the_config_ends_in_a_traceback(command: Command, model: Path, value: object) -> None:
+    config = model / "config.json"
+    original = config.read_text()
+    broke = []
+    for key in [*json.loads(original), "sliding_window", "layer_types", "max_window_layers", "quantization_config", "tie_word_embeddings"]:
+        config.write_text(original)
+        edit(config, **{"sliding_window": 16, key: value})
+        error = command(*gqa(model, "--dry-run")).exception
+        if error is not None and not isinstance(error, SystemExit):
+            broke.append(f"{key}: {error!r}")
+    assert not broke
+
+
+def test_json_that_is_nested_too_deep_is_the_models_fault(refused: Check, model: Path) -> None:
+    (model / "config.json").write_text("[" * 100_000)
+    assert "config.json" in refused(MODEL, *gqa(model))
 
 
 def test_a_quantised_model_is_refused_by_the_name_of_the_method(refused: Check, model: Path) -> None:
@@ -245,7 +283,7 @@ def test_a_weight_that_is_no_number_is_named_whether_the_surgery_reads_it_or_not
     assert file.name in told
 
 
-def test_a_result_that_does_not_fit_the_type_of_the_checkpoint_is_refused(refused_late: Check, model: Path) -> None:
+def test_a_model_that_computes_infinity_is_refused_by_verification(refused_late: Check, model: Path) -> None:
     for file in model.glob("*.safetensors"):
         tensors = {name: tensor.to(torch.float16) for name, tensor in load_file(file).items()}
         for name in tensors:
@@ -254,7 +292,7 @@ def test_a_result_that_does_not_fit_the_type_of_the_checkpoint_is_refused(refuse
         save_file(tensors, file, metadata={"format": "pt"})
     edit(model / "config.json", dtype="float16")
     told = refused_late(MODEL, "gqa", "--groups", "2", model, "-o", "out", *EASY)
-    assert "NaN or infinity" in told  # 65504 itself fits: the model computes infinity when it is run
+    assert "NaN or infinity" in told
 
 
 # Options
@@ -428,20 +466,32 @@ def test_an_output_below_a_file_is_refused(refused: Check, model: Path) -> None:
 def test_a_place_that_is_read_only_is_refused(refused: Check, model: Path, tmp_path: Path) -> None:
     place = tmp_path / "locked"
     place.mkdir(mode=0o555)
-    opened = [(folder, folder.stat().st_mode) for folder in tmp_path.parents if folder.stat().st_uid == os.getuid() and folder.stat().st_mode & 0o055 != 0o055]
-    root = os.geteuid() == 0
-    try:
-        if root:  # whom no permission stops
-            for folder, mode in opened:
-                folder.chmod(mode | 0o055)
-            os.seteuid(65534)
+    with nobody(tmp_path):
         told = refused(ASKER, "gqa", "--groups", "2", model, "-o", place / "out", "--no-verify")
-    finally:
-        if root:
-            os.seteuid(0)
-            for folder, mode in opened:
-                folder.chmod(mode)
     assert "locked is not a folder that you may write to" in told
+
+
+@pytest.mark.parametrize("closed", ["model", "model/config.json", "model/" + INDEX, "model/tokenizer.json"])
+def test_a_model_that_may_not_be_read_is_refused_by_name(command: Command, model: Path, tmp_path: Path, closed: str) -> None:
+    tmp_path.chmod(0o777)
+    (tmp_path / closed).chmod(0)
+    with nobody(tmp_path):
+        result = command(*gqa(model))
+    (tmp_path / closed).chmod(0o755)
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    assert result.exit_code in (ASKER, MODEL)
+    assert closed in result.stderr
+    assert not Path("out").exists()
+
+
+def test_an_output_in_a_folder_that_may_not_be_entered_is_refused(command: Command, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0)
+    with nobody(tmp_path):
+        result = command("gqa", "--groups", "2", model, "-o", "locked/out", "--no-verify")
+    (tmp_path / "locked").chmod(0o755)
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    assert result.exit_code == ASKER
+    assert "locked" in result.stderr
 
 
 # The disk
