@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from effconvert import __version__
 from effconvert.convert.checkpoint import PICKLES, Checkpoint, Layer
 from effconvert.convert.config import Config
 from effconvert.convert.families import Family
@@ -94,7 +95,7 @@ class Plan:
         files = sorted({tensor.file for tensor in self.checkpoint.stored})
         source = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         targets = [(shard, target.name, target.dtype, target.shape) for shard, inside in self.shards.items() for target in inside]
-        text = json.dumps([self.recipe, dict(self.config.raw), source, targets, self.files])
+        text = json.dumps([__version__, self.recipe, dict(self.config.raw), source, targets, self.files])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def operate(self, index: int, device: str) -> Layer:

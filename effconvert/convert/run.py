@@ -9,7 +9,7 @@ from typing import Protocol
 from effconvert.convert import sources, stream
 from effconvert.convert.checkpoint import open_checkpoint
 from effconvert.convert.plan import Plan, plan
-from effconvert.convert.verify import Report, check_memory, verify
+from effconvert.convert.verify import Report, check_memory, scratch_bytes, verify
 from effconvert.errors import EffconvertError
 from effconvert.eval.text import default_text, read_text
 from effconvert.options import RunOptions
@@ -74,8 +74,8 @@ def convert(model: str, surgeries: tuple[Surgery, ...], options: RunOptions, wat
     folder = sources.locate(model, options.revision, watcher.step)
     planned = plan(open_checkpoint(folder), surgeries)
     output = options.output or Path(default_name(model, surgeries))
-    stream.check_output(planned, output, options.overwrite)
-    memory = check_memory(planned) if options.verify else 0
+    stream.check_output(planned, output, options.overwrite, scratch_bytes(planned, options) if options.verify else 0)
+    memory = check_memory(planned, options) if options.verify else 0
     watcher.plan(planned, output, memory)
     if options.dry_run:
         return Outcome(planned, output, None, 0)

@@ -27,8 +27,8 @@ MANIFEST = "effconvert.json"
 Advance = Callable[[int], None]  # told how many bytes were written
 
 
-def check_output(plan: Plan, output: Path, overwrite: bool) -> None:
-    """Refuse, before anything is written, a place where the result could not stand.
+def check_output(plan: Plan, output: Path, overwrite: bool, scratch: int) -> None:
+    """Refuse, before anything is written, a place where the result (and `scratch` bytes while it is measured) could not stand.
 
     Raises:
         OptionError: it exists, cannot be written, has too little room, or would touch the source.
@@ -52,8 +52,10 @@ def check_output(plan: Plan, output: Path, overwrite: bool) -> None:
         raise OptionError(f"{output} cannot be made: {place} is not a folder that you may write to; give another --output")
     present = sum(file.stat().st_size for file in partial.glob("*.safetensors")) if partial.exists() else 0
     free = shutil.disk_usage(place).free + present
-    if free < plan.disk:
-        raise OptionError(f"{output} needs {plan.disk / 1e9:.2f} GB and {place} has {free / 1e9:.2f} GB free; make room, or give an --output on another disk")
+    if free < plan.disk + scratch:
+        raise OptionError(
+            f"{output} needs {(plan.disk + scratch) / 1e9:.2f} GB and {place} has {free / 1e9:.2f} GB free; make room, or give an --output on another disk"
+        )
 
 
 def foreign_files(folder: Path) -> list[str]:

@@ -19,6 +19,7 @@ from effconvert.eval.text import Text
 from effconvert.options import RunOptions
 
 TOLERANCE = 1e-5  # of the largest logit, in float32, for a conversion that must change nothing
+LIBRARIES = 300_000_000  # bytes; measured on SmolLM2: 0.29 GB more than weights, logits and the plan
 PROMPT = 24  # tokens given, and tokens asked for
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 
@@ -51,13 +52,20 @@ def measuring_dtype(plan: Plan) -> torch.dtype:
     return torch.float32 if plan.exact else FLOATS[plan.checkpoint.dtype]
 
 
-def check_memory(plan: Plan) -> int:
-    """Return the bytes that verification takes.
+def scratch_bytes(plan: Plan, options: RunOptions) -> int:
+    """Return the disk that the original's logits take while the two models are compared."""
+    return int(options.tokens * (plan.config.raw.get("vocab_size") or 0) * measuring_dtype(plan).itemsize)
+
+
+def check_memory(plan: Plan, options: RunOptions) -> int:
+    """Return the bytes of memory that verification takes.
 
     Raises:
         OptionError: there are fewer than that.
     """
-    size = max(plan.before.parameters, plan.after.parameters) * measuring_dtype(plan).itemsize
+    weights = max(plan.before.parameters, plan.after.parameters) * measuring_dtype(plan).itemsize
+    # One window's logits, twice; and what is loaded without them: transformers, and what PyTorch sets up to compute.
+    size = weights + 2 * scratch_bytes(plan, options) * options.context // options.tokens + plan.peak + LIBRARIES
     free = psutil.virtual_memory().available
     if size > free:
         raise OptionError(
@@ -152,7 +160,8 @@ def _side(
     measured = quality.measure(model, cut, record, reference) if whole else None
     written = quality.continuation(model, tokenizer, prompt, PROMPT) if whole else ""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    cache = quality.kv_bytes(model, prompt) // len(prompt)
+    short = prompt[: min(len(prompt), *(window - 1 for window in plan.checkpoint.config.windows() if window))]  # before any window is full
+    cache = quality.kv_bytes(model, short) // len(short)
     return Side(parameters, cache * FLOATS[plan.checkpoint.dtype].itemsize // model.dtype.itemsize, measured, written), head, str(model.device)
 
 
