@@ -1,11 +1,10 @@
 """What streaming costs: `effconvert gqa` beside a plain copy of the same folder and beside the obvious script.
 
 Generates a Llama-shaped bf16 checkpoint of random weights in DIR, then runs each contender as a process of its own, in alternating order, with
-a warm and with a cold page cache. Wall time is that of the whole process, peak memory is what the kernel reports of it (ru_maxrss).
-Linux only.
+a warm and with a cold page cache (of the model; Python and torch stay warm). Wall time is that of the whole process, peak memory is what the
+kernel reports of it (ru_maxrss). Linux only.
 
-    python benchmarks/stream.py --work DIR              # 4 GB; needs 16 GB of disk, 8 GB of memory, about 15 minutes
-    python benchmarks/stream.py --work DIR --layers 4   # a trial
+    python benchmarks/stream.py --work DIR              # 4 GB; needs 16 GB of disk, 10 GB of memory and some minutes
 """
 
 import csv
@@ -32,8 +31,7 @@ from rich.table import Table
 
 import effconvert
 
-# This process imports no torch: ru_maxrss of a child begins at what its parent held when it was started.
-
+# This process imports no torch: the ru_maxrss of a child begins at what its parent held.
 HIDDEN, HEADS, WIDTH, INTERMEDIATE, VOCABULARY, SHARDS = 2048, 32, 64, 5632, 32000, 4
 GROUPS = 8
 COPYTREE = "import shutil, sys; shutil.copytree(*sys.argv[1:])"
@@ -137,15 +135,15 @@ def measure(what: str, source: Path, output: Path, cold: bool) -> tuple[float, f
             else:
                 while opened.read(1 << 24):
                     pass
-    with (source.parent / "log").open("w+") as log:
+    log = source.parent / "log"
+    with log.open("w") as opened:
         started = time.perf_counter()
-        process = subprocess.Popen(command(what, source, output), stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        process = subprocess.Popen(command(what, source, output), stdout=opened, stderr=opened, env={**os.environ, "HF_HUB_OFFLINE": "1"})
         _, status, usage = os.wait4(process.pid, 0)
         wall = time.perf_counter() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            log.seek(0)
-            raise click.ClickException(f"{what} failed:\n{log.read()}")
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise click.ClickException(f"{what} failed:\n{log.read_text()}")
     return wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
@@ -170,6 +168,7 @@ def main(work: Path, layers: int, second_layers: int, rounds: int, rounds_slow: 
     about, rows, console = machine(work), [], Console(width=150)
     work = work / "stream-benchmark"
     work.mkdir(parents=True)  # not over what is there
+    source, second = work / "source", work / "second"
     runs: dict[tuple[int, str, str], list[tuple[float, float, int]]] = {}
 
     def run(source: Path, count: int, what: str, cache: str, turn: int) -> None:
@@ -183,9 +182,8 @@ def main(work: Path, layers: int, second_layers: int, rounds: int, rounds_slow: 
             shutil.rmtree(output, ignore_errors=True)
 
     try:
-        source, second = work / "source", work / "second"
-        apart(generate, source, layers)
-        apart(generate, second, second_layers)
+        for folder, count in ((source, layers), (second, second_layers)):
+            apart(generate, folder, count)
         size = sum(file.stat().st_size for file in source.iterdir())
         order = [*COPIES, TORCH, OURS, SCRIPT]
         for turn in range(rounds):
@@ -204,15 +202,13 @@ def main(work: Path, layers: int, second_layers: int, rounds: int, rounds_slow: 
     table = Table(title=f"{size / 1e9:.2f} GB in {layers} layers; " + ", ".join(f"{key} {value}" for key, value in about.items()))
     for heading in ("cache", "what", "runs", "wall, s", "min - max", "to cp -r", "CPU, s", "peak, MB", "min - max"):
         table.add_column(heading, justify="left" if heading in ("cache", "what") else "right")
-    middle = {key: tuple(statistics.median(column) for column in zip(*results, strict=True)) for key, results in runs.items()}
-    for key, results in sorted(runs.items(), key=lambda item: (-item[0][0], item[0][1] == "cold")):
-        count, cache, what = key
-        wall, cpu, peak = middle[key]
+    middle = {key: [statistics.median(column) for column in zip(*results, strict=True)] for key, results in runs.items()}
+    for (count, cache, what), results in sorted(runs.items(), key=lambda item: (-item[0][0], item[0][1] == "cold")):  # as run, warm before cold
+        wall, cpu, peak = middle[count, cache, what]
         walls, peaks = [result[0] for result in results], [result[2] / 1e6 for result in results]
-        ratio = f"{wall / middle[count, cache, CP][0]:.2f}" if (count, cache, CP) in middle else ""
-        label = what if count == layers else f"{what}, {count} layers"
-        spread = f"{min(walls):.2f} - {max(walls):.2f}", f"{min(peaks):.0f} - {max(peaks):.0f}"
-        table.add_row(cache, label, str(len(results)), f"{wall:.2f}", spread[0], ratio, f"{cpu:.2f}", f"{peak / 1e6:.0f}", spread[1])
+        cells = [cache, what if count == layers else f"{what}, {count} layers", str(len(results)), f"{wall:.2f}", f"{min(walls):.2f} - {max(walls):.2f}"]
+        cells += [f"{wall / middle[layers, cache, CP][0]:.2f}" if count == layers else "", f"{cpu:.2f}", f"{peak / 1e6:.0f}"]
+        table.add_row(*cells, f"{min(peaks):.0f} - {max(peaks):.0f}")
     console.print(table)
     for cache in ("warm", "cold"):
         at = {what: middle[layers, cache, what] for what in order}
@@ -223,6 +219,8 @@ def main(work: Path, layers: int, second_layers: int, rounds: int, rounds_slow: 
         for target, found, bound, unit in targets:
             console.print(f"{'holds' if found <= bound else 'FAILS'}  {cache}  {target}: {found:.2f} and {bound:.2f} {unit}")
         console.print(f"       {cache}  obvious script / effconvert: wall {at[SCRIPT][0] / wall:.2f} x, peak {at[SCRIPT][2] / peak:.2f} x")
+    peaks = [middle[count, "warm", OURS][2] / 1e6 for count in (second_layers, layers)]
+    console.print(f"peak of effconvert: {peaks[0]:.0f} MB with {second_layers} layers, {peaks[1]:.0f} MB with {layers}")
     console.print(f"{equal} of {total} tensors equal those of the obvious script; {exact} of {pooled} pooled ones are the float32 mean, rounded once")
     file = Path(__file__).parent / "results" / f"stream-{about['date']}.csv"
     file.parent.mkdir(exist_ok=True)

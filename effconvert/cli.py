@@ -138,9 +138,9 @@ def demo(output: str | None) -> None:
     from pathlib import Path
     from tempfile import TemporaryDirectory
 
-    from effconvert.console import Terminal
+    from effconvert.console import Demonstration
     from effconvert.demo import demo as convert_embedded
 
-    terminal = Terminal("the embedded model")
+    terminal = Demonstration("the embedded model")
     with TemporaryDirectory(prefix="effconvert-demo-") as scratch:
         terminal.demo(convert_embedded(Path(output or scratch), terminal), kept=bool(output))

@@ -135,10 +135,27 @@ class Terminal:
         table.add_row("perplexity", *(perplexity(quality.perplexity) for quality in qualities))
         table.add_row("KL from the original", "", *(f"{quality.kl:.3f}" for quality in qualities[1:]))
         table.add_row("same top token", "", *(f"{quality.agreement:.1%}" for quality in qualities[1:]))
-        self.out.print("\n[bold]side by side[/]")
+        self.out.print()
         self.out.print(table)
+        for name, side in sides.items():
+            self.out.print(f"{name} writes: {side.continuation!r}", soft_wrap=True, markup=False)
+        quality = qualities[0]
+        self.out.print(f"on {first.text}: {quality.tokens} tokens in windows of {quality.context}, {first.dtype}, {first.device}", soft_wrap=True)
+        self.out.print("Pooling alone leaves a model in ruins: the cache is smaller, and the numbers say what it cost. Now yours: effconvert gqa --help")
         if kept:
             self.out.print(f"kept: {', '.join(str(outcome.output) for outcome in outcomes.values())}", soft_wrap=True)
+
+
+class Demonstration(Terminal):
+    """Prints the first plan alone: those that follow differ in the rule of pooling only."""
+
+    planned = False
+
+    def plan(self, plan: Plan, output: Path, verify_bytes: int) -> None:
+        """Print the first plan."""
+        if not self.planned:
+            super().plan(plan, output, verify_bytes)
+        self.planned = True
 
 
 def _shape(config: Config) -> str:

@@ -15,7 +15,6 @@ import effconvert
 from effconvert.cli import main
 
 SHARDS = 5  # of the tiny model, at least
-EASY = ("--tokens", "60", "--context", "20")  # enough to see that something is measured
 
 
 @pytest.fixture(scope="session")

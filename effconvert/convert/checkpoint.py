@@ -220,7 +220,7 @@ def read_tensors(folder: Path) -> dict[str, Stored]:
     try:
         where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(where.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{index} is no index of shards ({error!r}); fetch the file again") from None
     tensors: dict[str, Stored] = {}
     for shard in shards:

@@ -42,7 +42,7 @@ class Config:
         if self.family.fixed_kv_heads:
             return self.family.fixed_kv_heads
         key = self.family.kv_heads_key
-        return self._whole(key) if key and self.raw.get(key) is not None else self.heads
+        return self._whole(key) if key and self.get(key) is not None else self.heads
 
     @property
     def layers(self) -> int:
@@ -57,12 +57,16 @@ class Config:
     @property
     def head_dim(self) -> int:
         """Width of a head, D."""
-        return self._whole("head_dim") if self.raw.get("head_dim") is not None else self.hidden // self.heads
+        return self._whole("head_dim") if self.get("head_dim") is not None else self.hidden // self.heads
 
     @property
     def tied(self) -> bool:
-        """Whether the head is the embedding (transformers' default where the config is silent)."""
-        return bool(self.raw.get("tie_word_embeddings", self.family.tied_by_default))
+        """Whether the head is the embedding."""
+        return bool(self.get("tie_word_embeddings"))
+
+    def get(self, key: str) -> Any:
+        """Return the value of `key`, transformers' own where the file is silent, None where there is none."""
+        return self.raw.get(key, self.family.defaults.get(key))
 
     def windows(self) -> list[int | None]:
         """Return each layer's sliding window in tokens, None where it sees everything.
@@ -70,13 +74,13 @@ class Config:
         As transformers reads a config: `layer_types` decides; without it, a window holds in every layer from
         `max_window_layers` on, but each `sliding_window_pattern`-th.
         """
-        window = self.raw.get("sliding_window")
-        if window is None or self.raw.get("use_sliding_window") is False:
+        window = self.get("sliding_window")
+        if window is None or self.get("use_sliding_window") is False:
             return [None] * self.layers
-        kinds = self.raw.get("layer_types")
+        kinds = self.get("layer_types")
         if kinds is None:
-            every = self.raw.get("sliding_window_pattern", self.family.window_pattern)
-            first = self.raw.get("max_window_layers", 0)
+            every = self.get("sliding_window_pattern")
+            first = self.get("max_window_layers") or 0
             seen = [i < first or (every and (i + 1) % every == 0) for i in range(self.layers)]
             kinds = ["full_attention" if everything else "sliding_attention" for everything in seen]
         return [int(window) if kind == "sliding_attention" else None for kind in kinds]
@@ -102,10 +106,10 @@ class Config:
         if count == 1 and self.family.multi_query:
             return self.become(self.family.multi_query)
         able = ", ".join(kind for kind, family in FAMILIES.items() if family.kv_heads_key)
-        only = f"only the choice of 1 ({self.family.multi_query})" if self.family.multi_query else "no class"
+        only = f"nothing but one head for all ({self.family.multi_query})" if self.family.multi_query else "no class"
         raise ModelError(
-            f"{self.kind} with {count} KV heads cannot be written: transformers has {only} for {self.kind} with fewer KV heads "
-            f"than query heads, so stock loaders could not open it; families that can: {able}"
+            f"{self.kind} cannot be written with fewer KV heads: transformers has {only} for a {self.kind} whose query heads share them, "
+            f"so stock loaders could not open it; families that can: {able}"
         )
 
     def become(self, kind: str) -> "Config":
@@ -121,7 +125,7 @@ class Config:
         return Config({**kept, **family.constants, "model_type": kind, "architectures": [classes[self.architecture]]}, family)
 
     def _whole(self, key: str) -> int:
-        value = self.raw.get(key)
+        value = self.get(key)
         if type(value) is not int or value < 1:
             raise ModelError(f"config.json of this {self.kind} says {key} = {value!r}, where a whole number of at least 1 is needed; mend the file")
         return value
@@ -141,7 +145,7 @@ def read_config(folder: Path) -> Config:
         raise OptionError(f"{folder} holds no model: there is no config.json in it; give a folder written by save_pretrained, a Hub id or a .gguf file")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not JSON ({error}); fetch the file again") from None
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if not isinstance(kind, str) or kind not in FAMILIES:

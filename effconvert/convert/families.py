@@ -9,6 +9,7 @@ attention, `attn_post_norm` after it, likewise `mlp_...`). Several parts under o
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +31,13 @@ class Family:
     per_kv_head: tuple[str, ...] = ("k", "v")  # parts whose rows come KV head by KV head
 
     decoder: bool = True
-    tied_by_default: bool = False  # what transformers takes where the config does not say
-    window_pattern: int = 0  # likewise: every so many layers, one has no sliding window
     heads_key: str = "num_attention_heads"
     layers_key: str = "num_hidden_layers"
     hidden_key: str = "hidden_size"
     kv_heads_key: str = "num_key_value_heads"  # empty: the family cannot say, and has `fixed_kv_heads` or one per query head
     fixed_kv_heads: int = 0
     multi_query: str = ""  # the family that is this one with a single KV head
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # what transformers takes where the config is silent
     constants: Mapping[str, object] = field(default_factory=dict)  # config values that this row takes for granted
     absent: Mapping[str, object] = field(default_factory=dict)  # keys of its relatives that it lacks, and what it does instead
 
@@ -72,20 +72,26 @@ LLAMA = Family(
 )
 QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 POST_NORMS = {"attn_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
-QWEN3 = replace(LLAMA, base="Qwen3Model", lm="Qwen3ForCausalLM", parts={**LLAMA.parts, **QK_NORMS})
+QWEN_DEFAULTS = {"num_key_value_heads": 32, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+QWEN3 = replace(LLAMA, base="Qwen3Model", lm="Qwen3ForCausalLM", parts={**LLAMA.parts, **QK_NORMS}, defaults={**QWEN_DEFAULTS, "head_dim": 128})
 GEMMA2 = replace(
     LLAMA,
     base="Gemma2Model",
     lm="Gemma2ForCausalLM",
-    tied_by_default=True,
-    window_pattern=2,
+    defaults={
+        "tie_word_embeddings": True,
+        "head_dim": 256,
+        "num_key_value_heads": 4,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 2,
+    },
     parts={**LLAMA.parts, **POST_NORMS, "mlp_norm": "pre_feedforward_layernorm"},
 )
 
 GPT2 = Family(
     base="GPT2Model",
     lm="GPT2LMHeadModel",
-    tied_by_default=True,
+    defaults={"tie_word_embeddings": True},
     prefix="transformer",
     layers="h",
     parts={
@@ -112,7 +118,7 @@ GPT2 = Family(
 BERT = Family(
     base="BertModel",
     lm="BertForMaskedLM",
-    tied_by_default=True,
+    defaults={"tie_word_embeddings": True},
     prefix="bert",
     layers="encoder.layer",
     parts={
@@ -140,13 +146,19 @@ BERT = Family(
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "llama": LLAMA,
-        "mistral": replace(LLAMA, base="MistralModel", lm="MistralForCausalLM"),
-        "qwen2": replace(LLAMA, base="Qwen2Model", lm="Qwen2ForCausalLM"),
+        "mistral": replace(LLAMA, base="MistralModel", lm="MistralForCausalLM", defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
+        "qwen2": replace(LLAMA, base="Qwen2Model", lm="Qwen2ForCausalLM", defaults=QWEN_DEFAULTS),
         "qwen3": QWEN3,
         "granite": replace(LLAMA, base="GraniteModel", lm="GraniteForCausalLM"),
-        "gemma": replace(LLAMA, base="GemmaModel", lm="GemmaForCausalLM", tied_by_default=True),
+        "gemma": replace(LLAMA, base="GemmaModel", lm="GemmaForCausalLM", defaults={"tie_word_embeddings": True, "head_dim": 256, "num_key_value_heads": 16}),
         "gemma2": GEMMA2,
-        "gemma3_text": replace(GEMMA2, base="Gemma3TextModel", lm="Gemma3ForCausalLM", parts={**GEMMA2.parts, **QK_NORMS}, window_pattern=6),
+        "gemma3_text": replace(
+            GEMMA2,
+            base="Gemma3TextModel",
+            lm="Gemma3ForCausalLM",
+            parts={**GEMMA2.parts, **QK_NORMS},
+            defaults={**GEMMA2.defaults, "sliding_window_pattern": 6},
+        ),
         "olmo2": replace(
             LLAMA,
             base="Olmo2Model",
@@ -197,7 +209,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "opt": Family(
             base="OPTModel",
             lm="OPTForCausalLM",
-            tied_by_default=True,
+            defaults={"tie_word_embeddings": True},
             prefix="model",
             layers="decoder.layers",
             parts={
@@ -226,7 +238,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "distilbert": Family(
             base="DistilBertModel",
             lm="DistilBertForMaskedLM",
-            tied_by_default=True,
+            defaults={"tie_word_embeddings": True},
             prefix="distilbert",
             layers="transformer.layer",
             parts={
@@ -254,7 +266,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "modernbert": Family(
             base="ModernBertModel",
             lm="ModernBertForMaskedLM",
-            tied_by_default=True,
+            defaults={"tie_word_embeddings": True},
             prefix="model",
             layers="layers",
             parts={

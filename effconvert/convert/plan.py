@@ -180,7 +180,9 @@ def _size(tensors: list[tuple[str, str, tuple[int, ...]]], config: Config, check
     parameters = sum(
         math.prod(shape)
         for name, dtype, shape in tensors
-        if dtype in FLOATS and not name.endswith(family.buffers) and not (config.tied and name.startswith(heads) and shape == embedding)
+        if dtype in FLOATS
+        and not name.endswith(tuple(f".{buffer}" for buffer in family.buffers))
+        and not (config.tied and name.startswith(heads) and shape == embedding)
     )
     on_disk = sum(math.prod(shape) * ITEMSIZE[dtype] for _, dtype, shape in tensors)
     return Size(parameters, on_disk, config.kv_bytes(ITEMSIZE[checkpoint.dtype], 1))

@@ -80,7 +80,7 @@ def read_header(file: Path) -> dict[str, Stored]:
         stored = [_entry(file, name, entry, 8 + length) for name, entry in header.items()]
     except OSError as error:
         raise ModelError(f"{file} cannot be read ({error.strerror}){mend}") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ModelError(f"{damaged}its header is no safetensors header ({error}){mend}") from None
     stored.sort(key=lambda tensor: (tensor.start, tensor.stop))
     expected = 8 + length

@@ -160,7 +160,7 @@ def _side(
     measured = quality.measure(model, cut, record, reference) if whole else None
     written = quality.continuation(model, tokenizer, prompt, PROMPT) if whole else ""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    short = prompt[: min(len(prompt), *(window - 1 for window in plan.checkpoint.config.windows() if window))]  # before any window is full
+    short = prompt[: max(1, min([len(prompt), *(window - 1 for window in plan.checkpoint.config.windows() if window)]))]  # before any window is full
     cache = quality.kv_bytes(model, short) // len(short)
     return Side(parameters, cache * FLOATS[plan.checkpoint.dtype].itemsize // model.dtype.itemsize, measured, written), head, str(model.device)
 

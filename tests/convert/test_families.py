@@ -4,16 +4,15 @@ import re
 import pytest
 import torch
 import transformers
-from transformers import DynamicCache
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, DynamicCache
 
 from effconvert.convert.checkpoint import open_checkpoint
 from effconvert.convert.config import Config, read_config
 from effconvert.convert.families import FAMILIES
 from effconvert.convert.plan import plan
 from effconvert.errors import ModelError
-from tests.models import DECODERS, SETTINGS, save, tiny
-
-BOTH_HEADS = [kind for kind in FAMILIES if kind not in ("bert", "roberta", "distilbert", "modernbert")]  # transformers cannot untie these
+from tests.models import DECODERS, GROUPING, SETTINGS, save, tiny
 
 
 def bare(kind):
@@ -55,7 +54,8 @@ def test_every_part_of_a_row_is_somewhere_in_a_layer(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_row_and_transformers_agree_on_what_is_tied_by_default(kind):
-    assert FAMILIES[kind].tied_by_default == getattr(transformers, FAMILIES[kind].lm).config_class().tie_word_embeddings
+    tied = FAMILIES[kind].defaults.get("tie_word_embeddings", False)
+    assert tied == getattr(transformers, FAMILIES[kind].lm).config_class().tie_word_embeddings
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -94,12 +94,9 @@ def expected_parts(kind, state, module, part, config):
         yield part + (".bias" if suffix == "bias" else ""), tensor
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize(("kind", "kv_heads"), [(kind, 4) for kind in FAMILIES] + [(kind, 2) for kind in GROUPING])
 def test_a_layer_gives_every_part_as_a_plain_matrix(kind, kv_heads, tmp_path):
-    if kv_heads != 4 and not FAMILIES[kind].kv_heads_key:
-        kv_heads = None
-    model = tiny(kind, **({"num_key_value_heads": kv_heads} if FAMILIES[kind].kv_heads_key else {}))
+    model = tiny(kind, num_key_value_heads=kv_heads) if kind in GROUPING else tiny(kind)
     checkpoint, state, family = open_checkpoint(save(model, tmp_path)), model.state_dict(), FAMILIES[kind]
     for index in range(checkpoint.config.layers):
         layer = checkpoint.layer(index, "cpu")
@@ -163,7 +160,7 @@ def test_the_plan_counts_the_parameters_that_the_model_has(kind, tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", BOTH_HEADS)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_a_tied_head_is_counted_once_and_an_untied_one_too(kind, tied, tmp_path):
     model = tiny(kind, tie_word_embeddings=tied)
     planned = plan(open_checkpoint(save(model, tmp_path)), ())
@@ -175,8 +172,6 @@ def test_a_tied_head_that_an_old_file_stored_all_the_same_is_not_counted_again(t
     model = tiny("gpt2")
     state = {**model.state_dict(), "lm_head.weight": model.state_dict()["transformer.wte.weight"].clone()}
     save(model, tmp_path)
-    from safetensors.torch import save_file
-
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert plan(open_checkpoint(tmp_path), ()).before.parameters == sum(parameter.numel() for parameter in model.parameters())
 
@@ -213,9 +208,11 @@ def test_an_encoder_has_no_kv_cache(kind, tmp_path):
 WINDOWS = [
     ("mistral", {"sliding_window": 8}),
     ("mistral", {"sliding_window": None}),
+    ("mistral", {}),
     ("llama", {}),
     ("gemma", {}),
     ("gemma2", {"sliding_window": 8}),
+    ("gemma2", {}),
     ("gemma3_text", {"sliding_window": 8, "sliding_window_pattern": 2}),
     ("gemma3_text", {"sliding_window": 8, "sliding_window_pattern": 3}),
     ("gemma3_text", {"sliding_window": 8}),
@@ -225,6 +222,7 @@ WINDOWS = [
     ("qwen2", {"sliding_window": 8, "use_sliding_window": False, "max_window_layers": 3}),
     ("qwen2", {"sliding_window": None, "use_sliding_window": False, "max_window_layers": 3}),
     ("qwen2", {"sliding_window": 8, "max_window_layers": 3}),
+    ("qwen2", {"sliding_window": 8, "use_sliding_window": True}),
     ("qwen3", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 3}),
     ("qwen3", {"sliding_window": 8, "use_sliding_window": False, "max_window_layers": 3}),
     ("phi3", {"sliding_window": 8}),
@@ -244,8 +242,6 @@ def test_the_windows_of_an_older_config_are_those_that_transformers_makes_of_it(
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "llama"])
 def test_what_old_versions_stored_in_a_layer_is_carried_along_and_not_counted(kind, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     family, model = FAMILIES[kind], tiny(kind)
     save(model, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -260,7 +256,7 @@ def test_what_old_versions_stored_in_a_layer_is_carried_along_and_not_counted(ki
 def test_a_part_that_a_layer_lacks_is_named_with_those_it_has(tmp_path):
     layer = open_checkpoint(save(tiny("gpt2"), tmp_path)).layer(0, "cpu")
     assert "gate" not in layer
-    with pytest.raises(ModelError, match="has no part 'gate'; it has q, q.bias, k, k.bias"):
+    with pytest.raises(ModelError, match=r"has no part 'gate'; it has q, q\.bias, k, k\.bias"):
         layer["gate"]
 
 
@@ -306,3 +302,11 @@ def test_a_multi_head_gpt_bigcode_is_refused(tmp_path):
     model = transformers.GPTBigCodeForCausalLM(transformers.GPTBigCodeConfig(n_embd=32, n_layer=1, n_head=4, vocab_size=128, multi_query=False))
     with pytest.raises(ModelError, match="multi_query = False"):
         open_checkpoint(save(model, tmp_path))
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_defaults_of_a_row_are_those_of_transformers(kind):
+    stock = AutoConfig.for_model(kind)
+    for key, value in FAMILIES[kind].defaults.items():
+        if not key.startswith("sliding_window"):  # where each layer's window comes from is held above
+            assert getattr(stock, key) == value, key

@@ -1,0 +1,338 @@
+"""Where models come from: the Hub, as far as a small server of our own can play it, and GGUF files."""
+
+import hashlib
+import json
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from click.testing import Result
+
+Command = Callable[..., Result]
+Hub = Callable[..., subprocess.CompletedProcess[str]]
+COMMIT, OLDER = "a" * 40, "b" * 40
+TOKEN = "hf_" + "t0psecret" * 4
+NOTHING = "no-such-model"
+
+
+@dataclass
+class Server:
+    """What the Hub's HTTP API says about three models: `lab/tiny`, which is open, `lab/gated`, and `lab/pickle`."""
+
+    files: dict[str, dict[str, bytes]]  # commit -> name -> content
+    asked: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, Authorization
+    endpoint: str = ""
+    fails: bool = False
+
+
+def handler(server: Server) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.respond(True)
+
+        def do_HEAD(self) -> None:
+            self.respond(False)
+
+        def log_message(self, *_: object) -> None: ...
+
+        def respond(self, whole: bool) -> None:
+            path = unquote(urlsplit(self.path).path)
+            server.asked.append((self.command, path, self.headers.get("Authorization", "")))
+            parts = path.removeprefix("/api/models").strip("/").split("/")
+            model = "/".join(parts[:2])
+            if server.fails:
+                self.reply(500, b"", whole)
+            elif model == "lab/gated":
+                self.reply(403, b"", whole, {"X-Error-Code": "GatedRepo", "X-Error-Message": "ask for access"})
+            elif model != "lab/tiny":
+                self.reply(401, b"", whole, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+            elif not path.startswith("/api/"):
+                self.file(parts[3], "/".join(parts[4:]), whole)
+            else:
+                self.about(model, parts[2:], whole)
+
+        def about(self, model: str, parts: list[str], whole: bool) -> None:
+            kind, revision = parts if parts else ("revision", "main")
+            commit = {"main": COMMIT, "v1": OLDER}.get(revision, revision)
+            if commit not in server.files:
+                self.reply(404, b"", whole, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": f"Invalid rev id: {revision}"})
+                return
+            files = server.files[commit]
+            answer: object = {"id": model, "modelId": model, "sha": commit, "siblings": [{"rfilename": name} for name in files]}
+            if kind == "tree":
+                answer = [{"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()} for name, data in files.items()]
+            self.reply(200, json.dumps(answer).encode(), whole, {"Content-Type": "application/json"})
+
+        def file(self, commit: str, name: str, whole: bool) -> None:
+            data = server.files[commit].get(name)
+            if data is None:
+                self.reply(404, b"", whole, {"X-Error-Code": "EntryNotFound"})
+                return
+            self.reply(200, data, whole, {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": commit})
+
+        def reply(self, status: int, data: bytes, whole: bool, headers: dict[str, str] | None = None) -> None:
+            self.send_response(status)
+            for key, value in {**(headers or {}), "Content-Length": str(len(data))}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if whole:
+                self.wfile.write(data)
+
+    return Handler
+
+
+@pytest.fixture
+def server(llama: Path) -> Iterator[Server]:
+    """A Hub of our own."""
+    newest = {file.name: file.read_bytes() for file in llama.iterdir()}
+    newest["pytorch_model.bin"] = b"cos\nsystem\n(S'touch opened'\ntR."
+    newest["modeling_tiny.py"] = b"raise SystemExit"
+    older = {**newest, "LICENSE": b"of version 1"}
+    state = Server({COMMIT: newest, OLDER: older})
+    listener = ThreadingHTTPServer(("127.0.0.1", 0), handler(state))
+    state.endpoint = f"http://127.0.0.1:{listener.server_port}"
+    thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield state
+    listener.shutdown()
+    thread.join()
+    listener.server_close()
+
+
+@pytest.fixture
+def hub(server: Server, python: str, environment: dict[str, str], tmp_path: Path) -> Hub:
+    """Run a conversion of a model of that Hub, as somebody who has never used one before."""
+    clean = {key: value for key, value in environment.items() if not key.startswith(("HF_", "HUGGING")) and not key.lower().endswith("_proxy")}
+
+    def run(model: str, *more: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        ours = {"HF_ENDPOINT": server.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        arguments = [python, "-m", "effconvert", "gqa", "--groups", "2", model, "-o", "out", "--no-verify", *more]
+        return subprocess.run(arguments, env={**clean, **ours, **variables}, capture_output=True, text=True, timeout=100)
+
+    return run
+
+
+def refused(done: subprocess.CompletedProcess[str], code: int) -> str:
+    """Return the one line that a command gave up with."""
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not Path("out").exists()
+    assert not Path("out.partial").exists()
+    (line,) = [line for line in done.stderr.splitlines() if line]  # no bar of progress either: this is no terminal
+    assert line.startswith("Error: ")
+    return line
+
+
+def test_a_model_is_fetched_by_its_id_and_converted_as_from_a_folder(
+    server: Server, hub: Hub, llama: Path, command: Command, contents: Callable[[Path], dict[str, str]]
+) -> None:
+    done = hub("lab/tiny", HF_TOKEN=TOKEN)
+    assert done.returncode == 0, done.stderr
+    assert command("gqa", "--groups", "2", llama, "-o", "local", "--no-verify").exit_code == 0
+    fetched, local = contents(Path("out")), contents(Path("local"))
+    record = json.loads(Path("out/effconvert.json").read_text())
+    assert {**fetched, "effconvert.json": ""} == {**local, "effconvert.json": ""}
+    assert record["source"]["model"] == "lab/tiny"
+
+    paths = [path for _, path, _ in server.asked]
+    assert any(path.endswith(".safetensors") for path in paths)
+    assert not any(path.endswith((".bin", ".py")) for path in paths)  # neither pickle nor code is even fetched
+    assert not list(Path("hf").rglob("*.bin"))
+
+    assert {given for _, _, given in server.asked} == {f"Bearer {TOKEN}"}
+    assert TOKEN not in done.stdout + done.stderr
+    for file in Path("out").rglob("*"):
+        assert TOKEN.encode() not in file.read_bytes()
+
+    server.fails, asked = True, len(server.asked)
+    again = hub("lab/tiny", "--overwrite")  # from the cache, though the Hub is in trouble
+    assert again.returncode == 0, again.stderr
+    assert len(server.asked) > asked
+
+
+def test_a_revision_is_fetched_by_its_name(server: Server, hub: Hub) -> None:
+    done = hub("lab/tiny", "--revision", "v1")
+    assert done.returncode == 0, done.stderr
+    assert Path("out/LICENSE").read_text() == "of version 1"
+    assert {given for _, _, given in server.asked} == {""}  # nobody is logged in
+    source = json.loads(Path("out/effconvert.json").read_text())["source"]
+    assert source["revision"] == "v1"
+
+
+def test_the_commit_that_was_fetched_is_recorded_and_nothing_said_about_progress_to_a_pipe(hub: Hub) -> None:
+    done = hub("lab/tiny")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert COMMIT in Path("out/effconvert.json").read_text()  # `main` will be another model tomorrow
+
+
+def test_a_revision_that_does_not_exist_is_named(hub: Hub) -> None:
+    told = refused(hub("lab/tiny", "--revision", "v2"), 2)
+    assert "lab/tiny has no revision 'v2'" in told
+
+
+def test_a_model_that_does_not_exist_is_named(hub: Hub) -> None:
+    told = refused(hub("lab/tyni"), 2)
+    assert "'lab/tyni'" in told
+    assert "hf auth login" in told
+
+
+def test_a_name_without_an_owner_is_sought_on_the_hub_as_well(hub: Hub) -> None:
+    assert f"{NOTHING!r}" in refused(hub(NOTHING), 2)
+
+
+def test_a_gated_model_is_named_with_what_to_do(hub: Hub) -> None:
+    told = refused(hub("lab/gated"), 1)
+    assert "lab/gated is gated" in told
+    assert "hf auth login" in told
+
+
+def test_a_model_on_the_hub_without_safetensors_is_refused_by_its_id(server: Server, hub: Hub) -> None:
+    files = server.files[COMMIT]
+    server.files[COMMIT] = {name: data for name, data in files.items() if "safetensors" not in name}
+    told = refused(hub("lab/tiny"), 1)
+    assert "safetensors" in told
+    assert "lab/tiny" in told or "lab--tiny" in told
+
+
+def test_a_hub_that_is_in_trouble_is_an_error_of_one_line(server: Server, hub: Hub) -> None:
+    server.fails = True
+    told = refused(hub("lab/tiny", HF_HUB_ETAG_TIMEOUT="2"), 2)
+    assert "'lab/tiny'" in told
+
+
+def test_a_hub_that_cannot_be_reached_is_an_error_of_one_line(hub: Hub) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        told = refused(hub("lab/tiny", HF_ENDPOINT=f"http://127.0.0.1:{closed.getsockname()[1]}"), 2)
+    assert "'lab/tiny'" in told
+    assert "cannot be reached" in told
+
+
+# GGUF
+
+
+@pytest.fixture(scope="session")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of one layer with 4 KV heads as a GGUF file in float32, with the alphabet of bytes as its tokenizer."""
+    import numpy
+    from gguf import GGUFWriter, TokenType
+    from tokenizers import pre_tokenizers
+
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    width, inner, heads = 32, 48, 4
+    pieces = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
+    writer = GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(width)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_dimension_count(width // heads)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(len(pieces))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(pieces)
+    writer.add_token_types([TokenType.CONTROL] * 2 + [TokenType.NORMAL] * 257)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    random = numpy.random.default_rng(0)
+    shapes = {
+        "token_embd": (len(pieces), width),
+        "blk.0.attn_q": (width, width),
+        "blk.0.attn_k": (width, width),
+        "blk.0.attn_v": (width, width),
+        "blk.0.attn_output": (width, width),
+        "blk.0.ffn_gate": (inner, width),
+        "blk.0.ffn_up": (inner, width),
+        "blk.0.ffn_down": (width, inner),
+        "blk.0.attn_norm": (width,),
+        "blk.0.ffn_norm": (width,),
+        "output_norm": (width,),
+        "output": (len(pieces), width),
+    }
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", random.normal(0, 0.1, shape).astype(numpy.float32) + (len(shape) == 1))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_file_is_unpacked_once_and_converted(gguf: Path, command: Command, contents: Callable[[Path], dict[str, str]]) -> None:
+    result = command("gqa", "--groups", "2", gguf, "--tokens", "60", "--context", "20")
+    assert result.exit_code == 0, result.output
+    config = json.loads(Path("tiny-gqa-2/config.json").read_text())
+    assert (config["model_type"], config["num_key_value_heads"]) == ("llama", 2)
+    assert "perplexity" in result.stdout
+    kept = contents(Path("cache"))
+    assert kept
+    again = command("gqa", "--groups", "2", gguf, "--no-verify", "-o", "again")
+    assert again.exit_code == 0, again.output
+    assert contents(Path("cache")) == kept
+
+
+def test_a_gguf_file_keeps_its_numbers(gguf: Path, command: Command) -> None:
+    import torch
+    from gguf import GGUFReader
+    from safetensors import safe_open
+
+    assert command("gqa", "--groups", "4", gguf, "--no-verify", "-o", "out").exit_code == 0
+    held = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in GGUFReader(gguf).tensors}
+    (file,) = Path("out").glob("*.safetensors")
+    with safe_open(file, "pt") as opened:
+        assert torch.equal(opened.get_tensor("model.layers.0.mlp.down_proj.weight"), held["blk.0.ffn_down.weight"].bfloat16())
+        assert torch.equal(opened.get_tensor("model.layers.0.self_attn.v_proj.weight"), held["blk.0.attn_v.weight"].bfloat16())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[:3],
+        lambda data: data[:200],
+        lambda data: data[:-400],
+        lambda data: b"GGML" + data[4:],
+        lambda data: data[:8] + b"\xff" * 8 + data[16:],
+        lambda data: b"<html>404</html>" * 10,
+    ],
+    ids=["empty", "3 bytes", "200 bytes", "a tensor cut short", "another format", "endless tensors", "a page"],
+)
+def test_a_damaged_gguf_file_is_the_models_fault(gguf: Path, command: Command, damage: Callable[[bytes], bytes]) -> None:
+    Path("damaged.gguf").write_bytes(damage(gguf.read_bytes()))
+    result = command("gqa", "--groups", "2", "damaged.gguf", "-o", "out", "--no-verify")
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    assert result.exit_code == 1
+    assert "damaged.gguf cannot be unpacked" in result.stderr
+    assert not Path("out").exists()
+    assert not Path("out.partial").exists()
+    assert not [path for path in Path("cache").rglob("*") if path.is_file()]
+
+
+def test_a_gguf_file_whose_tokenizer_contradicts_itself_is_the_models_fault(gguf: Path, command: Command) -> None:
+    data = gguf.read_bytes()
+    assert data.count(b"a b") == 1
+    Path("damaged.gguf").write_bytes(data.replace(b"a b", b"a c"))  # a merge into a token that is not there
+    result = command("gqa", "--groups", "2", "damaged.gguf", "-o", "out", "--no-verify")
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    assert result.exit_code == 1
+    assert "damaged.gguf cannot be unpacked" in result.stderr
+
+
+def test_a_gguf_file_that_is_not_there_is_the_askers_mistake(command: Command) -> None:
+    result = command("gqa", "--groups", "2", "gone.gguf", "-o", "out")
+    assert result.exit_code == 2
+    assert "there is no file gone.gguf" in result.stderr

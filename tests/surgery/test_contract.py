@@ -1,0 +1,232 @@
+"""What every technique owes, whatever it does: one row a technique in `CASES`, and every family is tried."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from effconvert.convert.config import read_config
+from effconvert.convert.families import FAMILIES
+from effconvert.convert.run import convert
+from effconvert.errors import ModelError
+from effconvert.options import RunOptions
+from effconvert.surgery import catalogue, load
+from tests.models import GROUPING, logits, save, tiny
+
+
+@dataclass(frozen=True)
+class Case:
+    neutral: dict  # options with which no logit may change,
+    neutral_from: dict  # on a model with these changes to its config
+    same_bytes: bool  # whether not even a bit may change then
+    small: dict  # options that change something,
+    small_from: dict  # likewise
+    kinds: list  # families that it can be done to, by the rows of today
+    refusal: str  # in the reason why the others cannot
+    parts: tuple = ()  # what it may change in a layer beside `Family.per_kv_head`
+
+
+HEADS = {count: {"num_key_value_heads": count} for count in (1, 2, 4)}
+CASES = {
+    "gqa": Case({"groups": 4}, HEADS[4], True, {"groups": 2}, HEADS[4], GROUPING, "cannot be written with fewer KV heads: transformers has"),
+    "mqa": Case({}, HEADS[1], True, {}, HEADS[4], [*GROUPING, "gpt2"], "cannot be written with fewer KV heads: transformers has"),
+    "expand-kv": Case({"groups": 4}, HEADS[2], False, {"groups": 2}, HEADS[1], GROUPING, "cannot be written with another number of KV heads: transformers has"),
+}
+MATRIX = [(name, kind) for name, case in CASES.items() for kind in case.kinds]
+NEUTRAL = [(name, kind) for name, kind in MATRIX if kind in GROUPING] + [("mqa", "gpt_bigcode"), ("gqa", "gpt2")]
+OTHERWISE = [("mqa", "gpt_bigcode"), ("gqa", "gpt_bigcode")]  # they have a single KV head: nothing to refuse, or wrong options
+REFUSED = [(name, kind) for name, case in CASES.items() for kind in FAMILIES if kind not in case.kinds and (name, kind) not in OTHERWISE]
+
+
+def technique(name, options):
+    return load(name)(**options)
+
+
+def build(kind, changes):
+    return tiny(kind, **(changes if kind in GROUPING else {}))
+
+
+def run(source, output, name, options, **how):
+    text = source.parent / "text.txt"  # a short one: the models have no tokenizer, so nothing is measured on it
+    text.write_text("words")
+    return convert(str(source), (technique(name, options),), RunOptions(output=output, text=text, **how))
+
+
+def read_back(folder):
+    name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return model.eval()
+
+
+def tensors(folder):
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def bits(tensor):
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def digests(folder):
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "effconvert.json"]  # which names the source folder
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def kv_bytes(model):
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(torch.tensor([[3]]), past_key_values=cache, use_cache=True)
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+@pytest.fixture(scope="module", params=MATRIX, ids="-".join)
+def done(request, tmp_path_factory):
+    """A conversion that changes something, of a model in several shards: its name, its source and what came of it."""
+    name, kind = request.param
+    folder = tmp_path_factory.mktemp(f"{name}-{kind}")
+    source = save(build(kind, CASES[name].small_from), folder / "source", max_shard_size="40KB")
+    (source / "README.md").write_text("words of the author")
+    return name, source, run(source, folder / "out", name, CASES[name].small)
+
+
+def test_the_table_names_every_technique():
+    assert set(CASES) == set(catalogue())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_class_of_a_technique_carries_its_name_and_summary(name):
+    surgery = technique(name, CASES[name].small)
+    assert surgery.name == name
+    assert type(surgery).__doc__.startswith(catalogue()[name])
+
+
+@pytest.mark.parametrize(("name", "kind"), NEUTRAL, ids=map("-".join, NEUTRAL))
+def test_neutral_options_change_no_logit(name, kind, tmp_path):
+    case = CASES[name]
+    model = build(kind, case.neutral_from)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.view(-1)[::3] = -0.0  # a sum or a mean would make it 0.0
+    source = save(model, tmp_path / "source", max_shard_size="40KB")
+    outcome = run(source, tmp_path / "out", name, case.neutral)
+    assert outcome.plan.exact
+    expected, found = logits(model), logits(read_back(tmp_path / "out"))
+    assert expected.std() > 0.1
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert outcome.report.difference <= 1e-5 * expected.abs().max()
+    if case.same_bytes:
+        before, after = tensors(source), tensors(tmp_path / "out")
+        assert {tensor: bits(value) for tensor, value in after.items()} == {tensor: bits(value) for tensor, value in before.items()}
+        assert (tmp_path / "out" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+def test_a_conversion_that_changes_something_changes_what_it_should_and_no_other_part(done):
+    name, source, outcome = done
+    config = outcome.plan.checkpoint.config
+    family, checkpoint = config.family, outcome.plan.checkpoint
+    allowed = {*family.per_kv_head, *CASES[name].parts}
+    before, after = tensors(source), tensors(outcome.output)
+    assert before.keys() == after.keys()
+    for tensor, value in before.items():
+        inside = tensor.removeprefix(checkpoint.prefix).removeprefix(f"{family.layers}.").partition(".")[2].rpartition(".")[0]
+        parts = set(family.modules.get(inside, ())) if tensor not in checkpoint.outer else set()
+        if parts & allowed:
+            assert after[tensor].shape != value.shape, tensor
+        elif family.transposed and parts and tensor.endswith(".weight") and value.ndim == 2 and outcome.plan.config.family != family:
+            assert bits(after[tensor].T) == bits(value), tensor
+        else:
+            assert bits(after[tensor]) == bits(value), tensor
+
+
+def test_a_conversion_leaves_the_other_files_and_config_keys_alone(done):
+    _, source, outcome = done
+    assert (outcome.output / "README.md").read_text() == "words of the author"
+    assert (outcome.output / "generation_config.json").read_bytes() == (source / "generation_config.json").read_bytes()
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, outcome.output))
+    changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    expected = {"num_key_value_heads"} if "num_key_value_heads" in before else None
+    if expected:
+        assert changed == expected
+    else:
+        assert after["model_type"] == outcome.plan.config.kind != before["model_type"]
+        assert changed <= {"model_type", "architectures", *outcome.plan.config.family.constants, *outcome.plan.config.family.absent}
+
+
+def test_what_was_planned_is_what_transformers_loads(done):
+    _, source, outcome = done
+    before, after = outcome.plan.before, outcome.plan.after
+    for folder, size in ((source, before), (outcome.output, after)):
+        model = read_back(folder)
+        assert sum(parameter.numel() for parameter in model.parameters()) == size.parameters
+        assert kv_bytes(model) == size.kv_bytes
+        assert sum(tensor.nbytes for tensor in tensors(folder).values()) == size.bytes
+        assert read_config(folder).kind == model.config.model_type
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        assert (index["metadata"]["total_size"], index["metadata"]["total_parameters"]) == (size.bytes, size.parameters)
+        assert index["weight_map"].keys() == tensors(folder).keys()
+    assert before.kv_bytes != after.kv_bytes
+    assert outcome.plan.disk >= sum(tensor.nbytes for tensor in tensors(outcome.output).values())
+
+
+def test_the_report_holds_what_was_measured(done):
+    _, source, outcome = done
+    report = outcome.report
+    assert [side.parameters for side in (report.before, report.after)] == [read_back(folder).num_parameters() for folder in (source, outcome.output)]
+    assert [side.kv_bytes for side in (report.before, report.after)] == [kv_bytes(read_back(folder)) for folder in (source, outcome.output)]
+    assert report.unmeasured == "the model has no tokenizer"
+    assert report.before.quality is None
+    manifest = json.loads((outcome.output / "effconvert.json").read_text())
+    assert manifest["recipe"] == outcome.plan.recipe
+    assert manifest["verified"]
+
+
+def test_a_converted_model_survives_being_saved_and_loaded_by_transformers(done, tmp_path):
+    model = read_back(done[2].output)
+    again = read_back(save(model, tmp_path / "again"))
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_the_same_input_gives_the_same_bytes(done, tmp_path):
+    name, source, outcome = done
+    again = run(source, tmp_path / "again", name, CASES[name].small, verify=False)
+    assert digests(again.output) == digests(outcome.output)
+    assert again.report is None
+
+
+def test_a_layout_of_one_shard_holds_the_same_tensors(done, tmp_path):
+    name, source, outcome = done
+    assert len(list(source.glob("*.safetensors"))) > 1
+    whole = save(read_back(source), tmp_path / "whole")
+    again = run(whole, tmp_path / "out", name, CASES[name].small, verify=False)
+    assert [path.name for path in again.output.glob("*.safetensors")] == ["model.safetensors"]
+    assert {tensor: bits(value) for tensor, value in tensors(again.output).items()} == {
+        tensor: bits(value) for tensor, value in tensors(outcome.output).items()
+    }
+
+
+@pytest.mark.parametrize(("name", "kind"), REFUSED, ids=map("-".join, REFUSED))
+def test_a_family_that_cannot_say_it_is_refused_with_the_reason(name, kind, tmp_path):
+    source = save(build(kind, {}), tmp_path / "source")
+    with pytest.raises(ModelError, match=f"^{kind} {CASES[name].refusal}"):
+        run(source, tmp_path / "out", name, CASES[name].small)
+    assert not any("out" in path.name for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_is_written_on_a_dry_run(name, tmp_path):
+    source = save(build("llama", CASES[name].small_from), tmp_path / "source")
+    outcome = run(source, tmp_path / "out", name, CASES[name].small, dry_run=True)
+    assert outcome.plan.after.parameters != outcome.plan.before.parameters
+    assert not any("out" in path.name for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_base_model_without_its_head_is_converted_too(name, tmp_path):
+    source = save(build("qwen2", CASES[name].small_from).base_model, tmp_path / "source")
+    outcome = run(source, tmp_path / "out", name, CASES[name].small)
+    assert outcome.report.unmeasured == "Qwen2Model has no language-model head"
+    assert read_back(outcome.output).num_parameters() == outcome.plan.after.parameters

@@ -1,0 +1,223 @@
+"""The command line: what it says, where it says it, and what it does not import."""
+
+import os
+import pty
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import Result
+
+import effconvert
+from effconvert.__main__ import main as module_main
+from effconvert.cli import main
+
+Command = Callable[..., Result]
+SLOW = {"torch", "transformers", "pydantic", "numpy", "rich", "huggingface_hub"}
+EASY = ("--tokens", "60", "--context", "20")
+
+
+def names() -> list[str]:
+    return main.list_commands(click.Context(main))
+
+
+def imported(python: str, environment: dict[str, str], *arguments: str) -> set[str]:
+    """Return which of the slow libraries a command imports."""
+    program = "import contextlib, sys\nfrom effconvert.__main__ import main\nwith contextlib.suppress(SystemExit):\n    main()\nprint('|', *sys.modules)"
+    done = subprocess.run([python, "-c", program, *arguments], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return SLOW & set(done.stdout.rpartition("|")[2].split())
+
+
+@pytest.mark.parametrize("arguments", [(), ("-h",), ("--help",), ("--version",)])
+def test_help_and_version_import_nothing_slow(python: str, environment: dict[str, str], arguments: tuple[str, ...]) -> None:
+    assert imported(python, environment, *arguments) == set()
+
+
+def test_help_of_a_technique_does_not_import_transformers(python: str, environment: dict[str, str]) -> None:
+    found = imported(python, environment, "gqa", "--help")
+    assert "pydantic" in found, "nothing was seen of what it imports"
+    assert "transformers" not in found
+
+
+def test_version_is_told(command: Command) -> None:
+    result = command("--version")
+    assert result.exit_code == 0
+    assert effconvert.__version__ in result.stdout
+
+
+def test_effconvert_runs_as_a_module(python: str, environment: dict[str, str]) -> None:
+    done = subprocess.run([python, "-m", "effconvert", "--version"], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert done.stdout.startswith("effconvert, version ")
+
+
+def test_every_command_is_listed_with_a_whole_sentence_of_at_most_70_characters() -> None:
+    assert {"gqa", "mqa", "expand-kv", "inspect", "demo"} <= set(names())
+    context = click.Context(main)
+    wrong = []
+    for name in names():
+        command = main.get_command(context, name)
+        assert command is not None
+        summary = command.get_short_help_str(limit=80)
+        if not summary or len(summary) > 70 or not summary.endswith(".") or summary.endswith("..."):
+            wrong.append(f"{name}: {summary} ({len(summary)})")
+    assert not wrong
+
+
+def test_the_first_page_lists_every_command_with_its_whole_summary(command: Command) -> None:
+    told = command("--help").stdout
+    context = click.Context(main)
+    for name in names():
+        found = main.get_command(context, name)
+        assert found is not None
+        assert re.search(rf"^  {name} +{re.escape(found.get_short_help_str(limit=80))}$", told, re.MULTILINE), name
+
+
+def test_the_first_page_is_the_same_by_every_way_to_it(command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pages = [command("--help").stdout, command("-h").stdout]
+    for arguments in ([], ["-h"], ["--help"]):
+        monkeypatch.setattr("sys.argv", ["effconvert", *arguments])
+        module_main()
+        pages.append(capsys.readouterr().out)
+    assert pages[0].startswith("Usage: effconvert ")
+    assert [page.strip() for page in pages] == [pages[0].strip()] * 5
+
+
+def test_help_of_gqa_shows_examples_defaults_and_what_is_required(command: Command) -> None:
+    told = command("gqa", "--help").stdout
+    assert "effconvert gqa --groups 8 " in told
+    flat = " ".join(told.split())
+    assert re.search(r"--groups G [^[]*\[required\]", flat)
+    assert "[mean|first]" in flat
+    assert "[default: mean]" in flat
+    assert "[default: 4096]" in flat
+    assert flat.count("[required]") == 1
+
+
+def test_every_option_of_every_command_is_described(command: Command) -> None:
+    context = click.Context(main)
+    for name in names():
+        found = main.get_command(context, name)
+        assert found is not None
+        options = [option for option in found.get_params(click.Context(found)) if isinstance(option, click.Option)]
+        assert options
+        for option in options:
+            assert option.help, f"{name} {option.name}"
+        assert command(name, "--help").exit_code == 0
+
+
+def test_the_examples_in_every_help_are_commands_that_exist(command: Command) -> None:
+    for name in ["", *names()]:
+        told = command(*[name] if name else [], "--help").stdout
+        for example in re.findall(r"^ +effconvert ([a-z-]+)", told, re.MULTILINE):
+            assert example in names(), told
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(command: Command, contents: Callable[[Path], dict[str, str]], model: Path, tmp_path: Path) -> None:
+    before = contents(tmp_path)
+    result = command("gqa", "--groups", "2", model, "-o", "out", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert contents(tmp_path) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    told = " ".join(result.stdout.split())
+    assert re.search(r"parameters 0\.04 M 0\.04 M 0\.\d+ x", told)
+    assert "KV cache a token 384 B 192 B 0.5 x" in told  # 3 layers, k and v, 4 then 2 heads of 8, 2 bytes
+    assert re.search(r"needs about [\d.]+ [MG]B of memory to write and [\d.]+ kB of disk, [\d.]+ [kM]B of memory to verify", told)
+    assert "loads as LlamaForCausalLM in stock transformers" in told
+    assert "4 query and 4 KV heads of 8 becomes 3 layers, 4 query and 2 KV heads of 8" in told
+    assert "NOT VERIFIED" not in told
+
+
+def test_a_dry_run_finds_the_same_errors_as_a_run(command: Command, model: Path) -> None:
+    results = [command("gqa", "--groups", "3", model, "-o", "out", *more) for more in ((), ("--dry-run",))]
+    assert [result.exit_code for result in results] == [2, 2]
+    assert results[0].stderr == results[1].stderr
+
+
+def test_a_run_without_verification_says_so(command: Command, model: Path) -> None:
+    result = command("gqa", "--groups", "2", model, "-o", "out", "--no-verify")
+    assert result.exit_code == 0
+    assert "NOT VERIFIED" in result.stdout
+    assert "verified, and written" not in result.stdout
+
+
+def test_a_run_with_verification_shows_what_was_won_and_lost(command: Command, model: Path) -> None:
+    result = command("gqa", "--groups", "2", model, *EASY)
+    assert result.exit_code == 0, result.output
+    assert Path("model-gqa-2/config.json").is_file()  # the default name
+    told = " ".join(result.stdout.split())
+    assert "NOT VERIFIED" not in told
+    assert "KV cache a token 384 B 192 B" in told
+    assert re.search(r"perplexity [\d.]+ [\d.]+", told)
+    assert re.search(r"KL from the original [\d.]+ nats a token", told)
+    assert re.search(r"same top token [\d.]+%", told)
+    assert "57 tokens in windows of 20, bfloat16, cpu" in told
+    assert "verified, and written to model-gqa-2" in told
+
+
+def test_a_conversion_that_may_change_nothing_shows_that_nothing_changed(command: Command, model: Path) -> None:
+    result = command("gqa", "--groups", "4", model, "-o", "out", *EASY)
+    assert result.exit_code == 0, result.output
+    assert "no logit may change" in result.stdout
+    assert "largest change of a logit: 0 (nothing may change)" in result.stdout
+
+
+def test_a_model_without_a_tokenizer_is_not_measured_and_that_is_said(command: Command, model: Path) -> None:
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    result = command("gqa", "--groups", "2", model, "-o", "out", *EASY)
+    assert result.exit_code == 0, result.output
+    assert "no quality was measured: the model has no tokenizer" in result.stdout
+
+
+def test_nothing_about_progress_is_said_to_a_pipe(model: Path, python: str, environment: dict[str, str]) -> None:
+    arguments = [python, "-m", "effconvert", "gqa", "--groups", "2", str(model), "-o", "out", *EASY]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "\x1b" not in done.stdout
+    assert "perplexity" in done.stdout
+
+
+def test_progress_is_told_to_a_terminal_on_stderr_alone(model: Path, python: str, environment: dict[str, str]) -> None:
+    ours, theirs = pty.openpty()
+    arguments = [python, "-m", "effconvert", "gqa", "--groups", "2", str(model), "-o", "out", *EASY]
+    with subprocess.Popen(arguments, env={**environment, "TERM": "xterm"}, stdout=subprocess.PIPE, stderr=theirs, text=True) as run:
+        os.close(theirs)
+        told = b""
+        while True:
+            try:
+                told += (piece := os.read(ours, 4096))
+            except OSError:  # Linux ends a pseudo-terminal so
+                break
+            if not piece:
+                break
+        assert run.stdout is not None
+        results = run.stdout.read()
+    os.close(ours)
+    assert run.returncode == 0
+    assert b"measuring the original" in told
+    assert b"checking every number" in told
+    assert "measuring the original" not in results
+    assert "\x1b" not in results
+    assert b"perplexity" not in told
+
+
+@pytest.mark.parametrize("width", ["40", "200"])
+def test_results_are_the_same_in_a_pipe_whatever_the_terminal(command: Command, model: Path, monkeypatch: pytest.MonkeyPatch, width: str) -> None:
+    monkeypatch.setenv("COLUMNS", width)
+    result = command("gqa", "--groups", "2", model, "--dry-run")
+    assert "loads as LlamaForCausalLM in stock transformers" in result.stdout
+
+
+def test_brackets_in_a_path_are_printed_as_they_are(command: Command, model: Path) -> None:
+    model.rename("model[bold]")
+    result = command("gqa", "--groups", "2", "model[bold]", "-o", "out[red]x", "--no-verify")
+    assert result.exit_code == 0, result.output
+    assert Path("out[red]x/config.json").is_file()
+    assert "model[bold]" in result.stdout
+    assert "NOT VERIFIED: out[red]x" in result.stdout
