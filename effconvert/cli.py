@@ -45,6 +45,9 @@ class Commands(click.Group):
         except EffconvertError as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except OSError as error:
+            click.echo(f"Error: {error.filename or 'a file'} cannot be used ({error.strerror}); mend that, and run the same command again", err=True)
+            ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("\nStopped. What is finished waits; the same command goes on from there.", err=True)
             sys.exit(130)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
@@ -35,7 +36,7 @@ class Terminal:
         """Print the plan."""
         before, after = plan.before, plan.after
         steps = " -> ".join(f"{name} {_spelt(options)}".strip() for step in plan.recipe for name, options in step.items())
-        self.out.print(f"[bold]{steps}[/]: {self.model} -> {output}", soft_wrap=True)
+        self.out.print(f"[bold]{escape(steps)}[/]: {escape(self.model)} -> {escape(str(output))}", soft_wrap=True)
         rows = [
             ("parameters", before.parameters, after.parameters, count),
             ("on disk", before.bytes, after.bytes, size),
@@ -43,7 +44,7 @@ class Terminal:
         ]
         table = Table("", "before", "after", "ratio", box=None, pad_edge=False, header_style="bold")
         for what, old, new, show in rows:
-            table.add_row(what, show(old), show(new), f"{new / old:.3g} x")
+            table.add_row(what, show(old), show(new), f"{new / old:.3g} x" if old else "")
         becomes = plan.checkpoint.config.kind != plan.config.kind
         self.out.print(f"{plan.checkpoint.config.kind}, {_shape(plan.checkpoint.config)}")
         self.out.print(f"becomes {plan.config.kind + ', ' if becomes else ''}{_shape(plan.config)}")
@@ -55,14 +56,14 @@ class Terminal:
     def step(self, what: str) -> None:
         """Say what begins."""
         if self.err.is_terminal:
-            self.err.print(f"[dim]{what} …[/]")
+            self.err.print(f"[dim]{escape(what)} …[/]")
 
     @contextmanager
     def bar(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
         """Show bytes written."""
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.err, disable=not self.err.is_terminal, transient=True) as progress:
-            task = progress.add_task(what, total=total)
+            task = progress.add_task(escape(what), total=total)
             yield lambda moved: progress.advance(task, moved)
 
     def outcome(self, outcome: Outcome) -> None:
@@ -70,10 +71,11 @@ class Terminal:
         if outcome.resumed:
             self.out.print(f"{outcome.resumed} shards were there from an interrupted run")
         if outcome.report is None:
-            self.out.print(f"[bold]NOT VERIFIED[/]: {outcome.output} was written and never loaded; without --no-verify it is reloaded, run and measured")
+            place = escape(str(outcome.output))
+            self.out.print(f"[bold]NOT VERIFIED[/]: {place} was written and never loaded; leave --no-verify out to have it run and measured")
             return
         self.report(outcome.report)
-        self.out.print(f"verified, and written to [bold]{outcome.output}[/]", soft_wrap=True)
+        self.out.print(f"verified, and written to [bold]{escape(str(outcome.output))}[/]", soft_wrap=True)
 
     def report(self, report: Report) -> None:
         """Print what a conversion cost."""
@@ -89,7 +91,7 @@ class Terminal:
         self.out.print(table)
         if before.quality:
             q = before.quality
-            self.out.print(f"on {report.text}: {q.tokens} tokens in windows of {q.context}, {report.dtype}, {report.device}", soft_wrap=True)
+            self.out.print(f"on {escape(report.text)}: {q.tokens} tokens in windows of {q.context}, {report.dtype}, {report.device}", soft_wrap=True)
             self.out.print(f"original writes:  {before.continuation!r}", soft_wrap=True, markup=False)
             self.out.print(f"converted writes: {after.continuation!r}", soft_wrap=True, markup=False)
         else:
@@ -101,8 +103,8 @@ class Terminal:
         """Print what a model is."""
         config, checkpoint = seen.checkpoint.config, seen.checkpoint
         kind = "decoder" if config.family.decoder else "encoder"
-        self.out.print(f"[bold]{self.model}[/]: {config.kind} ({config.architecture}), {kind}, {checkpoint.dtype}", soft_wrap=True)
-        self.out.print(f"{_shape(config)}, width {config.hidden}, vocabulary {config.raw.get('vocab_size')}")
+        self.out.print(f"[bold]{escape(self.model)}[/]: {config.kind} ({config.architecture}), {kind}, {checkpoint.dtype}", soft_wrap=True)
+        self.out.print(f"{_shape(config)}, width {config.hidden}, vocabulary {config.get('vocab_size')}")
         if windows := sorted({window for window in config.windows() if window}):
             held = sum(window is not None for window in config.windows())
             self.out.print(f"{held} of {config.layers} layers see a sliding window of {windows[0]} tokens")
@@ -118,9 +120,9 @@ class Terminal:
         self.out.print()
         table = Table("technique", "", box=None, pad_edge=False, header_style="bold")
         for name, options in seen.suits.items():
-            table.add_row(name, f"applies: {options}")
+            table.add_row(name, f"applies: {escape(options)}")
         for name, reason in seen.refusals.items():
-            table.add_row(name, f"does not apply: {reason}")
+            table.add_row(name, f"does not apply: {escape(reason)}")
         self.out.print(table)
 
     def demo(self, outcomes: dict[str, Outcome], kept: bool) -> None:
@@ -140,10 +142,10 @@ class Terminal:
         for name, side in sides.items():
             self.out.print(f"{name} writes: {side.continuation!r}", soft_wrap=True, markup=False)
         quality = qualities[0]
-        self.out.print(f"on {first.text}: {quality.tokens} tokens in windows of {quality.context}, {first.dtype}, {first.device}", soft_wrap=True)
+        self.out.print(f"on {escape(first.text)}: {quality.tokens} tokens in windows of {quality.context}, {first.dtype}, {first.device}", soft_wrap=True)
         self.out.print("Pooling alone leaves a model in ruins: the cache is smaller, and the numbers say what it cost. Now yours: effconvert gqa --help")
         if kept:
-            self.out.print(f"kept: {', '.join(str(outcome.output) for outcome in outcomes.values())}", soft_wrap=True)
+            self.out.print(f"kept: {', '.join(str(outcome.output) for outcome in outcomes.values())}", soft_wrap=True, markup=False)
 
 
 class Demonstration(Terminal):

@@ -220,8 +220,10 @@ def read_tensors(folder: Path) -> dict[str, Stored]:
     try:
         where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(where.values()))
+        if not shards or not all(isinstance(shard, str) for shard in shards):
+            raise ValueError("no names of shards")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{index} is no index of shards ({error!r}); fetch the file again") from None
+        raise ModelError(f"{index} is no index of shards ({error}); fetch the file again") from None
     tensors: dict[str, Stored] = {}
     for shard in shards:
         path = PurePosixPath(shard)
@@ -237,34 +239,41 @@ def read_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def check_shapes(checkpoint: Checkpoint) -> None:
-    """Hold the layers and the embedding against the config, and all layers against the first."""
-    config = checkpoint.config
-    family, rows, width = config.family, config.heads * config.head_dim, config.hidden
-    expected = {"q": (rows, width), "k": (config.kv_heads * config.head_dim, width), "v": (config.kv_heads * config.head_dim, width), "o": (width, rows)}
-    keys = ", ".join(f"{key} = {config.raw[key]}" for key in (family.hidden_key, family.heads_key, family.kv_heads_key, "head_dim") if config.raw.get(key))
+    """Hold every matrix against the config, and all layers against the first."""
+    config, family = checkpoint.config, checkpoint.config.family
+    rows, kv_rows, width, ffn = config.heads * config.head_dim, config.kv_heads * config.head_dim, config.hidden, config.ffn
+    expected = {"q": (rows, width), "k": (kv_rows, width), "v": (kv_rows, width), "o": (width, rows)}
+    expected |= {"gate": (ffn, width), "up": (ffn, width), "down": (width, ffn)}
     first = {name: tensor.shape for name, tensor in checkpoint.layers[0].items()}
     for index, stored in enumerate(checkpoint.layers):
+        at = checkpoint.layer_prefix(index)
         for module, parts in family.modules.items():
             if f"{module}.weight" not in stored and not family.optional.intersection(parts):
-                raise ModelError(
-                    f"{checkpoint.folder} has no {checkpoint.layer_prefix(index)}{module}.weight, which {config.kind} needs; fetch the missing shard"
-                )
+                raise ModelError(f"{checkpoint.folder} has no {at}{module}.weight, which {config.kind} needs; fetch the missing shard")
         for name, tensor in stored.items():
             module, _, kind = name.rpartition(".")
             parts = family.modules.get(module, ())
             want = first.get(name, tensor.shape)
             if kind == "weight" and parts and parts[0] in expected:
-                out = sum(expected[part][0] for part in parts)
-                want = (out, expected[parts[0]][1])
+                want = (sum(expected[part][0] for part in parts), expected[parts[0]][1])
                 want = want[::-1] if family.transposed else want
-            if tensor.shape != want:
-                raise ModelError(
-                    f"{checkpoint.layer_prefix(index)}{name} is {_times(tensor.shape)}, but config.json ({keys}) makes it {_times(want)}; one is wrong"
-                )
-    vocabulary = config.raw.get("vocab_size")
+            _hold(at + name, tensor.shape, want, config)
+    # OPT may have embeddings narrower than its layers, with a projection between them.
+    narrow = f"{checkpoint.prefix}{family.outer.get('project_in')}.weight" in checkpoint.outer
+    table = (config.get("vocab_size"), config.get("word_embed_proj_dim") if narrow else width)
+    places = {f"{checkpoint.prefix}{family.outer['embed']}.weight": table, f"{checkpoint.prefix}{family.outer.get('final_norm')}.weight": (width,)}
     for name, tensor in checkpoint.outer.items():
-        if name == f"{checkpoint.prefix}{family.outer['embed']}.weight" and vocabulary and tensor.shape[0] != vocabulary:
-            raise ModelError(f"{name} has {tensor.shape[0]} rows, and config.json says vocab_size = {vocabulary}; one of the two is wrong")
+        want = places.get(name, table if name == f"{family.head['head']}.weight" else tensor.shape)
+        if None not in want:
+            _hold(name, tensor.shape, want, config)
+
+
+def _hold(name: str, shape: tuple[int, ...], want: tuple[int, ...], config: Config) -> None:
+    if shape != want:
+        family = config.family
+        keys = (family.hidden_key, family.heads_key, family.kv_heads_key, "head_dim", family.ffn_key, "vocab_size")
+        said = ", ".join(f"{key} = {config.get(key)}" for key in keys if config.get(key) is not None)
+        raise ModelError(f"{name} is {_times(shape)}, but config.json ({said}) makes it {_times(want)}; one is wrong")
 
 
 def _times(shape: tuple[int, ...]) -> str:

@@ -4,7 +4,7 @@ Read as JSON and not by transformers, so that a plan needs no import of it, and 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -29,7 +29,7 @@ class Config:
     @property
     def architecture(self) -> str:
         """The class that the checkpoint was saved from."""
-        return str((self.raw.get("architectures") or [self.family.lm])[0])
+        return str((self.get("architectures") or [self.family.lm])[0])
 
     @property
     def heads(self) -> int:
@@ -53,6 +53,11 @@ class Config:
     def hidden(self) -> int:
         """Width of the residual stream, M."""
         return self._whole(self.family.hidden_key)
+
+    @property
+    def ffn(self) -> int:
+        """Width inside the MLP, F (GPT-2 leaves it out where it is 4 M)."""
+        return self._whole(self.family.ffn_key) if self.get(self.family.ffn_key) is not None else 4 * self.hidden
 
     @property
     def head_dim(self) -> int:
@@ -153,10 +158,39 @@ def read_config(folder: Path) -> Config:
         hint = f"the nearest is {near[0]!r}; " if near else ""
         raise ModelError(f"{path} names the family {kind!r}, which effconvert does not know; {hint}it knows {', '.join(FAMILIES)}")
     if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "an unnamed method")
+        quantization = raw["quantization_config"]
+        method = quantization.get("quant_method", "an unnamed method") if isinstance(quantization, dict) else quantization
         raise ModelError(f"{folder} is quantised ({method}), and surgery needs the numbers themselves; give the checkpoint that it was made from")
     config = Config(raw, FAMILIES[kind])
     for key, needed in config.family.constants.items():
         if raw.get(key, needed) != needed:
             raise ModelError(f"{kind} with {key} = {raw[key]!r} is laid out differently from the {kind} that effconvert knows, which needs {needed!r}")
+    for key, (fits, needed) in SOUND.items():
+        if config.get(key) is not None and not fits(config.get(key)):
+            raise ModelError(f"{path} says {key} = {config.get(key)!r}, where {needed} is needed; mend the file")
+    if config.get("layer_types") is not None and len(config.get("layer_types")) != config.layers:
+        raise ModelError(f"{path} has {len(config.get('layer_types'))} layer_types for {config.layers} layers; mend the file")
     return config
+
+
+def _whole(least: int) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: type(value) is int and value >= least, f"a whole number of at least {least}, or null,"
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(name, str) for name in value)
+
+
+# What a key may hold beside null, for those that are looked at: a config is somebody else's file.
+SOUND: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "architectures": (_names, "a list of names"),
+    "layer_types": (_names, "a list of names"),
+    "sliding_window": _whole(2),
+    "sliding_window_pattern": _whole(1),
+    "max_window_layers": _whole(0),
+    "max_position_embeddings": _whole(1),
+    "n_positions": _whole(1),
+    "vocab_size": _whole(1),
+    "tie_word_embeddings": (lambda value: isinstance(value, bool), "true or false"),
+    "use_sliding_window": (lambda value: isinstance(value, bool), "true or false"),
+}

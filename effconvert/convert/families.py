@@ -34,6 +34,7 @@ class Family:
     heads_key: str = "num_attention_heads"
     layers_key: str = "num_hidden_layers"
     hidden_key: str = "hidden_size"
+    ffn_key: str = "intermediate_size"
     kv_heads_key: str = "num_key_value_heads"  # empty: the family cannot say, and has `fixed_kv_heads` or one per query head
     fixed_kv_heads: int = 0
     multi_query: str = ""  # the family that is this one with a single KV head
@@ -111,6 +112,7 @@ GPT2 = Family(
     heads_key="n_head",
     layers_key="n_layer",
     hidden_key="n_embd",
+    ffn_key="n_inner",
     kv_heads_key="",
     multi_query="gpt_bigcode",
 )
@@ -231,6 +233,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             },
             head={"head": "lm_head"},
             optional=frozenset({"attn_norm", "mlp_norm"}),
+            ffn_key="ffn_dim",
             kv_heads_key="",
         ),
         "bert": BERT,
@@ -261,6 +264,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             heads_key="n_heads",
             layers_key="n_layers",
             hidden_key="dim",
+            ffn_key="hidden_dim",
             kv_heads_key="",
         ),
         "modernbert": Family(

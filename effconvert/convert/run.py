@@ -89,7 +89,7 @@ def convert(model: str, surgeries: tuple[Surgery, ...], options: RunOptions, wat
                 report = verify(planned, partial, text, options, watcher.step)
             except EffconvertError as error:
                 raise type(error)(f"{error}; nothing was put at {output}, what was written is in {partial}") from error
-        source = {"model": model, "revision": options.revision}
+        source = {"model": model, "revision": options.revision, "commit": sources.commit(folder)}
         stream.publish(planned, partial, output, {"source": source, "verified": report is not None, "report": report and asdict(report)})
     return Outcome(planned, output, report, resumed)
 

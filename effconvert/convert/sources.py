@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr
 from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from effconvert.errors import EffconvertError, ModelError, OptionError
@@ -48,7 +49,10 @@ def fetch(model: str, revision: str | None) -> Path:
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=WANTED))
     except GatedRepoError:
@@ -80,20 +84,23 @@ def unpack_gguf(path: Path) -> Path:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    draft = folder.with_name(f"{folder.name}.draft-{os.getpid()}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
     quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO())  # its progress bar is for people
-    try:
-        with quiet:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=transformers.GgufConfig(dequantize=True)
-            )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        repair_digits(tokenizer, path)
+    with TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as scratch:
+        draft = Path(scratch) / "model"
+        try:
+            with quiet:
+                model = transformers.AutoModelForCausalLM.from_pretrained(
+                    path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=transformers.GgufConfig(dequantize=True)
+                )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            repair_digits(tokenizer, path)
+        except Exception as error:  # what readers of a damaged file raise is anybody's guess: struct.error, a bare Exception, ...
+            raise ModelError(f"{path} cannot be unpacked by transformers {transformers.__version__}: {error}") from error
         model.to(torch.bfloat16).save_pretrained(draft)
         tokenizer.save_pretrained(draft)
-    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, ImportError) as error:
-        raise ModelError(f"{path} cannot be unpacked by transformers {transformers.__version__}: {error}") from error
-    draft.rename(folder)
+        if not folder.exists():  # two at once: the first one stays
+            draft.rename(folder)
     return folder
 
 
@@ -106,6 +113,11 @@ def repair_digits(tokenizer: Any, path: Path) -> None:
     if field is not None and field.contents() == "smollm":
         digits, words = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
+
+
+def commit(folder: Path) -> str | None:
+    """Return the commit of a Hub snapshot, which names its folder in huggingface_hub's cache; None for other folders."""
+    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def cache() -> Path:

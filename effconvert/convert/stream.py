@@ -33,6 +33,13 @@ def check_output(plan: Plan, output: Path, overwrite: bool, scratch: int) -> Non
     Raises:
         OptionError: it exists, cannot be written, has too little room, or would touch the source.
     """
+    try:
+        _check_place(plan, output, overwrite, scratch)
+    except OSError as error:
+        raise OptionError(f"{error.filename or output} cannot be used ({error.strerror}); give another --output") from None
+
+
+def _check_place(plan: Plan, output: Path, overwrite: bool, scratch: int) -> None:
     source, target = plan.checkpoint.folder.resolve(), output.resolve()
     if source == target or source in target.parents or target in source.parents:
         raise OptionError(f"the output {output} and the model {plan.checkpoint.folder} lie one inside the other; give another --output")
@@ -103,7 +110,7 @@ def workplace(output: Path) -> Iterator[Path]:
         again = f"the finished shards wait in {partial}, and the same command goes on from there"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise EffconvertError(f"no room left for {output} ({error.strerror}); make some: {again}") from None
-        raise EffconvertError(f"{error.filename or output} cannot be written ({error.strerror}); {again}") from None
+        raise EffconvertError(f"{error.filename or output}: {error.strerror}; {again}") from None
 
 
 def write(plan: Plan, partial: Path, advance: Advance) -> int:
@@ -138,13 +145,15 @@ def publish(plan: Plan, partial: Path, output: Path, record: dict[str, Any]) -> 
     (partial / "lock").unlink(missing_ok=True)
     files = sorted(path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file() and path.name != MANIFEST)
     about = {"effconvert": effconvert.__version__, "fingerprint": plan.fingerprint, "recipe": plan.recipe}
-    save_manifest(partial, {**about, **record, "files": files})
+    final = {**about, **record, "files": files}
+    save_manifest(partial, {**final, "shards": read_manifest(partial)["shards"]})  # still to be found by a next try, if this one is killed
     old = replaced_folder(output)
     if output.exists():
         if old.exists():
             shutil.rmtree(old)
         output.rename(old)
     partial.rename(output)
+    save_manifest(output, final)
     if old.exists():
         shutil.rmtree(old)
 

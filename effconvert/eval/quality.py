@@ -6,6 +6,7 @@ next-token distributions at the same positions. The original's logits wait in a 
 # N = windows, T = tokens in a window, V = vocabulary.
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,8 @@ def measure(model: Any, cut: Tensor, record: Path | None = None, reference: Path
     count, context = cut.shape
     shape = (count, context - 1, model.config.get_text_config().vocab_size)  # [N, T-1, V]
     file = record or reference
+    if record:
+        reserve(record, math.prod(shape) * model.dtype.itemsize)
     held = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=model.dtype).view(shape) if file else None
     loss = kl = same = 0.0
     for i, window in enumerate(cut):
@@ -93,6 +96,16 @@ def measure(model: Any, cut: Tensor, record: Path | None = None, reference: Path
     if reference:
         return Quality(loss / total, total, context, max(kl, 0.0) / total, same / total)
     return Quality(loss / total, total, context)
+
+
+def reserve(file: Path, size: int) -> None:
+    """Make `file` of `size` bytes on disk, not as a hole: a full disk is an OSError here and a fatal signal in mapped memory."""
+    with file.open("wb") as opened:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(opened.fileno(), 0, size)
+        else:
+            for start in range(0, size, 1 << 20):
+                opened.write(bytes(min(size - start, 1 << 20)))
 
 
 @torch.inference_mode()

@@ -1,10 +1,15 @@
 """What every technique is: frozen options, a refusal, a new config, and what happens inside a layer."""
 
-from abc import abstractmethod
+from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
 
-from effconvert.convert.checkpoint import Checkpoint, Layer
-from effconvert.convert.config import Config
+from abc import abstractmethod
+from typing import TYPE_CHECKING
+
 from effconvert.options import Options
+
+if TYPE_CHECKING:
+    from effconvert.convert.checkpoint import Checkpoint, Layer
+    from effconvert.convert.config import Config
 
 
 class Surgery(Options):

@@ -1,18 +1,24 @@
-"""Repeat the shared key and value heads: the same model with more of them."""
+"""Repeat the shared key and value heads: exact GQA to MHA."""
 # H = query heads, Hk = KV heads, G = KV heads after, D = head width.
+
+from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
+
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from effconvert.convert.checkpoint import Checkpoint, Layer
-from effconvert.convert.config import Config
 from effconvert.errors import ModelError, OptionError
 from effconvert.surgery._surgery import Surgery
 
+if TYPE_CHECKING:
+    from effconvert.convert.checkpoint import Checkpoint, Layer
+    from effconvert.convert.config import Config
+
 
 class ExpandKv(Surgery):
-    """Repeat the shared key and value heads: the same model with more of them.
+    """Repeat the shared key and value heads: exact GQA to MHA.
 
-    Exact: GQA becomes MHA (or a finer GQA) with equal logits and a larger cache. For what needs one KV head per query head, and for
+    The same model with equal logits and a larger cache; also a finer GQA. For what needs one KV head per query head, and for
     comparing ways to pool them again. Query head h used KV head h*Hk//H, so each head is repeated in place.
 
     \b

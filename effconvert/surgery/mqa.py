@@ -1,9 +1,15 @@
 """Share one key and value head among all query heads (MQA)."""
 
-from effconvert.convert.checkpoint import Checkpoint, Layer
-from effconvert.convert.config import Config
+from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
+
+from typing import TYPE_CHECKING
+
 from effconvert.surgery._surgery import Surgery
 from effconvert.surgery.gqa import POOL, Gqa, Pool, choices
+
+if TYPE_CHECKING:
+    from effconvert.convert.checkpoint import Checkpoint, Layer
+    from effconvert.convert.config import Config
 
 
 class Mqa(Surgery):
