@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -139,7 +140,11 @@ def measure(what: str, source: Path, output: Path, cold: bool) -> tuple[float, f
     with log.open("w") as opened:
         started = time.perf_counter()
         process = subprocess.Popen(command(what, source, output), stdout=opened, stderr=opened, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-        _, status, usage = os.wait4(process.pid, 0)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:
+            process.kill()
+            raise
         wall = time.perf_counter() - started
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -165,7 +170,13 @@ def machine(work: Path) -> dict[str, object]:
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--rounds-slow", default=2, show_default=True, help="Rounds that the obvious script takes part in.")
 def main(work: Path, layers: int, second_layers: int, rounds: int, rounds_slow: int) -> None:
-    about, rows, console = machine(work), [], Console(width=150)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the models are removed
+    about, console = machine(work), Console(width=150)
+    file = Path(__file__).parent / "results" / f"stream-{about['date']}.csv"
+    file.parent.mkdir(exist_ok=True)
+    opened = file.open("w", newline="", buffering=1)  # each run is on disk when it ends: an interruption loses none
+    rows = csv.DictWriter(opened, [*about, "layers", "cache", "what", "round", "wall_s", "cpu_s", "peak_bytes"], lineterminator="\n")
+    rows.writeheader()
     work = work / "stream-benchmark"
     work.mkdir(parents=True)  # not over what is there
     source, second = work / "source", work / "second"
@@ -176,7 +187,8 @@ def main(work: Path, layers: int, second_layers: int, rounds: int, rounds_slow: 
         result = measure(what, source, output, cache == "cold")
         runs.setdefault((count, cache, what), []).append(result)
         wall, cpu, peak = result
-        rows.append({**about, "layers": count, "cache": cache, "what": what, "round": turn, "wall_s": f"{wall:.3f}", "cpu_s": f"{cpu:.3f}", "peak_bytes": peak})
+        found = {"layers": count, "cache": cache, "what": what, "round": turn, "wall_s": f"{wall:.3f}", "cpu_s": f"{cpu:.3f}", "peak_bytes": peak}
+        rows.writerow({**about, **found})
         click.echo(f"{count} layers, {cache}, round {turn}, {what}: {wall:.2f} s, {cpu:.2f} s of CPU, {peak / 1e6:.0f} MB", err=True)
         if what not in (OURS, SCRIPT) or count != layers:
             shutil.rmtree(output, ignore_errors=True)
@@ -197,6 +209,7 @@ def main(work: Path, layers: int, second_layers: int, rounds: int, rounds_slow: 
         total, equal, pooled, exact = apart(compare, source, *(work / f"out, {what}, {layers}" for what in (OURS, SCRIPT)))
         run(source, layers, VERIFIED, "warm", 0)
     finally:
+        opened.close()
         shutil.rmtree(work)
 
     table = Table(title=f"{size / 1e9:.2f} GB in {layers} layers; " + ", ".join(f"{key} {value}" for key, value in about.items()))
@@ -222,12 +235,6 @@ def main(work: Path, layers: int, second_layers: int, rounds: int, rounds_slow: 
     peaks = [middle[count, "warm", OURS][2] / 1e6 for count in (second_layers, layers)]
     console.print(f"peak of effconvert: {peaks[0]:.0f} MB with {second_layers} layers, {peaks[1]:.0f} MB with {layers}")
     console.print(f"{equal} of {total} tensors equal those of the obvious script; {exact} of {pooled} pooled ones are the float32 mean, rounded once")
-    file = Path(__file__).parent / "results" / f"stream-{about['date']}.csv"
-    file.parent.mkdir(exist_ok=True)
-    with file.open("w", newline="") as opened:
-        writer = csv.DictWriter(opened, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
     console.print(f"every run is in {file.relative_to(Path(__file__).parent.parent)}")
 
 

@@ -275,7 +275,7 @@ def test_a_deleted_part_is_gone_and_an_assigned_one_is_back(tmp_path):
     [
         ({"num_hidden_layers": 1}, "says num_hidden_layers = 1"),
         ({"num_key_value_heads": 2}, "k_proj.weight is 32 x 32"),
-        ({"vocab_size": 127}, "says vocab_size = 127"),
+        ({"vocab_size": 127}, "vocab_size = 127. makes it 127 x 32"),
         ({"num_attention_heads": 0}, "num_attention_heads = 0"),
         ({"num_hidden_layers": "two"}, "num_hidden_layers = 'two'"),
         ({"model_type": "lama"}, "the nearest is 'llama'"),
