@@ -163,7 +163,7 @@ def join(tensors: list[torch.Tensor], family: Family, config: Config) -> torch.T
     if family.per_head and len(tensors) == 3:
         tensor = torch.stack([part.unflatten(0, (config.heads, config.head_dim)) for part in tensors], 1).flatten(0, 2)
     else:
-        tensor = torch.cat(tensors)
+        tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
     return tensor.T if family.transposed and tensor.ndim == 2 else tensor
 
 
