@@ -142,8 +142,8 @@ def plan(checkpoint: Checkpoint, surgeries: tuple[Surgery, ...]) -> Plan:
     shards: dict[str, list[Target]] = {}
     for target in targets:
         shards.setdefault(target.origin.file.relative_to(checkpoint.folder).as_posix(), []).append(target)
-    # A layer in float32, the same again while it is read and rounded; the rest is Python and torch themselves.
-    return replace(draft, shards=shards, peak=psutil.Process().memory_info().rss + 2 * work)
+    # A layer in float32, the same again while it is read and rounded, and the layer before it; the rest is Python and torch themselves.
+    return replace(draft, shards=shards, peak=psutil.Process().memory_info().rss + 3 * work)
 
 
 def rename(name: str, prefix: str, source: Family, target: Family) -> str:

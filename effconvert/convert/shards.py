@@ -151,6 +151,7 @@ def copy_run(source: BinaryIO, target: BinaryIO, start: int, stop: int, advance:
     source.seek(start)
     while start < stop:
         if sys.platform == "linux":
+            os.posix_fadvise(source.fileno(), start + CHUNK, CHUNK, os.POSIX_FADV_WILLNEED)  # read ahead while this is written
             moved = os.sendfile(target.fileno(), source.fileno(), start, min(stop - start, CHUNK))
             settle(target.fileno(), target.tell())
         else:

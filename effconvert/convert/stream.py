@@ -1,7 +1,7 @@
 """Write a planned conversion, a tensor at a time, so that a kill at any moment loses one shard at most.
 
 Everything goes to `OUT.partial` first: finished shards are flushed to disk, renamed and recorded in a manifest, and the same command
-finds them again. `OUT` appears by one rename, when it is whole. Memory is one layer, whatever the model's size.
+finds them again. `OUT` appears by one rename, when it is whole. Memory is two layers, whatever the model's size.
 """
 
 import contextlib
@@ -11,8 +11,9 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -124,18 +125,18 @@ def write(plan: Plan, partial: Path, advance: Advance) -> int:
         save_manifest(partial, manifest)
     done: dict[str, list[int]] = manifest["shards"]
     kept = 0
-    layers = _Layers(plan)
-    for name, targets in plan.shards.items():
-        path = partial / name
-        if path.is_file() and done.get(name) == _stamp(path):
-            kept += 1
-            layers.forget(targets)
-            advance(sum(target.bytes for target in targets))
-            continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_shard(path, targets, layers, advance)
-        done[name] = _stamp(path)
-        save_manifest(partial, manifest)
+    with _Layers(plan) as layers:
+        for name, targets in plan.shards.items():
+            path = partial / name
+            if path.is_file() and done.get(name) == _stamp(path):
+                kept += 1
+                layers.forget(targets)
+                advance(sum(target.bytes for target in targets))
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_shard(path, targets, layers, advance)
+            done[name] = _stamp(path)
+            save_manifest(partial, manifest)
     _write_others(plan, partial)
     return kept
 
@@ -171,21 +172,32 @@ def _stamp(path: Path) -> list[int]:
 
 
 class _Layers:
-    """The converted tensors of the layer at work, computed when first asked for and dropped when all are written."""
+    """The converted tensors of the layer at work, and of the next one, which is computed while this one and what lies between is copied."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.left = Counter(target.layer for shard in plan.shards.values() for target in shard if target.layer is not None)
+        needed = (target.layer for shard in plan.shards.values() for target in shard)
+        self.left = Counter(index for index in needed if index is not None)  # layer -> its tensors still to be written
         self.ready: dict[int, dict[str, Tensor]] = {}
+        self.ahead: dict[int, Future[dict[str, Tensor]]] = {}
+        self.order = list(self.left)
+        self.worker = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.worker.shutdown(cancel_futures=True)
 
     def take(self, target: Target) -> Tensor:
         """Return the converted tensor."""
         index = target.layer
         assert index is not None
         if index not in self.ready:
-            family, prefix = self.plan.config.family, f"{self.plan.checkpoint.prefix}{self.plan.config.family.layers}.{index}."
-            computed = self.plan.operate(index, "cpu").tensors(family)
-            self.ready[index] = {prefix + name: tensor for name, _, tensor in computed if tensor is not None}
+            self._begin(index)
+            self.ready[index] = self.ahead.pop(index).result()
+            if following := [other for other in self.order[self.order.index(index) + 1 :] if self.left[other]]:
+                self._begin(following[0])
         tensor = self.ready[index].pop(target.name)
         self.forget([target])
         return tensor
@@ -197,6 +209,15 @@ class _Layers:
                 self.left[target.layer] -= 1
                 if not self.left[target.layer]:
                     self.ready.pop(target.layer, None)
+
+    def _begin(self, index: int) -> None:
+        if index not in self.ahead and index not in self.ready:
+            self.ahead[index] = self.worker.submit(self._compute, index)
+
+    def _compute(self, index: int) -> dict[str, Tensor]:
+        family = self.plan.config.family
+        computed = self.plan.operate(index, "cpu").tensors(family)
+        return {f"{self.plan.checkpoint.prefix}{family.layers}.{index}.{name}": tensor for name, _, tensor in computed if tensor is not None}
 
 
 def _write_shard(path: Path, targets: list[Target], layers: _Layers, advance: Advance) -> None:
