@@ -105,6 +105,7 @@ class Layer(MutableMapping[str, torch.Tensor]):
         self._deleted.add(part)
 
     def __iter__(self) -> Iterator[str]:
+        self._catch_up()
         known = [part for stem in self._source.family.parts for part in (stem, f"{stem}.bias")]
         yield from (part for part in dict.fromkeys([*known, *self._assigned]) if part in self)
 

@@ -41,6 +41,8 @@ def check(plan: Plan, output: Path, overwrite: bool, scratch: int) -> None:
         OptionError: it exists, cannot be written, has too little room, or would touch the source.
     """
     try:
+        if output.name in ("", ".."):
+            raise OptionError(f"--output '{output}' is not the name of a new folder; give one")
         _check_source(plan.checkpoint.folder, output)
         check_free(output, overwrite)
         _check_room(plan, output, scratch)
@@ -52,7 +54,9 @@ def check_free(output: Path, overwrite: bool) -> None:
     """Refuse to touch what effconvert did not write."""
     if output.is_symlink():
         raise OptionError(f"{output} is a link; give --output the folder that it stands for")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and not output.is_dir():
+        raise OptionError(f"{output} exists and is a file; give another --output")
+    if output.exists() and any(output.iterdir()):
         if not overwrite:
             raise OptionError(f"{output} exists; give another --output, or --overwrite to replace what effconvert wrote")
         if foreign := foreign_files(output):
@@ -105,9 +109,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def save_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Replace the manifest in one step: it is never seen half-written."""
     draft = folder / f"{MANIFEST}{DRAFT}"
-    draft.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    to_disk(draft)
-    draft.replace(folder / MANIFEST)
+    try:
+        draft.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        to_disk(draft)
+        draft.replace(folder / MANIFEST)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def to_disk(path: Path) -> None:

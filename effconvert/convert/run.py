@@ -1,6 +1,5 @@
 """One conversion from end to end: locate, plan, stream, verify, publish."""
 
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -75,16 +74,16 @@ def convert(model: str, surgeries: tuple[Surgery, ...], options: RunOptions, wat
         text = read_text(options.text) if options.text else default_text()
     folder = sources.locate(model, options.revision, watcher.step)
     planned = plan(open_checkpoint(folder), surgeries)
-    target = Path(os.path.abspath(options.output or default_name(model, surgeries)))
+    target = options.output or Path(default_name(model, surgeries))
     output.check(planned, target, options.overwrite, scratch_bytes(planned, options) if options.verify else 0)
     memory = check_memory(planned, options) if options.verify else 0
     material = prepare(planned, text, options) if text else None
-    watcher.plan(planned, options.output or target, memory)
+    watcher.plan(planned, target, memory)
     if options.dry_run:
         return Outcome(planned, target, None, 0)
 
     with output.workplace(planned, target) as partial:
-        with watcher.bar(f"writing {target.name}", planned.after.bytes) as advance:
+        with watcher.bar(f"writing {target}", planned.after.bytes) as advance:
             resumed = write(planned, partial, advance)
         report = None
         if material:

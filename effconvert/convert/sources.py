@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
 import sys
@@ -42,7 +43,6 @@ def locate(model: str, revision: str | None = None, step: Callable[[str], None] 
 
 def fetch(model: str, revision: str | None) -> Path:
     """Return the Hub's snapshot of `model` in huggingface_hub's cache, with the token that is logged in, if any."""
-    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -51,23 +51,9 @@ def fetch(model: str, revision: str | None) -> Path:
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
-    from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    if not sys.stderr.isatty():
-        disable_progress_bars()
     try:
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=BESIDE_WEIGHTS))
-        # Only the weights that the index names: some repositories hold them a second time in one file.
-        shards = set(json.loads((folder / INDEX).read_text())["weight_map"].values()) if (folder / INDEX).is_file() else {SINGLE}
-        folder = Path(snapshot_download(model, revision=folder.name, allow_patterns=[str(shard) for shard in shards]))
-        if not any((folder / str(shard)).is_file() for shard in shards):
-            pickles = [file for file in HfApi().list_repo_files(model, revision=folder.name) if file.endswith(PICKLES)]
-            raise ModelError(
-                f"{model} has no safetensors on the Hub"
-                + (f", only pickle ({pickles[0]}), which can run code when opened" if pickles else "")
-                + "; take a revision that has them"
-            )
-        return folder
+        return _snapshot(model, revision)
     except GatedRepoError:
         raise ModelError(f"{model} is gated: ask for access on its page on the Hub, then run `hf auth login`") from None
     except RevisionNotFoundError:
@@ -80,6 +66,29 @@ def fetch(model: str, revision: str | None) -> Path:
         raise ModelError(f"{INDEX} of {model} is no index of shards ({error}); tell its author") from None
     except (HfHubHTTPError, OSError) as error:
         raise EffconvertError(f"fetching {model} broke off ({type(error).__name__}: {error}); the same command goes on where it stopped") from None
+
+
+def _snapshot(model: str, revision: str | None) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.utils.logging import get_verbosity, set_verbosity
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    verbosity = get_verbosity()
+    set_verbosity(logging.ERROR)  # what matters of its warnings is said here
+    try:
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=BESIDE_WEIGHTS))
+        # Only the weights that the index names: some repositories hold them a second time in one file.
+        shards = list(json.loads((folder / INDEX).read_text())["weight_map"].values()) if (folder / INDEX).is_file() else [SINGLE]
+        folder = Path(snapshot_download(model, revision=folder.name, allow_patterns=sorted(set(shards))))
+        if not any((folder / shard).is_file() for shard in shards):
+            pickles = [file for file in HfApi().list_repo_files(model, revision=folder.name) if file.endswith(PICKLES)]
+            instead = f", only pickle ({pickles[0]}), which can run code when opened" if pickles else ""
+            raise ModelError(f"{model} has no safetensors on the Hub{instead}; take a revision that has them")
+        return folder
+    finally:
+        set_verbosity(verbosity)
 
 
 def unpack_gguf(path: Path) -> Path:

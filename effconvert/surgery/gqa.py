@@ -48,8 +48,9 @@ class Gqa(Surgery):
             raise OptionError(f"--groups {self.groups} is more than this model's {config.kv_heads} KV heads; give {_either(possible)}{more}")
         if config.kv_heads % self.groups:
             raise OptionError(f"--groups {self.groups} does not divide this model's {config.kv_heads} KV heads; give {_either(possible)}")
-        if self.groups not in possible:
+        if self.groups not in possible and len(possible) > 1:
             raise OptionError(f"--groups {self.groups} cannot be written for a {config.kind}; give {_either(possible)}")
+        config.with_kv_heads(self.groups)  # says why, where no number of groups can be written
 
     def exact(self, config: Config) -> bool:
         """Only with as many groups as heads."""
