@@ -1,7 +1,8 @@
 """The commands: read options, call, print. Imports neither torch nor transformers, nor anything else that is slow, at the top."""
 
 import sys
-from typing import TYPE_CHECKING, Any
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import click
 
@@ -49,7 +50,7 @@ class Commands(click.Group):
             click.echo(f"Error: {error.filename or 'a file'} cannot be used ({error.strerror}); mend that, and run the same command again", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
-            click.echo("\nStopped. What is finished waits; the same command goes on from there.", err=True)
+            click.echo("\nStopped. A conversion goes on from what is finished when the same command is run again.", err=True)
             sys.exit(130)
 
 
@@ -79,12 +80,19 @@ def options(kind: "type[Options]") -> list[click.Parameter]:
         if field.annotation is bool:
             made.append(click.Option([f"{flag}/--no-{flag[2:]}" if field.default else flag], is_flag=True, default=None, help=field.description))
             continue
-        choices = getattr(field.annotation, "__args__", ()) if "Literal" in str(field.annotation) else ()
-        metavar = extra.get("metavar") or ("[" + "|".join(choices) + "]" if choices else "N" if field.annotation is int else "TEXT")
+        metavar = extra.get("metavar") or _metavar(field.annotation)
         default = "  [required]" if field.is_required() else f"  [default: {field.default}]" if field.default is not None else ""
         names = [flag] + ([str(extra["short"])] if "short" in extra else [])
         made.append(click.Option(names, metavar=str(metavar), help=f"{field.description}{default}"))
     return made
+
+
+def _metavar(kind: Any) -> str:
+    kinds = [part for part in get_args(kind) if part is not NoneType] if get_origin(kind) is not Literal else [kind]
+    kind = kinds[0] if len(kinds) == 1 else kind  # X | None is an X
+    if get_origin(kind) is Literal:
+        return f"[{'|'.join(map(str, get_args(kind)))}]"
+    return {int: "N", float: "NUMBER"}.get(kind, "TEXT")
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -101,8 +109,8 @@ def convert(model: str, **given: Any) -> None:
 
     name = click.get_current_context().info_name
     chosen = {key: value for key, value in given.items() if value is not None}
-    run_options = RunOptions.build({key: chosen.pop(key) for key in RunOptions.model_fields if key in chosen})
-    technique = surgery.load(str(name)).build(chosen)
+    run_options = RunOptions(**{key: chosen.pop(key) for key in RunOptions.model_fields if key in chosen})
+    technique = surgery.load(str(name))(**chosen)
     terminal = Terminal(model)
     outcome = run(model, (technique,), run_options, terminal)
     if not run_options.dry_run:

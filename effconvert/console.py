@@ -122,7 +122,7 @@ class Terminal:
         for name, options in seen.suits.items():
             table.add_row(name, f"applies: {escape(options)}")
         for name, reason in seen.refusals.items():
-            table.add_row(name, f"does not apply: {escape(reason)}")
+            table.add_row(name, f"does not apply: {escape(reason.split('; ')[0])}")
         self.out.print(table)
 
     def demo(self, outcomes: dict[str, Outcome], kept: bool) -> None:
@@ -170,6 +170,8 @@ def _spelt(options: dict[str, object]) -> str:
 
 def count(number: int) -> str:
     """Write a number of parameters."""
+    if number < 1e6:
+        return f"{number / 1e3:.4g} k"
     return f"{number / 1e9:.3f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
 
 

@@ -1,13 +1,11 @@
-"""One definition, three doors: a field is an option on the command line, a key in a recipe and a Python keyword.
+"""One definition of an option, whatever door it comes through: a field is an option on the command line and a keyword in Python.
 
-A set of options is a frozen pydantic model. `build` is the door that speaks: from any of the three, the same mistake gives
-the same sentence.
+A set of options is a frozen pydantic model, and the same mistake gives the same sentence at every door. (Recipes will be the third.)
 """
 
-from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -19,20 +17,21 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    @classmethod
-    def build(cls, given: Mapping[str, Any]) -> Self:
-        """Make the options from values spelt as in a recipe.
+    def __init__(self, **given: Any) -> None:
+        """Make the options from keywords.
 
         Raises:
             OptionError: something is unknown, missing or out of bounds; all of it is named.
         """
         try:
-            return cls(**{key.replace("-", "_"): value for key, value in given.items()})
+            super().__init__(**given)
         except ValidationError as error:
-            raise OptionError("; ".join(cls._sentence(dict(mistake)) for mistake in error.errors())) from None
+            raise OptionError("; ".join(self._sentence(dict(mistake)) for mistake in error.errors())) from None
 
     @classmethod
     def _sentence(cls, mistake: dict[str, Any]) -> str:
+        if not mistake["loc"]:  # a rule about several options
+            return str(mistake["msg"]).removeprefix("Value error, ")
         name = str(mistake["loc"][0])
         option = f"--{name.replace('_', '-')}"
         if mistake["type"] == "missing":

@@ -7,9 +7,10 @@ tensor; parts that nobody assigns stay where they lie, as bytes.
 
 import json
 import re
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 
@@ -57,10 +58,11 @@ class Checkpoint:
 class Layer(MutableMapping[str, torch.Tensor]):
     """One layer: `layer["k"]` is its key projection [Hk*D, M] in float32, `layer["k.bias"]` the bias; assigning replaces them.
 
-    Fused and transposed storage is undone on reading and done again on writing: a surgery sees plain [out, in] matrices.
+    Fused and transposed storage is undone on reading and done again on writing: a surgery sees plain [out, in] matrices. What is read is a
+    copy: to change a part, assign it.
 
     Attributes:
-        index: which layer this is, from 0.
+        index: which layer of the model this is, from 0.
         config: the shape of the model as the surgery at hand finds it.
         touched: bytes in float32 of all that was read or assigned, for the estimate of peak memory.
     """
@@ -70,12 +72,17 @@ class Layer(MutableMapping[str, torch.Tensor]):
         self._source, self._stored, self._device = config, stored, device
         self._assigned: dict[str, torch.Tensor] = {}
         self._deleted: set[str] = set()
+        self._waiting: list[tuple[Config, Callable[[Layer], None]]] = []
 
     @property
     def per_kv_head(self) -> list[str]:
         """The parts of this layer, biases among them, whose rows come KV head by KV head: [Hk*D, ...]."""
         names = self.config.family.per_kv_head
         return [part for stem in names for part in (stem, f"{stem}.bias") if part in self]
+
+    def later(self, change: "Callable[[Layer], None]") -> None:
+        """Have `change` called with this layer, and the config of now, before anything is asked of it."""
+        self._waiting.append((self.config, change))
 
     def __getitem__(self, part: str) -> torch.Tensor:
         if part not in self:
@@ -87,20 +94,23 @@ class Layer(MutableMapping[str, torch.Tensor]):
         return self._assigned[part]
 
     def __setitem__(self, part: str, tensor: torch.Tensor) -> None:
+        self._catch_up()
         self._deleted.discard(part)
         self._assigned[part] = tensor
         self.touched += 4 * tensor.numel()
 
     def __delitem__(self, part: str) -> None:
+        self._catch_up()
         self._assigned.pop(part, None)
         self._deleted.add(part)
 
     def __iter__(self) -> Iterator[str]:
-        family = self._source.family
-        for stem in family.parts:
-            yield from (part for part in (stem, f"{stem}.bias") if part in self)
+        self._catch_up()
+        known = [part for stem in self._source.family.parts for part in (stem, f"{stem}.bias")]
+        yield from (part for part in dict.fromkeys([*known, *self._assigned]) if part in self)
 
     def __contains__(self, part: object) -> bool:
+        self._catch_up()
         if part in self._assigned or part in self._deleted or not isinstance(part, str):
             return part in self._assigned
         return self._name(part) in self._stored
@@ -111,8 +121,13 @@ class Layer(MutableMapping[str, torch.Tensor]):
     def tensors(self, family: Family) -> Iterator[tuple[str, Stored, torch.Tensor | None]]:
         """Yield this layer in the layout of `family`: a name, the tensor on disk that it comes from, and what it became.
 
-        None: it did not change, and its bytes on disk can be copied. Of several origins the first counts.
+        None: it did not change, and its bytes on disk can be copied. Of several origins the first counts; what is new goes with the layer's first.
+
+        Raises:
+            ModelError: the layout has no place for a part, or lacks one that it fuses with another.
         """
+        if lost := [part for part in self if part.removesuffix(".bias") not in family.parts]:
+            raise ModelError(f"layer {self.index} became one with {', '.join(lost)}, for which {family.lm} has no place; it has {', '.join(family.parts)}")
         for module, parts in family.modules.items():
             for suffix in ("", ".bias"):
                 present = [part + suffix for part in parts if part + suffix in self]
@@ -121,10 +136,19 @@ class Layer(MutableMapping[str, torch.Tensor]):
                 if len(present) != len(parts):
                     raise ModelError(f"layer {self.index}: {module} holds {', '.join(parts)} in one tensor, and only {', '.join(present)} is there")
                 name = f"{module}.bias" if suffix else f"{module}.weight"
-                origin = self._stored.get(self._name(present[0])) or self._stored[self._name(parts[0])]
+                origins = (self._stored.get(self._name(part)) for part in (present[0], *parts))
+                origin = next((stored for stored in origins if stored), next(iter(self._stored.values())))
                 yield name, origin, None if self._untouched(present, family) else join([self[part] for part in present], family, self.config)
         if family == self._source.family:
             yield from ((name, self._stored[name], None) for name in family.buffers if name in self._stored)
+
+    def _catch_up(self) -> None:
+        """Do what was put off, in order, each change with the config it was put off with, and none inside another."""
+        waiting, self._waiting = self._waiting, []
+        config = self.config
+        for self.config, change in waiting:
+            change(self)
+        self.config = config
 
     def _untouched(self, parts: list[str], family: Family) -> bool:
         """Whether these parts, fused in one tensor of `family`, lie on disk just so."""
@@ -207,7 +231,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def read_tensors(folder: Path) -> dict[str, Stored]:
     """Return all tensors of `folder` from its index and shards, each shard's in the order of its bytes."""
     index = folder / INDEX
-    if not index.is_file():
+    if (folder / SINGLE).is_file() or not index.is_file():  # where there are both, transformers takes the single file
         if not (folder / SINGLE).is_file():
             pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
             if pickles:
@@ -231,7 +255,10 @@ def read_tensors(folder: Path) -> dict[str, Stored]:
             raise ModelError(f"{index} names the shard {shard!r}, which is outside the folder; that is no sound checkpoint")
         if not (folder / path).is_file():
             raise ModelError(f"{index} names the shard {shard!r}, which is missing; fetch it")
-        tensors |= {name: tensor for name, tensor in read_header(folder / path).items() if where.get(name) == shard}
+        inside = read_header(folder / path)
+        if unnamed := inside.keys() - where.keys():
+            raise ModelError(f"{folder / path} holds {min(unnamed)}, which {INDEX} does not name; fetch both again")
+        tensors |= {name: tensor for name, tensor in inside.items() if where[name] == shard}
     if lost := where.keys() - tensors.keys():
         name = min(lost)
         raise ModelError(f"{index} says that {name} is in {where[name]!r}, which does not hold it; fetch both again")
@@ -261,7 +288,12 @@ def check_shapes(checkpoint: Checkpoint) -> None:
     # OPT may have embeddings narrower than its layers, with a projection between them.
     narrow = f"{checkpoint.prefix}{family.outer.get('project_in')}.weight" in checkpoint.outer
     table = (config.get("vocab_size"), config.get("word_embed_proj_dim") if narrow else width)
-    places = {f"{checkpoint.prefix}{family.outer['embed']}.weight": table, f"{checkpoint.prefix}{family.outer.get('final_norm')}.weight": (width,)}
+    places: dict[str, tuple[Any, ...]] = {f"{checkpoint.prefix}{family.outer['embed']}.weight": table}
+    if "final_norm" in family.outer:
+        places[f"{checkpoint.prefix}{family.outer['final_norm']}.weight"] = (width,)
+    for name in places:
+        if name not in checkpoint.outer and not ("norm" in name and "final_norm" in family.optional):
+            raise ModelError(f"{checkpoint.folder} has no {name}, which {config.kind} needs; fetch the missing shard")
     for name, tensor in checkpoint.outer.items():
         want = places.get(name, table if name == f"{family.head['head']}.weight" else tensor.shape)
         if None not in want:

@@ -13,6 +13,8 @@ from typing import Any
 from effconvert.convert.families import FAMILIES, Family
 from effconvert.errors import ModelError, OptionError
 
+CONFIG = "config.json"
+
 
 @dataclass(frozen=True)
 class Config:
@@ -68,6 +70,17 @@ class Config:
     def tied(self) -> bool:
         """Whether the head is the embedding."""
         return bool(self.get("tie_word_embeddings"))
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens, V."""
+        return self._whole("vocab_size")
+
+    @property
+    def longest(self) -> int | None:
+        """The longest context in tokens, where there is a limit."""
+        length: int | None = self.get(self.family.positions_key)
+        return length
 
     def get(self, key: str) -> Any:
         """Return the value of `key`, transformers' own where the file is silent, None where there is none."""
@@ -143,7 +156,7 @@ def read_config(folder: Path) -> Config:
         OptionError: the folder holds no model.
         ModelError: it holds one that cannot be operated on: unknown family, quantised, an adapter.
     """
-    path = folder / "config.json"
+    path = folder / CONFIG
     if not path.is_file():
         if (folder / "adapter_config.json").is_file():
             raise ModelError(f"{folder} is a PEFT adapter, not a model; merge it into its base first (PeftModel.merge_and_unload, then save_pretrained)")

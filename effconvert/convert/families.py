@@ -34,6 +34,7 @@ class Family:
     heads_key: str = "num_attention_heads"
     layers_key: str = "num_hidden_layers"
     hidden_key: str = "hidden_size"
+    positions_key: str = "max_position_embeddings"
     ffn_key: str = "intermediate_size"
     kv_heads_key: str = "num_key_value_heads"  # empty: the family cannot say, and has `fixed_kv_heads` or one per query head
     fixed_kv_heads: int = 0
@@ -113,6 +114,7 @@ GPT2 = Family(
     layers_key="n_layer",
     hidden_key="n_embd",
     ffn_key="n_inner",
+    positions_key="n_positions",
     kv_heads_key="",
     multi_query="gpt_bigcode",
 )
@@ -232,7 +234,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "final_norm": "decoder.final_layer_norm",
             },
             head={"head": "lm_head"},
-            optional=frozenset({"attn_norm", "mlp_norm"}),
+            optional=frozenset({"attn_norm", "mlp_norm", "final_norm"}),
             ffn_key="ffn_dim",
             kv_heads_key="",
         ),

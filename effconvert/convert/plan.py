@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 
 from effconvert import __version__
-from effconvert.convert.checkpoint import PICKLES, Checkpoint, Layer
-from effconvert.convert.config import Config
+from effconvert.convert.checkpoint import INDEX, PICKLES, SINGLE, Checkpoint, Layer
+from effconvert.convert.config import CONFIG, Config
 from effconvert.convert.families import Family
 from effconvert.convert.shards import FLOATS, ITEMSIZE, Stored
 from effconvert.errors import ModelError
@@ -98,14 +98,28 @@ class Plan:
         text = json.dumps([__version__, self.recipe, dict(self.config.raw), source, targets, self.files])
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def operate(self, index: int, device: str) -> Layer:
-        """Run the surgeries on layer `index`."""
-        layer = self.checkpoint.layer(index, device)
-        for surgery, config in zip(self.surgeries, self.configs, strict=False):
-            layer.config = config
-            surgery.layer(layer)
-        layer.config = self.config
-        return layer
+    @property
+    def indexed(self) -> bool:
+        """Whether the checkpoint is in several files with an index."""
+        return list(self.shards) != [SINGLE]
+
+    @property
+    def written(self) -> list[str]:
+        """The names of all files of the output but its manifest."""
+        return [*self.shards, *self.files, CONFIG, *([INDEX] if self.indexed else [])]
+
+    def layer_prefix(self, index: int) -> str:
+        """Return what stands before the names of layer `index` of the converted model."""
+        return f"{self.checkpoint.prefix}{self.config.family.layers}.{index}."
+
+    def operate(self, device: str) -> list[Layer]:
+        """Run the surgeries, and return the layers that come of it: lazy, so that nothing is read before a layer is asked for its tensors."""
+        layers = [self.checkpoint.layer(index, device) for index in range(self.checkpoint.config.layers)]
+        for surgery, config in zip(self.surgeries, self.configs[1:], strict=True):
+            layers = surgery.layers(layers)
+            for index, layer in enumerate(layers):
+                layer.index, layer.config = index, config
+        return layers
 
 
 def configs(config: Config, surgeries: tuple[Surgery, ...]) -> list[Config]:
@@ -124,16 +138,17 @@ def plan(checkpoint: Checkpoint, surgeries: tuple[Surgery, ...]) -> Plan:
     """
     config = checkpoint.config
     for surgery in surgeries:
-        surgery.check(replace(checkpoint, config=config))
+        surgery.check(config)
         config = surgery.config(config)
-    draft = Plan(checkpoint, surgeries, config, {}, other_files(checkpoint.folder), 0)
+    draft = Plan(checkpoint, surgeries, config, {}, other_files(checkpoint), 0)
     targets, work = [], 0
-    for index in range(config.layers):
-        layer = draft.operate(index, "meta")
-        prefix = f"{checkpoint.prefix}{config.family.layers}.{index}."
+    layers = draft.operate("meta")
+    if len(layers) != config.layers:
+        raise ModelError(f"{len(layers)} layers came of the surgery, and its config says {config.layers}: a fault of effconvert, please report it")
+    for index, layer in enumerate(layers):
         for name, origin, tensor in layer.tensors(config.family):
             shape = origin.shape if tensor is None else tuple(tensor.shape)
-            targets.append(Target(prefix + name, origin.dtype, shape, origin, None if tensor is None else index))
+            targets.append(Target(draft.layer_prefix(index) + name, origin.dtype, shape, origin, None if tensor is None else index))
         work = max(work, layer.touched)
     family = checkpoint.config.family
     for name, origin in checkpoint.outer.items():
@@ -158,19 +173,33 @@ def rename(name: str, prefix: str, source: Family, target: Family) -> str:
     raise ModelError(f"{name} has no counterpart in {target.lm}; remove it, or save the model from {source.lm}")
 
 
-def other_files(folder: Path) -> tuple[str, ...]:
-    """Return what else belongs to the model in `folder`: tokenizer, generation config, chat template, licence, code."""
-    return tuple(sorted(_walk(folder, "")))
+def other_files(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return what else belongs to the model: tokenizer, generation config, chat template, licence, code.
+
+    Raises:
+        ModelError: a link among them leads out of the folder.
+    """
+    folder = checkpoint.folder
+    shards = {tensor.file for tensor in checkpoint.stored}
+    return tuple(sorted(name for path, name in _walk(folder, "", home(folder)) if path not in shards and name not in (CONFIG, "effconvert.json")))
 
 
-def _walk(folder: Path, above: str) -> Iterator[str]:
+def home(folder: Path) -> Path:
+    """Return where links may lead: the folder, or for a snapshot in huggingface_hub's cache the folder of all its versions."""
+    place = folder.resolve()
+    return place.parent.parent if place.parent.name == "snapshots" else place
+
+
+def _walk(folder: Path, above: str, bounds: Path) -> Iterator[tuple[Path, str]]:
     for path in folder.iterdir():
-        if path.name.startswith(".") or path.name in ("config.json", "effconvert.json", "__pycache__"):
+        if path.name.startswith(".") or path.name == "__pycache__" or path.name.endswith(WEIGHTS):
             continue
+        if path.is_symlink() and (path.is_dir() or not path.resolve().is_relative_to(bounds)):
+            raise ModelError(f"{path} is a link to {path.resolve()}, and what it leads to would be copied; remove it, or put the file itself there")
         if path.is_dir():
-            yield from _walk(path, f"{above}{path.name}/")
-        elif not path.name.endswith(WEIGHTS):
-            yield above + path.name
+            yield from _walk(path, f"{above}{path.name}/", bounds)
+        else:
+            yield path, above + path.name
 
 
 def _size(tensors: list[tuple[str, str, tuple[int, ...]]], config: Config, checkpoint: Checkpoint) -> Size:

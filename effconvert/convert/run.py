@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
-from effconvert.convert import sources, stream
+from effconvert.convert import output, sources
 from effconvert.convert.checkpoint import open_checkpoint
 from effconvert.convert.plan import Plan, plan
-from effconvert.convert.verify import Report, check_memory, scratch_bytes, verify
-from effconvert.errors import EffconvertError
+from effconvert.convert.stream import write
+from effconvert.convert.verify import Report, check_memory, prepare, scratch_bytes, verify
+from effconvert.errors import ModelError
 from effconvert.eval.text import default_text, read_text
 from effconvert.options import RunOptions
 from effconvert.surgery._surgery import Surgery
@@ -73,25 +74,28 @@ def convert(model: str, surgeries: tuple[Surgery, ...], options: RunOptions, wat
         text = read_text(options.text) if options.text else default_text()
     folder = sources.locate(model, options.revision, watcher.step)
     planned = plan(open_checkpoint(folder), surgeries)
-    output = options.output or Path(default_name(model, surgeries))
-    stream.check_output(planned, output, options.overwrite, scratch_bytes(planned, options) if options.verify else 0)
+    target = options.output or Path(default_name(model, surgeries))
+    output.check(planned, target, options.overwrite, scratch_bytes(planned, options) if options.verify else 0)
     memory = check_memory(planned, options) if options.verify else 0
-    watcher.plan(planned, output, memory)
+    material = prepare(planned, text, options) if text else None
+    watcher.plan(planned, target, memory)
     if options.dry_run:
-        return Outcome(planned, output, None, 0)
+        return Outcome(planned, target, None, 0)
 
-    with stream.workplace(output) as partial:
-        with watcher.bar(f"writing {output}", planned.after.bytes) as advance:
-            resumed = stream.write(planned, partial, advance)
+    with output.workplace(planned, target) as partial:
+        with watcher.bar(f"writing {target}", planned.after.bytes) as advance:
+            resumed = write(planned, partial, advance)
         report = None
-        if text is not None:
+        if material:
             try:
-                report = verify(planned, partial, text, options, watcher.step)
-            except EffconvertError as error:
-                raise type(error)(f"{error}; nothing was put at {output}, what was written is in {partial}") from error
-        source = {"model": model, "revision": options.revision, "commit": sources.commit(folder)}
-        stream.publish(planned, partial, output, {"source": source, "verified": report is not None, "report": report and asdict(report)})
-    return Outcome(planned, output, report, resumed)
+                report = verify(planned, partial, material, partial / output.SCRATCH, watcher.step)
+            except ModelError as error:
+                output.forget(partial)
+                raise ModelError(f"{error}; nothing was put at {target}, and what was written is in {partial}") from error
+        source = {"model": folder.name if Path(model).exists() else model, "revision": options.revision, "commit": sources.commit(folder)}
+        record = {"source": source, "verified": report is not None, "report": report and asdict(report)}
+        output.publish(planned, partial, target, options.overwrite, record)
+    return Outcome(planned, target, report, resumed)
 
 
 def default_name(model: str, surgeries: tuple[Surgery, ...]) -> str:

@@ -1,6 +1,8 @@
 """Find the model that the asker means: a folder, a model on the Hub, or a GGUF file; always ends in a folder of safetensors."""
 
 import hashlib
+import json
+import logging
 import os
 import re
 import sys
@@ -11,10 +13,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from effconvert.convert.checkpoint import INDEX, PICKLES, SINGLE
 from effconvert.errors import EffconvertError, ModelError, OptionError
 
 HUB_ID = re.compile(r"^[\w][\w.-]*(/[\w][\w.-]*)?$")
-WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*"]
+BESIDE_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*"]
 
 
 def locate(model: str, revision: str | None = None, step: Callable[[str], None] = lambda _: None) -> Path:
@@ -25,14 +28,14 @@ def locate(model: str, revision: str | None = None, step: Callable[[str], None] 
         ModelError: it is there and cannot be had: gated, without safetensors, a damaged GGUF file.
     """
     path = Path(model).expanduser()
+    if revision is not None and (path.exists() or path.suffix == ".gguf" or not HUB_ID.match(model)):
+        raise OptionError(f"--revision is for models on the Hub, and {model} is a path; leave it out")
     if path.suffix == ".gguf":
         if not path.is_file():
             raise OptionError(f"there is no file {path}; give a .gguf file, a folder or a Hub id")
         step(f"unpacking {path.name}")
         return unpack_gguf(path)
     if path.exists() or not HUB_ID.match(model):
-        if revision is not None:
-            raise OptionError(f"--revision is for models on the Hub, and {model} is a path; leave it out")
         return path  # opening it says what is wrong with it
     step(f"fetching {model}")
     return fetch(model, revision)
@@ -40,7 +43,6 @@ def locate(model: str, revision: str | None = None, step: Callable[[str], None] 
 
 def fetch(model: str, revision: str | None) -> Path:
     """Return the Hub's snapshot of `model` in huggingface_hub's cache, with the token that is logged in, if any."""
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -49,12 +51,9 @@ def fetch(model: str, revision: str | None) -> Path:
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
-    from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    if not sys.stderr.isatty():
-        disable_progress_bars()
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=WANTED))
+        return _snapshot(model, revision)
     except GatedRepoError:
         raise ModelError(f"{model} is gated: ask for access on its page on the Hub, then run `hf auth login`") from None
     except RevisionNotFoundError:
@@ -63,8 +62,33 @@ def fetch(model: str, revision: str | None) -> Path:
         raise OptionError(f"there is no folder {model!r} here and no such model on the Hub; if it is private, run `hf auth login` first") from None
     except LocalEntryNotFoundError:
         raise OptionError(f"there is no folder {model!r} here, and the Hub cannot be reached to look for it there; check the path, or the network") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{INDEX} of {model} is no index of shards ({error}); tell its author") from None
     except (HfHubHTTPError, OSError) as error:
         raise EffconvertError(f"fetching {model} broke off ({type(error).__name__}: {error}); the same command goes on where it stopped") from None
+
+
+def _snapshot(model: str, revision: str | None) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.utils.logging import get_verbosity, set_verbosity
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    verbosity = get_verbosity()
+    set_verbosity(logging.ERROR)  # what matters of its warnings is said here
+    try:
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=BESIDE_WEIGHTS))
+        # Only the weights that the index names: some repositories hold them a second time in one file.
+        shards = list(json.loads((folder / INDEX).read_text())["weight_map"].values()) if (folder / INDEX).is_file() else [SINGLE]
+        folder = Path(snapshot_download(model, revision=folder.name, allow_patterns=sorted(set(shards))))
+        if not any((folder / shard).is_file() for shard in shards):
+            pickles = [file for file in HfApi().list_repo_files(model, revision=folder.name) if file.endswith(PICKLES)]
+            instead = f", only pickle ({pickles[0]}), which can run code when opened" if pickles else ""
+            raise ModelError(f"{model} has no safetensors on the Hub{instead}; take a revision that has them")
+        return folder
+    finally:
+        set_verbosity(verbosity)
 
 
 def unpack_gguf(path: Path) -> Path:

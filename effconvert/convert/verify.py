@@ -1,7 +1,7 @@
 """Prove a conversion: reload it from disk in stock transformers, run it, and measure it beside the original."""
 
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def measuring_dtype(plan: Plan) -> torch.dtype:
 
 def scratch_bytes(plan: Plan, options: RunOptions) -> int:
     """Return the disk that the original's logits take while the two models are compared."""
-    return int(options.tokens * (plan.config.raw.get("vocab_size") or 0) * measuring_dtype(plan).itemsize)
+    return options.tokens * plan.config.vocabulary * measuring_dtype(plan).itemsize
 
 
 def check_memory(plan: Plan, options: RunOptions) -> int:
@@ -87,47 +87,80 @@ def check_finite(folder: Path, plan: Plan) -> None:
                 tensor.read("cpu")
 
 
-def verify(plan: Plan, folder: Path, text: Text, options: RunOptions, step: Callable[[str], None]) -> Report:
+@dataclass(frozen=True)
+class Material:
+    """What both models are run on."""
+
+    tokenizer: Any
+    windows: Tensor  # token ids, [N, T]
+    text: str
+    unmeasured: str  # why no quality can be measured, empty where it can
+
+
+def prepare(plan: Plan, text: Text, options: RunOptions) -> Material:
+    """Make the tokens to measure on, before anything is written.
+
+    Raises:
+        OptionError: the text is too short.
+        ModelError: the tokenizer is damaged or does not belong to the model.
+    """
+    config, folder = plan.checkpoint.config, plan.checkpoint.folder
+    context = min(options.context, config.longest or options.context)
+    random = torch.randint(config.vocabulary, (1, min(context, 2 * PROMPT)), generator=torch.Generator().manual_seed(0))
+    if not config.family.decoder:
+        return Material(None, random, text.name, f"{config.kind} is an encoder and predicts no next token")
+    if config.architecture != config.family.lm:
+        return Material(None, random, text.name, f"{config.architecture} has no language-model head")
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        return Material(None, random, text.name, "the model has no tokenizer")
+    with quiet():
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # of a damaged file, or of code that would have to run: json's, tokenizers' bare Exception, ValueError, ...
+            raise ModelError(f"the tokenizer in {folder} cannot be loaded ({type(error).__name__}: {error}); mend it, or use --no-verify") from error
+        return Material(tokenizer, quality.windows(tokenizer, text, context, options.tokens, config.vocabulary), text.name, "")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from talking, and give it its voice back."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def verify(plan: Plan, folder: Path, material: Material, scratch: Path, step: Callable[[str], None]) -> Report:
     """Reload the model in `folder` and compare it with its original; `step` is told what is going on.
 
     Raises:
         ModelError: it does not load as it should, computes NaN, or is not what the plan or the surgery promised.
     """
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    step("checking every number")
-    check_finite(folder, plan)
-    tokenizer, cut, unmeasured = _prepare(plan, text, options)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-        logits = Path(scratch) / "logits"
-        step("measuring the original")
-        before, expected, device = _side(plan, plan.checkpoint.folder, cut, tokenizer, not unmeasured, record=logits)
-        step("measuring the converted model")
-        after, found, _ = _side(plan, folder, cut, tokenizer, not unmeasured, reference=logits)
+    try:
+        with quiet():
+            step("checking every number")
+            check_finite(folder, plan)
+            step("measuring the original")
+            before, expected, device = _side(plan, plan.checkpoint.folder, material, record=scratch)
+            step("measuring the converted model")
+            after, found, _ = _side(plan, folder, material, reference=scratch)
+    finally:
+        scratch.unlink(missing_ok=True)
     _hold(plan.before, before, "the original")
     _hold(plan.after, after, "the converted model")
     difference = (found - expected).abs().max().item() if plan.exact else None
     if difference is not None and difference > TOLERANCE * expected.abs().max().item():
         raise ModelError(f"a logit changed by {difference:.3g}, and this conversion must not change any: a fault of effconvert, please report it")
-    return Report(before, after, difference, text.name, str(measuring_dtype(plan)).removeprefix("torch."), device, unmeasured)
-
-
-def _prepare(plan: Plan, text: Text, options: RunOptions) -> tuple[Any, Tensor, str]:
-    from transformers import AutoTokenizer
-
-    config = plan.checkpoint.config
-    longest = config.raw.get("max_position_embeddings") or config.raw.get("n_positions") or options.context
-    context = min(options.context, longest)
-    vocabulary = config.raw.get("vocab_size") or 256
-    random = torch.randint(vocabulary, (1, min(context, 2 * PROMPT)), generator=torch.Generator().manual_seed(0))
-    if config.architecture != config.family.lm:
-        return None, random, f"{config.architecture} has no language-model head"
-    if not any((plan.checkpoint.folder / name).is_file() for name in TOKENIZERS):
-        return None, random, "the model has no tokenizer"
-    tokenizer = AutoTokenizer.from_pretrained(plan.checkpoint.folder)
-    return tokenizer, quality.windows(tokenizer, text, context, options.tokens, vocabulary), ""
+    return Report(before, after, difference, material.text, str(measuring_dtype(plan)).removeprefix("torch."), device, material.unmeasured)
 
 
 def load(plan: Plan, folder: Path, dtype: torch.dtype) -> Any:
@@ -139,30 +172,34 @@ def load(plan: Plan, folder: Path, dtype: torch.dtype) -> Any:
     import transformers
 
     name = plan.config.architecture if folder != plan.checkpoint.folder else plan.checkpoint.config.architecture
+    stock = f"{name} of transformers {transformers.__version__}"
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     try:
         model, info = getattr(transformers, name).from_pretrained(folder, dtype=dtype, output_loading_info=True, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-        raise ModelError(f"{name} of transformers {transformers.__version__} cannot load {folder}: {error}") from error
+        model = model.to(accelerator or "cpu").eval()
+    except Exception as error:  # whatever a class of somebody else's raises over a strange config or a full device
+        raise ModelError(f"{stock} cannot load {folder} ({type(error).__name__}: {error})") from error
     wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)}
     if wrong:
         told = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names[:3])}" for kind, names in wrong.items())
-        raise ModelError(f"{name} of transformers {transformers.__version__} does not find in {folder} what it needs ({told})")
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return model.to(accelerator or "cpu").eval()
+        raise ModelError(f"{stock} does not find in {folder} what it needs ({told})")
+    return model
 
 
-def _side(
-    plan: Plan, folder: Path, cut: Tensor, tokenizer: Any, whole: bool, record: Path | None = None, reference: Path | None = None
-) -> tuple[Side, Tensor, str]:
-    model = load(plan, folder, measuring_dtype(plan))
+def _side(plan: Plan, folder: Path, material: Material, record: Path | None = None, reference: Path | None = None) -> tuple[Side, Tensor, str]:
+    model, cut, whole = load(plan, folder, measuring_dtype(plan)), material.windows, not material.unmeasured
     prompt = cut[0, :PROMPT]
     head = quality.logits_of(model, cut[0][: 4 * PROMPT]).float().cpu()  # [T, V]
     measured = quality.measure(model, cut, record, reference) if whole else None
-    written = quality.continuation(model, tokenizer, prompt, PROMPT) if whole else ""
+    written = quality.continuation(model, material.tokenizer, prompt, PROMPT) if whole else ""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    short = prompt[: max(1, min([len(prompt), *(window - 1 for window in plan.checkpoint.config.windows() if window)]))]  # before any window is full
-    cache = quality.kv_bytes(model, short) // len(short)
-    return Side(parameters, cache * FLOATS[plan.checkpoint.dtype].itemsize // model.dtype.itemsize, measured, written), head, str(model.device)
+    cache = 0
+    if plan.config.family.decoder:
+        windows = [window - 1 for window in plan.checkpoint.config.windows() if window]
+        short = prompt[: max(1, min([len(prompt), *windows]))]  # before any window is full
+        itemsize = FLOATS[plan.checkpoint.dtype].itemsize
+        cache = quality.kv_bytes(model, short) // len(short) * itemsize // model.dtype.itemsize
+    return Side(parameters, cache, measured, written), head, str(model.device)
 
 
 def _hold(planned: Any, side: Side, which: str) -> None:

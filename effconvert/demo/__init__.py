@@ -13,4 +13,8 @@ GROUPS = 2
 
 def demo(folder: Path, watcher: Watcher) -> dict[str, Outcome]:
     """Convert into `folder`, and return what came of each rule."""
-    return {rule: convert(str(MODEL), (Gqa(groups=GROUPS, pool=rule),), RunOptions(output=folder / f"{GROUPS}-{rule}"), watcher) for rule in get_args(Pool)}
+    outcomes = {}
+    for rule in get_args(Pool):
+        options = RunOptions(output=folder / f"{GROUPS}-{rule}", overwrite=True)  # replaces only what an earlier demo wrote
+        outcomes[rule] = convert(str(MODEL), (Gqa(groups=GROUPS, pool=rule),), options, watcher)
+    return outcomes

@@ -48,9 +48,8 @@ def windows(tokenizer: Any, text: Text, context: int, tokens: int, vocabulary: i
     begun = tokenizer(text.content[:64], verbose=False).input_ids
     start = begun[:1] if begun[:1] == [tokenizer.bos_token_id] else []  # Gemma is lost without its <bos>
     body = context - len(start)
-    count = min(tokens, len(plain)) // body
-    if count == 0:
-        count, body = 1, len(plain)
+    body = min(body, tokens, len(plain))
+    count = min(tokens, len(plain)) // max(body, 1)
     if body < 2:
         raise OptionError(f"{text.name} has {len(plain)} tokens, and at least {context} are needed to measure at --context {context}; give a longer --text")
     cut = torch.tensor(plain[: count * body]).view(count, body)  # [N, T]

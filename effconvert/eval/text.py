@@ -5,7 +5,6 @@ effconvert runs. It differs a little from one Python version to the next, which 
 """
 
 import ast
-import hashlib
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -35,11 +34,6 @@ class Text:
 
     name: str
     content: str
-
-    @property
-    def fingerprint(self) -> str:
-        """The first 12 hex digits of the SHA-256 of the content."""
-        return hashlib.sha256(self.content.encode()).hexdigest()[:12]
 
 
 def default_text() -> Text:

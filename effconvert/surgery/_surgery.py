@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from effconvert.options import Options
 
 if TYPE_CHECKING:
-    from effconvert.convert.checkpoint import Checkpoint, Layer
+    from effconvert.convert.checkpoint import Layer
     from effconvert.convert.config import Config
 
 
@@ -41,7 +41,7 @@ class Surgery(Options):
         """
 
     @abstractmethod
-    def check(self, checkpoint: Checkpoint) -> None:
+    def check(self, config: Config) -> None:
         """Refuse what cannot be done with these options.
 
         Raises:
@@ -57,6 +57,14 @@ class Surgery(Options):
     def config(self, config: Config) -> Config:
         """Return the config of the converted model."""
 
-    @abstractmethod
+    def layers(self, layers: list[Layer]) -> list[Layer]:
+        """Return the layers of the converted model: fewer, in another order, or tied to each other; by default each changed for itself.
+
+        Overridden by techniques that go across layers. What reads or assigns parts belongs into `Layer.later`: at most two layers fit in memory.
+        """
+        for layer in layers:
+            layer.later(self.layer)
+        return layers
+
     def layer(self, layer: Layer) -> None:
         """Change one layer: read parts, assign parts. Runs on the meta device first, so it must not look at values."""

@@ -11,7 +11,7 @@ from effconvert.errors import ModelError, OptionError
 from effconvert.surgery._surgery import Surgery
 
 if TYPE_CHECKING:
-    from effconvert.convert.checkpoint import Checkpoint, Layer
+    from effconvert.convert.checkpoint import Layer
     from effconvert.convert.config import Config
 
 
@@ -39,9 +39,8 @@ class ExpandKv(Surgery):
         """Name the larger numbers of KV heads."""
         return f"--groups {', '.join(map(str, _choices(config)))}"
 
-    def check(self, checkpoint: Checkpoint) -> None:
+    def check(self, config: Config) -> None:
         """Refuse a number that is no multiple of the KV heads or no divisor of the query heads."""
-        config = checkpoint.config
         possible = _choices(config)
         if self._count(config) not in possible:
             raise OptionError(

@@ -13,7 +13,7 @@ from effconvert.surgery._surgery import Surgery
 if TYPE_CHECKING:
     import torch
 
-    from effconvert.convert.checkpoint import Checkpoint, Layer
+    from effconvert.convert.checkpoint import Layer
     from effconvert.convert.config import Config
 
 Pool = Literal["mean", "first"]
@@ -40,16 +40,17 @@ class Gqa(Surgery):
         """Name the numbers of groups that divide the model's KV heads and that its family can write."""
         return f"--groups {', '.join(map(str, choices(config)))}"
 
-    def check(self, checkpoint: Checkpoint) -> None:
+    def check(self, config: Config) -> None:
         """Refuse a number of groups that the heads or the family do not allow."""
-        config = checkpoint.config
         possible = choices(config)
         if self.groups > config.kv_heads:
             more = f"; effconvert expand-kv makes more of them, up to the {config.heads} query heads" if config.family.kv_heads_key else ""
             raise OptionError(f"--groups {self.groups} is more than this model's {config.kv_heads} KV heads; give {_either(possible)}{more}")
         if config.kv_heads % self.groups:
             raise OptionError(f"--groups {self.groups} does not divide this model's {config.kv_heads} KV heads; give {_either(possible)}")
-        config.with_kv_heads(self.groups)  # refuses what the family cannot write
+        if self.groups not in possible and len(possible) > 1:
+            raise OptionError(f"--groups {self.groups} cannot be written for a {config.kind}; give {_either(possible)}")
+        config.with_kv_heads(self.groups)  # says why, where no number of groups can be written
 
     def exact(self, config: Config) -> bool:
         """Only with as many groups as heads."""

@@ -8,7 +8,7 @@ from effconvert.surgery._surgery import Surgery
 from effconvert.surgery.gqa import POOL, Gqa, Pool, choices
 
 if TYPE_CHECKING:
-    from effconvert.convert.checkpoint import Checkpoint, Layer
+    from effconvert.convert.checkpoint import Layer
     from effconvert.convert.config import Config
 
 
@@ -31,9 +31,9 @@ class Mqa(Surgery):
         choices(config)
         return "as it is"
 
-    def check(self, checkpoint: Checkpoint) -> None:
+    def check(self, config: Config) -> None:
         """As `Gqa` with one group."""
-        self._gqa.check(checkpoint)
+        self._gqa.check(config)
 
     def exact(self, config: Config) -> bool:
         """As `Gqa` with one group."""

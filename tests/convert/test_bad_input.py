@@ -11,12 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from click.testing import Result
+from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 import effconvert
 import effconvert.convert.run
 import effconvert.surgery.gqa  # before somebody becomes nobody, who may not even read Python's own files
+from effconvert.cli import main
 
 ASKER, MODEL = 2, 1  # exit codes: whose fault it is
 EASY = ("--tokens", "60", "--context", "20")
@@ -182,6 +183,39 @@ def test_code_that_comes_with_a_model_is_never_run(command: Command, model: Path
     assert not marker.exists()
     assert result.exit_code == 0, result.output  # the family is known, so its own class is used
     assert Path("out/modeling_evil.py").is_file()
+
+
+def test_code_of_a_tokenizer_is_not_run_even_when_somebody_would_say_yes(model: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    (model / "tokenization_evil.py").write_text(f"from pathlib import Path\nPath({str(marker)!r}).touch()\nclass Evil: ...\n")
+    settings = model / "tokenizer_config.json"
+    settings.write_text(json.dumps({"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["tokenization_evil.Evil", None]}}))
+    result = CliRunner().invoke(main, ["gqa", "--groups", "2", str(model), "-o", "out", "--tokens", "64"], input="y\ny\ny\n")
+    assert not marker.exists()
+    assert result.exit_code in (0, MODEL), result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("damage", ["{", '{"model": 3}'])
+def test_a_damaged_tokenizer_is_refused_before_anything_is_written(refused: Check, model: Path, damage: str) -> None:
+    (model / "tokenizer.json").write_text(damage)
+    assert "tokenizer" in refused(MODEL, "gqa", "--groups", "2", model, "-o", "out")
+
+
+def test_a_link_out_of_the_folder_is_not_copied(refused: Check, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text("token")
+    (model / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    assert "notes.txt is a link" in refused(MODEL, *gqa(model))
+
+
+def test_trained_weights_under_the_same_names_are_not_replaced(command: Command, model: Path) -> None:
+    assert command(*gqa(model)).exit_code == 0
+    shard = sorted(Path("out").glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes() + b"trained")
+    result = command(*gqa(model, "--overwrite"))
+    assert result.exit_code == ASKER
+    assert shard.name in result.stderr
+    assert shard.read_bytes().endswith(b"trained")
 
 
 def test_code_that_comes_with_a_model_of_an_unknown_family_is_never_run(refused: Check, model: Path, tmp_path: Path) -> None:
@@ -454,7 +488,7 @@ def test_what_lies_where_the_old_output_waits_is_never_deleted(command: Command,
     assert Path("out.replaced/thesis.txt").read_text() == "ten years"
 
 
-@pytest.mark.parametrize("output", ["model", "model/converted", ".", "model/../model"])
+@pytest.mark.parametrize("output", ["model", "model/converted", "model/../model"])
 def test_an_output_in_the_source_or_around_it_is_refused(refused: Check, model: Path, output: str) -> None:
     for more in ((), ("--overwrite",)):
         told = refused(ASKER, "gqa", "--groups", "2", model, "-o", output, "--no-verify", *more)
@@ -518,7 +552,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(refused:
     assert "make room" in told
 
 
-@pytest.mark.parametrize(("call", "times"), [("sendfile", 1), ("sendfile", 6), ("fsync", 1), ("fsync", 3)])
+@pytest.mark.parametrize(("call", "times"), [("sendfile", 1), ("sendfile", 6), ("fsync", 1), ("fsync", 4)])
 def test_a_disk_that_fills_up_leaves_what_the_same_command_goes_on_from(
     command: Command, contents: Contents, refused_late: Check, model: Path, monkeypatch: pytest.MonkeyPatch, call: str, times: int
 ) -> None:
@@ -561,3 +595,9 @@ def test_a_conversion_never_changes_its_source(command: Command, contents: Conte
     assert result.exit_code == 0, result.output
     assert contents(model) == before
     assert sorted(path.name for path in Path().iterdir()) == ["model", "out"]
+
+
+@pytest.mark.parametrize("output", [".", "", "..", "model/.."])
+def test_an_output_without_a_name_is_refused(refused: Check, model: Path, output: str) -> None:
+    told = refused(ASKER, "gqa", "--groups", "2", model, "-o", output, "--no-verify")
+    assert "is not the name of a new folder" in told or "one inside the other" in told

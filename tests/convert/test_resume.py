@@ -18,7 +18,8 @@ from filelock import FileLock
 
 from effconvert.cli import main
 
-MANIFEST = "effconvert.convert.stream.save_manifest"
+MANIFEST = "effconvert.convert.stream.save_manifest"  # once a shard
+FINAL = "effconvert.convert.output.save_manifest"  # once before the first shard, once before the move, once after it
 Command = Callable[..., Result]
 Contents = Callable[[Path], dict[str, str]]
 Kill = Callable[..., None]
@@ -92,15 +93,15 @@ def killed(nursery: multiprocessing.context.ForkServerContext) -> Kill:
 @pytest.mark.parametrize(
     ("where", "moment", "nth", "finished"),
     [
-        (MANIFEST, "after", 1, 0),  # the first only says what is to be done
-        (MANIFEST, "after", 3, 2),
-        ("os.fsync", "before", 3, 2),  # a shard is written whole, and not yet named
+        (FINAL, "after", 1, 0),  # it only says what is to be done
+        (MANIFEST, "after", 2, 2),
+        ("os.fsync", "before", 6, 2),  # the third shard is written whole, and not yet named; a manifest is flushed for each, and before them
         ("os.sendfile", "after", 4, None),  # in the middle of a shard
-        (MANIFEST, "before", 4, 2),  # a shard is named, and not yet recorded
+        (MANIFEST, "before", 3, 2),  # a shard is named, and not yet recorded
         ("effconvert.convert.stream._write_others", "before", 1, 5),
-        ("effconvert.convert.stream.publish", "before", 1, 5),
-        (MANIFEST, "before", 7, 5),  # between the manifest and the move
-        (MANIFEST, "after", 7, None),
+        ("effconvert.convert.output.publish", "before", 1, 5),
+        (FINAL, "before", 2, 5),
+        (FINAL, "after", 2, 5),  # between the manifest and the move
     ],
 )
 def test_a_killed_run_goes_on_to_what_an_unbroken_one_leaves(
@@ -117,7 +118,7 @@ def test_a_killed_run_goes_on_to_what_an_unbroken_one_leaves(
 
 
 def test_a_finished_shard_is_not_written_again(unbroken: dict[str, str], killed: Kill, command: Command) -> None:
-    killed(MANIFEST, "after", 3, gqa())
+    killed(MANIFEST, "after", 2, gqa())
     before = {file.name: file.stat().st_ino for file in Path("out.partial").glob("*.safetensors")}
     assert len(before) == 2
     assert command(*gqa()).exit_code == 0
@@ -149,7 +150,7 @@ def test_an_old_output_that_waits_after_a_kill_comes_to_no_harm_from_a_command_t
 def test_a_finished_shard_that_somebody_damaged_is_written_again(
     unbroken: dict[str, str], killed: Kill, command: Command, contents: Contents, damage: str
 ) -> None:
-    killed(MANIFEST, "after", 4, gqa())
+    killed(MANIFEST, "after", 3, gqa())
     shard = sorted(Path("out.partial").glob("*.safetensors"))[1]
     before = shard.stat()
     if damage == "size":
@@ -169,7 +170,7 @@ def test_a_finished_shard_that_somebody_damaged_is_written_again(
 
 
 def test_what_another_recipe_left_is_not_used(unbroken: dict[str, str], killed: Kill, command: Command, contents: Contents) -> None:
-    killed(MANIFEST, "after", 4, gqa("--pool", "first"))
+    killed(MANIFEST, "after", 3, gqa("--pool", "first"))
     result = command(*gqa())
     assert result.exit_code == 0, result.output
     assert "from an interrupted run" not in result.stdout
@@ -177,7 +178,7 @@ def test_what_another_recipe_left_is_not_used(unbroken: dict[str, str], killed: 
 
 
 def test_what_was_made_of_a_source_that_changed_since_is_not_used(model: Path, killed: Kill, command: Command, contents: Contents) -> None:
-    killed(MANIFEST, "after", 4, gqa())
+    killed(MANIFEST, "after", 3, gqa())
     shard = sorted(model.glob("*.safetensors"))[0]
     data = bytearray(shard.read_bytes())
     data[-2] ^= 1
@@ -190,7 +191,7 @@ def test_what_was_made_of_a_source_that_changed_since_is_not_used(model: Path, k
 
 
 def test_a_tokenizer_that_changed_since_is_copied_again(model: Path, killed: Kill, command: Command) -> None:
-    killed("effconvert.convert.stream.publish", "before", 1, gqa())
+    killed("effconvert.convert.output.publish", "before", 1, gqa())
     (model / "README.md").write_text("new")
     (model / "tokenizer_config.json").write_text("{}")
     assert command(*gqa()).exit_code == 0
@@ -200,27 +201,63 @@ def test_a_tokenizer_that_changed_since_is_copied_again(model: Path, killed: Kil
 
 def test_a_file_that_the_source_lost_since_is_not_left_in_the_output(model: Path, killed: Kill, command: Command) -> None:
     (model / "LICENSE").write_text("old")
-    killed("effconvert.convert.stream.publish", "before", 1, gqa())
+    killed("effconvert.convert.output.publish", "before", 1, gqa())
     assert Path("out.partial/LICENSE").is_file()
     (model / "LICENSE").unlink()
     assert command(*gqa()).exit_code == 0
     assert not Path("out/LICENSE").exists()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"fingerprint": 1}', '{"effconvert": "0", "fingerprint": "x", "shards": 3}'])
-def test_a_manifest_that_is_damaged_means_starting_anew(unbroken: dict[str, str], killed: Kill, command: Command, contents: Contents, content: str) -> None:
-    place = Path("out.partial")  # as a killed run leaves it, the lock among it
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"fingerprint": 1}', '{"effconvert": "0", "fingerprint": "x", "files": 3}'])
+def test_a_partial_folder_with_a_damaged_manifest_is_left_alone(model: Path, command: Command, contents: Contents, content: str) -> None:
+    place = Path("out.partial")
     place.mkdir()
-    (place / "lock").touch()
     (place / "effconvert.json").write_text(content)
-    (place / "model-00001-of-00005.safetensors").write_bytes(b"rubbish")
+    (place / "thesis.txt").write_text("the only copy")
+    before = contents(place)
     result = command(*gqa())
-    assert result.exit_code == 0, result.output
-    assert contents(Path("out")) == unbroken
+    assert result.exit_code == 2
+    assert "out.partial is in the way" in result.stderr
+    assert contents(place) == before
+    assert not Path("out").exists()
+
+
+def test_what_somebody_put_into_a_partial_folder_stops_the_next_run(unbroken: dict[str, str], killed: Kill, command: Command) -> None:
+    killed(MANIFEST, "after", 2, gqa())
+    Path("out.partial/thesis.txt").write_text("the only copy")
+    assert command(*gqa()).exit_code == 2
+    assert command(*gqa("--pool", "first")).exit_code == 2
+    assert Path("out.partial/thesis.txt").read_text() == "the only copy"
+
+
+def test_what_somebody_put_at_the_output_meanwhile_stays(model: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    from effconvert.convert import run
+
+    real = run.write
+
+    def write(*given: object) -> int:
+        Path("out").mkdir()
+        Path("out/thesis.txt").write_text("the only copy")
+        return real(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(run, "write", write)
+    result = command(*gqa())
+    assert result.exit_code == 2
+    assert "out exists" in result.stderr
+    assert Path("out/thesis.txt").read_text() == "the only copy"
+
+
+@pytest.mark.parametrize("place", ["out.partial", "out.replaced"])
+def test_a_source_where_the_output_is_built_is_not_touched(model: Path, command: Command, contents: Contents, place: str) -> None:
+    source = model.rename(place)
+    before = contents(source)
+    for more in ((), ("--overwrite",)):
+        assert command(*gqa(*more, model=place)).exit_code == 2
+        assert contents(source) == before
 
 
 def test_a_second_run_into_the_same_output_refuses(model: Path, python: str, environment: dict[str, str], command: Command) -> None:
-    first = subprocess.Popen(halting(python, MANIFEST, 3, *gqa()), env=environment, stdout=subprocess.PIPE, text=True)
+    first = subprocess.Popen(halting(python, MANIFEST, 2, *gqa()), env=environment, stdout=subprocess.PIPE, text=True)
     try:
         assert first.stdout is not None
         while "halted" not in first.stdout.readline():
@@ -239,31 +276,31 @@ def test_a_second_run_into_the_same_output_refuses(model: Path, python: str, env
 
 
 def test_a_lock_file_without_a_run_does_not_stop_anybody(model: Path, command: Command) -> None:
-    Path("out.partial").mkdir()
-    Path("out.partial/lock").touch()
+    Path(".out.lock").touch()
     assert command(*gqa()).exit_code == 0
+    assert not Path(".out.lock").exists()
 
 
 def test_the_lock_is_held_until_the_output_stands(model: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    from effconvert.convert import stream
+    from effconvert.convert import output
 
     taken = []
-    real = stream.publish
+    real = output.save_manifest
 
-    def publish(*args: object) -> None:
+    def save(folder: Path, manifest: dict[str, object]) -> None:
+        real(folder, manifest)
         try:
-            with FileLock("out.partial/lock", timeout=0):
-                taken.append(True)
+            with FileLock(".out.lock", timeout=0):
+                taken.append(folder.name)
         except TimeoutError:
-            taken.append(False)
-        real(*args)  # type: ignore[arg-type]
+            taken.append(None)
 
-    monkeypatch.setattr(stream, "publish", publish)
+    monkeypatch.setattr(output, "save_manifest", save)
     assert command(*gqa()).exit_code == 0
-    assert taken == [False]
+    assert taken == [None, None, None]  # begun, about to move, moved
 
 
-@pytest.mark.parametrize(("where", "nth", "finished"), [(MANIFEST, 3, 2), ("effconvert.surgery.load", 1, 0)], ids=["writing", "importing"])
+@pytest.mark.parametrize(("where", "nth", "finished"), [(MANIFEST, 2, 2), ("effconvert.surgery.load", 1, 0)], ids=["writing", "importing"])
 def test_ctrl_c_ends_with_130_and_a_line_and_the_same_command_goes_on(
     unbroken: dict[str, str], python: str, environment: dict[str, str], command: Command, contents: Contents, where: str, nth: int, finished: int
 ) -> None:
@@ -274,7 +311,7 @@ def test_ctrl_c_ends_with_130_and_a_line_and_the_same_command_goes_on(
     run.send_signal(signal.SIGINT)
     _, told = run.communicate(timeout=20)
     assert run.returncode == 130
-    assert told.strip().splitlines() == ["Stopped. What is finished waits; the same command goes on from there."]
+    assert told.strip().splitlines() == ["Stopped. A conversion goes on from what is finished when the same command is run again."]
     assert not Path("out").exists()
     result = command(*gqa())
     assert (f"{finished} shards were there" in result.stdout) == (finished > 0)
@@ -297,7 +334,7 @@ def test_verification_that_fails_leaves_what_was_written_and_no_output(model: Pa
     os.chdir(model.parent)
     again = command(*gqa())
     assert again.exit_code == 0, again.output
-    assert "5 shards were there" in again.stdout
+    assert "shards were there" not in again.stdout  # what was condemned is not used again
 
 
 def test_the_record_in_the_output_names_every_file_and_what_was_done(model: Path, command: Command) -> None:

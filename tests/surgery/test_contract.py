@@ -38,7 +38,7 @@ CASES = {
 }
 MATRIX = [(name, kind) for name, case in CASES.items() for kind in case.kinds]
 NEUTRAL = [(name, kind) for name, kind in MATRIX if kind in GROUPING] + [("mqa", "gpt_bigcode"), ("gqa", "gpt2")]
-OTHERWISE = [("mqa", "gpt_bigcode"), ("gqa", "gpt_bigcode")]  # they have a single KV head: nothing to refuse, or wrong options
+OTHERWISE = [("mqa", "gpt_bigcode"), ("gqa", "gpt_bigcode"), ("gqa", "gpt2")]  # nothing to refuse, or the options are wrong and not the model
 REFUSED = [(name, kind) for name, case in CASES.items() for kind in FAMILIES if kind not in case.kinds and (name, kind) not in OTHERWISE]
 
 

@@ -52,7 +52,7 @@ def test_a_number_that_does_not_fit_is_refused_with_those_that_do(kv_heads, grou
 @pytest.mark.parametrize("groups", [0, -1, "all"])
 def test_a_number_out_of_bounds_is_refused(groups):
     with pytest.raises(OptionError, match="--groups is "):
-        ExpandKv.build({"groups": groups})
+        ExpandKv(**{"groups": groups})
 
 
 @pytest.mark.parametrize("kind", GROUPING)

@@ -1,0 +1,194 @@
+"""The output folder: what may stand there, who is writing it, and how it appears whole.
+
+Everything goes to `OUT.partial` first, with a manifest that says what belongs there; `OUT` appears by one rename. What is replaced waits in
+`OUT.replaced` until then. Nothing is removed that a manifest does not name with its size: what somebody put there, or trained further, stays.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+import effconvert
+from effconvert.convert.plan import Plan
+from effconvert.errors import EffconvertError, OptionError
+
+MANIFEST = "effconvert.json"
+DRAFT = ".draft"  # ends the name of a file that is being written
+SCRATCH = "logits.draft"  # in `OUT.partial` while two models are compared
+
+
+def partial_folder(output: Path) -> Path:
+    """Return where `output` is built."""
+    return output.with_name(output.name + ".partial")
+
+
+def replaced_folder(output: Path) -> Path:
+    """Return where an output that is being replaced waits until the new one stands."""
+    return output.with_name(output.name + ".replaced")
+
+
+def check(plan: Plan, output: Path, overwrite: bool, scratch: int) -> None:
+    """Refuse, before anything is written, a place where the result (and `scratch` bytes while it is measured) could not stand.
+
+    Raises:
+        OptionError: it exists, cannot be written, has too little room, or would touch the source.
+    """
+    try:
+        if output.name in ("", ".."):
+            raise OptionError(f"--output '{output}' is not the name of a new folder; give one")
+        _check_source(plan.checkpoint.folder, output)
+        check_free(output, overwrite)
+        _check_room(plan, output, scratch)
+    except OSError as error:
+        raise OptionError(f"{error.filename or output} cannot be used ({error.strerror}); give another --output") from None
+
+
+def check_free(output: Path, overwrite: bool) -> None:
+    """Refuse to touch what effconvert did not write."""
+    if output.is_symlink():
+        raise OptionError(f"{output} is a link; give --output the folder that it stands for")
+    if output.exists() and not output.is_dir():
+        raise OptionError(f"{output} exists and is a file; give another --output")
+    if output.exists() and any(output.iterdir()):
+        if not overwrite:
+            raise OptionError(f"{output} exists; give another --output, or --overwrite to replace what effconvert wrote")
+        if foreign := foreign_files(output):
+            raise OptionError(f"{output} holds what effconvert did not write ({foreign[0]}), so it stays; give another --output")
+    for folder in (partial_folder(output), replaced_folder(output)):
+        if folder.is_symlink() or (folder.exists() and foreign_files(folder)):
+            raise OptionError(f"{folder} is in the way and effconvert did not write all of it; move it, or give another --output")
+
+
+def _check_source(source: Path, output: Path) -> None:
+    source = source.resolve()
+    for folder in (output, partial_folder(output), replaced_folder(output)):
+        target = folder.resolve()
+        if source == target or source in target.parents or target in source.parents or (folder.exists() and folder.samefile(source)):
+            raise OptionError(f"{folder}, which is needed for the output, and the model {source} lie one inside the other; give another --output")
+
+
+def _check_room(plan: Plan, output: Path, scratch: int) -> None:
+    place = next(folder for folder in output.resolve().parents if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise OptionError(f"{output} cannot be made: {place} is not a folder that you may write to; give another --output")
+    present = sum(file.stat().st_size for file in partial_folder(output).rglob("*") if file.is_file())
+    free, need = shutil.disk_usage(place).free + present, plan.disk + scratch
+    if free < need:
+        raise OptionError(f"{output} needs {need / 1e9:.2f} GB and {place} has {free / 1e9:.2f} GB free; make room, or give an --output on another disk")
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """Return what lies in `folder` beside what its manifest says that effconvert wrote: other names, or other sizes."""
+    ours = {MANIFEST: None, f"{MANIFEST}{DRAFT}": None, **read_manifest(folder).get("files", {})}
+    foreign = []
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        planned = name.removesuffix(DRAFT) if ours.get(name.removesuffix(DRAFT), 0) is None else name
+        if not path.is_dir() and (planned not in ours or ours[planned] not in (None, path.stat().st_size)):
+            foreign.append(name)
+    return sorted(foreign)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return what effconvert recorded in `folder`, empty if it did not write it."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    sound = isinstance(manifest, dict) and isinstance(manifest.get("fingerprint"), str) and isinstance(manifest.get("files"), dict)
+    return manifest if sound else {}
+
+
+def save_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Replace the manifest in one step: it is never seen half-written."""
+    draft = folder / f"{MANIFEST}{DRAFT}"
+    try:
+        draft.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        to_disk(draft)
+        draft.replace(folder / MANIFEST)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or the list of a folder's files, is on disk."""
+    if path.is_file() or os.name == "posix":  # elsewhere a folder cannot be opened
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def workplace(plan: Plan, output: Path) -> Iterator[Path]:
+    """Make `OUT.partial`, with a manifest of what will be in it, while nobody else may write `output`.
+
+    Raises:
+        OptionError: another effconvert is writing there.
+        EffconvertError: the disk is full or cannot be written; what is finished stays for the next try.
+    """
+    partial, lock = partial_folder(output), output.with_name(f".{output.name}.lock")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock, timeout=0):
+            try:
+                _begin(plan, partial)
+                yield partial
+            finally:
+                lock.unlink(missing_ok=True)
+    except Timeout:
+        raise OptionError(f"another effconvert is writing {output}; wait for it, or give another --output") from None
+    except OSError as error:
+        again = f"the finished shards wait in {partial}, and the same command goes on from there"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise EffconvertError(f"no room left for {output} ({error.strerror}); make some: {again}") from None
+        raise EffconvertError(f"{error.filename or output}: {error.strerror}; {again}") from None
+
+
+def _begin(plan: Plan, partial: Path) -> None:
+    manifest = read_manifest(partial)
+    (partial / SCRATCH).unlink(missing_ok=True)
+    if manifest.get("fingerprint") == plan.fingerprint and isinstance(manifest.get("shards"), dict):
+        return
+    for path in partial.iterdir():  # of another model or recipe (`check_free` saw to it that it is ours): nothing of it can be used
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    save_manifest(partial, {**_about(plan), "files": dict.fromkeys([*plan.written, SCRATCH]), "shards": {}})
+
+
+def forget(partial: Path) -> None:
+    """Have the next try write everything anew: what is there is not sound."""
+    save_manifest(partial, {**read_manifest(partial), "shards": {}})
+
+
+def publish(plan: Plan, partial: Path, output: Path, overwrite: bool, record: dict[str, Any]) -> None:
+    """Complete the manifest with `record` and move `partial` to where it belongs, replacing what was there.
+
+    Raises:
+        OptionError: meanwhile somebody put something there.
+    """
+    check_free(output, overwrite)
+    final = {**_about(plan), **record, "files": {name: (partial / name).stat().st_size for name in plan.written}}
+    save_manifest(partial, {**final, "shards": read_manifest(partial)["shards"]})  # still to be found by a next try, if this one is killed
+    to_disk(partial)
+    old = replaced_folder(output)
+    if output.exists():
+        if old.exists():
+            shutil.rmtree(old)
+        output.rename(old)
+    partial.rename(output)
+    to_disk(output.parent)
+    save_manifest(output, final)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _about(plan: Plan) -> dict[str, Any]:
+    return {"effconvert": effconvert.__version__, "fingerprint": plan.fingerprint, "recipe": plan.recipe}

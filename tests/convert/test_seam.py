@@ -1,0 +1,133 @@
+"""What the engine offers a technique: changes put off, layers dropped and reordered, parts refused, encoders as well as decoders."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+from effconvert.convert.checkpoint import open_checkpoint
+from effconvert.convert.run import convert
+from effconvert.errors import ModelError
+from effconvert.options import RunOptions
+from effconvert.surgery._surgery import Surgery
+from effconvert.surgery.gqa import Gqa
+from tests.models import logits, save, tiny
+
+
+class Plain(Surgery):
+    """Changes nothing: what a test technique begins with."""
+
+    @property
+    def name(self):
+        return "plain"
+
+    @classmethod
+    def suits(cls, config):
+        return ""
+
+    def check(self, config):
+        pass
+
+    def exact(self, config):
+        return False
+
+    def config(self, config):
+        return config
+
+
+class DropFirst(Plain):
+    def config(self, config):
+        return dataclasses.replace(config, raw={**config.raw, "num_hidden_layers": config.layers - 1})
+
+    def layers(self, layers):
+        return super().layers(layers[1:])
+
+
+class Flip(Plain):
+    """Turns v and o round: nothing changes."""
+
+    def exact(self, config):
+        return True
+
+    def layer(self, layer):
+        for part in ("v", "v.bias", "o"):
+            if part in layer:
+                layer[part] = layer[part].neg()
+
+
+class AddGate(Plain):
+    def layer(self, layer):
+        layer["gate"] = layer["up"]
+
+
+class Misspelt(Plain):
+    def layer(self, layer):
+        layer["ups"] = layer["up"]
+
+
+def test_a_layer_can_be_dropped_and_the_others_are_renumbered(tmp_path):
+    model = tiny("llama", num_hidden_layers=3)
+    outcome = convert(str(save(model, tmp_path / "source")), (DropFirst(),), RunOptions(output=tmp_path / "out"))
+    del model.model.layers[0]
+    model.config.num_hidden_layers = 2
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = index
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model), rtol=0, atol=0)
+    assert outcome.plan.before.kv_bytes * 2 == outcome.plan.after.kv_bytes * 3
+
+
+def test_surgeries_in_a_row_are_the_commands_one_after_the_other(tmp_path):
+    source = save(tiny("llama", num_hidden_layers=3), tmp_path / "source")
+    quick = {"verify": False}
+    convert(str(source), (Gqa(groups=2), DropFirst(), Gqa(groups=1, pool="first")), RunOptions(output=tmp_path / "at-once", **quick))
+    convert(str(source), (Gqa(groups=2),), RunOptions(output=tmp_path / "one", **quick))
+    convert(str(tmp_path / "one"), (DropFirst(),), RunOptions(output=tmp_path / "two", **quick))
+    convert(str(tmp_path / "two"), (Gqa(groups=1, pool="first"),), RunOptions(output=tmp_path / "three", **quick))
+    assert (tmp_path / "at-once/model.safetensors").read_bytes() == (tmp_path / "three/model.safetensors").read_bytes()
+    assert (tmp_path / "at-once/config.json").read_bytes() == (tmp_path / "three/config.json").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert", "distilbert", "roberta"])
+def test_an_encoder_is_verified_without_cache_and_perplexity(kind, tmp_path):
+    model = tiny(kind)
+    outcome = convert(str(save(model, tmp_path / "source")), (Flip(),), RunOptions(output=tmp_path / "out"))
+    assert outcome.report.difference is not None
+    assert outcome.report.after.kv_bytes == 0
+    assert outcome.report.after.quality is None
+    assert "encoder" in outcome.report.unmeasured
+    torch.testing.assert_close(logits(AutoModelForMaskedLM.from_pretrained(tmp_path / "out")), logits(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "surgery", "lost"), [("gpt2", AddGate(), "gate"), ("llama", Misspelt(), "ups")], ids=["no gate", "misspelt"])
+def test_a_part_that_the_layout_has_no_place_for_is_refused(kind, surgery, lost, tmp_path):
+    source = save(tiny(kind), tmp_path / "source")
+    with pytest.raises(ModelError, match=f"became one with {lost}, for which"):
+        convert(str(source), (surgery,), RunOptions(output=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_claim_of_exactness_that_is_false_is_caught(tmp_path):
+    class Wrong(Flip):
+        def layer(self, layer):
+            layer["v"] = layer["v"].neg()
+
+    source = save(tiny("llama"), tmp_path / "source")
+    with pytest.raises(ModelError, match="must not change any"):
+        convert(str(source), (Wrong(),), RunOptions(output=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_changes_are_put_off_until_asked_for_and_done_once_in_order_with_their_config(tmp_path):
+    checkpoint = open_checkpoint(save(tiny("llama"), tmp_path))
+    layer = checkpoint.layer(0, "cpu")
+    seen = []
+    layer.later(lambda at: seen.append(("first", at.config.kv_heads, "q" in at)))
+    layer.config = checkpoint.config.with_kv_heads(2)
+    layer.later(lambda at: seen.append(("second", at.config.kv_heads, "q" in at)))
+    layer.config = checkpoint.config.with_kv_heads(1)
+    assert seen == []
+    assert "k" in layer
+    assert "v" in layer
+    assert seen == [("first", 4, True), ("second", 2, True)]
+    assert layer.config.kv_heads == 1

@@ -1,0 +1,97 @@
+"""The numbers of the table, against their definitions."""
+
+import math
+
+import pytest
+import torch
+
+from effconvert.errors import ModelError, OptionError
+from effconvert.eval.quality import kv_bytes, measure, windows
+from effconvert.eval.text import EVALUATION_MODULES, Text, default_text, docstrings
+from tests.models import tiny
+
+
+class Letters:
+    """A tokenizer of one token a letter, with a beginning or without."""
+
+    def __init__(self, begin=None):
+        self.bos_token_id = begin
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        begin = [self.bos_token_id] if add_special_tokens and self.bos_token_id is not None else []
+        return type("Encoding", (), {"input_ids": begin + [ord(letter) % 128 for letter in text]})
+
+
+TEXT = Text("letters", "the quick brown fox jumps over the lazy dog" * 10)
+
+
+@pytest.mark.parametrize(("context", "tokens", "shape"), [(32, 128, (4, 32)), (32, 127, (3, 32)), (512, 100, (1, 100)), (512, 4096, (1, 430)), (2, 2, (1, 2))])
+def test_windows_hold_no_more_than_was_asked_for(context, tokens, shape):
+    assert windows(Letters(), TEXT, context, tokens, 128).shape == shape
+
+
+def test_each_window_begins_as_the_tokenizer_begins_a_text():
+    cut = windows(Letters(begin=1), TEXT, 32, 128, 128)
+    assert cut.shape == (4, 32)
+    assert cut[:, 0].tolist() == [1] * 4
+    assert cut[0, 1:4].tolist() == [ord(letter) for letter in "the"]
+
+
+def test_a_text_of_one_token_is_too_short():
+    with pytest.raises(OptionError, match="has 1 tokens"):
+        windows(Letters(), Text("short", "a"), 32, 128, 128)
+
+
+def test_a_tokenizer_of_another_model_is_refused():
+    with pytest.raises(ModelError, match="do not belong together"):
+        windows(Letters(), TEXT, 32, 128, 100)
+
+
+def test_loss_kl_and_agreement_are_what_they_are_defined_as(tmp_path):
+    first, second = tiny("llama").eval(), tiny("llama").eval()
+    with torch.no_grad():
+        second.lm_head.weight.mul_(1.5)
+    cut = windows(Letters(), TEXT, 100, 400, 128)
+    before = measure(first, cut, record=tmp_path / "logits")
+    after = measure(second, cut, reference=tmp_path / "logits")
+    with torch.no_grad():
+        theirs, mine = (torch.cat([model(cut[i : i + 1]).logits[0, :-1] for i in range(len(cut))]).double().log_softmax(-1) for model in (first, second))
+    target = cut[:, 1:].flatten()
+    assert before.loss == pytest.approx(-theirs[range(len(target)), target].mean().item(), rel=1e-5)
+    assert after.loss == pytest.approx(-mine[range(len(target)), target].mean().item(), rel=1e-5)
+    assert after.kl == pytest.approx((theirs.exp() * (theirs - mine)).sum(-1).mean().item(), rel=1e-4)
+    assert after.agreement == pytest.approx((theirs.argmax(-1) == mine.argmax(-1)).double().mean().item())
+    assert before.perplexity == pytest.approx(math.exp(before.loss))
+    assert before.tokens == len(target)
+
+
+def test_a_model_beside_itself_has_moved_nowhere(tmp_path):
+    model = tiny("llama").eval()
+    cut = windows(Letters(), TEXT, 50, 200, 128)
+    measure(model, cut, record=tmp_path / "logits")
+    after = measure(model, cut, reference=tmp_path / "logits")
+    assert (after.kl, after.agreement) == (0, 1)
+
+
+def test_a_model_that_computes_nan_is_caught():
+    model = tiny("llama").eval()
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.nan
+    with pytest.raises(ModelError, match="NaN"):
+        measure(model, windows(Letters(), TEXT, 50, 200, 128))
+
+
+def test_the_bytes_of_the_cache_are_counted():
+    model = tiny("llama", num_key_value_heads=2).eval()
+    config = model.config
+    assert kv_bytes(model, torch.arange(10)) == 10 * config.num_hidden_layers * 2 * 2 * config.head_dim * 4
+
+
+def test_the_default_text_is_the_same_every_time_and_long_enough():
+    assert default_text() == default_text()
+    assert len(default_text().content) > 100_000
+
+
+@pytest.mark.parametrize("module", EVALUATION_MODULES)
+def test_every_module_of_the_default_text_has_docstrings(module):
+    assert sum(map(len, docstrings(module))) > 1000
