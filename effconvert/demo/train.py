@@ -97,13 +97,14 @@ def loss_on(model: LlamaForCausalLM, tokens: torch.Tensor) -> float:
 def main(paths: tuple[Path, ...], minutes: float, batch: int, rate: float, seed: int, out: Path) -> None:
     """Train the embedded model and save it in bfloat16 with its tokenizer and card."""
     torch.manual_seed(seed)
-    texts = [*novels(paths), *library()]
+    books, documents = list(novels(paths)), list(library())
+    texts = [*books, *documents]
     tokenizer = train_tokenizer(texts)
     end = tokenizer.token_to_id(END)
     held = torch.tensor(tokenizer.encode(default_text().content).ids)
     encoded = [torch.tensor([*e.ids, end], dtype=torch.int16) for e in tokenizer.encode_batch(texts)]
     # Documentation is a fiftieth of the novels: seen four times as often, so that both are learnt.
-    stream = torch.cat(encoded + 3 * encoded[-len(list(library())) :])
+    stream = torch.cat(encoded + 3 * encoded[-len(documents) :])
     print(f"{len(stream) / 1e6:.1f}M tokens, {len(held)} held out", flush=True)
 
     model = build()
@@ -132,7 +133,7 @@ def main(paths: tuple[Path, ...], minutes: float, batch: int, rate: float, seed:
     model.save_pretrained(out)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END, model_max_length=CONTEXT).save_pretrained(out)
     parameters = sum(p.numel() for p in model.parameters())
-    facts = {"minutes": minutes, "batch": batch, "rate": rate, "seed": seed, "step": step, "tokens": seen / 1e6, "final": final}
+    facts = {"minutes": minutes, "batch": batch, "rate": rate, "seed": seed, "step": step, "tokens": seen / 1e6, "final": final, "books": len(books)}
     (out / "README.md").write_text(CARD.format(**facts, millions=parameters / 1e6, version=torch.__version__, context=CONTEXT))
     print(f"held-out loss {final:.3f} nats a token, {seen / 1e6:.1f}M tokens seen", flush=True)
 
@@ -149,7 +150,7 @@ A Llama with full multi-head attention (4 layers, 8 query heads, 8 KV heads of 3
 embeddings; {millions:.2f}M parameters, bfloat16), small enough to travel with the source. It exists to be converted by
 `effconvert demo` and by the tests; it is no use for anything else.
 
-- **Training text**: 90 English novels, 1840-1920, public domain (COST-ELTeC/ELTeC-eng, every tenth left out), and the
+- **Training text**: {books} English novels, 1840-1920, public domain (COST-ELTeC/ELTeC-eng without every tenth), and the
   docstrings of the Python standard library, four times as often.
 - **Held out**: the docstrings of the modules named in `effconvert/eval/text.py`.
 - **Held-out loss**: {final:.3f} nats a token on those docstrings, in windows of {context} tokens.
