@@ -229,7 +229,7 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     width, inner, heads = 32, 48, 4
-    pieces = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
+    pieces = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "cd"]
     writer = GGUFWriter(path, "llama")
     writer.add_context_length(64)
     writer.add_embedding_length(width)
@@ -244,8 +244,8 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(pieces)
-    writer.add_token_types([TokenType.CONTROL] * 2 + [TokenType.NORMAL] * 257)
-    writer.add_token_merges(["a b"])
+    writer.add_token_types([TokenType.CONTROL] * 2 + [TokenType.NORMAL] * 258)
+    writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     random = numpy.random.default_rng(0)
