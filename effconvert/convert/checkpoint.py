@@ -1,21 +1,17 @@
-"""A checkpoint as a sequence of lazy layers: nothing is read from disk until a surgery asks for a part.
+"""A checkpoint as a sequence of lazy layers: `Checkpoint(config, outer, layers)` is what a folder holds, sorted by the family's row.
 
-`Checkpoint(config, outer, layers)` is what a folder holds, sorted by the family's row. A `Layer` maps a part (`"k"`, `"k.bias"`) to its
-tensor; parts that nobody assigns stay where they lie, as bytes.
+Opening reads the config and the headers, kilobytes whatever the model's size, and refuses what is damaged or contradicts itself.
 """
-# M = hidden width, H = query heads, Hk = KV heads, D = head width.
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
-
 from effconvert.convert.config import Config, read_config
-from effconvert.convert.families import Family
+from effconvert.convert.layer import Layer
 from effconvert.convert.shards import Stored, read_header
 from effconvert.errors import ModelError, OptionError
 
@@ -34,7 +30,7 @@ class Checkpoint:
     outer: Mapping[str, Stored]  # full name -> tensor
     layers: tuple[Mapping[str, Stored], ...]
 
-    def layer(self, index: int, device: str) -> "Layer":
+    def layer(self, index: int, device: str) -> Layer:
         """Return layer `index`, its tensors on `device` (cpu, or meta for shapes alone)."""
         return Layer(index, self.config, self.layers[index], device)
 
@@ -53,142 +49,6 @@ class Checkpoint:
         yield from self.outer.values()
         for layer in self.layers:
             yield from layer.values()
-
-
-class Layer(MutableMapping[str, torch.Tensor]):
-    """One layer: `layer["k"]` is its key projection [Hk*D, M] in float32, `layer["k.bias"]` the bias; assigning replaces them.
-
-    Fused and transposed storage is undone on reading and done again on writing: a surgery sees plain [out, in] matrices. What is read is a
-    copy: to change a part, assign it.
-
-    Attributes:
-        index: which layer of the model this is, from 0.
-        config: the shape of the model as the surgery at hand finds it.
-        touched: bytes in float32 of all that was read or assigned, for the estimate of peak memory.
-    """
-
-    def __init__(self, index: int, config: Config, stored: Mapping[str, Stored], device: str) -> None:
-        self.index, self.config, self.touched = index, config, 0
-        self._source, self._stored, self._device = config, stored, device
-        self._assigned: dict[str, torch.Tensor] = {}
-        self._deleted: set[str] = set()
-        self._waiting: list[tuple[Config, Callable[[Layer], None]]] = []
-
-    @property
-    def per_kv_head(self) -> list[str]:
-        """The parts of this layer, biases among them, whose rows come KV head by KV head: [Hk*D, ...]."""
-        names = self.config.family.per_kv_head
-        return [part for stem in names for part in (stem, f"{stem}.bias") if part in self]
-
-    def later(self, change: "Callable[[Layer], None]") -> None:
-        """Have `change` called with this layer, and the config of now, before anything is asked of it."""
-        self._waiting.append((self.config, change))
-
-    def __getitem__(self, part: str) -> torch.Tensor:
-        if part not in self:
-            raise ModelError(f"layer {self.index} of this {self._source.kind} has no part {part!r}; it has {', '.join(self)}")
-        if part not in self._assigned:
-            tensor = self._read(part)
-            self.touched += 4 * tensor.numel()
-            return tensor
-        return self._assigned[part]
-
-    def __setitem__(self, part: str, tensor: torch.Tensor) -> None:
-        self._catch_up()
-        self._deleted.discard(part)
-        self._assigned[part] = tensor
-        self.touched += 4 * tensor.numel()
-
-    def __delitem__(self, part: str) -> None:
-        self._catch_up()
-        self._assigned.pop(part, None)
-        self._deleted.add(part)
-
-    def __iter__(self) -> Iterator[str]:
-        self._catch_up()
-        known = [part for stem in self._source.family.parts for part in (stem, f"{stem}.bias")]
-        yield from (part for part in dict.fromkeys([*known, *self._assigned]) if part in self)
-
-    def __contains__(self, part: object) -> bool:
-        self._catch_up()
-        if part in self._assigned or part in self._deleted or not isinstance(part, str):
-            return part in self._assigned
-        return self._name(part) in self._stored
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def tensors(self, family: Family) -> Iterator[tuple[str, Stored, torch.Tensor | None]]:
-        """Yield this layer in the layout of `family`: a name, the tensor on disk that it comes from, and what it became.
-
-        None: it did not change, and its bytes on disk can be copied. Of several origins the first counts; what is new goes with the layer's first.
-
-        Raises:
-            ModelError: the layout has no place for a part, or lacks one that it fuses with another.
-        """
-        if lost := [part for part in self if part.removesuffix(".bias") not in family.parts]:
-            raise ModelError(f"layer {self.index} became one with {', '.join(lost)}, for which {family.lm} has no place; it has {', '.join(family.parts)}")
-        for module, parts in family.modules.items():
-            for suffix in ("", ".bias"):
-                present = [part + suffix for part in parts if part + suffix in self]
-                if not present:
-                    continue
-                if len(present) != len(parts):
-                    raise ModelError(f"layer {self.index}: {module} holds {', '.join(parts)} in one tensor, and only {', '.join(present)} is there")
-                name = f"{module}.bias" if suffix else f"{module}.weight"
-                origins = (self._stored.get(self._name(part)) for part in (present[0], *parts))
-                origin = next((stored for stored in origins if stored), next(iter(self._stored.values())))
-                yield name, origin, None if self._untouched(present, family) else join([self[part] for part in present], family, self.config)
-        if family == self._source.family:
-            yield from ((name, self._stored[name], None) for name in family.buffers if name in self._stored)
-
-    def _catch_up(self) -> None:
-        """Do what was put off, in order, each change with the config it was put off with, and none inside another."""
-        waiting, self._waiting = self._waiting, []
-        config = self.config
-        for self.config, change in waiting:
-            change(self)
-        self.config = config
-
-    def _untouched(self, parts: list[str], family: Family) -> bool:
-        """Whether these parts, fused in one tensor of `family`, lie on disk just so."""
-        source = self._source.family
-        together = tuple(part.removesuffix(".bias") for part in parts)
-        same = family.modules.get(source.parts[together[0]]) == source.modules[source.parts[together[0]]] == together
-        return same and (family.transposed, family.per_head) == (source.transposed, source.per_head) and not self._assigned.keys() & set(parts)
-
-    def _name(self, part: str) -> str:
-        stem = part.removesuffix(".bias")
-        return f"{self._source.family.parts.get(stem, stem)}.{'bias' if part != stem else 'weight'}"
-
-    def _read(self, part: str) -> torch.Tensor:
-        family = self._source.family
-        stem = part.removesuffix(".bias")
-        fused = family.modules[family.parts[stem]]
-        tensor = self._stored[self._name(part)].read(self._device)
-        if family.transposed and tensor.ndim == 2:
-            tensor = tensor.T
-        return split(tensor, fused, family, self._source)[fused.index(stem)]
-
-
-def split(tensor: torch.Tensor, parts: tuple[str, ...], family: Family, config: Config) -> tuple[torch.Tensor, ...]:
-    """Take a tensor [out, ...] apart into the `parts` that are fused in it."""
-    if "q" not in parts:
-        return tuple(tensor.chunk(len(parts)))
-    if family.per_head:
-        by_head = tensor.unflatten(0, (config.heads, len(parts), config.head_dim))  # [H, 3, D, ...]
-        return tuple(by_head[:, i].flatten(0, 1) for i in range(len(parts)))
-    heads = {"q": config.heads, "k": config.kv_heads, "v": config.kv_heads}
-    return tuple(tensor.split([heads[part] * config.head_dim for part in parts])) if len(parts) > 1 else (tensor,)
-
-
-def join(tensors: list[torch.Tensor], family: Family, config: Config) -> torch.Tensor:
-    """Undo `split`, and store [in, out] where the family does."""
-    if family.per_head and len(tensors) == 3:
-        tensor = torch.stack([part.unflatten(0, (config.heads, config.head_dim)) for part in tensors], 1).flatten(0, 2)
-    else:
-        tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-    return tensor.T if family.transposed and tensor.ndim == 2 else tensor
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

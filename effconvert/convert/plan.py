@@ -11,9 +11,10 @@ from pathlib import Path
 import psutil
 
 from effconvert import __version__
-from effconvert.convert.checkpoint import INDEX, PICKLES, SINGLE, Checkpoint, Layer
+from effconvert.convert.checkpoint import INDEX, PICKLES, SINGLE, Checkpoint
 from effconvert.convert.config import CONFIG, Config
 from effconvert.convert.families import Family
+from effconvert.convert.layer import Layer
 from effconvert.convert.shards import FLOATS, ITEMSIZE, Stored
 from effconvert.errors import ModelError
 from effconvert.surgery._surgery import Surgery

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from effconvert.options import Options
 
 if TYPE_CHECKING:
-    from effconvert.convert.checkpoint import Layer
     from effconvert.convert.config import Config
+    from effconvert.convert.layer import Layer
 
 
 class Surgery(Options):

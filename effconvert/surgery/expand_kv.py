@@ -11,8 +11,8 @@ from effconvert.errors import ModelError, OptionError
 from effconvert.surgery._surgery import Surgery
 
 if TYPE_CHECKING:
-    from effconvert.convert.checkpoint import Layer
     from effconvert.convert.config import Config
+    from effconvert.convert.layer import Layer
 
 
 class ExpandKv(Surgery):

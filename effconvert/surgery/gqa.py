@@ -13,8 +13,8 @@ from effconvert.surgery._surgery import Surgery
 if TYPE_CHECKING:
     import torch
 
-    from effconvert.convert.checkpoint import Layer
     from effconvert.convert.config import Config
+    from effconvert.convert.layer import Layer
 
 Pool = Literal["mean", "first"]
 POOL: Any = Field("mean", description="How a group's heads become one: their mean (the paper's rule), or the first of them.")

@@ -8,8 +8,8 @@ from effconvert.surgery._surgery import Surgery
 from effconvert.surgery.gqa import POOL, Gqa, Pool, choices
 
 if TYPE_CHECKING:
-    from effconvert.convert.checkpoint import Layer
     from effconvert.convert.config import Config
+    from effconvert.convert.layer import Layer
 
 
 class Mqa(Surgery):
