@@ -111,7 +111,11 @@ class Terminal:
         table = Table("part", "parameters", "share", box=None, pad_edge=False, header_style="bold")
         for part, number in sorted(seen.parts.items(), key=lambda item: -item[1]):
             table.add_row(part, count(number), f"{number / sum(seen.parts.values()):.1%}")
-        table.add_row("all", count(seen.size.parameters), f"{size(seen.size.bytes)} on disk" + (", head tied to embed" if config.tied else ""))
+        table.add_row(
+            "all",
+            count(seen.size.parameters),
+            f"{size(seen.size.bytes)} on disk" + (", head tied to embed" if config.tied and config.architecture == config.family.lm else ""),
+        )
         self.out.print()
         self.out.print(table)
         if config.family.decoder:

@@ -50,4 +50,4 @@ def parts(checkpoint: Checkpoint) -> dict[str, int]:
         layer = checkpoint.layer(index, "meta")
         for part in layer:
             counted[part.removesuffix(".bias")] += layer[part].numel()
-    return dict(counted)
+    return {part: number for part, number in counted.items() if number}  # old files hold position ids, which are no parameters
