@@ -1,13 +1,13 @@
 """What people see: tables on stdout, progress on stderr and only on a terminal."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 from effconvert.convert.config import Config
@@ -15,6 +15,7 @@ from effconvert.convert.inspection import Inspection
 from effconvert.convert.plan import Plan
 from effconvert.convert.run import Outcome
 from effconvert.convert.verify import Report
+from effconvert.convert.watch import Advance, Unit
 
 WIDTH = 110  # of what goes to a file or a pipe
 
@@ -59,9 +60,10 @@ class Terminal:
             self.err.print(f"[dim]{escape(what)} …[/]")
 
     @contextmanager
-    def bar(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show bytes written."""
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    def bar(self, what: str, total: int, unit: Unit) -> Iterator[Advance]:
+        """Show how much is done."""
+        amount = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(), TextColumn(unit))
+        columns = (TextColumn("{task.description}"), BarColumn(), *amount, TimeRemainingColumn())
         with Progress(*columns, console=self.err, disable=not self.err.is_terminal, transient=True) as progress:
             task = progress.add_task(escape(what), total=total)
             yield lambda moved: progress.advance(task, moved)

@@ -1,47 +1,18 @@
 """One conversion from end to end: locate, plan, stream, verify, publish."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
 
 from effconvert.convert import output, sources
 from effconvert.convert.checkpoint import open_checkpoint
 from effconvert.convert.plan import Plan, plan
 from effconvert.convert.stream import write
 from effconvert.convert.verify import Report, check_memory, prepare, scratch_bytes, verify
+from effconvert.convert.watch import Silent, Watcher
 from effconvert.errors import ModelError
 from effconvert.eval.text import default_text, read_text
 from effconvert.options import RunOptions
 from effconvert.surgery._surgery import Surgery
-
-
-class Watcher(Protocol):
-    """Who is told how a conversion goes on."""
-
-    def plan(self, plan: Plan, output: Path, verify_bytes: int) -> None:
-        """Everything is planned; nothing is written yet."""
-
-    def step(self, what: str) -> None:
-        """Something begins that takes a while."""
-
-    def bar(self, what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        """Something begins whose length in bytes is known."""
-
-
-class Silent:
-    """Tells nobody."""
-
-    def plan(self, plan: Plan, output: Path, verify_bytes: int) -> None:
-        """Say nothing."""
-
-    def step(self, what: str) -> None:
-        """Say nothing."""
-
-    def bar(self, what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        """Show nothing."""
-        return nullcontext(lambda _: None)
 
 
 @dataclass(frozen=True)
@@ -83,12 +54,12 @@ def convert(model: str, surgeries: tuple[Surgery, ...], options: RunOptions, wat
         return Outcome(planned, target, None, 0)
 
     with output.workplace(planned, target) as partial:
-        with watcher.bar(f"writing {target}", planned.after.bytes) as advance:
+        with watcher.bar(f"writing {target}", planned.after.bytes, "bytes") as advance:
             resumed = write(planned, partial, advance)
         report = None
         if material:
             try:
-                report = verify(planned, partial, material, partial / output.SCRATCH, watcher.step)
+                report = verify(planned, partial, material, partial / output.SCRATCH, watcher)
             except ModelError as error:
                 output.forget(partial)
                 raise ModelError(f"{error}; nothing was put at {target}, and what was written is in {partial}") from error

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Self
@@ -20,8 +20,7 @@ from effconvert.convert.config import CONFIG
 from effconvert.convert.output import DRAFT, read_manifest, save_manifest, to_disk
 from effconvert.convert.plan import Plan, Target
 from effconvert.convert.shards import as_bytes, copy_run, header
-
-Advance = Callable[[int], None]  # told how many bytes were written
+from effconvert.convert.watch import Advance
 
 
 def write(plan: Plan, partial: Path, advance: Advance) -> int:

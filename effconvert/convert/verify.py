@@ -1,6 +1,6 @@
 """Prove a conversion: reload it from disk in stock transformers, run it, and measure it beside the original."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from effconvert.convert.plan import Plan
 from effconvert.convert.shards import FLOATS, read_header
+from effconvert.convert.watch import Advance, Watcher
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval import quality
 from effconvert.eval.quality import Quality
@@ -75,8 +76,8 @@ def check_memory(plan: Plan, options: RunOptions) -> int:
     return size
 
 
-def check_finite(folder: Path, plan: Plan) -> None:
-    """Look at every number that was written.
+def check_finite(folder: Path, plan: Plan, advance: Advance) -> None:
+    """Look at every number that was written, and tell `advance` how many bytes were looked at.
 
     Raises:
         ModelError: one is NaN or infinite; its tensor is named.
@@ -85,6 +86,7 @@ def check_finite(folder: Path, plan: Plan) -> None:
         for tensor in read_header(folder / shard).values():
             if tensor.dtype in FLOATS:
                 tensor.read("cpu")
+            advance(tensor.stop - tensor.start)
 
 
 @dataclass(frozen=True)
@@ -139,20 +141,20 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def verify(plan: Plan, folder: Path, material: Material, scratch: Path, step: Callable[[str], None]) -> Report:
-    """Reload the model in `folder` and compare it with its original; `step` is told what is going on.
+def verify(plan: Plan, folder: Path, material: Material, scratch: Path, watcher: Watcher) -> Report:
+    """Reload the model in `folder` and compare it with its original.
 
     Raises:
         ModelError: it does not load as it should, computes NaN, or is not what the plan or the surgery promised.
     """
     try:
         with quiet():
-            step("checking every number")
-            check_finite(folder, plan)
-            step("measuring the original")
-            before, expected, device = _side(plan, plan.checkpoint.folder, material, record=scratch)
-            step("measuring the converted model")
-            after, found, _ = _side(plan, folder, material, reference=scratch)
+            with watcher.bar("checking every number", plan.after.bytes, "bytes") as advance:
+                check_finite(folder, plan, advance)
+            with watcher.bar("measuring the original", material.windows.numel(), "tokens") as advance:
+                before, expected, device = _side(plan, plan.checkpoint.folder, material, advance, record=scratch)
+            with watcher.bar("measuring the converted model", material.windows.numel(), "tokens") as advance:
+                after, found, _ = _side(plan, folder, material, advance, reference=scratch)
     finally:
         scratch.unlink(missing_ok=True)
     _hold(plan.before, before, "the original")
@@ -186,11 +188,13 @@ def load(plan: Plan, folder: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def _side(plan: Plan, folder: Path, material: Material, record: Path | None = None, reference: Path | None = None) -> tuple[Side, Tensor, str]:
+def _side(
+    plan: Plan, folder: Path, material: Material, advance: Advance, record: Path | None = None, reference: Path | None = None
+) -> tuple[Side, Tensor, str]:
     model, cut, whole = load(plan, folder, measuring_dtype(plan)), material.windows, not material.unmeasured
     prompt = cut[0, :PROMPT]
     head = quality.logits_of(model, cut[0][: 4 * PROMPT]).float().cpu()  # [T, V]
-    measured = quality.measure(model, cut, record, reference) if whole else None
+    measured = quality.measure(model, cut, record, reference, advance) if whole else None
     written = quality.continuation(model, material.tokenizer, prompt, PROMPT) if whole else ""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     cache = 0

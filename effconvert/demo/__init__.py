@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import get_args
 
-from effconvert.convert.run import Outcome, Watcher, convert
+from effconvert.convert.run import Outcome, convert
+from effconvert.convert.watch import Watcher
 from effconvert.options import RunOptions
 from effconvert.surgery.gqa import Gqa, Pool
 

@@ -7,6 +7,7 @@ next-token distributions at the same positions. The original's logits wait in a 
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def windows(tokenizer: Any, text: Text, context: int, tokens: int, vocabulary: i
     return cut
 
 
-def measure(model: Any, cut: Tensor, record: Path | None = None, reference: Path | None = None) -> Quality:
+def measure(model: Any, cut: Tensor, record: Path | None = None, reference: Path | None = None, advance: Callable[[int], None] = lambda _: None) -> Quality:
     """Measure `model` on windows `cut` [N, T].
 
     Args:
@@ -68,6 +69,7 @@ def measure(model: Any, cut: Tensor, record: Path | None = None, reference: Path
         cut: token ids.
         record: where to leave the logits, for another model to be compared with.
         reference: logits that another model left.
+        advance: told how many more tokens are done.
 
     Raises:
         ModelError: a logit is NaN or infinite.
@@ -91,6 +93,7 @@ def measure(model: Any, cut: Tensor, record: Path | None = None, reference: Path
                 theirs = held[i, rows].to(logits.device).float().log_softmax(-1)
                 kl += torch.nn.functional.kl_div(mine, theirs, log_target=True, reduction="sum").item()
                 same += (mine.argmax(-1) == theirs.argmax(-1)).sum().item()
+        advance(len(window))
     total = count * (context - 1)
     if reference:
         return Quality(loss / total, total, context, max(kl, 0.0) / total, same / total)

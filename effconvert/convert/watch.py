@@ -1,0 +1,38 @@
+"""Who is told how a conversion goes on: a terminal, a notebook, or by default nobody."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Literal, Protocol
+
+from effconvert.convert.plan import Plan
+
+Unit = Literal["bytes", "tokens"]
+Advance = Callable[[int], None]
+
+
+class Watcher(Protocol):
+    """Who is told how a conversion goes on."""
+
+    def plan(self, plan: Plan, output: Path, verify_bytes: int) -> None:
+        """Everything is planned; nothing is written yet."""
+
+    def step(self, what: str) -> None:
+        """Something begins that takes a while."""
+
+    def bar(self, what: str, total: int, unit: Unit) -> AbstractContextManager[Advance]:
+        """Something begins whose length is known: `total` units, and the function that is given is told how many more are done."""
+
+
+class Silent:
+    """Tells nobody."""
+
+    def plan(self, plan: Plan, output: Path, verify_bytes: int) -> None:
+        """Say nothing."""
+
+    def step(self, what: str) -> None:
+        """Say nothing."""
+
+    def bar(self, what: str, total: int, unit: Unit) -> AbstractContextManager[Advance]:
+        """Show nothing."""
+        return nullcontext(lambda _: None)
