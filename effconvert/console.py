@@ -52,7 +52,7 @@ class Terminal:
         self.out.print(table)
         need = f"needs about {size(plan.peak)} of memory to write and {size(plan.disk)} of disk"
         self.out.print(need + (f", {size(verify_bytes)} of memory to verify" if verify_bytes else ""))
-        self.out.print(f"loads as {plan.config.architecture} in stock transformers" + ("; no logit may change" if plan.exact else ""))
+        self.out.print(f"loads as {escape(plan.config.architecture)} in stock transformers" + ("; no logit may change" if plan.exact else ""))
 
     def step(self, what: str) -> None:
         """Say what begins."""
@@ -97,7 +97,7 @@ class Terminal:
             self.out.print(f"original writes:  {before.continuation!r}", soft_wrap=True, markup=False)
             self.out.print(f"converted writes: {after.continuation!r}", soft_wrap=True, markup=False)
         else:
-            self.out.print(f"no quality was measured: {report.unmeasured}")
+            self.out.print(f"no quality was measured: {escape(report.unmeasured)}")
         if report.difference is not None:
             self.out.print(f"largest change of a logit: {report.difference:.2g} (nothing may change)")
 
@@ -105,7 +105,7 @@ class Terminal:
         """Print what a model is."""
         config, checkpoint = seen.checkpoint.config, seen.checkpoint
         kind = "decoder" if config.family.decoder else "encoder"
-        self.out.print(f"[bold]{escape(self.model)}[/]: {config.kind} ({config.architecture}), {kind}, {checkpoint.dtype}", soft_wrap=True)
+        self.out.print(f"[bold]{escape(self.model)}[/]: {config.kind} ({escape(config.architecture)}), {kind}, {checkpoint.dtype}", soft_wrap=True)
         self.out.print(f"{_shape(config)}, width {config.hidden}, vocabulary {config.get('vocab_size')}")
         if windows := sorted({window for window in config.windows() if window}):
             held = sum(window is not None for window in config.windows())

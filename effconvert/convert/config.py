@@ -4,6 +4,7 @@ Read as JSON and not by transformers, so that a plan needs no import of it, and 
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -181,6 +182,13 @@ def read_config(folder: Path) -> Config:
     for key, (fits, needed) in SOUND.items():
         if config.get(key) is not None and not fits(config.get(key)):
             raise ModelError(f"{path} says {key} = {config.get(key)!r}, where {needed} is needed; mend the file")
+    family = config.family
+    stem = family.base.removesuffix("Model")
+    if config.architecture not in (family.base, family.lm) and not re.fullmatch(rf"{stem}For[A-Za-z]+", config.architecture):
+        raise ModelError(f"{path} names the class {config.architecture!r}, which is none of {kind}'s ({family.base}, {family.lm}, {stem}For…); mend the file")
+    for key in ("attn_implementation", "_attn_implementation"):
+        if "/" in str(raw.get(key)):
+            raise ModelError(f"{path} asks for the attention kernel {raw[key]!r} from the Hub, which is somebody's code; remove {key} from it")
     if config.get("layer_types") is not None and len(config.get("layer_types")) != config.layers:
         raise ModelError(f"{path} has {len(config.get('layer_types'))} layer_types for {config.layers} layers; mend the file")
     return config

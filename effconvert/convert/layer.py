@@ -15,23 +15,28 @@ from effconvert.errors import ModelError
 
 
 class Layer(MutableMapping[str, torch.Tensor]):
-    """One layer: `layer["k"]` is its key projection [Hk*D, M] in float32, `layer["k.bias"]` the bias; assigning replaces them.
+    """One layer as a surgery finds it: `layer["k"]` is its key projection [Hk*D, M] in float32, `layer["k.bias"]` the bias; assigning replaces them.
 
     Fused and transposed storage is undone on reading and done again on writing: a surgery sees plain [out, in] matrices. What is read is a
-    copy: to change a part, assign it.
+    copy: to change a part, assign it. Each surgery gets layers of its own on top of the ones before, so that a layer kept for later stays what it was.
 
     Attributes:
         index: which layer of the model this is, from 0.
-        config: the shape of the model as the surgery at hand finds it.
-        touched: bytes in float32 of all that was read or assigned, for the estimate of peak memory.
+        config: the shape of the model.
     """
 
-    def __init__(self, index: int, config: Config, stored: Mapping[str, Stored], device: str) -> None:
-        self.index, self.config, self.touched = index, config, 0
-        self._source, self._stored, self._device = config, stored, device
+    def __init__(self, index: int, config: Config, stored: Mapping[str, Stored], device: str, below: "Layer | None" = None) -> None:
+        self.index, self.config = index, config
+        self._source: Config = config if below is None else below._source
+        self._stored, self._device, self._below = stored, device, below
         self._assigned: dict[str, torch.Tensor] = {}
         self._deleted: set[str] = set()
-        self._waiting: list[tuple[Config, Callable[[Layer], None]]] = []
+        self._waiting: list[Callable[[Layer], None]] = []
+        self._touched = 0
+
+    def on_top(self, index: int, config: Config) -> "Layer":
+        """Return this layer as the next surgery finds it."""
+        return Layer(index, config, self._stored, self._device, self)
 
     @property
     def per_kv_head(self) -> list[str]:
@@ -39,24 +44,31 @@ class Layer(MutableMapping[str, torch.Tensor]):
         names = self.config.family.per_kv_head
         return [part for stem in names for part in (stem, f"{stem}.bias") if part in self]
 
+    @property
+    def touched(self) -> int:
+        """Bytes in float32 of all that was read or assigned so far, for the estimate of peak memory."""
+        return self._touched + (0 if self._below is None else self._below.touched)
+
     def later(self, change: "Callable[[Layer], None]") -> None:
-        """Have `change` called with this layer, and the config of now, before anything is asked of it."""
-        self._waiting.append((self.config, change))
+        """Have `change` called with this layer before anything is asked of it."""
+        self._waiting.append(change)
 
     def __getitem__(self, part: str) -> torch.Tensor:
         if part not in self:
             raise ModelError(f"layer {self.index} of this {self._source.kind} has no part {part!r}; it has {', '.join(self)}")
-        if part not in self._assigned:
-            tensor = self._read(part)
-            self.touched += 4 * tensor.numel()
-            return tensor
-        return self._assigned[part]
+        if part in self._assigned:
+            return self._assigned[part]
+        if self._below is not None:
+            return self._below[part]
+        tensor = self._read(part)
+        self._touched += 4 * tensor.numel()
+        return tensor
 
     def __setitem__(self, part: str, tensor: torch.Tensor) -> None:
         self._catch_up()
         self._deleted.discard(part)
         self._assigned[part] = tensor
-        self.touched += 4 * tensor.numel()
+        self._touched += 4 * tensor.numel()
 
     def __delitem__(self, part: str) -> None:
         self._catch_up()
@@ -65,14 +77,15 @@ class Layer(MutableMapping[str, torch.Tensor]):
 
     def __iter__(self) -> Iterator[str]:
         self._catch_up()
-        known = [part for stem in self._source.family.parts for part in (stem, f"{stem}.bias")]
+        stored = [part for stem in self._source.family.parts for part in (stem, f"{stem}.bias")]
+        known = stored if self._below is None else list(self._below)
         yield from (part for part in dict.fromkeys([*known, *self._assigned]) if part in self)
 
     def __contains__(self, part: object) -> bool:
         self._catch_up()
         if part in self._assigned or part in self._deleted or not isinstance(part, str):
             return part in self._assigned
-        return self._name(part) in self._stored
+        return self._name(part) in self._stored if self._below is None else part in self._below
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -102,19 +115,22 @@ class Layer(MutableMapping[str, torch.Tensor]):
             yield from ((name, self._stored[name], None) for name in family.buffers if name in self._stored)
 
     def _catch_up(self) -> None:
-        """Do what was put off, in order, each change with the config it was put off with, and none inside another."""
+        """Do what was put off, in order; what a change asks of its own layer meanwhile finds nothing waiting."""
         waiting, self._waiting = self._waiting, []
-        config = self.config
-        for self.config, change in waiting:
+        for change in waiting:
             change(self)
-        self.config = config
+
+    def _changed(self, part: str) -> bool:
+        """Whether any surgery assigned or deleted `part`."""
+        self._catch_up()
+        return part in self._assigned or part in self._deleted or (self._below is not None and self._below._changed(part))
 
     def _untouched(self, parts: list[str], family: Family) -> bool:
         """Whether these parts, fused in one tensor of `family`, lie on disk just so."""
         source = self._source.family
         together = tuple(part.removesuffix(".bias") for part in parts)
         same = family.modules.get(source.parts[together[0]]) == source.modules[source.parts[together[0]]] == together
-        return same and (family.transposed, family.per_head) == (source.transposed, source.per_head) and not self._assigned.keys() & set(parts)
+        return same and (family.transposed, family.per_head) == (source.transposed, source.per_head) and not any(map(self._changed, parts))
 
     def _name(self, part: str) -> str:
         stem = part.removesuffix(".bias")

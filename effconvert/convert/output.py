@@ -20,8 +20,8 @@ from effconvert.convert.plan import Plan
 from effconvert.errors import EffconvertError, OptionError
 
 MANIFEST = "effconvert.json"
-DRAFT = ".draft"  # ends the name of a file that is being written
-SCRATCH = "logits.draft"  # in `OUT.partial` while two models are compared
+DRAFT = ".effconvert-draft"  # ends the name of a file that is being written
+SCRATCH = f"logits{DRAFT}"  # in `OUT.partial` while two models are compared
 
 
 def partial_folder(output: Path) -> Path:
@@ -32,6 +32,11 @@ def partial_folder(output: Path) -> Path:
 def replaced_folder(output: Path) -> Path:
     """Return where an output that is being replaced waits until the new one stands."""
     return output.with_name(output.name + ".replaced")
+
+
+def lock_file(output: Path) -> Path:
+    """Return the empty file that whoever writes `output` holds."""
+    return output.with_name(f".{output.name}.lock")
 
 
 def check(plan: Plan, output: Path, overwrite: bool, scratch: int) -> None:
@@ -47,7 +52,7 @@ def check(plan: Plan, output: Path, overwrite: bool, scratch: int) -> None:
         check_free(output, overwrite)
         _check_room(plan, output, scratch)
     except OSError as error:
-        raise OptionError(f"{error.filename or output} cannot be used ({error.strerror}); give another --output") from None
+        raise OptionError(f"{error.filename or output} cannot be used ({error.strerror or error}); give another --output") from None
 
 
 def check_free(output: Path, overwrite: bool) -> None:
@@ -61,6 +66,9 @@ def check_free(output: Path, overwrite: bool) -> None:
             raise OptionError(f"{output} exists; give another --output, or --overwrite to replace what effconvert wrote")
         if foreign := foreign_files(output):
             raise OptionError(f"{output} holds what effconvert did not write ({foreign[0]}), so it stays; give another --output")
+    lock = lock_file(output)
+    if lock.is_symlink() or (lock.exists() and lock.stat().st_size):
+        raise OptionError(f"{lock} is in the way and effconvert did not write it; move it, or give another --output")
     for folder in (partial_folder(output), replaced_folder(output)):
         if folder.is_symlink() or (folder.exists() and foreign_files(folder)):
             raise OptionError(f"{folder} is in the way and effconvert did not write all of it; move it, or give another --output")
@@ -85,14 +93,25 @@ def _check_room(plan: Plan, output: Path, scratch: int) -> None:
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """Return what lies in `folder` beside what its manifest says that effconvert wrote: other names, or other sizes."""
-    ours = {MANIFEST: None, f"{MANIFEST}{DRAFT}": None, **read_manifest(folder).get("files", {})}
+    """Return what lies in `folder` beside what its manifest says that effconvert wrote: other names or sizes, links, and what changed since.
+
+    The manifest is written last: what is newer was changed by somebody.
+    """
+    ours, written = {f"{MANIFEST}{DRAFT}": None}, 0
+    if manifest := read_manifest(folder):
+        ours |= {MANIFEST: None, **manifest["files"]}
+        written = (folder / MANIFEST).stat().st_mtime_ns
     foreign = []
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         planned = name.removesuffix(DRAFT) if ours.get(name.removesuffix(DRAFT), 0) is None else name
-        if not path.is_dir() and (planned not in ours or ours[planned] not in (None, path.stat().st_size)):
+        if path.is_symlink():
             foreign.append(name)
+        elif not path.is_dir():
+            size = ours.get(planned, -1)
+            status = path.stat()
+            if size is not None and (size != status.st_size or status.st_mtime_ns > written):
+                foreign.append(name)
     return sorted(foreign)
 
 
@@ -135,7 +154,7 @@ def workplace(plan: Plan, output: Path) -> Iterator[Path]:
         OptionError: another effconvert is writing there.
         EffconvertError: the disk is full or cannot be written; what is finished stays for the next try.
     """
-    partial, lock = partial_folder(output), output.with_name(f".{output.name}.lock")
+    partial, lock = partial_folder(output), lock_file(output)
     try:
         partial.mkdir(parents=True, exist_ok=True)
         with FileLock(lock, timeout=0):
@@ -150,17 +169,18 @@ def workplace(plan: Plan, output: Path) -> Iterator[Path]:
         again = f"the finished shards wait in {partial}, and the same command goes on from there"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise EffconvertError(f"no room left for {output} ({error.strerror}); make some: {again}") from None
-        raise EffconvertError(f"{error.filename or output}: {error.strerror}; {again}") from None
+        raise EffconvertError(f"{error.filename or output}: {error.strerror or error}; {again}") from None
 
 
 def _begin(plan: Plan, partial: Path) -> None:
     manifest = read_manifest(partial)
     (partial / SCRATCH).unlink(missing_ok=True)
-    if manifest.get("fingerprint") == plan.fingerprint and isinstance(manifest.get("shards"), dict):
-        return
-    for path in partial.iterdir():  # of another model or recipe (`check_free` saw to it that it is ours): nothing of it can be used
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    save_manifest(partial, {**_about(plan), "files": dict.fromkeys([*plan.written, SCRATCH]), "shards": {}})
+    done = manifest.get("shards") if manifest.get("fingerprint") == plan.fingerprint else None
+    if not isinstance(done, dict):
+        done = {}
+        for path in partial.iterdir():  # of another model or recipe (`check_free` saw to it that it is ours): nothing of it can be used
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    save_manifest(partial, {**_about(plan), "files": dict.fromkeys([*plan.written, SCRATCH]), "shards": done})
 
 
 def forget(partial: Path) -> None:

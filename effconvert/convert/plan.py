@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -117,9 +118,7 @@ class Plan:
         """Run the surgeries, and return the layers that come of it: lazy, so that nothing is read before a layer is asked for its tensors."""
         layers = [self.checkpoint.layer(index, device) for index in range(self.checkpoint.config.layers)]
         for surgery, config in zip(self.surgeries, self.configs[1:], strict=True):
-            layers = surgery.layers(layers)
-            for index, layer in enumerate(layers):
-                layer.index, layer.config = index, config
+            layers = [layer.on_top(index, config) for index, layer in enumerate(surgery.layers(layers))]
         return layers
 
 
@@ -199,8 +198,10 @@ def _walk(folder: Path, above: str, bounds: Path) -> Iterator[tuple[Path, str]]:
             raise ModelError(f"{path} is a link to {path.resolve()}, and what it leads to would be copied; remove it, or put the file itself there")
         if path.is_dir():
             yield from _walk(path, f"{above}{path.name}/", bounds)
-        else:
+        elif path.is_file() and os.access(path, os.R_OK):
             yield path, above + path.name
+        else:
+            raise ModelError(f"{path} is among the model's files and cannot be read; remove it, or make it readable")
 
 
 def _size(tensors: list[tuple[str, str, tuple[int, ...]]], config: Config, checkpoint: Checkpoint) -> Size:

@@ -45,7 +45,7 @@ def convert(model: str, surgeries: tuple[Surgery, ...], options: RunOptions, wat
         text = read_text(options.text) if options.text else default_text()
     folder = sources.locate(model, options.revision, watcher.step)
     planned = plan(open_checkpoint(folder), surgeries)
-    target = options.output or Path(default_name(model, surgeries))
+    target = (options.output or Path(default_name(model, surgeries))).expanduser()
     output.check(planned, target, options.overwrite, scratch_bytes(planned, options) if options.verify else 0)
     memory = check_memory(planned, options) if options.verify else 0
     material = prepare(planned, text, options) if text else None

@@ -74,6 +74,8 @@ class _Layers:
         if index not in self.ready:
             self._begin(index)
             self.ready[index] = self.ahead.pop(index).result()
+            if len(self.ready) > 2:  # a file that holds its tensors kind by kind: rather compute a layer again than keep them all
+                del self.ready[next(iter(self.ready))]
             if following := [other for other in self.order[self.order.index(index) + 1 :] if self.left[other]]:
                 self._begin(following[0])
         tensor = self.ready[index].pop(target.name)

@@ -50,7 +50,7 @@ def read_text(path: Path) -> Text:
         OptionError: there is no such file, or it is not UTF-8 text, or it is empty.
     """
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise OptionError(f"--text {path} is not UTF-8 text ({error.reason} at byte {error.start}); give a plain text file") from None
     except OSError as error:

@@ -571,7 +571,7 @@ def test_a_disk_that_fills_up_leaves_what_the_same_command_goes_on_from(
         told = refused_late(MODEL, *gqa(model))
     assert left[0] <= 0, "nothing called it"
     assert "no room left for out" in told
-    assert not list(Path("out.partial").glob("*.draft"))
+    assert not list(Path("out.partial").glob("*draft"))
     result = command(*gqa(model))
     assert result.exit_code == 0, result.output
     assert ("shards were there" in result.stdout) == (times > 1)
@@ -601,3 +601,41 @@ def test_a_conversion_never_changes_its_source(command: Command, contents: Conte
 def test_an_output_without_a_name_is_refused(refused: Check, model: Path, output: str) -> None:
     told = refused(ASKER, "gqa", "--groups", "2", model, "-o", output, "--no-verify")
     assert "is not the name of a new folder" in told or "one inside the other" in told
+
+
+def test_a_model_trained_on_in_its_own_folder_is_not_replaced_though_its_sizes_are_the_same(command: Command, model: Path) -> None:
+    assert command(*gqa(model)).exit_code == 0
+    shard = sorted(Path("out").glob("*.safetensors"))[0]
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    result = command(*gqa(model, "--overwrite"))
+    assert result.exit_code == ASKER
+    assert shard.name in result.stderr
+    assert shard.read_bytes() == data
+
+
+@pytest.mark.parametrize("name", ["out/effconvert.json", ".out.lock", "out.partial/effconvert.json", "out.replaced/effconvert.json"])
+def test_a_file_of_somebody_elses_under_a_name_of_ours_stays(command: Command, model: Path, name: str) -> None:
+    path = Path(name)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    for more in ((), ("--overwrite",)):
+        assert command(*gqa(model, *more)).exit_code == ASKER
+        assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("architecture", ["Bogus", "[/red]", "AutoImageProcessor", "LlamaForCausalLM.evil"])
+def test_a_class_that_is_none_of_the_familys_is_refused_in_the_plan(refused: Check, model: Path, architecture: str) -> None:
+    edit(model / "config.json", architectures=[architecture])
+    assert architecture in refused(MODEL, *gqa(model), "--dry-run")
+
+
+def test_an_attention_kernel_from_the_hub_is_refused(refused: Check, model: Path) -> None:
+    edit(model / "config.json", attn_implementation="evil/kernel")
+    assert "evil/kernel" in refused(MODEL, *gqa(model), "--dry-run")
+
+
+def test_what_is_no_file_among_the_models_files_is_refused_in_the_plan(refused: Check, model: Path) -> None:
+    os.mkfifo(model / "pipe")
+    assert "pipe" in refused(MODEL, *gqa(model), "--dry-run")

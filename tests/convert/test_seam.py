@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from effconvert.convert.checkpoint import open_checkpoint
 from effconvert.convert.run import convert
+from effconvert.convert.shards import Stored
 from effconvert.errors import ModelError
 from effconvert.options import RunOptions
 from effconvert.surgery._surgery import Surgery
@@ -118,16 +119,81 @@ def test_a_claim_of_exactness_that_is_false_is_caught(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_changes_are_put_off_until_asked_for_and_done_once_in_order_with_their_config(tmp_path):
+def test_changes_are_put_off_until_asked_for_and_done_once_in_order(tmp_path):
     checkpoint = open_checkpoint(save(tiny("llama"), tmp_path))
-    layer = checkpoint.layer(0, "cpu")
-    seen = []
-    layer.later(lambda at: seen.append(("first", at.config.kv_heads, "q" in at)))
-    layer.config = checkpoint.config.with_kv_heads(2)
-    layer.later(lambda at: seen.append(("second", at.config.kv_heads, "q" in at)))
-    layer.config = checkpoint.config.with_kv_heads(1)
+    below, seen = checkpoint.layer(0, "cpu"), []
+    below.later(lambda layer: seen.append(("first", layer.index, layer.config.kv_heads, "q" in layer)))
+    below.later(lambda layer: seen.append(("second", layer.index, layer.config.kv_heads, "q" in layer)))
+    above = below.on_top(5, checkpoint.config.with_kv_heads(2))
+    above.later(lambda layer: seen.append(("third", layer.index, layer.config.kv_heads, "q" in layer)))
     assert seen == []
-    assert "k" in layer
-    assert "v" in layer
-    assert seen == [("first", 4, True), ("second", 2, True)]
-    assert layer.config.kv_heads == 1
+    assert "k" in above
+    assert "v" in above
+    assert sorted(seen) == [("first", 0, 4, True), ("second", 0, 4, True), ("third", 5, 2, True)]
+    assert [name for name, *_ in seen if name != "third"] == ["first", "second"]
+
+
+class Share(Plain):
+    """Layer 1 gets the up projection of layer 0."""
+
+    def layers(self, layers):
+        first, second = layers[:2]
+        second.later(lambda layer: layer.__setitem__("up", first["up"]))
+        return layers
+
+
+class Scale(Plain):
+    """Doubles the up projection, once more for each layer below."""
+
+    def layer(self, layer):
+        layer["up"] = layer["up"] * 2 * (layer.index + 1)
+
+
+class DropSecond(DropFirst):
+    def layers(self, layers):
+        return Plain.layers(self, [layers[0], *layers[2:]])
+
+
+def up(folder):
+    return [layer.mlp.up_proj.weight.detach() for layer in AutoModelForCausalLM.from_pretrained(folder).model.layers]
+
+
+@pytest.mark.parametrize(
+    ("surgeries", "expected"),
+    [
+        ((Share(), Scale()), [(0, 2), (0, 4), (2, 6)]),
+        ((Scale(), Share()), [(0, 2), (0, 2), (2, 6)]),
+        ((Scale(), DropSecond()), [(0, 2), (2, 6)]),
+        ((DropSecond(), Scale()), [(0, 2), (2, 4)]),
+        ((Share(), DropSecond(), Scale()), [(0, 2), (2, 4)]),
+    ],
+    ids=["share, scale", "scale, share", "scale, drop", "drop, scale", "share, drop, scale"],
+)
+def test_each_surgery_finds_what_the_one_before_left(surgeries, expected, tmp_path):
+    source = save(tiny("llama", num_hidden_layers=3), tmp_path / "source")
+    convert(str(source), surgeries, RunOptions(output=tmp_path / "out", verify=False))
+    before, after = up(source), up(tmp_path / "out")
+    assert len(after) == len(expected)
+    for (layer, factor), weight in zip(expected, after, strict=True):
+        torch.testing.assert_close(weight, before[layer] * factor, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("surgeries", [(Share(), Gqa(groups=2)), (Gqa(groups=2), Share())], ids=["share, gqa", "gqa, share"])
+def test_sharing_and_pooling_go_in_either_order(surgeries, tmp_path):
+    source = save(tiny("llama", num_hidden_layers=3), tmp_path / "source")
+    convert(str(source), surgeries, RunOptions(output=tmp_path / "out"))
+    assert torch.equal(up(tmp_path / "out")[0], up(tmp_path / "out")[1])
+
+
+def test_each_tensor_that_is_needed_is_read_once_and_no_other(tmp_path, monkeypatch):
+    real, read = Stored.read, []
+
+    def counting(self, device):
+        if device == "cpu":
+            read.append(self.name)
+        return real(self, device)
+
+    monkeypatch.setattr(Stored, "read", counting)
+    source = save(tiny("llama", num_hidden_layers=4), tmp_path / "source", max_shard_size="40KB")
+    convert(str(source), (Gqa(groups=2), Gqa(groups=1)), RunOptions(output=tmp_path / "out", verify=False))
+    assert sorted(read) == sorted(f"model.layers.{index}.self_attn.{part}_proj.weight" for index in range(4) for part in "kv")
