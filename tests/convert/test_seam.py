@@ -196,4 +196,4 @@ def test_each_tensor_that_is_needed_is_read_once_and_no_other(tmp_path, monkeypa
     monkeypatch.setattr(Stored, "read", counting)
     source = save(tiny("llama", num_hidden_layers=4), tmp_path / "source", max_shard_size="40KB")
     convert(str(source), (Gqa(groups=2), Gqa(groups=1)), RunOptions(output=tmp_path / "out", verify=False))
-    assert sorted(read) == sorted(f"model.layers.{index}.self_attn.{part}_proj.weight" for index in range(4) for part in "kv")
+    assert sorted(read) == sorted(f"model.layers.{index}.self_attn.{part}_proj.{kind}" for index in range(4) for part in "kv" for kind in ("weight", "bias"))
