@@ -5,11 +5,15 @@ A set of options is a frozen pydantic model, and the same mistake gives the same
 
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from effconvert.errors import OptionError
+
+# Several values: `1,4` on the command line, a list in a recipe, a tuple in Python.
+Listed = BeforeValidator(lambda given: [part.strip() for part in given.split(",") if part.strip()] if isinstance(given, str) else given)
+Names = Annotated[tuple[str, ...], Listed]
 
 
 class Options(BaseModel):

@@ -3,12 +3,7 @@
 Written without Click: importing Click alone takes 3.7 times as long as `python -c pass`, and this page is to take less than 4.
 """
 
-from effconvert import surgery
-
-COMMANDS = {
-    "demo": "Convert a small embedded model, and show what each way costs.",
-    "inspect": "Show a model's shape and size, and what can be done to it.",
-}
+from effconvert import commands, surgery
 
 PAGE = """\
 Usage: effconvert COMMAND [OPTIONS] MODEL
@@ -36,9 +31,9 @@ Examples:
 
 def page() -> str:
     """Return the first page."""
-    techniques = surgery.catalogue()
-    width = max(map(len, [*techniques, *COMMANDS]))
-    return PAGE.format(techniques=_lines(techniques, width), commands=_lines(COMMANDS, width))
+    techniques, others = surgery.catalogue(), commands.catalogue()
+    width = max(map(len, [*techniques, *others]))
+    return PAGE.format(techniques=_lines(techniques, width), commands=_lines(others, width))
 
 
 def _lines(summaries: dict[str, str], width: int) -> str:

@@ -3,11 +3,10 @@
 import re
 from pathlib import Path
 
-from effconvert import surgery
+from effconvert import commands, surgery
 from effconvert.convert.config import Config
 from effconvert.convert.families import FAMILIES
 from effconvert.errors import ModelError
-from effconvert.overview import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,7 +25,7 @@ def applies(name, kind):
 
 def test_the_table_of_commands_has_every_command():
     told = re.findall(r"^\| `effconvert ([a-z-]+)", README, re.MULTILINE)
-    assert sorted(told) == sorted([*surgery.catalogue(), *COMMANDS])
+    assert sorted(told) == sorted([*surgery.catalogue(), *commands.catalogue()])
 
 
 def test_the_table_of_families_is_that_of_the_rows():

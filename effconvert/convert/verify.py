@@ -1,7 +1,5 @@
 """Prove a conversion: reload it from disk in stock transformers, run it, and measure it beside the original."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from effconvert.convert import stock
 from effconvert.convert.plan import Plan
 from effconvert.convert.shards import FLOATS, read_header
 from effconvert.convert.watch import Advance, Watcher
@@ -22,7 +21,6 @@ from effconvert.options import RunOptions
 TOLERANCE = 1e-5  # of the largest logit, in float32, for a conversion that must change nothing
 LIBRARIES = 330_000_000  # bytes; measured on SmolLM2 beyond what is counted: 0.32 GB in float32, 0.03 GB in bfloat16
 PROMPT = 24  # tokens given, and tokens asked for
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 
 
 @dataclass(frozen=True)
@@ -113,32 +111,13 @@ def prepare(plan: Plan, text: Text, options: RunOptions) -> Material:
         return Material(None, random, text.name, f"{config.kind} is an encoder and predicts no next token")
     if config.architecture != config.family.lm:
         return Material(None, random, text.name, f"{config.architecture} has no language-model head")
-    if not any((folder / name).is_file() for name in TOKENIZERS):
+    if not stock.has_tokenizer(folder):
         return Material(None, random, text.name, "the model has no tokenizer")
-    with quiet():
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        except Exception as error:  # of a damaged file, or of code that would have to run: json's, tokenizers' bare Exception, ValueError, ...
-            raise ModelError(f"the tokenizer in {folder} cannot be loaded ({type(error).__name__}: {error}); mend it, or use --no-verify") from error
-        return Material(tokenizer, quality.windows(tokenizer, text, context, options.tokens, config.vocabulary), text.name, "")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers from talking, and give it its voice back."""
-    from transformers.utils import logging
-
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
+        tokenizer = stock.load_tokenizer(folder)
+    except ModelError as error:
+        raise ModelError(f"{error}, or use --no-verify") from error
+    return Material(tokenizer, quality.windows(tokenizer, text, context, options.tokens, config.vocabulary), text.name, "")
 
 
 def verify(plan: Plan, folder: Path, material: Material, scratch: Path, watcher: Watcher) -> Report:
@@ -148,7 +127,7 @@ def verify(plan: Plan, folder: Path, material: Material, scratch: Path, watcher:
         ModelError: it does not load as it should, computes NaN, or is not what the plan or the surgery promised.
     """
     try:
-        with quiet():
+        with stock.quiet():
             with watcher.bar("checking every number", plan.after.bytes, "bytes") as advance:
                 check_finite(folder, plan, advance)
             with watcher.bar("measuring the original", material.windows.numel(), "tokens") as advance:
@@ -165,33 +144,11 @@ def verify(plan: Plan, folder: Path, material: Material, scratch: Path, watcher:
     return Report(before, after, difference, material.text, str(measuring_dtype(plan)).removeprefix("torch."), device, material.unmeasured)
 
 
-def load(plan: Plan, folder: Path, dtype: torch.dtype) -> Any:
-    """Load a checkpoint with the class of transformers that it names.
-
-    Raises:
-        ModelError: a tensor is missing, left over or of the wrong shape, or transformers refuses it.
-    """
-    import transformers
-
-    name = plan.config.architecture if folder != plan.checkpoint.folder else plan.checkpoint.config.architecture
-    stock = f"{name} of transformers {transformers.__version__}"
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    try:
-        model, info = getattr(transformers, name).from_pretrained(folder, dtype=dtype, output_loading_info=True, local_files_only=True)
-        model = model.to(accelerator or "cpu").eval()
-    except Exception as error:  # whatever a class of somebody else's raises over a strange config or a full device
-        raise ModelError(f"{stock} cannot load {folder} ({type(error).__name__}: {error})") from error
-    wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)}
-    if wrong:
-        told = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names[:3])}" for kind, names in wrong.items())
-        raise ModelError(f"{stock} does not find in {folder} what it needs ({told})")
-    return model
-
-
 def _side(
     plan: Plan, folder: Path, material: Material, advance: Advance, record: Path | None = None, reference: Path | None = None
 ) -> tuple[Side, Tensor, str]:
-    model, cut, whole = load(plan, folder, measuring_dtype(plan)), material.windows, not material.unmeasured
+    config = plan.config if folder != plan.checkpoint.folder else plan.checkpoint.config
+    model, cut, whole = stock.load(folder, config.architecture, measuring_dtype(plan)), material.windows, not material.unmeasured
     prompt = cut[0, :PROMPT]
     head = quality.logits_of(model, cut[0][: 4 * PROMPT]).float().cpu()  # [T, V]
     measured = quality.measure(model, cut, record, reference, advance) if whole else None

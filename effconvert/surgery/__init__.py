@@ -14,8 +14,7 @@ HERE = os.path.dirname(__file__)
 
 def catalogue() -> dict[str, str]:
     """Map each technique to its one-line summary."""
-    files = sorted(file for file in os.listdir(HERE) if file.endswith(".py") and not file.startswith("_"))
-    return {file.removesuffix(".py").replace("_", "-"): _summary(os.path.join(HERE, file)) for file in files}
+    return summaries(HERE)
 
 
 def load(name: str) -> "type[Surgery]":
@@ -25,6 +24,12 @@ def load(name: str) -> "type[Surgery]":
     module = import_module(f"effconvert.surgery.{name.replace('-', '_')}")
     technique: type[Surgery] = getattr(module, name.title().replace("-", ""))
     return technique
+
+
+def summaries(folder: str) -> dict[str, str]:
+    """Map each file of Python in `folder`, as a command is spelt, to its first line."""
+    files = sorted(file for file in os.listdir(folder) if file.endswith(".py") and not file.startswith("_"))
+    return {file.removesuffix(".py").replace("_", "-"): _summary(os.path.join(folder, file)) for file in files}
 
 
 def _summary(path: str) -> str:

@@ -1,0 +1,25 @@
+"""Show a model's shape and size, and what can be done to it."""
+
+import click
+
+
+@click.command(name="inspect")
+@click.argument("model")
+@click.option("--revision", metavar="TEXT", help="Branch, tag or commit of a model on the Hub.")
+def command(model: str, revision: str | None) -> None:
+    """Show a model's shape and size, and what can be done to it.
+
+    Reads its config and headers alone, so that the largest model takes a second.
+
+    \b
+    Examples:
+      effconvert inspect ./SmolLM2-135M
+      effconvert inspect meta-llama/Llama-2-7b-hf --revision main
+    """
+    from effconvert.console import Terminal
+    from effconvert.convert.checkpoint import open_checkpoint
+    from effconvert.convert.inspection import inspect as look
+    from effconvert.convert.sources import locate
+
+    terminal = Terminal(model)
+    terminal.inspection(look(open_checkpoint(locate(model, revision, terminal.step))))

@@ -1,0 +1,58 @@
+"""What identifies a model: a hash over its weights, config and tokenizer, whatever its folder is called."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from effconvert.convert.checkpoint import Checkpoint
+from effconvert.convert.config import CONFIG
+from effconvert.convert.sources import cache
+
+BESIDE = (".json", ".model", ".txt", ".jinja", ".tiktoken")  # files that may change what a model computes
+ABOUT = ("effconvert.json", "model.safetensors.index.json")  # and files that say where it came from, or where its tensors lie
+
+
+def digest(checkpoint: Checkpoint) -> str:
+    """Return the SHA-256 of `checkpoint`'s files.
+
+    A file's own hash is remembered by its place, size and time, so that a large model is read through once.
+    """
+    folder = checkpoint.folder
+    weights = {tensor.file for tensor in checkpoint.stored}
+    beside = {path for path in folder.iterdir() if path.is_file() and path.name.endswith(BESIDE) and path.name not in ABOUT}
+    known = _remembered()
+    hashes = {path.relative_to(folder).as_posix(): _file_hash(path, known) for path in sorted(weights | beside | {folder / CONFIG})}
+    _remember(known)
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+
+
+def _file_hash(path: Path, known: dict[str, str]) -> str:
+    status = path.stat()
+    key = f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ino}"
+    if key not in known:
+        with path.open("rb") as file:
+            known[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    return known[key]
+
+
+def _place() -> Path:
+    return cache() / "digests.json"
+
+
+def _remembered() -> dict[str, str]:
+    try:
+        known = json.loads(_place().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _remember(known: dict[str, str]) -> None:
+    try:
+        _place().parent.mkdir(parents=True, exist_ok=True)
+        draft = _place().with_name(f"digests.{os.getpid()}.draft")
+        draft.write_text(json.dumps(known), encoding="utf-8")
+        draft.replace(_place())
+    except OSError:
+        return  # a cache that cannot be written costs time, and nothing else

@@ -1,0 +1,209 @@
+"""What `eval` and `bench` find out, as plain data: what Python returns, what a results file holds, what reports and cards are made of.
+
+The first model is always the original, and what is said of another is said beside it.
+"""
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+from pydantic import TypeAdapter, ValidationError
+
+from effconvert.errors import OptionError
+
+LIBRARIES = ("effconvert", "torch", "transformers", "tokenizers", "lm_eval", "triton")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is measured."""
+
+    name: str  # folder name or Hub id
+    digest: str  # SHA-256 over weights, config and tokenizer
+    commit: str | None  # on the Hub
+    kind: str  # model_type
+    architecture: str  # class of transformers
+    dtype: str  # of the weights
+    parameters: int
+    bytes: int  # on disk
+    kv_bytes: int  # of the KV cache, for a token
+    layers: int
+    heads: int  # query heads
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    ffn: int
+    vocabulary: int
+    longest: int | None  # context in tokens
+    windows: tuple[int | None, ...]  # each layer's sliding window in tokens
+
+
+@dataclass(frozen=True)
+class Value:
+    """What one model scored. `error` is a standard error; what is said of the difference comes from the same documents (a paired comparison)."""
+
+    value: float
+    error: float | None
+    difference: float | None = None  # to the first model
+    difference_error: float | None = None
+    p: float | None = None  # of a difference at least this large between equal models
+    recovery: float | None = None  # (s - chance) / (t - chance), where chance is known and the original is above it
+
+    @property
+    def significant(self) -> bool | None:
+        """Whether the difference is more than chance at the 5 % level; None where that is unknown."""
+        return None if self.p is None else self.p < 0.05
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of one task, for every model in order; None where it does not apply or could not be measured."""
+
+    task: str
+    metric: str
+    better: Literal["higher", "lower"] | None
+    chance: float | None  # what guessing scores
+    documents: int  # compared
+    version: str  # of the task
+    values: tuple[Value | None, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How good each model is."""
+
+    subjects: tuple[Subject, ...]
+    rows: tuple[Row, ...]
+    continuations: tuple[str, ...]  # what each writes after the same prompt, empty for encoders
+    prompt: str
+    notes: tuple[str, ...]  # what to distrust, and what could not be compared
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    machine: str
+    date: str
+    kind: Literal["evaluation"] = "evaluation"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds: the median of all rounds, with the fastest and the slowest."""
+
+    median: float
+    low: float
+    high: float
+    rounds: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model at one batch size and context; where `failure` says why it could not run, the rest is None."""
+
+    subject: int  # which of the models
+    batch: int
+    context: int  # tokens in each prompt
+    prefill: Timing | None  # of the whole prompts
+    first: Timing | None  # until the first token is chosen: time to first token
+    decode: Timing | None  # of one step, which gives each sequence of the batch a token
+    predicted: float | None  # seconds of one step, if it only had to move weights and cache through memory
+    weight_bytes: int | None  # moved in a step
+    cache_bytes: int | None  # of the cache object at `context`, measured
+    peak_bytes: int | None  # memory beyond what was held before any model was loaded
+    ratios: dict[str, float]  # to the first model in the same run: prefill, first, decode, cache, peak
+    failure: str = ""
+
+    @property
+    def prefill_rate(self) -> float | None:
+        """Tokens read a second."""
+        return self.batch * self.context / self.prefill.median if self.prefill else None
+
+    @property
+    def decode_rate(self) -> float | None:
+        """Tokens written a second, over the batch."""
+        return self.batch / self.decode.median if self.decode else None
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """How fast each model is."""
+
+    subjects: tuple[Subject, ...]
+    cells: tuple[Cell, ...]
+    bandwidth: float  # bytes a second that this device's memory was measured to move
+    notes: tuple[str, ...]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    machine: str
+    date: str
+    kind: Literal["benchmark"] = "benchmark"
+
+
+READERS: dict[str, TypeAdapter[Any]] = {"evaluation": TypeAdapter(Evaluation), "benchmark": TypeAdapter(Benchmark)}
+
+
+def save(results: Evaluation | Benchmark, path: Path) -> None:
+    """Write `results` as JSON: never half a file."""
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps(asdict(results), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        draft.replace(path)
+    except OSError as error:
+        raise OptionError(f"{path} cannot be written ({error.strerror}); give another --output") from None
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def read(path: Path) -> Evaluation | Benchmark:
+    """Read what `save` wrote.
+
+    Raises:
+        OptionError: the file is not there, or is no results file.
+    """
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        results: Evaluation | Benchmark = READERS[held["kind"]].validate_python(held)
+    except OSError as error:
+        raise OptionError(f"{path} cannot be read ({error.strerror}); give a file that effconvert eval or bench wrote with --output") from None
+    except (ValueError, KeyError, TypeError, RecursionError, ValidationError):
+        raise OptionError(f"{path} is not a file that effconvert eval or bench wrote with --output; give one") from None
+    return results
+
+
+def now() -> str:
+    """Return the time, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except ModuleNotFoundError:
+            continue
+    return found
+
+
+def machine(device: str) -> str:
+    """Say in a few words what `device` of this machine is: never its name in a network."""
+    import torch
+
+    if device.startswith("cuda"):
+        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    return f"{processor()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, {torch.get_num_threads()} threads"
+
+
+def processor() -> str:
+    """Return the processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,112 @@
+"""Open a model to be measured: find it, identify it, load it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from effconvert.convert import sources
+from effconvert.convert.checkpoint import Checkpoint, open_checkpoint
+from effconvert.convert.digest import digest
+from effconvert.convert.plan import plan
+from effconvert.convert.shards import FLOATS
+from effconvert.convert.stock import load
+from effconvert.errors import EffconvertError, OptionError
+from effconvert.eval.results import Subject
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model on disk, ready to be loaded."""
+
+    subject: Subject
+    checkpoint: Checkpoint
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return self.checkpoint.folder
+
+    @property
+    def decoder(self) -> bool:
+        """Whether it predicts the next token."""
+        return self.checkpoint.config.family.decoder
+
+    @property
+    def head(self) -> bool:
+        """Whether it has a language-model head."""
+        return self.checkpoint.config.architecture == self.checkpoint.config.family.lm
+
+
+def open_model(model: str, revision: str | None = None, step: Callable[[str], None] = lambda _: None) -> Opened:
+    """Find and identify `model`: a folder, a Hub id or a .gguf file.
+
+    Raises:
+        OptionError: there is no such model.
+        ModelError: it is damaged, or of a family that effconvert does not know.
+    """
+    folder = sources.locate(model, revision, step)
+    checkpoint = open_checkpoint(folder)
+    config, size = checkpoint.config, plan(checkpoint, ()).before
+    subject = Subject(
+        name=Path(model).expanduser().resolve().name if Path(model).expanduser().exists() else model,
+        digest=digest(checkpoint),
+        commit=sources.commit(folder),
+        kind=config.kind,
+        architecture=config.architecture,
+        dtype=str(FLOATS[checkpoint.dtype]).removeprefix("torch."),
+        parameters=size.parameters,
+        bytes=size.bytes,
+        kv_bytes=size.kv_bytes,
+        layers=config.layers,
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        hidden=config.hidden,
+        ffn=config.ffn,
+        vocabulary=config.vocabulary,
+        longest=config.longest,
+        windows=tuple(config.windows()),
+    )
+    return Opened(subject, checkpoint)
+
+
+def pick_device(name: str | None) -> str:
+    """Return the device that the asker named, or this machine's accelerator, or the CPU.
+
+    Raises:
+        OptionError: there is no such device here.
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name is None:
+        return str(accelerator or "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        there = "cpu" + (f", {accelerator}" if accelerator else "")
+        raise OptionError(f"--device {name} cannot be used here; there is {there}") from None
+    if torch.device(name).type == "meta":
+        raise OptionError("--device meta holds no numbers; leave it out")
+    return name
+
+
+def pick_dtype(name: str, opened: Opened) -> torch.dtype:
+    """Return the type to compute in: `auto` is that of the weights."""
+    return FLOATS[opened.checkpoint.dtype] if name == "auto" else getattr(torch, name)
+
+
+def load_model(opened: Opened, dtype: str, device: str) -> Any:
+    """Load a model with the class of transformers that it names, ready to be run.
+
+    Raises:
+        EffconvertError: it does not fit into memory.
+        ModelError: transformers cannot load it, or misses a tensor.
+    """
+    wanted = pick_dtype(dtype, opened)
+    need, free = opened.subject.parameters * wanted.itemsize, psutil.virtual_memory().available
+    if device == "cpu" and need > free:
+        raise EffconvertError(f"{opened.subject.name} takes {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; measure it on a larger machine")
+    return load(opened.folder, opened.subject.architecture, wanted, device)
