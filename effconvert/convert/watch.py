@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from effconvert.convert.plan import Plan
 
-Unit = Literal["bytes", "tokens"]
+Unit = Literal["bytes", "tokens", "documents", "steps"]
 Advance = Callable[[int], None]
 
 
