@@ -50,6 +50,12 @@ class Options(BaseModel):
         return f"{option} is {mistake['input']!r}, and {needed[0].lower()}{needed[1:]}"
 
 
+# What text to measure on, wherever something is measured.
+TEXT: Any = Field(None, description="Text file to measure on. Default: docstrings of the standard library.", json_schema_extra={"metavar": "FILE"})
+TOKENS: Any = Field(4096, ge=2, description="Tokens of it to measure on.")
+CONTEXT: Any = Field(512, ge=2, description="Tokens in each window: a perplexity counts only beside one with the same context.")
+
+
 class RunOptions(Options):
     """What every conversion understands, whatever its surgeries."""
 
@@ -60,6 +66,6 @@ class RunOptions(Options):
     dry_run: bool = Field(False, description="Print the plan, with every error that can be foreseen; write nothing.")
     overwrite: bool = Field(False, description="Replace the output folder if effconvert wrote it.")
     verify: bool = Field(True, description="Reload from disk, run, measure; otherwise only write.")
-    text: Path | None = Field(None, description="Text file to measure on. Default: docstrings of the standard library.", json_schema_extra={"metavar": "FILE"})
-    tokens: int = Field(4096, ge=2, description="Tokens of it to measure on.")
-    context: int = Field(512, ge=2, description="Tokens in each window: a perplexity counts only beside one with the same context.")
+    text: Path | None = TEXT
+    tokens: int = TOKENS
+    context: int = CONTEXT

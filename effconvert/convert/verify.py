@@ -14,7 +14,7 @@ from effconvert.convert.shards import FLOATS, read_header
 from effconvert.convert.watch import Advance, Watcher
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval import quality
-from effconvert.eval.quality import Quality
+from effconvert.eval.quality import Quality, Recorded
 from effconvert.eval.text import Text
 from effconvert.options import RunOptions
 
@@ -133,7 +133,8 @@ def verify(plan: Plan, folder: Path, material: Material, scratch: Path, watcher:
             with watcher.bar("measuring the original", material.windows.numel(), "tokens") as advance:
                 before, expected, device = _side(plan, plan.checkpoint.folder, material, advance, record=scratch)
             with watcher.bar("measuring the converted model", material.windows.numel(), "tokens") as advance:
-                after, found, _ = _side(plan, folder, material, advance, reference=scratch)
+                recorded = Recorded(scratch, measuring_dtype(plan), plan.checkpoint.config.vocabulary)
+                after, found, _ = _side(plan, folder, material, advance, reference=recorded)
     finally:
         scratch.unlink(missing_ok=True)
     _hold(plan.before, before, "the original")
@@ -145,13 +146,13 @@ def verify(plan: Plan, folder: Path, material: Material, scratch: Path, watcher:
 
 
 def _side(
-    plan: Plan, folder: Path, material: Material, advance: Advance, record: Path | None = None, reference: Path | None = None
+    plan: Plan, folder: Path, material: Material, advance: Advance, record: Path | None = None, reference: Recorded | None = None
 ) -> tuple[Side, Tensor, str]:
     config = plan.config if folder != plan.checkpoint.folder else plan.checkpoint.config
     model, cut, whole = stock.load(folder, config.architecture, measuring_dtype(plan)), material.windows, not material.unmeasured
     prompt = cut[0, :PROMPT]
     head = quality.logits_of(model, cut[0][: 4 * PROMPT]).float().cpu()  # [T, V]
-    measured = quality.measure(model, cut, record, reference, advance) if whole else None
+    measured = quality.summary(quality.measure(model, list(cut), record, reference, advance), cut.shape[1]) if whole else None
     written = quality.continuation(model, material.tokenizer, prompt, PROMPT) if whole else ""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     cache = 0

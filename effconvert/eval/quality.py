@@ -7,19 +7,29 @@ next-token distributions at the same positions. The original's logits wait in a 
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import kl_div, nll_loss
 
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.text import Text
 
 ROWS = 64  # positions whose distributions are in float32 at a time
+
+
+@dataclass(frozen=True)
+class Window:
+    """What was measured on one window of text."""
+
+    loss: float  # cross-entropy, nats, summed
+    tokens: int  # predicted
+    kl: float | None = None  # KL(original || this), nats, summed
+    same: int | None = None  # positions where both have the same most likely token
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,19 @@ class Quality:
         return math.exp(self.loss)
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """A file with the logits [rows, V] of one model, for others to be compared with."""
+
+    file: Path
+    dtype: torch.dtype
+    vocabulary: int  # V
+
+    def rows(self, count: int) -> Tensor:
+        """Map the file into memory."""
+        return torch.from_file(str(self.file), shared=True, size=count * self.vocabulary, dtype=self.dtype).view(count, self.vocabulary)
+
+
 def windows(tokenizer: Any, text: Text, context: int, tokens: int, vocabulary: int) -> Tensor:
     """Cut the first `tokens` tokens of `text` into windows [N, T], each begun as the tokenizer begins a text.
 
@@ -46,8 +69,7 @@ def windows(tokenizer: Any, text: Text, context: int, tokens: int, vocabulary: i
         ModelError: the tokenizer gives tokens that the model does not have.
     """
     plain = tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids
-    begun = tokenizer(text.content[:64], verbose=False).input_ids
-    start = begun[:1] if begun[:1] == [tokenizer.bos_token_id] else []  # Gemma is lost without its <bos>
+    start = beginning(tokenizer, text.content)
     body = context - len(start)
     body = min(body, tokens, len(plain))
     count = min(tokens, len(plain)) // max(body, 1)
@@ -61,43 +83,68 @@ def windows(tokenizer: Any, text: Text, context: int, tokens: int, vocabulary: i
     return cut
 
 
-def measure(model: Any, cut: Tensor, record: Path | None = None, reference: Path | None = None, advance: Callable[[int], None] = lambda _: None) -> Quality:
-    """Measure `model` on windows `cut` [N, T].
+def beginning(tokenizer: Any, content: str) -> list[int]:
+    """Return the token that the tokenizer begins a text with, if any: Gemma is lost without its <bos>."""
+    begun: list[int] = tokenizer(content[:64], verbose=False).input_ids
+    return begun[:1] if begun[:1] == [tokenizer.bos_token_id] else []
+
+
+def measure(
+    model: Any, cut: Sequence[Tensor], record: Path | None = None, reference: Recorded | None = None, advance: Callable[[int], None] = lambda _: None
+) -> list[Window]:
+    """Measure `model` on each window of `cut`, token ids [T].
 
     Args:
         model: a causal language model of transformers.
-        cut: token ids.
+        cut: windows, which need not be equally long.
         record: where to leave the logits, for another model to be compared with.
-        reference: logits that another model left.
+        reference: logits that another model left, on the same windows.
         advance: told how many more tokens are done.
 
     Raises:
         ModelError: a logit is NaN or infinite.
     """
-    count, context = cut.shape
-    shape = (count, context - 1, model.config.get_text_config().vocab_size)  # [N, T-1, V]
-    file = record or reference
+    count = sum(len(window) - 1 for window in cut)
     if record:
-        reserve(record, math.prod(shape) * model.dtype.itemsize)
-    held = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=model.dtype).view(shape) if file else None
-    loss = kl = same = 0.0
-    for i, window in enumerate(cut):
-        logits = logits_of(model, window)[:-1]  # [T-1, V]
-        if record and held is not None:
-            held[i] = logits
-        for at in range(0, context - 1, ROWS):
-            rows = slice(at, at + ROWS)
-            mine = logits[rows].float().log_softmax(-1)
-            loss += cross_entropy(logits[rows].float(), window[1:][rows].to(logits.device), reduction="sum").item()
-            if reference and held is not None:
-                theirs = held[i, rows].to(logits.device).float().log_softmax(-1)
-                kl += torch.nn.functional.kl_div(mine, theirs, log_target=True, reduction="sum").item()
-                same += (mine.argmax(-1) == theirs.argmax(-1)).sum().item()
+        reserve(record, count * vocabulary(model) * model.dtype.itemsize)
+        reference = Recorded(record, model.dtype, vocabulary(model))
+    held = reference.rows(count) if reference else None  # [rows, V]
+    measured, start = [], 0
+    for window in cut:
+        logits, targets = logits_of(model, window)[:-1], window[1:]  # [T-1, V], [T-1]
+        kept = held[start : start + len(logits)] if held is not None else None
+        if record and kept is not None:
+            kept.copy_(logits)
+        measured.append(_window(logits, targets, None if record else kept))
+        start += len(logits)
         advance(len(window))
-    total = count * (context - 1)
-    if reference:
-        return Quality(loss / total, total, context, max(kl, 0.0) / total, same / total)
-    return Quality(loss / total, total, context)
+    return measured
+
+
+def _window(logits: Tensor, targets: Tensor, reference: Tensor | None) -> Window:
+    loss = kl = same = 0.0
+    for at in range(0, len(logits), ROWS):
+        rows = slice(at, at + ROWS)
+        mine = logits[rows].float().log_softmax(-1)
+        loss += nll_loss(mine, targets[rows].to(logits.device), reduction="sum").item()
+        if reference is not None:
+            theirs = reference[rows].to(logits.device).float().log_softmax(-1)
+            kl += kl_div(mine, theirs, log_target=True, reduction="sum").item()
+            same += (mine.argmax(-1) == theirs.argmax(-1)).sum().item()
+    return Window(loss, len(logits)) if reference is None else Window(loss, len(logits), max(kl, 0.0), int(same))
+
+
+def summary(measured: Sequence[Window], context: int) -> Quality:
+    """Sum windows up."""
+    tokens = sum(window.tokens for window in measured)
+    kl = [window.kl for window in measured if window.kl is not None]
+    same = [window.same for window in measured if window.same is not None]
+    return Quality(sum(window.loss for window in measured) / tokens, tokens, context, sum(kl) / tokens if kl else None, sum(same) / tokens if same else None)
+
+
+def vocabulary(model: Any) -> int:
+    """Return how many tokens `model` gives a logit."""
+    return int(model.config.get_text_config().vocab_size)
 
 
 def reserve(file: Path, size: int) -> None:

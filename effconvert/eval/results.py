@@ -148,6 +148,7 @@ READERS: dict[str, TypeAdapter[Any]] = {"evaluation": TypeAdapter(Evaluation), "
 
 def save(results: Evaluation | Benchmark, path: Path) -> None:
     """Write `results` as JSON: never half a file."""
+    path = path.expanduser()
     draft = path.with_name(f".{path.name}.draft")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,6 +158,21 @@ def save(results: Evaluation | Benchmark, path: Path) -> None:
         raise OptionError(f"{path} cannot be written ({error.strerror}); give another --output") from None
     finally:
         draft.unlink(missing_ok=True)
+
+
+def check_output(path: Path | None) -> None:
+    """Refuse, before minutes of work, a file that could not be written.
+
+    Raises:
+        OptionError: it is a folder, or lies where nothing may be written.
+    """
+    if path is None:
+        return
+    place = next((folder for folder in path.expanduser().resolve().parents if folder.exists()), Path("/"))
+    if path.expanduser().is_dir():
+        raise OptionError(f"--output {path} is a folder; give the name of a file")
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise OptionError(f"--output {path} cannot be written: {place} is not a folder that you may write to; give another")
 
 
 def read(path: Path) -> Evaluation | Benchmark:

@@ -1,0 +1,131 @@
+"""Measure how good models are, the original first."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from effconvert.eval.results import Evaluation, Row, Value
+
+
+class Eval(click.Command):
+    """The command, its options made of `EvalOptions` when somebody asks for them."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Make the options."""
+        if not self.params:
+            from effconvert.commands._click import parameters
+            from effconvert.eval.eval_options import EvalOptions
+
+            self.params = [click.Argument(["models"], nargs=-1, required=True, metavar="MODEL..."), *parameters(EvalOptions)]
+        return super().get_params(ctx)
+
+
+def run(models: tuple[str, ...], **values: Any) -> None:
+    """Measure how good models are, the original first.
+
+    How well they predict a text (perplexity, bits per byte), how far they moved from the first one (KL, same top token), whether they fall into loops when they
+    write, whether they find a number in a long text, and lm-eval's --tasks. Each difference comes with its standard error from the same documents,
+    and a difference that may be chance is marked. What was measured before is taken from a cache.
+
+    \b
+    Examples:
+      effconvert eval ./SmolLM2-135M ./SmolLM2-135M-gqa-1
+      effconvert eval ./SmolLM2-135M ./mqa --tasks piqa,arc_easy --limit 200 -o eval.json
+      effconvert eval ./MiniLM ./MiniLM-linformer --pairs stsb-dev.csv
+    """
+    from effconvert.commands._click import given
+    from effconvert.console import Terminal
+    from effconvert.eval.eval_options import EvalOptions
+    from effconvert.eval.evaluate import evaluate
+    from effconvert.eval.results import check_output, save
+
+    options = EvalOptions(**given(values))
+    check_output(options.output)
+    terminal = Terminal(models[0])
+    evaluation = evaluate(models, options, terminal)
+    if options.output:
+        save(evaluation, options.output)
+    show(evaluation)
+    if options.output:
+        terminal.out.print(f"written to [bold]{options.output}[/]", soft_wrap=True)
+
+
+command = Eval("eval", help=run.__doc__, callback=run)
+
+
+def show(evaluation: "Evaluation") -> None:
+    """Print what was found."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from effconvert.console import stdout
+
+    out, names = stdout(), [subject.name for subject in evaluation.subjects]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    table.add_column("", no_wrap=True)
+    for index, name in enumerate(names):
+        table.add_column(escape(name))
+        if index:
+            table.add_column("difference")
+            table.add_column("")
+    recovered = any(value and value.recovery is not None for row in evaluation.rows for value in row.values)
+    if recovered:
+        table.add_column("kept")
+    for row, before in zip(evaluation.rows, [None, *evaluation.rows], strict=False):
+        cells = [] if before and before.task == row.task else [escape(row.task)]
+        table.add_row(*(cells or [""]), escape(row.metric), *_cells(row), *([_kept(row)] if recovered else []))
+    out.print(table)
+    settings = evaluation.settings
+    out.print(
+        f"text: {escape(str(settings['text']))}, {settings['tokens']} tokens in windows of {settings['context']}; {escape(evaluation.machine)}", soft_wrap=True
+    )
+    out.print("± is one standard error, of a difference that of the same documents; ~ may be chance (p >= 0.05)")
+    for note in evaluation.notes:
+        out.print(f"note: {note}", soft_wrap=True, markup=False)
+    if evaluation.prompt:
+        out.print(f"\nafter {evaluation.prompt!r}", soft_wrap=True, markup=False)
+        for name, text in zip(names, evaluation.continuations, strict=True):
+            out.print(f"{name} writes: {text!r}", soft_wrap=True, markup=False)
+
+
+def _cells(row: "Row") -> list[str]:
+    cells = []
+    for index, value in enumerate(row.values):
+        cells.append("" if value is None else _number(value.value, value.error))
+        if index:
+            cells.append("" if value is None or value.difference is None else _number(value.difference, value.difference_error, signed=True))
+            cells.append("" if value is None else mark(row, value))
+    return cells
+
+
+def mark(row: "Row", value: "Value") -> str:
+    """Say what a difference means, in a word."""
+    if value.difference is None:
+        return ""
+    if value.difference == 0 and not value.difference_error:
+        return "equal"
+    if value.significant is None:
+        return "?"
+    if not value.significant:
+        return "~"
+    if row.better is None:
+        return "more" if value.difference > 0 else "less"
+    return "better" if (value.difference > 0) == (row.better == "higher") else "worse"
+
+
+def _kept(row: "Row") -> str:
+    return " ".join("" if value is None or value.recovery is None else f"{value.recovery:.0%}" for value in row.values[1:])
+
+
+def _number(value: float, error: float | None, signed: bool = False) -> str:
+    """Write a number to as many digits as its error leaves it, and the error to two."""
+    sign = "+" if signed else ""
+    if not error:
+        return f"{value:{sign}.4g}"
+    digits = min(6, 1 - math.floor(math.log10(error)))
+    if abs(value) >= 1e6 or digits < -2:
+        return f"{value:{sign}.3g} ±{error:.2g}"
+    return f"{round(value, digits):{sign}.{max(0, digits)}f} ±{round(error, digits):.{max(0, digits)}f}"

@@ -1,0 +1,173 @@
+"""Statistics of scores: a model's standard error, and its difference to the original from the same documents.
+
+Both models answer the same questions, so the difference is taken question by question: its error is that of the differences, which is far smaller
+than what the two errors would suggest (Miller 2024, "Adding Error Bars to Evals", arXiv 2411.00640, section 4). What is not a mean over documents
+is resampled (paired bootstrap, both models on the same draws).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from effconvert.eval.results import Value
+
+DRAWS = 1000  # of a bootstrap: its standard error is then within 5 % (95 % confidence)
+ABOVE_CHANCE = 1.645  # standard errors: one-sided 5 %
+Array = NDArray[np.float64]
+Better = Literal["higher", "lower"]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One metric of one task on one model, document by document."""
+
+    task: str
+    metric: str
+    better: Better | None
+    chance: float | None
+    version: str
+    aggregation: str  # what makes the value of the items: one of `AGGREGATIONS`, or one of lm-eval's
+    value: float
+    error: float | None
+    documents: tuple[str, ...]  # what identifies each
+    items: tuple[Any, ...]  # what each contributes: a number, or the few numbers that `aggregation` needs
+
+
+def _stratified(items: Array) -> float:
+    strata = items[:, 0]
+    return float(np.mean([items[strata == stratum, 1].mean() for stratum in np.unique(strata)]))
+
+
+def _spearman(items: Array) -> float:
+    from scipy.stats import rankdata
+
+    ranks = rankdata(items, axis=0)
+    return float(np.corrcoef(ranks.T)[0, 1]) if (ranks.std(0) > 0).all() else 0.0
+
+
+AGGREGATIONS: dict[str, Callable[[Array], float]] = {
+    "mean": lambda items: float(items.mean()),
+    "perplexity": lambda items: math.exp(min(-items.mean(), 700)),  # of log-likelihoods a token
+    "weighted_perplexity": lambda items: math.exp(min(-items[:, 0].sum() / items[:, 1].sum(), 700)),  # (log-likelihood, words or bytes)
+    "bits_per_byte": lambda items: float(-items[:, 0].sum() / items[:, 1].sum() / math.log(2)),  # (log-likelihood, bytes)
+    "stratified": _stratified,  # (which part, number): the mean of the parts' means
+    "spearman": _spearman,  # (similarity, score)
+}
+
+
+def make(task: str, metric: str, aggregation: str, items: Sequence[Any], documents: Sequence[str], better: Better | None, **more: Any) -> Samples:
+    """Make samples of our own measurements, with their value and its standard error."""
+    values = np.asarray(items, float)
+    value = AGGREGATIONS[aggregation](values)
+    error = _error(values, aggregation)
+    fields = {"chance": None, "version": "1", **more}
+    return Samples(task, metric, better, aggregation=aggregation, value=value, error=error, documents=tuple(documents), items=tuple(items), **fields)
+
+
+def pooled(task: str, metric: str, version: str, parts: Sequence[Samples], value: float, by_size: bool) -> Samples:
+    """Make the score of a group of tasks from theirs: over all documents, or as the mean of the tasks' means."""
+    documents = tuple(document for part in parts for document in part.documents)
+    weights = [len(part.items) if by_size else 1 for part in parts]
+    chances = [part.chance for part in parts if part.chance is not None]
+    chance = float(np.average(chances, weights=weights)) if len(chances) == len(parts) else None
+    items = [item if by_size else (index, item) for index, part in enumerate(parts) for item in part.items]
+    made = make(task, metric, "mean" if by_size else "stratified", items, documents, parts[0].better, chance=chance, version=version)
+    return replace(made, value=value)
+
+
+def compare(original: Samples, other: Samples) -> Value:
+    """Return the score of `other` beside that of `original`.
+
+    The two must be of the same documents, which whoever measured them saw to.
+    """
+    assert original.documents == other.documents, f"{other.task}: other documents"
+    difference = other.value - original.value
+    if not (original.aggregation and other.aggregation):  # what a document contributes is no number
+        return Value(other.value, other.error, difference)
+    a, b = np.asarray(original.items, float), np.asarray(other.items, float)
+    if original.aggregation == "mean":
+        error, p = _mean_error(b - a), _p_of_mean(a, b)
+    elif original.aggregation == "stratified":
+        error = _stratified_error(a[:, 0], b[:, 1] - a[:, 1])
+        p = 1.0 if (a == b).all() else _p_of_normal(difference, error)
+    else:
+        draws = _draw(b, other.aggregation) - _draw(a, original.aggregation)
+        error, p = _spread(draws), 1.0 if (a == b).all() else _p_of_draws(draws)
+    return Value(other.value, other.error, difference, error, p, recovery(original, other))
+
+
+def recovery(original: Samples, other: Samples) -> float | None:
+    """Return what is left of the original's advantage over guessing, (s - chance) / (t - chance); None where the original has none."""
+    if original.chance is None or original.better != "higher":
+        return None
+    above = original.value - original.chance
+    if above <= ABOVE_CHANCE * (original.error or 0.0) or above <= 0:
+        return None
+    return (other.value - original.chance) / above
+
+
+def _mean_error(values: Array) -> float | None:
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+
+
+def _p_of_mean(a: Array, b: Array) -> float | None:
+    """Return the two-sided p of the mean difference: McNemar's exact test for right and wrong, Student's t otherwise."""
+    from scipy import stats
+
+    differences = b - a
+    if len(differences) < 2:
+        return None
+    if not differences.any():
+        return 1.0
+    if set(np.unique(np.concatenate([a, b]))) <= {0.0, 1.0}:
+        return float(stats.binomtest(int((differences > 0).sum()), int((differences != 0).sum())).pvalue)
+    if np.ptp(differences) == 0:
+        return float(2.0 ** (1 - len(differences)))  # all alike, so that t has no spread to divide by: the sign test
+    return float(stats.ttest_rel(b, a).pvalue)
+
+
+def _error(values: Array, aggregation: str) -> float | None:
+    if aggregation == "stratified":
+        return _stratified_error(values[:, 0], values[:, 1])
+    return _mean_error(values) if aggregation == "mean" else _spread(_draw(values, aggregation))
+
+
+def _stratified_error(strata: Array, values: Array) -> float | None:
+    errors = [_mean_error(values[strata == stratum]) for stratum in np.unique(strata)]
+    known = [error for error in errors if error is not None]
+    return math.sqrt(sum(error**2 for error in known)) / len(errors) if len(known) == len(errors) else None
+
+
+def _p_of_normal(difference: float, error: float | None) -> float | None:
+    return math.erfc(abs(difference) / error / math.sqrt(2)) if error else None
+
+
+def _draw(items: Array, aggregation: str) -> Array:
+    """Return the statistic on `DRAWS` resamplings of the documents, the same ones for every model."""
+    if len(items) < 2:
+        return np.full(1, np.nan)
+    combine = AGGREGATIONS[aggregation] if aggregation in AGGREGATIONS else _of_lm_eval(aggregation)
+    random = np.random.default_rng(0)
+    return np.array([combine(items[random.integers(len(items), size=len(items))]) for _ in range(DRAWS)])
+
+
+def _of_lm_eval(name: str) -> Callable[[Array], float]:
+    from lm_eval.api.registry import get_aggregation
+
+    combine = get_aggregation(name)
+    return lambda items: float(combine(items.tolist()))
+
+
+def _spread(draws: Array) -> float | None:
+    return float(draws.std(ddof=1)) if len(draws) > 1 else None
+
+
+def _p_of_draws(draws: Array) -> float | None:
+    if len(draws) < 2:
+        return None
+    side = min((draws <= 0).sum(), (draws >= 0).sum())
+    return float(min(1.0, 2 * (side + 1) / (len(draws) + 1)))
