@@ -1,6 +1,6 @@
-"""One definition of an option, whatever door it comes through: a field is an option on the command line and a keyword in Python.
+"""One definition of an option, whatever door it comes through: a field is an option on the command line, a key in a recipe and a keyword in Python.
 
-A set of options is a frozen pydantic model, and the same mistake gives the same sentence at every door. (Recipes will be the third.)
+A set of options is a frozen pydantic model, and the same mistake gives the same sentence at every door.
 """
 
 from difflib import get_close_matches
@@ -56,16 +56,21 @@ TOKENS: Any = Field(4096, ge=2, description="Tokens of it to measure on.")
 CONTEXT: Any = Field(512, ge=2, description="Tokens in each window: a perplexity counts only beside one with the same context.")
 
 
-class RunOptions(Options):
+class Conversion(Options):
     """What every conversion understands, whatever its surgeries."""
 
     output: Path | None = Field(
         None, description="Folder to write. Default: the model's name and the technique's, here.", json_schema_extra={"short": "-o", "metavar": "DIR"}
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a model on the Hub.")
-    dry_run: bool = Field(False, description="Print the plan, with every error that can be foreseen; write nothing.")
     overwrite: bool = Field(False, description="Replace the output folder if effconvert wrote it.")
     verify: bool = Field(True, description="Reload from disk, run, measure; otherwise only write.")
     text: Path | None = TEXT
     tokens: int = TOKENS
     context: int = CONTEXT
+
+
+class RunOptions(Conversion):
+    """What a conversion understands that is asked for by name."""
+
+    dry_run: bool = Field(False, description="Print the plan, with every error that can be foreseen; write nothing.")

@@ -4,13 +4,13 @@ A surgery sees plain [out, in] matrices named by what they do; how a family fuse
 """
 # M = hidden width, H = query heads, Hk = KV heads, D = head width.
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 
 import torch
 
 from effconvert.convert.config import Config
 from effconvert.convert.families import Family
-from effconvert.convert.shards import Stored
+from effconvert.convert.shards import FLOATS, Stored
 from effconvert.errors import ModelError
 
 
@@ -59,7 +59,7 @@ class Layer(MutableMapping[str, torch.Tensor]):
         if part in self._assigned:
             return self._assigned[part]
         if self._below is not None:
-            return self._below[part]
+            return self._below._stored_again(part)
         tensor = self._read(part)
         self._touched += 4 * tensor.numel()
         return tensor
@@ -93,7 +93,7 @@ class Layer(MutableMapping[str, torch.Tensor]):
     def tensors(self, family: Family) -> Iterator[tuple[str, Stored, torch.Tensor | None]]:
         """Yield this layer in the layout of `family`: a name, the tensor on disk that it comes from, and what it became.
 
-        None: it did not change, and its bytes on disk can be copied. Of several origins the first counts; what is new goes with the layer's first.
+        None: it did not change, and its bytes on disk can be copied.
 
         Raises:
             ModelError: the layout has no place for a part, or lacks one that it fuses with another.
@@ -108,8 +108,7 @@ class Layer(MutableMapping[str, torch.Tensor]):
                 if len(present) != len(parts):
                     raise ModelError(f"layer {self.index}: {module} holds {', '.join(parts)} in one tensor, and only {', '.join(present)} is there")
                 name = f"{module}.bias" if suffix else f"{module}.weight"
-                origins = (self._stored.get(self._name(part)) for part in (present[0], *parts))
-                origin = next((stored for stored in origins if stored), next(iter(self._stored.values())))
+                origin = self._origin((present[0], *parts))
                 yield name, origin, None if self._untouched(present, family) else join([self[part] for part in present], family, self.config)
         if family == self._source.family:
             yield from ((name, self._stored[name], None) for name in family.buffers if name in self._stored)
@@ -124,6 +123,17 @@ class Layer(MutableMapping[str, torch.Tensor]):
         """Whether any surgery assigned or deleted `part`."""
         self._catch_up()
         return part in self._assigned or part in self._deleted or (self._below is not None and self._below._changed(part))
+
+    def _stored_again(self, part: str) -> torch.Tensor:
+        """Return `part` as it would be read from disk, had the surgery of this layer been the last: a chain is the commands one after the other."""
+        tensor = self[part]
+        if not self._changed(part) or tensor.is_meta:
+            return tensor
+        return tensor.to(FLOATS[self._origin([part]).dtype]).float()
+
+    def _origin(self, parts: Sequence[str]) -> Stored:
+        """Return the tensor on disk that these parts, fused in one, come from: of several the first counts; what is new goes with the layer's first."""
+        return next((stored for part in parts if (stored := self._stored.get(self._name(part)))), next(iter(self._stored.values())))
 
     def _untouched(self, parts: list[str], family: Family) -> bool:
         """Whether these parts, fused in one tensor of `family`, lie on disk just so."""

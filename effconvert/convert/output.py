@@ -180,7 +180,22 @@ def _begin(plan: Plan, partial: Path) -> None:
         done = {}
         for path in partial.iterdir():  # of another model or recipe (`check_free` saw to it that it is ours): nothing of it can be used
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    save_manifest(partial, {**_about(plan), "files": dict.fromkeys([*plan.written, SCRATCH]), "shards": done})
+    save_manifest(partial, {**about(plan), "files": dict.fromkeys([*plan.written, SCRATCH]), "shards": done})
+
+
+def finished(plan: Plan, output: Path, verified: bool) -> dict[str, Any]:
+    """Return the manifest of `output` if it is just what `plan` would write (and was verified, where that is asked for), else nothing."""
+    manifest = read_manifest(output)
+    whole = manifest.get("fingerprint") == plan.fingerprint and set(manifest["files"]) == set(plan.written)
+    sound = whole and all((output / name).is_file() for name in plan.written) and not foreign_files(output)
+    return manifest if sound and (manifest.get("verified") or not verified) else {}
+
+
+def describe(partial: Path, texts: dict[str, str]) -> None:
+    """Write what goes beside the weights for people to read."""
+    for name, text in texts.items():
+        (partial / name).write_text(text, encoding="utf-8")
+        to_disk(partial / name)
 
 
 def forget(partial: Path) -> None:
@@ -195,7 +210,7 @@ def publish(plan: Plan, partial: Path, output: Path, overwrite: bool, record: di
         OptionError: meanwhile somebody put something there.
     """
     check_free(output, overwrite)
-    final = {**_about(plan), **record, "files": {name: (partial / name).stat().st_size for name in plan.written}}
+    final = {**about(plan), **record, "files": {name: (partial / name).stat().st_size for name in plan.written}}
     save_manifest(partial, {**final, "shards": read_manifest(partial)["shards"]})  # still to be found by a next try, if this one is killed
     to_disk(partial)
     old = replaced_folder(output)
@@ -210,5 +225,6 @@ def publish(plan: Plan, partial: Path, output: Path, overwrite: bool, record: di
         shutil.rmtree(old)
 
 
-def _about(plan: Plan) -> dict[str, Any]:
+def about(plan: Plan) -> dict[str, Any]:
+    """Return what a manifest says of every conversion."""
     return {"effconvert": effconvert.__version__, "fingerprint": plan.fingerprint, "recipe": plan.recipe}

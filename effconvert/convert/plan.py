@@ -20,6 +20,7 @@ from effconvert.convert.shards import FLOATS, ITEMSIZE, Stored
 from effconvert.errors import ModelError
 from effconvert.surgery._surgery import Surgery
 
+RECIPE, CARD = "effconvert.yaml", "README.md"  # written anew beside every conversion
 WEIGHTS = (".safetensors", ".index.json", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".ot", ".mlmodel", *PICKLES)
 
 
@@ -108,7 +109,7 @@ class Plan:
     @property
     def written(self) -> list[str]:
         """The names of all files of the output but its manifest."""
-        return [*self.shards, *self.files, CONFIG, *([INDEX] if self.indexed else [])]
+        return [*self.shards, *self.files, CONFIG, RECIPE, CARD, *([INDEX] if self.indexed else [])]
 
     def layer_prefix(self, index: int) -> str:
         """Return what stands before the names of layer `index` of the converted model."""
@@ -118,7 +119,7 @@ class Plan:
         """Run the surgeries, and return the layers that come of it: lazy, so that nothing is read before a layer is asked for its tensors."""
         layers = [self.checkpoint.layer(index, device) for index in range(self.checkpoint.config.layers)]
         for surgery, config in zip(self.surgeries, self.configs[1:], strict=True):
-            layers = [layer.on_top(index, config) for index, layer in enumerate(surgery.layers(layers))]
+            layers = [layer.on_top(index, config) for index, layer in enumerate(surgery.rewrite(layers))]
         return layers
 
 
@@ -181,7 +182,8 @@ def other_files(checkpoint: Checkpoint) -> tuple[str, ...]:
     """
     folder = checkpoint.folder
     shards = {tensor.file for tensor in checkpoint.stored}
-    return tuple(sorted(name for path, name in _walk(folder, "", home(folder)) if path not in shards and name not in (CONFIG, "effconvert.json")))
+    ours = (CONFIG, "effconvert.json", RECIPE, CARD)
+    return tuple(sorted(name for path, name in _walk(folder, "", home(folder)) if path not in shards and name not in ours))
 
 
 def home(folder: Path) -> Path:

@@ -2,10 +2,16 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import yaml
+
+from effconvert import __version__
 from effconvert.convert import output, sources
+from effconvert.convert.card import render
+from effconvert.convert.card_data import verification
 from effconvert.convert.checkpoint import open_checkpoint
-from effconvert.convert.plan import Plan, plan
+from effconvert.convert.plan import CARD, RECIPE, Plan, plan
 from effconvert.convert.stream import write
 from effconvert.convert.verify import Report, check_memory, prepare, scratch_bytes, verify
 from effconvert.convert.watch import Silent, Watcher
@@ -22,10 +28,11 @@ class Outcome:
     plan: Plan
     output: Path
     report: Report | None  # None: nothing was verified, or nothing was written
-    resumed: int  # shards that an earlier, interrupted run had finished
+    resumed: int = 0  # shards that an earlier, interrupted run had finished
+    found: bool = False  # whether all of it was there already
 
 
-def convert(model: str, surgeries: tuple[Surgery, ...], options: RunOptions, watcher: Watcher | None = None) -> Outcome:
+def convert(model: str, surgeries: tuple[Surgery, ...], options: RunOptions, watcher: Watcher | None = None, *, reuse: bool = False) -> Outcome:
     """Convert `model` by `surgeries`, one after the other, as `options` say.
 
     Args:
@@ -33,6 +40,7 @@ def convert(model: str, surgeries: tuple[Surgery, ...], options: RunOptions, wat
         surgeries: what to do to it.
         options: where to write, what to measure on.
         watcher: who is told how it goes on; by default nobody.
+        reuse: take an output that this very conversion wrote before as it is.
 
     Raises:
         OptionError: the asker wants something impossible.
@@ -46,12 +54,14 @@ def convert(model: str, surgeries: tuple[Surgery, ...], options: RunOptions, wat
     folder = sources.locate(model, options.revision, watcher.step)
     planned = plan(open_checkpoint(folder), surgeries)
     target = (options.output or Path(default_name(model, surgeries))).expanduser()
+    if reuse and (manifest := output.finished(planned, target, options.verify)):
+        return Outcome(planned, target, verification(manifest), found=True)
     output.check(planned, target, options.overwrite, scratch_bytes(planned, options) if options.verify else 0)
     memory = check_memory(planned, options) if options.verify else 0
     material = prepare(planned, text, options) if text else None
     watcher.plan(planned, target, memory)
     if options.dry_run:
-        return Outcome(planned, target, None, 0)
+        return Outcome(planned, target, None)
 
     with output.workplace(planned, target) as partial:
         with watcher.bar(f"writing {target}", planned.after.bytes, "bytes") as advance:
@@ -63,10 +73,28 @@ def convert(model: str, surgeries: tuple[Surgery, ...], options: RunOptions, wat
             except ModelError as error:
                 output.forget(partial)
                 raise ModelError(f"{error}; nothing was put at {target}, and what was written is in {partial}") from error
-        source = {"model": folder.name if Path(model).exists() else model, "revision": options.revision, "commit": sources.commit(folder)}
-        record = {"source": source, "verified": report is not None, "report": report and asdict(report)}
+        record = {"source": _source(model, options, folder), "verified": report is not None, "report": report and asdict(report)}
+        output.describe(partial, _texts(model, planned, record))
         output.publish(planned, partial, target, options.overwrite, record)
     return Outcome(planned, target, report, resumed)
+
+
+def _source(model: str, options: RunOptions, folder: Path) -> dict[str, Any]:
+    """Say where the model came from, back to what nobody converted; of a folder only its name, for this will be read by others."""
+    source = {"model": folder.name if Path(model).exists() else model, "revision": options.revision, "commit": sources.commit(folder)}
+    before = output.read_manifest(folder)
+    made_by = {key: before[key] for key in ("effconvert", "recipe", "source", "verified") if key in before}
+    return {**source, **({"made_by": made_by} if made_by else {})}
+
+
+def _texts(model: str, plan: Plan, record: dict[str, Any]) -> dict[str, str]:
+    """Write what people read: the recipe, which makes the same bytes again, and the model card."""
+    source = record["source"]
+    recipe = {"model": model, "revision": source["commit"] or source["revision"], "steps": plan.recipe}
+    told = f"# Written by effconvert {__version__}. The same bytes again: effconvert run {RECIPE} -o DIR\n"
+    before = plan.checkpoint.folder / CARD
+    card = render({**output.about(plan), **record, "files": dict.fromkeys(plan.written)}, dict(plan.config.raw), before.read_text(encoding="utf-8", errors="replace") if before.is_file() else "")
+    return {RECIPE: told + yaml.safe_dump({key: value for key, value in recipe.items() if value}, sort_keys=False, allow_unicode=True), CARD: card}
 
 
 def default_name(model: str, surgeries: tuple[Surgery, ...]) -> str:

@@ -147,6 +147,5 @@ def _write_others(plan: Plan, partial: Path) -> None:
             index["metadata"]["total_parameters"] = plan.after.parameters
         index["weight_map"] = {target.name: shard for shard, targets in plan.shards.items() for target in targets}
         (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for name in plan.written:
-        if name not in plan.shards:
-            to_disk(partial / name)
+    for name in (*plan.files, CONFIG, *([INDEX] if plan.indexed else [])):
+        to_disk(partial / name)

@@ -3,6 +3,7 @@
 
 import csv
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,9 @@ class Pairs:
     """Sentence pairs with how close people find them."""
 
     name: str
-    rows: tuple[tuple[str, str, float], ...]
+    first: tuple[str, ...]
+    second: tuple[str, ...]
+    scores: tuple[float, ...]
 
 
 def read_pairs(path: Path) -> Pairs:
@@ -117,37 +120,36 @@ def read_pairs(path: Path) -> Pairs:
     try:
         with path.expanduser().open(encoding="utf-8", newline="") as file:
             rows = [json.loads(line) for line in file if line.strip()] if path.suffix in (".jsonl", ".json") else list(csv.DictReader(file))
-        read = tuple((str(row["sentence1"]), str(row["sentence2"]), float(row["score"] if "score" in row else row["similarity_score"])) for row in rows)
+        read = Pairs(path.name, *zip(*map(_pair, rows), strict=True)) if rows else Pairs(path.name, (), (), ())
     except OSError as error:
         raise OptionError(f"--pairs {path} cannot be read ({error.strerror}); give a .jsonl or .csv file") from None
     except (ValueError, KeyError, TypeError) as error:
         raise OptionError(
             f"--pairs {path} is not rows with sentence1, sentence2 and score ({type(error).__name__}: {error}); give such a .jsonl or .csv file"
         ) from None
-    if len(read) < 3:
-        raise OptionError(f"--pairs {path} has {len(read)} pairs, and a rank correlation needs at least 3")
-    return Pairs(path.name, read)
+    if len(read.scores) < 3:
+        raise OptionError(f"--pairs {path} has {len(read.scores)} pairs, and a rank correlation needs at least 3")
+    return read
+
+
+def _pair(row: Any) -> tuple[str, str, float]:
+    return str(row["sentence1"]), str(row["sentence2"]), float(row["score"] if "score" in row else row["similarity_score"])
 
 
 @torch.inference_mode()
 def closeness(model: Any, tokenizer: Any, pairs: Pairs, pooling: str, longest: int | None, advance: Advance) -> Measured:
     """Rank-correlate (Spearman) the cosine of two sentences' embeddings with the pairs' scores."""
-    sides = [
-        torch.cat(
-            [_embed(model, tokenizer, [row[side] for row in pairs.rows[at : at + BATCH]], pooling, longest, advance) for at in range(0, len(pairs.rows), BATCH)]
-        )
-        for side in (0, 1)
-    ]
-    close = cosine_similarity(sides[0], sides[1], dim=-1).tolist()
-    items = [(cosine, row[2]) for cosine, row in zip(close, pairs.rows, strict=True)]
+    first, second = (_embed(model, tokenizer, sentences, pooling, longest, advance) for sentences in (pairs.first, pairs.second))  # [N, M] each
+    close = cosine_similarity(first, second, dim=-1).tolist()
+    items = list(zip(close, pairs.scores, strict=True))
     return Measured((make("pairs", "spearman", "spearman", items, [str(index) for index in range(len(items))], "higher", chance=0.0),))
 
 
-def _embed(model: Any, tokenizer: Any, sentences: list[str], pooling: str, longest: int | None, advance: Advance) -> Tensor:
+def _embed(model: Any, tokenizer: Any, sentences: Sequence[str], pooling: str, longest: int | None, advance: Advance) -> Tensor:
     encoder = getattr(model, model.base_model_prefix, model)  # below a head, if there is one
     made: list[Tensor] = []
     for at in range(0, len(sentences), BATCH):
-        batch = sentences[at : at + BATCH]
+        batch = list(sentences[at : at + BATCH])
         inputs = tokenizer(batch, padding=True, truncation=True, max_length=min(longest or 512, 512), return_tensors="pt").to(model.device)
         found = encoder(**{name: inputs[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in inputs})
         states = found.last_hidden_state.double()  # [N, T, M]

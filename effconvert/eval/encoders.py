@@ -83,8 +83,8 @@ class Encoders:
         def run(advance: Advance) -> Measured:
             return encoder.closeness(model.model, model.tokenizer, pairs, pooling, model.opened.subject.longest, advance)
 
-        key = {**model.key, "what": "pairs", "pairs": sha256(repr(pairs.rows).encode()).hexdigest(), "pooling": pooling}
-        return Measurement(key, f"comparing the sentences of {pairs.name}", 2 * len(pairs.rows), "documents", run)
+        key = {**model.key, "what": "pairs", "pairs": sha256(repr(pairs).encode()).hexdigest(), "pooling": pooling}
+        return Measurement(key, f"comparing the sentences of {pairs.name}", 2 * len(pairs.scores), "documents", run)
 
 
 def _passages(tokenizer: Any, text: Text, body: int, tokens: int) -> tuple[str, ...]:

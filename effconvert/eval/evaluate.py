@@ -36,7 +36,7 @@ def evaluate(models: Sequence[str], options: EvalOptions, watcher: Watcher | Non
     watcher = watcher or Silent()
     text = read_text(options.text) if options.text else default_text()
     device = pick_device(options.device)
-    running = [Running(open_model(model, None, watcher.step), options.dtype, device) for model in models]
+    running = [Running(open_model(model, watcher.step), options.dtype, device) for model in models]
     for model in running:
         if model.opened.decoder != running[0].opened.decoder:
             raise OptionError(f"{running[0].name} and {model.name} are a decoder and an encoder, and nothing is measured on both; compare like with like")

@@ -30,7 +30,7 @@ class Harness:
 
     def __init__(self, options: EvalOptions, talk: bool) -> None:
         self.options, self.talk = options, talk
-        with self._quiet():
+        with _quiet(self.talk):
             self.manager = _manager(options)
             try:
                 loaded = self.manager.load(list(options.tasks))
@@ -59,7 +59,7 @@ class Harness:
 
         batch = self.options.batch_size
         size = 1 if batch == "auto" and model.device.type == "cpu" else batch
-        with self._quiet() as cut:
+        with _quiet(self.talk) as cut:
             lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size, max_length=max_length)
             task = self.tasks[name]
             task.set_fewshot_seed(seed=OTHER_SEED)
@@ -151,22 +151,16 @@ class Harness:
             if not chosen or not all(0 <= index < count for index in chosen):
                 raise OptionError(f"--samples for {name} should be numbers from 0 to {count - 1}")
 
-    @contextlib.contextmanager
-    def _quiet(self) -> Iterator["_Truncations"]:
-        """Keep lm-eval and the libraries under it from talking, but for their progress bars on a terminal; count the inputs that they cut short."""
-        counter, logger = _Truncations(), logging.getLogger("lm_eval")
-        level, propagates = logger.level, logger.propagate
-        logger.addHandler(counter)
-        logger.propagate = False
-        hidden = contextlib.nullcontext() if self.talk and sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
-        try:
-            with hidden, contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                yield counter
-        finally:
-            logger.removeHandler(counter)
-            logger.setLevel(level)
-            logger.propagate = propagates
+
+def check_tasks(options: EvalOptions) -> None:
+    """Refuse, before hours of work, tasks that are not there. Their data is not looked at.
+
+    Raises:
+        OptionError: there is no such task.
+    """
+    if options.tasks:
+        with _quiet(talk=False):
+            _manager(options)
 
 
 class _Truncations(logging.Handler):
@@ -177,6 +171,24 @@ class _Truncations(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Look at one message."""
         self.count += "runcat" in record.getMessage() and record.levelno >= logging.WARNING
+
+
+@contextlib.contextmanager
+def _quiet(talk: bool) -> Iterator["_Truncations"]:
+    """Keep lm-eval and the libraries under it from talking, but for their progress bars on a terminal; count the inputs that they cut short."""
+    counter, logger = _Truncations(), logging.getLogger("lm_eval")
+    level, propagates = logger.level, logger.propagate
+    logger.addHandler(counter)
+    logger.propagate = False
+    hidden = contextlib.nullcontext() if talk and sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+    try:
+        with hidden, contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield counter
+    finally:
+        logger.removeHandler(counter)
+        logger.setLevel(level)
+        logger.propagate = propagates
 
 
 def _manager(options: EvalOptions) -> Any:

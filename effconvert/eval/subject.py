@@ -41,18 +41,20 @@ class Opened:
         return self.checkpoint.config.architecture == self.checkpoint.config.family.lm
 
 
-def open_model(model: str, revision: str | None = None, step: Callable[[str], None] = lambda _: None) -> Opened:
-    """Find and identify `model`: a folder, a Hub id or a .gguf file.
+def open_model(model: str, step: Callable[[str], None] = lambda _: None) -> Opened:
+    """Find and identify `model`: a folder, a .gguf file or a Hub id, which may name a branch, tag or commit: `org/name@revision`.
 
     Raises:
         OptionError: there is no such model.
         ModelError: it is damaged, or of a family that effconvert does not know.
     """
-    folder = sources.locate(model, revision, step)
+    here = Path(model).expanduser().exists()
+    name, _, revision = (model, "", "") if here else model.partition("@")
+    folder = sources.locate(name, revision or None, step)
     checkpoint = open_checkpoint(folder)
     config, size = checkpoint.config, plan(checkpoint, ()).before
     subject = Subject(
-        name=Path(model).expanduser().resolve().name if Path(model).expanduser().exists() else model,
+        name=Path(model).expanduser().resolve().name if here else model,
         digest=digest(checkpoint),
         commit=sources.commit(folder),
         kind=config.kind,

@@ -2,9 +2,13 @@
 
 from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
 
+import re
 from abc import abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic import BeforeValidator, Field
+
+from effconvert.errors import OptionError
 from effconvert.options import Options
 
 if TYPE_CHECKING:
@@ -57,7 +61,7 @@ class Surgery(Options):
     def config(self, config: Config) -> Config:
         """Return the config of the converted model."""
 
-    def layers(self, layers: list[Layer]) -> list[Layer]:
+    def rewrite(self, layers: list[Layer]) -> list[Layer]:
         """Return the layers of the converted model: fewer, in another order, or tied to each other; by default each changed for itself.
 
         Overridden by techniques that go across layers. What reads or assigns parts belongs into `Layer.later`: at most two layers fit in memory.
@@ -68,3 +72,46 @@ class Surgery(Options):
 
     def layer(self, layer: Layer) -> None:
         """Change one layer: read parts, assign parts. Runs on the meta device first, so it must not look at values."""
+
+    @classmethod
+    def _sentence(cls, mistake: dict[str, Any]) -> str:
+        if mistake["type"] == "extra_forbidden" and mistake["loc"] == ("layers",):
+            return "this technique changes all layers alike, since config.json says it once for all of them; leave out --layers"
+        return super()._sentence(mistake)
+
+
+class Layerwise(Surgery):
+    """A surgery that can be confined to some of the layers; the others stay as they are."""
+
+    layers: Annotated[str | None, BeforeValidator(lambda given: str(given) if type(given) is int else given)] = Field(
+        None, description="Layers to change, from 0, negative from the end: 0-11, or 0,2,-1. Default: all.", pattern=r"^-?\d+(-\d+)?(,-?\d+(-\d+)?)*$"
+    )
+
+    def chosen(self, config: Config) -> set[int]:
+        """Return the layers to change.
+
+        Raises:
+            OptionError: there is no such layer, or a range runs backwards.
+        """
+        if self.layers is None:
+            return set(range(config.layers))
+        found: set[int] = set()
+        for first, last in re.findall(r"(-?\d+)(?:-(\d+))?", self.layers):
+            start = int(first) + (config.layers if int(first) < 0 else 0)
+            stop = int(last) if last else start
+            if not 0 <= start <= stop < config.layers:
+                raise OptionError(f"--layers {self.layers} names what is no layer of this model: it has {config.layers}, from 0 to {config.layers - 1}")
+            found |= set(range(start, stop + 1))
+        return found
+
+    def check(self, config: Config) -> None:
+        """Refuse layers that are not there."""
+        self.chosen(config)
+
+    def rewrite(self, layers: list[Layer]) -> list[Layer]:
+        """Change the chosen layers, each for itself."""
+        chosen = self.chosen(layers[0].config)
+        for index, layer in enumerate(layers):
+            if index in chosen:
+                layer.later(self.layer)
+        return layers

@@ -41,8 +41,8 @@ class DropFirst(Plain):
     def config(self, config):
         return dataclasses.replace(config, raw={**config.raw, "num_hidden_layers": config.layers - 1})
 
-    def layers(self, layers):
-        return super().layers(layers[1:])
+    def rewrite(self, layers):
+        return super().rewrite(layers[1:])
 
 
 class Flip(Plain):
@@ -136,7 +136,7 @@ def test_changes_are_put_off_until_asked_for_and_done_once_in_order(tmp_path):
 class Share(Plain):
     """Layer 1 gets the up projection of layer 0."""
 
-    def layers(self, layers):
+    def rewrite(self, layers):
         first, second = layers[:2]
         second.later(lambda layer: layer.__setitem__("up", first["up"]))
         return layers
@@ -150,8 +150,8 @@ class Scale(Plain):
 
 
 class DropSecond(DropFirst):
-    def layers(self, layers):
-        return Plain.layers(self, [layers[0], *layers[2:]])
+    def rewrite(self, layers):
+        return Plain.rewrite(self, [layers[0], *layers[2:]])
 
 
 def up(folder):

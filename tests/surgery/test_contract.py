@@ -74,7 +74,8 @@ def bits(tensor):
 
 
 def digests(folder):
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "effconvert.json"]  # which names the source folder
+    told = ("effconvert.json", "README.md")  # which say what was measured
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in told]
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -93,7 +94,8 @@ def done(request, tmp_path_factory):
     name, kind = request.param
     folder = tmp_path_factory.mktemp(f"{name}-{kind}")
     source = save(build(kind, CASES[name].small_from), folder / "source", max_shard_size="40KB")
-    (source / "README.md").write_text("words of the author")
+    (source / "NOTICE").write_text("words of the author")
+    (source / "README.md").write_text("---\nlicense: mit\n---\nThe original.\n")
     return name, source, run(source, folder / "out", name, CASES[name].small)
 
 
@@ -148,7 +150,10 @@ def test_a_conversion_that_changes_something_changes_what_it_should_and_no_other
 
 def test_a_conversion_leaves_the_other_files_and_config_keys_alone(done):
     name, source, outcome = done
-    assert (outcome.output / "README.md").read_text() == "words of the author"
+    assert (outcome.output / "NOTICE").read_text() == "words of the author"
+    card = (outcome.output / "README.md").read_text()
+    assert "license: mit" in card
+    assert "The original." not in card  # which is about another model
     assert (outcome.output / "generation_config.json").read_bytes() == (source / "generation_config.json").read_bytes()
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, outcome.output))
     changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}

@@ -1,0 +1,99 @@
+"""The Python door: the commands as functions, which return what the commands print as plain data.
+
+    import effconvert
+
+    done = effconvert.convert("./SmolLM2-135M", {"gqa": {"groups": 1}}, output="smol-mqa")
+    found = effconvert.evaluate(["./SmolLM2-135M", "smol-mqa"], tasks=["piqa"], limit=200)
+    speed = effconvert.bench(["./SmolLM2-135M", "smol-mqa"], context=[512, 2048])
+    model, tokenizer = effconvert.load("smol-mqa")
+
+Options are those of the command line, spelt with underscores, and a wrong one is an `OptionError` in the same words.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from effconvert.convert import run, stock
+from effconvert.convert.run import Outcome
+from effconvert.convert.watch import Watcher
+from effconvert.eval import evaluate as evaluation
+from effconvert.eval import speed
+from effconvert.eval.bench_options import BenchOptions
+from effconvert.eval.eval_options import EvalOptions
+from effconvert.eval.results import Benchmark, Evaluation, Subject
+from effconvert.eval.subject import load_model, open_model, pick_device
+from effconvert.options import RunOptions
+from effconvert.recipe import step
+from effconvert.surgery._surgery import Surgery
+
+
+def convert(model: str, *steps: Surgery | Mapping[str, Any] | str, watcher: Watcher | None = None, **options: Any) -> Outcome:
+    """Convert a model by one technique or several in order.
+
+    Args:
+        model: a folder, a Hub id or a .gguf file.
+        steps: techniques, as objects (`Gqa(groups=1)`) or as in a recipe (`{"gqa": {"groups": 1}}`, or the bare name).
+        watcher: who is told how it goes on; by default nobody.
+        options: those of `RunOptions`: output, revision, dry_run, overwrite, verify, text, tokens, context.
+
+    Raises:
+        OptionError: the asker wants something impossible.
+        ModelError: the model cannot be converted, or what was written is not sound.
+        EffconvertError: the disk or the network failed; the same call goes on from there.
+    """
+    surgeries = tuple(step(given, f"step {number}") for number, given in enumerate(steps, 1))
+    return run.convert(model, surgeries, RunOptions(**options), watcher)
+
+
+def evaluate(models: Sequence[str], watcher: Watcher | None = None, **options: Any) -> Evaluation:
+    """Measure how good models are, the original first; `options` are those of `EvalOptions`.
+
+    Raises:
+        OptionError, ModelError, EffconvertError: as `effconvert.eval.evaluate.evaluate` says.
+    """
+    return evaluation.evaluate(_listed(models), EvalOptions(**options), watcher)
+
+
+def bench(models: Sequence[str], watcher: Watcher | None = None, **options: Any) -> Benchmark:
+    """Measure how fast models are, the original first; `options` are those of `BenchOptions`.
+
+    Raises:
+        OptionError, ModelError, EffconvertError: as `effconvert.eval.speed.bench` says.
+    """
+    return speed.bench(_listed(models), BenchOptions(**options), watcher)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to be run; unpacks into the model and its tokenizer."""
+
+    model: Any  # of transformers, on its device, in evaluation mode
+    tokenizer: Any  # None where the model has none
+    subject: Subject
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the model and the tokenizer."""
+        return iter((self.model, self.tokenizer))
+
+
+def load(model: str, dtype: str = "auto", device: str | None = None) -> Loaded:
+    """Load a model with stock transformers, strictly: nothing missing, nothing left over, no code of its own run.
+
+    Args:
+        model: a folder, a Hub id (`org/name` or `org/name@revision`) or a .gguf file.
+        dtype: `auto`, which is that of the weights, float32, bfloat16 or float16.
+        device: where to; by default this machine's accelerator, or the CPU.
+
+    Raises:
+        OptionError: there is no such model, type or device.
+        ModelError: the model cannot be loaded.
+    """
+    options = EvalOptions(dtype=dtype, device=device)
+    opened = open_model(model)
+    tokenizer = stock.load_tokenizer(opened.folder) if stock.has_tokenizer(opened.folder) else None
+    return Loaded(load_model(opened, options.dtype, pick_device(options.device)), tokenizer, opened.subject)
+
+
+def _listed(models: Sequence[str]) -> Sequence[str]:
+    return [models] if isinstance(models, str) else models

@@ -1,0 +1,20 @@
+"""Print the JSON schema of a recipe, for editors."""
+
+import click
+
+
+@click.command(name="schema")
+def command() -> None:
+    """Print the JSON schema of a recipe, for editors.
+
+    It is made of the options that the commands have, so that it knows every technique.
+
+    \b
+    Example:
+      effconvert schema > recipe.schema.json
+    """
+    import json
+
+    from effconvert.recipe import schema
+
+    click.echo(json.dumps(schema(), indent=2))
