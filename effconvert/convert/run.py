@@ -16,6 +16,7 @@ from effconvert.convert.stream import write
 from effconvert.convert.verify import Report, check_memory, prepare, scratch_bytes, verify
 from effconvert.convert.watch import Silent, Watcher
 from effconvert.errors import ModelError
+from effconvert.eval.results import versions
 from effconvert.eval.text import default_text, read_text
 from effconvert.options import RunOptions
 from effconvert.surgery._surgery import Surgery
@@ -73,7 +74,7 @@ def convert(model: str, surgeries: tuple[Surgery, ...], options: RunOptions, wat
             except ModelError as error:
                 output.forget(partial)
                 raise ModelError(f"{error}; nothing was put at {target}, and what was written is in {partial}") from error
-        record = {"source": _source(model, options, folder), "verified": report is not None, "report": report and asdict(report)}
+        record = {"source": _source(model, options, folder), "verified": report is not None, "report": report and asdict(report), "versions": versions()}
         output.describe(partial, _texts(model, planned, record))
         output.publish(planned, partial, target, options.overwrite, record)
     return Outcome(planned, target, report, resumed)
