@@ -1,121 +1,43 @@
 """Where models come from: the Hub, as far as a small server of our own can play it, and GGUF files."""
 
-import hashlib
 import json
 import socket
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import pytest
 from click.testing import Result
 
+from tests.hub import serve, variables
+from tests.hub_state import Hub, Repo
+
 Command = Callable[..., Result]
-Hub = Callable[..., subprocess.CompletedProcess[str]]
+Run = Callable[..., subprocess.CompletedProcess[str]]
 COMMIT, OLDER = "a" * 40, "b" * 40
 TOKEN = "hf_" + "t0psecret" * 4
 NOTHING = "no-such-model"
 
 
-@dataclass
-class Server:
-    """What the Hub's HTTP API says about three models: `lab/tiny`, which is open, `lab/gated`, and `lab/pickle`."""
-
-    files: dict[str, dict[str, bytes]]  # commit -> name -> content
-    asked: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, Authorization
-    endpoint: str = ""
-    fails: bool = False
-
-
-def handler(server: Server) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            self.respond(True)
-
-        def do_HEAD(self) -> None:
-            self.respond(False)
-
-        def log_message(self, *_: object) -> None: ...
-
-        def respond(self, whole: bool) -> None:
-            path = unquote(urlsplit(self.path).path)
-            server.asked.append((self.command, path, self.headers.get("Authorization", "")))
-            parts = path.removeprefix("/api/models").strip("/").split("/")
-            model = "/".join(parts[:2])
-            if server.fails:
-                self.reply(500, b"", whole)
-            elif model == "lab/gated":
-                self.reply(403, b"", whole, {"X-Error-Code": "GatedRepo", "X-Error-Message": "ask for access"})
-            elif model != "lab/tiny":
-                self.reply(401, b"", whole, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
-            elif not path.startswith("/api/"):
-                self.file(parts[3], "/".join(parts[4:]), whole)
-            else:
-                self.about(model, parts[2:], whole)
-
-        def about(self, model: str, parts: list[str], whole: bool) -> None:
-            kind, revision = parts if parts else ("revision", "main")
-            commit = {"main": COMMIT, "v1": OLDER}.get(revision, revision)
-            if commit not in server.files:
-                self.reply(404, b"", whole, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": f"Invalid rev id: {revision}"})
-                return
-            files = server.files[commit]
-            answer: object = {"id": model, "modelId": model, "sha": commit, "siblings": [{"rfilename": name} for name in files]}
-            if kind == "tree":
-                answer = [{"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()} for name, data in files.items()]
-            self.reply(200, json.dumps(answer).encode(), whole, {"Content-Type": "application/json"})
-
-        def file(self, commit: str, name: str, whole: bool) -> None:
-            data = server.files[commit].get(name)
-            if data is None:
-                self.reply(404, b"", whole, {"X-Error-Code": "EntryNotFound"})
-                return
-            self.reply(200, data, whole, {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": commit})
-
-        def reply(self, status: int, data: bytes, whole: bool, headers: dict[str, str] | None = None) -> None:
-            self.send_response(status)
-            for key, value in {**(headers or {}), "Content-Length": str(len(data))}.items():
-                self.send_header(key, value)
-            self.end_headers()
-            if whole:
-                self.wfile.write(data)
-
-    return Handler
-
-
 @pytest.fixture
-def server(llama: Path) -> Iterator[Server]:
-    """A Hub of our own."""
+def server(llama: Path) -> Iterator[Hub]:
+    """A Hub of our own with two models: `lab/tiny`, which is open, and `lab/gated`."""
     newest = {file.name: file.read_bytes() for file in llama.iterdir()}
     newest["pytorch_model.bin"] = b"cos\nsystem\n(S'touch opened'\ntR."
     newest["modeling_tiny.py"] = b"raise SystemExit"
     older = {**newest, "LICENSE": b"of version 1"}
-    state = Server({COMMIT: newest, OLDER: older})
-    listener = ThreadingHTTPServer(("127.0.0.1", 0), handler(state))
-    state.endpoint = f"http://127.0.0.1:{listener.server_port}"
-    thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    yield state
-    listener.shutdown()
-    thread.join()
-    listener.server_close()
+    tiny = Repo({COMMIT: newest, OLDER: older}, {"main": COMMIT, "v1": OLDER})
+    with serve(Hub({"lab/tiny": tiny, "lab/gated": Repo(gated=True)}, {TOKEN: ("somebody", "read")})) as hub:
+        yield hub
 
 
 @pytest.fixture
-def hub(server: Server, python: str, environment: dict[str, str], tmp_path: Path) -> Hub:
+def hub(server: Hub, python: str, environment: dict[str, str], tmp_path: Path) -> Run:
     """Run a conversion of a model of that Hub, as somebody who has never used one before."""
-    clean = {key: value for key, value in environment.items() if not key.startswith(("HF_", "HUGGING")) and not key.lower().endswith("_proxy")}
 
-    def run(model: str, *more: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        ours = {"HF_ENDPOINT": server.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    def run(model: str, *more: str, **changes: str) -> subprocess.CompletedProcess[str]:
         arguments = [python, "-m", "effconvert", "gqa", "--groups", "2", model, "-o", "out", "--no-verify", *more]
-        return subprocess.run(arguments, env={**clean, **ours, **variables}, capture_output=True, text=True, timeout=100)
+        return subprocess.run(arguments, env={**variables(server, environment, tmp_path), **changes}, capture_output=True, text=True, timeout=100)
 
     return run
 
@@ -132,22 +54,23 @@ def refused(done: subprocess.CompletedProcess[str], code: int) -> str:
 
 
 def test_a_model_is_fetched_by_its_id_and_converted_as_from_a_folder(
-    server: Server, hub: Hub, llama: Path, command: Command, contents: Callable[[Path], dict[str, str]]
+    server: Hub, hub: Run, llama: Path, command: Command, contents: Callable[[Path], dict[str, str]]
 ) -> None:
     done = hub("lab/tiny", HF_TOKEN=TOKEN)
     assert done.returncode == 0, done.stderr
     assert command("gqa", "--groups", "2", llama, "-o", "local", "--no-verify").exit_code == 0
     fetched, local = contents(Path("out")), contents(Path("local"))
     record = json.loads(Path("out/effconvert.json").read_text())
-    assert {**fetched, "effconvert.json": ""} == {**local, "effconvert.json": ""}
+    told = dict.fromkeys(("effconvert.json", "effconvert.yaml", "README.md"), "")  # these say where it came from
+    assert {**fetched, **told} == {**local, **told}
     assert record["source"]["model"] == "lab/tiny"
 
-    paths = [path for _, path, _ in server.asked]
+    paths = [request.path for request in server.asked]
     assert any(path.endswith(".safetensors") for path in paths)
     assert not any(path.endswith((".bin", ".py")) for path in paths)  # neither pickle nor code is even fetched
     assert not list(Path("hf").rglob("*.bin"))
 
-    assert {given for _, _, given in server.asked} == {f"Bearer {TOKEN}"}
+    assert {request.authorization for request in server.asked} == {f"Bearer {TOKEN}"}
     assert TOKEN not in done.stdout + done.stderr
     for file in Path("out").rglob("*"):
         assert TOKEN.encode() not in file.read_bytes()
@@ -158,58 +81,58 @@ def test_a_model_is_fetched_by_its_id_and_converted_as_from_a_folder(
     assert len(server.asked) > asked
 
 
-def test_a_revision_is_fetched_by_its_name(server: Server, hub: Hub) -> None:
+def test_a_revision_is_fetched_by_its_name(server: Hub, hub: Run) -> None:
     done = hub("lab/tiny", "--revision", "v1")
     assert done.returncode == 0, done.stderr
     assert Path("out/LICENSE").read_text() == "of version 1"
-    assert {given for _, _, given in server.asked} == {""}  # nobody is logged in
+    assert {request.authorization for request in server.asked} == {""}  # nobody is logged in
     source = json.loads(Path("out/effconvert.json").read_text())["source"]
     assert source["revision"] == "v1"
 
 
-def test_the_commit_that_was_fetched_is_recorded_and_nothing_said_about_progress_to_a_pipe(hub: Hub) -> None:
+def test_the_commit_that_was_fetched_is_recorded_and_nothing_said_about_progress_to_a_pipe(hub: Run) -> None:
     done = hub("lab/tiny")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert COMMIT in Path("out/effconvert.json").read_text()  # `main` will be another model tomorrow
 
 
-def test_a_revision_that_does_not_exist_is_named(hub: Hub) -> None:
+def test_a_revision_that_does_not_exist_is_named(hub: Run) -> None:
     told = refused(hub("lab/tiny", "--revision", "v2"), 2)
     assert "lab/tiny has no revision 'v2'" in told
 
 
-def test_a_model_that_does_not_exist_is_named(hub: Hub) -> None:
+def test_a_model_that_does_not_exist_is_named(hub: Run) -> None:
     told = refused(hub("lab/tyni"), 2)
     assert "'lab/tyni'" in told
     assert "hf auth login" in told
 
 
-def test_a_name_without_an_owner_is_sought_on_the_hub_as_well(hub: Hub) -> None:
+def test_a_name_without_an_owner_is_sought_on_the_hub_as_well(hub: Run) -> None:
     assert f"{NOTHING!r}" in refused(hub(NOTHING), 2)
 
 
-def test_a_gated_model_is_named_with_what_to_do(hub: Hub) -> None:
+def test_a_gated_model_is_named_with_what_to_do(hub: Run) -> None:
     told = refused(hub("lab/gated"), 1)
     assert "lab/gated is gated" in told
     assert "hf auth login" in told
 
 
-def test_a_model_on_the_hub_without_safetensors_is_refused_by_its_id(server: Server, hub: Hub) -> None:
-    files = server.files[COMMIT]
-    server.files[COMMIT] = {name: data for name, data in files.items() if "safetensors" not in name}
+def test_a_model_on_the_hub_without_safetensors_is_refused_by_its_id(server: Hub, hub: Run) -> None:
+    files = server.repos["lab/tiny"].commits[COMMIT]
+    server.repos["lab/tiny"].commits[COMMIT] = {name: data for name, data in files.items() if "safetensors" not in name}
     told = refused(hub("lab/tiny"), 1)
     assert "safetensors" in told
     assert "lab/tiny" in told or "lab--tiny" in told
 
 
-def test_a_hub_that_is_in_trouble_is_an_error_of_one_line(server: Server, hub: Hub) -> None:
+def test_a_hub_that_is_in_trouble_is_an_error_of_one_line(server: Hub, hub: Run) -> None:
     server.fails = True
     told = refused(hub("lab/tiny", HF_HUB_ETAG_TIMEOUT="2"), 2)
     assert "'lab/tiny'" in told
 
 
-def test_a_hub_that_cannot_be_reached_is_an_error_of_one_line(hub: Hub) -> None:
+def test_a_hub_that_cannot_be_reached_is_an_error_of_one_line(hub: Run) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         told = refused(hub("lab/tiny", HF_ENDPOINT=f"http://127.0.0.1:{closed.getsockname()[1]}"), 2)
