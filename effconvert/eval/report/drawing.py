@@ -1,0 +1,107 @@
+"""How every picture of a report is drawn: colours that the page decides, and SVG that can stand in it beside others.
+
+matplotlib writes sentinel colours, which become CSS custom properties, so that one picture serves light and dark. Text stays text, in the
+page's font. Nothing of matplotlib's global state is kept, and no date or random id gets into a picture.
+"""
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from html import escape
+from io import StringIO
+
+import matplotlib
+import matplotlib.style
+from matplotlib.figure import Figure
+
+# Okabe & Ito (2008), https://jfly.uni-koeln.de/color/: the four that differ most to protanopes and deuteranopes, of those with
+# enough contrast to the background; tests/eval/test_report.py computes both.
+LIGHT = ("#0072B2", "#D55E00", "#009E73", "#000000")
+DARK = ("#56B4E9", "#D55E00", "#009E73", "#F0E442")
+MARKERS = ("o", "s", "^", "D")
+LINES = ("-", "--", "-.", (0, (4, 1, 1, 1, 1, 1)))
+
+# Sentinel -> what the page calls it.
+INK, MUTED, GRID, SURFACE = "#010203", "#010204", "#010205", "#010206"
+SERIES = ("#010207", "#010208", "#010209", "#01020a")
+NAMES = {INK: "ink", MUTED: "muted", GRID: "grid", SURFACE: "surface"} | {colour: f"series-{i}" for i, colour in enumerate(SERIES)}
+
+WIDTH = 4.0  # inches, of 72 units each: 288, shown at 350 to 420 pixels
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "effconvert",
+    "text.parse_math": False,  # a name may hold dollars
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so that a picture is laid out alike everywhere; the page has its own
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.linewidth": 0.8,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "legend.labelspacing": 0.25,
+    "legend.borderpad": 0.1,
+    "xtick.labelsize": 9.5,
+    "ytick.labelsize": 9.5,
+    "legend.handlelength": 2.6,
+    "figure.facecolor": "none",
+    "figure.constrained_layout.h_pad": 0.07,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5.5,
+    "hatch.linewidth": 0.8,
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Draw in our style, whatever matplotlib was told elsewhere."""
+    with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the browser has its own fonts
+        yield
+
+
+def figure(height: float) -> Figure:
+    """Make a figure of `height` inches, to be drawn in `style`."""
+    return Figure(figsize=(WIDTH, height), layout="constrained")
+
+
+def svg(drawn: Figure, name: str, description: str) -> str:
+    """Return a figure as an SVG element for the middle of a page.
+
+    Args:
+        drawn: the figure.
+        name: what its ids begin with, so that no two in a page are alike.
+        description: what it shows, for who cannot see it.
+    """
+    written = StringIO()
+    drawn.savefig(written, format="svg", transparent=True)
+    text = written.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = re.sub(r'href="#', f'href="#{name}-', text)
+    text = re.sub(r"url\(#", f"url(#{name}-", text)
+    text = re.sub("|".join(NAMES), lambda found: f"var(--{NAMES[found[0]]})", text)
+    box = re.search(r'viewBox="[^"]*"', text)
+    assert box
+    body = text[text.index(">") + 1 :]
+    label = escape(description)
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f'<svg {spaces} {box[0]} role="img" aria-label="{label}"><title>{label}</title>{body}'
+
+
+def short(name: str, letters: int = 30) -> str:
+    """Cut the middle out of a name that is too long for a picture."""
+    return name if len(name) <= letters else f"{name[: letters // 2]}…{name[-(letters - letters // 2 - 1) :]}"

@@ -1,0 +1,153 @@
+"""Gather what a report tells from the model's folder, from what effconvert recorded in it, and from results files."""
+
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from effconvert.console import count, perplexity, size
+from effconvert.convert.verify import Report as Verification
+from effconvert.errors import OptionError
+from effconvert.eval.report.doubts import doubts
+from effconvert.eval.report.facts import Card, Report, beside_original, better, lineage, spelt
+from effconvert.eval.report.inputs import Manifest, names, read_manifest, read_results
+from effconvert.eval.report.tables import measured, number
+from effconvert.eval.results import Benchmark, Evaluation, Row, Subject, Value
+from effconvert.eval.subject import open_model
+
+
+def gather(folder: Path, files: Sequence[Path]) -> Report:
+    """Gather what is known of the model in `folder`, and of it in the results `files`.
+
+    Raises:
+        OptionError: there is no such folder or file, or a file is about other models.
+        ModelError: the model or its manifest is damaged.
+    """
+    if not folder.is_dir():
+        raise OptionError(f"there is no folder {folder}; give the folder of a model, such as one that effconvert wrote")
+    results = {name: read_results(path) for name, path in zip(names(files), files, strict=True)}
+    manifest = read_manifest(folder)
+    subject = open_model(str(folder)).subject
+    for name, held in results.items():
+        if subject.digest not in {other.digest for other in held.subjects}:
+            measured = ", ".join(other.name for other in held.subjects)
+            raise OptionError(f"{name} is about other models ({measured}), or {subject.name} has changed since; measure it, and give the new file")
+    subjects = _subjects(subject, results)
+    report = Report(
+        model=subject.name,
+        summary=_summary(subject, manifest),
+        verdict=_verdict(manifest),
+        verified=manifest.verified if manifest else None,
+        cards=(),
+        doubts=(),
+        missing={},
+        subjects=subjects,
+        labels=_labels(subjects),
+        this=[other.digest for other in subjects].index(subject.digest),
+        manifest=manifest,
+        evaluations={name: held for name, held in results.items() if isinstance(held, Evaluation)},
+        benchmarks={name: held for name, held in results.items() if isinstance(held, Benchmark)},
+    )
+    report = replace(report, cards=tuple(_cards(report)), missing=_missing(report), commands=tuple(_commands(report)))
+    return replace(report, doubts=tuple(doubts(report, folder)))
+
+
+def _subjects(this: Subject, results: dict[str, Evaluation | Benchmark]) -> tuple[Subject, ...]:
+    measured = [subject for held in results.values() for subject in held.subjects]
+    originals = [held.subjects[0] for held in results.values() if held.subjects[0].digest != this.digest]
+    unique = {subject.digest: subject for subject in [*originals[:1], this, *measured]}
+    return tuple(this if digest == this.digest else subject for digest, subject in unique.items())
+
+
+def _labels(subjects: Sequence[Subject]) -> tuple[str, ...]:
+    names = [subject.name for subject in subjects]
+    return tuple(f"{name} ({subject.digest[:6]})" if names.count(name) > 1 else name for name, subject in zip(names, subjects, strict=True))
+
+
+def _summary(subject: Subject, manifest: Manifest | None) -> str:
+    if manifest is None:
+        return f"{subject.kind}, {subject.architecture}; not written by effconvert, so nothing is known of how it was made"
+    return f"{spelt(manifest.recipe) or 'no surgery'}, from {lineage(manifest.source)}"
+
+
+def _verdict(manifest: Manifest | None) -> str:
+    if manifest is None:
+        return "Not verified by effconvert, which did not write this model."
+    if not manifest.verified:
+        return "NOT VERIFIED: this model was written and never loaded. Convert it again without --no-verify."
+    return "Verified: reloaded from disk in stock transformers, run, and compared with its original."
+
+
+def _cards(report: Report) -> Iterator[Card]:
+    this, original, verified = report.subject, report.original, report.manifest.report if report.manifest else None
+    before = original or (verified.before if verified else None)
+    yield _card("parameters", before.parameters if before else None, this.parameters, count)
+    yield _card("on disk", original.bytes if original else None, this.bytes, size)
+    if this.kv_bytes:
+        yield _card("KV cache a token", before.kv_bytes if before else None, this.kv_bytes, size)
+    rows = list(report.rows())
+    judged = [(row, value) for row, _, value in rows if value and value.difference is not None and value.significant is not None]
+    if judged:
+        worse = sum(better(row, value) is False for row, value in judged)
+        gained = sum(better(row, value) is True for row, value in judged)
+        yield Card("significantly worse", "", f"{worse} of {len(judged)}", note=f"measured differences; {gained} significantly better, at the 5 % level")
+    yield from _distance(rows, verified)
+    if cells := [cell for cell, _ in beside_original(report) if cell.decode and "decode" in cell.ratios]:
+        cell = max(cells, key=lambda cell: (-cell.batch, cell.context))
+        yield Card("decode time", "", f"{cell.ratios['decode']:.3g} x", note=f"of the original's, batch {cell.batch}, context {cell.context}")
+
+
+def _distance(rows: Sequence[tuple[Row, Value | None, Value | None]], verified: Verification | None) -> Iterator[Card]:
+    """Yield how far the model moved on text: with error bars where that was measured, otherwise as the verification found."""
+    told = {}
+    for row, original, value in rows:
+        if row.task == "text" and value:
+            told[row.metric] = (measured(original) if original else "", *_with_note(value, row.documents))
+    first, last = (verified.before.quality, verified.after.quality) if verified else (None, None)
+    if first and last:
+        told.setdefault("perplexity", (perplexity(first.perplexity), perplexity(last.perplexity), "in the verification"))
+        if last.agreement is not None:
+            told.setdefault("same_top_token", ("", f"{last.agreement:.1%}", "as the original, in the verification"))
+    for metric, name in (("perplexity", "perplexity"), ("same_top_token", "same top token")):
+        if metric in told:
+            before, after, note = told[metric]
+            yield Card(name, before, after, note=note)
+
+
+def _with_note(value: Value, documents: int) -> tuple[str, str]:
+    error = f"± {number(value.error, value.error)}, one standard error, " if value.error else ""
+    return number(value.value, value.error), f"{error}{documents} documents"
+
+
+def _card(what: str, before: int | None, after: int, show: Callable[[int], str]) -> Card:
+    return Card(what, show(before) if before else "", show(after), f"{after / before:.3g} x" if before else "")
+
+
+def _missing(report: Report) -> dict[str, str]:
+    original = report.original.name if report.original else report.manifest.source.model if report.manifest else "ORIGINAL"
+    models = shlex.join([original, report.model])
+    missing = {}
+    if not report.evaluations:
+        missing["quality on tasks, with error bars"] = f"effconvert eval {models} -o eval.json"
+    if not report.benchmarks:
+        missing["speed and memory against context"] = f"effconvert bench {models} -o bench.json"
+    if missing:
+        files = [*report.results, *([] if report.evaluations else ["eval.json"]), *([] if report.benchmarks else ["bench.json"])]
+        missing["this report with them"] = shlex.join(["effconvert", "report", report.model, *files])
+    return missing
+
+
+def _commands(report: Report) -> Iterator[str]:
+    if report.manifest:
+        source, steps = report.manifest.source, [item for step in report.manifest.recipe for item in step.items()]
+        if len(steps) == 1:
+            name, options = steps[0]
+            typed = [text for key, value in options.items() if value is not None for text in (f"--{key}", str(value))]
+            revision = ["--revision", source.commit or source.revision or ""] if source.commit or source.revision else []
+            yield shlex.join(["effconvert", name, *typed, source.model, *revision, "-o", report.model])
+        else:
+            yield shlex.join(["effconvert", "run", "recipe.yaml", "-o", report.model]) + "  # the recipe above"
+    for name, held in report.results.items():
+        models = shlex.join([subject.name for subject in held.subjects])
+        yield f"effconvert {'eval' if isinstance(held, Evaluation) else 'bench'} {models} -o {shlex.quote(name)}  # with the settings below"
+    yield shlex.join(["effconvert", "report", report.model, *report.results])

@@ -1,0 +1,25 @@
+"""What `effconvert report` can be asked for."""
+
+from pathlib import Path
+
+from pydantic import Field, field_validator
+
+from effconvert.options import Options
+
+
+class ReportOptions(Options):
+    """Where the report goes."""
+
+    output: Path | None = Field(
+        None,
+        description="Page to write, ending in .html; .json and .md come beside it. Default: the model's name and -report.html, here.",
+        json_schema_extra={"short": "-o", "metavar": "FILE"},
+    )
+    overwrite: bool = Field(False, description="Replace the three files if they exist.")
+
+    @field_validator("output")
+    @classmethod
+    def _page(cls, output: Path | None) -> Path | None:
+        if output is not None and output.suffix != ".html":
+            raise ValueError("it should be the name of a page, such as report.html")
+        return output

@@ -1,0 +1,113 @@
+"""A report as a page, as Markdown and as JSON: three files beside each other, all of them or none."""
+
+import contextlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from effconvert.errors import OptionError
+from effconvert.eval.report import diagram, plots, tables
+from effconvert.eval.report.drawing import DARK, LIGHT
+from effconvert.eval.report.facts import Report
+from effconvert.eval.report.inputs import Manifest
+
+FORMS = (".html", ".json", ".md")
+
+
+def check_output(folder: Path, results: Sequence[Path], page: Path, overwrite: bool) -> None:
+    """Refuse, before anything is read, a place where the three files cannot stand.
+
+    Raises:
+        OptionError: one of them exists, is a source of the report, or would change the model.
+    """
+    if page.resolve().parent.is_relative_to(folder.resolve()):
+        raise OptionError(f"{page} is inside the model's folder, where a .json file is part of the model; give another --output")
+    for file in (page.with_suffix(form) for form in FORMS):
+        if file.is_dir():
+            raise OptionError(f"{file} is a folder; give another --output")
+        if file.resolve() in [path.resolve() for path in results]:
+            raise OptionError(f"{file} is one of the results files, and would be replaced; give another --output")
+        if not overwrite and (file.exists() or file.is_symlink()):
+            raise OptionError(f"{file} exists; give another --output, or --overwrite to replace it")
+
+
+def write(report: Report, page: Path) -> None:
+    """Write the three forms of `report`.
+
+    Raises:
+        OptionError: they cannot be written there.
+    """
+    data = json.dumps(asdict(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    forms = dict(zip(FORMS, (html(report), data, markdown(report)), strict=True))
+    drafts = {page.with_name(f".{page.stem}{form}.draft"): page.with_suffix(form) for form in FORMS}
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        for draft, file in drafts.items():
+            draft.write_text(forms[file.suffix], encoding="utf-8")
+        for draft, file in drafts.items():
+            draft.replace(file)
+    except OSError as error:
+        raise OptionError(f"{page} cannot be written ({error.strerror}); give another --output") from None
+    finally:
+        for draft in drafts:
+            with contextlib.suppress(OSError):  # none was written, and the reason is told
+                draft.unlink()
+
+
+def html(report: Report) -> str:
+    """Return a page that needs nothing but itself."""
+    pictures = {
+        "differences": list(plots.differences(report)),
+        "speed": plots.speed(report),
+        "layers": diagram.layers(report),
+        "cache": plots.cache(report),
+    }
+    colours = list(enumerate(zip(LIGHT, DARK, strict=True)))
+    return _template("page.html", autoescape=True).render(**_content(report), pictures=pictures, colours=colours)
+
+
+def markdown(report: Report) -> str:
+    """Return the same without pictures."""
+    text = _template("page.md", autoescape=False).render(**_content(report))
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def _content(report: Report) -> dict[str, Any]:
+    found = report.manifest and report.manifest.report
+    return {
+        "report": report,
+        "verification": found and tables.verification(found),
+        "quality": list(tables.quality(report)),
+        "speed": list(tables.speed(report)),
+        "shapes": tables.shapes(report),
+        "cache": tables.cache(report),
+        "provenance": list(tables.provenance(report)),
+        "recipe": _recipe(report.manifest) if report.manifest else "",
+        "writes": list(tables.writes(report)),
+    }
+
+
+def _recipe(manifest: Manifest) -> str:
+    source = manifest.source
+    recipe = {"model": source.model, "revision": source.commit or source.revision, "steps": list(manifest.recipe)}
+    return str(yaml.safe_dump({key: value for key, value in recipe.items() if value}, sort_keys=False, allow_unicode=True))
+
+
+def _template(name: str, autoescape: bool) -> Template:
+    environment = Environment(
+        loader=PackageLoader("effconvert.eval.report", ""), autoescape=autoescape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"md": _plain, "svg": Markup, "block": lambda text: "\n".join(f"    {line}" for line in str(text).splitlines())}
+    return environment.get_template(name)
+
+
+def _plain(text: object) -> str:
+    """Write text so that Markdown reads it as text, on one line."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", " ".join(str(text).split()))

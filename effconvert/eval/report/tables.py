@@ -1,0 +1,218 @@
+"""The numbers of a report as tables of text, which the page and the Markdown both show."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from effconvert.console import count, perplexity, size
+from effconvert.convert.verify import Report as Verification
+from effconvert.eval.report.facts import Report, better, lineage
+from effconvert.eval.results import Cell, Evaluation, Row, Subject, Timing, Value
+
+CONTEXTS = (1024, 4096, 8192, 32768, 131072)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text: the first column says what a row is about."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+def number(value: float, error: float | None = None, sign: bool = False) -> str:
+    """Write a number to two digits of its error, or to four digits."""
+    plus = "+" if sign else ""
+    if not error or max(abs(value), error) >= 1e7:
+        return f"{value:{plus}.0f}" if 1e4 <= abs(value) < 1e7 else f"{value:{plus}.4g}"
+    return f"{value:{plus}.{min(max(0, 1 - math.floor(math.log10(error))), 8)}f}"
+
+
+def measured(value: Value | None) -> str:
+    """Write what a model scored, with its standard error."""
+    if value is None:
+        return "-"
+    return number(value.value, value.error) + (f" ± {number(value.error, value.error)}" if value.error else "")
+
+
+def difference(value: Value | None) -> str:
+    """Write a paired difference, with its standard error."""
+    if value is None or value.difference is None:
+        return "-"
+    error = value.difference_error
+    return number(value.difference, error, sign=True) + (f" ± {number(error, error)}" if error else "")
+
+
+def mark(row: Row, value: Value | None) -> str:
+    """Say by a sign and a word whether a difference means anything."""
+    if value is None or value.difference is None:
+        return "-"
+    if value.significant is None:
+        return "? unknown"
+    if not value.significant:
+        return f"○ unclear (p {chance_of(value.p)})"
+    good = better(row, value)
+    return f"{'◆ changed' if good is None else '▲ better' if good else '▼ worse'} (p {chance_of(value.p)})"
+
+
+def chance_of(p: float | None) -> str:
+    """Write a p-value."""
+    return "?" if p is None else "< 0.001" if p < 0.001 else f"= {p:.2g}"
+
+
+def shapes(report: Report) -> Table:
+    """Return what each model is."""
+    rows = [
+        ("", [subject.architecture for subject in report.subjects]),
+        ("layers", [str(subject.layers) for subject in report.subjects]),
+        ("query heads", [f"{subject.heads} of {subject.head_dim}" for subject in report.subjects]),
+        ("KV heads", [str(subject.kv_heads) for subject in report.subjects]),
+        ("width", [str(subject.hidden) for subject in report.subjects]),
+        ("width inside the FFN", [str(subject.ffn) for subject in report.subjects]),
+        ("vocabulary", [str(subject.vocabulary) for subject in report.subjects]),
+        ("longest context", [str(subject.longest or "no limit known") for subject in report.subjects]),
+        ("weights", [subject.dtype for subject in report.subjects]),
+        ("parameters", [count(subject.parameters) for subject in report.subjects]),
+        ("on disk", [size(subject.bytes) for subject in report.subjects]),
+        ("KV cache a token", [size(subject.kv_bytes) if subject.kv_bytes else "none" for subject in report.subjects]),
+    ]
+    body = tuple((what or "class", *values) for what, values in rows)
+    return Table("What the models are", ("", *report.labels), body)
+
+
+def verification(found: Verification) -> Table | None:
+    """Return what the verification measured."""
+    before, after = found.before.quality, found.after.quality
+    rows = []
+    if before and after:
+        rows += [("perplexity", perplexity(before.perplexity), perplexity(after.perplexity))]
+        rows += [("KL from the original, nats a token", "-", number(after.kl))] if after.kl is not None else []
+        rows += [("same most likely token", "-", f"{after.agreement:.1%}")] if after.agreement is not None else []
+    rows += [("largest change of a logit (none may change)", "-", f"{found.difference:.2g}")] if found.difference is not None else []
+    note = f"{found.text}: {before.tokens} tokens in windows of {before.context}, {found.dtype}, {found.device}" if before else found.unmeasured
+    return Table("Measured by the verification", ("", "original", "converted"), tuple(rows), note) if rows else None
+
+
+def quality(report: Report) -> Iterator[Table]:
+    """Yield a table for each evaluation."""
+    for name, evaluation in report.evaluations.items():
+        labels = [report.labels[index] for index in report.which(evaluation)]
+        header = ["task", "metric", labels[0]]
+        for label in labels[1:]:
+            header += [label, "difference", "significant?", "recovered"]
+        rows = []
+        for row in evaluation.rows:
+            line = [row.task, row.metric + {"higher": " ↑", "lower": " ↓", None: ""}[row.better], measured(row.values[0])]
+            for value in row.values[1:]:
+                recovered = f"{value.recovery:.1%}" if value and value.recovery is not None else "-"
+                line += [measured(value), difference(value), mark(row, value), recovered]
+            rows.append((*line, "-" if row.chance is None else number(row.chance), str(row.documents)))
+        header += ["chance", "documents"]
+        note = (
+            "± is a standard error. A difference is taken document by document, so its error is its own. ↑ higher is better, ↓ lower is better. "
+            "▼ ▲ significant at the 5 % level, each for itself; ○ not. Recovered: (score - chance) / (original - chance)."
+        )
+        yield Table(f"{name}, {evaluation.date[:10]}", tuple(header), tuple(rows), note)
+
+
+def speed(report: Report) -> Iterator[Table]:
+    """Yield a table for each batch size of each benchmark."""
+    header = ("context", "model", "prefill tokens/s", "prefill ms", "first token ms", "decode ms/step", "memory alone ms/step", "cache", "peak memory")
+    for name, benchmark in report.benchmarks.items():
+        places = report.which(benchmark)
+        for batch in sorted({cell.batch for cell in benchmark.cells}):
+            cells = sorted((cell for cell in benchmark.cells if cell.batch == batch), key=lambda cell: (cell.context, cell.subject))
+            note = (
+                "Medians, with the fastest and the slowest round in brackets, and in parentheses the ratio to the first model. "
+                f"Memory alone: what a step takes if it only moves weights and cache at the measured {size(benchmark.bandwidth)} a second."
+            )
+            note += "".join(f" Failed: {report.labels[places[cell.subject]]} at {cell.context}: {cell.failure}." for cell in cells if cell.failure)
+            yield Table(f"{name}, batch {batch}", header, tuple(_cell(cell, report.labels[places[cell.subject]]) for cell in cells), note)
+
+
+def _cell(cell: Cell, label: str) -> tuple[str, ...]:
+    if cell.failure:
+        return (str(cell.context), label, "failed", *["-"] * 6)
+
+    def ratio(what: str) -> str:
+        return f" ({cell.ratios[what]:.3g} x)" if cell.subject and what in cell.ratios else ""
+
+    def memory(held: int | None, what: str) -> str:
+        return "-" if held is None else size(held) + ratio(what)
+
+    return (
+        str(cell.context),
+        label,
+        number(cell.prefill_rate) if cell.prefill_rate else "-",
+        _milliseconds(cell.prefill) + ratio("prefill"),
+        _milliseconds(cell.first) + ratio("first"),
+        _milliseconds(cell.decode) + ratio("decode"),
+        "-" if cell.predicted is None else number(1e3 * cell.predicted),
+        memory(cell.cache_bytes, "cache"),
+        memory(cell.peak_bytes, "peak"),
+    )
+
+
+def _milliseconds(timing: Timing | None) -> str:
+    return "-" if timing is None else f"{number(1e3 * timing.median)} [{number(1e3 * timing.low)} to {number(1e3 * timing.high)}]"
+
+
+def held(subject: Subject, context: int) -> float:
+    """Return the bytes of the KV cache of one sequence of `context` tokens: a window of W keeps W - 1, as transformers' cache does."""
+    tokens = sum(context if window is None else min(context, window - 1) for window in subject.windows)
+    return subject.kv_bytes / subject.layers * tokens
+
+
+def longest(subjects: Sequence[Subject]) -> int:
+    """Return the longest context that all of them can hold, at most 128k."""
+    return min([subject.longest for subject in subjects if subject.longest] + [CONTEXTS[-1]])
+
+
+def cache(report: Report) -> Table | None:
+    """Return the KV cache at a few contexts."""
+    if not report.subject.kv_bytes:
+        return None
+    end = longest(report.subjects)
+    contexts = sorted({context for context in CONTEXTS if context <= end} | {end})
+    rows = tuple((str(context), *(size(held(subject, context)) for subject in report.subjects)) for context in contexts)
+    return Table("KV cache of one sequence", ("context", *report.labels), rows)
+
+
+def writes(report: Report) -> Iterator[Table]:
+    """Yield what the models write after the same prompt."""
+    found = report.manifest and report.manifest.report
+    if found and (found.before.continuation or found.after.continuation):
+        both = (("original", repr(found.before.continuation)), ("converted", repr(found.after.continuation)))
+        yield Table("What they write, in the verification", ("", "continuation"), both)
+    for name, evaluation in report.evaluations.items():
+        if any(evaluation.continuations):
+            labels = [report.labels[index] for index in report.which(evaluation)]
+            rows = tuple((label, repr(text)) for label, text in zip(labels, evaluation.continuations, strict=False))
+            yield Table(f"What they write, {name}", ("", "continuation"), rows, f"after {evaluation.prompt!r}")
+
+
+def provenance(report: Report) -> Iterator[Table]:
+    """Yield where everything is from."""
+    rows: list[tuple[str, str]] = []
+    if report.manifest:
+        source = report.manifest.source
+        versions = _pairs(report.manifest.versions)
+        rows += [("effconvert that converted it", report.manifest.effconvert), ("source", lineage(source))]
+        rows += [(what, value) for what, value in (("revision", source.revision), ("commit", source.commit), ("versions", versions)) if value]
+    rows += [(f"SHA-256 of {label}", subject.digest) for label, subject in zip(report.labels, report.subjects, strict=True)]
+    rows += [(f"commit of {label}", subject.commit) for label, subject in zip(report.labels, report.subjects, strict=True) if subject.commit]
+    yield Table("The models", ("", "value"), tuple(rows))
+    for name, results in report.results.items():
+        rows = [("measured", results.date), ("machine", results.machine)]
+        rows += [("versions", _pairs(results.versions))]
+        if isinstance(results, Evaluation):
+            rows += [("versions of tasks", _pairs({row.task: row.version for row in results.rows}))]
+        rows += [(what, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)) for what, value in results.settings.items()]
+        yield Table(name, ("", "value"), tuple(rows))
+
+
+def _pairs(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
