@@ -16,6 +16,7 @@ from effconvert.convert.plan import Plan
 from effconvert.convert.run import Outcome
 from effconvert.convert.verify import Report
 from effconvert.convert.watch import Advance, Unit
+from effconvert.quantities import count, perplexity, size
 
 WIDTH = 110  # of what goes to a file or a pipe
 
@@ -172,24 +173,3 @@ def _shape(config: Config) -> str:
 
 def _spelt(options: dict[str, object]) -> str:
     return " ".join(f"--{key} {value}" for key, value in options.items() if value is not None)
-
-
-def count(number: int) -> str:
-    """Write a number of parameters."""
-    if number < 1e6:
-        return f"{number / 1e3:.4g} k"
-    return f"{number / 1e9:.3f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
-
-
-def size(number: float) -> str:
-    """Write a number of bytes."""
-    for unit in ("B", "kB", "MB"):
-        if number < 1000:
-            return f"{number:.4g} {unit}"
-        number /= 1000
-    return f"{number:.2f} GB"
-
-
-def perplexity(value: float) -> str:
-    """Write a perplexity."""
-    return f"{value:.2f}" if value < 1e5 else f"{value:.2e}"

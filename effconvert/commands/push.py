@@ -26,8 +26,9 @@ def command(folder: str, repo: str, **values: Any) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from effconvert.console import Terminal, size
+    from effconvert.console import Terminal
     from effconvert.convert.push import push
+    from effconvert.quantities import size
 
     options, terminal = PushOptions(**given(values)), Terminal(folder)
     pushed = push(Path(folder).expanduser(), repo, options, terminal)

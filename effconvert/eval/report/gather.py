@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from effconvert.console import count, perplexity, size
 from effconvert.convert.verify import Report as Verification
 from effconvert.errors import OptionError
 from effconvert.eval.report.doubts import doubts
@@ -14,6 +13,7 @@ from effconvert.eval.report.inputs import Manifest, names, read_manifest, read_r
 from effconvert.eval.report.tables import measured, number
 from effconvert.eval.results import Benchmark, Evaluation, Row, Subject, Value
 from effconvert.eval.subject import open_model
+from effconvert.quantities import count, perplexity, size
 
 
 def gather(folder: Path, files: Sequence[Path]) -> Report:

@@ -5,10 +5,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from effconvert.console import count, perplexity, size
 from effconvert.convert.verify import Report as Verification
 from effconvert.eval.report.facts import Report, better, lineage
 from effconvert.eval.results import Cell, Evaluation, Row, Subject, Timing, Value
+from effconvert.quantities import count, perplexity, size
 
 CONTEXTS = (1024, 4096, 8192, 32768, 131072)
 

@@ -1,0 +1,22 @@
+"""How quantities are written for people: three or four digits and a unit."""
+
+
+def count(number: int) -> str:
+    """Write a number of parameters."""
+    if number < 1e6:
+        return f"{number / 1e3:.4g} k"
+    return f"{number / 1e9:.3f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
+
+
+def size(number: float) -> str:
+    """Write a number of bytes."""
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.4g} {unit}"
+        number /= 1000
+    return f"{number:.2f} GB"
+
+
+def perplexity(value: float) -> str:
+    """Write a perplexity."""
+    return f"{value:.2f}" if value < 1e5 else f"{value:.2e}"
