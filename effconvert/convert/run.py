@@ -93,9 +93,11 @@ def _texts(model: str, plan: Plan, record: dict[str, Any]) -> dict[str, str]:
     source = record["source"]
     recipe = {"model": model, "revision": source["commit"] or source["revision"], "steps": plan.recipe}
     told = f"# Written by effconvert {__version__}. The same bytes again: effconvert run {RECIPE} -o DIR\n"
-    before = plan.checkpoint.folder / CARD
-    card = render({**output.about(plan), **record, "files": dict.fromkeys(plan.written)}, dict(plan.config.raw), before.read_text(encoding="utf-8", errors="replace") if before.is_file() else "")
-    return {RECIPE: told + yaml.safe_dump({key: value for key, value in recipe.items() if value}, sort_keys=False, allow_unicode=True), CARD: card}
+    card = plan.checkpoint.folder / CARD
+    before = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    manifest = {**output.about(plan), **record, "files": dict.fromkeys(plan.written)}
+    told += yaml.safe_dump({key: value for key, value in recipe.items() if value}, sort_keys=False, allow_unicode=True)
+    return {RECIPE: told, CARD: render(manifest, dict(plan.config.raw), before)}
 
 
 def default_name(model: str, surgeries: tuple[Surgery, ...]) -> str:
