@@ -12,6 +12,7 @@ Options are those of the command line, spelt with underscores, and a wrong one i
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike, fspath
 from typing import Any
 
 from effconvert.convert import run, stock
@@ -27,8 +28,10 @@ from effconvert.options import RunOptions
 from effconvert.recipe import step
 from effconvert.surgery._surgery import Surgery
 
+Models = Sequence[str | PathLike[str]] | str | PathLike[str]
 
-def convert(model: str, *steps: Surgery | Mapping[str, Any] | str, watcher: Watcher | None = None, **options: Any) -> Outcome:
+
+def convert(model: str | PathLike[str], /, *steps: Surgery | Mapping[str, Any] | str, watcher: Watcher | None = None, **options: Any) -> Outcome:
     """Convert a model by one technique or several in order.
 
     Args:
@@ -43,10 +46,10 @@ def convert(model: str, *steps: Surgery | Mapping[str, Any] | str, watcher: Watc
         EffconvertError: the disk or the network failed; the same call goes on from there.
     """
     surgeries = tuple(step(given, f"step {number}") for number, given in enumerate(steps, 1))
-    return run.convert(model, surgeries, RunOptions(**options), watcher)
+    return run.convert(fspath(model), surgeries, RunOptions(**options), watcher)
 
 
-def evaluate(models: Sequence[str], watcher: Watcher | None = None, **options: Any) -> Evaluation:
+def evaluate(models: Models, /, watcher: Watcher | None = None, **options: Any) -> Evaluation:
     """Measure how good models are, the original first; `options` are those of `EvalOptions`.
 
     Raises:
@@ -55,7 +58,7 @@ def evaluate(models: Sequence[str], watcher: Watcher | None = None, **options: A
     return evaluation.evaluate(_listed(models), EvalOptions(**options), watcher)
 
 
-def bench(models: Sequence[str], watcher: Watcher | None = None, **options: Any) -> Benchmark:
+def bench(models: Models, /, watcher: Watcher | None = None, **options: Any) -> Benchmark:
     """Measure how fast models are, the original first; `options` are those of `BenchOptions`.
 
     Raises:
@@ -77,7 +80,7 @@ class Loaded:
         return iter((self.model, self.tokenizer))
 
 
-def load(model: str, dtype: str = "auto", device: str | None = None) -> Loaded:
+def load(model: str | PathLike[str], dtype: str = "auto", device: str | None = None) -> Loaded:
     """Load a model with stock transformers, strictly: nothing missing, nothing left over, no code of its own run.
 
     Args:
@@ -90,10 +93,11 @@ def load(model: str, dtype: str = "auto", device: str | None = None) -> Loaded:
         ModelError: the model cannot be loaded.
     """
     options = EvalOptions(dtype=dtype, device=device)
-    opened = open_model(model)
+    opened = open_model(fspath(model))
     tokenizer = stock.load_tokenizer(opened.folder) if stock.has_tokenizer(opened.folder) else None
     return Loaded(load_model(opened, options.dtype, pick_device(options.device)), tokenizer, opened.subject)
 
 
-def _listed(models: Sequence[str]) -> Sequence[str]:
-    return [models] if isinstance(models, str) else models
+def _listed(models: Models) -> list[str]:
+    listed = [models] if isinstance(models, str | PathLike) else models
+    return [fspath(model) for model in listed]

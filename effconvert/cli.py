@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from effconvert import __version__, commands, surgery
-from effconvert.errors import EffconvertError
+from effconvert.errors import EffconvertError, OptionError
 from effconvert.overview import page
 
 
@@ -41,7 +41,7 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except EffconvertError as error:
-            click.echo(f"Error: {error}", err=True)
+            click.echo(f"Error: {' '.join(str(error).split())}", err=True)  # one line, whatever somebody named a file
             ctx.exit(error.exit_code)
         except OSError as error:
             click.echo(f"Error: {error.filename or 'a file'} cannot be used ({error.strerror}); mend that, and run the same command again", err=True)
@@ -53,6 +53,17 @@ class Commands(click.Group):
 
 class Technique(click.Command):
     """A conversion by one technique, its options those of its class."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Say of an unknown option what every door says."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            from effconvert.options import RunOptions
+
+            name, technique = error.option_name.lstrip("-"), surgery.load(str(self.name))
+            said = [kind.unknown(name) for kind in (technique, RunOptions)]
+            raise OptionError(next((one for one in said if "did you mean" in one), said[0])) from None
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Make the options, at the first moment that anybody asks."""

@@ -34,11 +34,11 @@ class Terminal:
         self.out = stdout()
         self.err = Console(stderr=True, highlight=False)
 
-    def plan(self, plan: Plan, output: Path, verify_bytes: int) -> None:
+    def plan(self, model: str, plan: Plan, output: Path, verify_bytes: int) -> None:
         """Print the plan."""
         before, after = plan.before, plan.after
         steps = " -> ".join(f"{name} {_spelt(options)}".strip() for step in plan.recipe for name, options in step.items())
-        self.out.print(f"[bold]{escape(steps)}[/]: {escape(self.model)} -> {escape(str(output))}", soft_wrap=True)
+        self.out.print(f"[bold]{escape(steps)}[/]: {escape(model)} -> {escape(str(output))}", soft_wrap=True)
         rows = [
             ("parameters", before.parameters, after.parameters, count),
             ("on disk", before.bytes, after.bytes, size),
@@ -71,6 +71,8 @@ class Terminal:
 
     def outcome(self, outcome: Outcome) -> None:
         """Print what came of it."""
+        if outcome.found:
+            self.out.print(f"{escape(str(outcome.output))} was there already, by this very conversion", soft_wrap=True)
         if outcome.resumed:
             self.out.print(f"{outcome.resumed} shards were there from an interrupted run")
         if outcome.report is None:
@@ -78,7 +80,7 @@ class Terminal:
             self.out.print(f"[bold]NOT VERIFIED[/]: {place} was written and never loaded; leave --no-verify out to have it run and measured")
             return
         self.report(outcome.report)
-        self.out.print(f"verified, and written to [bold]{escape(str(outcome.output))}[/]", soft_wrap=True)
+        self.out.print(f"verified, and {'still in' if outcome.found else 'written to'} [bold]{escape(str(outcome.output))}[/]", soft_wrap=True)
 
     def report(self, report: Report) -> None:
         """Print what a conversion cost."""
@@ -160,10 +162,10 @@ class Demonstration(Terminal):
 
     planned = False
 
-    def plan(self, plan: Plan, output: Path, verify_bytes: int) -> None:
+    def plan(self, model: str, plan: Plan, output: Path, verify_bytes: int) -> None:
         """Print the first plan."""
         if not self.planned:
-            super().plan(plan, output, verify_bytes)
+            super().plan(model, plan, output, verify_bytes)
         self.planned = True
 
 

@@ -3,6 +3,7 @@
 A set of options is a frozen pydantic model, and the same mistake gives the same sentence at every door.
 """
 
+import reprlib
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,21 +17,50 @@ Listed = BeforeValidator(lambda given: [part.strip() for part in given.split(","
 Names = Annotated[tuple[str, ...], Listed]
 
 
+SHORT = reprlib.Repr()
+SHORT.maxlevel, SHORT.maxdict, SHORT.maxlist, SHORT.maxtuple, SHORT.maxstring, SHORT.maxother, SHORT.maxlong = 2, 3, 3, 3, 80, 80, 40
+
+
+def shown(value: Any) -> str:
+    """Write somebody's value into a message: on one line, and cut where it is long."""
+    return SHORT.repr(value)
+
+
 class Options(BaseModel):
     """A frozen set of options that refuses what it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    def __init__(self, **given: Any) -> None:
+    def __init__(self, /, **given: Any) -> None:
         """Make the options from keywords.
 
         Raises:
             OptionError: something is unknown, missing or out of bounds; all of it is named.
         """
+        if strange := [sentence for name, value in given.items() if (sentence := self._strange(name, value))]:
+            raise OptionError("; ".join(strange))
         try:
             super().__init__(**given)
         except ValidationError as error:
             raise OptionError("; ".join(self._sentence(dict(mistake)) for mistake in error.errors())) from None
+
+    @classmethod
+    def unknown(cls, name: str) -> str:
+        """Say that there is no option `name`, and which one may be meant."""
+        spelt, known = name.replace("_", "-"), [field.replace("_", "-") for field in cls.model_fields]
+        near = get_close_matches(spelt, known, n=1)
+        return f"there is no option --{spelt}; " + (f"did you mean --{near[0]}?" if near else f"there are {', '.join('--' + field for field in known)}")
+
+    @classmethod
+    def _strange(cls, name: str, value: Any) -> str:
+        """Say what is wrong with a value that pydantic would take: yes for a number, a character that no file or model can have in its name."""
+        field = cls.model_fields.get(name)
+        parts = value if isinstance(value, list | tuple) else [value]
+        if field and field.annotation is not bool and any(isinstance(part, bool) for part in parts):
+            return f"--{name.replace('_', '-')} is {shown(value)}, and it should be a value, not yes or no"
+        if any(isinstance(part, str | Path) and ("\0" in str(part) or not _encodable(str(part))) for part in parts):
+            return f"--{name.replace('_', '-')} is {shown(value)}, which holds a character that no name can have"
+        return ""
 
     @classmethod
     def _sentence(cls, mistake: dict[str, Any]) -> str:
@@ -41,19 +71,25 @@ class Options(BaseModel):
         if mistake["type"] == "missing":
             return f"{option} is needed: {cls.model_fields[name].description}"
         if mistake["type"] == "extra_forbidden":
-            known = [field.replace("_", "-") for field in cls.model_fields]
-            near = get_close_matches(name.replace("_", "-"), known, n=1)
-            return f"there is no option {option}; " + (f"did you mean --{near[0]}?" if near else f"there are {', '.join('--' + field for field in known)}")
+            return cls.unknown(name)
         if mistake["type"].startswith("int_"):
-            return f"{option} is {mistake['input']!r}, and it should be a whole number"
+            return f"{option} is {shown(mistake['input'])}, and it should be a whole number"
         needed = mistake["msg"].replace("Input should be", "it should be").removesuffix(".")
-        return f"{option} is {mistake['input']!r}, and {needed[0].lower()}{needed[1:]}"
+        return f"{option} is {shown(mistake['input'])}, and {needed[0].lower()}{needed[1:]}"
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 # What text to measure on, wherever something is measured.
 TEXT: Any = Field(None, description="Text file to measure on. Default: docstrings of the standard library.", json_schema_extra={"metavar": "FILE"})
-TOKENS: Any = Field(4096, ge=2, description="Tokens of it to measure on.")
-CONTEXT: Any = Field(512, ge=2, description="Tokens in each window: a perplexity counts only beside one with the same context.")
+TOKENS: Any = Field(4096, ge=2, le=10**9, description="Tokens of it to measure on.")
+CONTEXT: Any = Field(512, ge=2, le=10**9, description="Tokens in each window: a perplexity counts only beside one with the same context.")
 
 
 class Conversion(Options):

@@ -4,7 +4,7 @@ A file holds one recipe or several (YAML documents); one may begin from what ano
 `effconvert run` is called in.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,10 +16,21 @@ from effconvert import surgery
 from effconvert.errors import EffconvertError, OptionError
 from effconvert.eval.bench_options import BenchOptions
 from effconvert.eval.eval_options import EvalOptions
-from effconvert.options import Conversion, Options
+from effconvert.options import Conversion, Options, shown
+from effconvert.paths import expand, real
 from effconvert.surgery._surgery import Surgery
 
 Kind = TypeVar("Kind", bound=Options)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice: the last would win, and nobody would know."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)] if isinstance(node, yaml.MappingNode) else []
+        if len(set(keys)) < len(keys):
+            raise yaml.constructor.ConstructorError(None, None, "a key stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 class Recipe(Conversion):
@@ -37,7 +48,10 @@ class Recipe(Conversion):
         """The folder to write."""
         from effconvert.convert.run import default_name
 
-        return (self.output or Path(default_name(self.model, self.steps))).expanduser()
+        folder = expand(self.output or default_name(self.model, self.steps))
+        if not folder.name:
+            raise OptionError(f"--output {str(folder)!r} is not the name of a new folder; give one")
+        return folder
 
     def beside(self, what: str) -> Path:
         """Return where a file about the output goes: smol-mqa-eval.json."""
@@ -55,10 +69,10 @@ def read(path: Path, **instead: Any) -> list[Recipe]:
         OptionError: the file is not there, is not YAML, or asks for something impossible; what, and where in it.
     """
     try:
-        documents = [document for document in yaml.safe_load_all(path.expanduser().read_text(encoding="utf-8")) if document is not None]
+        documents = [document for document in yaml.load_all(expand(path).read_text(encoding="utf-8"), _Loader) if document is not None]
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); give a recipe, a YAML file") from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError) as error:  # dates, numbers: 2001-99-99
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
         raise OptionError(f"{path} is not YAML{where} ({getattr(error, 'problem', None) or type(error).__name__}); mend the file") from None
@@ -82,7 +96,8 @@ def _parse(document: Any, where: str, instead: Mapping[str, Any]) -> Recipe:
         given["steps"] = tuple(step(one, f"{where}, step {number}") for number, one in enumerate(steps, 1))
     for name, kind in (("evaluate", EvalOptions), ("bench", BenchOptions)):
         if name in given and given[name] is not None:
-            given[name] = _make(kind, _spelt(given[name] if given[name] is not True else {}, kind, f"{where}, {name}"), f"{where}, {name}")
+            asked = {} if given[name] is True else given[name]  # `evaluate: true` is all of it as it comes, `false` none
+            given[name] = _make(kind, _spelt(asked, kind, f"{where}, {name}"), f"{where}, {name}") if asked is not False else None
     return _make(Recipe, given, where)
 
 
@@ -97,20 +112,23 @@ def step(given: Any, where: str) -> Surgery:
     if isinstance(given, str):
         given = {given: {}}
     if not isinstance(given, Mapping) or len(given) != 1:
-        raise OptionError(f"{where} is {given!r}, and it should be one technique with its options, like `gqa: {{groups: 8}}`")
+        raise OptionError(f"{where} is {shown(given)}, and it should be one technique with its options, like `gqa: {{groups: 8}}`")
     (name, options), known = next(iter(given.items())), surgery.catalogue()
     if name not in known:
         near = get_close_matches(str(name), known, n=1)
-        raise OptionError(f"{where}: there is no technique {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"))
+        raise OptionError(f"{where}: there is no technique {shown(name)}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"))
     technique = surgery.load(name)
-    return _make(technique, _spelt(options or {}, technique, f"{where} ({name})"), f"{where} ({name})")
+    return _make(technique, _spelt({} if options is None else options, technique, f"{where} ({name})"), f"{where} ({name})")
 
 
 def _spelt(given: Any, kind: type[Options], where: str) -> dict[str, Any]:
     """Return the options as Python spells them."""
     if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
-        raise OptionError(f"{where} is {given!r}, and it should be options with their values, like `{next(iter(kind.model_fields)).replace('_', '-')}: …`")
-    return {key.replace("-", "_"): value for key, value in given.items()}
+        raise OptionError(f"{where} is {shown(given)}, and it should be options with their values, like `{next(iter(kind.model_fields)).replace('_', '-')}: …`")
+    made = {key.replace("-", "_"): value for key, value in given.items()}
+    if len(made) < len(given):
+        raise OptionError(f"{where} says something twice, with - and with _; say it once")
+    return made
 
 
 def _make(kind: type[Kind], given: Mapping[str, Any], where: str) -> Kind:
@@ -124,17 +142,18 @@ def order(recipes: Sequence[Recipe]) -> list[Recipe]:
     """Return the recipes so that each comes after the one whose output it begins from.
 
     Raises:
-        OptionError: two write the same folder, or they wait for each other.
+        OptionError: two write the same folder, one writes into what another needs, or they wait for each other.
     """
     writes: dict[Path, Recipe] = {}
     for recipe in recipes:
         for folder in outputs(recipe):
-            if writes.setdefault(folder.resolve(), recipe) is not recipe:
+            if writes.setdefault(real(folder), recipe) is not recipe:
                 raise OptionError(f"two recipes write {folder}; give each its own output")
+    _check_apart(writes, [real(recipe.model) for recipe in recipes])
     done: list[Recipe] = []
     for recipe in recipes:
         waiting = [recipe]
-        while (before := writes.get(Path(waiting[-1].model).expanduser().resolve())) is not None and before not in done:
+        while (before := writes.get(real(waiting[-1].model))) is not None and before not in done:
             if before in waiting:
                 circle = [one.model for one in waiting[waiting.index(before) :]]
                 raise OptionError(
@@ -143,6 +162,17 @@ def order(recipes: Sequence[Recipe]) -> list[Recipe]:
             waiting.append(before)
         done += [one for one in reversed(waiting) if one not in done]
     return done
+
+
+def _check_apart(writes: Iterable[Path], models: Sequence[Path]) -> None:
+    """Refuse outputs that lie in one another or in a model, or where another one is built."""
+    from effconvert.convert.output import partial_folder, replaced_folder  # which imports torch: a schema must not wait for it
+
+    for folder in writes:
+        for place in (folder, partial_folder(folder), replaced_folder(folder)):
+            for other in {*writes, *models} - {folder}:
+                if other == place or place in other.parents or other in place.parents:
+                    raise OptionError(f"{place}, which is needed for an output, and {other} are the same or lie one inside the other; give another output")
 
 
 def outputs(recipe: Recipe) -> Iterator[Path]:
@@ -163,12 +193,13 @@ def schema() -> dict[str, Any]:
         own = technique.model_json_schema()
         definitions |= own.pop("$defs", {})
         definitions[name] = own
-        choices.append(
-            {"type": "object", "description": summary, "properties": {name: {"$ref": f"#/$defs/{name}"}}, "required": [name], "additionalProperties": False}
-        )
+        value: dict[str, Any] = {"$ref": f"#/$defs/{name}"} if own.get("required") else {"anyOf": [{"$ref": f"#/$defs/{name}"}, {"type": "null"}]}
+        choices.append({"type": "object", "description": summary, "properties": {name: value}, "required": [name], "additionalProperties": False})
         if not own.get("required"):
             choices.append({"const": name, "description": summary})
     definitions.pop("Surgery", None)
+    for asked in ("evaluate", "bench"):
+        made["properties"][asked]["anyOf"].append({"type": "boolean"})
     made["properties"]["steps"] = {"type": "array", "minItems": 1, "description": made["properties"]["steps"]["description"], "items": {"anyOf": choices}}
     for held in (made, *definitions.values()):
         if "properties" in held:

@@ -1,21 +1,26 @@
 """Carry out recipes: convert, then measure; what an earlier run finished is found and not done again."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 from effconvert.convert.run import Outcome, convert
 from effconvert.convert.watch import Silent, Watcher
-from effconvert.errors import OptionError
-from effconvert.eval.evaluate import evaluate
-from effconvert.eval.harness import check_tasks
+from effconvert.errors import EffconvertError, OptionError
+from effconvert.eval.evaluate import evaluate, prepare
 from effconvert.eval.report import report
 from effconvert.eval.results import Benchmark, Evaluation, check_output, read, save
-from effconvert.eval.speed import bench
+from effconvert.eval.speed import bench, contexts_of, device_of
 from effconvert.eval.subject import open_model
 from effconvert.options import Conversion, RunOptions
+from effconvert.paths import expand, real
 from effconvert.recipe import Recipe, outputs
 from effconvert.surgery._surgery import Surgery
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -37,32 +42,66 @@ def replay(recipes: Sequence[Recipe], dry_run: bool = False, watcher: Watcher | 
         OptionError, ModelError, EffconvertError: as the commands do; the recipe's output is named.
     """
     watcher = watcher or Silent()
-    for recipe in recipes:
-        _foresee(recipe, recipes, watcher if dry_run else Silent())
-    return [] if dry_run else [_carry_out(recipe, watcher) for recipe in recipes]
+    planned = [_named(recipe, recipes, partial(_foresee, recipe, recipes, watcher if dry_run else Silent())) for recipe in recipes]
+    if dry_run:
+        return [Replay(outcomes) for outcomes in planned]
+    return [_named(recipe, recipes, partial(_carry_out, recipe, watcher)) for recipe in recipes]
 
 
-def _foresee(recipe: Recipe, recipes: Sequence[Recipe], watcher: Watcher) -> None:
+def _named(recipe: Recipe, recipes: Sequence[Recipe], act: Callable[[], Result]) -> Result:
+    """Do something, and name the recipe that fails where there are several."""
+    try:
+        return act()
+    except EffconvertError as error:
+        raise type(error)(f"the recipe for {recipe.target}: {error}" if len(recipes) > 1 else str(error)) from error
+
+
+def _foresee(recipe: Recipe, recipes: Sequence[Recipe], watcher: Watcher) -> tuple[Outcome, ...]:
     """Plan a recipe; where it begins from what another one is still to write, plan both as one."""
     model, revision = recipe.model, recipe.revision
     before: tuple[Surgery, ...] = ()
-    while not Path(model).expanduser().exists() and (writer := _writer(model, recipes)):
-        stage = [folder.resolve() for folder in outputs(writer)].index(Path(model).expanduser().resolve())
+    while (writer := _writer(model, recipes)) and (writer.overwrite or not expand(model).exists()):
+        if revision:
+            raise OptionError(f"--revision is for models on the Hub, and {model} is what another recipe writes; leave it out")
+        stage = [real(folder) for folder in outputs(writer)].index(real(model))
         model, revision, before = writer.model, writer.revision, (*_stages(writer)[stage], *before)
-    for steps, folder in zip(_stages(recipe), outputs(recipe), strict=True):
+    _check_files(recipe, recipes)
+    outcomes = [
         convert(model, (*before, *steps), _options(recipe, folder, revision=revision, dry_run=True), watcher, reuse=True)
+        for steps, folder in zip(_stages(recipe), outputs(recipe), strict=True)
+    ]
+    first = _first(model, revision)
     if recipe.evaluate:
-        check_tasks(recipe.evaluate)
+        with TemporaryDirectory() as scratch:
+            prepare([first], recipe.evaluate, Path(scratch), Silent())
+    if recipe.bench:
+        device_of(recipe.bench)
+        contexts_of([open_model(first)], recipe.bench)
+    return tuple(outcomes)
+
+
+def _check_files(recipe: Recipe, recipes: Sequence[Recipe]) -> None:
+    """Refuse results that would lie in a model's folder, or on top of each other."""
+    folders = {real(folder) for one in recipes for folder in outputs(one)}
+    places = [real(file) for one in recipes for file in _files(one).values()]
     for file in _files(recipe).values():
         check_output(file)
+        place = real(file)
+        if place in folders or folders & set(place.parents):
+            raise OptionError(f"{file} would lie in the folder of a model; give another --output")
+        if places.count(place) > 1:
+            raise OptionError(f"{file} would be written twice; give each measurement its own --output")
+
+
+def _first(model: str, revision: str | None) -> str:
+    return f"{model}@{revision}" if revision else model
 
 
 def _carry_out(recipe: Recipe, watcher: Watcher) -> Replay:
     conversions = [
         convert(recipe.model, steps, _options(recipe, folder), watcher, reuse=True) for steps, folder in zip(_stages(recipe), outputs(recipe), strict=True)
     ]
-    first = f"{recipe.model}@{recipe.revision}" if recipe.revision else recipe.model
-    models, files = [first, *(str(outcome.output) for outcome in conversions)], _files(recipe)
+    models, files = [_first(recipe.model, recipe.revision), *(str(outcome.output) for outcome in conversions)], _files(recipe)
     evaluation = evaluate(models, recipe.evaluate, watcher) if recipe.evaluate else None
     if evaluation:
         save(evaluation, files["evaluate"])
@@ -82,8 +121,8 @@ def _stages(recipe: Recipe) -> list[tuple[Surgery, ...]]:
 
 
 def _writer(model: str, recipes: Sequence[Recipe]) -> Recipe | None:
-    place = Path(model).expanduser().resolve()
-    return next((recipe for recipe in recipes if place in [folder.resolve() for folder in outputs(recipe)]), None)
+    place = real(model)
+    return next((recipe for recipe in recipes if place in [real(folder) for folder in outputs(recipe)]), None)
 
 
 def _options(recipe: Recipe, folder: Path, **more: object) -> RunOptions:
@@ -111,7 +150,10 @@ def _measured_before(file: Path, models: Sequence[str], recipe: Recipe) -> Bench
         held = read(file)
     except OptionError:
         return None
-    asked = recipe.bench.model_dump(mode="json", exclude={"output"}, exclude_none=True) if recipe.bench else {}
-    now = [open_model(model).subject.digest for model in models]
-    same = [subject.digest for subject in held.subjects] == now and all(held.settings.get(key) == value for key, value in asked.items())
-    return held if isinstance(held, Benchmark) and same else None
+    if not recipe.bench or not isinstance(held, Benchmark):
+        return None
+    opened = [open_model(model) for model in models]
+    resolved = {"context": contexts_of(opened, recipe.bench), "device": device_of(recipe.bench)}
+    asked = {**recipe.bench.model_dump(mode="json", exclude={"output"}), **resolved}
+    same = [subject.digest for subject in held.subjects] == [one.subject.digest for one in opened]
+    return held if same and all(held.settings.get(key) == value for key, value in asked.items()) else None

@@ -21,17 +21,17 @@ def command(folder: str, repo: str, **values: Any) -> None:
       effconvert push ./SmolLM2-135M-gqa-1 me/SmolLM2-135M-MQA --private --results eval.json,bench.json
       effconvert push ./SmolLM2-135M-gqa-1 team/SmolLM2-135M-MQA --pr
     """
-    from pathlib import Path
 
     from rich.markup import escape
     from rich.table import Table
 
     from effconvert.console import Terminal
     from effconvert.convert.push import push
+    from effconvert.paths import expand
     from effconvert.quantities import size
 
     options, terminal = PushOptions(**given(values)), Terminal(folder)
-    pushed = push(Path(folder).expanduser(), repo, options, terminal)
+    pushed = push(expand(folder), repo, options, terminal)
     table = Table("file", "size", box=None, pad_edge=False, header_style="bold")
     for name, held in sorted(pushed.files.items()):
         table.add_row(escape(name), size(held))

@@ -26,9 +26,10 @@ def command(model: str, results: tuple[str, ...], **values: Any) -> None:
 
     from effconvert.console import stdout
     from effconvert.eval.report import default_page, report
+    from effconvert.paths import expand
 
     page = options.output or default_page(Path(model))
-    made = report(Path(model).expanduser(), [Path(file).expanduser() for file in results], page, options.overwrite)
+    made = report(expand(model), [expand(file) for file in results], page, options.overwrite)
     out = stdout()
     for doubt in made.doubts:
         out.print(f"distrust: {doubt}", soft_wrap=True, markup=False)

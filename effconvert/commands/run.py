@@ -40,8 +40,12 @@ def command(recipe: str, dry_run: bool, **values: Any) -> None:
 
     recipes = read(Path(recipe), **given(values))
     terminal = Terminal(recipes[0].model)
-    for outcome in replay(recipes, dry_run, terminal):
-        _show(outcome, terminal)
+    for done in replay(recipes, dry_run, terminal):
+        if dry_run:
+            for there in (conversion.output for conversion in done.conversions if conversion.found):
+                terminal.out.print(f"{there} is there already, by this very conversion", soft_wrap=True, markup=False)
+        else:
+            _show(done, terminal)
 
 
 def _show(done: Any, terminal: Any) -> None:

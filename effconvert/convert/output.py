@@ -6,6 +6,7 @@ Everything goes to `OUT.partial` first, with a manifest that says what belongs t
 
 import contextlib
 import errno
+import filecmp
 import json
 import os
 import shutil
@@ -46,6 +47,8 @@ def check(plan: Plan, output: Path, overwrite: bool, scratch: int) -> None:
         OptionError: it exists, cannot be written, has too little room, or would touch the source.
     """
     try:
+        if output.parts[:1] and output.parts[0].startswith("~"):
+            raise OptionError(f"--output {output} is in the home folder of somebody who has none here; give another")
         if output.name in ("", ".."):
             raise OptionError(f"--output '{output}' is not the name of a new folder; give one")
         _check_source(plan.checkpoint.folder, output)
@@ -188,6 +191,7 @@ def finished(plan: Plan, output: Path, verified: bool) -> dict[str, Any]:
     manifest = read_manifest(output)
     whole = manifest.get("fingerprint") == plan.fingerprint and set(manifest["files"]) == set(plan.written)
     sound = whole and all((output / name).is_file() for name in plan.written) and not foreign_files(output)
+    sound = sound and all(filecmp.cmp(plan.checkpoint.folder / name, output / name, shallow=False) for name in plan.files)
     return manifest if sound and (manifest.get("verified") or not verified) else {}
 
 

@@ -15,10 +15,11 @@ from effconvert.convert.plan import CARD, RECIPE, Plan, plan
 from effconvert.convert.stream import write
 from effconvert.convert.verify import Report, check_memory, prepare, scratch_bytes, verify
 from effconvert.convert.watch import Silent, Watcher
-from effconvert.errors import ModelError
+from effconvert.errors import ModelError, OptionError
 from effconvert.eval.results import versions
 from effconvert.eval.text import default_text, read_text
 from effconvert.options import RunOptions
+from effconvert.paths import expand, real
 from effconvert.surgery._surgery import Surgery
 
 
@@ -49,18 +50,20 @@ def convert(model: str, surgeries: tuple[Surgery, ...], options: RunOptions, wat
         EffconvertError: the disk or the network failed; the same call goes on from there.
     """
     watcher = watcher or Silent()
+    if not surgeries:
+        raise OptionError("nothing is to be done to the model; name at least one technique")
     text = None
     if options.verify:
         text = read_text(options.text) if options.text else default_text()
     folder = sources.locate(model, options.revision, watcher.step)
     planned = plan(open_checkpoint(folder), surgeries)
-    target = (options.output or Path(default_name(model, surgeries))).expanduser()
+    target = expand(options.output or default_name(model, surgeries))
     if reuse and (manifest := output.finished(planned, target, options.verify)):
         return Outcome(planned, target, verification(manifest), found=True)
     output.check(planned, target, options.overwrite, scratch_bytes(planned, options) if options.verify else 0)
     memory = check_memory(planned, options) if options.verify else 0
     material = prepare(planned, text, options) if text else None
-    watcher.plan(planned, target, memory)
+    watcher.plan(model, planned, target, memory)
     if options.dry_run:
         return Outcome(planned, target, None)
 
@@ -82,7 +85,7 @@ def convert(model: str, surgeries: tuple[Surgery, ...], options: RunOptions, wat
 
 def _source(model: str, options: RunOptions, folder: Path) -> dict[str, Any]:
     """Say where the model came from, back to what nobody converted; of a folder only its name, for this will be read by others."""
-    source = {"model": folder.name if Path(model).exists() else model, "revision": options.revision, "commit": sources.commit(folder)}
+    source = {"model": folder.name if expand(model).exists() else model, "revision": options.revision, "commit": sources.commit(folder)}
     before = output.read_manifest(folder)
     made_by = {key: before[key] for key in ("effconvert", "recipe", "source", "verified") if key in before}
     return {**source, **({"made_by": made_by} if made_by else {})}
@@ -91,7 +94,8 @@ def _source(model: str, options: RunOptions, folder: Path) -> dict[str, Any]:
 def _texts(model: str, plan: Plan, record: dict[str, Any]) -> dict[str, str]:
     """Write what people read: the recipe, which makes the same bytes again, and the model card."""
     source = record["source"]
-    recipe = {"model": model, "revision": source["commit"] or source["revision"], "steps": plan.recipe}
+    revision = None if expand(model).exists() else source["commit"] or source["revision"]
+    recipe = {"model": model, "revision": revision, "steps": plan.recipe}
     told = f"# Written by effconvert {__version__}. The same bytes again: effconvert run {RECIPE} -o DIR\n"
     card = plan.checkpoint.folder / CARD
     before = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
@@ -102,5 +106,5 @@ def _texts(model: str, plan: Plan, record: dict[str, Any]) -> dict[str, str]:
 
 def default_name(model: str, surgeries: tuple[Surgery, ...]) -> str:
     """Name the output: SmolLM2-135M by gqa --groups 1 is SmolLM2-135M-gqa-1."""
-    stem = Path(model).expanduser().resolve().name.removesuffix(".gguf")
+    stem = real(model).name.removesuffix(".gguf")
     return "-".join([stem, *(surgery.label for surgery in surgeries)])

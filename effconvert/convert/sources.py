@@ -15,6 +15,8 @@ from typing import Any
 
 from effconvert.convert.checkpoint import INDEX, PICKLES, SINGLE
 from effconvert.errors import EffconvertError, ModelError, OptionError
+from effconvert.options import shown
+from effconvert.paths import expand
 
 HUB_ID = re.compile(r"^[\w][\w.-]*(/[\w][\w.-]*)?$")
 BESIDE_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*"]
@@ -27,7 +29,11 @@ def locate(model: str, revision: str | None = None, step: Callable[[str], None] 
         OptionError: there is no such model.
         ModelError: it is there and cannot be had: gated, without safetensors, a damaged GGUF file.
     """
-    path = Path(model).expanduser()
+    path = expand(model)
+    try:
+        path.exists()
+    except OSError as error:
+        raise OptionError(f"{shown(model)} is no name of a model ({error.strerror}); give a folder, a Hub id or a .gguf file") from None
     if revision is not None and (path.exists() or path.suffix == ".gguf" or not HUB_ID.match(model)):
         raise OptionError(f"--revision is for models on the Hub, and {model} is a path; leave it out")
     if path.suffix == ".gguf":
@@ -146,4 +152,4 @@ def commit(folder: Path) -> str | None:
 
 def cache() -> Path:
     """Return where effconvert keeps what it can make again: $EFFCONVERT_CACHE, or ~/.cache/effconvert."""
-    return Path(os.environ.get("EFFCONVERT_CACHE", "~/.cache/effconvert")).expanduser()
+    return expand(os.environ.get("EFFCONVERT_CACHE", "~/.cache/effconvert"))

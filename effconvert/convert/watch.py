@@ -14,8 +14,8 @@ Advance = Callable[[int], None]
 class Watcher(Protocol):
     """Who is told how a conversion goes on."""
 
-    def plan(self, plan: Plan, output: Path, verify_bytes: int) -> None:
-        """Everything is planned; nothing is written yet."""
+    def plan(self, model: str, plan: Plan, output: Path, verify_bytes: int) -> None:
+        """Everything is planned for what the asker calls `model`; nothing is written yet."""
 
     def step(self, what: str) -> None:
         """Something begins that takes a while."""
@@ -27,7 +27,7 @@ class Watcher(Protocol):
 class Silent:
     """Tells nobody."""
 
-    def plan(self, plan: Plan, output: Path, verify_bytes: int) -> None:
+    def plan(self, model: str, plan: Plan, output: Path, verify_bytes: int) -> None:
         """Say nothing."""
 
     def step(self, what: str) -> None:

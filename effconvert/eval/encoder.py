@@ -16,6 +16,7 @@ from effconvert.convert.watch import Advance
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.paired import make
 from effconvert.eval.store import Measured
+from effconvert.paths import expand
 
 SHARE = 0.15  # of the tokens are masked, as in BERT's training (Devlin et al. 2019, arXiv 1810.04805, section 3.1), here always by [MASK]
 BATCH = 32  # sentences at a time
@@ -118,7 +119,7 @@ def read_pairs(path: Path) -> Pairs:
         OptionError: the file is not there, or not like that.
     """
     try:
-        with path.expanduser().open(encoding="utf-8", newline="") as file:
+        with expand(path).open(encoding="utf-8", newline="") as file:
             rows = [json.loads(line) for line in file if line.strip()] if path.suffix in (".jsonl", ".json") else list(csv.DictReader(file))
         read = Pairs(path.name, *zip(*map(_pair, rows), strict=True)) if rows else Pairs(path.name, (), (), ())
     except OSError as error:

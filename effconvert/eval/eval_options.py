@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from effconvert.options import CONTEXT, TEXT, TOKENS, Listed, Names, Options
+from effconvert.paths import expand
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -16,7 +17,7 @@ def _samples(given: Any) -> Any:
     if not isinstance(given, str):
         return given
     try:
-        return json.loads(given if given.lstrip().startswith("{") else Path(given).expanduser().read_text(encoding="utf-8"))
+        return json.loads(given if given.lstrip().startswith("{") else expand(given).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f'--samples is neither JSON like {{"piqa": [0, 2]}} nor a file that holds it ({error})') from None
 
@@ -27,7 +28,9 @@ class EvalOptions(Options):
     tasks: Names = Field((), description="Tasks, groups or tags of lm-eval, with commas between.", json_schema_extra={"metavar": "TASK,…"})
     include_path: Path | None = Field(None, description="Folder with task files of your own.", json_schema_extra={"metavar": "DIR"})
     num_fewshot: int | None = Field(None, ge=0, description="Examples before each question. Default: the task's own number.")
-    limit: float | None = Field(None, gt=0, description="Only the first N documents of each task, or a fraction below 1.", json_schema_extra={"metavar": "N"})
+    limit: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="Only the first N documents of each task, or a fraction below 1.", json_schema_extra={"metavar": "N"}
+    )
     samples: Annotated[dict[str, tuple[int, ...]] | None, BeforeValidator(_samples)] = Field(
         None, description='Only these documents: JSON like {"piqa": [0, 2]}, or a file that holds it.', json_schema_extra={"metavar": "JSON"}
     )

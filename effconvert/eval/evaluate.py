@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +19,40 @@ from effconvert.eval.running import Running
 from effconvert.eval.store import Measured, Store
 from effconvert.eval.subject import open_model, pick_device
 from effconvert.eval.text import Text, default_text, read_text
+from effconvert.paths import expand
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is needed to measure, looked at and found sound; no model is loaded yet."""
+
+    running: list[Running]
+    plan: Decoders | Encoders
+    store: Store
+    text: Text
+    device: str
+
+
+def prepare(models: Sequence[str], options: EvalOptions, scratch: Path, watcher: Watcher) -> Prepared:
+    """Open the models, the text and the tasks.
+
+    Raises:
+        OptionError, ModelError, EffconvertError: as `evaluate`.
+    """
+    if not models:
+        raise OptionError("there is no model to measure; give at least one")
+    if options.include_path and not expand(options.include_path).is_dir():
+        raise OptionError(f"--include-path {options.include_path} is no folder; give one with task files")
+    text = read_text(options.text) if options.text else default_text()
+    device = pick_device(options.device)
+    running = [Running(open_model(model, watcher.step), options.dtype, device) for model in models]
+    for model in running:
+        if model.opened.decoder != running[0].opened.decoder:
+            raise OptionError(f"{running[0].name} and {model.name} are a decoder and an encoder, and nothing is measured on both; compare like with like")
+        if not has_tokenizer(model.opened.folder):
+            raise ModelError(f"{model.name} has no tokenizer beside it, so it cannot be given text; put one there")
+    store, kind = Store(options.cache), Decoders if running[0].opened.decoder else Encoders
+    return Prepared(running, kind(running, options, text, store, scratch, talk=sys.stderr.isatty() and not isinstance(watcher, Silent)), store, text, device)
 
 
 def evaluate(models: Sequence[str], options: EvalOptions, watcher: Watcher | None = None) -> Evaluation:
@@ -34,19 +69,10 @@ def evaluate(models: Sequence[str], options: EvalOptions, watcher: Watcher | Non
         EffconvertError: memory, disk or network failed; what was measured until then is kept, and the same call goes on from there.
     """
     watcher = watcher or Silent()
-    text = read_text(options.text) if options.text else default_text()
-    device = pick_device(options.device)
-    running = [Running(open_model(model, watcher.step), options.dtype, device) for model in models]
-    for model in running:
-        if model.opened.decoder != running[0].opened.decoder:
-            raise OptionError(f"{running[0].name} and {model.name} are a decoder and an encoder, and nothing is measured on both; compare like with like")
-        if not has_tokenizer(model.opened.folder):
-            raise ModelError(f"{model.name} has no tokenizer beside it, so it cannot be given text; put one there")
-    store = Store(options.cache)
     with TemporaryDirectory(prefix="effconvert-eval-") as scratch, quiet():
-        kind = Decoders if running[0].opened.decoder else Encoders
-        plan = kind(running, options, text, store, Path(scratch), talk=sys.stderr.isatty() and not isinstance(watcher, Silent))
-        found = [_measure(plan, index, running[index], store, watcher) for index in range(len(running))]
+        prepared = prepare(models, options, Path(scratch), watcher)
+        running, plan = prepared.running, prepared.plan
+        found = [_measure(plan, index, running[index], prepared.store, watcher) for index in range(len(running))]
     by_model = [[sample for measured in kept for sample in measured.samples] for kept in found]
     notes = [*plan.notes, *(f"{model.name}: {note}" for model, kept in zip(running, found, strict=True) for measured in kept for note in measured.notes)]
     if isinstance(plan, Decoders) and plan.harness:
@@ -60,9 +86,9 @@ def evaluate(models: Sequence[str], options: EvalOptions, watcher: Watcher | Non
         continuations=tuple(texts[1] for texts in written),
         prompt=written[0][0],
         notes=(*notes, *doubts),
-        settings=_settings(options, text, device, plan),
+        settings=_settings(options, prepared.text, prepared.device, plan),
         versions=results.versions(),
-        machine=results.machine(device),
+        machine=results.machine(prepared.device),
         date=results.now(),
     )
 

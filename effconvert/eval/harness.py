@@ -20,6 +20,7 @@ from effconvert.errors import EffconvertError, OptionError
 from effconvert.eval.eval_options import EvalOptions
 from effconvert.eval.paired import Better, Samples, pooled
 from effconvert.eval.store import Measured
+from effconvert.paths import expand
 
 SEED, OTHER_SEED = 0, 1234  # lm-eval's own
 OFFLINE = ("ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectTimeout", "ConnectError", "DatasetNotFoundError", "HfHubHTTPError")
@@ -152,17 +153,6 @@ class Harness:
                 raise OptionError(f"--samples for {name} should be numbers from 0 to {count - 1}")
 
 
-def check_tasks(options: EvalOptions) -> None:
-    """Refuse, before hours of work, tasks that are not there. Their data is not looked at.
-
-    Raises:
-        OptionError: there is no such task.
-    """
-    if options.tasks:
-        with _quiet(talk=False):
-            _manager(options)
-
-
 class _Truncations(logging.Handler):
     """Counts the inputs that lm-eval says it cut short."""
 
@@ -195,9 +185,7 @@ def _manager(options: EvalOptions) -> Any:
     """Find the tasks: among the asker's own first, which takes a moment, and then among all of lm-eval's, which takes seconds."""
     from lm_eval.tasks import TaskManager
 
-    own = str(options.include_path.expanduser()) if options.include_path else None
-    if options.include_path and not options.include_path.expanduser().is_dir():
-        raise OptionError(f"--include-path {options.include_path} is no folder; give one with task files")
+    own = str(expand(options.include_path)) if options.include_path else None
     if own:
         manager = TaskManager(include_path=own, include_defaults=False)
         if all(name in manager.task_index for name in options.tasks):

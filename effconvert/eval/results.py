@@ -16,6 +16,7 @@ import psutil
 from pydantic import TypeAdapter, ValidationError
 
 from effconvert.errors import OptionError
+from effconvert.paths import expand, real
 
 LIBRARIES = ("effconvert", "torch", "transformers", "tokenizers", "lm_eval", "triton")
 
@@ -113,7 +114,7 @@ class Cell:
     predicted: float | None  # seconds of one step, if it only had to move weights and cache through memory
     weight_bytes: int | None  # moved in a step
     cache_bytes: int | None  # of the cache object at `context`, measured
-    peak_bytes: int | None  # memory beyond what was held before any model was loaded
+    peak_bytes: int | None  # its weights, and what a pass held at most beyond what was held before it
     ratios: dict[str, float]  # to the first model in the same run: prefill, first, decode, cache, peak
     failure: str = ""
 
@@ -148,7 +149,7 @@ READERS: dict[str, TypeAdapter[Any]] = {"evaluation": TypeAdapter(Evaluation), "
 
 def save(results: Evaluation | Benchmark, path: Path) -> None:
     """Write `results` as JSON: never half a file."""
-    path = path.expanduser()
+    path = expand(path)
     draft = path.with_name(f".{path.name}.draft")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,8 +169,8 @@ def check_output(path: Path | None) -> None:
     """
     if path is None:
         return
-    place = next((folder for folder in path.expanduser().resolve().parents if folder.exists()), Path("/"))
-    if path.expanduser().is_dir():
+    place = next((folder for folder in real(path).parents if folder.exists()), Path("/"))
+    if expand(path).is_dir():
         raise OptionError(f"--output {path} is a folder; give the name of a file")
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise OptionError(f"--output {path} cannot be written: {place} is not a folder that you may write to; give another")

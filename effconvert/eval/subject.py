@@ -16,6 +16,7 @@ from effconvert.convert.shards import FLOATS
 from effconvert.convert.stock import load
 from effconvert.errors import EffconvertError, OptionError
 from effconvert.eval.results import Subject
+from effconvert.paths import expand, real
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,13 @@ def open_model(model: str, step: Callable[[str], None] = lambda _: None) -> Open
         OptionError: there is no such model.
         ModelError: it is damaged, or of a family that effconvert does not know.
     """
-    here = Path(model).expanduser().exists()
+    here = expand(model).exists()
     name, _, revision = (model, "", "") if here else model.partition("@")
     folder = sources.locate(name, revision or None, step)
     checkpoint = open_checkpoint(folder)
     config, size = checkpoint.config, plan(checkpoint, ()).before
     subject = Subject(
-        name=Path(model).expanduser().resolve().name if here else model,
+        name=real(model).name if here else model,
         digest=digest(checkpoint),
         commit=sources.commit(folder),
         kind=config.kind,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from effconvert.errors import OptionError
+from effconvert.paths import expand
 
 # Held out: the embedded model was not trained on these, and nothing may be calibrated on them.
 EVALUATION_MODULES = (
@@ -50,7 +51,7 @@ def read_text(path: Path) -> Text:
         OptionError: there is no such file, or it is not UTF-8 text, or it is empty.
     """
     try:
-        content = path.expanduser().read_text(encoding="utf-8")
+        content = expand(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise OptionError(f"--text {path} is not UTF-8 text ({error.reason} at byte {error.start}); give a plain text file") from None
     except OSError as error:

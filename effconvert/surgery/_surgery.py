@@ -4,7 +4,7 @@ from __future__ import annotations  # what only types need is not imported: `--h
 
 import re
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BeforeValidator, Field
 
@@ -74,10 +74,11 @@ class Surgery(Options):
         """Change one layer: read parts, assign parts. Runs on the meta device first, so it must not look at values."""
 
     @classmethod
-    def _sentence(cls, mistake: dict[str, Any]) -> str:
-        if mistake["type"] == "extra_forbidden" and mistake["loc"] == ("layers",):
+    def unknown(cls, name: str) -> str:
+        """Say that there is no option `name`, and of `--layers` why."""
+        if name == "layers":
             return "this technique changes all layers alike, since config.json says it once for all of them; leave out --layers"
-        return super()._sentence(mistake)
+        return super().unknown(name)
 
 
 class Layerwise(Surgery):

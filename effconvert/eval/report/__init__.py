@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from effconvert.eval.report.facts import Report
+    from effconvert.paths import real
+from effconvert.eval.report.facts import Report
 
 
 def default_page(folder: Path) -> Path:
     """Return where the page on the model in `folder` goes by itself."""
-    return Path(f"{folder.expanduser().resolve().name}-report.html")
+    return Path(f"{real(folder).name}-report.html")
 
 
 def report(folder: Path, results: Sequence[Path] = (), output: Path | None = None, overwrite: bool = False) -> "Report":

@@ -1,0 +1,136 @@
+"""Measure how fast models are, the original first."""
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from effconvert.commands._click import given, parameters
+from effconvert.eval.bench_options import BenchOptions
+
+if TYPE_CHECKING:
+    from effconvert.eval.results import Benchmark, Cell, Timing
+
+HEADINGS = (  # two lines each; the second is the name of a model, cut to what fits
+    ("", "context"),
+    ("", "model"),
+    ("prefill", "tokens/s"),
+    ("first", "token, ms"),
+    ("decode", "tokens/s"),
+    ("a step, ms", "(low-high)"),
+    ("memory", "alone, ms"),
+    ("of it", "weights"),
+    ("KV", "cache"),
+    ("peak", "memory"),
+)
+GAP = "  "
+SHORTEST = 8  # characters that are left of a name, however narrow the terminal
+
+
+@click.command(name="bench", params=[click.Argument(["models"], nargs=-1, required=True, metavar="MODEL..."), *parameters(BenchOptions)])
+def command(models: tuple[str, ...], **values: Any) -> None:
+    """Measure how fast models are, the original first.
+
+    Prefill, time to first token, decoding, KV cache and peak memory, over batch sizes and contexts. The others are compared with the first one, in rounds that
+    they take in turns; beside a step's time stands what it would take to read the weights and the cache from memory, and nothing else.
+
+    \b
+    Examples:
+      effconvert bench ./SmolLM2-135M ./smol-mqa
+      effconvert bench ./SmolLM2-135M ./smol-mqa --batch 1,16 --context 512,4096 -o bench.json
+      effconvert bench ./smol-mqa --device cuda --cache static --graphs
+    """
+    options = BenchOptions(**given(values))
+
+    from effconvert.commands._still import Still
+    from effconvert.errors import EffconvertError
+    from effconvert.eval.results import check_output, save
+    from effconvert.eval.speed import bench
+
+    check_output(options.output)
+    terminal = Still(models[0])
+    found = bench(models, options, terminal)
+    if options.output:
+        save(found, options.output)
+    show(found)
+    if options.output:
+        terminal.out.print(f"written to {options.output}", soft_wrap=True, markup=False)
+    if all(cell.failure for cell in found.cells):
+        raise EffconvertError(f"nothing could be measured: {found.cells[0].failure}")
+
+
+def show(found: "Benchmark") -> None:
+    """Print what was found."""
+    from rich.markup import escape
+
+    from effconvert.console import stdout
+    from effconvert.quantities import size
+
+    out, settings = stdout(), found.settings
+    names = [f"{index} {subject.name}" for index, subject in enumerate(found.subjects, 1)]
+    rows = [_row(cell, names[cell.subject]) for cell in found.cells]
+    ratios = [_ratios(cell) if cell.subject else [] for cell in found.cells]
+    heads = [list(line) for line in zip(*HEADINGS, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*heads, *rows, *filter(None, ratios), strict=True)]
+    widths[1] = max(SHORTEST, min(widths[1], out.width - sum(widths) + widths[1] - len(GAP) * (len(widths) - 1)))
+
+    def line(cells: list[str], failure: str = "") -> str:
+        name = cells[1] if len(cells[1]) <= widths[1] else cells[1][: widths[1] - 1] + "…"
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        return escape(GAP.join([padded[0], name.ljust(widths[1]), *([failure] if failure else padded[2:])]).rstrip())
+
+    for head in heads:
+        out.print(f"[bold]{line(head)}[/]", soft_wrap=True)
+    batch = None
+    for cell, row, below in zip(found.cells, rows, ratios, strict=True):
+        if cell.batch != batch:
+            batch = cell.batch
+            out.print(f"[bold]batch {batch}[/]")
+        out.print(line(row, cell.failure), soft_wrap=True)
+        if any(below):
+            out.print(f"[dim]{line(below)}[/]", soft_wrap=True)
+    dtypes = " and ".join(dict.fromkeys(subject.dtype for subject in found.subjects)) if settings["dtype"] == "auto" else settings["dtype"]
+    cache = f"{settings['cache']} cache" + (", CUDA graphs" if settings["graphs"] else "")
+    out.print(f"\nmedians of {settings['rounds']} rounds, each of {settings['new_tokens']} steps; {dtypes}, {cache}; x: to model 1", soft_wrap=True)
+    out.print(
+        f"memory alone: what a step takes if it only reads weights and cache, at the {size(found.bandwidth)}/s measured here. "
+        "A step far above it waits for something else: arithmetic, copies of the cache, Python. Peak: weights, and what a pass took beside them."
+    )
+    for note in found.notes:
+        out.print(f"note: {escape(note)}", soft_wrap=True)
+    out.print(f"on {escape(found.machine)}; torch {found.versions['torch']}, transformers {found.versions['transformers']}", soft_wrap=True)
+
+
+def _row(cell: "Cell", name: str) -> list[str]:
+    from effconvert.quantities import size
+
+    return [
+        str(cell.context),
+        name,
+        _digits(cell.prefill_rate),
+        _milliseconds(cell.first),
+        _digits(cell.decode_rate),
+        f"{_milliseconds(cell.decode)} ({_digits(cell.decode.low * 1e3)}-{_digits(cell.decode.high * 1e3)})" if cell.decode else "",
+        _digits(cell.predicted and cell.predicted * 1e3),
+        f"{cell.weight_bytes / (cell.weight_bytes + cell.cache_bytes):.0%}" if cell.weight_bytes and cell.cache_bytes else "",
+        size(cell.cache_bytes) if cell.cache_bytes else "",
+        size(cell.peak_bytes) if cell.peak_bytes else "",
+    ]
+
+
+def _ratios(cell: "Cell") -> list[str]:
+    """Lay the ratios out below the numbers that they are of: tokens a second, and seconds and bytes."""
+    shown = {name: f"{_digits(ratio)} x" for name, ratio in cell.ratios.items()}
+    rates = {name: f"{_digits(1 / ratio)} x" for name, ratio in cell.ratios.items()}
+    first, step, cache, peak = (shown.get(name, "") for name in ("first", "decode", "cache", "peak"))
+    return ["", "", rates.get("prefill", ""), first, rates.get("decode", ""), step, "", "", cache, peak]
+
+
+def _milliseconds(timing: "Timing | None") -> str:
+    return _digits(timing.median * 1e3) if timing else ""
+
+
+def _digits(number: float | None) -> str:
+    """Write three digits, or all of those before the point."""
+    if number is None:
+        return ""
+    return f"{number:.0f}" if number >= 100 else f"{number:#.3g}"
