@@ -5,15 +5,20 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from effconvert.convert.run import convert
 from effconvert.convert.sources import unpack_gguf
+from effconvert.eval.eval_options import EvalOptions
+from effconvert.eval.evaluate import evaluate
 from effconvert.options import RunOptions
 from effconvert.surgery.expand_kv import ExpandKv
 from effconvert.surgery.gqa import Gqa
@@ -85,6 +90,33 @@ def test_lm_eval_opens_the_converted_model_with_nothing_of_ours(one_head, tmp_pa
     arguments = ["--model", "hf", "--model_args", f"pretrained={one_head.output},max_length=256", "--device", "cpu"]
     told = stock("-m", "lm_eval", *arguments, "--include_path", str(tmp_path), "--tasks", "capitals")
     assert "|capitals|" in told.replace(" ", "")
+
+
+def test_evaluating_gives_lm_evals_numbers_to_the_last_digit_and_nothing_between_a_model_and_itself(smollm2, tmp_path):
+    countries, cities = ("France", "Italy", "Spain", "Austria", "Russia"), ("Paris", "Rome", "Madrid", "Vienna", "Moscow")
+    rows = [{"country": country, "label": label % 3} for label, country in enumerate(countries)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"country": country, "label": 0}) for country in cities))
+    files = f"{tmp_path / 'rows.jsonl'}, train: {tmp_path / 'train.jsonl'}"
+    (tmp_path / "capitals.yaml").write_text(TASK.replace("FILE", files) + "fewshot_split: train\n")
+    chosen = {"capitals": [0, 1, 3, 4]}
+    options = EvalOptions(
+        tasks="capitals", include_path=tmp_path, num_fewshot=2, samples=chosen, tokens=256, context=128, generation=False, passkey=(), cache=False
+    )
+    found = evaluate([str(smollm2)] * 2, options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what lm-eval says is not what is tested
+        settings = {"task_manager": TaskManager(include_path=str(tmp_path), include_defaults=False), "num_fewshot": 2, "samples": chosen}
+        theirs = simple_evaluate(model="hf", model_args={"pretrained": str(smollm2)}, tasks=["capitals"], device="cpu", batch_size=1, **settings)
+    expected = theirs["results"]["capitals"]
+    [capitals] = [row for row in found.rows if row.task == "capitals"]
+    assert [(value.value, value.error) for value in capitals.values] == [(expected["acc,none"], expected["acc_stderr,none"])] * 2
+    assert capitals.documents == 4
+    for row in found.rows:
+        if row.metric in ("kl", "same_top_token"):
+            assert row.values[1].value == {"kl": 0, "same_top_token": 1}[row.metric]
+        else:
+            assert (row.values[1].difference, row.values[1].difference_error, row.values[1].p) == (0, 0, 1)
 
 
 def test_what_it_cost_is_measured(one_head):
