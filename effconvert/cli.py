@@ -47,7 +47,7 @@ class Commands(click.Group):
             click.echo(f"Error: {error.filename or 'a file'} cannot be used ({error.strerror}); mend that, and run the same command again", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
-            click.echo("\nStopped. A conversion goes on from what is finished when the same command is run again.", err=True)
+            click.echo("\nStopped. What is finished is kept, and the same command goes on from there.", err=True)
             sys.exit(130)
 
 

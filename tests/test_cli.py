@@ -126,7 +126,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(command: Command, contents
     told = " ".join(result.stdout.split())
     assert re.search(r"parameters \d\d\.\d+ k \d\d\.\d+ k 0\.\d+ x", told)
     assert "KV cache a token 384 B 192 B 0.5 x" in told  # 3 layers, k and v, 4 then 2 heads of 8, 2 bytes
-    assert re.search(r"needs about [\d.]+ [MG]B of memory to write and [\d.]+ kB of disk, [\d.]+ [kM]B of memory to verify", told)
+    assert re.search(r"needs about [\d.]+ [MG]B of memory to write and [\d.]+ kB of disk, [\d.]+ [kMG]B of memory to verify", told)
     assert "loads as LlamaForCausalLM in stock transformers" in told
     assert "4 query and 4 KV heads of 8 becomes 3 layers, 4 query and 2 KV heads of 8" in told
     assert "NOT VERIFIED" not in told

@@ -362,10 +362,10 @@ def test_what_is_wrong_in_the_last_recipe_is_found_before_the_first_writes(wrong
 
 
 def test_a_task_that_is_not_there_is_found_before_the_first_writes(model, refused, monkeypatch):
-    def manager(options):  # in the place of lm-eval's list, which takes half a minute
+    def load(options):  # in the place of lm-eval's list, which takes half a minute
         raise OptionError(f"there is no task {options.tasks[0]!r}")
 
-    monkeypatch.setattr("effconvert.eval.harness._manager", manager)
+    monkeypatch.setattr("effconvert.eval.harness._load", load)
     assert "there is no task 'piqo'" in refused(recipe(), recipe(model="out", output="b", steps=[ONE], evaluate={"tasks": ["piqo"]}))
 
 

@@ -66,23 +66,24 @@ def show(evaluation: "Evaluation") -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
     table.add_column("", no_wrap=True)
+    table.add_column("n", justify="right")
+    recovered = {index for row in evaluation.rows for index, value in enumerate(row.values) if value and value.recovery is not None}
     for index, name in enumerate(names):
         table.add_column(escape(name))
         if index:
             table.add_column("difference")
             table.add_column("")
-    recovered = any(value and value.recovery is not None for row in evaluation.rows for value in row.values)
-    if recovered:
-        table.add_column("kept")
+        if index in recovered:
+            table.add_column("kept")
     for row, before in zip(evaluation.rows, [None, *evaluation.rows], strict=False):
         cells = [] if before and before.task == row.task else [escape(row.task)]
-        table.add_row(*(cells or [""]), escape(row.metric), *_cells(row), *([_kept(row)] if recovered else []))
+        table.add_row(*(cells or [""]), escape(row.metric), str(row.documents), *_cells(row, recovered))
     out.print(table)
     settings = evaluation.settings
     out.print(
         f"text: {escape(str(settings['text']))}, {settings['tokens']} tokens in windows of {settings['context']}; {escape(evaluation.machine)}", soft_wrap=True
     )
-    out.print("± is one standard error, of a difference that of the same documents; ~ may be chance (p >= 0.05)")
+    out.print("± is one standard error, of a difference that of the same n documents (windows of text); ~ may be chance (p >= 0.05)", soft_wrap=True)
     for note in evaluation.notes:
         out.print(f"note: {note}", soft_wrap=True, markup=False)
     if evaluation.prompt:
@@ -91,13 +92,15 @@ def show(evaluation: "Evaluation") -> None:
             out.print(f"{name} writes: {text!r}", soft_wrap=True, markup=False)
 
 
-def _cells(row: "Row") -> list[str]:
+def _cells(row: "Row", recovered: set[int]) -> list[str]:
     cells = []
     for index, value in enumerate(row.values):
         cells.append("" if value is None else _number(value.value, value.error))
         if index:
             cells.append("" if value is None or value.difference is None else _number(value.difference, value.difference_error, signed=True))
             cells.append("" if value is None else mark(row, value))
+        if index in recovered:
+            cells.append("" if value is None or value.recovery is None else f"{value.recovery:.0%}")
     return cells
 
 
@@ -114,10 +117,6 @@ def mark(row: "Row", value: "Value") -> str:
     if row.better is None:
         return "more" if value.difference > 0 else "less"
     return "better" if (value.difference > 0) == (row.better == "higher") else "worse"
-
-
-def _kept(row: "Row") -> str:
-    return " ".join("" if value is None or value.recovery is None else f"{value.recovery:.0%}" for value in row.values[1:])
 
 
 def _number(value: float, error: float | None, signed: bool = False) -> str:

@@ -81,7 +81,9 @@ class Config:
     def longest(self) -> int | None:
         """The longest context in tokens, where there is a limit."""
         length: int | None = self.get(self.family.positions_key)
-        return length
+        if length is None or not self.family.positions_after_padding:
+            return length
+        return length - int(self.get("pad_token_id") or 0) - 1
 
     def get(self, key: str) -> Any:
         """Return the value of `key`, transformers' own where the file is silent, None where there is none."""

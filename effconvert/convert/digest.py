@@ -9,8 +9,14 @@ from effconvert.convert.checkpoint import Checkpoint
 from effconvert.convert.config import CONFIG
 from effconvert.convert.sources import cache
 
-BESIDE = (".json", ".model", ".txt", ".jinja", ".tiktoken")  # files that may change what a model computes
-ABOUT = ("effconvert.json", "model.safetensors.index.json")  # and files that say where it came from, or where its tensors lie
+# Files beside the weights that change what a model computes, by how their names begin or end.
+BEGIN = ("added_tokens", "chat_template", "generation_config", "merges", "sentencepiece", "special_tokens_map", "spiece", "tokenizer", "vocab")
+END = (".jinja", ".model", ".tiktoken")
+
+
+def matters(name: str) -> bool:
+    """Whether the file `name` of a model changes what it computes."""
+    return name.startswith(BEGIN) or name.endswith((*END, ".safetensors")) or name == CONFIG
 
 
 def digest(checkpoint: Checkpoint) -> str:
@@ -20,7 +26,7 @@ def digest(checkpoint: Checkpoint) -> str:
     """
     folder = checkpoint.folder
     weights = {tensor.file for tensor in checkpoint.stored}
-    beside = {path for path in folder.iterdir() if path.is_file() and path.name.endswith(BESIDE) and path.name not in ABOUT}
+    beside = {path for path in folder.iterdir() if path.is_file() and not path.name.endswith(".safetensors") and matters(path.name)}
     known = _remembered()
     hashes = {path.relative_to(folder).as_posix(): _file_hash(path, known) for path in sorted(weights | beside | {folder / CONFIG})}
     _remember(known)

@@ -35,6 +35,7 @@ class Family:
     layers_key: str = "num_hidden_layers"
     hidden_key: str = "hidden_size"
     positions_key: str = "max_position_embeddings"
+    positions_after_padding: bool = False  # position 0 of a text is the one after the padding token's: so many positions fewer can be read
     ffn_key: str = "intermediate_size"
     kv_heads_key: str = "num_key_value_heads"  # empty: the family cannot say, and has `fixed_kv_heads` or one per query head
     fixed_kv_heads: int = 0
@@ -239,7 +240,15 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             kv_heads_key="",
         ),
         "bert": BERT,
-        "roberta": replace(BERT, base="RobertaModel", lm="RobertaForMaskedLM", prefix="roberta", head={"head": "lm_head"}),
+        "roberta": replace(
+            BERT,
+            base="RobertaModel",
+            lm="RobertaForMaskedLM",
+            prefix="roberta",
+            head={"head": "lm_head"},
+            positions_after_padding=True,
+            defaults={**BERT.defaults, "pad_token_id": 1},
+        ),
         "distilbert": Family(
             base="DistilBertModel",
             lm="DistilBertForMaskedLM",

@@ -40,9 +40,12 @@ class Decoders:
         self.longest = min(longest, default=None)
         self.context = self._within("context", options.context)
         self.max_length = self._within("max_length", options.max_length) if options.max_length else self.longest
-        self.passkeys = [length for length in options.passkey if length == self._within("passkey", length)]
+        self.passkeys = [length for length in options.passkey if length == self._within("passkey", length) and self._room(length)]
         self.harness = Harness(options, talk) if options.tasks else None
+        self.notes += self.harness.notes if self.harness else []
         self.passages = self._passages()
+        given = language.prompt_length(max(map(len, self.passages[0].windows)))
+        self.writes = min(language.LENGTH, self.longest - given) if self.longest else language.LENGTH  # tokens
         self.file = scratch / "logits"
         self.recorded: Recorded | None = None
         for model in models:
@@ -53,7 +56,7 @@ class Decoders:
         """Yield what is measured on model `index`."""
         model = self.models[index]
         yield self._text(index)
-        if self.options.generation:
+        if self.options.generation and self.writes > 0:
             yield self._generation(index)
         for length in self.passkeys:
             yield self._passkey(model, length)
@@ -64,10 +67,10 @@ class Decoders:
         model, passages = self.models[index], self.passages[index]
 
         def run(advance: Advance) -> Measured:
-            return language.generation(model.model, model.tokenizer, passages, advance)
+            return language.generation(model.model, model.tokenizer, passages, length, advance)
 
-        count = min(language.PROMPTS, len(passages.windows))
-        return Measurement({**model.key, "what": "generation", **self._text_key(index)}, "letting it write", count, "documents", run)
+        count, length = min(language.PROMPTS, len(passages.windows)), self.writes
+        return Measurement({**model.key, "what": "generation", "length": length, **self._text_key(index)}, "letting it write", count, "documents", run)
 
     def _passkey(self, model: Running, length: int) -> Measurement:
         def run(advance: Advance) -> Measured:
@@ -122,6 +125,22 @@ class Decoders:
                     f"{model.name} gives {subject.vocabulary} tokens a logit and {first.name} {first.opened.subject.vocabulary}: no KL between them"
                 )
         return made
+
+    @property
+    def read(self) -> dict[str, int]:
+        """How much text was read: tokens, and tokens in the longest window."""
+        lengths = [len(window) for window in self.passages[0].windows]
+        return {"tokens": sum(lengths), "context": max(lengths)}
+
+    def _room(self, length: int) -> bool:
+        """Whether a passkey fits into `length` tokens of every model."""
+        need = max(language.shortest(model.tokenizer) for model in self.models)
+        if length >= need:
+            return True
+        if "passkey" in self.options.model_fields_set:
+            raise OptionError(f"--passkey {length} is too short: the question alone takes {need} tokens; give at least that")
+        self.notes.append(f"--passkey {length} is too short for the question, which takes {need} tokens: left out")
+        return False
 
     def _within(self, option: str, length: int) -> int:
         """Return `length`, or what all models can read where nobody asked for more."""

@@ -32,8 +32,14 @@ class Encoders:
         self.models, self.options, self.store = models, options, store
         self.pairs = encoder.read_pairs(options.pairs) if options.pairs else None
         self.notes = [] if self.pairs else ["no sentence pairs were given (--pairs FILE), so nothing says whether close sentences are still close"]
-        longest = min((model.opened.subject.longest or options.context for model in models), default=options.context)
-        self.content = _passages(models[0].tokenizer, text, min(options.context, longest) - 2, options.tokens)
+        self.longest = min(_reads(model) or options.context for model in models)
+        if options.context > self.longest and "context" in options.model_fields_set:
+            raise OptionError(f"--context {options.context} is more than the {self.longest} tokens that all of the models read; give at most {self.longest}")
+        if len({(one.head, one.subject.vocabulary if one.head else one.subject.hidden) for one in (model.opened for model in models)}) > 1:
+            self.notes.append(
+                "the models differ in their heads, vocabularies or widths, so what they compute for a token cannot be compared, only sentence pairs can"
+            )
+        self.content = _passages(models[0].tokenizer, text, min(options.context, self.longest) - 2, options.tokens)
         self.reference: list[Tensor] | None = None
         self.alike = [same(models[0].tokenizer, model.tokenizer, self.content) for model in models]
         for model, alike in zip(models, self.alike, strict=True):
@@ -41,6 +47,12 @@ class Encoders:
                 self.notes.append(
                     f"{model.name} has another tokenizer than {models[0].name}: what is counted in tokens cannot be compared, only sentence pairs can"
                 )
+
+    @property
+    def read(self) -> dict[str, int]:
+        """How much text was read: tokens, and tokens in the longest window."""
+        lengths = [len(self.models[0].tokenizer(text, verbose=False).input_ids) for text in self.content]
+        return {"tokens": sum(lengths), "context": max(lengths)}
 
     def measurements(self, index: int) -> Iterator[Measurement]:
         """Yield what is measured on model `index`."""
@@ -52,7 +64,7 @@ class Encoders:
     def _tokens(self, index: int) -> Measurement:
         model, subject = self.models[index], self.models[index].opened.subject
         head = model.opened.head
-        masked = encoder.mask(model.tokenizer, self.content, subject.longest, subject.vocabulary)
+        masked = encoder.mask(model.tokenizer, self.content, self.longest, subject.vocabulary)
         wanted = index == 0 and any(self.store.get(self._key(other)) is None for other in range(1, len(self.models)) if self._comparable(other))
 
         def run(advance: Advance) -> Measured:
@@ -71,7 +83,9 @@ class Encoders:
 
     def _comparable(self, index: int) -> bool:
         first, other = self.models[0].opened, self.models[index].opened
-        return index > 0 and self.alike[index] and first.head == other.head and first.subject.vocabulary == other.subject.vocabulary
+        if not (index > 0 and self.alike[index] and first.head == other.head):
+            return False
+        return first.subject.vocabulary == other.subject.vocabulary if first.head else first.subject.hidden == other.subject.hidden
 
     def _key(self, index: int) -> dict[str, Any]:
         original = self.models[0].key if self._comparable(index) else None
@@ -81,10 +95,16 @@ class Encoders:
         pooling = encoder.pooling_of(model.opened.folder)
 
         def run(advance: Advance) -> Measured:
-            return encoder.closeness(model.model, model.tokenizer, pairs, pooling, model.opened.subject.longest, advance)
+            return encoder.closeness(model.model, model.tokenizer, pairs, pooling, _reads(model), advance)
 
         key = {**model.key, "what": "pairs", "pairs": sha256(repr(pairs).encode()).hexdigest(), "pooling": pooling}
         return Measurement(key, f"comparing the sentences of {pairs.name}", 2 * len(pairs.scores), "documents", run)
+
+
+def _reads(model: Running) -> int | None:
+    """Return the longest input, which the tokenizer may limit too."""
+    limits = [limit for limit in (model.opened.subject.longest, model.tokenizer.model_max_length) if limit and limit < 10**9]
+    return min(limits, default=None)
 
 
 def _passages(tokenizer: Any, text: Text, body: int, tokens: int) -> tuple[str, ...]:

@@ -57,6 +57,9 @@ class EvalOptions(Options):
 
     @model_validator(mode="after")
     def _one_choice(self) -> "EvalOptions":
+        of_tasks = {"num_fewshot": self.num_fewshot, "limit": self.limit, "samples": self.samples, "apply_chat_template": self.apply_chat_template or None}
+        if not self.tasks and (given := [name for name, value in of_tasks.items() if value is not None]):
+            raise ValueError(f"--{given[0].replace('_', '-')} is for lm-eval's tasks, and none is named; give --tasks, or leave it out")
         if self.limit is not None and self.samples is not None:
             raise ValueError("--limit and --samples both choose documents; give one of them")
         if self.limit is not None and self.limit > 1 and self.limit != int(self.limit):

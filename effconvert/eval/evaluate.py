@@ -111,6 +111,6 @@ def _measure(plan: Decoders | Encoders, index: int, model: Running, store: Store
 def _settings(options: EvalOptions, text: Text, device: str, plan: Decoders | Encoders) -> dict[str, object]:
     """Return what the numbers depend on, without paths of this machine."""
     kept = options.model_dump(mode="json", exclude={"output", "cache", "include_path", "text", "pairs", "confirm_run_unsafe_code"})
-    longest = {"context": plan.context, "max_length": plan.max_length, "passkey": plan.passkeys} if isinstance(plan, Decoders) else {}
+    longest = {"max_length": plan.max_length, "passkey": plan.passkeys} if isinstance(plan, Decoders) else {}
     name = {"text": text.name, "text_sha256": sha256(text.content.encode()).hexdigest(), "pairs": options.pairs.name if options.pairs else None}
-    return {**kept, **longest, **name, "device": device, "seed": 0}
+    return {**kept, **plan.read, **longest, **name, "device": device, "seed": 0}

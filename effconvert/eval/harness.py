@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from functools import cached_property
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,12 +32,9 @@ class Harness:
 
     def __init__(self, options: EvalOptions, talk: bool) -> None:
         self.options, self.talk = options, talk
+        self.notes: list[str] = []
         with _quiet(self.talk):
-            self.manager = _manager(options)
-            try:
-                loaded = self.manager.load(list(options.tasks))
-            except Exception as error:  # of a task file, of the dataset library, of the network: anything
-                raise _reason(error, options.tasks) from error
+            loaded = _load(options)
         self.tasks: dict[str, Any] = dict(loaded["tasks"])
         self.groups: dict[str, Any] = {name: group for name, group in loaded["groups"].items() if group.has_aggregation}
         for name, task in self.tasks.items():
@@ -45,7 +43,9 @@ class Harness:
             if getattr(task, "MULTIMODAL", False):
                 raise OptionError(f"the task {name} asks about pictures, which these models do not see; leave it out")
             shots = options.num_fewshot if options.num_fewshot is not None else (task.get_config("num_fewshot") or 0)
-            if task.get_config("num_fewshot") != 0 or options.num_fewshot is None:  # a task that says zero means it, as for lm-eval
+            if task.get_config("num_fewshot") == 0 and options.num_fewshot:
+                self.notes.append(f"{name} sets its num_fewshot to 0, and so --num-fewshot does not hold for it, as in lm-eval")
+            else:
                 task.set_config(key="num_fewshot", value=shots)
         self._check_samples()
 
@@ -82,23 +82,30 @@ class Harness:
                 raise EffconvertError(
                     f"no memory left for the task {name}; give a smaller --batch-size or --max-length, and run the same command again"
                 ) from None
+            except Exception as error:  # of the task's own Python: anything
+                raise OptionError(f"the task {name} broke while it ran ({type(error).__name__}: {error}); mend it, or leave it out") from error
         notes = (f"{name}: {cut.count} inputs were longer than the model reads and lost their beginning",) if cut.count else ()
         return Measured(tuple(self._samples(name, results)), notes=notes)
 
     def combine(self, by_task: dict[str, tuple[Samples, ...]]) -> Iterator[Samples]:
         """Yield the scores of the groups that were asked for, each from those of its tasks."""
-        from lm_eval.api.metrics import aggregate_subtask_metrics
+        from lm_eval.api.metrics import aggregate_subtask_metrics, pooled_sample_stderr, unweighted_mean_stderr
 
         for name, group in self.groups.items():
             leaves = [task.task_name for task in group.get_all_tasks()]
             for rule in group.aggregate_metric_list:
-                parts = [
-                    found for leaf in leaves for found in by_task.get(leaf, ()) if found.metric.split(",")[0] == rule.metric and found.aggregation == "mean"
-                ]
-                if not parts:
-                    continue
-                value = aggregate_subtask_metrics([part.value for part in parts], [len(part.items) for part in parts], rule.weight_by_size)
-                yield pooled(name, rule.metric, str(group.version), parts, value, rule.weight_by_size)
+                by_filter: dict[str, list[Samples]] = {}
+                for found in (found for leaf in leaves for found in by_task.get(leaf, ()) if found.aggregation == "mean"):
+                    metric, _, chosen = found.metric.partition(",")
+                    if metric == rule.metric and (rule.filter_list is None or (chosen or "none") in rule.filter_list):
+                        by_filter.setdefault(found.metric, []).append(found)
+                for metric, parts in by_filter.items():
+                    sizes, errors = [len(part.items) for part in parts], [part.error for part in parts]
+                    value = aggregate_subtask_metrics([part.value for part in parts], sizes, rule.weight_by_size)
+                    error = None
+                    if None not in errors:
+                        error = pooled_sample_stderr(errors, sizes) if rule.weight_by_size else unweighted_mean_stderr(errors)
+                    yield pooled(name, metric, str(group.version), parts, value, error, rule.weight_by_size)
 
     def _samples(self, name: str, results: Any) -> Iterator[Samples]:
         scores, logged = results["results"][name], results["samples"][name]
@@ -132,8 +139,18 @@ class Harness:
             chosen = self.options.samples.get(name) if self.options.samples else None
             for _, document in task.doc_iterator(limit=_count(self._limit, task), samples=list(chosen) if chosen else None):
                 hashed.update(json.dumps(document, default=str, sort_keys=True).encode())
+            for document in (task.fewshot_docs() or ()) if task.get_config("num_fewshot") else ():
+                hashed.update(json.dumps(document, default=str, sort_keys=True).encode())
+            for file in self._own_code:
+                hashed.update(file.read_bytes())
             made[name] = hashed.hexdigest()
         return made
+
+    @property
+    def _own_code(self) -> list[Path]:
+        """The Python beside tasks of the asker's own, any of which a task may call; lm-eval's is that of its version."""
+        folder = self.options.include_path
+        return sorted(expand(folder).rglob("*.py")) if folder else []
 
     @property
     def _limit(self) -> int | float | None:
@@ -181,22 +198,28 @@ def _quiet(talk: bool) -> Iterator["_Truncations"]:
         logger.propagate = propagates
 
 
-def _manager(options: EvalOptions) -> Any:
-    """Find the tasks: among the asker's own first, which takes a moment, and then among all of lm-eval's, which takes seconds."""
+def _load(options: EvalOptions) -> Any:
+    """Find and load the tasks: among the asker's own first, which takes a moment, and then among all of lm-eval's, which takes seconds."""
     from lm_eval.tasks import TaskManager
 
     own = str(expand(options.include_path)) if options.include_path else None
     if own:
         manager = TaskManager(include_path=own, include_defaults=False)
         if all(name in manager.task_index for name in options.tasks):
-            return manager
+            try:
+                return manager.load(list(options.tasks))
+            except Exception:  # a group of theirs may name tasks of lm-eval's
+                logging.getLogger(__name__).debug("not loadable by themselves", exc_info=True)
     manager = TaskManager(include_path=own)
     for name in options.tasks:
         if name not in manager.task_index:
             near = get_close_matches(name, manager.all_tasks, n=3)
             told = f"the nearest are {', '.join(near)}" if near else "`lm-eval ls tasks` lists them"
             raise OptionError(f"there is no task {name!r}; {told}" + ("" if own else "; --include-path adds a folder of your own"))
-    return manager
+    try:
+        return manager.load(list(options.tasks))
+    except Exception as error:  # of a task file, of the dataset library, of the network: anything
+        raise _reason(error, options.tasks) from error
 
 
 def _reason(error: Exception, names: tuple[str, ...]) -> EffconvertError:

@@ -40,13 +40,13 @@ def text(model: Any, passages: Passages, record: Path | None, reference: Recorde
 
 
 @torch.inference_mode()
-def generation(model: Any, tokenizer: Any, passages: Passages, advance: Advance) -> Measured:
-    """Have `model` go on with the first tokens of some passages, always by the most likely token, and look for repetition."""
+def generation(model: Any, tokenizer: Any, passages: Passages, length: int, advance: Advance) -> Measured:
+    """Have `model` go on with the first tokens of some passages for `length` tokens, always by the most likely one, and look for repetition."""
     chosen = passages.windows[:: max(1, len(passages.windows) // PROMPTS)][:PROMPTS]
-    prompts = [window[: min(PROMPT, len(window) // 2 + 1)] for window in chosen]
+    prompts = [window[: prompt_length(len(window))] for window in chosen]
     written = []
     for prompt in prompts:
-        written.append(_write(model, tokenizer, prompt))
+        written.append(_write(model, tokenizer, prompt, length))
         advance(1)
     names = [str(index) for index in range(len(written))]
     samples = (  # none is better for being high or low: a model in ruins writes noise that never repeats
@@ -58,10 +58,15 @@ def generation(model: Any, tokenizer: Any, passages: Passages, advance: Advance)
     return Measured(samples, texts=shown)
 
 
-def _write(model: Any, tokenizer: Any, prompt: Tensor) -> list[int]:
+def prompt_length(window: int) -> int:
+    """Return how many tokens of a window are given."""
+    return min(PROMPT, window // 2 + 1)
+
+
+def _write(model: Any, tokenizer: Any, prompt: Tensor, length: int) -> list[int]:
     ids = prompt[None].to(model.device)
     silent = {"temperature": None, "top_p": None, "top_k": None, "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id}
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=LENGTH, **silent)
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=length, **silent)
     tokens: list[int] = out[0, ids.shape[1] :].tolist()
     return tokens
 
@@ -96,15 +101,23 @@ def passkey(model: Any, tokenizer: Any, length: int, advance: Advance) -> Measur
 
 def hide(tokenizer: Any, key: int, depth: float, length: int) -> tuple[list[int], list[int]]:
     """Return the tokens of a text that hides `key` at `depth` (0 first, 1 last), no longer than `length` with its answer, and the tokens of the answer."""
-    answer: list[int] = tokenizer(f" {key}", add_special_tokens=False).input_ids
 
-    def prompt(fillers: int) -> list[int]:
+    def prompt(fillers: int) -> str:
         before = round(depth * fillers)
-        made: list[int] = tokenizer(f"{TASK}{FILLER * before}{KEY.format(key)}{FILLER * (fillers - before)}{QUESTION}", verbose=False).input_ids
-        return made
+        return f"{TASK}{FILLER * before}{KEY.format(key)}{FILLER * (fillers - before)}{QUESTION}"
 
-    empty, one = len(prompt(0)), len(prompt(1))
-    fillers = max(0, (length - empty - len(answer)) // max(1, one - empty))
-    while fillers and len(prompt(fillers)) + len(answer) > length:
+    def tokens(fillers: int) -> tuple[list[int], list[int]]:
+        given: list[int] = tokenizer(prompt(fillers), verbose=False).input_ids
+        whole: list[int] = tokenizer(f"{prompt(fillers)} {key}", verbose=False).input_ids
+        return given, whole[len(given) :]
+
+    empty, one = (sum(map(len, tokens(fillers))) for fillers in (0, 1))
+    fillers = max(0, (length - empty) // max(1, one - empty))
+    while fillers and sum(map(len, tokens(fillers))) > length:
         fillers -= 1
-    return prompt(fillers), answer
+    return tokens(fillers)
+
+
+def shortest(tokenizer: Any) -> int:
+    """Return the tokens of the shortest text that hides a key, with its answer."""
+    return max(sum(map(len, hide(tokenizer, key, 0.5, 0))) for key in (10000, 71432, 99999))

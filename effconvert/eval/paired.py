@@ -1,8 +1,8 @@
 """Statistics of scores: a model's standard error, and its difference to the original from the same documents.
 
 Both models answer the same questions, so the difference is taken question by question: its error is that of the differences, which is far smaller
-than what the two errors would suggest (Miller 2024, "Adding Error Bars to Evals", arXiv 2411.00640, section 4). What is not a mean over documents
-is resampled (paired bootstrap, both models on the same draws).
+than what the two errors would suggest (Miller 2024, "Adding Error Bars to Evals", arXiv 2411.00640, section 4). What is not a mean over
+documents is linearised (perplexities and ratios: what each document moves), or resampled (a rank correlation: paired bootstrap, both models on the same draws).
 """
 
 import math
@@ -17,6 +17,7 @@ from effconvert.eval.results import Value
 
 DRAWS = 1000  # of a bootstrap: its standard error is then within 5 % (95 % confidence)
 ABOVE_CHANCE = 1.645  # standard errors: one-sided 5 %
+LARGEST = 300.0  # nats a token or word that a perplexity is made of: beyond it nothing is said anyway
 Array = NDArray[np.float64]
 Better = Literal["higher", "lower"]
 
@@ -51,10 +52,11 @@ def _spearman(items: Array) -> float:
 
 AGGREGATIONS: dict[str, Callable[[Array], float]] = {
     "mean": lambda items: float(items.mean()),
-    "perplexity": lambda items: math.exp(min(-items.mean(), 700)),  # of log-likelihoods a token
-    "weighted_perplexity": lambda items: math.exp(min(-items[:, 0].sum() / items[:, 1].sum(), 700)),  # (log-likelihood, words or bytes)
+    "perplexity": lambda items: math.exp(min(-items.mean(), LARGEST)),  # of log-likelihoods a token
+    "weighted_perplexity": lambda items: math.exp(min(-items[:, 0].sum() / items[:, 1].sum(), LARGEST)),  # (log-likelihood, words or bytes)
     "bits_per_byte": lambda items: float(-items[:, 0].sum() / items[:, 1].sum() / math.log(2)),  # (log-likelihood, bytes)
     "stratified": _stratified,  # (which part, number): the mean of the parts' means
+    "pooled": lambda items: float(items[:, 1].mean()),  # the same, each part by its size
     "spearman": _spearman,  # (similarity, score)
 }
 
@@ -68,15 +70,15 @@ def make(task: str, metric: str, aggregation: str, items: Sequence[Any], documen
     return Samples(task, metric, better, aggregation=aggregation, value=value, error=error, documents=tuple(documents), items=tuple(items), **fields)
 
 
-def pooled(task: str, metric: str, version: str, parts: Sequence[Samples], value: float, by_size: bool) -> Samples:
+def pooled(task: str, metric: str, version: str, parts: Sequence[Samples], value: float, error: float | None, by_size: bool) -> Samples:
     """Make the score of a group of tasks from theirs: over all documents, or as the mean of the tasks' means."""
     documents = tuple(document for part in parts for document in part.documents)
     weights = [len(part.items) if by_size else 1 for part in parts]
     chances = [part.chance for part in parts if part.chance is not None]
     chance = float(np.average(chances, weights=weights)) if len(chances) == len(parts) else None
-    items = [item if by_size else (index, item) for index, part in enumerate(parts) for item in part.items]
-    made = make(task, metric, "mean" if by_size else "stratified", items, documents, parts[0].better, chance=chance, version=version)
-    return replace(made, value=value)
+    items = [(index, item) for index, part in enumerate(parts) for item in part.items]
+    made = make(task, metric, "pooled" if by_size else "stratified", items, documents, parts[0].better, chance=chance, version=version)
+    return replace(made, value=value, error=error)
 
 
 def compare(original: Samples, other: Samples) -> Value:
@@ -89,15 +91,38 @@ def compare(original: Samples, other: Samples) -> Value:
     if not (original.aggregation and other.aggregation):  # what a document contributes is no number
         return Value(other.value, other.error, difference)
     a, b = np.asarray(original.items, float), np.asarray(other.items, float)
-    if original.aggregation == "mean":
-        error, p = _mean_error(b - a), _p_of_mean(a, b)
-    elif original.aggregation == "stratified":
-        error = _stratified_error(a[:, 0], b[:, 1] - a[:, 1])
-        p = 1.0 if (a == b).all() else _p_of_normal(difference, error)
-    else:
-        draws = _draw(b, other.aggregation) - _draw(a, original.aggregation)
-        error, p = _spread(draws), 1.0 if (a == b).all() else _p_of_draws(draws)
-    return Value(other.value, other.error, difference, error, p, recovery(original, other))
+    kept = recovery(original, other)
+    if (a == b).all():
+        return Value(other.value, other.error, difference, 0.0 if len(a) > 1 else None, 1.0 if len(a) > 1 else None, kept)
+    if original.aggregation in ("stratified", "pooled"):
+        error = _stratified_error(a[:, 0], b[:, 1] - a[:, 1], original.aggregation == "pooled")
+        return Value(other.value, other.error, difference, error, _p_of_normal(difference, error), kept)
+    if moved := _linear(a, b, original.aggregation):
+        tested = (a, b) if original.aggregation == "perplexity" else moved  # the logarithms are nearer to normal
+        return Value(other.value, other.error, difference, _mean_error(moved[1] - moved[0]), _p_of_mean(*tested), kept)
+    draws = _draw(b, other.aggregation) - _draw(a, original.aggregation)
+    return Value(other.value, other.error, difference, _spread(draws), _p_of_draws(draws), kept)
+
+
+def _linear(a: Array, b: Array, aggregation: str) -> tuple[Array, Array] | None:
+    """Return numbers, one a document, whose means are the two scores: exact for a mean, to first order for perplexities and ratios."""
+    try:
+        return _moves(a, aggregation), _moves(b, aggregation)
+    except KeyError:
+        return None
+
+
+def _moves(items: Array, aggregation: str) -> Array:
+    """Return what each document contributes to a score, to first order (the delta method)."""
+    if aggregation == "mean":
+        return items
+    value = AGGREGATIONS[aggregation](items)
+    if aggregation == "perplexity":
+        return np.asarray(value - value * (items - items.mean()))
+    ratio, weights = items[:, 0].sum() / items[:, 1].sum(), items[:, 1] / items[:, 1].mean()
+    slope = {"bits_per_byte": -1 / math.log(2), "weighted_perplexity": -value}[aggregation]
+    moved: Array = value + slope * (items[:, 0] / items[:, 1].mean() - ratio * weights)
+    return moved
 
 
 def recovery(original: Samples, other: Samples) -> float | None:
@@ -125,21 +150,24 @@ def _p_of_mean(a: Array, b: Array) -> float | None:
         return 1.0
     if set(np.unique(np.concatenate([a, b]))) <= {0.0, 1.0}:
         return float(stats.binomtest(int((differences > 0).sum()), int((differences != 0).sum())).pvalue)
-    if np.ptp(differences) == 0:
+    if np.ptp(differences) <= 1e-9 * abs(differences.mean()):
         return float(2.0 ** (1 - len(differences)))  # all alike, so that t has no spread to divide by: the sign test
     return float(stats.ttest_rel(b, a).pvalue)
 
 
 def _error(values: Array, aggregation: str) -> float | None:
-    if aggregation == "stratified":
-        return _stratified_error(values[:, 0], values[:, 1])
-    return _mean_error(values) if aggregation == "mean" else _spread(_draw(values, aggregation))
+    if aggregation in ("stratified", "pooled"):
+        return _stratified_error(values[:, 0], values[:, 1], aggregation == "pooled")
+    moved = _linear(values, values, aggregation)
+    return _spread(_draw(values, aggregation)) if moved is None else _mean_error(moved[0])
 
 
-def _stratified_error(strata: Array, values: Array) -> float | None:
-    errors = [_mean_error(values[strata == stratum]) for stratum in np.unique(strata)]
-    known = [error for error in errors if error is not None]
-    return math.sqrt(sum(error**2 for error in known)) / len(errors) if len(known) == len(errors) else None
+def _stratified_error(strata: Array, values: Array, by_size: bool) -> float | None:
+    parts = [values[strata == stratum] for stratum in np.unique(strata)]
+    weights = [len(part) / len(values) if by_size else 1 / len(parts) for part in parts]
+    errors = [_mean_error(part) for part in parts]
+    known = [weight * error for weight, error in zip(weights, errors, strict=True) if error is not None]
+    return math.hypot(*known) if len(known) == len(parts) else None
 
 
 def _p_of_normal(difference: float, error: float | None) -> float | None:

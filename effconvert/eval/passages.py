@@ -38,8 +38,9 @@ def cut(tokenizer: Any, text: Text, context: int, tokens: int, vocabulary: int) 
     body = ids.shape[1] - start
     content, sizes = [], []
     for first in range(0, len(ids) * body, body):
-        content.append(text.content[spans[first][0] : spans[first + body - 1][1]])
-        sizes.append(_bytes(text.content, spans[first : first + body], start))
+        stop = spans[first + body][0] if first + body < len(spans) else spans[-1][1]  # where the next token begins: a letter in two tokens counts once
+        content.append(text.content[spans[first][0] : stop])
+        sizes.append(len(text.content[spans[first + (not start)][0] : stop].encode()))
     return Passages(tuple(ids), tuple(sizes), tuple(content), alike=True)
 
 
@@ -61,7 +62,7 @@ def recut(tokenizer: Any, first: Passages, other: Any, vocabulary: int, longest:
         if ids.max() >= vocabulary:
             raise ModelError(f"the tokenizer of {name} gives the token {int(ids.max())} and the model has {vocabulary}: they do not belong together")
         made.append(ids)
-        sizes.append(_bytes(content, offsets(other, content), len(start)))
+        sizes.append(len(content[offsets(other, content)[not start][0] :].encode()))
     return Passages(tuple(made), tuple(sizes), first.content, alike=False)
 
 
@@ -82,9 +83,3 @@ def offsets(tokenizer: Any, content: str) -> list[tuple[int, int]]:
         )
     spans: list[tuple[int, int]] = tokenizer(content, add_special_tokens=False, return_offsets_mapping=True, verbose=False).offset_mapping
     return spans
-
-
-def _bytes(content: str, spans: list[tuple[int, int]], start: int) -> int:
-    """Count the bytes of what is predicted: every token after a beginning, all but the first without one."""
-    predicted = spans if start else spans[1:]
-    return len(content[predicted[0][0] : predicted[-1][1]].encode())

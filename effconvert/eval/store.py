@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ class Store:
             draft.write_text(json.dumps({**asdict(measured), "key": dict(key)}, default=str), encoding="utf-8")
             draft.replace(place)
         except OSError:
-            draft.unlink(missing_ok=True)
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
 
     def _place(self, key: Mapping[str, Any]) -> Path:
         text = json.dumps([dict(key), versions()], sort_keys=True, default=str)

@@ -311,7 +311,7 @@ def test_ctrl_c_ends_with_130_and_a_line_and_the_same_command_goes_on(
     run.send_signal(signal.SIGINT)
     _, told = run.communicate(timeout=20)
     assert run.returncode == 130
-    assert told.strip().splitlines() == ["Stopped. A conversion goes on from what is finished when the same command is run again."]
+    assert told.strip().splitlines() == ["Stopped. What is finished is kept, and the same command goes on from there."]
     assert not Path("out").exists()
     result = command(*gqa())
     assert (f"{finished} shards were there" in result.stdout) == (finished > 0)

@@ -99,7 +99,6 @@ def test_a_context_that_nobody_asked_for_is_what_the_models_can_read(llama):
     assert [note for note in evaluation.notes if "--context 512" in note and "64 instead" in note]
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="32 tokens and 64 more are written, however many the model has positions for")
 def test_a_model_of_few_positions_writes_no_more_than_it_has_positions(llama, tmp_path):
     folder = put(tmp_path / "gpt2", tiny("gpt2", vocab_size=258), AutoTokenizer.from_pretrained(llama))
     measure(folder, generation=True, context=64)
@@ -113,7 +112,6 @@ def test_a_model_in_ruins_is_measured_all_the_same(llama, tmp_path):
     show(evaluation)
 
 
-@pytest.mark.xfail(strict=True, reason="a standard error that overflows is neither left out nor told: a warning of numpy, and a traceback from --output")
 def test_a_model_that_is_wholly_certain_of_the_wrong_is_measured_all_the_same(llama, tmp_path):
     ruins = moved(llama, tmp_path / "ruins", by=30.0, only="lm_head")
     evaluation = measure(llama, ruins)
@@ -171,7 +169,6 @@ def test_a_damaged_memory_of_hashes_costs_time_and_nothing_else(model, content, 
     assert identity(model) == before
 
 
-@pytest.mark.xfail(strict=True, raises=NotADirectoryError, reason="putting away the draft fails too, outside the try")
 def test_a_cache_that_cannot_be_written_costs_time_and_nothing_else(llama, tmp_path, monkeypatch):
     expected = measure(llama, cache=False)
     (tmp_path / "file").write_text("")
@@ -357,11 +354,11 @@ def test_what_is_shown_is_one_table_with_every_number_that_is_needed(command, ll
     lines = result.stdout.splitlines()
     table = lines[: next(at for at, line in enumerate(lines) if line.startswith("text:"))]
     assert all(len(line) <= 110 for line in table)
-    assert table[0].split()[:3] == ["tiny", "other", "difference"]
+    assert table[0].split()[:4] == ["n", "tiny", "other", "difference"]
     metrics = ["perplexity", "bits_per_byte", "kl", "same_top_token", "distinct_2", "repeated_4", "loops", "acc", "acc_norm"]
     assert len(table) == 1 + len(metrics)  # no line is broken
     assert [next(metric for metric in sorted(metrics, key=len, reverse=True) if metric in line) for line in table[1:]] == metrics
-    assert re.search(r"perplexity +[\d.]+ ±[\d.]+ +[\d.]+ ±[\d.]+ +\+[\d.]+ ±[\d.]+ +(worse|better|~)", result.stdout)
+    assert re.search(r"perplexity +\d+ +[\d.]+ ±[\d.]+ +[\d.]+ ±[\d.]+ +\+[\d.]+ ±[\d.]+ +(worse|better|~)", result.stdout)
     assert "p >= 0.05" in result.stdout
     assert "after " in result.stdout
     assert "tiny writes: " in result.stdout
@@ -378,7 +375,6 @@ def test_names_and_texts_with_brackets_are_shown_as_they_are(command, llama, tmp
     assert "text: text[red].txt" in result.stdout
 
 
-@pytest.mark.xfail(strict=True, reason="shown is what was asked for, 4096 tokens, and not the 60 that the text has")
 def test_what_is_said_of_the_text_is_what_was_read(command, llama):
     Path("short").write_text("The quick brown fox jumps over the lazy dog, once. And again")
     result = command("eval", llama, "--text", "short", "--context", "20", "--no-generation")

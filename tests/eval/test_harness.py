@@ -108,7 +108,6 @@ def test_a_group_by_size_scores_as_in_lm_eval(llama, tasks):
     assert {key: value for key, (value, _) in found.items()} == {key: value for key, (value, _) in expected.items()}
 
 
-@pytest.mark.xfail(strict=True, reason="the spread between the tasks is in the error of a group by size; lm-eval pools the tasks' own (pooled_sample_stderr)")
 def test_a_group_by_size_has_the_error_of_lm_eval(llama, tasks):
     assert ours(llama, tasks, ["both"])["both", "acc"][1] == pytest.approx(of_lm_eval(llama, tasks, ["both"])["both", "acc"][1])
 
@@ -136,7 +135,6 @@ def test_each_filter_has_a_row_of_its_own(llama, filtered):
     assert found.keys() == {("one", "exact_match,first"), ("one", "exact_match,whole")}
 
 
-@pytest.mark.xfail(strict=True, reason="the filters of the tasks are thrown together: one row, over each document twice; lm-eval has a score for each filter")
 def test_a_group_has_a_score_for_each_filter(llama, filtered):
     evaluation = measure(llama, tasks="group", include_path=filtered)
     assert {(held.metric, held.documents) for held in evaluation.rows if held.task == "group"} == {("exact_match,first", 22), ("exact_match,whole", 22)}
@@ -275,7 +273,6 @@ def test_what_is_asked_otherwise_is_measured_again(llama, tasks, computed, setti
     assert computed == ["pick", "pick"]
 
 
-@pytest.mark.xfail(strict=True, reason="the examples before a question are no part of what is remembered: the score with the old ones is shown")
 def test_other_examples_are_measured_again(llama, tasks, computed):
     given = {"tasks": "pick", "include_path": tasks, "num_fewshot": 2}
     measure(llama, **given)
@@ -311,7 +308,6 @@ def test_a_task_with_python_beside_it_is_remembered_too(llama, scripted, compute
     assert computed == ["pick", "pick"]
 
 
-@pytest.mark.xfail(strict=True, reason="of a task's Python only the functions that its YAML names are looked at, and what they call is not")
 def test_another_function_of_a_tasks_python_is_measured_again(llama, scripted, computed):
     measure(llama, tasks="pick", include_path=scripted)
     rewrite(scripted / "code.py", "return 1.0", "return 0.0")
@@ -357,7 +353,6 @@ def refused(command, code, told, *arguments):
     assert result.stdout == ""
 
 
-@pytest.mark.xfail(strict=True, reason="what a task's own Python raises while it runs is a traceback")
 def test_a_task_that_fails_while_it_runs_says_so_in_a_line(command, llama, tasks):
     (tasks / "broken.py").write_text("def process(doc, results):\n    raise ZeroDivisionError('a fault of the task')\n")
     with (tasks / "pick.yaml").open("a") as file:
@@ -435,7 +430,6 @@ def test_a_task_that_executes_what_a_model_writes_is_refused_unless_it_is_allowe
     assert row(evaluation, "write", "exact_match").documents == 2
 
 
-@pytest.mark.xfail(strict=True, reason="one's own tasks are looked for without lm-eval's: a group that names one of those does not load")
 def test_a_group_of_ones_own_may_hold_lm_evals_tasks(command, llama, tasks, offline):
     (tasks / "mine.yaml").write_text(yaml.safe_dump({"group": "mine", "task": ["pick", "piqa"], "aggregate_metric_list": [{"metric": "acc"}]}))
     result = command("eval", llama, *EASY, "--tasks", "mine", "--include-path", tasks)
@@ -443,13 +437,11 @@ def test_a_group_of_ones_own_may_hold_lm_evals_tasks(command, llama, tasks, offl
 
 
 @pytest.mark.parametrize("given", [{"num_fewshot": 2}, {"limit": 3}, {"samples": {"pick": [0]}}, {"apply_chat_template": True}], ids=str)
-@pytest.mark.xfail(strict=True, reason="what is about tasks is passed over where there are none")
 def test_what_is_about_tasks_needs_tasks(llama, given):
     with pytest.raises(OptionError, match="--tasks"):
         measure(llama, **given)
 
 
-@pytest.mark.xfail(strict=True, reason="a task that sets its examples to 0 keeps them, as in lm-eval, which warns; here nothing is said")
 def test_examples_that_a_task_does_not_take_are_told_of(llama, tasks):
     rewrite(tasks / "pick.yaml", "test_split", "num_fewshot: 0\ntest_split")
     evaluation = measure(llama, tasks="pick", include_path=tasks, num_fewshot=2)

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from effconvert.paths import real
+
 if TYPE_CHECKING:
-    from effconvert.paths import real
-from effconvert.eval.report.facts import Report
+    from effconvert.eval.report.facts import Report
 
 
 def default_page(folder: Path) -> Path:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from effconvert.convert.digest import BESIDE
+from effconvert.convert.digest import matters
 from effconvert.eval.report.facts import Report, beside_original, better
 from effconvert.eval.results import Evaluation, Timing
 
@@ -31,7 +31,7 @@ def _of_the_model(report: Report, folder: Path) -> Iterator[str]:
     if manifest is None:
         return
     there = {file.relative_to(folder).as_posix(): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
-    changed = [name for name, size in manifest.files.items() if name.endswith((".safetensors", *BESIDE)) and there.get(name) != size]
+    changed = [name for name, size in manifest.files.items() if matters(name) and there.get(name) != size]
     if changed:
         yield f"{changed[0]} is not as effconvert wrote it: what the verification found may hold no longer."
     measured = manifest.report
