@@ -11,9 +11,17 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from effconvert.errors import OptionError
+from effconvert.paths import expand
+
 
 # Several values: `1,4` on the command line, a list in a recipe, a tuple in Python.
-Listed = BeforeValidator(lambda given: [part.strip() for part in given.split(",") if part.strip()] if isinstance(given, str) else given)
+def _listed(given: Any) -> Any:
+    if isinstance(given, str):
+        return [part.strip() for part in given.split(",") if part.strip()]
+    return given if given is None or isinstance(given, list | tuple) else [given]
+
+
+Listed = BeforeValidator(_listed)
 Names = Annotated[tuple[str, ...], Listed]
 
 
@@ -39,10 +47,22 @@ class Options(BaseModel):
         """
         if strange := [sentence for name, value in given.items() if (sentence := self._strange(name, value))]:
             raise OptionError("; ".join(strange))
+        given = {name: self._at_home(name, value) for name, value in given.items()}
         try:
             super().__init__(**given)
         except ValidationError as error:
             raise OptionError("; ".join(self._sentence(dict(mistake)) for mistake in error.errors())) from None
+
+    @classmethod
+    def _at_home(cls, name: str, value: Any) -> Any:
+        """Put the home folder for `~` into a path."""
+        field = cls.model_fields.get(name)
+        if field is None or "Path" not in str(field.annotation):
+            return value
+        parts = _listed(value) if "tuple" in str(field.annotation) else value
+        if isinstance(parts, list | tuple):
+            return [expand(part) if isinstance(part, str | Path) else part for part in parts]
+        return expand(parts) if isinstance(parts, str | Path) else parts
 
     @classmethod
     def unknown(cls, name: str) -> str:

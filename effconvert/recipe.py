@@ -89,6 +89,8 @@ def read(path: Path, **instead: Any) -> list[Recipe]:
 def _parse(document: Any, where: str, instead: Mapping[str, Any]) -> Recipe:
     """Make a recipe of a YAML document."""
     given = {**_spelt(document, Recipe, where), **instead}
+    if "model" in instead:
+        given.pop("revision", None)  # which was that of the recipe's own model
     steps = given.get("steps")
     if isinstance(steps, Mapping | str):
         steps = [steps]
@@ -201,6 +203,12 @@ def schema() -> dict[str, Any]:
     for asked in ("evaluate", "bench"):
         made["properties"][asked]["anyOf"].append({"type": "boolean"})
     made["properties"]["steps"] = {"type": "array", "minItems": 1, "description": made["properties"]["steps"]["description"], "items": {"anyOf": choices}}
+    for held in definitions.values():
+        for value in held.get("properties", {}).values():
+            kinds = value.get("anyOf", [value])
+            if any(kind.get("type") == "array" for kind in kinds):  # `tasks: piqa` and `batch: 1` mean one of them
+                several = value.pop("anyOf", None) or [{key: value.pop(key) for key in ("type", "items") if key in value}]
+                value["anyOf"] = [*several, {"type": "string"}, {"type": "integer"}]
     for held in (made, *definitions.values()):
         if "properties" in held:
             held["properties"] = {key.replace("_", "-"): value for key, value in held["properties"].items()}

@@ -12,7 +12,8 @@ from effconvert.convert.watch import Silent, Watcher
 from effconvert.errors import EffconvertError, OptionError
 from effconvert.eval.evaluate import evaluate, prepare
 from effconvert.eval.report import report
-from effconvert.eval.results import Benchmark, Evaluation, check_output, read, save
+from effconvert.eval.report.page import FORMS
+from effconvert.eval.results import Benchmark, Evaluation, check_output, machine, read, save, versions
 from effconvert.eval.speed import bench, contexts_of, device_of
 from effconvert.eval.subject import open_model
 from effconvert.options import Conversion, RunOptions
@@ -84,13 +85,16 @@ def _check_files(recipe: Recipe, recipes: Sequence[Recipe]) -> None:
     """Refuse results that would lie in a model's folder, or on top of each other."""
     folders = {real(folder) for one in recipes for folder in outputs(one)}
     places = [real(file) for one in recipes for file in _files(one).values()]
-    for file in _files(recipe).values():
-        check_output(file)
+    for what, file in _files(recipe).items():
         place = real(file)
         if place in folders or folders & set(place.parents):
             raise OptionError(f"{file} would lie in the folder of a model; give another --output")
         if places.count(place) > 1:
             raise OptionError(f"{file} would be written twice; give each measurement its own --output")
+        if what not in FORMS:
+            check_output(file, [recipe.model])
+        elif file.exists() and not recipe.overwrite and (file.is_dir() or b"effconvert" not in file.read_bytes()):
+            raise OptionError(f"{file} exists and is no report of effconvert; move it, or say overwrite: true")
 
 
 def _first(model: str, revision: str | None) -> str:
@@ -109,8 +113,7 @@ def _carry_out(recipe: Recipe, watcher: Watcher) -> Replay:
     if benchmark:
         save(benchmark, files["bench"])
     if recipe.report:
-        results = [file for what, file in files.items() if what != "report"]
-        report(recipe.target, results, files["report"], overwrite=True)
+        report(recipe.target, [file for what, file in files.items() if what not in FORMS], files[".html"], overwrite=True)
     return Replay(tuple(conversions), evaluation, benchmark, tuple(files.values()))
 
 
@@ -138,7 +141,7 @@ def _files(recipe: Recipe) -> dict[str, Path]:
     if recipe.bench:
         files["bench"] = recipe.bench.output or recipe.beside("bench.json")
     if recipe.report:
-        files["report"] = recipe.beside("report.html")
+        files |= {form: recipe.beside(f"report{form}") for form in FORMS}
     return files
 
 
@@ -153,7 +156,9 @@ def _measured_before(file: Path, models: Sequence[str], recipe: Recipe) -> Bench
     if not recipe.bench or not isinstance(held, Benchmark):
         return None
     opened = [open_model(model) for model in models]
-    resolved = {"context": contexts_of(opened, recipe.bench), "device": device_of(recipe.bench)}
+    device = device_of(recipe.bench)
+    resolved = {"context": contexts_of(opened, recipe.bench), "device": device}
     asked = {**recipe.bench.model_dump(mode="json", exclude={"output"}), **resolved}
     same = [subject.digest for subject in held.subjects] == [one.subject.digest for one in opened]
-    return held if same and all(held.settings.get(key) == value for key, value in asked.items()) else None
+    here = (held.versions, held.machine) == (versions(), machine(device))  # other libraries or another machine: other speeds
+    return held if same and here and all(held.settings.get(key) == value for key, value in asked.items()) else None

@@ -46,7 +46,7 @@ def command(models: tuple[str, ...], **values: Any) -> None:
     from effconvert.eval.results import check_output, save
     from effconvert.eval.speed import bench
 
-    check_output(options.output)
+    check_output(options.output, models)
     terminal = Still(models[0])
     found = bench(models, options, terminal)
     if options.output:

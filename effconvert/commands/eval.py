@@ -42,14 +42,14 @@ def run(models: tuple[str, ...], **values: Any) -> None:
     from effconvert.eval.results import check_output, save
 
     options = EvalOptions(**given(values))
-    check_output(options.output)
+    check_output(options.output, models)
     terminal = Terminal(models[0])
     evaluation = evaluate(models, options, terminal)
     if options.output:
         save(evaluation, options.output)
     show(evaluation)
     if options.output:
-        terminal.out.print(f"written to [bold]{options.output}[/]", soft_wrap=True)
+        terminal.out.print(f"written to {options.output}", soft_wrap=True, markup=False)
 
 
 command = Eval("eval", help=run.__doc__, callback=run)

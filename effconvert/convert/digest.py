@@ -33,12 +33,17 @@ def digest(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, read anew."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _file_hash(path: Path, known: dict[str, str]) -> str:
     status = path.stat()
     key = f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ino}"
     if key not in known:
-        with path.open("rb") as file:
-            known[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        known[key] = file_hash(path)
     return known[key]
 
 

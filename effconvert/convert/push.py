@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,7 +25,7 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progr
 from effconvert.convert.card import render
 from effconvert.convert.checkpoint import PICKLES, open_checkpoint
 from effconvert.convert.config import CONFIG
-from effconvert.convert.digest import digest
+from effconvert.convert.digest import digest, file_hash
 from effconvert.convert.hub_errors import explained
 from effconvert.convert.output import MANIFEST, foreign_files, read_manifest
 from effconvert.convert.plan import CARD, RECIPE
@@ -78,7 +79,8 @@ def push(folder: Path, repo: str, options: PushOptions | None = None, watcher: W
     foreign = foreign_files(folder)
     sizes = {name: len(content) if isinstance(content, bytes) else content.stat().st_size for name, content in files.items()}
     left_alone = tuple(name for name in foreign if name not in files)
-    planned = Pushed(repo, None, None, options.revision or "main", sizes, left_alone, card_edited=CARD in foreign and CARD in manifest["files"])
+    edited = CARD in manifest["files"] and manifest["sha256"].get(CARD) != file_hash(folder / CARD)
+    planned = Pushed(repo, None, None, options.revision or "main", sizes, left_alone, card_edited=edited)
     return planned if options.dry_run else _send(planned, files, message(manifest, options), options, watcher)
 
 
@@ -96,7 +98,7 @@ def check(folder: Path) -> dict[str, Any]:
         raise OptionError(f"{folder} holds no whole {MANIFEST}, so effconvert did not write it; give the output of a conversion")
     if manifest.get("verified") is not True:
         raise ModelError(f"{folder} was never verified, and what was never run is not published; convert again without --no-verify")
-    foreign = set(foreign_files(folder))
+    hashes = manifest.get("sha256") or {}
     for name in manifest["files"]:
         path = folder / name
         parts = PurePosixPath(name).parts
@@ -106,8 +108,8 @@ def check(folder: Path) -> dict[str, Any]:
             raise ModelError(f"{path} is a link, and what it leads to would be published; put the file itself there, or convert again")
         if not path.is_file():
             raise ModelError(f"{path} is part of the model and not there; convert again")
-        if name in foreign and name != CARD:
-            raise ModelError(f"{path} is not what effconvert wrote (its size or its time is another), so nothing vouches for it; convert again")
+        if name != CARD and hashes.get(name) != file_hash(path):
+            raise ModelError(f"{path} is not what effconvert wrote and verified (its content is another), so nothing vouches for it; convert again")
     if CONFIG not in manifest["files"]:
         raise ModelError(f"{folder / MANIFEST} names no {CONFIG}; convert again")
     return manifest
@@ -158,7 +160,8 @@ def contents(folder: Path, repo: str, manifest: dict[str, Any], results: list[Ev
     except (ValueError, yaml.YAMLError) as error:
         raise ModelError(f"a file in {folder} is damaged ({' '.join(str(error).split())}); convert again") from None
     sizes = {name: len(content) if isinstance(content, bytes) else manifest["files"][name] for name, content in files.items()}
-    files[MANIFEST] = (json.dumps({**without_paths(manifest), "files": sizes}, indent=2) + "\n").encode()
+    hashes = {name: sha256(content).hexdigest() if isinstance(content, bytes) else manifest["sha256"][name] for name, content in files.items()}
+    files[MANIFEST] = (json.dumps({**without_paths(manifest), "files": sizes, "sha256": hashes}, indent=2) + "\n").encode()
     return files
 
 
@@ -184,9 +187,9 @@ def _send(planned: Pushed, files: dict[str, Content], text: str, options: PushOp
         raise OptionError("nobody is logged in to the Hub here; run `hf auth login` with a token that may write, or set HF_TOKEN")
     api = HfApi(token=token)
     with _quiet(), explained(api, token, planned.repo, options):
+        _check_card(api, files[CARD])
         repo, there = _open(api, planned.repo, options)
         _check_place(repo, there, files, options)
-        _check_card(api, files[CARD])
         operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
         _upload(api, repo, operations, options, watcher)
         watcher.step("making the commit")

@@ -11,6 +11,7 @@ from effconvert.convert import output, sources
 from effconvert.convert.card import render
 from effconvert.convert.card_data import verification
 from effconvert.convert.checkpoint import open_checkpoint
+from effconvert.convert.digest import file_hash
 from effconvert.convert.plan import CARD, RECIPE, Plan, plan
 from effconvert.convert.stream import write
 from effconvert.convert.verify import Report, check_memory, prepare, scratch_bytes, verify
@@ -79,6 +80,8 @@ def convert(model: str, surgeries: tuple[Surgery, ...], options: RunOptions, wat
                 raise ModelError(f"{error}; nothing was put at {target}, and what was written is in {partial}") from error
         record = {"source": _source(model, options, folder), "verified": report is not None, "report": report and asdict(report), "versions": versions()}
         output.describe(partial, _texts(model, planned, record))
+        if report:  # what was verified is known by its content: `push` holds the folder to it
+            record["sha256"] = {name: file_hash(partial / name) for name in planned.written}
         output.publish(planned, partial, target, options.overwrite, record)
     return Outcome(planned, target, report, resumed)
 

@@ -1,5 +1,6 @@
 """Which measurements decoders get, and what each depends on."""
 
+import shutil
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -14,6 +15,7 @@ from effconvert.eval.passages import Passages, cut, recut
 from effconvert.eval.quality import Recorded, vocabulary
 from effconvert.eval.running import Running
 from effconvert.eval.store import Measured, Store
+from effconvert.eval.subject import pick_dtype
 from effconvert.eval.text import Text
 from effconvert.eval.unit import Measurement
 
@@ -48,6 +50,12 @@ class Decoders:
         self.writes = min(language.LENGTH, self.longest - given) if self.longest else language.LENGTH  # tokens
         self.file = scratch / "logits"
         self.recorded: Recorded | None = None
+        room, need = shutil.disk_usage(scratch).free, self._logits_bytes()
+        if need > room:
+            raise OptionError(
+                f"the original's logits wait on disk while the others are compared with them: {need / 1e9:.1f} GB, and {room / 1e9:.1f} GB are free "
+                f"in {scratch.parent}; give fewer --tokens, or another TMPDIR"
+            )
         for model in models:
             if options.apply_chat_template and options.tasks and not model.tokenizer.chat_template:
                 raise OptionError(f"{model.name} has no chat template; leave out --apply-chat-template")
@@ -131,6 +139,12 @@ class Decoders:
         """How much text was read: tokens, and tokens in the longest window."""
         lengths = [len(window) for window in self.passages[0].windows]
         return {"tokens": sum(lengths), "context": max(lengths)}
+
+    def _logits_bytes(self) -> int:
+        if len(self.models) == 1:
+            return 0
+        itemsize = pick_dtype(self.options.dtype, self.models[0].opened).itemsize
+        return self.read["tokens"] * self.models[0].opened.subject.vocabulary * itemsize
 
     def _room(self, length: int) -> bool:
         """Whether a passkey fits into `length` tokens of every model."""

@@ -66,14 +66,14 @@ def fill(model: Any, masked: Masked, reference: list[Tensor] | None, advance: Ad
         _finite(logits)
         chosen = targets != -100
         log = logits[chosen.to(logits.device)].float().log_softmax(-1).cpu()  # [masked, V]
-        losses.append(nll_loss(log, targets[chosen]).item())
+        losses.append((nll_loss(log, targets[chosen], reduction="sum").item(), len(log)))
         if reference is not None:
             kls.append(max(0.0, kl_div(log, reference[index], log_target=True, reduction="sum").item()) / len(log))
             same.append((log.argmax(-1) == reference[index].argmax(-1)).float().mean().item())
         kept.append(log)
         advance(len(ids))
     names = [str(index) for index in range(len(losses))]
-    samples = [make("masked", "loss", "mean", losses, names, "lower")]
+    samples = [make("masked", "loss", "ratio", losses, names, "lower")]
     if reference is not None:
         samples.append(make("masked", "kl", "mean", kls, names, "lower"))
         samples.append(make("masked", "same_top_token", "mean", same, names, "higher"))

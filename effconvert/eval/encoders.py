@@ -89,7 +89,7 @@ class Encoders:
 
     def _key(self, index: int) -> dict[str, Any]:
         original = self.models[0].key if self._comparable(index) else None
-        return {**self.models[index].key, "what": "masked", "content": sha256(repr(self.content).encode()).hexdigest(), "original": original}
+        return {**self.models[index].key, "what": "masked", "content": sha256(repr((self.content, self.longest)).encode()).hexdigest(), "original": original}
 
     def _pairs(self, pairs: encoder.Pairs, model: Running) -> Measurement:
         pooling = encoder.pooling_of(model.opened.folder)

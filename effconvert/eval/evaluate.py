@@ -1,15 +1,18 @@
 """Measure models beside each other: each in memory once, one after the other, the original first; what was measured before is not measured again."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+
 from effconvert.convert.stock import has_tokenizer, quiet
 from effconvert.convert.watch import Silent, Watcher
-from effconvert.errors import ModelError, OptionError
+from effconvert.errors import EffconvertError, ModelError, OptionError
 from effconvert.eval import results, table
 from effconvert.eval.decoders import Decoders
 from effconvert.eval.encoders import Encoders
@@ -99,13 +102,28 @@ def _measure(plan: Decoders | Encoders, index: int, model: Running, store: Store
         for measurement in plan.measurements(index):
             known = store.get(measurement.key)
             if known is None or measurement.wanted:
-                with watcher.bar(f"{model.name}: {measurement.what}", measurement.total, measurement.unit) as advance:
+                with watcher.bar(f"{model.name}: {measurement.what}", measurement.total, measurement.unit) as advance, enough_memory(measurement.what):
                     known = measurement.run(advance)
                 store.put(measurement.key, known)
             found.append(known)
     finally:
         model.close()
     return found
+
+
+@contextmanager
+def enough_memory(what: str) -> Iterator[None]:
+    """Turn what happens when memory or disk is full into an error of one line."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise EffconvertError(f"no memory left for {what}; give a smaller --context, --batch-size or --dtype, and run the same command again") from None
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        raise EffconvertError(f"no memory left for {what}; give a smaller --context or --batch-size, and run the same command again") from None
+    except OSError as error:
+        raise EffconvertError(f"no room for {what} ({error.strerror}); make some where temporary files go (TMPDIR), and run the same command again") from None
 
 
 def _settings(options: EvalOptions, text: Text, device: str, plan: Decoders | Encoders) -> dict[str, object]:

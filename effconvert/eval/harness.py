@@ -1,6 +1,7 @@
 """lm-eval's tasks, through its Python API: the same tasks, requests and metrics, one task at a time, with what each document contributed."""
 
 import contextlib
+import inspect
 import io
 import json
 import logging
@@ -135,7 +136,7 @@ class Harness:
         """A hash of each task's configuration, and of the documents that are asked."""
         made = {}
         for name, task in self.tasks.items():
-            hashed = sha256(json.dumps(task.dump_config(), default=str, sort_keys=True).encode())
+            hashed = sha256(json.dumps(task.dump_config(), default=_spelt, sort_keys=True).encode())
             chosen = self.options.samples.get(name) if self.options.samples else None
             for _, document in task.doc_iterator(limit=_count(self._limit, task), samples=list(chosen) if chosen else None):
                 hashed.update(json.dumps(document, default=str, sort_keys=True).encode())
@@ -183,7 +184,10 @@ class _Truncations(logging.Handler):
 @contextlib.contextmanager
 def _quiet(talk: bool) -> Iterator["_Truncations"]:
     """Keep lm-eval and the libraries under it from talking, but for their progress bars on a terminal; count the inputs that they cut short."""
-    counter, logger = _Truncations(), logging.getLogger("lm_eval")
+    from huggingface_hub.utils.logging import get_verbosity, set_verbosity
+
+    counter, logger, hub = _Truncations(), logging.getLogger("lm_eval"), get_verbosity()
+    set_verbosity(logging.CRITICAL)  # its retries: what came of them is said once
     level, propagates = logger.level, logger.propagate
     logger.addHandler(counter)
     logger.propagate = False
@@ -193,6 +197,7 @@ def _quiet(talk: bool) -> Iterator["_Truncations"]:
             warnings.simplefilter("ignore")
             yield counter
     finally:
+        set_verbosity(hub)
         logger.removeHandler(counter)
         logger.setLevel(level)
         logger.propagate = propagates
@@ -233,6 +238,15 @@ def _reason(error: Exception, names: tuple[str, ...]) -> EffconvertError:
     return OptionError(f"the tasks {', '.join(names)} cannot be loaded ({told}); mend the task file, or leave it out")
 
 
+def _spelt(held: Any) -> str:
+    """Write down what JSON cannot: of a function its source, and not where it lies in memory."""
+    if callable(held):
+        with contextlib.suppress(OSError, TypeError):
+            return inspect.getsource(held)
+        return f"{getattr(held, '__module__', '')}.{getattr(held, '__qualname__', '')}"
+    return str(held)
+
+
 def _count(limit: int | float | None, task: Any) -> int | None:
     from lm_eval.evaluator_utils import get_sample_size
 
@@ -267,4 +281,7 @@ def _chance(task: Any, metric: str, documents: list[Any]) -> float | None:
         return 0.0
     if metric not in ("acc", "acc_norm", "acc_bytes") or not documents:
         return None
-    return float(np.mean([1 / len(task.doc_to_choice(document["doc"])) for document in documents]))
+    try:
+        return float(np.mean([1 / len(task.doc_to_choice(document["doc"])) for document in documents]))
+    except (AttributeError, TypeError):  # a task in Python that does not say
+        return None

@@ -54,6 +54,7 @@ AGGREGATIONS: dict[str, Callable[[Array], float]] = {
     "mean": lambda items: float(items.mean()),
     "perplexity": lambda items: math.exp(min(-items.mean(), LARGEST)),  # of log-likelihoods a token
     "weighted_perplexity": lambda items: math.exp(min(-items[:, 0].sum() / items[:, 1].sum(), LARGEST)),  # (log-likelihood, words or bytes)
+    "ratio": lambda items: float(items[:, 0].sum() / items[:, 1].sum()),  # (sum, count)
     "bits_per_byte": lambda items: float(-items[:, 0].sum() / items[:, 1].sum() / math.log(2)),  # (log-likelihood, bytes)
     "stratified": _stratified,  # (which part, number): the mean of the parts' means
     "pooled": lambda items: float(items[:, 1].mean()),  # the same, each part by its size
@@ -95,10 +96,12 @@ def compare(original: Samples, other: Samples) -> Value:
     if (a == b).all():
         return Value(other.value, other.error, difference, 0.0 if len(a) > 1 else None, 1.0 if len(a) > 1 else None, kept)
     if original.aggregation in ("stratified", "pooled"):
-        error = _stratified_error(a[:, 0], b[:, 1] - a[:, 1], original.aggregation == "pooled")
-        return Value(other.value, other.error, difference, error, _p_of_normal(difference, error), kept)
+        by_size = original.aggregation == "pooled"
+        error = _stratified_error(a[:, 0], b[:, 1] - a[:, 1], by_size)
+        p = _p_of_mean(a[:, 1], b[:, 1]) if by_size else _p_of_stratified(a[:, 0], b[:, 1] - a[:, 1])
+        return Value(other.value, other.error, difference, error, p, kept)
     if moved := _linear(a, b, original.aggregation):
-        tested = (a, b) if original.aggregation == "perplexity" else moved  # the logarithms are nearer to normal
+        tested = _logarithms(a, original.aggregation), _logarithms(b, original.aggregation)
         return Value(other.value, other.error, difference, _mean_error(moved[1] - moved[0]), _p_of_mean(*tested), kept)
     draws = _draw(b, other.aggregation) - _draw(a, original.aggregation)
     return Value(other.value, other.error, difference, _spread(draws), _p_of_draws(draws), kept)
@@ -120,9 +123,16 @@ def _moves(items: Array, aggregation: str) -> Array:
     if aggregation == "perplexity":
         return np.asarray(value - value * (items - items.mean()))
     ratio, weights = items[:, 0].sum() / items[:, 1].sum(), items[:, 1] / items[:, 1].mean()
-    slope = {"bits_per_byte": -1 / math.log(2), "weighted_perplexity": -value}[aggregation]
+    slope = {"ratio": 1.0, "bits_per_byte": -1 / math.log(2), "weighted_perplexity": -value}[aggregation]
     moved: Array = value + slope * (items[:, 0] / items[:, 1].mean() - ratio * weights)
     return moved
+
+
+def _logarithms(items: Array, aggregation: str) -> Array:
+    """Return what is tested: of perplexities the logarithms, which are nearer to normal."""
+    if aggregation == "perplexity":
+        return items
+    return _moves(items, "ratio" if aggregation == "weighted_perplexity" else aggregation)
 
 
 def recovery(original: Samples, other: Samples) -> float | None:
@@ -170,8 +180,19 @@ def _stratified_error(strata: Array, values: Array, by_size: bool) -> float | No
     return math.hypot(*known) if len(known) == len(parts) else None
 
 
-def _p_of_normal(difference: float, error: float | None) -> float | None:
-    return math.erfc(abs(difference) / error / math.sqrt(2)) if error else None
+def _p_of_stratified(strata: Array, differences: Array) -> float | None:
+    """Return the two-sided p of the mean of the parts' mean differences: Student's t, degrees of freedom by Welch and Satterthwaite."""
+    from scipy import stats
+
+    parts = [differences[strata == stratum] for stratum in np.unique(strata)]
+    if min(map(len, parts)) < 2:
+        return None
+    squares = np.array([part.var(ddof=1) / len(part) for part in parts])
+    if not squares.any():
+        return _p_of_mean(np.zeros(len(differences)), differences)
+    freedom = squares.sum() ** 2 / sum(square**2 / (len(part) - 1) for square, part in zip(squares, parts, strict=True))
+    mean = np.mean([part.mean() for part in parts])
+    return float(2 * stats.t.sf(abs(mean) * len(parts) / math.sqrt(squares.sum()), freedom))
 
 
 def _draw(items: Array, aggregation: str) -> Array:

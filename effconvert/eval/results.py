@@ -6,6 +6,7 @@ The first model is always the original, and what is said of another is said besi
 import json
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -161,19 +162,26 @@ def save(results: Evaluation | Benchmark, path: Path) -> None:
         draft.unlink(missing_ok=True)
 
 
-def check_output(path: Path | None) -> None:
-    """Refuse, before minutes of work, a file that could not be written.
+def check_output(path: Path | None, models: Sequence[str] = ()) -> None:
+    """Refuse, before minutes of work, a file that could not be written, or that is somebody's.
 
     Raises:
-        OptionError: it is a folder, or lies where nothing may be written.
+        OptionError: it is a folder, lies where nothing may be written or in the folder of one of `models`, or holds something else than results.
     """
     if path is None:
         return
+    if folder := next((model for model in models if real(model) in real(path).parents), None):
+        raise OptionError(f"--output {path} lies in the folder of the model {folder}; give another")
     place = next((folder for folder in real(path).parents if folder.exists()), Path("/"))
     if expand(path).is_dir():
         raise OptionError(f"--output {path} is a folder; give the name of a file")
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise OptionError(f"--output {path} cannot be written: {place} is not a folder that you may write to; give another")
+    if expand(path).exists():
+        try:
+            read(expand(path))
+        except OptionError:
+            raise OptionError(f"--output {path} exists and holds no results of effconvert; give another, or remove it") from None
 
 
 def read(path: Path) -> Evaluation | Benchmark:

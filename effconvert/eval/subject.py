@@ -93,7 +93,7 @@ def pick_device(name: str | None) -> str:
         raise OptionError(f"--device {name} cannot be used here; there is {there}") from None
     if torch.device(name).type == "meta":
         raise OptionError("--device meta holds no numbers; leave it out")
-    return name
+    return "cpu" if torch.device(name).type == "cpu" else name
 
 
 def pick_dtype(name: str, opened: Opened) -> torch.dtype:

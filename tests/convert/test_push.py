@@ -373,12 +373,29 @@ def train(folder: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-8] + bytes(8))
 
 
+def disguise(folder: Path) -> None:
+    """Change a byte of the weights, and nothing that a listing shows."""
+    path = next(folder.glob("*.safetensors"))
+    status, data = path.stat(), bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_a_copy_with_other_times_is_the_same_model(folder: Path, command: Command) -> None:
+    copied = shutil.copytree(folder, "copied", copy_function=shutil.copy)
+    result = command("push", copied, "lab/pushed", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "changed by hand" not in result.stdout
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
         (unverify, "was never verified"),
         (lambda folder: (folder / "config.json").write_text("{}"), "config.json is not what effconvert wrote"),
         (train, ".safetensors is not what effconvert wrote"),
+        (disguise, ".safetensors is not what effconvert wrote"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is part of the model and not there"),
         (pickle, "names pytorch_model.bin, which no conversion writes"),
         (climb, "names ../passwords, which no conversion writes"),
@@ -386,7 +403,7 @@ def train(folder: Path) -> None:
         (lambda folder: rewrite(folder, report={"before": 1}), "its report cannot be read"),
         (lambda folder: rewrite(folder, source=[]), "it does not say what was converted"),
     ],
-    ids=["unverified", "changed", "trained further", "lost", "pickle", "outside", "link", "report", "source"],
+    ids=["unverified", "changed", "trained further", "changed with its size and time kept", "lost", "pickle", "outside", "link", "report", "source"],
 )
 def test_what_nothing_vouches_for_is_not_pushed(folder: Path, refused: Refused, damage: Callable[[Path], object], said: str) -> None:
     damage(folder)

@@ -10,13 +10,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from effconvert.commands.eval import show
 from effconvert.convert.checkpoint import open_checkpoint
 from effconvert.convert.digest import digest
+from effconvert.convert.push_options import PushOptions
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval import results, running
+from effconvert.eval.bench_options import BenchOptions
 from effconvert.eval.eval_options import EvalOptions
 from effconvert.eval.evaluate import evaluate
 from tests.eval.evaluating import byte_tokenizer, choices, measure, moved, prose, put, row, tiny_llama
@@ -387,3 +390,42 @@ def test_models_compute_where_and_in_what_was_asked_for(llama, monkeypatch):
     monkeypatch.setattr(running, "load_model", lambda opened, dtype, device: asked.append((dtype, device)) or load(opened, dtype, device))
     measure(llama, dtype="float32", device="cpu")
     assert asked == [("float32", "cpu")]
+
+
+@pytest.mark.parametrize(("output", "said"), [("{model}/config.json", "lies in the folder of the model"), ("mine.json", "holds no results of effconvert")])
+def test_results_replace_nothing_of_anybodys(command, llama, tmp_path, output, said):
+    folder = shutil.copytree(llama, tmp_path / "victim")
+    Path("mine.json").write_text("{}")
+    place = Path(output.format(model=folder))
+    before = place.read_bytes()
+    for name in ("eval", "bench"):
+        result = command(name, folder, "-o", place)
+        assert result.exit_code == 2, result.output
+        assert said in result.stderr
+    assert place.read_bytes() == before
+
+
+def test_the_processor_has_one_name(llama):
+    assert measure(llama, device="cpu:0").settings["device"] == "cpu"
+
+
+def test_memory_that_is_full_is_an_error_of_one_line(command, llama, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("effconvert.eval.language.text", full)
+    result = command("eval", llama, *EASY)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: no memory left for reading the text; give a smaller --context")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_single_value_is_a_list_of_one():
+    assert EvalOptions(passkey=64).passkey == (64,)
+    assert BenchOptions(batch=2, context="8,16").context == (8, 16)
+
+
+def test_the_home_folder_is_found_in_every_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert EvalOptions(output="~/e.json", text=Path("~/t.txt")).output == tmp_path / "e.json"
+    assert PushOptions(results="a.json,~/b.json").results == (Path("a.json"), tmp_path / "b.json")

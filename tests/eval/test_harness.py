@@ -1,6 +1,7 @@
 """lm-eval's tasks: the same numbers as lm-eval's own, chance, groups, the cache, and what can be wrong with a task."""
 
 import json
+import subprocess
 import warnings
 import weakref
 from itertools import pairwise
@@ -306,6 +307,24 @@ def test_a_task_with_python_beside_it_is_remembered_too(llama, scripted, compute
     rewrite(scripted / "code.py", "right()}", "0.0}")
     measure(llama, tasks="pick", include_path=scripted)
     assert computed == ["pick", "pick"]
+
+
+KEY = """
+import sys
+from pathlib import Path
+from effconvert.eval.eval_options import EvalOptions
+from effconvert.eval.harness import Harness
+print(Harness(EvalOptions(tasks="pick", include_path=Path(sys.argv[1])), talk=False).key("pick")["task"])
+"""
+
+
+def test_a_task_with_python_has_one_key_in_every_process(scripted, python, environment):
+    (scripted / "pick.yaml").write_text((scripted / "pick.yaml").read_text() + "process_docs: !function code.documents\n")
+    with (scripted / "code.py").open("a") as file:
+        file.write("\n\ndef documents(dataset):\n    return dataset\n")
+    keys = {subprocess.run([python, "-c", KEY, str(scripted)], env=environment, capture_output=True, text=True, check=True).stdout for _ in range(2)}
+    assert len(keys) == 1
+    assert len(keys.pop().strip()) == 64
 
 
 def test_another_function_of_a_tasks_python_is_measured_again(llama, scripted, computed):

@@ -237,3 +237,25 @@ def test_ten_points_over_four_hundred_documents_are_found():
         value = compare(samples((outcome <= 1) * 1.0), samples(((outcome == 0) | (outcome == 2)) * 1.0))
         found += bool(value.significant and value.difference < 0)
     assert found >= 95  # of 99.5 expected: fewer in one of 77 000 cases
+
+
+def test_a_ruined_word_perplexity_is_no_chance_though_few_documents_were_read():
+    found = 0
+    for seed in range(100):
+        random = np.random.default_rng(seed)
+        words = random.integers(200, 400, 5)
+        logs = -3.0 * words + random.normal(0, 40, 5)
+        items = [[(float(log), float(count)) for log, count in zip(each, words, strict=True)] for each in (logs, logs - 6.0 * words + random.normal(0, 40, 5))]
+        value = compare(*(samples(each, "weighted_perplexity", better="lower") for each in items))
+        found += value.p < 0.05
+    assert found == 100
+
+
+@pytest.mark.parametrize(("aggregation", "sizes"), [("pooled", (3, 3)), ("stratified", (3, 3)), ("stratified", (3, 10))])
+def test_groups_of_equal_models_differ_in_5_of_100_cases(aggregation, sizes):
+    trials, found = 400, 0
+    for seed in range(trials):
+        random = np.random.default_rng(seed)
+        a, b = ([(part, float(random.normal())) for part, size in enumerate(sizes) for _ in range(size)] for _ in range(2))
+        found += compare(samples(a, aggregation), samples(b, aggregation)).p < 0.05
+    assert found <= stats.binom.ppf(0.999, trials, 0.06)  # Welch's t is a little liberal with so few

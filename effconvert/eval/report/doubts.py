@@ -84,17 +84,8 @@ def _of_quality(report: Report) -> Iterator[str]:
         yield f"Better than the original on {', '.join(dict.fromkeys(gained))}: surprising after a conversion alone; look at what was trained on."
     if bare := [row for row, first, _ in rows if first and first.error is None]:
         yield f"{len(bare)} of {len(rows)} metrics have no error bar (the first is {bare[0].task} {bare[0].metric})."
-    lost = [
-        row.task for row, first, _ in rows if first and row.chance is not None and first.error is not None and _guesses(first.value, first.error, row.chance)
-    ]
-    if lost:
-        yield f"The original is no better than guessing on {', '.join(dict.fromkeys(lost))}: there is nothing to lose, so nothing is shown."
     if any(any(evaluation.continuations) for evaluation in report.evaluations.values()) or (report.manifest and report.manifest.report):
         yield "What the models write is one prompt, continued with the most likely token each time (greedy decoding): an anecdote, not a measurement."
-
-
-def _guesses(value: float, error: float, chance: float) -> bool:
-    return abs(value - chance) <= 1.96 * error
 
 
 def _of_speed(report: Report) -> Iterator[str]:
