@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from effconvert import __version__, commands, surgery
-from effconvert.errors import EffconvertError, OptionError
+from effconvert.errors import EffconvertError
 from effconvert.overview import page
 
 
@@ -25,7 +25,7 @@ class Commands(click.Group):
         """Find a command, or say which one was meant."""
         summary = surgery.catalogue().get(cmd_name)
         if summary is not None:
-            return Technique(cmd_name, short_help=summary)
+            return _technique(cmd_name, summary)
         if cmd_name in commands.catalogue():
             return commands.load(cmd_name)
         if not ctx.resilient_parsing:
@@ -51,36 +51,18 @@ class Commands(click.Group):
             sys.exit(130)
 
 
-class Technique(click.Command):
-    """A conversion by one technique, its options those of its class."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Say of an unknown option what every door says."""
-        try:
-            return super().parse_args(ctx, args)
-        except click.NoSuchOption as error:
-            from effconvert.options import RunOptions
-
-            name, technique = error.option_name.lstrip("-"), surgery.load(str(self.name))
-            said = [kind.unknown(name) for kind in (technique, RunOptions)]
-            raise OptionError(next((one for one in said if "did you mean" in one), said[0])) from None
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """Make the options, at the first moment that anybody asks."""
-        if not self.params:
-            from effconvert.commands._click import parameters
-            from effconvert.options import RunOptions
-
-            technique = surgery.load(str(self.name))
-            self.help, self.callback = technique.__doc__, convert
-            self.params = [click.Argument(["model"]), *parameters(technique), *parameters(RunOptions)]
-        return super().get_params(ctx)
-
-
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
     """Hold the commands; `effconvert.overview` has what this says of itself."""
+
+
+def _technique(name: str, summary: str) -> click.Command:
+    from effconvert.commands._click import OptionsCommand
+    from effconvert.options import RunOptions
+
+    technique = surgery.load(name)
+    return OptionsCommand(name, [click.Argument(["model"])], lambda: (technique, RunOptions), convert, help=technique.__doc__, short_help=summary)
 
 
 def convert(model: str, **values: Any) -> None:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from effconvert.commands._click import given, parameters
+from effconvert.commands._click import OptionsCommand, given
 from effconvert.eval.bench_options import BenchOptions
 
 if TYPE_CHECKING:
@@ -26,12 +26,12 @@ GAP = "  "
 SHORTEST = 8  # characters that are left of a name, however narrow the terminal
 
 
-@click.command(name="bench", params=[click.Argument(["models"], nargs=-1, required=True, metavar="MODEL..."), *parameters(BenchOptions)])
-def command(models: tuple[str, ...], **values: Any) -> None:
+def run(models: tuple[str, ...], **values: Any) -> None:
     """Measure how fast models are, the original first.
 
     Prefill, time to first token, decoding, KV cache and peak memory, over batch sizes and contexts. The others are compared with the first one, in rounds that
     they take in turns; beside a step's time stands what it would take to read the weights and the cache from memory, and nothing else.
+    MODEL is a folder, a .gguf file or a Hub id, which may name a revision: org/name@v1.
 
     \b
     Examples:
@@ -56,6 +56,9 @@ def command(models: tuple[str, ...], **values: Any) -> None:
         terminal.out.print(f"written to {options.output}", soft_wrap=True, markup=False)
     if all(cell.failure for cell in found.cells):
         raise EffconvertError(f"nothing could be measured: {found.cells[0].failure}")
+
+
+command = OptionsCommand("bench", [click.Argument(["models"], nargs=-1, required=True, metavar="MODEL...")], lambda: (BenchOptions,), run)
 
 
 def show(found: "Benchmark") -> None:

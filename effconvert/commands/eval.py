@@ -5,21 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from effconvert.commands._click import OptionsCommand, given
+from effconvert.eval.eval_options import EvalOptions
+
 if TYPE_CHECKING:
     from effconvert.eval.results import Evaluation, Row, Value
-
-
-class Eval(click.Command):
-    """The command, its options made of `EvalOptions` when somebody asks for them."""
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """Make the options."""
-        if not self.params:
-            from effconvert.commands._click import parameters
-            from effconvert.eval.eval_options import EvalOptions
-
-            self.params = [click.Argument(["models"], nargs=-1, required=True, metavar="MODEL..."), *parameters(EvalOptions)]
-        return super().get_params(ctx)
 
 
 def run(models: tuple[str, ...], **values: Any) -> None:
@@ -28,6 +18,7 @@ def run(models: tuple[str, ...], **values: Any) -> None:
     How well they predict a text (perplexity, bits per byte), how far they moved from the first one (KL, same top token), whether they fall into loops when they
     write, whether they find a number in a long text, and lm-eval's --tasks. Each difference comes with its standard error from the same documents,
     and a difference that may be chance is marked. What was measured before is taken from a cache.
+    MODEL is a folder, a .gguf file or a Hub id, which may name a revision: org/name@v1.
 
     \b
     Examples:
@@ -35,9 +26,7 @@ def run(models: tuple[str, ...], **values: Any) -> None:
       effconvert eval ./SmolLM2-135M ./mqa --tasks piqa,arc_easy --limit 200 -o eval.json
       effconvert eval ./MiniLM ./MiniLM-linformer --pairs stsb-dev.csv
     """
-    from effconvert.commands._click import given
     from effconvert.console import Terminal
-    from effconvert.eval.eval_options import EvalOptions
     from effconvert.eval.evaluate import evaluate
     from effconvert.eval.results import check_output, save
 
@@ -52,7 +41,7 @@ def run(models: tuple[str, ...], **values: Any) -> None:
         terminal.out.print(f"written to {options.output}", soft_wrap=True, markup=False)
 
 
-command = Eval("eval", help=run.__doc__, callback=run)
+command = OptionsCommand("eval", [click.Argument(["models"], nargs=-1, required=True, metavar="MODEL...")], lambda: (EvalOptions,), run)
 
 
 def show(evaluation: "Evaluation") -> None:

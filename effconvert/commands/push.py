@@ -4,12 +4,11 @@ from typing import Any
 
 import click
 
-from effconvert.commands._click import given, parameters
+from effconvert.commands._click import OptionsCommand, given
 from effconvert.convert.push_options import PushOptions
 
 
-@click.command(name="push", params=[click.Argument(["folder"], metavar="DIR"), click.Argument(["repo"]), *parameters(PushOptions)])
-def command(folder: str, repo: str, **values: Any) -> None:
+def run(folder: str, repo: str, **values: Any) -> None:
     """Put a converted model on the Hub, with a model card.
 
     Sends what effconvert wrote and verified and nothing else, in one commit; the repository is made if it is not there. After a break the same
@@ -49,3 +48,6 @@ def command(folder: str, repo: str, **values: Any) -> None:
         tell(f"{escape(pushed.repo)} held all of this already: [bold]{escape(str(pushed.url))}[/]", soft_wrap=True)
     else:
         tell(f"pushed to {escape(pushed.repo)}, {escape(pushed.revision)}: [bold]{escape(str(pushed.url))}[/]", soft_wrap=True)
+
+
+command = OptionsCommand("push", [click.Argument(["folder"], metavar="DIR"), click.Argument(["repo"])], lambda: (PushOptions,), run)

@@ -5,12 +5,11 @@ from typing import Any
 
 import click
 
-from effconvert.commands._click import given, parameters
+from effconvert.commands._click import OptionsCommand, given
 from effconvert.eval.report.options import ReportOptions
 
 
-@click.command(name="report", params=[click.Argument(["model"]), click.Argument(["results"], nargs=-1), *parameters(ReportOptions)])
-def command(model: str, results: tuple[str, ...], **values: Any) -> None:
+def run(model: str, results: tuple[str, ...], **values: Any) -> None:
     """Write one page that says what a conversion won and what it cost.
 
     MODEL is a folder that effconvert wrote, or another model's. RESULTS are files that `effconvert eval -o` and `effconvert bench -o` wrote, in which
@@ -34,3 +33,6 @@ def command(model: str, results: tuple[str, ...], **values: Any) -> None:
     for doubt in made.doubts:
         out.print(f"distrust: {doubt}", soft_wrap=True, markup=False)
     out.print(f"{page}, and beside it the same as .json and .md", soft_wrap=True, markup=False)
+
+
+command = OptionsCommand("report", [click.Argument(["model"]), click.Argument(["results"], nargs=-1)], lambda: (ReportOptions,), run)
