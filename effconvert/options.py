@@ -89,7 +89,7 @@ class Options(BaseModel):
         name = str(mistake["loc"][0])
         option = f"--{name.replace('_', '-')}"
         if mistake["type"] == "missing":
-            return f"{option} is needed: {cls.model_fields[name].description}"
+            return f"{option} is needed: {(cls.model_fields[name].description or '').rstrip('.')}"
         if mistake["type"] == "extra_forbidden":
             return cls.unknown(name)
         if mistake["type"].startswith("int_"):

@@ -98,7 +98,8 @@ def check(folder: Path) -> dict[str, Any]:
         raise OptionError(f"{folder} holds no whole {MANIFEST}, so effconvert did not write it; give the output of a conversion")
     if manifest.get("verified") is not True:
         raise ModelError(f"{folder} was never verified, and what was never run is not published; convert again without --no-verify")
-    hashes = manifest.get("sha256") or {}
+    if not isinstance(hashes := manifest.get("sha256"), dict):
+        raise ModelError(f"{folder / MANIFEST} holds no hashes of what was verified, so nothing vouches for the files; convert again")
     for name in manifest["files"]:
         path = folder / name
         parts = PurePosixPath(name).parts
