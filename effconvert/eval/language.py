@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from effconvert.convert.watch import Advance
 from effconvert.eval.paired import make
 from effconvert.eval.passages import Passages
-from effconvert.eval.quality import Recorded, logits_of, measure
+from effconvert.eval.quality import Recorded, greedy, logits_of, measure
 from effconvert.eval.store import Measured
 
 PROMPTS, PROMPT, LENGTH = 8, 32, 64  # continuations, tokens given and tokens asked for in each
@@ -39,14 +38,13 @@ def text(model: Any, passages: Passages, record: Path | None, reference: Recorde
     return Measured(tuple(samples))
 
 
-@torch.inference_mode()
 def generation(model: Any, tokenizer: Any, passages: Passages, length: int, advance: Advance) -> Measured:
     """Have `model` go on with the first tokens of some passages for `length` tokens, always by the most likely one, and look for repetition."""
     chosen = passages.windows[:: max(1, len(passages.windows) // PROMPTS)][:PROMPTS]
     prompts = [window[: prompt_length(len(window))] for window in chosen]
     written = []
     for prompt in prompts:
-        written.append(_write(model, tokenizer, prompt, length))
+        written.append(greedy(model, tokenizer, prompt, length))
         advance(1)
     names = [str(index) for index in range(len(written))]
     samples = (  # none is better for being high or low: a model in ruins writes noise that never repeats
@@ -61,14 +59,6 @@ def generation(model: Any, tokenizer: Any, passages: Passages, length: int, adva
 def prompt_length(window: int) -> int:
     """Return how many tokens of a window are given."""
     return min(PROMPT, window // 2 + 1)
-
-
-def _write(model: Any, tokenizer: Any, prompt: Tensor, length: int) -> list[int]:
-    ids = prompt[None].to(model.device)
-    silent = {"temperature": None, "top_p": None, "top_k": None, "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id}
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=length, **silent)
-    tokens: list[int] = out[0, ids.shape[1] :].tolist()
-    return tokens
 
 
 def distinct(tokens: Sequence[int], n: int) -> float:

@@ -14,6 +14,7 @@ from torch import nn
 from effconvert.eval import memory
 from effconvert.eval.bench_options import BenchOptions
 from effconvert.eval.graphs import capture
+from effconvert.eval.quality import cache_bytes
 from effconvert.eval.subject import Opened
 
 SEED = 0  # of the prompts: speed does not depend on what they say
@@ -96,7 +97,7 @@ class Runner:
         first = time.perf_counter() - start
         cache = output.past_key_values
         del output
-        self.cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        self.cache_bytes = cache_bytes(cache)
         start = time.perf_counter()
         for _ in range(self.job.options.new_tokens):
             tokens = self.replay(tokens) if self.replay else self.model(tokens, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)

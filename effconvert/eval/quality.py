@@ -174,13 +174,24 @@ def logits_of(model: Any, window: Tensor) -> Tensor:
 @torch.inference_mode()
 def kv_bytes(model: Any, window: Tensor) -> int:
     """Measure the bytes of the cache object after one sequence [T], every layer of it."""
-    cache = model(window[None].to(model.device), use_cache=True).past_key_values
+    return cache_bytes(model(window[None].to(model.device), use_cache=True).past_key_values)
+
+
+def cache_bytes(cache: Any) -> int:
+    """Return the bytes of a cache object of transformers, every layer of it."""
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def continuation(model: Any, tokenizer: Any, prompt: Tensor, length: int) -> str:
     """Return what `model` writes after `prompt` [T], always taking the most likely token."""
+    return str(tokenizer.decode(greedy(model, tokenizer, prompt, length), skip_special_tokens=True))
+
+
+@torch.inference_mode()
+def greedy(model: Any, tokenizer: Any, prompt: Tensor, length: int) -> list[int]:
+    """Return the tokens, at most `length`, that `model` finds most likely after `prompt` [T], one after the other."""
     ids = prompt[None].to(model.device)
     silent = {"temperature": None, "top_p": None, "top_k": None, "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id}
     out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=length, **silent)
-    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+    tokens: list[int] = out[0, ids.shape[1] :].tolist()
+    return tokens
