@@ -61,6 +61,8 @@ AGGREGATIONS: dict[str, Callable[[Array], float]] = {
     "spearman": _spearman,  # (similarity, score)
 }
 
+LINEAR = ("mean", "perplexity", "weighted_perplexity", "ratio", "bits_per_byte")  # of which a document's share is known, at least to first order
+
 
 def make(task: str, metric: str, aggregation: str, items: Sequence[Any], documents: Sequence[str], better: Better | None, **more: Any) -> Samples:
     """Make samples of our own measurements, with their value and its standard error."""
@@ -109,10 +111,7 @@ def compare(original: Samples, other: Samples) -> Value:
 
 def _linear(a: Array, b: Array, aggregation: str) -> tuple[Array, Array] | None:
     """Return numbers, one a document, whose means are the two scores: exact for a mean, to first order for perplexities and ratios."""
-    try:
-        return _moves(a, aggregation), _moves(b, aggregation)
-    except KeyError:
-        return None
+    return (_moves(a, aggregation), _moves(b, aggregation)) if aggregation in LINEAR else None
 
 
 def _moves(items: Array, aggregation: str) -> Array:

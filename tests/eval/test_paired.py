@@ -244,8 +244,8 @@ def test_a_ruined_word_perplexity_is_no_chance_though_few_documents_were_read():
     for seed in range(100):
         random = np.random.default_rng(seed)
         words = random.integers(200, 400, 5)
-        logs = -3.0 * words + random.normal(0, 40, 5)
-        items = [[(float(log), float(count)) for log, count in zip(each, words, strict=True)] for each in (logs, logs - 6.0 * words + random.normal(0, 40, 5))]
+        logs = -3.0 * words + random.normal(0, 300, 5)
+        items = [[(float(log), float(count)) for log, count in zip(each, words, strict=True)] for each in (logs, logs - 6.0 * words + random.normal(0, 300, 5))]
         value = compare(*(samples(each, "weighted_perplexity", better="lower") for each in items))
         found += value.p < 0.05
     assert found == 100
