@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from effconvert import __version__, commands, surgery
+from effconvert import __version__, commands, steps
 from effconvert.errors import EffconvertError
 from effconvert.overview import page
 
@@ -19,11 +19,11 @@ class Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Name the techniques first."""
-        return [*surgery.catalogue(), *commands.catalogue()]
+        return [*steps.catalogue(), *commands.catalogue()]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Find a command, or say which one was meant."""
-        summary = surgery.catalogue().get(cmd_name)
+        summary = steps.catalogue().get(cmd_name)
         if summary is not None:
             return _technique(cmd_name, summary)
         if cmd_name in commands.catalogue():
@@ -61,7 +61,7 @@ def _technique(name: str, summary: str) -> click.Command:
     from effconvert.commands._click import OptionsCommand
     from effconvert.options import RunOptions
 
-    technique = surgery.load(name)
+    technique = steps.load(name)
     return OptionsCommand(name, [click.Argument(["model"])], lambda: (technique, RunOptions), convert, help=technique.__doc__, short_help=summary)
 
 
@@ -75,7 +75,7 @@ def convert(model: str, **values: Any) -> None:
     name = click.get_current_context().info_name
     chosen = given(values)
     run_options = RunOptions(**{key: chosen.pop(key) for key in RunOptions.model_fields if key in chosen})
-    technique = surgery.load(str(name))(**chosen)
+    technique = steps.load(str(name))(**chosen)
     terminal = Terminal(model)
     outcome = run(model, (technique,), run_options, terminal)
     if not run_options.dry_run:

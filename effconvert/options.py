@@ -124,9 +124,17 @@ class Conversion(Options):
     text: Path | None = TEXT
     tokens: int = TOKENS
     context: int = CONTEXT
+    calibrate: str | None = Field(
+        None,
+        description="What the model is run on for steps that look at it: a text file, a JSON-lines file or a dataset on the Hub (name or name:config), of which "
+        "the training texts are read. Default: docstrings of the standard library, of other modules than --text has.",
+        json_schema_extra={"metavar": "FILE|DATASET"},
+    )
+    calibration_tokens: int = Field(16384, ge=64, le=10**9, description="Tokens of it: more are better and take longer.")
 
 
 class RunOptions(Conversion):
     """What a conversion understands that is asked for by name."""
 
+    refit: bool = Field(False, description="Afterwards refit what changed towards what the model computed before: `effconvert refit` as the last step.")
     dry_run: bool = Field(False, description="Print the plan, with every error that can be foreseen; write nothing.")

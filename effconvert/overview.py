@@ -3,7 +3,7 @@
 Written without Click: importing Click alone takes 3.7 times as long as `python -c pass`, and this page is to take less than 4.
 """
 
-from effconvert import commands, surgery
+from effconvert import commands, steps
 
 PAGE = """\
 Usage: effconvert COMMAND [OPTIONS] MODEL
@@ -14,6 +14,9 @@ Usage: effconvert COMMAND [OPTIONS] MODEL
 
 Techniques:
 {techniques}
+
+Healing:
+{healing}
 
 Other commands:
 {commands}
@@ -31,9 +34,9 @@ Examples:
 
 def page() -> str:
     """Return the first page."""
-    techniques, others = surgery.catalogue(), commands.catalogue()
-    width = max(map(len, [*techniques, *others]))
-    return PAGE.format(techniques=_lines(techniques, width), commands=_lines(others, width))
+    techniques, healing, others = steps.techniques(), steps.rungs(), commands.catalogue()
+    width = max(map(len, [*techniques, *healing, *others]))
+    return PAGE.format(techniques=_lines(techniques, width), healing=_lines(healing, width), commands=_lines(others, width))
 
 
 def _lines(summaries: dict[str, str], width: int) -> str:

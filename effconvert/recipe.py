@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import Field
 
-from effconvert import surgery
+from effconvert import steps as known_steps
 from effconvert.errors import EffconvertError, OptionError
 from effconvert.eval.bench_options import BenchOptions
 from effconvert.eval.eval_options import EvalOptions
@@ -115,11 +115,11 @@ def step(given: Any, where: str) -> Surgery:
         given = {given: {}}
     if not isinstance(given, Mapping) or len(given) != 1:
         raise OptionError(f"{where} is {shown(given)}, and it should be one technique with its options, like `gqa: {{groups: 8}}`")
-    (name, options), known = next(iter(given.items())), surgery.catalogue()
+    (name, options), known = next(iter(given.items())), known_steps.catalogue()
     if name not in known:
         near = get_close_matches(str(name), known, n=1)
         raise OptionError(f"{where}: there is no technique {shown(name)}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"))
-    technique = surgery.load(name)
+    technique = known_steps.load(name)
     return _make(technique, _spelt({} if options is None else options, technique, f"{where} ({name})"), f"{where} ({name})")
 
 
@@ -190,8 +190,8 @@ def schema() -> dict[str, Any]:
     made = Recipe.model_json_schema(mode="validation")
     definitions = made.setdefault("$defs", {})
     choices: list[dict[str, Any]] = []
-    for name, summary in surgery.catalogue().items():
-        technique = surgery.load(name)
+    for name, summary in known_steps.catalogue().items():
+        technique = known_steps.load(name)
         own = technique.model_json_schema()
         definitions |= own.pop("$defs", {})
         definitions[name] = own

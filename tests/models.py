@@ -23,6 +23,8 @@ SETTINGS = {
     "gemma3_text": {**GROUPED, **HEAD_DIM, **ALTERNATING},
     "olmo2": GROUPED,
     "phi3": GROUPED,
+    "cohere": {**GROUPED, "logit_scale": 1.0},
+    "glm": {**GROUPED, **HEAD_DIM, "attention_bias": True},
     "gpt2": GPT2,
     "gpt_bigcode": GPT2,
     "gpt_neox": SHAPE,

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from effconvert import commands, surgery
+from effconvert import commands, steps
 from effconvert.convert.config import Config
 from effconvert.convert.families import FAMILIES
 from effconvert.errors import ModelError
@@ -17,7 +17,7 @@ def applies(name, kind):
     raw = {"model_type": kind, family.heads_key: 4, family.hidden_key: 64, family.layers_key: 2}
     config = Config(raw | ({family.kv_heads_key: 2} if family.kv_heads_key else {}), family)
     try:
-        surgery.load(name).suits(config)
+        steps.load(name).suits(config)
     except ModelError:
         return False
     return True
@@ -25,7 +25,7 @@ def applies(name, kind):
 
 def test_the_table_of_commands_has_every_command():
     told = re.findall(r"^\| `effconvert ([a-z-]+)", README, re.MULTILINE)
-    assert sorted(told) == sorted([*surgery.catalogue(), *commands.catalogue()])
+    assert sorted(told) == sorted([*steps.catalogue(), *commands.catalogue()])
 
 
 def test_the_table_of_families_is_that_of_the_rows():

@@ -17,8 +17,8 @@ from effconvert.errors import EffconvertError, ModelError, OptionError
 from effconvert.options import RunOptions
 from effconvert.recipe import read, schema
 from effconvert.replay import replay
-from effconvert.surgery import catalogue
-from effconvert.surgery import load as technique
+from effconvert.steps import catalogue
+from effconvert.steps import load as technique
 from effconvert.surgery.gqa import Gqa
 from effconvert.surgery.mqa import Mqa
 from tests.convert.conftest import one_line

@@ -6,7 +6,7 @@ The first line of a file is what the list of commands says, as for techniques.
 import os
 from typing import TYPE_CHECKING
 
-from effconvert.surgery import summaries
+from effconvert.steps import summaries
 
 if TYPE_CHECKING:
     import click

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from pydantic import TypeAdapter, ValidationError
 
-from effconvert import surgery
+from effconvert import steps
 from effconvert.convert.sources import HUB_ID
 from effconvert.convert.verify import Report
 from effconvert.errors import ModelError
@@ -49,7 +49,7 @@ class History:
     @property
     def healed(self) -> bool:
         """Whether anything but surgery was done."""
-        return not set(self.techniques) <= set(surgery.catalogue())
+        return not set(self.techniques) <= set(steps.techniques())
 
 
 def history(manifest: Mapping[str, Any]) -> History:

@@ -3,17 +3,22 @@
 Opening reads the config and the headers, kilobytes whatever the model's size, and refuses what is damaged or contradicts itself.
 """
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from effconvert.convert.config import Config, read_config
 from effconvert.convert.layer import Layer
 from effconvert.convert.shards import Stored, read_header
 from effconvert.errors import ModelError, OptionError
+
+if TYPE_CHECKING:
+    from effconvert.convert.calibrate import Walk
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -30,9 +35,9 @@ class Checkpoint:
     outer: Mapping[str, Stored]  # full name -> tensor
     layers: tuple[Mapping[str, Stored], ...]
 
-    def layer(self, index: int, device: str) -> Layer:
-        """Return layer `index`, its tensors on `device` (cpu, or meta for shapes alone)."""
-        return Layer(index, self.config, self.layers[index], device)
+    def layer(self, index: int, device: str, originals: range | None = None, walk: Walk | None = None) -> Layer:
+        """Return layer `index`, its tensors on `device` (cpu, or meta for shapes alone); see `Layer` for the rest."""
+        return Layer(index, self.config, self.layers[index], device, originals=originals, walk=walk)
 
     def layer_prefix(self, index: int) -> str:
         """Return what stands before the names of layer `index`, in the family's layout."""

@@ -68,6 +68,18 @@ class Config:
         return self._whole("head_dim") if self.get("head_dim") is not None else self.hidden // self.heads
 
     @property
+    def rotary(self) -> int:
+        """Dimensions of a head that RoPE turns; the first ones."""
+        parameters = self.get("rope_parameters") or {}
+        part = parameters.get("partial_rotary_factor", self.get(self.family.rotary_key))
+        return int(self.head_dim * (1 if part is None else part)) if self.family.rope else 0
+
+    @property
+    def normed(self) -> bool:
+        """Whether queries and keys go through a norm."""
+        return "q_norm" in self.family.parts
+
+    @property
     def tied(self) -> bool:
         """Whether the head is the embedding."""
         return bool(self.get("tie_word_embeddings"))

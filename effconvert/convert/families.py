@@ -30,6 +30,9 @@ class Family:
     transposed: bool = False  # projections are stored [in, out] (Conv1D)
     per_kv_head: tuple[str, ...] = ("k", "v")  # parts whose rows come KV head by KV head
 
+    rope: str = ""  # which two dimensions of a head RoPE turns together: "halves" (j, j + n/2), "interleaved" (2j, 2j + 1), none
+    rotary_key: str = "partial_rotary_factor"  # which part of a head it turns
+
     decoder: bool = True
     heads_key: str = "num_attention_heads"
     layers_key: str = "num_hidden_layers"
@@ -72,6 +75,7 @@ LLAMA = Family(
     outer={"embed": "embed_tokens", "final_norm": "norm"},
     head={"head": "lm_head"},
     buffers=("self_attn.rotary_emb.inv_freq",),
+    rope="halves",
 )
 QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 POST_NORMS = {"attn_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
@@ -181,6 +185,23 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj"),
             },
         ),
+        "cohere": replace(
+            LLAMA,
+            base="CohereModel",
+            lm="CohereForCausalLM",
+            rope="interleaved",
+            parts={part: at for part, at in LLAMA.parts.items() if part != "mlp_norm"},  # attention and MLP read the same, side by side
+            defaults={"tie_word_embeddings": True},
+            constants={"use_qk_norm": False},
+        ),
+        "glm": replace(
+            LLAMA,
+            base="GlmModel",
+            lm="GlmForCausalLM",
+            rope="interleaved",
+            parts={**LLAMA.parts, **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj")},
+            defaults={"num_key_value_heads": 2, "head_dim": 128, "partial_rotary_factor": 0.5},
+        ),
         "gpt2": GPT2,
         "gpt_bigcode": replace(
             GPT2,
@@ -209,6 +230,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             head={"head": "lm_head", "old_head": "embed_out"},
             buffers=("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"),
             per_head=True,
+            rope="halves",
+            rotary_key="rotary_pct",
+            defaults={"rotary_pct": 0.25},
             kv_heads_key="",
         ),
         "opt": Family(
@@ -295,6 +319,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             outer={"embed": "embeddings.tok_embeddings", "embed_norm": "embeddings.norm", "final_norm": "final_norm"},
             head={"head_dense": "head", "head": "decoder"},
             optional=frozenset({"attn_norm"}),  # layer 0 normalises nothing before attention
+            rope="halves",
             decoder=False,
             kv_heads_key="",
         ),

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from effconvert import surgery
+from effconvert import steps
 from effconvert.convert.checkpoint import Checkpoint
 from effconvert.convert.plan import Size, plan
 from effconvert.convert.shards import FLOATS, ITEMSIZE
@@ -29,9 +29,9 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
     """Look at `checkpoint` without reading a weight."""
     config = checkpoint.config
     suits, refusals = {}, {}
-    for name in surgery.catalogue():
+    for name in steps.techniques():
         try:
-            suits[name] = surgery.load(name).suits(config)
+            suits[name] = steps.load(name).suits(config)
         except ModelError as error:
             refusals[name] = str(error)
     kv_bytes = {context: config.kv_bytes(ITEMSIZE[checkpoint.dtype], context) for context in CONTEXTS}

@@ -4,7 +4,10 @@ A surgery sees plain [out, in] matrices named by what they do; how a family fuse
 """
 # M = hidden width, H = query heads, Hk = KV heads, D = head width.
 
+from __future__ import annotations  # a walk looks at layers, and a layer at the walk
+
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,6 +15,9 @@ from effconvert.convert.config import Config
 from effconvert.convert.families import Family
 from effconvert.convert.shards import FLOATS, Stored
 from effconvert.errors import ModelError
+
+if TYPE_CHECKING:
+    from effconvert.convert.calibrate import Walk
 
 
 class Layer(MutableMapping[str, torch.Tensor]):
@@ -23,10 +29,22 @@ class Layer(MutableMapping[str, torch.Tensor]):
     Attributes:
         index: which layer of the model this is, from 0.
         config: the shape of the model.
+        originals: which layers of the model that healing goes towards it stands for; of several, the later ones were dropped.
+        walk: what the model computes on a text, where a surgery asked to look at it; None while only shapes count.
     """
 
-    def __init__(self, index: int, config: Config, stored: Mapping[str, Stored], device: str, below: "Layer | None" = None) -> None:
-        self.index, self.config = index, config
+    def __init__(
+        self,
+        index: int,
+        config: Config,
+        stored: Mapping[str, Stored],
+        device: str,
+        below: Layer | None = None,
+        originals: range | None = None,
+        walk: Walk | None = None,
+    ) -> None:
+        self.index, self.config, self.walk = index, config, walk
+        self.originals = range(index, index + 1) if originals is None else originals
         self._source: Config = config if below is None else below._source
         self._stored, self._device, self._below = stored, device, below
         self._assigned: dict[str, torch.Tensor] = {}
@@ -34,9 +52,14 @@ class Layer(MutableMapping[str, torch.Tensor]):
         self._waiting: list[Callable[[Layer], None]] = []
         self._touched = 0
 
-    def on_top(self, index: int, config: Config) -> "Layer":
+    def on_top(self, index: int, config: Config) -> Layer:
         """Return this layer as the next surgery finds it."""
-        return Layer(index, config, self._stored, self._device, self)
+        return Layer(index, config, self._stored, self._device, self, self.originals, self.walk)
+
+    @property
+    def depth(self) -> int:
+        """Layers of the checkpoint that this one comes from."""
+        return self._source.layers
 
     @property
     def per_kv_head(self) -> list[str]:
@@ -49,7 +72,7 @@ class Layer(MutableMapping[str, torch.Tensor]):
         """Bytes in float32 of all that was read or assigned so far, for the estimate of peak memory."""
         return self._touched + (0 if self._below is None else self._below.touched)
 
-    def later(self, change: "Callable[[Layer], None]") -> None:
+    def later(self, change: Callable[[Layer], None]) -> None:
         """Have `change` called with this layer before anything is asked of it."""
         self._waiting.append(change)
 

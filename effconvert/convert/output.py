@@ -183,7 +183,7 @@ def _begin(plan: Plan, partial: Path) -> None:
         done = {}
         for path in partial.iterdir():  # of another model or recipe (`check_free` saw to it that it is ours): nothing of it can be used
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    save_manifest(partial, {**about(plan), "files": dict.fromkeys([*plan.written, SCRATCH]), "shards": done})
+    save_manifest(partial, {**about(plan), "files": dict.fromkeys([*plan.written, SCRATCH, *drafts(plan)]), "shards": done})
 
 
 def finished(plan: Plan, output: Path, verified: bool) -> dict[str, Any]:
@@ -202,6 +202,11 @@ def describe(partial: Path, texts: dict[str, str]) -> None:
         to_disk(partial / name)
 
 
+def drafts(plan: Plan) -> list[str]:
+    """Return the names under which converted layers wait in the working folder, where they have to be computed in order."""
+    return [f"layer-{index:05}{DRAFT}" for index in range(plan.config.layers)] if plan.looks else []
+
+
 def forget(partial: Path) -> None:
     """Have the next try write everything anew: what is there is not sound."""
     save_manifest(partial, {**read_manifest(partial), "shards": {}})
@@ -214,6 +219,8 @@ def publish(plan: Plan, partial: Path, output: Path, overwrite: bool, record: di
         OptionError: meanwhile somebody put something there.
     """
     check_free(output, overwrite)
+    for name in drafts(plan):
+        (partial / name).unlink(missing_ok=True)
     final = {**about(plan), **record, "files": {name: (partial / name).stat().st_size for name in plan.written}}
     save_manifest(partial, {**final, "shards": read_manifest(partial)["shards"]})  # still to be found by a next try, if this one is killed
     to_disk(partial)

@@ -7,7 +7,9 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -19,6 +21,9 @@ from effconvert.convert.layer import Layer
 from effconvert.convert.shards import FLOATS, ITEMSIZE, Stored
 from effconvert.errors import ModelError
 from effconvert.surgery._surgery import Surgery
+
+if TYPE_CHECKING:
+    from effconvert.convert.calibrate import Walk
 
 RECIPE, CARD = "effconvert.yaml", "README.md"  # written anew beside every conversion
 WEIGHTS = (".safetensors", ".index.json", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".ot", ".mlmodel", *PICKLES)
@@ -59,6 +64,8 @@ class Plan:
     shards: dict[str, list[Target]]  # file name -> its tensors in order
     files: tuple[str, ...]  # everything else in the folder, to be copied
     peak: int  # bytes of resident memory while writing
+    teacher: Checkpoint  # what healing goes towards: by default the checkpoint itself
+    data: str = ""  # identifies the tokens that it is calibrated on
 
     @property
     def before(self) -> Size:
@@ -76,6 +83,16 @@ class Plan:
     def exact(self) -> bool:
         """Whether the converted model must compute the same logits."""
         return all(surgery.exact(config) for surgery, config in zip(self.surgeries, self.configs, strict=False))
+
+    @property
+    def looks(self) -> bool:
+        """Whether a step looks at what layers compute, so that the model has to be calibrated before it is written."""
+        return any(surgery.looks(config) for surgery, config in zip(self.surgeries, self.configs, strict=False))
+
+    @cached_property
+    def originals(self) -> list[range]:
+        """Return for each layer of the checkpoint which layers of the teacher it stands for."""
+        return stand_for(self.checkpoint, self.teacher)
 
     @cached_property
     def configs(self) -> list[Config]:
@@ -96,9 +113,10 @@ class Plan:
     def fingerprint(self) -> str:
         """Identify source, recipe and layout: a half-written output with the same fingerprint can be finished."""
         files = sorted({tensor.file for tensor in self.checkpoint.stored})
+        files += sorted({tensor.file for tensor in self.teacher.stored} - {*files})
         source = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         targets = [(shard, target.name, target.dtype, target.shape) for shard, inside in self.shards.items() for target in inside]
-        text = json.dumps([__version__, self.recipe, dict(self.config.raw), source, targets, self.files])
+        text = json.dumps([__version__, self.recipe, dict(self.config.raw), source, targets, self.files, self.data])
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -115,12 +133,51 @@ class Plan:
         """Return what stands before the names of layer `index` of the converted model."""
         return f"{self.checkpoint.prefix}{self.config.family.layers}.{index}."
 
-    def operate(self, device: str) -> list[Layer]:
-        """Run the surgeries, and return the layers that come of it: lazy, so that nothing is read before a layer is asked for its tensors."""
-        layers = [self.checkpoint.layer(index, device) for index in range(self.checkpoint.config.layers)]
+    def operate(self, device: str, walk: "Walk | None" = None) -> list[Layer]:
+        """Run the surgeries, and return the layers that come of it: lazy, so that nothing is read before a layer is asked for its tensors.
+
+        With a `walk` for steps that look, layers are to be asked in order.
+        """
+        layers = [self.checkpoint.layer(index, device, originals, walk) for index, originals in enumerate(self.originals)]
         for surgery, config in zip(self.surgeries, self.configs[1:], strict=True):
             layers = [layer.on_top(index, config) for index, layer in enumerate(surgery.rewrite(layers))]
         return layers
+
+
+def stand_for(student: Checkpoint, teacher: Checkpoint) -> list[range]:
+    """Return for each layer of `student` which layers of `teacher` it stands for: its own, and those that were dropped after it.
+
+    Raises:
+        ModelError: they cannot be two stages of one model.
+    """
+    less, more = student.config, teacher.config
+    if less.hidden != more.hidden:
+        raise ModelError(
+            f"the teacher is {more.hidden} wide and the student {less.hidden}: what is refitted is what layers make of the same inputs, so the width must be the same; "
+            "distil instead, or name the model that the student was made from"
+        )
+    if less.layers == more.layers:
+        return [range(index, index + 1) for index in range(less.layers)]
+    if less.layers > more.layers:
+        raise ModelError(f"the teacher has {more.layers} layers and the student {less.layers}; name the model that the student was made from")
+    signs = [_sign(student, index) for index in range(less.layers)], [_sign(teacher, index) for index in range(more.layers)]
+    starts: list[int] = []
+    for sign in signs[0]:
+        later = range(starts[-1] + 1 if starts else 0, more.layers)
+        found = next((index for index in later if sign and signs[1][index] == sign), None)
+        if found is None:
+            raise ModelError(
+                f"the teacher has {more.layers} layers and the student {less.layers}, and layer {len(starts)} of the student has the norms of none of them, "
+                "so nobody can tell which ones it stands for; only layers that were dropped, and whose norms were not trained since, can be refitted"
+            )
+        starts.append(found)
+    return [range(start, stop) for start, stop in pairwise([*starts, more.layers])]
+
+
+def _sign(checkpoint: Checkpoint, index: int) -> tuple[bytes, ...]:
+    """Return what tells a layer from others: its vectors that no technique changes."""
+    layer = checkpoint.layer(index, "cpu")
+    return tuple(layer[part].numpy().tobytes() for part in layer if part in ("attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm"))
 
 
 def configs(config: Config, surgeries: tuple[Surgery, ...]) -> list[Config]:
@@ -131,8 +188,8 @@ def configs(config: Config, surgeries: tuple[Surgery, ...]) -> list[Config]:
     return steps
 
 
-def plan(checkpoint: Checkpoint, surgeries: tuple[Surgery, ...]) -> Plan:
-    """Run `surgeries` over the shapes of `checkpoint`.
+def plan(checkpoint: Checkpoint, surgeries: tuple[Surgery, ...], teacher: Checkpoint | None = None) -> Plan:
+    """Run `surgeries` over the shapes of `checkpoint`, healing towards `teacher`, or else what it was itself.
 
     Raises:
         OptionError, ModelError: the conversion cannot be done.
@@ -141,7 +198,7 @@ def plan(checkpoint: Checkpoint, surgeries: tuple[Surgery, ...]) -> Plan:
     for surgery in surgeries:
         surgery.check(config)
         config = surgery.config(config)
-    draft = Plan(checkpoint, surgeries, config, {}, other_files(checkpoint), 0)
+    draft = Plan(checkpoint, surgeries, config, {}, other_files(checkpoint), 0, teacher or checkpoint)
     targets, work = [], 0
     layers = draft.operate("meta")
     if len(layers) != config.layers:

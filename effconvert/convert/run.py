@@ -1,6 +1,6 @@
 """One conversion from end to end: locate, plan, stream, verify, publish."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +8,20 @@ import yaml
 
 from effconvert import __version__
 from effconvert.convert import output, sources
+from effconvert.convert.calibrate import calibrate
+from effconvert.convert.calibrate import prepare as prepare_calibration
 from effconvert.convert.card import render
 from effconvert.convert.card_data import verification
-from effconvert.convert.checkpoint import open_checkpoint
+from effconvert.convert.checkpoint import Checkpoint, open_checkpoint
 from effconvert.convert.digest import file_hash
 from effconvert.convert.plan import CARD, RECIPE, Plan, plan
-from effconvert.convert.stream import write
+from effconvert.convert.stream import left, write
 from effconvert.convert.verify import Report, check_memory, prepare, scratch_bytes, verify
 from effconvert.convert.watch import Silent, Watcher
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.results import versions
 from effconvert.eval.text import default_text, read_text
+from effconvert.heal.refit import Refit
 from effconvert.options import RunOptions
 from effconvert.paths import expand, real
 from effconvert.surgery._surgery import Surgery
@@ -57,7 +60,11 @@ def convert(model: str, surgeries: tuple[Surgery, ...], options: RunOptions, wat
     if options.verify:
         text = read_text(options.text) if options.text else default_text()
     folder = sources.locate(model, options.revision, watcher.step)
-    planned = plan(open_checkpoint(folder), surgeries)
+    surgeries = (*surgeries, *([Refit()] if options.refit else []))
+    planned = plan(open_checkpoint(folder), surgeries, _teacher(surgeries, watcher))
+    calibration = prepare_calibration(planned, options) if planned.looks else None
+    if calibration:
+        planned = replace(planned, data=calibration.sha256)
     target = expand(options.output or default_name(model, surgeries))
     if reuse and (manifest := output.finished(planned, target, options.verify)):
         return Outcome(planned, target, verification(manifest), found=True)
@@ -69,6 +76,8 @@ def convert(model: str, surgeries: tuple[Surgery, ...], options: RunOptions, wat
         return Outcome(planned, target, None)
 
     with output.workplace(planned, target) as partial:
+        if calibration and left(planned, partial):
+            calibrate(planned, calibration.ids, partial, watcher)
         with watcher.bar(f"writing {target}", planned.after.bytes, "bytes") as advance:
             resumed = write(planned, partial, advance)
         report = None
@@ -79,11 +88,23 @@ def convert(model: str, surgeries: tuple[Surgery, ...], options: RunOptions, wat
                 output.forget(partial)
                 raise ModelError(f"{error}; nothing was put at {target}, and what was written is in {partial}") from error
         record = {"source": _source(model, options, folder), "verified": report is not None, "report": report and asdict(report), "versions": versions()}
-        output.describe(partial, _texts(model, planned, record))
+        if calibration:
+            record["calibration"] = calibration.record
+        output.describe(partial, _texts(model, planned, options, record))
         if report:  # what was verified is known by its content: `push` holds the folder to it
             record["sha256"] = {name: file_hash(partial / name) for name in planned.written}
         output.publish(planned, partial, target, options.overwrite, record)
     return Outcome(planned, target, report, resumed)
+
+
+def _teacher(surgeries: tuple[Surgery, ...], watcher: Watcher) -> Checkpoint | None:
+    """Open what a step heals towards, where it names a model."""
+    named = {surgery.teacher for surgery in surgeries if isinstance(surgery, Refit) and surgery.teacher}
+    if len(named) > 1:
+        raise OptionError(f"the steps name different teachers ({', '.join(sorted(named))}); heal towards one at a time")
+    if not named and isinstance(surgeries[0], Refit):
+        raise OptionError("--teacher is needed: the model that this one was made from, towards which it is refitted")
+    return open_checkpoint(sources.locate(named.pop(), None, watcher.step)) if named else None
 
 
 def _source(model: str, options: RunOptions, folder: Path) -> dict[str, Any]:
@@ -94,11 +115,12 @@ def _source(model: str, options: RunOptions, folder: Path) -> dict[str, Any]:
     return {**source, **({"made_by": made_by} if made_by else {})}
 
 
-def _texts(model: str, plan: Plan, record: dict[str, Any]) -> dict[str, str]:
+def _texts(model: str, plan: Plan, options: RunOptions, record: dict[str, Any]) -> dict[str, str]:
     """Write what people read: the recipe, which makes the same bytes again, and the model card."""
     source = record["source"]
     revision = None if expand(model).exists() else source["commit"] or source["revision"]
-    recipe = {"model": model, "revision": revision, "steps": plan.recipe}
+    asked = {"calibrate": options.calibrate, "calibration-tokens": options.calibration_tokens} if plan.looks else {}
+    recipe = {"model": model, "revision": revision, "steps": plan.recipe, **asked}
     told = f"# Written by effconvert {__version__}. The same bytes again: effconvert run {RECIPE} -o DIR\n"
     card = plan.checkpoint.folder / CARD
     before = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""

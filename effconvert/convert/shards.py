@@ -57,6 +57,12 @@ class Stored:
             raise ModelError(f"{self.name} in {self.file.name} holds NaN or infinity, so the model cannot be sound; fetch it again or ask its author")
         return tensor
 
+    def mapped(self) -> torch.Tensor:
+        """Return the tensor as it is stored, its bytes still on disk: for taking a few rows out of a large one."""
+        if self.start % ITEMSIZE[self.dtype]:  # somebody's file with an odd header
+            return self.read("cpu")
+        return torch.from_file(str(self.file), shared=False, size=self.stop, dtype=torch.uint8)[self.start :].view(FLOATS[self.dtype]).view(self.shape)
+
 
 def _truncated(file: Path) -> int:
     raise ModelError(f"{file} ended before its header said; it changed while it was read")

@@ -15,6 +15,7 @@ from typing import BinaryIO, Self
 
 from torch import Tensor
 
+from effconvert.convert.calibrate import computed
 from effconvert.convert.checkpoint import INDEX
 from effconvert.convert.config import CONFIG
 from effconvert.convert.output import DRAFT, read_manifest, save_manifest, to_disk
@@ -28,7 +29,7 @@ def write(plan: Plan, partial: Path, advance: Advance) -> int:
     manifest = read_manifest(partial)
     done: dict[str, list[int]] = manifest["shards"]
     kept = 0
-    with _Layers(plan) as layers:
+    with _Layers(plan, partial) as layers:
         for name, targets in plan.shards.items():
             path = partial / name
             if path.is_file() and done.get(name) == _stamp(path):
@@ -44,6 +45,12 @@ def write(plan: Plan, partial: Path, advance: Advance) -> int:
     return kept
 
 
+def left(plan: Plan, partial: Path) -> bool:
+    """Whether anything of `plan` is still to be written to `partial`."""
+    done: dict[str, list[int]] = read_manifest(partial)["shards"]
+    return not all((partial / name).is_file() and done.get(name) == _stamp(partial / name) for name in plan.shards)
+
+
 def _stamp(path: Path) -> list[int]:
     status = path.stat()
     return [status.st_size, status.st_mtime_ns]
@@ -52,8 +59,8 @@ def _stamp(path: Path) -> list[int]:
 class _Layers:
     """The converted tensors of the layer at work, and of the next one, which is computed while this one and what lies between is copied."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, partial: Path) -> None:
+        self.plan, self.partial = plan, partial
         needed = (target.layer for shard in plan.shards.values() for target in shard)
         self.left = Counter(index for index in needed if index is not None)  # layer -> its tensors still to be written
         self.ready: dict[int, dict[str, Tensor]] = {}
@@ -95,8 +102,11 @@ class _Layers:
             self.ahead[index] = self.worker.submit(self._compute, index)
 
     def _compute(self, index: int) -> dict[str, Tensor]:
-        computed = self.plan.operate("cpu")[index].tensors(self.plan.config.family)
-        return {self.plan.layer_prefix(index) + name: tensor for name, _, tensor in computed if tensor is not None}
+        prefix = self.plan.layer_prefix(index)
+        if self.plan.looks:
+            return {prefix + name: tensor for name, tensor in computed(self.plan, index, self.partial).items()}
+        made = self.plan.operate("cpu")[index].tensors(self.plan.config.family)
+        return {prefix + name: tensor for name, _, tensor in made if tensor is not None}
 
 
 def _write_shard(path: Path, targets: list[Target], layers: _Layers, advance: Advance) -> None:

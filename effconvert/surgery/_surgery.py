@@ -61,6 +61,14 @@ class Surgery(Options):
     def config(self, config: Config) -> Config:
         """Return the config of the converted model."""
 
+    def looks(self, config: Config) -> bool:
+        """Whether `layer` looks at what the model computes on a text (`Layer.walk`): then it is run, layer by layer, before anything is written."""
+        return False
+
+    def remark(self, config: Config) -> str:
+        """Say what is different for this model, where something is; one sentence of the plan."""
+        return ""
+
     def rewrite(self, layers: list[Layer]) -> list[Layer]:
         """Return the layers of the converted model: fewer, in another order, or tied to each other; by default each changed for itself.
 
@@ -71,7 +79,7 @@ class Surgery(Options):
         return layers
 
     def layer(self, layer: Layer) -> None:
-        """Change one layer: read parts, assign parts. Runs on the meta device first, so it must not look at values."""
+        """Change one layer: read parts, assign parts. Runs on the meta device first, where there are shapes only and nothing to look at."""
 
     @classmethod
     def unknown(cls, name: str) -> str:

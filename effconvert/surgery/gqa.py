@@ -11,29 +11,36 @@ from effconvert.errors import ModelError, OptionError
 from effconvert.surgery._surgery import Surgery
 
 if TYPE_CHECKING:
-    import torch
-
     from effconvert.convert.config import Config
     from effconvert.convert.layer import Layer
 
-Pool = Literal["mean", "first"]
-POOL: Any = Field("mean", description="How a group's heads become one: their mean (the paper's rule), or the first of them.")
+Pool = Literal["pca", "aligned", "mean", "first"]
+Grouping = Literal["adjacent", "similar"]
+POOL: Any = Field(
+    "pca",
+    description="How a group's heads become one: by what most of their outputs and scores need (pca), their mean in a common basis (aligned), both after "
+    "calibration; their mean as they are (the paper's rule), or the first of them.",
+)
+LOOKING = ("pca", "aligned")  # rules that look at what heads compute
+NORMED = "its queries and keys go through a norm, which leaves their heads' bases fixed but for signs: keys are averaged, and --pool counts for values alone"
 
 
 class Gqa(Surgery):
     """Share each key and value head among a group of query heads (GQA).
 
-    The KV cache shrinks to G/Hk of its size; queries and outputs stay. Adjacent heads are pooled, from multi-head models and from
-    those that share heads already. Neutral where G is the model's own number of KV heads. Ainslie et al. 2023, arXiv 2305.13245.
+    The KV cache shrinks to G/Hk of its size, from multi-head models and from those that share heads already. The model is run on a text first, a layer at a
+    time, to see what its heads share; --refit then brings more back than any choice of --pool. Neutral where G is the model's own number of KV heads.
+    Ainslie et al. 2023, arXiv 2305.13245; the rules are measured in docs/gqa.md.
 
     \b
     Examples:
-      effconvert gqa --groups 8 meta-llama/Llama-2-7b-hf
-      effconvert gqa --groups 1 --pool first ./SmolLM2-135M -o ./mqa
+      effconvert gqa --groups 8 --refit meta-llama/Llama-2-7b-hf
+      effconvert gqa --groups 1 --calibrate mine.txt ./SmolLM2-135M -o ./mqa
     """
 
     groups: int = Field(ge=1, description="KV heads to keep, G: a divisor of the model's.", json_schema_extra={"metavar": "G"})
     pool: Pool = POOL
+    grouping: Grouping = Field("adjacent", description="Which heads become one: neighbours, or those that lose least by it (after calibration).")
 
     @classmethod
     def suits(cls, config: Config) -> str:
@@ -60,20 +67,41 @@ class Gqa(Surgery):
         """Write the new number of KV heads."""
         return config.with_kv_heads(self.groups)
 
+    def looks(self, config: Config) -> bool:
+        """If a rule does, and there is something to pool."""
+        return not self.exact(config) and (self.pool in LOOKING or self._reorders)
+
+    def remark(self, config: Config) -> str:
+        """Say what norms of queries and keys forbid."""
+        return NORMED if config.normed and self.pool in LOOKING and not self.exact(config) else ""
+
     def layer(self, layer: Layer) -> None:
-        """Pool the rows of k and v (and what goes with them) group by group."""
-        size = layer.config.kv_heads // self.groups
-        if size == 1:
+        """Make one head of each group of KV heads, in k and v and what goes with them, and fit q and o to it."""
+        if self.groups == layer.config.kv_heads:
             return  # not even through float32: a mean over one turns -0.0 into 0.0
+        if layer.walk and self.looks(layer.config):
+            from effconvert.surgery._pooling import gather, order, pool, spread
+
+            heads = gather(layer)
+            chosen = order(heads, self.groups) if self._reorders else None
+            spread(pool(heads.reordered(chosen), self.groups, self.pool), layer, chosen)
+        elif self.looks(layer.config):
+            for part in ("q", "q.bias", "o"):
+                if part in layer:
+                    layer[part] = layer[part]
+            self._plain(layer, "first")  # for the shapes
+        else:
+            self._plain(layer, self.pool)
+
+    @property
+    def _reorders(self) -> bool:
+        return self.grouping == "similar" and self.groups > 1
+
+    def _plain(self, layer: Layer, rule: str) -> None:
         for part in layer.per_kv_head:
-            heads = layer[part].unflatten(0, (self.groups, size, layer.config.head_dim))  # [G, Hk/G, D, ...]
-            layer[part] = pool(heads, self.pool).flatten(0, 1)
-
-
-def pool(heads: torch.Tensor, rule: Pool) -> torch.Tensor:
-    """Make one head of each group: [G, S, ...] -> [G, ...], S = Hk/G."""
-    # On the meta device only the shape counts, and `mean` there would import torch's compiler: 1.5 s and 150 MB for every plan.
-    return heads[:, 0] if rule == "first" or heads.is_meta else heads.mean(1)
+            heads = layer[part].unflatten(0, (self.groups, -1, layer.config.head_dim))  # [G, Hk/G, D, ...]
+            # On the meta device only the shape counts, and `mean` there would import torch's compiler: 1.5 s and 150 MB for every plan.
+            layer[part] = (heads[:, 0] if rule == "first" or heads.is_meta else heads.mean(1)).flatten(0, 1)
 
 
 def choices(config: Config) -> list[int]:

@@ -19,8 +19,8 @@ class Mqa(Surgery):
 
     \b
     Examples:
-      effconvert mqa openai-community/gpt2
-      effconvert mqa --pool first ./SmolLM2-135M -o ./mqa
+      effconvert mqa --refit openai-community/gpt2
+      effconvert mqa --calibrate mine.txt ./SmolLM2-135M -o ./mqa
     """
 
     pool: Pool = POOL
@@ -42,6 +42,14 @@ class Mqa(Surgery):
     def config(self, config: Config) -> Config:
         """As `Gqa` with one group."""
         return self._gqa.config(config)
+
+    def looks(self, config: Config) -> bool:
+        """As `Gqa` with one group."""
+        return self._gqa.looks(config)
+
+    def remark(self, config: Config) -> str:
+        """As `Gqa` with one group."""
+        return self._gqa.remark(config)
 
     def layer(self, layer: Layer) -> None:
         """As `Gqa` with one group."""

@@ -308,5 +308,7 @@ def test_a_multi_head_gpt_bigcode_is_refused(tmp_path):
 def test_the_defaults_of_a_row_are_those_of_transformers(kind):
     stock = AutoConfig.for_model(kind)
     for key, value in FAMILIES[kind].defaults.items():
-        if not key.startswith("sliding_window"):  # where each layer's window comes from is held above
+        if key == FAMILIES[kind].rotary_key:
+            assert stock.rope_parameters["partial_rotary_factor"] == value, key
+        elif not key.startswith("sliding_window"):  # where each layer's window comes from is held above
             assert getattr(stock, key) == value, key

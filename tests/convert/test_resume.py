@@ -300,7 +300,7 @@ def test_the_lock_is_held_until_the_output_stands(model: Path, command: Command,
     assert taken == [None, None, None]  # begun, about to move, moved
 
 
-@pytest.mark.parametrize(("where", "nth", "finished"), [(MANIFEST, 2, 2), ("effconvert.surgery.load", 1, 0)], ids=["writing", "importing"])
+@pytest.mark.parametrize(("where", "nth", "finished"), [(MANIFEST, 2, 2), ("effconvert.steps.load", 1, 0)], ids=["writing", "importing"])
 def test_ctrl_c_ends_with_130_and_a_line_and_the_same_command_goes_on(
     unbroken: dict[str, str], python: str, environment: dict[str, str], command: Command, contents: Contents, where: str, nth: int, finished: int
 ) -> None:

@@ -14,7 +14,8 @@ from effconvert.convert.families import FAMILIES
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError
 from effconvert.options import RunOptions
-from effconvert.surgery import catalogue, load
+from effconvert.steps import load
+from effconvert.steps import techniques as catalogue
 from tests.models import GROUPING, logits, save, tiny
 
 

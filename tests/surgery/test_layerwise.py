@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import effconvert.steps
 import effconvert.surgery
 from effconvert.convert.checkpoint import open_checkpoint
 from effconvert.convert.run import convert
@@ -47,12 +48,12 @@ def file_of_its_own(folder, monkeypatch):
     """Put the technique `third` into a file beside those that there are, and return its class."""
     folder.mkdir()
     (folder / "third.py").write_text(FILE)
-    real = effconvert.surgery.catalogue
-    monkeypatch.setattr(effconvert.surgery, "catalogue", lambda: dict(sorted({**real(), **effconvert.surgery.summaries(str(folder))}.items())))
+    real = effconvert.steps.techniques
+    monkeypatch.setattr(effconvert.steps, "techniques", lambda: dict(sorted({**real(), **effconvert.steps.summaries(str(folder))}.items())))
     monkeypatch.setattr(effconvert.surgery, "__path__", [*effconvert.surgery.__path__, str(folder)])
     monkeypatch.delitem(sys.modules, "effconvert.surgery.third", raising=False)
     monkeypatch.delattr(effconvert.surgery, "third", raising=False)
-    return effconvert.surgery.load("third")
+    return effconvert.steps.load("third")
 
 
 def _third():

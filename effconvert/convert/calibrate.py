@@ -1,0 +1,175 @@
+"""Run a model on a text while it is converted, layer by layer: each is fed by the *converted* layers below it, which is what it will see.
+
+Steps that look at what layers compute do so here. What becomes of a layer is left in the output's working folder, from where it is written, so a
+killed run takes the finished layers from there, and runs them, but for nothing else.
+"""
+# B = windows run at a time, T = tokens in a window, M = hidden width.
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from effconvert.convert import stock
+from effconvert.convert.checkpoint import Checkpoint
+from effconvert.convert.config import Config
+from effconvert.convert.layer import Layer
+from effconvert.convert.output import drafts, to_disk
+from effconvert.convert.plan import Plan, rename
+from effconvert.convert.shards import FLOATS
+from effconvert.convert.walk import Look, Stage, embedding_rows, stored_tensors
+from effconvert.convert.watch import Watcher
+from effconvert.errors import ModelError, OptionError
+from effconvert.eval.quality import windows
+from effconvert.eval.text import MOST, calibration_text, read_calibration
+from effconvert.options import Conversion
+
+BATCH = 4  # windows
+WINDOW = 512  # tokens
+LEAST = 8  # windows: one of them is held out
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a model is calibrated on."""
+
+    name: str  # of the text
+    ids: Tensor  # token ids, [N, T]
+
+    @property
+    def sha256(self) -> str:
+        """Identify the tokens."""
+        return hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        return {"text": self.name, "tokens": self.ids.numel(), "window": self.ids.shape[1], "sha256": self.sha256}
+
+
+def prepare(plan: Plan, options: Conversion) -> Calibration:
+    """Make the tokens to calibrate on: windows from all over the text.
+
+    Raises:
+        OptionError: the text cannot be read, or is too short.
+        ModelError: there is no tokenizer, or it is damaged or does not belong to the model.
+    """
+    config, folder = plan.checkpoint.config, plan.checkpoint.folder
+    if not stock.has_tokenizer(folder):
+        raise ModelError(f"{folder} has no tokenizer, so the model cannot be run on a text; put it there, or take options that need no calibration")
+    text = read_calibration(options.calibrate) if options.calibrate else calibration_text()
+    window = min(WINDOW, config.longest or WINDOW, options.calibration_tokens // LEAST)
+    ids = windows(stock.load_tokenizer(folder), text, window, MOST, config.vocabulary)
+    count = options.calibration_tokens // window
+    if len(ids) < count:
+        raise OptionError(
+            f"{text.name} has {len(ids) * window} tokens in windows of {window}, and --calibration-tokens {options.calibration_tokens} are asked for; "
+            "give a longer text, or ask for fewer"
+        )
+    return Calibration(text.name, ids[[index * len(ids) // count for index in range(count)]])
+
+
+class Walk:
+    """Where a conversion stands: what arrives at the layer that is at work, and what it and the original make of that.
+
+    Attributes:
+        states: what arrives there, [B, T, M] for each batch.
+    """
+
+    def __init__(self, plan: Plan, ids: Tensor) -> None:
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        self.device = found or torch.device("cpu")
+        self.plan, self.ids = plan, [batch.to(self.device) for batch in ids.split(BATCH)]
+        self.stages: dict[str, Stage] = {}
+        self.states = self._stage(plan.checkpoint, plan.checkpoint.config).begin()
+
+    def look(self, layer: Layer, parts: Sequence[str] = (), until: str = "") -> Iterator[Look]:
+        """Run a layer as it stands, and yield what each batch was in it: see `Stage.run`."""
+        return self._run(self.plan.checkpoint, layer, layer.config, layer.index, self.states, parts, until)
+
+    def original(self, layers: Sequence[int], parts: Sequence[str] = (), until: str = "") -> Iterator[Look]:
+        """Run layers of the original, one after the other, on what arrives here; yield of each batch what the last of them was."""
+        teacher, states = self.plan.teacher, self.states
+        for index in layers[:-1]:
+            states = [look.out for look in self._run(teacher, teacher.layer(index, "cpu"), teacher.config, index, states)]
+        return self._run(teacher, teacher.layer(layers[-1], "cpu"), teacher.config, layers[-1], states, parts, until)
+
+    def advance(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Go on to the next layer, by what layer `index`, which has become `tensors`, makes of what arrived.
+
+        Raises:
+            ModelError: that is NaN or infinite.
+        """
+        stage = self._stage(self.plan.checkpoint, self.plan.config)
+        tensors = {name: numbers.to(self.device) for name, numbers in tensors.items()}
+        self.states = [look.out for look in stage.run(index, tensors, self.states)]
+        if not all(bool(torch.isfinite(state).all()) for state in self.states):
+            raise ModelError(f"layer {index} computes NaN or infinity on the calibration text; give another --calibrate, or ask the model's author")
+
+    def _run(
+        self, source: Checkpoint, layer: Layer, config: Config, index: int, states: Sequence[Tensor], parts: Sequence[str] = (), until: str = ""
+    ) -> Iterator[Look]:
+        tensors = {name: numbers.to(self.device) for name, (_, numbers, _) in stored_tensors(layer, config).items()}
+        return self._stage(source, config).run(index, tensors, states, parts, until)
+
+    def _stage(self, source: Checkpoint, config: Config) -> Stage:
+        key = f"{source.folder} {json.dumps(dict(config.raw), sort_keys=True, default=str)}"
+        if key not in self.stages:
+            self.stages[key] = Stage(config, self._outer(source, config), self.ids, self.device)
+        return self.stages[key]
+
+    def _outer(self, source: Checkpoint, config: Config) -> dict[str, Tensor]:
+        """Return what lies outside the layers, in the names of `config`'s bare model."""
+        made, used = {}, torch.cat([batch.flatten() for batch in self.ids]).cpu()
+        for name, stored in source.outer.items():
+            renamed = rename(name, source.prefix, source.config.family, config.family)
+            if renamed.startswith(source.prefix) and not renamed.startswith(tuple(f"{head}." for head in config.family.head.values())):
+                inside = renamed.removeprefix(source.prefix)
+                table = inside == f"{config.family.outer['embed']}.weight"
+                made[inside] = (embedding_rows(stored, used) if table else stored.read("cpu")).to(self.device)
+        return made
+
+
+@torch.inference_mode()
+def calibrate(plan: Plan, ids: Tensor, folder: Path, watcher: Watcher) -> None:
+    """Convert the layers of `plan` one after the other, looking at token ids [N, T], and leave what became of each in `folder`.
+
+    Raises:
+        ModelError: the model computes NaN or infinity.
+    """
+    walk = Walk(plan, ids)
+    layers: list[Layer | None] = [*plan.operate("cpu", walk)]
+    with watcher.bar("calibrating", len(layers) * ids.numel(), "tokens") as advance:
+        for index in range(len(layers)):
+            layer, file = layers[index], folder / drafts(plan)[index]
+            if layer and not file.is_file():
+                _save(file, {name: numbers.to(FLOATS[origin.dtype]) for name, (origin, numbers, new) in stored_tensors(layer, plan.config).items() if new})
+            walk.advance(index, _finished(plan, index, file))
+            layers[index] = None  # what it computed is on disk
+            advance(ids.numel())
+
+
+def computed(plan: Plan, index: int, folder: Path) -> dict[str, Tensor]:
+    """Return what became of layer `index`, but for what did not change."""
+    return load_file(folder / drafts(plan)[index])
+
+
+def _finished(plan: Plan, index: int, file: Path) -> dict[str, Tensor]:
+    """Return all of a layer of the converted model, in float32."""
+    made, prefix = load_file(file), plan.layer_prefix(index)
+    inside = {target.name.removeprefix(prefix): target for shard in plan.shards.values() for target in shard if target.name.startswith(prefix)}
+    buffers = plan.config.family.buffers
+    return {name: target.origin.read("cpu") if target.layer is None else made[name].float() for name, target in inside.items() if name not in buffers}
+
+
+def _save(file: Path, tensors: dict[str, Tensor]) -> None:
+    draft = file.with_name(f"{file.name}.part")
+    save_file({name: numbers.contiguous().cpu() for name, numbers in tensors.items()}, draft)
+    to_disk(draft)
+    draft.replace(file)

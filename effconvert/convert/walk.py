@@ -1,0 +1,224 @@
+"""Run a model's layers one after the other, with the weights of one in memory: what calibration looks at, and what refits solve for.
+
+The family's own class of transformers runs, built without weights; a layer gets them just before its turn. Masks, positions and whatever else a
+family hands its layers are its own, and no family needs code here. So a model of any size is looked at on a small machine (decision 10).
+"""
+# N = windows, B = windows run at a time, T = tokens, M = hidden width, H = query heads, Hk = KV heads, D = head width.
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effconvert.convert.config import Config
+from effconvert.convert.layer import Layer
+from effconvert.convert.shards import FLOATS, Stored
+from effconvert.convert.stock import quiet
+
+PROBE = "effconvert_probe"  # the name of our attention function in transformers' registry
+Tensors = Mapping[str, Tensor]  # name in a layer -> tensor, as the family stores it
+
+
+@dataclass
+class Look:
+    """What one batch of windows was inside a layer."""
+
+    state: Tensor  # what arrived, [B, T, M]
+    out: Tensor = field(default_factory=lambda: torch.empty(0))  # what the layer made of it, [B, T, M]
+    inputs: dict[str, Tensor] = field(default_factory=dict)  # part -> what its module read, [B, T, ...]
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # part -> what its module made of it
+    query: Tensor | None = None  # after RoPE and norms, [B, H, T, D]
+    key: Tensor | None = None  # likewise, [B, Hk, T, D]
+    weights: Tensor | None = None  # of attention, [B, H, T, T]
+
+
+class _EnoughError(Exception):
+    """Every layer was reached; what comes after them is not run."""
+
+
+class Stage:
+    """A model of one shape without weights, and what it hands to its layers beside the hidden states."""
+
+    def __init__(self, config: Config, outer: Tensors, ids: Sequence[Tensor], device: torch.device) -> None:
+        self.config = config
+        self.model = skeleton(config, device)
+        self.layers: list[nn.Module] = list(self.model.get_submodule(config.family.layers))
+        self.ids = ids
+        fill(self.model, outer)
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the bare model is called with beside token ids."""
+        return {"use_cache": False} if self.config.family.decoder else {}
+
+    def begin(self) -> list[Tensor]:
+        """Return what arrives at the first layer, [B, T, M] for each batch."""
+        arrived: list[Tensor] = []
+
+        def note(state: Tensor, *_: Any, **__: Any) -> None:
+            arrived.append(state)
+            raise _EnoughError
+
+        with _instead(self.layers[:1], [note]):
+            for batch in self.ids:
+                self._until_enough(batch)
+        return arrived
+
+    def learn(self, index: int, tensors: Tensors) -> None:
+        """Note what every layer is called with; `tensors` are some layer's, for the form in which layers answer."""
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        real, last = self.layers[0].forward, len(self.layers) - 1
+        answers: list[Any] = []
+
+        def note(state: Tensor, *args: Any, **kwargs: Any) -> Any:
+            calls.append((args, kwargs))
+            if not answers:
+                fill(self.layers[0], tensors)
+                answers.append(real(state, *args, **kwargs))
+                empty(self.layers[0])
+            if len(calls) > last:
+                raise _EnoughError
+            return (state, *answers[0][1:]) if isinstance(answers[0], tuple) else state
+
+        with _instead(self.layers, [note] * len(self.layers)):
+            self._until_enough(self.ids[0])
+        self.calls = calls
+
+    def run(self, index: int, tensors: Tensors, states: Sequence[Tensor], parts: Sequence[str] = (), until: str = "") -> Iterator[Look]:
+        """Run layer `index` with the weights `tensors` on each batch, and yield what was seen of the modules that hold `parts`, and of attention.
+
+        With `until` it is run up to the module of that part, and no further.
+        """
+        if not self.calls:
+            self.learn(index, tensors)
+        module, (args, kwargs) = self.layers[index], self.calls[index]
+        fill(module, tensors)
+        try:
+            for state in states:
+                look = Look(state)
+                with _watching(module, {part: self.config.family.parts[part] for part in parts}, look, until):
+                    out = module(state, *_fitting(args, state), **_fitting(kwargs, state))
+                    look.out = out[0] if isinstance(out, tuple) else out
+                yield look
+        finally:
+            empty(module)
+
+    def _until_enough(self, batch: Tensor) -> None:
+        try:
+            self.model(input_ids=batch, **self.arguments)
+        except _EnoughError:
+            return
+
+
+def _fitting(given: Any, state: Tensor) -> Any:
+    """Cut what the first batch was called with to a last one that has fewer windows."""
+    if isinstance(given, Tensor):
+        return given[: len(state)] if given.ndim > 1 and len(given) > len(state) else given
+    if isinstance(given, dict):
+        return {key: _fitting(value, state) for key, value in given.items()}
+    return type(given)(_fitting(value, state) for value in given) if isinstance(given, tuple) else given
+
+
+def skeleton(config: Config, device: torch.device) -> Any:
+    """Build the bare model of `config` without weights: its buffers alone hold numbers."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    _register()
+    with quiet(), init_empty_weights(include_buffers=False), torch.device(device):
+        kind = transformers.AutoConfig.for_model(config.kind)
+        model = getattr(transformers, config.family.base)(type(kind).from_dict(dict(config.raw))).eval()
+    model.config._attn_implementation = PROBE
+    return model
+
+
+def fill(module: nn.Module, tensors: Tensors) -> None:
+    """Give a module its weights."""
+    module.load_state_dict(dict(tensors), strict=False, assign=True)
+
+
+def empty(module: nn.Module) -> None:
+    """Take them away again; buffers stay."""
+    for inner in module.modules():
+        for name, parameter in inner._parameters.items():
+            if parameter is not None:
+                inner._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+
+
+def stored_tensors(layer: Layer, config: Config) -> dict[str, tuple[Stored, Tensor, bool]]:
+    """Return a layer as it will lie on disk: name in the layer -> where it comes from, the numbers rounded to what is stored there, whether they are new."""
+    made = {}
+    for name, origin, tensor in layer.tensors(config.family):
+        if name in config.family.buffers:
+            continue
+        numbers = origin.read("cpu") if tensor is None else tensor.to(FLOATS[origin.dtype]).float()
+        made[name] = (origin, numbers, tensor is not None)
+    return made
+
+
+def embedding_rows(stored: Stored, ids: Tensor) -> Tensor:
+    """Return an embedding table [V, M] that has only the rows of `ids`: of the others no memory is touched."""
+    table, used = torch.zeros(stored.shape), ids.unique()
+    table[used] = stored.mapped()[used].float()
+    return table
+
+
+@contextmanager
+def _instead(modules: Sequence[nn.Module], functions: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Have functions called in place of modules."""
+    for module, function in zip(modules, functions, strict=True):
+        module.__dict__["forward"] = function
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.__dict__["forward"]
+
+
+@contextmanager
+def _watching(module: nn.Module, parts: Mapping[str, str], look: Look, until: str) -> Iterator[None]:
+    """Note in `look` what goes in and out of submodules (part -> name), and what attention does; go on after the submodule of part `until`."""
+
+    def note(part: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            look.inputs[part], look.outputs[part] = args[0], out
+            if part == until:
+                raise _EnoughError
+
+        return hook
+
+    handles = [module.get_submodule(name).register_forward_hook(note(part)) for part, name in parts.items()]
+    _LOOKS.append(look)
+    try:
+        yield
+    except _EnoughError:
+        return
+    finally:
+        _LOOKS.pop()
+        for handle in handles:
+            handle.remove()
+
+
+_LOOKS: list[Look] = []
+
+
+def _probe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+    """Attend as the family's own eager implementation does, and note the queries, the keys and the weights."""
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    out, weights = eager(module, query, key, value, attention_mask, **kwargs)
+    if _LOOKS:
+        _LOOKS[-1].query, _LOOKS[-1].key, _LOOKS[-1].weights = query, key, weights
+    return out, weights
+
+
+def _register() -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+    AttentionInterface.register(PROBE, _probe)
+    AttentionMaskInterface.register(PROBE, eager_mask)

@@ -1,0 +1,256 @@
+"""Least squares on what layers compute: ridge from moments, and conjugate gradients where the unknown sits inside attention.
+
+Both are fitted to most of the windows and chosen on those held out: the strength of the ridge, the number of steps; if nothing predicts the held-out windows better
+than what was there before, that stays.
+"""
+# F = inputs of a projection, O = its outputs, T = tokens in a window, M = hidden width (one more with a bias), H = query heads, G = KV heads, D = head width.
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+HELD_OUT = 8  # every eighth window
+STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # of a ridge, in means of the Gram matrix's diagonal
+DAMPING = 1e-2  # of the preconditioner, likewise
+STEPS, SETTLED = 10, 5e-3  # of conjugate gradients at most; the relative gain that is worth another one
+
+
+class Moments:
+    """What a ridge regression needs to know of inputs and of what is missing in its outputs."""
+
+    def __init__(self) -> None:
+        self.gram, self.cross = torch.zeros(0), torch.zeros(0)  # sum x x^T [F, F], sum y x^T [O, F]
+
+    def add(self, inputs: Tensor, missing: Tensor) -> None:
+        """Count tokens: inputs [..., F], missing [..., O]."""
+        x, y = inputs.flatten(0, -2), missing.flatten(0, -2)
+        gram, cross = (x.T @ x).double(), (y.T @ x).double()
+        self.gram, self.cross = (self.gram + gram, self.cross + cross) if len(self.gram) else (gram, cross)
+
+    def gain(self, change: Tensor) -> float:
+        """Return by how much a change [O, F] of the weights lowers the squared error of these tokens."""
+        return float(2 * (change * self.cross).sum() - ((change @ self.gram) * change).sum())
+
+
+def ridge(fit: Moments, held: Moments) -> Tensor | None:
+    """Return the change [O, F] of a projection's weights that fits `fit` and gains most on `held`; None where none gains."""
+    best, change = 0.0, None
+    scale = fit.gram.diagonal().mean()
+    for strength in STRENGTHS:
+        damped = fit.gram + strength * scale * torch.eye(len(fit.gram), dtype=fit.gram.dtype, device=fit.gram.device)
+        tried = torch.cholesky_solve(fit.cross.T, torch.linalg.cholesky(damped)).T
+        if (gain := held.gain(tried)) > best:
+            best, change = gain, tried
+    return change
+
+
+@dataclass
+class Attended:
+    """One window inside attention. Keys and queries are those after RoPE."""
+
+    read: Tensor  # what q, k and v read, [T, M]; ends in 1 where there is a bias
+    weights: Tensor  # of attention, half precision, [H, T, T]
+    query: Tensor  # the original's, [H, T, D]
+    key: Tensor  # the original's, [Hk, T, D]
+    wanted: Tensor  # what the original's attention gives, [T, M], without the bias of o
+
+
+class Problem(ABC):
+    """A linear least-squares problem over windows: the unknown is a matrix of weights [rows, M]."""
+
+    def __init__(self, windows: Sequence[Attended], blocks: int) -> None:
+        self.windows, self.blocks = windows, blocks
+        self.second = sum_of([window.read.T @ window.read for window in self.fitted])
+
+    @property
+    def fitted(self) -> list[Attended]:
+        """The windows to fit."""
+        return [window for index, window in enumerate(self.windows) if (index + 1) % HELD_OUT]
+
+    @property
+    def held(self) -> list[Attended]:
+        """The windows to choose on."""
+        return [window for index, window in enumerate(self.windows) if not (index + 1) % HELD_OUT]
+
+    @abstractmethod
+    def slope(self, weights: Tensor, window: Attended, wanted: bool) -> tuple[Tensor, float]:
+        """Return the gradient [rows, M] of half the squared error, and that; without `wanted` as if nothing were wanted, so that both are linear."""
+
+    @abstractmethod
+    def curvature(self) -> Tensor:
+        """Return what the error grows by for each row, per token: a matrix for each block, [blocks, rows/blocks, rows/blocks]."""
+
+
+def solve(problem: Problem, start: Tensor) -> Tensor:
+    """Return the best weights on held-out windows that conjugate gradients pass on their way from `start` to the least-squares solution.
+
+    Rows of different blocks do not touch: each block has steps of its own. The preconditioner is the Kronecker product of the inputs' second moments and the rows' curvature.
+    """
+    second = problem.second.double()
+    damped = second + DAMPING * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype, device=second.device)
+    inputs, rows = torch.linalg.inv(damped).float(), torch.linalg.inv(problem.curvature().double()).float()
+
+    def easier(slope: Tensor) -> Tensor:
+        return (rows @ (slope @ inputs).unflatten(0, (problem.blocks, -1))).flatten(0, 1)
+
+    def inner(one: Tensor, other: Tensor) -> Tensor:
+        return (one * other).unflatten(0, (problem.blocks, -1)).sum((1, 2))
+
+    def spread(numbers: Tensor) -> Tensor:
+        return numbers.repeat_interleave(len(start) // problem.blocks)[:, None]
+
+    def error(weights: Tensor) -> float:
+        return sum(problem.slope(weights, window, wanted=True)[1] for window in problem.held)
+
+    weights = best = start
+    least = before = error(start)
+    slope = -sum_of([problem.slope(start, window, wanted=True)[0] for window in problem.fitted])
+    direction = near = easier(slope)
+    size = inner(slope, near)
+    for _ in range(STEPS):
+        bent = sum_of([problem.slope(direction, window, wanted=False)[0] for window in problem.fitted])
+        step = size / inner(direction, bent).clamp_min(1e-30)
+        weights = weights + spread(step) * direction
+        now = error(weights)
+        if now < least:
+            least, best = now, weights
+        if now > (1 - SETTLED) * before:
+            break
+        before, slope = now, slope - spread(step) * bent
+        near = easier(slope)
+        size, old = inner(slope, near), size
+        direction = near + spread(size / old.clamp_min(1e-30)) * direction
+    return best
+
+
+def sum_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Add tensors."""
+    total = tensors[0].clone()
+    for tensor in tensors[1:]:
+        total += tensor
+    return total
+
+
+class Queries(Problem):
+    """The queries whose scores, with keys that are given, are nearest to the original's, in the measure of its attention: to second order the KL divergence."""
+
+    def __init__(self, windows: Sequence[Attended], keys: Sequence[Tensor], turn: "Turn", heads: int) -> None:
+        self.turn, self.keys = turn, {id(window): key for window, key in zip(windows, keys, strict=True)}
+        super().__init__(windows, heads)
+
+    def slope(self, weights: Tensor, window: Attended, wanted: bool) -> tuple[Tensor, float]:
+        """See `Problem`."""
+        key = self._key(window)
+        scores = self.turn(by_head(window.read @ weights.T, self.blocks)) @ key.mT  # [H, T, T]
+        if wanted:
+            scores -= window.query @ _shared(window.key, self.blocks).mT
+        probability = window.weights.float()
+        pulled = probability * scores
+        pulled -= probability * pulled.sum(-1, keepdim=True)  # a constant added to all scores of a token changes nothing
+        back = self.turn(pulled @ key, back=True)
+        error = float((pulled * scores).sum()) / 2 if wanted else 0.0
+        return back.transpose(0, 1).flatten(1).T @ window.read, error
+
+    def curvature(self) -> Tensor:
+        """For each rotary pair, turned by every angle, the mean variance of its keys under attention."""
+        total = torch.zeros(self.blocks, self.turn.width)
+        for window in self.fitted[:: max(1, len(self.fitted) // 8)]:
+            key, probability = self._key(window), window.weights.float()
+            spread = probability @ key.square() - (probability @ key).square()  # [H, T, D]
+            total = total.to(key.device) + self.turn.paired(spread).sum(1)
+        return torch.diag_embed(total + 1e-3 * total.mean(-1, keepdim=True) + 1e-30)
+
+    def _key(self, window: Attended) -> Tensor:
+        return _shared(self.keys[id(window)], self.blocks)
+
+
+class Values(Problem):
+    """The values whose mixtures, through an output projection that is given, are nearest to what the original's attention gives."""
+
+    def __init__(self, windows: Sequence[Attended], outputs: Tensor, heads: int, kv_heads: int) -> None:
+        self.outputs, self.heads, self.kv_heads = outputs, heads, kv_heads
+        super().__init__(windows, 1)
+
+    def slope(self, weights: Tensor, window: Attended, wanted: bool) -> tuple[Tensor, float]:
+        """See `Problem`."""
+        mixed = mixtures(window, weights, self.heads, self.kv_heads)
+        missing = mixed @ self.outputs.T
+        if wanted:
+            missing -= window.wanted
+        pulled = by_head(missing @ self.outputs, self.heads)  # [H, T, D]
+        back = (window.weights.float().mT @ pulled).unflatten(0, (self.kv_heads, -1)).sum(1)  # [G, T, D]
+        return back.transpose(0, 1).flatten(1).T @ window.read, float(missing.square().sum()) / 2 if wanted else 0.0
+
+    def curvature(self) -> Tensor:
+        """What the output projection makes of each value."""
+        by_kv = self.outputs.unflatten(1, (self.kv_heads, self.heads // self.kv_heads, -1))  # [M, G, R, D]
+        grams = torch.einsum("mgrd,mgre->gde", by_kv, by_kv)
+        damped = grams + DAMPING * grams.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None] * torch.eye(grams.shape[-1], device=grams.device)
+        return torch.block_diag(*damped)[None]
+
+
+@dataclass
+class Turn:
+    """What RoPE does to the pairs of a head at each position: a complex number, [T, P]; with `rotary` 0 nothing."""
+
+    angles: Tensor
+    rotary: int
+    layout: str
+    width: int  # D
+
+    def __call__(self, rows: Tensor, back: bool = False) -> Tensor:
+        """Turn rows [..., T, D], or undo it."""
+        if not self.rotary:
+            return rows
+        real, imaginary = self._apart(rows)
+        cos, sin = self.angles.real, -self.angles.imag if back else self.angles.imag
+        return self._together(real * cos - imaginary * sin, real * sin + imaginary * cos, rows)
+
+    def paired(self, squares: Tensor) -> Tensor:
+        """Give both of a pair the mean of the two."""
+        if not self.rotary:
+            return squares
+        real, imaginary = self._apart(squares)
+        return self._together((real + imaginary) / 2, (real + imaginary) / 2, squares)
+
+    def _apart(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        turned = rows[..., : self.rotary]
+        if self.layout == "halves":
+            return turned[..., : self.rotary // 2], turned[..., self.rotary // 2 :]
+        return turned[..., ::2], turned[..., 1::2]
+
+    def _together(self, real: Tensor, imaginary: Tensor, rows: Tensor) -> Tensor:
+        halves = self.layout == "halves"
+        turned = torch.cat([real, imaginary], -1) if halves else torch.stack([real, imaginary], -1).flatten(-2)
+        return torch.cat([turned, rows[..., self.rotary :]], -1)
+
+    @classmethod
+    def seen(cls, before: Tensor, after: Tensor, rotary: int, layout: str) -> "Turn | None":
+        """Find the turn from queries [B, H, T, D] before and after it; None where it is no turn alone, but a norm as well."""
+        width = before.shape[-1]
+        turn = cls(torch.empty(0), rotary, layout, width)
+        if rotary:
+            one, other = (torch.complex(*turn._apart(rows.double())) for rows in (before, after))
+            energy = one.abs().square().sum((0, 1))  # [T, P]
+            turn.angles = ((other * one.conj()).sum((0, 1)) / energy.clamp_min(1e-30)).to(torch.complex64)
+        off = torch.linalg.vector_norm(turn(before) - after) / torch.linalg.vector_norm(after).clamp_min(1e-30)
+        return turn if off < 1e-3 else None
+
+
+def mixtures(window: Attended, values: Tensor, heads: int, kv_heads: int) -> Tensor:
+    """Return what the output projection reads, [T, H*D], with value weights [G*D, M]."""
+    value = _shared(by_head(window.read @ values.T, kv_heads), heads)
+    return (window.weights.float() @ value).transpose(0, 1).flatten(1)
+
+
+def by_head(rows: Tensor, heads: int) -> Tensor:
+    """Take rows [T, H*D] apart: [H, T, D]."""
+    return rows.unflatten(-1, (heads, -1)).transpose(-3, -2)
+
+
+def _shared(rows: Tensor, heads: int) -> Tensor:
+    """Repeat KV heads [G, T, D] for the query heads that share each."""
+    return rows.repeat_interleave(heads // len(rows), 0)
