@@ -126,8 +126,8 @@ class Conversion(Options):
     context: int = CONTEXT
     calibrate: str | None = Field(
         None,
-        description="What the model is run on for steps that look at it: a text file, a JSON-lines file or a dataset on the Hub (name or name:config), of which "
-        "the training texts are read. Default: docstrings of the standard library, of other modules than --text has.",
+        description="What the model is run on for steps that look at it: a text file, a file of JSON lines with a `text`, or a dataset on the Hub "
+        "(owner/name, or owner/name:config). Default: docstrings of the standard library, of other modules than --text has.",
         json_schema_extra={"metavar": "FILE|DATASET"},
     )
     calibration_tokens: int = Field(16384, ge=64, le=10**9, description="Tokens of it: more are better and take longer.")

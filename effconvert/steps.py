@@ -1,7 +1,7 @@
 """What a conversion can consist of: techniques that change the architecture, and rungs that bring quality back.
 
-One file in `surgery` or `heal` is one of them: its name is the command, its class holds the options. The first line of the file is what the list of commands says,
-read without importing the file, so that listing costs nothing.
+One file in `surgery` or `heal` is one of them: its name is the command, its class holds the options. The first line of the file is what the
+list of commands says, read without importing the file, so that listing costs nothing.
 """
 
 import os

@@ -153,8 +153,8 @@ def stand_for(student: Checkpoint, teacher: Checkpoint) -> list[range]:
     less, more = student.config, teacher.config
     if less.hidden != more.hidden:
         raise ModelError(
-            f"the teacher is {more.hidden} wide and the student {less.hidden}: what is refitted is what layers make of the same inputs, so the width must be the same; "
-            "distil instead, or name the model that the student was made from"
+            f"the teacher is {more.hidden} wide and the student {less.hidden}: what is refitted is what layers make of the same inputs, "
+            "so the width must be the same; distil instead, or name the model that the student was made from"
         )
     if less.layers == more.layers:
         return [range(index, index + 1) for index in range(less.layers)]

@@ -1,7 +1,7 @@
 """Least squares on what layers compute: ridge from moments, and conjugate gradients where the unknown sits inside attention.
 
-Both are fitted to most of the windows and chosen on those held out: the strength of the ridge, the number of steps; if nothing predicts the held-out windows better
-than what was there before, that stays.
+Both are fitted to most of the windows and chosen on those held out: the strength of the ridge, the number of steps; if nothing predicts the
+held-out windows better than what was there before, that stays.
 """
 # F = inputs of a projection, O = its outputs, T = tokens in a window, M = hidden width (one more with a bias), H = query heads, G = KV heads, D = head width.
 
@@ -87,7 +87,8 @@ class Problem(ABC):
 def solve(problem: Problem, start: Tensor) -> Tensor:
     """Return the best weights on held-out windows that conjugate gradients pass on their way from `start` to the least-squares solution.
 
-    Rows of different blocks do not touch: each block has steps of its own. The preconditioner is the Kronecker product of the inputs' second moments and the rows' curvature.
+    Rows of different blocks do not touch: each block has steps of its own. The preconditioner is the Kronecker product of the inputs' second
+    moments and the rows' curvature.
     """
     second = problem.second.double()
     damped = second + DAMPING * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype, device=second.device)

@@ -1,7 +1,8 @@
 """Make one key and value head of several, by what the heads compute on real text.
 
-Queries and keys, and values and outputs, meet in products only, so the bases of their heads are free: heads that do the same may look unrelated. They are
-brought into a common basis first, exactly, and what is lost then is only what they do not share. All in float64, from second moments of what the projections read.
+Queries and keys, and values and outputs, meet in products only, so the bases of their heads are free: heads that do the same may look
+unrelated. They are brought into a common basis first, exactly, and what is lost then is only what they do not share. All in float64, from
+second moments of what the projections read.
 """
 # M = hidden width (one more with a bias), H = query heads, Hk = KV heads, G = groups, S = Hk/G KV heads in a group, R = H/Hk, D = head width, P = rotary pairs.
 
