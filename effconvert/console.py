@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from effconvert.convert.calibrate import calibration_bytes
 from effconvert.convert.config import Config
 from effconvert.convert.inspection import Inspection
 from effconvert.convert.plan import Plan
@@ -51,7 +52,12 @@ class Terminal:
         self.out.print(f"{plan.checkpoint.config.kind}, {_shape(plan.checkpoint.config)}")
         self.out.print(f"becomes {plan.config.kind + ', ' if becomes else ''}{_shape(plan.config)}")
         self.out.print(table)
-        need = f"needs about {size(plan.peak)} of memory to write and {size(plan.disk)} of disk"
+        if plan.calibration:
+            tokens = f"{plan.calibration.ids.numel():,} tokens of {plan.calibration.name}"
+            self.out.print(f"calibrates on {escape(tokens)}, which takes about {size(calibration_bytes(plan))} of memory", soft_wrap=True)
+        for remark in plan.remarks:
+            self.out.print(f"[bold]note[/]  {escape(remark)}", soft_wrap=True)
+        need = f"needs about {size(plan.peak)} of memory to write and {size(plan.disk + plan.draft_bytes)} of disk"
         self.out.print(need + (f", {size(verify_bytes)} of memory to verify" if verify_bytes else ""))
         self.out.print(f"loads as {escape(plan.config.architecture)} in stock transformers" + ("; no logit may change" if plan.exact else ""))
 

@@ -5,12 +5,9 @@ killed run takes the finished layers from there, and runs them, but for nothing 
 """
 # B = windows run at a time, T = tokens in a window, M = hidden width.
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,7 +20,7 @@ from effconvert.convert.layer import Layer
 from effconvert.convert.output import drafts, to_disk
 from effconvert.convert.plan import Plan, rename
 from effconvert.convert.shards import FLOATS
-from effconvert.convert.walk import Look, Stage, embedding_rows, stored_tensors
+from effconvert.convert.walk import Calibration, Look, Stage, embedding_rows, stored_tensors
 from effconvert.convert.watch import Watcher
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality import windows
@@ -33,24 +30,7 @@ from effconvert.options import Conversion
 BATCH = 4  # windows
 WINDOW = 512  # tokens
 LEAST = 8  # windows: one of them is held out
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What a model is calibrated on."""
-
-    name: str  # of the text
-    ids: Tensor  # token ids, [N, T]
-
-    @property
-    def sha256(self) -> str:
-        """Identify the tokens."""
-        return hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """What a manifest says of it."""
-        return {"text": self.name, "tokens": self.ids.numel(), "window": self.ids.shape[1], "sha256": self.sha256}
+LIBRARIES = 400_000_000  # bytes; transformers, and what PyTorch sets up to compute
 
 
 def prepare(plan: Plan, options: Conversion) -> Calibration:
@@ -136,13 +116,26 @@ class Walk:
         return made
 
 
+def calibration_bytes(plan: Plan) -> int:
+    """Return about how many bytes of memory `calibrate` takes: measured to be between half of it and all of it."""
+    assert plan.calibration
+    config, ids = plan.checkpoint.config, plan.calibration.ids
+    window, inner = ids.shape[1], config.heads * config.head_dim
+    token = 4 * (8 * config.hidden + 4 * inner) + 2 * config.heads * window  # inputs, outputs, queries and keys; attention in half precision
+    batch = BATCH * 4 * window * (4 * config.heads * window + 3 * config.ffn)
+    squares = 6 * 8 * max(config.hidden, inner) ** 2
+    return plan.peak + LIBRARIES + ids.numel() * token + batch + squares
+
+
 @torch.inference_mode()
-def calibrate(plan: Plan, ids: Tensor, folder: Path, watcher: Watcher) -> None:
-    """Convert the layers of `plan` one after the other, looking at token ids [N, T], and leave what became of each in `folder`.
+def calibrate(plan: Plan, folder: Path, watcher: Watcher) -> None:
+    """Convert the layers of `plan` one after the other, looking at what they compute, and leave what became of each in `folder`.
 
     Raises:
         ModelError: the model computes NaN or infinity.
     """
+    assert plan.calibration
+    ids = plan.calibration.ids
     walk = Walk(plan, ids)
     layers: list[Layer | None] = [*plan.operate("cpu", walk)]
     with watcher.bar("calibrating", len(layers) * ids.numel(), "tokens") as advance:

@@ -207,6 +207,12 @@ def drafts(plan: Plan) -> list[str]:
     return [f"layer-{index:05}{DRAFT}" for index in range(plan.config.layers)] if plan.looks else []
 
 
+def discard_drafts(plan: Plan, partial: Path) -> None:
+    """Remove them: all is written."""
+    for name in drafts(plan):
+        (partial / name).unlink(missing_ok=True)
+
+
 def forget(partial: Path) -> None:
     """Have the next try write everything anew: what is there is not sound."""
     save_manifest(partial, {**read_manifest(partial), "shards": {}})
@@ -219,8 +225,6 @@ def publish(plan: Plan, partial: Path, output: Path, overwrite: bool, record: di
         OptionError: meanwhile somebody put something there.
     """
     check_free(output, overwrite)
-    for name in drafts(plan):
-        (partial / name).unlink(missing_ok=True)
     final = {**about(plan), **record, "files": {name: (partial / name).stat().st_size for name in plan.written}}
     save_manifest(partial, {**final, "shards": read_manifest(partial)["shards"]})  # still to be found by a next try, if this one is killed
     to_disk(partial)

@@ -19,6 +19,7 @@ from effconvert.convert.config import CONFIG, Config
 from effconvert.convert.families import Family
 from effconvert.convert.layer import Layer
 from effconvert.convert.shards import FLOATS, ITEMSIZE, Stored
+from effconvert.convert.walk import Calibration
 from effconvert.errors import ModelError
 from effconvert.surgery._surgery import Surgery
 
@@ -65,7 +66,7 @@ class Plan:
     files: tuple[str, ...]  # everything else in the folder, to be copied
     peak: int  # bytes of resident memory while writing
     teacher: Checkpoint  # what healing goes towards: by default the checkpoint itself
-    data: str = ""  # identifies the tokens that it is calibrated on
+    calibration: Calibration | None = None  # what it is run on, where a step looks at what layers compute
 
     @property
     def before(self) -> Size:
@@ -105,6 +106,18 @@ class Plan:
         return [surgery.recipe for surgery in self.surgeries]
 
     @property
+    def remarks(self) -> list[str]:
+        """What is different for this model, step by step, and on this text."""
+        told = [f"{surgery.name}: {said}" for surgery, config in zip(self.surgeries, self.configs, strict=False) if (said := surgery.remark(config))]
+        about = self.calibration.remark(self.checkpoint.config) if self.calibration else ""
+        return [*told, *([about] if about else [])]
+
+    @property
+    def draft_bytes(self) -> int:
+        """Bytes of disk that converted layers take while they wait to be written."""
+        return sum(target.bytes for shard in self.shards.values() for target in shard if target.layer is not None) if self.looks else 0
+
+    @property
     def disk(self) -> int:
         """Bytes that the output folder takes."""
         return self.after.bytes + sum((self.checkpoint.folder / file).stat().st_size for file in self.files)
@@ -116,7 +129,7 @@ class Plan:
         files += sorted({tensor.file for tensor in self.teacher.stored} - {*files})
         source = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         targets = [(shard, target.name, target.dtype, target.shape) for shard, inside in self.shards.items() for target in inside]
-        text = json.dumps([__version__, self.recipe, dict(self.config.raw), source, targets, self.files, self.data])
+        text = json.dumps([__version__, self.recipe, dict(self.config.raw), source, targets, self.files, self.calibration and self.calibration.sha256])
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property

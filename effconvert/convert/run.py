@@ -62,13 +62,12 @@ def convert(model: str, surgeries: tuple[Surgery, ...], options: RunOptions, wat
     folder = sources.locate(model, options.revision, watcher.step)
     surgeries = (*surgeries, *([Refit()] if options.refit else []))
     planned = plan(open_checkpoint(folder), surgeries, _teacher(surgeries, watcher))
-    calibration = prepare_calibration(planned, options) if planned.looks else None
-    if calibration:
-        planned = replace(planned, data=calibration.sha256)
+    if planned.looks:
+        planned = replace(planned, calibration=prepare_calibration(planned, options))
     target = expand(options.output or default_name(model, surgeries))
     if reuse and (manifest := output.finished(planned, target, options.verify)):
         return Outcome(planned, target, verification(manifest), found=True)
-    output.check(planned, target, options.overwrite, scratch_bytes(planned, options) if options.verify else 0)
+    output.check(planned, target, options.overwrite, max(planned.draft_bytes, scratch_bytes(planned, options) if options.verify else 0))
     memory = check_memory(planned, options) if options.verify else 0
     material = prepare(planned, text, options) if text else None
     watcher.plan(model, planned, target, memory)
@@ -76,10 +75,11 @@ def convert(model: str, surgeries: tuple[Surgery, ...], options: RunOptions, wat
         return Outcome(planned, target, None)
 
     with output.workplace(planned, target) as partial:
-        if calibration and left(planned, partial):
-            calibrate(planned, calibration.ids, partial, watcher)
+        if planned.calibration and left(planned, partial):
+            calibrate(planned, partial, watcher)
         with watcher.bar(f"writing {target}", planned.after.bytes, "bytes") as advance:
             resumed = write(planned, partial, advance)
+        output.discard_drafts(planned, partial)
         report = None
         if material:
             try:
@@ -88,8 +88,8 @@ def convert(model: str, surgeries: tuple[Surgery, ...], options: RunOptions, wat
                 output.forget(partial)
                 raise ModelError(f"{error}; nothing was put at {target}, and what was written is in {partial}") from error
         record = {"source": _source(model, options, folder), "verified": report is not None, "report": report and asdict(report), "versions": versions()}
-        if calibration:
-            record["calibration"] = calibration.record
+        if planned.calibration:
+            record["calibration"] = planned.calibration.record
         output.describe(partial, _texts(model, planned, options, record))
         if report:  # what was verified is known by its content: `push` holds the folder to it
             record["sha256"] = {name: file_hash(partial / name) for name in planned.written}

@@ -5,6 +5,7 @@ family hands its layers are its own, and no family needs code here. So a model o
 """
 # N = windows, B = windows run at a time, T = tokens, M = hidden width, H = query heads, Hk = KV heads, D = head width.
 
+import hashlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,29 @@ from effconvert.convert.stock import quiet
 
 PROBE = "effconvert_probe"  # the name of our attention function in transformers' registry
 Tensors = Mapping[str, Tensor]  # name in a layer -> tensor, as the family stores it
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a model is calibrated on."""
+
+    name: str  # of the text
+    ids: Tensor  # token ids, [N, T]
+
+    @property
+    def sha256(self) -> str:
+        """Identify the tokens."""
+        return hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
+
+    def remark(self, config: Config) -> str:
+        """Say where there are fewer tokens than numbers to find for each output of a projection."""
+        tokens, inputs = self.ids.numel(), max(config.hidden, config.heads * config.head_dim)
+        return f"{tokens} tokens for {inputs} inputs: the statistics are singular, and regularised; --calibration-tokens of more" if tokens < inputs else ""
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        return {"text": self.name, "tokens": self.ids.numel(), "window": self.ids.shape[1], "sha256": self.sha256}
 
 
 @dataclass
@@ -97,10 +121,10 @@ class Stage:
         if not self.calls:
             self.learn(index, tensors)
         module, (args, kwargs) = self.layers[index], self.calls[index]
-        fill(module, tensors)
         try:
             for state in states:
                 look = Look(state)
+                fill(module, tensors)  # each time: meanwhile somebody may have run the same layer with other weights
                 with _watching(module, {part: self.config.family.parts[part] for part in parts}, look, until):
                     out = module(state, *_fitting(args, state), **_fitting(kwargs, state))
                     look.out = out[0] if isinstance(out, tuple) else out

@@ -1,7 +1,7 @@
 """Refit one layer: gather what the original and the converted layer are on the same inputs, and solve."""
 # B = windows run at a time, T = tokens, M = hidden width, H = query heads, Hk = KV heads, G = KV heads after, D = head width.
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,19 +17,16 @@ def refit_attention(layer: Layer, original: int) -> None:
     """Fit q to the scores of the original's layer, then v and o to what its attention gives, where the families' attention allows it."""
     assert layer.walk
     bias = layer["o.bias"] if "o.bias" in layer else torch.zeros(layer.config.hidden)
-    wanted = [_unbiased(look.outputs["o"], bias, layer) for look in layer.walk.original([original], ("o",), until="o")]
-    looks = list(layer.walk.look(layer, ("q", "o"), until="o"))
-    if _far(looks, wanted, bias, layer) < SAME:
+    wanted, windows = _original(layer, original, bias)
+    if _far(layer, wanted, bias) < SAME:
         return
-    if all(look.weights is not None for look in looks) and (windows := _windows(layer, original, looks, wanted)):
-        if turn := _turn(layer, looks):
-            _queries(layer, windows, looks, turn)
-            looks = list(layer.walk.look(layer, ("q", "o"), until="o"))
-        _replace_weights(windows, looks)
-        _output(layer, looks, wanted, bias)
+    if windows:
+        _queries(layer, windows)
+        for window, weights in zip(windows, _attention(layer), strict=True):
+            window.weights = weights  # from here on the converted layer's own: what is mixed is what it will mix
+        _output(layer, wanted)
         _values(layer, windows)
-        looks = list(layer.walk.look(layer, ("o",), until="o"))
-    _output(layer, looks, wanted, bias)
+    _output(layer, wanted)
 
 
 def refit_output(layer: Layer, originals: Sequence[int]) -> None:
@@ -46,19 +43,26 @@ def refit_output(layer: Layer, originals: Sequence[int]) -> None:
         layer["down"] = layer["down"] + change.float().cpu()
 
 
-def _output(layer: Layer, looks: Iterable[Look], wanted: Sequence[Tensor], bias: Tensor) -> None:
+def _output(layer: Layer, wanted: Sequence[Tensor]) -> None:
     """Ridge regression of the output projection."""
-    moments = Moments(), Moments()
-    weights = layer["o"]
-    for index, (look, want) in enumerate(zip(looks, wanted, strict=True)):
+    assert layer.walk
+    moments, weights = (Moments(), Moments()), layer["o"]
+    for index, (look, want) in enumerate(zip(layer.walk.look(layer, ("o",), until="o"), wanted, strict=True)):
         for row, (inputs, given) in enumerate(zip(look.inputs["o"], want, strict=True)):
             moments[_held(index, row, wanted)].add(inputs, given - inputs @ weights.to(inputs).T)
     if (change := ridge(*moments)) is not None:
         layer["o"] = weights + change.float().cpu()
 
 
-def _queries(layer: Layer, windows: Sequence[Attended], looks: Sequence[Look], turn: Turn) -> None:
-    keys = [key for look in looks for key in _given(look.key)]
+def _queries(layer: Layer, windows: Sequence[Attended]) -> None:
+    assert layer.walk
+    keys: list[Tensor] = []
+    turn: Turn | None = None
+    for look in layer.walk.look(layer, ("q", "o"), until="o"):
+        if not keys and (turn := _turn(layer, look)) is None:
+            return
+        keys += _given(look.key)
+    assert turn
     _assign(layer, "q", solve(Queries(windows, keys, turn, layer.config.heads), _augmented(layer, "q").to(keys[0])))
 
 
@@ -67,32 +71,32 @@ def _values(layer: Layer, windows: Sequence[Attended]) -> None:
     _assign(layer, "v", solve(Values(windows, outputs, heads, layer.config.kv_heads), _augmented(layer, "v").to(outputs)))
 
 
-def _windows(layer: Layer, original: int, looks: Sequence[Look], wanted: Sequence[Tensor]) -> list[Attended]:
-    """Gather the original's attention, empty where it has other heads than this layer."""
+def _original(layer: Layer, original: int, bias: Tensor) -> tuple[list[Tensor], list[Attended]]:
+    """Return what the original's attention gives, [B, T, M] without the bias of o, and its windows; of these none, where it has other heads than this layer."""
     assert layer.walk
-    windows = []
-    for mine, look, want in zip(looks, layer.walk.original([original], ("o",), until="o"), wanted, strict=True):
-        query, key, weights = look.query, look.key, look.weights
-        if query is None or key is None or weights is None or query.shape != _given(mine.query).shape:
-            return []
-        read = mine.inputs["q"]
-        read = torch.cat([read, read.new_ones(*read.shape[:-1], 1)], -1) if _biased(layer) else read
-        windows += [Attended(*parts) for parts in zip(read, weights.half(), query, key, want, strict=True)]
-    return windows
+    wanted, windows = [], []
+    mine = layer.walk.look(layer, ("q", "o"), until="o")
+    for look, own in zip(layer.walk.original([original], ("o",), until="o"), mine, strict=True):
+        wanted.append(look.outputs["o"] - bias.to(look.outputs["o"]))
+        if look.weights is None or own.weights is None or _given(look.query).shape != _given(own.query).shape:
+            continue
+        read = _ending_in_one(own.inputs["q"], layer)
+        windows += [Attended(*parts) for parts in zip(read, look.weights.half(), _given(look.query), _given(look.key), wanted[-1], strict=True)]
+    return wanted, windows
 
 
-def _replace_weights(windows: Sequence[Attended], looks: Sequence[Look]) -> None:
-    """From here on the converted layer's own attention counts: what is mixed is what it will mix."""
-    for window, weights in zip(windows, (each for look in looks for each in _given(look.weights)), strict=True):
-        window.weights = weights.half()
+def _attention(layer: Layer) -> Iterator[Tensor]:
+    """Yield the weights of attention for each window, [H, T, T] in half precision."""
+    assert layer.walk
+    for look in layer.walk.look(layer, ("o",), until="o"):
+        yield from _given(look.weights).half()
 
 
-def _turn(layer: Layer, looks: Sequence[Look]) -> Turn | None:
+def _turn(layer: Layer, look: Look) -> Turn | None:
     """Find what the family does to queries between their projection and the scores; None where that is no rotation."""
     config, weights = layer.config, _augmented(layer, "q")
-    read, after = looks[0].inputs["q"], _given(looks[0].query)
-    read = torch.cat([read, read.new_ones(*read.shape[:-1], 1)], -1) if _biased(layer) else read
-    return Turn.seen(by_head(read @ weights.to(read).T, config.heads), after, config.rotary, config.family.rope)
+    read = _ending_in_one(look.inputs["q"], layer)
+    return Turn.seen(by_head(read @ weights.to(read).T, config.heads), _given(look.query), config.rotary, config.family.rope)
 
 
 def _augmented(layer: Layer, part: str) -> Tensor:
@@ -113,14 +117,16 @@ def _biased(layer: Layer) -> bool:
     return "q.bias" in layer and "v.bias" in layer
 
 
-def _unbiased(outputs: Tensor, bias: Tensor, layer: Layer) -> Tensor:
-    return outputs - bias.to(outputs)
+def _ending_in_one(read: Tensor, layer: Layer) -> Tensor:
+    return torch.cat([read, read.new_ones(*read.shape[:-1], 1)], -1) if _biased(layer) else read
 
 
-def _far(looks: Sequence[Look], wanted: Sequence[Tensor], bias: Tensor, layer: Layer) -> float:
-    """Return how far the outputs of attention are from those that are wanted, relative to these."""
-    off = sum(float((_unbiased(look.outputs["o"], bias, layer) - want).square().sum()) for look, want in zip(looks, wanted, strict=True))
-    return (off / max(sum(float(want.square().sum()) for want in wanted), 1e-30)) ** 0.5
+def _far(layer: Layer, wanted: Sequence[Tensor], bias: Tensor) -> float:
+    """Return how far the output of attention is from what is wanted, relative to that."""
+    assert layer.walk
+    outputs = (look.outputs["o"] - bias.to(look.outputs["o"]) for look in layer.walk.look(layer, ("o",), until="o"))
+    off = sum(float((output - want).square().sum()) for output, want in zip(outputs, wanted, strict=True))
+    return float((off / max(sum(float(want.square().sum()) for want in wanted), 1e-30)) ** 0.5)
 
 
 def _held(batch: int, row: int, batches: Sequence[Tensor]) -> int:
