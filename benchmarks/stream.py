@@ -53,7 +53,7 @@ TORCH, OURS, SCRIPT, VERIFIED = "import torch", "effconvert", "obvious script", 
 
 def command(what: str, source: Path, output: Path) -> list[str]:
     python = [sys.executable, "-c"]
-    ours = [sys.executable, "-m", "effconvert", "gqa", "--groups", str(GROUPS), str(source), "-o", str(output)]
+    ours = [sys.executable, "-m", "effconvert", "gqa", "--groups", str(GROUPS), "--pool", "mean", str(source), "-o", str(output)]
     return {
         CP: ["cp", "-r", str(source), str(output)],
         TREE: [*python, COPYTREE, str(source), str(output)],

@@ -141,10 +141,10 @@ class Terminal:
         self.out.print(table)
 
     def demo(self, outcomes: dict[str, Outcome], kept: bool) -> None:
-        """Print the rules of pooling side by side."""
-        reports = {rule: outcome.report for rule, outcome in outcomes.items() if outcome.report}
+        """Print the ways of pooling side by side."""
+        reports = {options: outcome.report for options, outcome in outcomes.items() if outcome.report}
         first = next(iter(reports.values()))
-        sides = {"original": first.before, **{f"--pool {rule}": report.after for rule, report in reports.items()}}
+        sides = {"original": first.before, **{options: report.after for options, report in reports.items()}}
         table = Table("", *sides, box=None, pad_edge=False, header_style="bold")
         table.add_row("parameters", *(count(side.parameters) for side in sides.values()))
         table.add_row("KV cache a token", *(size(side.kv_bytes) for side in sides.values()))
@@ -158,7 +158,9 @@ class Terminal:
             self.out.print(f"{name} writes: {side.continuation!r}", soft_wrap=True, markup=False)
         quality = qualities[0]
         self.out.print(f"on {escape(first.text)}: {quality.tokens} tokens in windows of {quality.context}, {first.dtype}, {first.device}", soft_wrap=True)
-        self.out.print("Pooling alone leaves a model in ruins: the cache is smaller, and the numbers say what it cost. Now yours: effconvert gqa --help")
+        self.out.print(
+            "A quarter of the cache, no training: the mean of heads leaves ruins, linear algebra most of the model. Now yours: effconvert gqa --help"
+        )
         if kept:
             self.out.print(f"kept: {', '.join(str(outcome.output) for outcome in outcomes.values())}", soft_wrap=True, markup=False)
 

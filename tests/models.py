@@ -1,5 +1,7 @@
 """Small random models of every family, the same on each call."""
 
+from random import Random
+
 import torch
 import transformers
 
@@ -62,3 +64,97 @@ def logits(model, length=20):
     """What `model` makes of the same random tokens on each call."""
     ids = torch.randint(3, 128, (2, length), generator=torch.Generator().manual_seed(0))
     return model(ids, use_cache=False).logits
+
+
+def characters(folder):
+    """Put a tokenizer of single characters into the folder, which every model here has room for, and return a text file of all of them, in random order."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    letters = [chr(code) for code in range(33, 127)]
+    tokenizer = Tokenizer(BPE({piece: index for index, piece in enumerate(["<pad>", "<s>", "</s>", "Ġ", "Ċ", *letters])}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    text = folder.parent / "calibration.txt"
+    text.write_text("".join(Random(0).choices([" ", *letters], k=2000)))
+    return text
+
+
+LAYOUTS = {**dict.fromkeys(FAMILIES, ("halves", 1)), "cohere": ("interleaved", 1), "glm": ("interleaved", 0.5), "gpt2": ("halves", 0)}  # of RoPE, and its part
+
+
+def attention(model):
+    """Yield of each layer q, k, v [heads, D, M] and o [M, heads, D] and what goes with rows of theirs (biases, gains), as views that can be written through."""
+    family, config = FAMILIES[model.config.model_type], model.config
+    heads, shared = config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    for layer in model.base_model.get_submodule(family.layers):
+        held = {}
+        for part, count in (("q", heads), ("k", shared), ("v", shared)):
+            at, modules = 0 if part == "q" else heads, layer.get_submodule(family.parts[part])
+            at = at + shared if part == "v" else at
+            fused = family.parts["q"] == family.parts["k"]
+            for name, tensor in modules.named_parameters():
+                rows = (tensor.data.T if family.transposed and tensor.ndim == 2 else tensor.data).unflatten(0, (-1, width))
+                held[part if name == "weight" else f"{part}.{name}"] = rows[at : at + count] if fused else rows
+        for part in ("q_norm", "k_norm"):
+            if part in family.parts:
+                held[part] = layer.get_submodule(family.parts[part]).weight.data.unflatten(0, (-1, width))
+        output = layer.get_submodule(family.parts["o"]).weight.data
+        held["o"] = (output.T if family.transposed else output).unflatten(1, (heads, width))
+        yield held
+
+
+def alike(model, like):
+    """Make each KV head a copy of the one that `like` names in its place."""
+    for held in attention(model):
+        for part, rows in held.items():
+            if part[0] in "kv" and len(rows) > 1:
+                rows.copy_(rows[list(like)])
+    return model
+
+
+def hide(model, gains=False):
+    """Give each KV head another basis, which its query heads and the output undo: a turn for each rotary pair of keys, with gains any for values.
+
+    Under QK-norm keys may only change signs.
+    """
+    generator = torch.Generator().manual_seed(1)
+    layout, part = LAYOUTS[model.config.model_type]
+    for held in attention(model):
+        shared = len(held["q"]) // len(held["k"])
+        for head in range(len(held["k"])):
+            own, width = range(head * shared, (head + 1) * shared), held["k"].shape[1]
+            keys = turn(width, int(part * width), layout, generator, "q_norm" in held, gains)
+            values = orthogonal(width, generator)
+            if gains:
+                values = values * (0.5 + torch.rand(width, generator=generator))
+            for name, by in (("k", keys), ("k.bias", keys), ("v", values), ("v.bias", values)):
+                if name in held:
+                    held[name][head] = by @ held[name][head]
+            for query in own:
+                held["o"][:, query] = held["o"][:, query] @ torch.linalg.inv(values)
+                for name in ("q", "q.bias"):
+                    if name in held:
+                        held[name][query] = torch.linalg.inv(keys).T @ held[name][query]
+    return model
+
+
+def turn(width, rotary, layout, generator, signs=False, gains=False, dtype=torch.float32):
+    """A random matrix that commutes with RoPE: it turns each pair by an angle of its own, and mixes what is in none."""
+    made = torch.zeros(width, width, dtype=dtype)
+    for pair in range(rotary // 2):
+        one, other = (pair, pair + rotary // 2) if layout == "halves" else (2 * pair, 2 * pair + 1)
+        (x, y), gain = torch.randn(2, generator=generator, dtype=dtype), 0.5 + torch.rand((), generator=generator, dtype=dtype)
+        cos, sin = (x.sign(), 0 * y) if signs else (x / torch.hypot(x, y), y / torch.hypot(x, y))
+        size = gain if gains and not signs else 1
+        made[one, one], made[one, other], made[other, one], made[other, other] = size * cos, -size * sin, size * sin, size * cos
+    rest = width - rotary
+    made[rotary:, rotary:] = torch.diag(torch.randn(rest, generator=generator, dtype=dtype).sign()) if signs else orthogonal(rest, generator, dtype)
+    return made
+
+
+def orthogonal(width, generator, dtype=torch.float32):
+    """A random orthogonal matrix."""
+    return torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=dtype))[0] if width else torch.zeros(0, 0, dtype=dtype)

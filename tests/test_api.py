@@ -99,9 +99,9 @@ STEPS = {
     "object": [Gqa(groups=2, pool="first")],
     "mapping": [{"gqa": {"groups": 2, "pool": "first"}}],
     "bare": ["mqa"],
-    "all three": [Gqa(groups=2), "mqa", {"expand-kv": {"groups": 2}}],
-    "null": [{"mqa": None}],
-    "with underscores": [Gqa(groups=2), {"expand-kv": {"groups": 4}}],
+    "all three": [Gqa(groups=2, pool="mean"), "mqa", {"expand-kv": {"groups": 2}}],
+    "null": [{"mqa": {"pool": "mean"}}],
+    "with underscores": [Gqa(groups=2, pool="mean"), {"expand-kv": {"groups": 4}}],
 }
 
 
@@ -119,8 +119,8 @@ def test_steps_are_objects_mappings_or_bare_names(steps, model, contents, comman
 
 
 def test_what_comes_back_is_what_the_command_writes(model, command, contents):
-    assert command("gqa", "--groups", 2, "model", "-o", "typed", "--tokens", 60, "--context", 20).exit_code == 0
-    done = effconvert.convert("model", {"gqa": {"groups": 2}}, output="called", **EASY)
+    assert command("gqa", "--groups", 2, "--pool", "mean", "model", "-o", "typed", "--tokens", 60, "--context", 20).exit_code == 0
+    done = effconvert.convert("model", {"gqa": {"groups": 2, "pool": "mean"}}, output="called", **EASY)
     assert contents(Path("typed")) == contents(Path("called"))
     assert isinstance(done, Outcome)
     assert isinstance(done.report, Report)
@@ -173,7 +173,7 @@ WRONG_STEPS = [
 def test_what_is_no_step_is_refused_by_its_number(wrong, model, contents, tmp_path):
     before = contents(tmp_path)
     with pytest.raises(OptionError, match=r"^step 2"):
-        effconvert.convert("model", {"gqa": {"groups": 2}}, wrong, output="out")
+        effconvert.convert("model", {"gqa": {"groups": 2, "pool": "mean"}}, wrong, output="out")
     assert contents(tmp_path) == before
 
 
@@ -201,7 +201,7 @@ def test_errors_are_of_two_kinds_and_one_root(model, contents, tmp_path):
     for mistake in (OptionError, ModelError):
         assert issubclass(mistake, EffconvertError)
     with pytest.raises(OptionError, match="does not divide this model's 4 KV heads"):
-        effconvert.convert("model", Gqa(groups=3))
+        effconvert.convert("model", Gqa(groups=3, pool="mean"))
     with pytest.raises(ModelError, match="nothing to repeat"):
         effconvert.convert("model", ExpandKv())
     with pytest.raises(OptionError, match="gone"):

@@ -92,8 +92,8 @@ def test_help_of_gqa_shows_examples_defaults_and_what_is_required(command: Comma
     assert "effconvert gqa --groups 8 " in told
     flat = " ".join(told.split())
     assert re.search(r"--groups G [^[]*\[required\]", flat)
-    assert "[mean|first]" in flat
-    assert "[default: mean]" in flat
+    assert "[pca|aligned|mean|first]" in flat
+    assert "[default: pca]" in flat
     assert "[default: 4096]" in flat
     assert flat.count("[required]") == 1
 
@@ -119,7 +119,7 @@ def test_the_examples_in_every_help_are_commands_that_exist(command: Command) ->
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(command: Command, contents: Callable[[Path], dict[str, str]], model: Path, tmp_path: Path) -> None:
     before = contents(tmp_path)
-    result = command("gqa", "--groups", "2", model, "-o", "out", "--dry-run")
+    result = command("gqa", "--groups", "2", "--pool", "mean", model, "-o", "out", "--dry-run")
     assert result.exit_code == 0, result.output
     assert contents(tmp_path) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
@@ -133,20 +133,20 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(command: Command, contents
 
 
 def test_a_dry_run_finds_the_same_errors_as_a_run(command: Command, model: Path) -> None:
-    results = [command("gqa", "--groups", "3", model, "-o", "out", *more) for more in ((), ("--dry-run",))]
+    results = [command("gqa", "--groups", "3", "--pool", "mean", model, "-o", "out", *more) for more in ((), ("--dry-run",))]
     assert [result.exit_code for result in results] == [2, 2]
     assert results[0].stderr == results[1].stderr
 
 
 def test_a_run_without_verification_says_so(command: Command, model: Path) -> None:
-    result = command("gqa", "--groups", "2", model, "-o", "out", "--no-verify")
+    result = command("gqa", "--groups", "2", "--pool", "mean", model, "-o", "out", "--no-verify")
     assert result.exit_code == 0
     assert "NOT VERIFIED" in result.stdout
     assert "verified, and written" not in result.stdout
 
 
 def test_a_run_with_verification_shows_what_was_won_and_lost(command: Command, model: Path) -> None:
-    result = command("gqa", "--groups", "2", model, *EASY)
+    result = command("gqa", "--groups", "2", "--pool", "mean", model, *EASY)
     assert result.exit_code == 0, result.output
     assert Path("model-gqa-2/config.json").is_file()  # the default name
     told = " ".join(result.stdout.split())
@@ -160,7 +160,7 @@ def test_a_run_with_verification_shows_what_was_won_and_lost(command: Command, m
 
 
 def test_a_conversion_that_may_change_nothing_shows_that_nothing_changed(command: Command, model: Path) -> None:
-    result = command("gqa", "--groups", "4", model, "-o", "out", *EASY)
+    result = command("gqa", "--groups", "4", "--pool", "mean", model, "-o", "out", *EASY)
     assert result.exit_code == 0, result.output
     assert "no logit may change" in result.stdout
     assert "largest change of a logit: 0 (nothing may change)" in result.stdout
@@ -169,13 +169,13 @@ def test_a_conversion_that_may_change_nothing_shows_that_nothing_changed(command
 def test_a_model_without_a_tokenizer_is_not_measured_and_that_is_said(command: Command, model: Path) -> None:
     for file in model.glob("tokenizer*"):
         file.unlink()
-    result = command("gqa", "--groups", "2", model, "-o", "out", *EASY)
+    result = command("gqa", "--groups", "2", "--pool", "mean", model, "-o", "out", *EASY)
     assert result.exit_code == 0, result.output
     assert "no quality was measured: the model has no tokenizer" in result.stdout
 
 
 def test_nothing_about_progress_is_said_to_a_pipe(model: Path, python: str, environment: dict[str, str]) -> None:
-    arguments = [python, "-m", "effconvert", "gqa", "--groups", "2", str(model), "-o", "out", *EASY]
+    arguments = [python, "-m", "effconvert", "gqa", "--groups", "2", "--pool", "mean", str(model), "-o", "out", *EASY]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -185,7 +185,7 @@ def test_nothing_about_progress_is_said_to_a_pipe(model: Path, python: str, envi
 
 def test_progress_is_told_to_a_terminal_on_stderr_alone(model: Path, python: str, environment: dict[str, str]) -> None:
     ours, theirs = pty.openpty()
-    arguments = [python, "-m", "effconvert", "gqa", "--groups", "2", str(model), "-o", "out", *EASY]
+    arguments = [python, "-m", "effconvert", "gqa", "--groups", "2", "--pool", "mean", str(model), "-o", "out", *EASY]
     with subprocess.Popen(arguments, env={**environment, "TERM": "xterm"}, stdout=subprocess.PIPE, stderr=theirs, text=True) as run:
         os.close(theirs)
         told = b""
@@ -210,13 +210,13 @@ def test_progress_is_told_to_a_terminal_on_stderr_alone(model: Path, python: str
 @pytest.mark.parametrize("width", ["40", "200"])
 def test_results_are_the_same_in_a_pipe_whatever_the_terminal(command: Command, model: Path, monkeypatch: pytest.MonkeyPatch, width: str) -> None:
     monkeypatch.setenv("COLUMNS", width)
-    result = command("gqa", "--groups", "2", model, "--dry-run")
+    result = command("gqa", "--groups", "2", "--pool", "mean", model, "--dry-run")
     assert "loads as LlamaForCausalLM in stock transformers" in result.stdout
 
 
 def test_brackets_in_a_path_are_printed_as_they_are(command: Command, model: Path) -> None:
     model.rename("model[bold]")
-    result = command("gqa", "--groups", "2", "model[bold]", "-o", "out[red]x", "--no-verify")
+    result = command("gqa", "--groups", "2", "--pool", "mean", "model[bold]", "-o", "out[red]x", "--no-verify")
     assert result.exit_code == 0, result.output
     assert Path("out[red]x/config.json").is_file()
     assert "model[bold]" in result.stdout

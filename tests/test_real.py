@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -22,6 +23,7 @@ from effconvert.eval.evaluate import evaluate
 from effconvert.options import RunOptions
 from effconvert.surgery.expand_kv import ExpandKv
 from effconvert.surgery.gqa import Gqa
+from tests.models import hide
 
 pytestmark = pytest.mark.real
 
@@ -62,7 +64,7 @@ def smollm2(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one_head(smollm2, tmp_path_factory):
     output = tmp_path_factory.mktemp("real") / "one-head"
-    return convert(str(smollm2), (Gqa(groups=1),), RunOptions(output=output, tokens=1024))
+    return convert(str(smollm2), (Gqa(groups=1, pool="mean"),), RunOptions(output=output, tokens=1024))
 
 
 def logits(folder):
@@ -129,8 +131,24 @@ def test_what_it_cost_is_measured(one_head):
 def test_expanding_the_heads_changes_no_logit_and_pooling_them_again_no_byte(smollm2, tmp_path):
     convert(str(smollm2), (ExpandKv(),), RunOptions(output=tmp_path / "mha", tokens=512))
     assert (logits(tmp_path / "mha") - logits(smollm2)).abs().max() <= 1e-5 * logits(smollm2).abs().max()
-    convert(str(tmp_path / "mha"), (Gqa(groups=3),), RunOptions(output=tmp_path / "back", verify=False))
+    convert(str(tmp_path / "mha"), (Gqa(groups=3, pool="mean"),), RunOptions(output=tmp_path / "back", verify=False))
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (smollm2 / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["as-they-are", "hidden"])
+def test_heads_that_were_repeated_are_found_again_behind_random_rotations(hidden, smollm2, tmp_path):
+    convert(str(smollm2), (ExpandKv(groups=9),), RunOptions(output=tmp_path / "nine", verify=False))
+    expected = logits(smollm2)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "nine", dtype=torch.float32)
+    (hide(model) if hidden else model).save_pretrained(tmp_path / "nine")  # float32, or rounding would be all that is seen
+    assert (logits(tmp_path / "nine") - expected).abs().max() <= 1e-4
+    for rule in ("pca", "aligned", "mean"):
+        options = RunOptions(output=tmp_path / rule, calibration_tokens=2048, verify=False)
+        convert(str(tmp_path / "nine"), (Gqa(groups=3, pool=rule),), options)
+        found = (logits(tmp_path / rule) - expected).abs().max()
+        print(f"{rule}: {found:.1e}")
+        assert (found <= 1e-4) == (rule != "mean" or not hidden)
+        shutil.rmtree(tmp_path / rule)
 
 
 def test_as_many_groups_as_heads_change_no_byte(smollm2, tmp_path):

@@ -29,7 +29,7 @@ from tests.surgery.test_layerwise import Third, file_of_its_own
 EASY = {"tokens": 60, "context": 20}
 RECORDS = {"effconvert.json", "README.md"}  # which say what was measured, and from what
 ORIGIN = RECORDS | {"effconvert.yaml"}  # which says from what
-HALVE, TWO, ONE = {"gqa": {"groups": 2}}, {"gqa": {"groups": 2, "pool": "first"}}, {"mqa": {}}
+HALVE, TWO, ONE = {"gqa": {"groups": 2, "pool": "mean"}}, {"gqa": {"groups": 2, "pool": "first"}}, {"mqa": {"pool": "mean"}}
 QUICK_EVAL = {**EASY, "generation": False, "passkey": []}
 QUICK_BENCH = {"rounds": 1, "warmup": 0, "batch": [1], "context": [8], "new-tokens": 1}
 
@@ -131,7 +131,7 @@ def stamp(folder):
 def test_the_recipe_beside_the_weights_makes_the_same_bytes_again(model, command, same, contents):
     assert command("gqa", "--groups", 2, "--pool", "first", model, "-o", "out", "--tokens", 60, "--context", 20).exit_code == 0
     held = yaml.safe_load(Path("out/effconvert.yaml").read_text())
-    assert held == {"model": str(model), "steps": [{"gqa": {"groups": 2, "pool": "first"}}]}
+    assert held == {"model": str(model), "steps": [{"gqa": {"groups": 2, "pool": "first", "grouping": "adjacent"}}]}
     before = contents(Path("out"))
     assert command("run", "out/effconvert.yaml", "-o", "again").exit_code == 0
     assert contents(Path("out")) == before
@@ -176,7 +176,7 @@ HOSTILE += ["a  b c", "日本語 é 🤖", "tab\there", "line\nbreak", "word " *
 @pytest.mark.parametrize("name", [*HOSTILE, "./~x"], ids=repr)
 def test_a_model_is_found_again_whatever_its_name(name, llama, done, same):
     shutil.copytree(llama, name)
-    done("gqa", "--groups", 2, "-o", "out", "--", name)
+    done("gqa", "--groups", 2, "--pool", "mean", "-o", "out", "--", name)
     again("out")
     same("out", "again")
 
@@ -184,7 +184,7 @@ def test_a_model_is_found_again_whatever_its_name(name, llama, done, same):
 def test_a_gguf_file_is_converted_again_to_the_same_bytes(gguf, done, same):  # noqa: F811
     Path("a folder").mkdir()
     shutil.copy(gguf, "a folder/é.gguf")
-    done("gqa", "--groups", 2, "a folder/é.gguf", "-o", "out")
+    done("gqa", "--groups", 2, "--pool", "mean", "a folder/é.gguf", "-o", "out")
     assert yaml.safe_load(Path("out/effconvert.yaml").read_text())["model"] == "a folder/é.gguf"
     again("out")
     same("out", "again")
@@ -196,7 +196,7 @@ def test_a_model_of_the_hub_is_run_again_at_its_very_commit(commit, llama, done,
     shutil.copytree(llama, snapshot)
     asked = []
     monkeypatch.setattr(sources, "fetch", lambda model, revision: asked.append((model, revision)) or snapshot)
-    done("gqa", "--groups", 2, "lab/tiny", "--revision", "v1", "-o", "out")
+    done("gqa", "--groups", 2, "--pool", "mean", "lab/tiny", "--revision", "v1", "-o", "out")
     again("out")
     assert set(asked[:1]) == {("lab/tiny", "v1")}
     assert set(asked[1:]) == {("lab/tiny", commit)}
@@ -206,14 +206,14 @@ def test_a_model_of_the_hub_is_run_again_at_its_very_commit(commit, llama, done,
 def test_a_snapshot_that_was_given_as_a_folder_is_run_again(llama, done, same):
     snapshot = Path("hub/models--lab--tiny/snapshots", "a" * 40)
     shutil.copytree(llama, snapshot)
-    done("gqa", "--groups", 2, snapshot, "-o", "out")
+    done("gqa", "--groups", 2, "--pool", "mean", snapshot, "-o", "out")
     again("out")
     same("out", "again")
 
 
 def test_a_converted_model_keeps_its_own_last_steps_alone(model, run, done, same):
     run(recipe(steps=[HALVE, {"expand-kv": {}}]))
-    done("mqa", "out", "-o", "next")
+    done("mqa", "--pool", "mean", "out", "-o", "next")
     assert yaml.safe_load(Path("next/effconvert.yaml").read_text()) == {"model": "out", "steps": [{"mqa": {"pool": "mean"}}]}
     assert yaml.safe_load(Path("out/effconvert.yaml").read_text())["steps"] == [{"gqa": {"groups": 2, "pool": "mean"}}, {"expand-kv": {"groups": None}}]
     for folder in ("out", "next"):
@@ -236,14 +236,16 @@ def test_a_recipe_without_output_is_named_after_the_model_and_its_steps(model, r
 def test_two_steps_are_the_two_commands_bit_for_bit(kind, dtype, run, done, same):
     save(tiny(kind).to(dtype), "model", max_shard_size="20KB")
     run(recipe(steps=[HALVE, ONE]))
-    done("gqa", "--groups", 2, "model", "-o", "one")
-    done("mqa", "one", "-o", "two")
+    done("gqa", "--groups", 2, "--pool", "mean", "model", "-o", "one")
+    done("mqa", "--pool", "mean", "one", "-o", "two")
     same("out", "two", but=ORIGIN)
-    done("mqa", "model", "-o", "at-once")
+    done("mqa", "--pool", "mean", "model", "-o", "at-once")
     assert keys("out") != keys("at-once")  # what is rounded in between can be seen at all
 
 
-@pytest.mark.parametrize("steps", [(Mqa(), Third()), (Third(), Mqa()), (Third(layers="1"), Mqa(), Third())], ids=["mqa third", "third mqa", "three"])
+@pytest.mark.parametrize(
+    "steps", [(Mqa(pool="mean"), Third()), (Third(), Mqa(pool="mean")), (Third(layers="1"), Mqa(pool="mean"), Third())], ids=["mqa third", "third mqa", "three"]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["gpt2", "gemma3_text"])
 def test_steps_that_change_the_family_are_the_commands_too(kind, dtype, steps, same):
@@ -278,7 +280,7 @@ def test_stages_are_kept_as_the_commands_would_write_them(model, run, done, same
     told = run(recipe(steps=steps, **{"keep-stages": True}))
     assert here() == {"model", "out-1-gqa", "out-2-mqa", "out"}
     assert told.index("out-1-gqa") < told.index("out-2-mqa")
-    done("gqa", "--groups", 2, "model", "-o", "one")
+    done("gqa", "--groups", 2, "--pool", "mean", "model", "-o", "one")
     done("mqa", "--pool", "first", "one", "-o", "two")
     done("expand-kv", "--groups", 2, "two", "-o", "three")
     for stage, made in (("out-1-gqa", "one"), ("out-2-mqa", "two"), ("out", "three")):
@@ -312,8 +314,8 @@ def test_recipes_are_carried_out_in_an_order_that_works(order, model, run, done,
     assert "becomes 3 layers, 4 query and 1 KV heads" in told
 
     run(*(CHAIN[index] for index in order))
-    done("gqa", "--groups", 2, "model", "-o", "one")
-    done("mqa", "one", "-o", "two")
+    done("gqa", "--groups", 2, "--pool", "mean", "model", "-o", "one")
+    done("mqa", "--pool", "mean", "one", "-o", "two")
     done("expand-kv", "--groups", 2, "two", "-o", "three")
     for ours, theirs in (("a", "one"), ("b", "two"), ("c", "three")):
         same(ours, theirs, but=ORIGIN)
@@ -333,7 +335,7 @@ def test_a_plan_is_shown_for_the_model_that_its_recipe_names(llama, model, run):
 
 
 WRONG_LAST = {
-    "groups of the model in between": ({"steps": [{"gqa": {"groups": 4}}]}, "more than this model's 2 KV heads"),
+    "groups of the model in between": ({"steps": [{"gqa": {"groups": 4, "pool": "mean"}}]}, "more than this model's 2 KV heads"),
     "no technique": ({"steps": ["gqb"]}, "there is no technique 'gqb'"),
     "needed option": ({"steps": ["gqa"]}, "--groups is needed"),
     "revision of a folder": ({"revision": "main"}, "--revision is for models on the Hub"),
@@ -371,7 +373,7 @@ def test_a_task_that_is_not_there_is_found_before_the_first_writes(model, refuse
 
 def test_a_recipe_is_planned_on_what_the_one_before_will_write_and_not_on_what_is_there(model, run, refused):
     run(recipe(steps=[HALVE]))
-    told = refused(recipe(steps=[ONE], overwrite=True), recipe(model="out", output="b", steps=[{"gqa": {"groups": 2}}]))
+    told = refused(recipe(steps=[ONE], overwrite=True), recipe(model="out", output="b", steps=[{"gqa": {"groups": 2, "pool": "mean"}}]))
     assert "--groups 2 is more than this model's 1 KV heads" in told
 
 
@@ -475,7 +477,7 @@ def edited(path, **changes):
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_another_recipe_or_model_made_is_not_taken_for_this_ones(change, model, run, refused):
-    held = recipe(steps=[{"gqa": {"groups": 2}}])
+    held = recipe(steps=[{"gqa": {"groups": 2, "pool": "mean"}}])
     run(held)
     before = stamp("out")
     run(held)
@@ -538,16 +540,16 @@ def test_stages_are_measured_beside_the_original(model, run):
 
 
 MISTAKES = {  # options on the command line, and as a step
-    "unknown option": (["gqa", "--groups", "2", "--pol", "mean"], {"gqa": {"groups": 2, "pol": "mean"}}),
+    "unknown option": (["gqa", "--groups", "2", "--pool", "mean", "--pol", "mean"], {"gqa": {"groups": 2, "pol": "mean"}}),
     "option of another": (["mqa", "--groups", "2"], {"mqa": {"groups": 2}}),
     "wrong type": (["gqa", "--groups", "many"], {"gqa": {"groups": "many"}}),
     "wrong choice": (["gqa", "--groups", "2", "--pool", "sum"], {"gqa": {"groups": 2, "pool": "sum"}}),
-    "out of bounds": (["gqa", "--groups", "0"], {"gqa": {"groups": "0"}}),
+    "out of bounds": (["gqa", "--groups", "0", "--pool", "mean"], {"gqa": {"groups": "0"}}),
     "missing": (["gqa"], {"gqa": {}}),
-    "no divisor": (["gqa", "--groups", "3"], {"gqa": {"groups": 3}}),
-    "too many": (["gqa", "--groups", "8"], {"gqa": {"groups": 8}}),
+    "no divisor": (["gqa", "--groups", "3", "--pool", "mean"], {"gqa": {"groups": 3, "pool": "mean"}}),
+    "too many": (["gqa", "--groups", "8", "--pool", "mean"], {"gqa": {"groups": 8, "pool": "mean"}}),
     "nothing to do": (["expand-kv"], {"expand-kv": {}}),
-    "layers": (["gqa", "--groups", "2", "--layers", "0-1"], {"gqa": {"groups": 2, "layers": "0-1"}}),
+    "layers": (["gqa", "--groups", "2", "--pool", "mean", "--layers", "0-1"], {"gqa": {"groups": 2, "layers": "0-1"}}),
     "technique": (["gqq"], {"gqq": {}}),
 }
 
@@ -571,7 +573,7 @@ def test_options_of_the_conversion_are_refused_in_the_same_words(model, command,
         with pytest.raises(OptionError) as caught:
             effconvert.convert("model", "mqa", **{key: value})
         assert refused({**recipe(steps=[ONE]), "verify": True, key: value}).endswith(str(caught.value))
-        assert one_line(command("mqa", "model", f"--{key}", value)) == f"Error: {caught.value}"
+        assert one_line(command("mqa", "--pool", "mean", "model", f"--{key}", value)) == f"Error: {caught.value}"
 
 
 def test_an_error_names_the_file_the_recipe_and_the_step(model, refused):
@@ -582,7 +584,7 @@ def test_an_error_names_the_file_the_recipe_and_the_step(model, refused):
 
 
 def test_an_error_about_a_model_names_the_recipe_among_several(model, refused):
-    told = refused(recipe(), recipe(output="b", steps=[{"gqa": {"groups": 3}}]))
+    told = refused(recipe(), recipe(output="b", steps=[{"gqa": {"groups": 3, "pool": "mean"}}]))
     assert "does not divide this model's 4 KV heads" in told
     assert "recipe 2" in told or "b:" in told
 
@@ -733,8 +735,8 @@ def test_a_file_that_is_no_recipe_is_refused_in_one_short_line(what, model, comm
 
 def test_a_number_that_is_written_with_a_point_or_in_quotes_is_that_number(model):
     for spelt in ("2", "'2'", "2.0"):
-        Path("recipe.yaml").write_text(BASE + f"steps: [{{gqa: {{groups: {spelt}}}}}]\n")
-        assert read(Path("recipe.yaml"))[0].steps == (Gqa(groups=2),)
+        Path("recipe.yaml").write_text(BASE + f"steps: [{{gqa: {{groups: {spelt}, pool: mean}}}}]\n")
+        assert read(Path("recipe.yaml"))[0].steps == (Gqa(groups=2, pool="mean"),)
 
 
 # The schema
@@ -796,12 +798,12 @@ def test_the_schema_has_every_option_of_every_class_spelt_with_dashes(command):
 
 FITTING = {
     "least": {"model": "m", "steps": ["mqa"]},
-    "bare and with options": recipe(steps=["mqa", "expand-kv", {"mqa": {}}, HALVE, TWO]),
+    "bare and with options": recipe(steps=["mqa", "expand-kv", {"mqa": {"pool": "mean"}}, HALVE, TWO]),
     "all": recipe(evaluate=QUICK_EVAL, bench=QUICK_BENCH, report=True, overwrite=True, text="t.txt", revision="v1", **{"keep-stages": True}, **EASY),
     "evaluated as it comes": recipe(evaluate={}, bench={}),
     "tasks": recipe(evaluate={"tasks": ["piqa"], "samples": {"piqa": [0, 2]}, "batch-size": "auto", "num-fewshot": 5}),
     "true": recipe(evaluate=True, bench=True),
-    "nothing": {**recipe(steps=[{"mqa": None}], evaluate=None, bench=None), "output": None},
+    "nothing": {**recipe(steps=[{"mqa": {"pool": "mean"}}], evaluate=None, bench=None), "output": None},
 }
 MISFITS = {
     "misspelt": recipe(modle="x"),
@@ -815,7 +817,7 @@ MISFITS = {
     "two in a step": recipe(steps=[{"mqa": {}, "expand-kv": {}}]),
     "wrong choice": recipe(steps=[{"mqa": {"pool": "sum"}}]),
     "wrong type": recipe(steps=[{"gqa": {"groups": "many"}}]),
-    "too few": recipe(steps=[{"gqa": {"groups": 0}}]),
+    "too few": recipe(steps=[{"gqa": {"groups": 0, "pool": "mean"}}]),
     "misspelt in evaluate": recipe(evaluate={"taks": []}),
     "misspelt in bench": recipe(bench={"new-token": 1}),
 }

@@ -17,7 +17,7 @@ from effconvert.convert import stock
 from effconvert.convert.checkpoint import Checkpoint
 from effconvert.convert.config import Config
 from effconvert.convert.layer import Layer
-from effconvert.convert.output import drafts, to_disk
+from effconvert.convert.output import DRAFT, drafts, to_disk
 from effconvert.convert.plan import Plan, rename
 from effconvert.convert.shards import FLOATS
 from effconvert.convert.walk import Calibration, Look, Stage, embedding_rows, stored_tensors
@@ -43,13 +43,13 @@ def prepare(plan: Plan, options: Conversion) -> Calibration:
     config, folder = plan.checkpoint.config, plan.checkpoint.folder
     if not stock.has_tokenizer(folder):
         raise ModelError(f"{folder} has no tokenizer, so the model cannot be run on a text; put it there, or take options that need no calibration")
-    text = read_calibration(options.calibrate) if options.calibrate else calibration_text()
+    text = read_calibration(options.calibrate) if options.calibrate is not None else calibration_text()
     window = min(WINDOW, config.longest or WINDOW, options.calibration_tokens // LEAST)
     ids = windows(stock.load_tokenizer(folder), text, window, MOST, config.vocabulary)
     count = options.calibration_tokens // window
     if len(ids) < count:
         raise OptionError(
-            f"{text.name} has {len(ids) * window} tokens in windows of {window}, and --calibration-tokens {options.calibration_tokens} are asked for; "
+            f"{text.name} has {ids.numel()} tokens in windows of {window}, and --calibration-tokens {options.calibration_tokens} are asked for; "
             "give a longer text, or ask for fewer"
         )
     return Calibration(text.name, ids[[index * len(ids) // count for index in range(count)]])
@@ -141,7 +141,7 @@ def calibrate(plan: Plan, folder: Path, watcher: Watcher) -> None:
     with watcher.bar("calibrating", len(layers) * ids.numel(), "tokens") as advance:
         for index in range(len(layers)):
             layer, file = layers[index], folder / drafts(plan)[index]
-            if layer and not file.is_file():
+            if layer is not None and not file.is_file():  # a layer's truth value would be its number of parts, and compute it
                 _save(file, {name: numbers.to(FLOATS[origin.dtype]) for name, (origin, numbers, new) in stored_tensors(layer, plan.config).items() if new})
             walk.advance(index, _finished(plan, index, file))
             layers[index] = None  # what it computed is on disk
@@ -162,7 +162,7 @@ def _finished(plan: Plan, index: int, file: Path) -> dict[str, Tensor]:
 
 
 def _save(file: Path, tensors: dict[str, Tensor]) -> None:
-    draft = file.with_name(f"{file.name}.part")
+    draft = file.with_name(f"{file.name}{DRAFT}")
     save_file({name: numbers.contiguous().cpu() for name, numbers in tensors.items()}, draft)
     to_disk(draft)
     draft.replace(file)

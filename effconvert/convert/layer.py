@@ -148,7 +148,11 @@ class Layer(MutableMapping[str, torch.Tensor]):
         return part in self._assigned or part in self._deleted or (self._below is not None and self._below._changed(part))
 
     def _stored_again(self, part: str) -> torch.Tensor:
-        """Return `part` as it would be read from disk, had the surgery of this layer been the last: a chain is the commands one after the other."""
+        """Return `part` as it would be read from disk, had the surgery of this layer been the last.
+
+        So a chain gives the bytes of the commands one after the other, where no step looks at what layers compute: what looks is fed by the layers below
+        after all steps.
+        """
         tensor = self[part]
         if not self._changed(part) or tensor.is_meta:
             return tensor

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -39,7 +40,7 @@ class Calibration:
     def remark(self, config: Config) -> str:
         """Say where there are fewer tokens than numbers to find for each output of a projection."""
         tokens, inputs = self.ids.numel(), max(config.hidden, config.heads * config.head_dim)
-        return f"{tokens} tokens for {inputs} inputs: the statistics are singular, and regularised; --calibration-tokens of more" if tokens < inputs else ""
+        return f"{tokens} tokens for {inputs} inputs: the statistics are singular, and regularised; give more --calibration-tokens" if tokens < inputs else ""
 
     @property
     def record(self) -> dict[str, Any]:
@@ -187,7 +188,7 @@ def stored_tensors(layer: Layer, config: Config) -> dict[str, tuple[Stored, Tens
 
 def embedding_rows(stored: Stored, ids: Tensor) -> Tensor:
     """Return an embedding table [V, M] that has only the rows of `ids`: of the others no memory is touched."""
-    table, used = torch.zeros(stored.shape), ids.unique()
+    table, used = torch.from_numpy(numpy.zeros(stored.shape, numpy.float32)), ids.unique()  # torch.zeros would write every page
     table[used] = stored.mapped()[used].float()
     return table
 

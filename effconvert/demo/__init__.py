@@ -10,12 +10,15 @@ from effconvert.surgery.gqa import Gqa, Pool
 
 MODEL = Path(__file__).parent / "model"
 GROUPS = 2
+TOKENS = 8192  # to calibrate on: half of the usual, for the sake of time
 
 
 def demo(folder: Path, watcher: Watcher) -> dict[str, Outcome]:
-    """Convert into `folder`, and return what came of each rule."""
+    """Convert into `folder`, and return what came of each rule, and of the best one after a refit, by the options that say so."""
     outcomes = {}
-    for rule in get_args(Pool):
-        options = RunOptions(output=folder / f"{GROUPS}-{rule}", overwrite=True)  # replaces only what an earlier demo wrote
-        outcomes[rule] = convert(str(MODEL), (Gqa(groups=GROUPS, pool=rule),), options, watcher)
+    ways = [(rule, False) for rule in reversed(get_args(Pool))] + [(get_args(Pool)[0], True)]
+    for rule, refit in ways:
+        name = f"{GROUPS}-{rule}{'-refit' * refit}"
+        options = RunOptions(output=folder / name, overwrite=True, refit=refit, calibration_tokens=TOKENS)  # replaces only what an earlier demo wrote
+        outcomes[f"--pool {rule}{' --refit' * refit}"] = convert(str(MODEL), (Gqa(groups=GROUPS, pool=rule),), options, watcher)
     return outcomes

@@ -19,7 +19,7 @@ from pathlib import Path
 import click
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from effconvert.errors import OptionError
 from effconvert.eval.text import EVALUATION_MODULES, default_text, docstrings
@@ -59,10 +59,11 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def build() -> LlamaForCausalLM:
+def build(kind: str) -> PreTrainedModel:
     """Make the untrained model: 8 query heads, 8 KV heads, tied embeddings."""
-    return LlamaForCausalLM(
-        LlamaConfig(
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            kind,
             vocab_size=VOCABULARY,
             hidden_size=256,
             intermediate_size=512,
@@ -79,7 +80,7 @@ def build() -> LlamaForCausalLM:
     )
 
 
-def loss_on(model: LlamaForCausalLM, tokens: torch.Tensor) -> float:
+def loss_on(model: PreTrainedModel, tokens: torch.Tensor) -> float:
     """Return the mean cross-entropy in nats a token over consecutive windows of `CONTEXT` tokens."""
     windows = tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT)  # [N, T]
     with torch.inference_mode():
@@ -93,13 +94,15 @@ def loss_on(model: LlamaForCausalLM, tokens: torch.Tensor) -> float:
 @click.option("--batch", default=8, show_default=True, help="Sequences in a step.")
 @click.option("--rate", default=4e-3, show_default=True, help="Peak learning rate (AdamW).")
 @click.option("--seed", default=0, show_default=True)
+@click.option("--kind", default="llama", show_default=True, help="Family; qwen3 is one with QK-norm.")
+@click.option("--begin", type=click.Path(exists=True, path_type=Path), help="A model that this script made: its tokenizer, and its weights where they fit.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-def main(paths: tuple[Path, ...], minutes: float, batch: int, rate: float, seed: int, out: Path) -> None:
+def main(paths: tuple[Path, ...], minutes: float, batch: int, rate: float, seed: int, kind: str, begin: Path | None, out: Path) -> None:
     """Train the embedded model and save it in bfloat16 with its tokenizer and card."""
     torch.manual_seed(seed)
     books, documents = list(novels(paths)), list(library())
     texts = [*books, *documents]
-    tokenizer = train_tokenizer(texts)
+    tokenizer = Tokenizer.from_file(str(begin / "tokenizer.json")) if begin else train_tokenizer(texts)
     end = tokenizer.token_to_id(END)
     held = torch.tensor(tokenizer.encode(default_text().content).ids)
     encoded = [torch.tensor([*e.ids, end], dtype=torch.int16) for e in tokenizer.encode_batch(texts)]
@@ -107,7 +110,9 @@ def main(paths: tuple[Path, ...], minutes: float, batch: int, rate: float, seed:
     stream = torch.cat(encoded + 3 * encoded[-len(documents) :])
     print(f"{len(stream) / 1e6:.1f}M tokens, {len(held)} held out", flush=True)
 
-    model = build()
+    model = build(kind)
+    if begin:
+        model.load_state_dict(AutoModelForCausalLM.from_pretrained(begin, dtype=torch.float32).state_dict(), strict=False)
     matrices = [p for p in model.parameters() if p.ndim == 2]
     gains = [p for p in model.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}], lr=rate, betas=(0.9, 0.95), fused=True)
@@ -133,7 +138,17 @@ def main(paths: tuple[Path, ...], minutes: float, batch: int, rate: float, seed:
     model.save_pretrained(out)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END, model_max_length=CONTEXT).save_pretrained(out)
     parameters = sum(p.numel() for p in model.parameters())
-    facts = {"minutes": minutes, "batch": batch, "rate": rate, "seed": seed, "step": step, "tokens": seen / 1e6, "final": final, "books": len(books)}
+    facts = {
+        "minutes": minutes,
+        "batch": batch,
+        "rate": rate,
+        "seed": seed,
+        "kind": kind,
+        "step": step,
+        "tokens": seen / 1e6,
+        "final": final,
+        "books": len(books),
+    }
     (out / "README.md").write_text(CARD.format(**facts, millions=parameters / 1e6, version=torch.__version__, context=CONTEXT))
     print(f"held-out loss {final:.3f} nats a token, {seen / 1e6:.1f}M tokens seen", flush=True)
 
@@ -146,7 +161,7 @@ pipeline_tag: text-generation
 ---
 # effconvert's embedded model
 
-A Llama with full multi-head attention (4 layers, 8 query heads, 8 KV heads of 32, hidden 256, vocabulary 4096, tied
+A {kind} with full multi-head attention (4 layers, 8 query heads, 8 KV heads of 32, hidden 256, vocabulary 4096, tied
 embeddings; {millions:.2f}M parameters, bfloat16), small enough to travel with the source. It exists to be converted by
 `effconvert demo` and by the tests; it is no use for anything else.
 
@@ -154,7 +169,7 @@ embeddings; {millions:.2f}M parameters, bfloat16), small enough to travel with t
   docstrings of the Python standard library, four times as often.
 - **Held out**: the docstrings of the modules named in `effconvert/eval/text.py`.
 - **Held-out loss**: {final:.3f} nats a token on those docstrings, in windows of {context} tokens.
-- **Recipe**: `python -m effconvert.demo.train --novels FILE --minutes {minutes:g} --batch {batch} --rate {rate:g} --seed {seed}`, which
+- **Recipe**: `python -m effconvert.demo.train --novels FILE --minutes {minutes:g} --batch {batch} --rate {rate:g} --seed {seed} --kind {kind}`, which
   made {step} steps over {tokens:.1f}M tokens in that time: AdamW (0.9, 0.95), weight decay 0.1, linear warm-up of 100 steps, cosine to zero.
 - **Made with** torch {version} on two CPU cores.
 

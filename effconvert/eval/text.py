@@ -80,12 +80,14 @@ def read_calibration(given: str) -> Text:
         )
         texts, size = [], 0
         for row in rows:
-            texts.append(str(row["text"]))
+            if not isinstance(row["text"], str):
+                raise KeyError("text")
+            texts.append(row["text"])
             size += len(texts[-1])
             if size > MOST:
                 break
     except KeyError:
-        raise OptionError(f"--calibrate {given} has no column `text`; give a dataset that has one, or a text file") from None
+        raise OptionError(f"--calibrate {given} has no column `text` with a text in each row; give a dataset that has one, or a text file") from None
     except Exception as error:  # whatever a library makes of a damaged file, a missing dataset or no network
         raise OptionError(f"--calibrate {given} cannot be read ({type(error).__name__}: {error}); give a text file") from None
     return Text(path.name if not hub else given, "\n\n".join(texts))

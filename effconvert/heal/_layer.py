@@ -35,12 +35,29 @@ def refit_output(layer: Layer, originals: Sequence[int]) -> None:
     if "mlp_post_norm" in layer:
         return  # what comes after the norm is not linear in the weights before it
     wanted = [look.out for look in layer.walk.original(originals)]
-    moments = Moments(), Moments()
+    factor, moments = _factor(layer), (Moments(), Moments())
     for index, (look, want) in enumerate(zip(layer.walk.look(layer, ("down",)), wanted, strict=True)):
-        for row, (inputs, missing) in enumerate(zip(look.inputs["down"], want - look.out, strict=True)):
+        for row, (inputs, missing) in enumerate(zip(_read(look, "down"), (want - look.out) / factor, strict=True)):
             moments[_held(index, row, wanted)].add(inputs, missing)
     if (change := ridge(*moments)) is not None:
         layer["down"] = layer["down"] + change.float().cpu()
+
+
+def _factor(layer: Layer) -> float:
+    """Return what the MLP's output is multiplied by before it is added: 1 but in families with a multiplier of the residual, such as Granite."""
+    assert layer.walk
+    weights, outs = layer["down"], []
+    for tried in (torch.zeros_like(weights), weights):
+        layer["down"] = tried
+        look = next(layer.walk.look(layer, ("down",)))
+        outs.append(look.out)
+    made = _read(look, "down") @ weights.to(look.out).T
+    return float(((outs[1] - outs[0]) * made).sum() / made.square().sum()) if made.any() else 1.0
+
+
+def _read(look: Look, part: str) -> Tensor:
+    """Return what the module of a part read, [B, T, ...]: the MLP of OPT knows no windows."""
+    return look.inputs[part].reshape(*look.state.shape[:2], -1)
 
 
 def _output(layer: Layer, wanted: Sequence[Tensor]) -> None:

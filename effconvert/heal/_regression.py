@@ -15,6 +15,7 @@ from torch import Tensor
 HELD_OUT = 8  # every eighth window
 STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # of a ridge, in means of the Gram matrix's diagonal
 DAMPING = 1e-2  # of the preconditioner, likewise
+TINY = 1e-30  # what is divided by where all is zero
 STEPS, SETTLED = 10, 5e-3  # of conjugate gradients at most; the relative gain that is worth another one
 
 
@@ -38,7 +39,7 @@ class Moments:
 def ridge(fit: Moments, held: Moments) -> Tensor | None:
     """Return the change [O, F] of a projection's weights that fits `fit` and gains most on `held`; None where none gains."""
     best, change = 0.0, None
-    scale = fit.gram.diagonal().mean()
+    scale = fit.gram.diagonal().mean().clamp_min(TINY)
     for strength in STRENGTHS:
         damped = fit.gram + strength * scale * torch.eye(len(fit.gram), dtype=fit.gram.dtype, device=fit.gram.device)
         tried = torch.cholesky_solve(fit.cross.T, torch.linalg.cholesky(damped)).T
@@ -91,14 +92,16 @@ def solve(problem: Problem, start: Tensor) -> Tensor:
     moments and the rows' curvature.
     """
     second = problem.second.double()
-    damped = second + DAMPING * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype, device=second.device)
-    inputs, rows = torch.linalg.inv(damped).float(), torch.linalg.inv(problem.curvature().double()).float()
+    damped = second + DAMPING * second.diagonal().mean().clamp_min(TINY) * torch.eye(len(second), dtype=second.dtype, device=second.device)
+    inputs, rows = (torch.linalg.inv(matrix).to(start.dtype) for matrix in (damped, problem.curvature().double()))
 
     def easier(slope: Tensor) -> Tensor:
-        return (rows @ (slope @ inputs).unflatten(0, (problem.blocks, -1))).flatten(0, 1)
+        eased: Tensor = (rows @ (slope @ inputs).unflatten(0, (problem.blocks, -1))).flatten(0, 1)
+        return eased
 
     def inner(one: Tensor, other: Tensor) -> Tensor:
-        return (one * other).unflatten(0, (problem.blocks, -1)).sum((1, 2))
+        total: Tensor = (one * other).unflatten(0, (problem.blocks, -1)).sum((1, 2))
+        return total
 
     def spread(numbers: Tensor) -> Tensor:
         return numbers.repeat_interleave(len(start) // problem.blocks)[:, None]
@@ -113,7 +116,7 @@ def solve(problem: Problem, start: Tensor) -> Tensor:
     size = inner(slope, near)
     for _ in range(STEPS):
         bent = sum_of([problem.slope(direction, window, wanted=False)[0] for window in problem.fitted])
-        step = size / inner(direction, bent).clamp_min(1e-30)
+        step = size / inner(direction, bent).clamp_min(TINY)
         weights = weights + spread(step) * direction
         now = error(weights)
         if now < least:
@@ -123,7 +126,7 @@ def solve(problem: Problem, start: Tensor) -> Tensor:
         before, slope = now, slope - spread(step) * bent
         near = easier(slope)
         size, old = inner(slope, near), size
-        direction = near + spread(size / old.clamp_min(1e-30)) * direction
+        direction = near + spread(size / old.clamp_min(TINY)) * direction
     return best
 
 
@@ -148,7 +151,7 @@ class Queries(Problem):
         scores = self.turn(by_head(window.read @ weights.T, self.blocks)) @ key.mT  # [H, T, T]
         if wanted:
             scores -= window.query @ _shared(window.key, self.blocks).mT
-        probability = window.weights.float()
+        probability = window.weights.to(scores.dtype)
         pulled = probability * scores
         pulled -= probability * pulled.sum(-1, keepdim=True)  # a constant added to all scores of a token changes nothing
         back = self.turn(pulled @ key, back=True)
@@ -157,12 +160,12 @@ class Queries(Problem):
 
     def curvature(self) -> Tensor:
         """For each rotary pair, turned by every angle, the mean variance of its keys under attention."""
-        total = torch.zeros(self.blocks, self.turn.width)
+        total = torch.zeros(())
         for window in self.fitted[:: max(1, len(self.fitted) // 8)]:
-            key, probability = self._key(window), window.weights.float()
+            key, probability = self._key(window), window.weights.to(window.read.dtype)
             spread = probability @ key.square() - (probability @ key).square()  # [H, T, D]
             total = total.to(key.device) + self.turn.paired(spread).sum(1)
-        return torch.diag_embed(total + 1e-3 * total.mean(-1, keepdim=True) + 1e-30)
+        return torch.diag_embed(total + 1e-3 * total.mean(-1, keepdim=True) + TINY)
 
     def _key(self, window: Attended) -> Tensor:
         return _shared(self.keys[id(window)], self.blocks)
@@ -182,30 +185,34 @@ class Values(Problem):
         if wanted:
             missing -= window.wanted
         pulled = by_head(missing @ self.outputs, self.heads)  # [H, T, D]
-        back = (window.weights.float().mT @ pulled).unflatten(0, (self.kv_heads, -1)).sum(1)  # [G, T, D]
+        back = (window.weights.to(pulled.dtype).mT @ pulled).unflatten(0, (self.kv_heads, -1)).sum(1)  # [G, T, D]
         return back.transpose(0, 1).flatten(1).T @ window.read, float(missing.square().sum()) / 2 if wanted else 0.0
 
     def curvature(self) -> Tensor:
         """What the output projection makes of each value."""
         by_kv = self.outputs.unflatten(1, (self.kv_heads, self.heads // self.kv_heads, -1))  # [M, G, R, D]
         grams = torch.einsum("mgrd,mgre->gde", by_kv, by_kv)
-        damped = grams + DAMPING * grams.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None] * torch.eye(grams.shape[-1], device=grams.device)
-        return torch.block_diag(*damped)[None]
+        means = grams.diagonal(dim1=1, dim2=2).mean(-1)
+        means = means.clamp_min(1e-3 * means.mean()).clamp_min(TINY)  # of a head that no output reads it is zero
+        damped = grams + DAMPING * means[:, None, None] * torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device)
+        blocks: Tensor = torch.block_diag(*damped)
+        return blocks[None]
 
 
 @dataclass
 class Turn:
-    """What RoPE does to the pairs of a head at each position: a complex number, [T, P]; with `rotary` 0 nothing."""
+    """What happens to a head between its projection and the scores: at each position RoPE turns its pairs, [T, P] complex; with `rotary` 0 it is scaled."""
 
     angles: Tensor
     rotary: int
     layout: str
     width: int  # D
+    scale: float = 1.0  # of a head that is not turned: OPT divides its queries by sqrt(D) itself
 
     def __call__(self, rows: Tensor, back: bool = False) -> Tensor:
-        """Turn rows [..., T, D], or undo it."""
+        """Turn rows [..., T, D], or go back: the adjoint."""
         if not self.rotary:
-            return rows
+            return rows * self.scale
         real, imaginary = self._apart(rows)
         cos, sin = self.angles.real, -self.angles.imag if back else self.angles.imag
         return self._together(real * cos - imaginary * sin, real * sin + imaginary * cos, rows)
@@ -236,20 +243,23 @@ class Turn:
         if rotary:
             one, other = (torch.complex(*turn._apart(rows.double())) for rows in (before, after))
             energy = one.abs().square().sum((0, 1))  # [T, P]
-            turn.angles = ((other * one.conj()).sum((0, 1)) / energy.clamp_min(1e-30)).to(torch.complex64)
-        off = torch.linalg.vector_norm(turn(before) - after) / torch.linalg.vector_norm(after).clamp_min(1e-30)
+            turn.angles = ((other * one.conj()).sum((0, 1)) / energy.clamp_min(TINY)).to(torch.promote_types(before.dtype, torch.complex64))
+        else:
+            turn.scale = float((before * after).sum() / before.square().sum().clamp_min(TINY))
+        off = torch.linalg.vector_norm(turn(before) - after) / torch.linalg.vector_norm(after).clamp_min(TINY)
         return turn if off < 1e-3 else None
 
 
 def mixtures(window: Attended, values: Tensor, heads: int, kv_heads: int) -> Tensor:
     """Return what the output projection reads, [T, H*D], with value weights [G*D, M]."""
     value = _shared(by_head(window.read @ values.T, kv_heads), heads)
-    return (window.weights.float() @ value).transpose(0, 1).flatten(1)
+    return (window.weights.to(value.dtype) @ value).transpose(0, 1).flatten(1)
 
 
 def by_head(rows: Tensor, heads: int) -> Tensor:
     """Take rows [T, H*D] apart: [H, T, D]."""
-    return rows.unflatten(-1, (heads, -1)).transpose(-3, -2)
+    apart: Tensor = rows.unflatten(-1, (heads, -1)).transpose(-3, -2)
+    return apart
 
 
 def _shared(rows: Tensor, heads: int) -> Tensor:

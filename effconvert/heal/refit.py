@@ -1,4 +1,4 @@
-"""Fit projections of a converted model to what the original computed: linear algebra, no gradients."""
+"""Refit a converted model to what the original computed."""
 # B = windows run at a time, T = tokens, M = hidden width, H = query heads, Hk = KV heads, G = KV heads after, D = head width.
 
 from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
 
 class Refit(Surgery):
-    """Fit projections of a converted model to what the original computed: linear algebra, no gradients.
+    """Refit a converted model to what the original computed.
 
-    Layer by layer, each fed by the refitted layers below it, and the original's layer on the same inputs: queries are fitted to its scores,
-    values and the output projection to what its attention gives, and after layers that were dropped the MLP's output to what they would have
-    made of it. What does not predict held-out windows of the text better than before stays as it is. MODEL is the converted model.
+    Linear algebra, no gradients. Layer by layer, each fed by the refitted layers below it, and the original's layer on the same inputs:
+    queries are fitted to its scores, values and the output projection to what its attention gives, and after layers that were dropped the
+    MLP's output to what they would have made of it. What does not predict held-out windows of the text better than before stays as it is.
+    MODEL is the converted model.
 
     \b
     Examples:

@@ -79,23 +79,30 @@ class Gqa(Surgery):
         """Make one head of each group of KV heads, in k and v and what goes with them, and fit q and o to it."""
         if self.groups == layer.config.kv_heads:
             return  # not even through float32: a mean over one turns -0.0 into 0.0
-        if layer.walk and self.looks(layer.config):
-            from effconvert.surgery._pooling import gather, order, pool, spread
+        if not self.looks(layer.config):
+            self._plain(layer, self.pool)
+        elif layer.walk:
+            from effconvert.surgery._heads import gather, spread
+            from effconvert.surgery._pooling import order, pool
 
             heads = gather(layer)
             chosen = order(heads, self.groups) if self._reorders else None
             spread(pool(heads.reordered(chosen), self.groups, self.pool), layer, chosen)
-        elif self.looks(layer.config):
-            for part in ("q", "q.bias", "o"):
-                if part in layer:
-                    layer[part] = layer[part]
-            self._plain(layer, "first")  # for the shapes
         else:
-            self._plain(layer, self.pool)
+            self._shapes(layer)
 
     @property
     def _reorders(self) -> bool:
         return self.grouping == "similar" and self.groups > 1
+
+    def _shapes(self, layer: Layer) -> None:
+        """Say what will change, and how large it becomes."""
+        from effconvert.surgery._heads import norms_heads
+
+        for part in ("q", "q.bias", "o", *(["q_norm"] if self._reorders and norms_heads(layer) else [])):
+            if part in layer:
+                layer[part] = layer[part]
+        self._plain(layer, "first")
 
     def _plain(self, layer: Layer, rule: str) -> None:
         for part in layer.per_kv_head:

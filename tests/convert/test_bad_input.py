@@ -179,7 +179,7 @@ def test_code_that_comes_with_a_model_is_never_run(command: Command, model: Path
     (model / "modeling_evil.py").write_text(f"from pathlib import Path\nPath({str(marker)!r}).touch()\nclass Evil: ...\n")
     edit(model / "config.json", auto_map=dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForCausalLM"), "modeling_evil.Evil"))
     edit(model / "tokenizer_config.json", auto_map={"AutoTokenizer": ["modeling_evil.Evil", "modeling_evil.Evil"]})
-    result = command("gqa", "--groups", "2", model, "-o", "out", *EASY)
+    result = command("gqa", "--groups", "2", "--pool", "mean", model, "-o", "out", *EASY)
     assert not marker.exists()
     assert result.exit_code == 0, result.output  # the family is known, so its own class is used
     assert Path("out/modeling_evil.py").is_file()
@@ -190,7 +190,7 @@ def test_code_of_a_tokenizer_is_not_run_even_when_somebody_would_say_yes(model: 
     (model / "tokenization_evil.py").write_text(f"from pathlib import Path\nPath({str(marker)!r}).touch()\nclass Evil: ...\n")
     settings = model / "tokenizer_config.json"
     settings.write_text(json.dumps({"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["tokenization_evil.Evil", None]}}))
-    result = CliRunner().invoke(main, ["gqa", "--groups", "2", str(model), "-o", "out", "--tokens", "64"], input="y\ny\ny\n")
+    result = CliRunner().invoke(main, ["gqa", "--groups", "2", "--pool", "mean", str(model), "-o", "out", "--tokens", "64"], input="y\ny\ny\n")
     assert not marker.exists()
     assert result.exit_code in (0, MODEL), result.output
     assert "Traceback" not in result.output
@@ -199,7 +199,7 @@ def test_code_of_a_tokenizer_is_not_run_even_when_somebody_would_say_yes(model: 
 @pytest.mark.parametrize("damage", ["{", '{"model": 3}'])
 def test_a_damaged_tokenizer_is_refused_before_anything_is_written(refused: Check, model: Path, damage: str) -> None:
     (model / "tokenizer.json").write_text(damage)
-    assert "tokenizer" in refused(MODEL, "gqa", "--groups", "2", model, "-o", "out")
+    assert "tokenizer" in refused(MODEL, "gqa", "--groups", "2", "--pool", "mean", model, "-o", "out")
 
 
 def test_a_link_out_of_the_folder_is_not_copied(refused: Check, model: Path, tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_code_that_comes_with_a_model_of_an_unknown_family_is_never_run(refused:
     marker = tmp_path / "marker"
     (model / "modeling_evil.py").write_text(f"from pathlib import Path\nPath({str(marker)!r}).touch()\nclass Evil: ...\n")
     edit(model / "config.json", model_type="evil", auto_map={"AutoConfig": "modeling_evil.Evil"})
-    refused(MODEL, "gqa", "--groups", "2", model, "-o", "out")
+    refused(MODEL, "gqa", "--groups", "2", "--pool", "mean", model, "-o", "out")
     assert not marker.exists()
 
 
@@ -315,14 +315,14 @@ def test_tensors_that_contradict_the_config_are_refused_by_the_key(refused: Chec
 
 def test_a_width_of_the_mlp_that_contradicts_the_config_is_refused_at_the_latest_by_verification(refused_late: Check, model: Path) -> None:
     edit(model / "config.json", intermediate_size=64)
-    assert "mlp" in refused_late(MODEL, "gqa", "--groups", "2", model, "-o", "out", *EASY)
+    assert "mlp" in refused_late(MODEL, "gqa", "--groups", "2", "--pool", "mean", model, "-o", "out", *EASY)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["model.layers.1.self_attn.k_proj.weight", "model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"])
 def test_a_weight_that_is_no_number_is_named_whether_the_surgery_reads_it_or_not(refused_late: Check, model: Path, name: str, value: float) -> None:
     file = poison(model, name, value)
-    told = refused_late(MODEL, "gqa", "--groups", "2", model, "-o", "out", *EASY)
+    told = refused_late(MODEL, "gqa", "--groups", "2", "--pool", "mean", model, "-o", "out", *EASY)
     assert name in told
     assert file.name in told
 
@@ -335,7 +335,7 @@ def test_a_model_that_computes_infinity_is_refused_by_verification(refused_late:
                 tensors[name][:] = 65504.0
         save_file(tensors, file, metadata={"format": "pt"})
     edit(model / "config.json", dtype="float16")
-    told = refused_late(MODEL, "gqa", "--groups", "2", model, "-o", "out", *EASY)
+    told = refused_late(MODEL, "gqa", "--groups", "2", "--pool", "mean", model, "-o", "out", *EASY)
     assert "NaN or infinity" in told
 
 
@@ -361,7 +361,7 @@ def test_missing_groups_are_asked_for_by_their_option(refused: Check, model: Pat
 
 
 def test_a_missing_model_is_the_askers_mistake(refused: Check) -> None:
-    assert "MODEL" in refused(ASKER, "gqa", "--groups", "2")
+    assert "MODEL" in refused(ASKER, "gqa", "--groups", "2", "--pool", "mean")
 
 
 def test_an_unknown_option_is_named_with_the_nearest(refused: Check, model: Path) -> None:
@@ -397,13 +397,13 @@ def test_a_number_out_of_bounds_is_refused_by_its_option(refused: Check, model: 
 
 
 def test_a_text_that_is_not_there_is_the_askers_mistake(refused: Check, model: Path) -> None:
-    assert "missing.txt cannot be read" in refused(ASKER, "gqa", "--groups", "2", model, "-o", "out", "--text", "missing.txt")
+    assert "missing.txt cannot be read" in refused(ASKER, "gqa", "--groups", "2", "--pool", "mean", model, "-o", "out", "--text", "missing.txt")
 
 
 @pytest.mark.parametrize(("content", "why"), [(b"caf\xe9 au lait", "not UTF-8"), (b" \n", "is empty")])
 def test_a_text_that_is_none_is_the_askers_mistake(refused: Check, model: Path, content: bytes, why: str) -> None:
     Path("text.txt").write_bytes(content)
-    told = refused(ASKER, "gqa", "--groups", "2", model, "-o", "out", "--text", "text.txt")
+    told = refused(ASKER, "gqa", "--groups", "2", "--pool", "mean", model, "-o", "out", "--text", "text.txt")
     assert "text.txt" in told
     assert why in told
 
@@ -411,21 +411,21 @@ def test_a_text_that_is_none_is_the_askers_mistake(refused: Check, model: Path, 
 @pytest.mark.parametrize("context", [20, 512])
 def test_a_text_of_three_words_is_measured_in_one_short_window(command: Command, model: Path, context: int) -> None:
     Path("text.txt").write_text("Three short words")
-    result = command("gqa", "--groups", "2", model, "-o", "out", "--text", "text.txt", "--context", context)
+    result = command("gqa", "--groups", "2", "--pool", "mean", model, "-o", "out", "--text", "text.txt", "--context", context)
     assert result.exit_code == 0, result.output  # 17 tokens, and the report says so
     assert "16 tokens in windows of 17" in result.stdout
 
 
 def test_a_text_of_one_token_is_refused(refused_late: Check, model: Path) -> None:
     Path("text.txt").write_text("a")
-    assert "text.txt has 1 tokens" in refused_late(ASKER, "gqa", "--groups", "2", model, "-o", "out", "--text", "text.txt")
+    assert "text.txt has 1 tokens" in refused_late(ASKER, "gqa", "--groups", "2", "--pool", "mean", model, "-o", "out", "--text", "text.txt")
 
 
 def test_a_tokenizer_of_another_model_is_the_models_fault(refused_late: Check, model: Path) -> None:
     tokenizer = json.loads((model / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["e"] = 999
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
-    told = refused_late(MODEL, "gqa", "--groups", "2", model, "-o", "out", *EASY)
+    told = refused_late(MODEL, "gqa", "--groups", "2", "--pool", "mean", model, "-o", "out", *EASY)
     assert "999" in told
     assert "258" in told
 
@@ -491,13 +491,13 @@ def test_what_lies_where_the_old_output_waits_is_never_deleted(command: Command,
 @pytest.mark.parametrize("output", ["model", "model/converted", "model/../model"])
 def test_an_output_in_the_source_or_around_it_is_refused(refused: Check, model: Path, output: str) -> None:
     for more in ((), ("--overwrite",)):
-        told = refused(ASKER, "gqa", "--groups", "2", model, "-o", output, "--no-verify", *more)
+        told = refused(ASKER, "gqa", "--groups", "2", "--pool", "mean", model, "-o", output, "--no-verify", *more)
         assert "one inside the other" in told
 
 
 def test_an_output_in_the_source_by_way_of_a_link_is_refused(refused: Check, model: Path) -> None:
     Path("link").symlink_to(model)
-    assert "one inside the other" in refused(ASKER, "gqa", "--groups", "2", model, "-o", "link/converted", "--no-verify")
+    assert "one inside the other" in refused(ASKER, "gqa", "--groups", "2", "--pool", "mean", model, "-o", "link/converted", "--no-verify")
 
 
 def test_an_output_that_is_a_link_to_nowhere_does_not_end_in_a_traceback(command: Command, model: Path) -> None:
@@ -508,14 +508,14 @@ def test_an_output_that_is_a_link_to_nowhere_does_not_end_in_a_traceback(command
 
 def test_an_output_below_a_file_is_refused(refused: Check, model: Path) -> None:
     Path("file").write_text("")
-    assert "file is not a folder that you may write to" in refused(ASKER, "gqa", "--groups", "2", model, "-o", "file/out", "--no-verify")
+    assert "file is not a folder that you may write to" in refused(ASKER, "gqa", "--groups", "2", "--pool", "mean", model, "-o", "file/out", "--no-verify")
 
 
 def test_a_place_that_is_read_only_is_refused(refused: Check, model: Path, tmp_path: Path) -> None:
     place = tmp_path / "locked"
     place.mkdir(mode=0o555)
     with nobody(tmp_path):
-        told = refused(ASKER, "gqa", "--groups", "2", model, "-o", place / "out", "--no-verify")
+        told = refused(ASKER, "gqa", "--groups", "2", "--pool", "mean", model, "-o", place / "out", "--no-verify")
     assert "locked is not a folder that you may write to" in told
 
 
@@ -524,7 +524,7 @@ def test_a_model_that_may_not_be_read_is_refused_by_name(command: Command, model
     Path("place").mkdir(mode=0o777)
     Path("place").chmod(0o777)
     with nobody(tmp_path, closed):
-        result = command("gqa", "--groups", "2", model, "-o", "place/out", "--no-verify")
+        result = command("gqa", "--groups", "2", "--pool", "mean", model, "-o", "place/out", "--no-verify")
     (tmp_path / closed).chmod(0o755)
     assert isinstance(result.exception, SystemExit), repr(result.exception)
     assert result.exit_code in (ASKER, MODEL)
@@ -535,7 +535,7 @@ def test_a_model_that_may_not_be_read_is_refused_by_name(command: Command, model
 def test_an_output_in_a_folder_that_may_not_be_entered_is_refused(command: Command, model: Path, tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0)
     with nobody(tmp_path):
-        result = command("gqa", "--groups", "2", model, "-o", "locked/out", "--no-verify")
+        result = command("gqa", "--groups", "2", "--pool", "mean", model, "-o", "locked/out", "--no-verify")
     (tmp_path / "locked").chmod(0o755)
     assert isinstance(result.exception, SystemExit), repr(result.exception)
     assert result.exit_code == ASKER
@@ -557,7 +557,7 @@ def test_a_disk_that_fills_up_leaves_what_the_same_command_goes_on_from(
     command: Command, contents: Contents, refused_late: Check, model: Path, monkeypatch: pytest.MonkeyPatch, call: str, times: int
 ) -> None:
     source = contents(model)
-    assert command("gqa", "--groups", "2", model, "-o", "unbroken", "--no-verify").exit_code == 0
+    assert command("gqa", "--groups", "2", "--pool", "mean", model, "-o", "unbroken", "--no-verify").exit_code == 0
     real, left = getattr(os, call), [times]
 
     def full(*args: object) -> object:
@@ -591,7 +591,7 @@ def test_an_error_of_the_disk_that_is_not_lack_of_room_is_told_as_it_is(refused_
 
 def test_a_conversion_never_changes_its_source(command: Command, contents: Contents, model: Path) -> None:
     before = contents(model)
-    result = command("gqa", "--groups", "2", model, "-o", "out", *EASY)
+    result = command("gqa", "--groups", "2", "--pool", "mean", model, "-o", "out", *EASY)
     assert result.exit_code == 0, result.output
     assert contents(model) == before
     assert sorted(path.name for path in Path().iterdir()) == ["model", "out"]
@@ -599,7 +599,7 @@ def test_a_conversion_never_changes_its_source(command: Command, contents: Conte
 
 @pytest.mark.parametrize("output", [".", "", "..", "model/.."])
 def test_an_output_without_a_name_is_refused(refused: Check, model: Path, output: str) -> None:
-    told = refused(ASKER, "gqa", "--groups", "2", model, "-o", output, "--no-verify")
+    told = refused(ASKER, "gqa", "--groups", "2", "--pool", "mean", model, "-o", output, "--no-verify")
     assert "is not the name of a new folder" in told or "one inside the other" in told
 
 

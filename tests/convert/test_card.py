@@ -132,7 +132,7 @@ def test_a_model_that_was_converted_twice_is_traced_to_its_root() -> None:
 
 
 def test_a_step_that_is_no_surgery_makes_it_a_finetune() -> None:
-    healed = render(manifest(recipe=[{"gqa": {"groups": 2}}, {"distill": {"steps": 10}}]), CONFIG, "")
+    healed = render(manifest(recipe=[{"gqa": {"groups": 2, "pool": "mean"}}, {"distill": {"steps": 10}}]), CONFIG, "")
     assert ModelCard(healed).data.base_model_relation == "finetune"
     assert "Surgery alone" not in healed
     assert "No healing" not in healed
@@ -229,7 +229,7 @@ def test_a_damaged_manifest_is_the_models_fault(damage: dict[str, Any]) -> None:
 
 def test_no_path_of_this_machine_comes_into_a_card() -> None:
     source = {**LOCAL, "model": "/home/someone/models/tiny"}
-    recipe = [{"gqa": {"groups": 2}}, {"refit": {"text": r"C:\Users\someone\novels.txt"}}]
+    recipe = [{"gqa": {"groups": 2, "pool": "mean"}}, {"refit": {"text": r"C:\Users\someone\novels.txt"}}]
     measured = report(text="/home/someone/novels.txt")
     noted = evaluation("/home/someone/tiny", "~someone/out", notes=("read (/home/someone/a.txt) and/or https://huggingface.co/lab",), machine="~someone/cpu")
     text = render(manifest(source, measured, recipe=recipe), CONFIG, "", [noted])

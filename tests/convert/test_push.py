@@ -48,7 +48,7 @@ def converted(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = Path(shutil.copytree(llama, tmp_path_factory.mktemp("secret-folder") / "tiny"))
     (source / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: 'no'\n---\nof the original\n")
     output = source.with_name("converted")
-    convert(str(source), (Gqa(groups=2),), RunOptions(output=output, tokens=60, context=20))
+    convert(str(source), (Gqa(groups=2, pool="mean"),), RunOptions(output=output, tokens=60, context=20))
     return output
 
 

@@ -63,7 +63,7 @@ def gqa(*more: object, model: object = "model", groups: int = 2) -> tuple[str, .
 @pytest.fixture
 def unbroken(model: Path, command: Command, contents: Contents) -> dict[str, str]:
     """What a run that nobody kills leaves of the model at ./model."""
-    result = command("gqa", "--groups", "2", "model", "-o", "unbroken", "--no-verify")
+    result = command("gqa", "--groups", "2", "--pool", "mean", "model", "-o", "unbroken", "--no-verify")
     assert result.exit_code == 0, result.output
     assert "from an interrupted run" not in result.stdout
     return contents(Path("unbroken"))
@@ -186,7 +186,7 @@ def test_what_was_made_of_a_source_that_changed_since_is_not_used(model: Path, k
     result = command(*gqa())
     assert result.exit_code == 0, result.output
     assert "from an interrupted run" not in result.stdout
-    assert command("gqa", "--groups", "2", "model", "-o", "fresh", "--no-verify").exit_code == 0
+    assert command("gqa", "--groups", "2", "--pool", "mean", "model", "-o", "fresh", "--no-verify").exit_code == 0
     assert contents(Path("out")) == contents(Path("fresh"))
 
 
@@ -326,7 +326,7 @@ def test_verification_that_fails_leaves_what_was_written_and_no_output(model: Pa
         raise ModelError("it computes nonsense")
 
     monkeypatch.setattr(run, "verify", failing)
-    result = command("gqa", "--groups", "2", "model", "-o", "out")
+    result = command("gqa", "--groups", "2", "--pool", "mean", "model", "-o", "out")
     assert result.exit_code == 1
     assert "it computes nonsense; nothing was put at out" in result.stderr
     assert not Path("out").exists()

@@ -81,8 +81,8 @@ def test_a_layer_can_be_dropped_and_the_others_are_renumbered(tmp_path):
 def test_surgeries_in_a_row_are_the_commands_one_after_the_other(tmp_path):
     source = save(tiny("llama", num_hidden_layers=3), tmp_path / "source")
     quick = {"verify": False}
-    convert(str(source), (Gqa(groups=2), DropFirst(), Gqa(groups=1, pool="first")), RunOptions(output=tmp_path / "at-once", **quick))
-    convert(str(source), (Gqa(groups=2),), RunOptions(output=tmp_path / "one", **quick))
+    convert(str(source), (Gqa(groups=2, pool="mean"), DropFirst(), Gqa(groups=1, pool="first")), RunOptions(output=tmp_path / "at-once", **quick))
+    convert(str(source), (Gqa(groups=2, pool="mean"),), RunOptions(output=tmp_path / "one", **quick))
     convert(str(tmp_path / "one"), (DropFirst(),), RunOptions(output=tmp_path / "two", **quick))
     convert(str(tmp_path / "two"), (Gqa(groups=1, pool="first"),), RunOptions(output=tmp_path / "three", **quick))
     assert (tmp_path / "at-once/model.safetensors").read_bytes() == (tmp_path / "three/model.safetensors").read_bytes()
@@ -178,7 +178,7 @@ def test_each_surgery_finds_what_the_one_before_left(surgeries, expected, tmp_pa
         torch.testing.assert_close(weight, before[layer] * factor, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("surgeries", [(Share(), Gqa(groups=2)), (Gqa(groups=2), Share())], ids=["share, gqa", "gqa, share"])
+@pytest.mark.parametrize("surgeries", [(Share(), Gqa(groups=2, pool="mean")), (Gqa(groups=2, pool="mean"), Share())], ids=["share, gqa", "gqa, share"])
 def test_sharing_and_pooling_go_in_either_order(surgeries, tmp_path):
     source = save(tiny("llama", num_hidden_layers=3), tmp_path / "source")
     convert(str(source), surgeries, RunOptions(output=tmp_path / "out"))
@@ -195,5 +195,5 @@ def test_each_tensor_that_is_needed_is_read_once_and_no_other(tmp_path, monkeypa
 
     monkeypatch.setattr(Stored, "read", counting)
     source = save(tiny("llama", num_hidden_layers=4), tmp_path / "source", max_shard_size="40KB")
-    convert(str(source), (Gqa(groups=2), Gqa(groups=1)), RunOptions(output=tmp_path / "out", verify=False))
+    convert(str(source), (Gqa(groups=2, pool="mean"), Gqa(groups=1, pool="mean")), RunOptions(output=tmp_path / "out", verify=False))
     assert sorted(read) == sorted(f"model.layers.{index}.self_attn.{part}_proj.{kind}" for index in range(4) for part in "kv" for kind in ("weight", "bias"))

@@ -36,7 +36,7 @@ def hub(server: Hub, python: str, environment: dict[str, str], tmp_path: Path) -
     """Run a conversion of a model of that Hub, as somebody who has never used one before."""
 
     def run(model: str, *more: str, **changes: str) -> subprocess.CompletedProcess[str]:
-        arguments = [python, "-m", "effconvert", "gqa", "--groups", "2", model, "-o", "out", "--no-verify", *more]
+        arguments = [python, "-m", "effconvert", "gqa", "--groups", "2", "--pool", "mean", model, "-o", "out", "--no-verify", *more]
         return subprocess.run(arguments, env={**variables(server, environment, tmp_path), **changes}, capture_output=True, text=True, timeout=100)
 
     return run
@@ -58,7 +58,7 @@ def test_a_model_is_fetched_by_its_id_and_converted_as_from_a_folder(
 ) -> None:
     done = hub("lab/tiny", HF_TOKEN=TOKEN)
     assert done.returncode == 0, done.stderr
-    assert command("gqa", "--groups", "2", llama, "-o", "local", "--no-verify").exit_code == 0
+    assert command("gqa", "--groups", "2", "--pool", "mean", llama, "-o", "local", "--no-verify").exit_code == 0
     fetched, local = contents(Path("out")), contents(Path("local"))
     record = json.loads(Path("out/effconvert.json").read_text())
     told = dict.fromkeys(("effconvert.json", "effconvert.yaml", "README.md"), "")  # these say where it came from
@@ -196,14 +196,14 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_gguf_file_is_unpacked_once_and_converted(gguf: Path, command: Command, contents: Callable[[Path], dict[str, str]]) -> None:
-    result = command("gqa", "--groups", "2", gguf, "--tokens", "60", "--context", "20")
+    result = command("gqa", "--groups", "2", "--pool", "mean", gguf, "--tokens", "60", "--context", "20")
     assert result.exit_code == 0, result.output
     config = json.loads(Path("tiny-gqa-2/config.json").read_text())
     assert (config["model_type"], config["num_key_value_heads"]) == ("llama", 2)
     assert "perplexity" in result.stdout
     kept = contents(Path("cache"))
     assert kept
-    again = command("gqa", "--groups", "2", gguf, "--no-verify", "-o", "again")
+    again = command("gqa", "--groups", "2", "--pool", "mean", gguf, "--no-verify", "-o", "again")
     assert again.exit_code == 0, again.output
     assert contents(Path("cache")) == kept
 
@@ -213,7 +213,7 @@ def test_a_gguf_file_keeps_its_numbers(gguf: Path, command: Command) -> None:
     from gguf import GGUFReader
     from safetensors import safe_open
 
-    assert command("gqa", "--groups", "4", gguf, "--no-verify", "-o", "out").exit_code == 0
+    assert command("gqa", "--groups", "4", "--pool", "mean", gguf, "--no-verify", "-o", "out").exit_code == 0
     held = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in GGUFReader(gguf).tensors}
     (file,) = Path("out").glob("*.safetensors")
     with safe_open(file, "pt") as opened:
@@ -236,7 +236,7 @@ def test_a_gguf_file_keeps_its_numbers(gguf: Path, command: Command) -> None:
 )
 def test_a_damaged_gguf_file_is_the_models_fault(gguf: Path, command: Command, damage: Callable[[bytes], bytes]) -> None:
     Path("damaged.gguf").write_bytes(damage(gguf.read_bytes()))
-    result = command("gqa", "--groups", "2", "damaged.gguf", "-o", "out", "--no-verify")
+    result = command("gqa", "--groups", "2", "--pool", "mean", "damaged.gguf", "-o", "out", "--no-verify")
     assert isinstance(result.exception, SystemExit), repr(result.exception)
     assert result.exit_code == 1
     assert "damaged.gguf cannot be unpacked" in result.stderr
@@ -249,13 +249,13 @@ def test_a_gguf_file_whose_tokenizer_contradicts_itself_is_the_models_fault(gguf
     data = gguf.read_bytes()
     assert data.count(b"a b") == 1
     Path("damaged.gguf").write_bytes(data.replace(b"a b", b"a c"))  # a merge into a token that is not there
-    result = command("gqa", "--groups", "2", "damaged.gguf", "-o", "out", "--no-verify")
+    result = command("gqa", "--groups", "2", "--pool", "mean", "damaged.gguf", "-o", "out", "--no-verify")
     assert isinstance(result.exception, SystemExit), repr(result.exception)
     assert result.exit_code == 1
     assert "damaged.gguf cannot be unpacked" in result.stderr
 
 
 def test_a_gguf_file_that_is_not_there_is_the_askers_mistake(command: Command) -> None:
-    result = command("gqa", "--groups", "2", "gone.gguf", "-o", "out")
+    result = command("gqa", "--groups", "2", "--pool", "mean", "gone.gguf", "-o", "out")
     assert result.exit_code == 2
     assert "there is no file gone.gguf" in result.stderr

@@ -19,7 +19,7 @@ def test_a_file_that_holds_its_tensors_kind_by_kind_gives_the_same_and_keeps_few
     tensors = load_file(file)
     by_kind = dict(sorted(tensors.items(), key=lambda item: (item[0].split(".")[3:], item[0])))
     options = {"verify": False}
-    convert(str(source), (Gqa(groups=2),), RunOptions(output=tmp_path / "by-layer", **options))
+    convert(str(source), (Gqa(groups=2, pool="mean"),), RunOptions(output=tmp_path / "by-layer", **options))
     shapes = {name: ("F32", tuple(tensor.shape)) for name, tensor in by_kind.items()}
     file.write_bytes(header(shapes) + b"".join(tensor.numpy().tobytes() for tensor in by_kind.values()))
 
@@ -31,7 +31,7 @@ def test_a_file_that_holds_its_tensors_kind_by_kind_gives_the_same_and_keeps_few
         return tensor
 
     monkeypatch.setattr(stream._Layers, "take", watched)
-    convert(str(source), (Gqa(groups=2),), RunOptions(output=tmp_path / "by-kind", **options))
+    convert(str(source), (Gqa(groups=2, pool="mean"),), RunOptions(output=tmp_path / "by-kind", **options))
     expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("by-layer", "by-kind"))
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)

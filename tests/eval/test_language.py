@@ -185,7 +185,7 @@ def test_bits_per_byte_of_letters_of_several_bytes(tmp_path):
 
 def test_a_text_measures_the_same_as_in_the_report_of_a_conversion(llama, tmp_path):
     (tmp_path / "text").write_text(PLAIN)
-    told = convert(str(llama), (Gqa(groups=1),), RunOptions(output=tmp_path / "mqa", text=tmp_path / "text", tokens=120, context=30)).report
+    told = convert(str(llama), (Gqa(groups=1, pool="mean"),), RunOptions(output=tmp_path / "mqa", text=tmp_path / "text", tokens=120, context=30)).report
     evaluation = measure(llama, tmp_path / "mqa", text=tmp_path / "text")
     first, second = row(evaluation, "text", "perplexity").values
     assert first.value == pytest.approx(told.before.quality.perplexity, rel=1e-12)

@@ -16,7 +16,7 @@ from effconvert.errors import ModelError
 from effconvert.options import RunOptions
 from effconvert.steps import load
 from effconvert.steps import techniques as catalogue
-from tests.models import GROUPING, logits, save, tiny
+from tests.models import GROUPING, characters, logits, save, tiny
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,17 @@ class Case:
     small_from: dict  # likewise
     kinds: list  # families that it can be done to, by the rows of today
     refusal: str  # in the reason why the others cannot
-    parts: tuple = ()  # what it changes in a layer beside `Family.per_kv_head`
+    parts: tuple = ()  # what it changes in a layer beside `Family.per_kv_head` and the biases of that
     keys: tuple = ("num_key_value_heads",)  # what it changes in config.json, where it stays in the family
     cache: bool = True  # whether the KV cache changes its size
 
 
 HEADS = {count: {"num_key_value_heads": count} for count in (1, 2, 4)}
 CASES = {
-    "gqa": Case({"groups": 4}, HEADS[4], True, {"groups": 2}, HEADS[4], GROUPING, "cannot be written with fewer KV heads: transformers has"),
-    "mqa": Case({}, HEADS[1], True, {}, HEADS[4], [*GROUPING, "gpt2"], "cannot be written with fewer KV heads: transformers has"),
+    "gqa": Case(
+        {"groups": 4}, HEADS[4], True, {"groups": 2}, HEADS[4], GROUPING, "cannot be written with fewer KV heads: transformers has", ("q", "q.bias", "o")
+    ),
+    "mqa": Case({}, HEADS[1], True, {}, HEADS[4], [*GROUPING, "gpt2"], "cannot be written with fewer KV heads: transformers has", ("q", "q.bias", "o")),
     "expand-kv": Case({"groups": 4}, HEADS[2], False, {"groups": 2}, HEADS[1], GROUPING, "cannot be written with another number of KV heads: transformers has"),
 }
 MATRIX = [(name, kind) for name, case in CASES.items() for kind in case.kinds]
@@ -54,9 +56,10 @@ def build(kind, changes):
 
 
 def run(source, output, name, options, **how):
-    text = source.parent / "text.txt"  # a short one: the models have no tokenizer, so nothing is measured on it
-    text.write_text("words")
-    return convert(str(source), (technique(name, options),), RunOptions(output=output, text=text, **how))
+    text = source.parent / "text.txt"
+    text.write_text("Where we go, nobody knows; there and back again, many times. " * 2)
+    little = {"text": text, "tokens": 32, "context": 16, "calibrate": str(text.with_name("calibration.txt")), "calibration_tokens": 512}
+    return convert(str(source), (technique(name, options),), RunOptions(output=output, **little, **how))
 
 
 def read_back(folder):
@@ -95,6 +98,7 @@ def done(request, tmp_path_factory):
     name, kind = request.param
     folder = tmp_path_factory.mktemp(f"{name}-{kind}")
     source = save(build(kind, CASES[name].small_from), folder / "source", max_shard_size="40KB")
+    characters(source)
     (source / "NOTICE").write_text("words of the author")
     (source / "README.md").write_text("---\nlicense: mit\n---\nThe original.\n")
     return name, source, run(source, folder / "out", name, CASES[name].small)
@@ -125,6 +129,8 @@ def test_neutral_options_change_no_logit(name, kind, tmp_path):
     assert expected.std() > 0.1
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert outcome.report.difference <= 1e-5 * expected.abs().max()
+    assert outcome.report.unmeasured == "the model has no tokenizer"
+    assert outcome.report.before.quality is None
     if case.same_bytes:
         before, after = tensors(source), tensors(tmp_path / "out")
         assert {tensor: bits(value) for tensor, value in after.items()} == {tensor: bits(value) for tensor, value in before.items()}
@@ -135,12 +141,13 @@ def test_a_conversion_that_changes_something_changes_what_it_should_and_no_other
     name, source, outcome = done
     config = outcome.plan.checkpoint.config
     family, checkpoint = config.family, outcome.plan.checkpoint
-    allowed = {*family.per_kv_head, *CASES[name].parts}
+    allowed = {*family.per_kv_head, *(f"{part}.bias" for part in family.per_kv_head), *CASES[name].parts}
     before, after = tensors(source), tensors(outcome.output)
     assert before.keys() == after.keys()
     for tensor, value in before.items():
         inside = tensor.removeprefix(checkpoint.prefix).removeprefix(f"{family.layers}.").partition(".")[2].rpartition(".")[0]
-        parts = set(family.modules.get(inside, ())) if tensor not in checkpoint.outer else set()
+        suffix = ".bias" if tensor.endswith(".bias") else ""
+        parts = {part + suffix for part in family.modules.get(inside, ())} if tensor not in checkpoint.outer else set()
         if parts & allowed:
             assert bits(after[tensor]) != bits(value), tensor
         elif family.transposed and parts and tensor.endswith(".weight") and value.ndim == 2 and outcome.plan.config.family != family:
@@ -186,8 +193,9 @@ def test_the_report_holds_what_was_measured(done):
     report = outcome.report
     assert [side.parameters for side in (report.before, report.after)] == [read_back(folder).num_parameters() for folder in (source, outcome.output)]
     assert [side.kv_bytes for side in (report.before, report.after)] == [kv_bytes(read_back(folder)) for folder in (source, outcome.output)]
-    assert report.unmeasured == "the model has no tokenizer"
-    assert report.before.quality is None
+    assert not report.unmeasured
+    assert report.before.quality.perplexity > 1
+    assert (report.after.quality.kl > 1e-3) == (not outcome.plan.exact)
     manifest = json.loads((outcome.output / "effconvert.json").read_text())
     assert manifest["recipe"] == outcome.plan.recipe
     assert manifest["verified"]
@@ -210,6 +218,7 @@ def test_a_layout_of_one_shard_holds_the_same_tensors(done, tmp_path):
     name, source, outcome = done
     assert len(list(source.glob("*.safetensors"))) > 1
     whole = save(read_back(source), tmp_path / "whole")
+    characters(whole)
     again = run(whole, tmp_path / "out", name, CASES[name].small, verify=False)
     assert [path.name for path in again.output.glob("*.safetensors")] == ["model.safetensors"]
     assert {tensor: bits(value) for tensor, value in tensors(again.output).items()} == {
@@ -228,6 +237,7 @@ def test_a_family_that_cannot_say_it_is_refused_with_the_reason(name, kind, tmp_
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_is_written_on_a_dry_run(name, tmp_path):
     source = save(build("llama", CASES[name].small_from), tmp_path / "source")
+    characters(source)
     outcome = run(source, tmp_path / "out", name, CASES[name].small, dry_run=True)
     assert outcome.plan.shards
     assert not any("out" in path.name for path in tmp_path.iterdir())
@@ -236,6 +246,7 @@ def test_nothing_is_written_on_a_dry_run(name, tmp_path):
 @pytest.mark.parametrize("name", CASES)
 def test_a_base_model_without_its_head_is_converted_too(name, tmp_path):
     source = save(build("qwen2", CASES[name].small_from).base_model, tmp_path / "source")
+    characters(source)
     outcome = run(source, tmp_path / "out", name, CASES[name].small)
     assert outcome.report.unmeasured == "Qwen2Model has no language-model head"
     assert read_back(outcome.output).num_parameters() == outcome.plan.after.parameters

@@ -13,7 +13,7 @@ from effconvert.options import RunOptions
 from effconvert.surgery.expand_kv import ExpandKv
 from effconvert.surgery.gqa import Gqa
 from effconvert.surgery.mqa import Mqa
-from tests.models import GROUPING, logits, save, tiny
+from tests.models import GROUPING, characters, logits, save, tiny
 
 RULES = {"mean": lambda heads: heads.mean(1, dtype=np.float64), "first": lambda heads: heads[:, 0]}
 
@@ -82,7 +82,7 @@ def test_the_fused_projection_of_gpt2_is_pooled_and_turned(rule, tmp_path):
 @pytest.mark.parametrize(("heads", "kv_heads", "groups"), [(4, 4, 2), (4, 4, 1), (4, 2, 1), (6, 6, 3), (6, 6, 2), (6, 6, 1), (6, 3, 1), (6, 2, 1)])
 def test_any_number_of_groups_that_divides_will_do(heads, kv_heads, groups, tmp_path):
     model = tiny("llama", hidden_size=8 * heads, num_attention_heads=heads, num_key_value_heads=kv_heads)
-    before, after = run(model, Gqa(groups=groups), tmp_path)
+    before, after = run(model, Gqa(groups=groups, pool="mean"), tmp_path)
     for part in ("k", "v"):
         name = f"model.layers.0.self_attn.{part}_proj.weight"
         np.testing.assert_allclose(after[name], pooled(before[name], kv_heads, groups, "mean"), rtol=1e-6, atol=1e-7)
@@ -93,7 +93,7 @@ def test_any_number_of_groups_that_divides_will_do(heads, kv_heads, groups, tmp_
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_mean_is_taken_in_float32_and_stored_in_the_type_of_the_checkpoint(dtype, tmp_path):
-    before, after = run(tiny("llama").to(dtype), Gqa(groups=1), tmp_path)
+    before, after = run(tiny("llama").to(dtype), Gqa(groups=1, pool="mean"), tmp_path)
     name = "model.layers.0.self_attn.k_proj.weight"
     assert after[name].dtype == dtype
     assert torch.equal(after[name], before[name].float().view(4, 8, 32).mean(0).to(dtype))
@@ -114,7 +114,7 @@ def test_heads_that_were_repeated_are_pooled_back_to_what_they_were(kind, rule, 
 
 def test_surgeries_one_after_the_other_are_the_same_as_in_one_run(tmp_path):
     source = save(tiny("qwen2"), tmp_path / "source")
-    steps = (Gqa(groups=2), Gqa(groups=1, pool="first"), ExpandKv(groups=2))
+    steps = (Gqa(groups=2, pool="mean"), Gqa(groups=1, pool="first"), ExpandKv(groups=2))
     folder = source
     for number, step in enumerate(steps):
         convert(str(folder), (step,), RunOptions(output=tmp_path / str(number), verify=False))
@@ -132,7 +132,7 @@ def test_a_gpt2_whose_heads_are_alike_computes_the_same_as_a_gpt_bigcode(tmp_pat
                 for parameter in (block.attn.c_attn.weight, block.attn.c_attn.bias):
                     parameter[..., at : at + 32] = parameter[..., at : at + 8].repeat(*[1] * (parameter.ndim - 1), 4)
     expected = logits(model)
-    run(model, Mqa(), tmp_path)
+    run(model, Mqa(pool="mean"), tmp_path)
     converted = load(tmp_path / "out")
     assert isinstance(converted, transformers.GPTBigCodeForCausalLM)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["multi_query"] is True
@@ -141,7 +141,7 @@ def test_a_gpt2_whose_heads_are_alike_computes_the_same_as_a_gpt_bigcode(tmp_pat
 
 def test_a_gpt2_whose_heads_differ_does_not_compute_the_same(tmp_path):
     model = tiny("gpt2")
-    run(model, Mqa(), tmp_path)
+    run(model, Mqa(pool="mean"), tmp_path)
     assert (logits(load(tmp_path / "out")) - logits(model)).abs().max() > 0.01
 
 
@@ -153,7 +153,7 @@ def test_a_gpt2_with_a_switch_that_gpt_bigcode_lacks_is_refused(key, tmp_path):
 
 @pytest.mark.parametrize("key", ["scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"])
 def test_a_switch_that_is_off_is_dropped_from_the_config(key, tmp_path):
-    run(tiny("gpt2"), Mqa(), tmp_path)
+    run(tiny("gpt2"), Mqa(pool="mean"), tmp_path)
     assert key not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
@@ -165,8 +165,9 @@ def test_two_groups_of_a_gpt2_are_refused_with_what_can_be_had(tmp_path):
 @pytest.mark.parametrize("kind", ["llama", "phi3", "gpt2"])
 def test_mqa_is_gqa_with_one_group(kind, tmp_path):
     source = save(tiny(kind), tmp_path / "source")
+    options = {"calibrate": str(characters(source)), "calibration_tokens": 512, "verify": False}
     for name, surgery in {"mqa": Mqa(), "gqa": Gqa(groups=1)}.items():
-        convert(str(source), (surgery,), RunOptions(output=tmp_path / name, verify=False))
+        convert(str(source), (surgery,), RunOptions(output=tmp_path / name, **options))
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "mqa" / name).read_bytes() == (tmp_path / "gqa" / name).read_bytes()
 
@@ -179,7 +180,7 @@ def test_mqa_is_gqa_with_one_group(kind, tmp_path):
         ({"groups": "many"}, "--groups is 'many', and it should be a whole number"),
         ({"groups": 1.5}, "--groups is 1.5, and it should be a whole number"),
         ({}, "--groups is needed"),
-        ({"groups": 2, "pool": "max"}, "--pool is 'max', and it should be 'mean' or 'first'"),
+        ({"groups": 2, "pool": "max"}, "--pool is 'max', and it should be 'pca', 'aligned', 'mean' or 'first'"),
         ({"group": 2, "groups": 2}, "there is no option --group; did you mean --groups"),
     ],
 )

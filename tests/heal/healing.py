@@ -1,0 +1,71 @@
+"""What the tests of healing are made of: random models with a tokenizer of letters, texts, and how far two models are apart."""
+
+import random
+import warnings
+
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from effconvert.convert.families import FAMILIES
+from tests.models import tiny
+
+TOKENS = 1024  # of calibration: 16 windows of 64, two of them held out
+WORDS = ("sun", "moon", "sea", "hill", "tree", "bird", "rain", "wind", "stone", "river", "night", "fire", "and", "the", "of", "under", "over", "we")
+
+
+def prose(length=4 * TOKENS, seed=0):
+    """Random words."""
+    draw, text = random.Random(seed), ""
+    while len(text) < length:
+        text += draw.choice(WORDS) + draw.choice(("  ", " ", ", ", ".\n"))
+    return text[:length]
+
+
+def letters():
+    """A tokenizer of one token a character, for models with 128 of them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {piece: index for index, piece in enumerate(["<pad>", "<s>", "</s>", "\n", *map(chr, range(32, 127))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="</s>")
+
+
+def put(folder, kind="llama", noise=0.0, only="", **changes):
+    """Write a tiny model with its tokenizer, with noise of this size added to the matrices whose name ends with `only`, and return the folder."""
+    model = tiny(kind, **changes)
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if noise and name.endswith(only):
+                parameter += noise * parameter.std() * torch.randn(parameter.shape, generator=draw)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what transformers says while it saves is not what is tested
+        model.save_pretrained(folder)
+        letters().save_pretrained(folder)
+    return folder
+
+
+def heldout():
+    """Windows of a text that nobody was calibrated on, [N, T]."""
+    return torch.tensor(letters()(prose(16 * 60, seed=1)).input_ids).view(16, 60)
+
+
+def load(folder):
+    kind = transformers.AutoConfig.from_pretrained(folder).model_type
+    return getattr(transformers, FAMILIES[kind].lm).from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.inference_mode()
+def apart(original, *folders):
+    """Return the mean KL(original || model) in nats a token for each model, on held-out text."""
+    ids = heldout()
+    expected = load(original)(ids).logits.log_softmax(-1)
+    return [float((expected.exp() * (expected - load(folder)(ids).logits.log_softmax(-1))).sum(-1).mean()) for folder in folders]
+
+
+def tensors(folder):
+    """All tensors of a model, by name."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
