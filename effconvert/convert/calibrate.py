@@ -19,7 +19,7 @@ from effconvert.convert.config import Config
 from effconvert.convert.layer import Layer
 from effconvert.convert.output import DRAFT, drafts, to_disk
 from effconvert.convert.plan import Plan, rename
-from effconvert.convert.shards import FLOATS
+from effconvert.convert.shards import FLOATS, finite
 from effconvert.convert.walk import Calibration, Look, Stage, embedding_rows, stored_tensors
 from effconvert.convert.watch import Watcher
 from effconvert.errors import ModelError, OptionError
@@ -44,14 +44,22 @@ def prepare(plan: Plan, options: Conversion) -> Calibration:
     if not stock.has_tokenizer(folder):
         raise ModelError(f"{folder} has no tokenizer, so the model cannot be run on a text; put it there, or take options that need no calibration")
     text = read_calibration(options.calibrate) if options.calibrate is not None else calibration_text()
-    window = min(WINDOW, config.longest or WINDOW, options.calibration_tokens // LEAST)
-    ids = windows(stock.load_tokenizer(folder), text, window, MOST, config.vocabulary)
+    if plan.teacher.config.vocabulary < config.vocabulary:
+        raise ModelError(
+            f"the teacher knows {plan.teacher.config.vocabulary} tokens and the student {config.vocabulary}: they do not read the same text; "
+            "name the model that the student was made from"
+        )
+    window = min(WINDOW, config.longest or WINDOW, plan.teacher.config.longest or WINDOW, options.calibration_tokens // LEAST)
+    tokenizer = stock.load_tokenizer(folder)
+    asked = f"--calibration-tokens {options.calibration_tokens} are asked for; give a longer text, or ask for fewer"
+    try:
+        ids = windows(tokenizer, text, window, MOST, config.vocabulary)
+    except OptionError:  # which speaks of the options of measuring
+        found = len(tokenizer(text.content, add_special_tokens=False).input_ids)
+        raise OptionError(f"{text.name} has {found} tokens, and {asked}") from None
     count = options.calibration_tokens // window
     if len(ids) < count:
-        raise OptionError(
-            f"{text.name} has {ids.numel()} tokens in windows of {window}, and --calibration-tokens {options.calibration_tokens} are asked for; "
-            "give a longer text, or ask for fewer"
-        )
+        raise OptionError(f"{text.name} has {ids.numel()} tokens in windows of {window}, and {asked}")
     return Calibration(text.name, ids[[index * len(ids) // count for index in range(count)]])
 
 
@@ -68,6 +76,7 @@ class Walk:
         self.plan, self.ids = plan, [batch.to(self.device) for batch in ids.split(BATCH)]
         self.stages: dict[str, Stage] = {}
         self.states = self._stage(plan.checkpoint, plan.checkpoint.config).begin()
+        _hold_finite(self.states, "the embedding")
 
     def look(self, layer: Layer, parts: Sequence[str] = (), until: str = "") -> Iterator[Look]:
         """Run a layer as it stands, and yield what each batch was in it: see `Stage.run`."""
@@ -89,14 +98,15 @@ class Walk:
         stage = self._stage(self.plan.checkpoint, self.plan.config)
         tensors = {name: numbers.to(self.device) for name, numbers in tensors.items()}
         self.states = [look.out for look in stage.run(index, tensors, self.states)]
-        if not all(bool(torch.isfinite(state).all()) for state in self.states):
-            raise ModelError(f"layer {index} computes NaN or infinity on the calibration text; give another --calibrate, or ask the model's author")
+        _hold_finite(self.states, f"layer {index}")
 
     def _run(
         self, source: Checkpoint, layer: Layer, config: Config, index: int, states: Sequence[Tensor], parts: Sequence[str] = (), until: str = ""
     ) -> Iterator[Look]:
         tensors = {name: numbers.to(self.device) for name, (_, numbers, _) in stored_tensors(layer, config).items()}
-        return self._stage(source, config).run(index, tensors, states, parts, until)
+        for look in self._stage(source, config).run(index, tensors, states, parts, until):
+            _hold_finite([look.out, *look.outputs.values()], f"layer {index}")
+            yield look
 
     def _stage(self, source: Checkpoint, config: Config) -> Stage:
         key = f"{source.folder} {json.dumps(dict(config.raw), sort_keys=True, default=str)}"
@@ -114,6 +124,12 @@ class Walk:
                 table = inside == f"{config.family.outer['embed']}.weight"
                 made[inside] = (embedding_rows(stored, used) if table else stored.read("cpu")).to(self.device)
         return made
+
+
+def _hold_finite(tensors: Sequence[Tensor], where: str) -> None:
+    """Refuse what no statistics can be made of, before linear algebra fails on it."""
+    if not all(map(finite, tensors)):
+        raise ModelError(f"{where} computes NaN or infinity on the calibration text; give another --calibrate, or ask the model's author")
 
 
 def calibration_bytes(plan: Plan) -> int:

@@ -94,7 +94,7 @@ class Stage:
                 self._until_enough(batch)
         return arrived
 
-    def learn(self, index: int, tensors: Tensors) -> None:
+    def learn(self, tensors: Tensors) -> None:
         """Note what every layer is called with; `tensors` are some layer's, for the form in which layers answer."""
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         real, last = self.layers[0].forward, len(self.layers) - 1
@@ -120,7 +120,7 @@ class Stage:
         With `until` it is run up to the module of that part, and no further.
         """
         if not self.calls:
-            self.learn(index, tensors)
+            self.learn(tensors)
         module, (args, kwargs) = self.layers[index], self.calls[index]
         try:
             for state in states:

@@ -28,6 +28,7 @@ EVALUATION_MODULES = (
     "optparse",
 )
 
+FILES = (".txt", ".md", ".json", ".jsonl", ".gz", ".csv", ".parquet")  # what no dataset's name ends in
 MOST = 20_000_000  # characters of a dataset that are read
 
 
@@ -68,7 +69,7 @@ def read_calibration(given: str) -> Text:
     import datasets
 
     name, _, config = given.partition(":")
-    hub = not path.exists() and name.count("/") == 1
+    hub = not path.exists() and name.count("/") == 1 and path.suffix not in FILES
     if not path.is_file() and not hub:
         raise OptionError(f"--calibrate {given} is neither a file nor the name of a dataset on the Hub (owner/name, owner/name:config); give one")
     try:

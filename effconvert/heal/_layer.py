@@ -120,7 +120,7 @@ def _augmented(layer: Layer, part: str) -> Tensor:
     """Return the weights of q or v with the bias as a last column, where one of them has one."""
     if not _biased(layer):
         return layer[part]
-    return torch.cat([layer[part], (layer[f"{part}.bias"] if f"{part}.bias" in layer else torch.zeros(len(layer[part])))[:, None]], 1)
+    return torch.cat([layer[part], layer[f"{part}.bias"][:, None]], 1)
 
 
 def _assign(layer: Layer, part: str, weights: Tensor) -> None:

@@ -57,8 +57,10 @@ class Refit(Surgery):
         return True
 
     def remark(self, config: Config) -> str:
-        """Say what a norm forbids."""
-        return "its queries go through a norm, so they are not refitted to scores; values and outputs are" if config.normed else ""
+        """Say what norms forbid."""
+        told = ["its queries go through a norm, so they are not refitted to scores; values and outputs are"] if config.normed else []
+        told += ["a norm follows its MLP, so nothing makes up for layers that were dropped"] if "mlp_post_norm" in config.family.parts else []
+        return "; ".join(told)
 
     def rewrite(self, layers: list[Layer]) -> list[Layer]:
         """Refit each layer towards those of the original that it stands for: its own, and those that were dropped after it."""

@@ -45,7 +45,6 @@ class Looking(Plain):
         layer["o"] = layer["o"] * seen
 
 
-WRONG_OPTION = pytest.mark.xfail(strict=True, reason="quality.windows speaks of --context and --text")
 SOLVED, FATAL = [], []  # layers that were solved; those at which a run is killed
 
 
@@ -159,7 +158,7 @@ def test_a_recorded_calibration_says_what_was_looked_at(model, text):
     [
         (b"a" * 100, "96 tokens in windows of 32"),
         (b"a" * 20, "20 tokens"),  # less than a window
-        pytest.param(b"a", "1 token", marks=WRONG_OPTION),
+        (b"a", "1 tokens, and --calibration-tokens"),
         (b"", "is empty"),
         (b" \n ", "is empty"),
         (b"\x7fELF\xff\xfe\x00", "not UTF-8"),
@@ -243,13 +242,9 @@ POISONS = {
     "values": ("model.layers.0.self_attn.v_proj.weight", 3e38),  # finite, and what comes of it is not
     "states": ("model.layers.0.mlp.up_proj.weight", 3e38),
 }
-UNCHECKED = pytest.mark.xfail(strict=True, reason="Walk holds states against NaN only after a layer was solved, and linear algebra fails on them first")
-TRACEBACKS = [("gqa", "embedding"), ("refit", "embedding"), ("refit", "values")]
 
 
-@pytest.mark.parametrize(
-    ("step", "poisoned"), [pytest.param(step, at, marks=[UNCHECKED] * ((step, at) in TRACEBACKS)) for step in ("gqa", "refit") for at in POISONS]
-)
+@pytest.mark.parametrize(("step", "poisoned"), [(step, at) for step in ("gqa", "refit") for at in POISONS])
 def test_nan_and_infinity_are_refused(refused_late, llama, model, text, step, poisoned):
     sound = Path(shutil.copytree(llama, "sound"))
     poison(model, *POISONS[poisoned])

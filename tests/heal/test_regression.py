@@ -227,7 +227,7 @@ def test_a_turn_is_found_from_queries_before_and_after_it(layout, rotary):
 def test_a_turn_that_makes_longer_is_found_too(layout, rotary):
     """As YaRN's attention factor does, and OPT, which scales its queries."""
     truth, before = turn(rotary, layout), draw(3, HEADS, LENGTH, DIM)
-    after = truth(before)
+    after = truth(before).clone()
     width = rotary or DIM
     after[..., :width] = 1.3 * after[..., :width]
     found = Turn.seen(before, after, rotary, layout)
