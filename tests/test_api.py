@@ -60,13 +60,13 @@ for number, before in enumerate({BEFORE}):
 
     exec(before)
     assert isinstance(effconvert.convert, ModuleType), before  # the very first time too
-    assert str(effconvert.convert("model", "mqa", output=f"out{{number}}", verify=False).output) == f"out{{number}}"
+    assert str(effconvert.convert("model", {"mqa": {"pool": "mean"}}, output=f"out{{number}}", verify=False).output) == f"out{{number}}"
     from effconvert import convert
     from effconvert.convert import plan
 
     assert convert is effconvert.convert, before
     assert isinstance(effconvert.convert.run, ModuleType) and callable(effconvert.convert.run.convert)
-    effconvert.convert("model", "mqa", output=f"again{{number}}", verify=False)
+    effconvert.convert("model", {"mqa": {"pool": "mean"}}, output=f"again{{number}}", verify=False)
 """
     program(python, environment, text)
     assert all(Path(f"again{number}/config.json").is_file() for number in range(len(BEFORE)))
@@ -130,15 +130,15 @@ def test_what_comes_back_is_what_the_command_writes(model, command, contents):
 
 def test_a_dry_run_plans_and_writes_nothing(model, contents, tmp_path):
     before = contents(tmp_path)
-    done = effconvert.convert("model", "mqa", dry_run=True)
+    done = effconvert.convert("model", {"mqa": {"pool": "mean"}}, dry_run=True)
     assert done.output == Path("model-mqa")
     assert done.plan.config.kv_heads == 1
     assert contents(tmp_path) == before
 
 
 def test_a_model_may_be_a_path_as_python_has_them(model, contents):
-    effconvert.convert(model, "mqa", output="out", verify=False)
-    effconvert.convert(str(model), "mqa", output="other", verify=False)
+    effconvert.convert(model, {"mqa": {"pool": "mean"}}, output="out", verify=False)
+    effconvert.convert(str(model), {"mqa": {"pool": "mean"}}, output="other", verify=False)
     assert contents(Path("out")) == contents(Path("other"))
 
 
@@ -185,7 +185,7 @@ def test_no_steps_are_refused_as_in_a_recipe(model):
 
 def test_wrong_options_are_refused_in_the_words_of_the_command_line(model):
     with pytest.raises(OptionError, match=r"^there is no option --outputs; did you mean --output"):
-        effconvert.convert("model", "mqa", outputs="x")
+        effconvert.convert("model", {"mqa": {"pool": "mean"}}, outputs="x")
     with pytest.raises(OptionError, match=r"^--tokens is 'few', and it should be a whole number$"):
         effconvert.convert("model", "mqa", tokens="few")
     with pytest.raises(OptionError, match=r"^there is no option --self"):
@@ -225,7 +225,7 @@ def test_who_watches_is_told(model):
             told.append(("bar", what))
             return nullcontext(lambda moved: None)
 
-    effconvert.convert("model", "mqa", output="out", watcher=Watching(), **EASY)
+    effconvert.convert("model", {"mqa": {"pool": "mean"}}, output="out", watcher=Watching(), **EASY)
     assert ("plan", "model", "out") in told
     assert ("bar", "writing out") in told
     told.clear()
@@ -238,7 +238,7 @@ def test_who_watches_is_told(model):
 
 @pytest.fixture
 def converted(model):
-    effconvert.convert("model", "mqa", output="mqa", verify=False)
+    effconvert.convert("model", {"mqa": {"pool": "mean"}}, output="mqa", verify=False)
     return ["model", "mqa"]
 
 

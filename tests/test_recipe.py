@@ -222,7 +222,7 @@ def test_a_converted_model_keeps_its_own_last_steps_alone(model, run, done, same
 
 
 def test_a_recipe_without_output_is_named_after_the_model_and_its_steps(model, run):
-    held = recipe(steps=[HALVE, "mqa"])
+    held = recipe(steps=[HALVE, ONE])
     del held["output"]
     run(held)
     assert here() == {"model", "model-gqa-2-mqa"}
@@ -300,7 +300,7 @@ def test_stages_are_dropped_unless_they_are_asked_for(model, run, same):
 # Several recipes in one file
 
 
-CHAIN = [recipe(output="a", steps=[HALVE]), recipe(model="a", output="b", steps=["mqa"]), recipe(model="./b", output="c", steps=[{"expand-kv": {"groups": 2}}])]
+CHAIN = [recipe(output="a", steps=[HALVE]), recipe(model="a", output="b", steps=[ONE]), recipe(model="./b", output="c", steps=[{"expand-kv": {"groups": 2}}])]
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)], ids=str)
@@ -451,7 +451,7 @@ def test_a_run_that_fails_between_two_recipes_goes_on_with_the_second(model, run
 
 CHANGES = {
     "options": lambda held: held["steps"][0]["gqa"].update(pool="first"),
-    "steps": lambda held: held["steps"].append("mqa"),
+    "steps": lambda held: held["steps"].append(ONE),
     "verification": lambda held: held.update(verify=True, **EASY),
     "weights": lambda _: rewritten("model/model-00001-of-00005.safetensors"),
     "config": lambda _: edited("model/config.json", rope_parameters={"rope_theta": 5000.0, "rope_type": "default"}),
@@ -604,7 +604,7 @@ def test_a_missing_model_is_named(missing, refused):
 
 
 BASE = "model: model\noutput: out\nverify: false\n"
-WHOLE = BASE + "steps: [{gqa: {groups: 2}}]\n"
+WHOLE = BASE + "steps: [{gqa: {groups: 2, pool: mean}}]\n"
 LAUGHS = "[&a [x, x, x, x, x, x, x, x, x], " + ", ".join(f"&{after} [{', '.join([f'*{before}'] * 9)}]" for before, after in itertools.pairwise("abcdef")) + "]"
 FUZZ = {
     "nothing": "",

@@ -27,7 +27,7 @@ from effconvert.eval.quality import windows
 from effconvert.eval.text import MOST, calibration_text, read_calibration
 from effconvert.options import Conversion
 
-BATCH = 4  # windows
+BATCH = 2  # windows
 WINDOW = 512  # tokens
 LEAST = 8  # windows: one of them is held out
 LIBRARIES = 400_000_000  # bytes; transformers, and what PyTorch sets up to compute

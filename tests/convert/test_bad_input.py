@@ -70,7 +70,7 @@ def nobody(tmp_path: Path, closed: str = "") -> Iterator[None]:
 
 
 def gqa(model: object, *more: object, groups: object = 2) -> tuple[object, ...]:
-    return ("gqa", "--groups", groups, model, "-o", "out", "--no-verify", *more)
+    return ("gqa", "--groups", groups, "--pool", "mean", model, "-o", "out", "--no-verify", *more)
 
 
 # The model that is named

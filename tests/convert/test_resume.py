@@ -57,7 +57,7 @@ def halting(python: str, where: str, nth: int, *arguments: str) -> list[str]:
 
 
 def gqa(*more: object, model: object = "model", groups: int = 2) -> tuple[str, ...]:
-    return ("gqa", "--groups", str(groups), str(model), "-o", "out", "--no-verify", *map(str, more))
+    return ("gqa", "--groups", str(groups), "--pool", "mean", str(model), "-o", "out", "--no-verify", *map(str, more))
 
 
 @pytest.fixture

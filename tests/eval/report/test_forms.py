@@ -99,7 +99,7 @@ def test_without_results_the_verification_is_shown_and_what_would_add_the_rest(c
 
 
 def test_a_model_that_was_never_verified_is_called_that_at_the_top(llama, tmp_path):
-    convert(str(llama), (Gqa(groups=1),), RunOptions(output=tmp_path / "bare", verify=False))
+    convert(str(llama), (Gqa(groups=1, pool="mean"),), RunOptions(output=tmp_path / "bare", verify=False))
     made = report(tmp_path / "bare", [], tmp_path / "out.html")
     assert made.verified is False
     assert made.doubts[0].startswith("NOT VERIFIED")
