@@ -60,13 +60,13 @@ for number, before in enumerate({BEFORE}):
 
     exec(before)
     assert isinstance(effconvert.convert, ModuleType), before  # the very first time too
-    assert str(effconvert.convert("model", {"mqa": {"pool": "mean"}}, output=f"out{{number}}", verify=False).output) == f"out{{number}}"
+    assert str(effconvert.convert("model", {{"mqa": {{"pool": "mean"}}}}, output=f"out{{number}}", verify=False).output) == f"out{{number}}"
     from effconvert import convert
     from effconvert.convert import plan
 
     assert convert is effconvert.convert, before
     assert isinstance(effconvert.convert.run, ModuleType) and callable(effconvert.convert.run.convert)
-    effconvert.convert("model", {"mqa": {"pool": "mean"}}, output=f"again{{number}}", verify=False)
+    effconvert.convert("model", {{"mqa": {{"pool": "mean"}}}}, output=f"again{{number}}", verify=False)
 """
     program(python, environment, text)
     assert all(Path(f"again{number}/config.json").is_file() for number in range(len(BEFORE)))

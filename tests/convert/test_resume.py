@@ -342,6 +342,6 @@ def test_the_record_in_the_output_names_every_file_and_what_was_done(model: Path
     record = json.loads(Path("out/effconvert.json").read_text())
     present = sorted(path.name for path in Path("out").iterdir())
     assert sorted([*record["files"], "effconvert.json"]) == present
-    assert record["recipe"] == [{"gqa": {"groups": 2, "pool": "mean"}}]
+    assert record["recipe"] == [{"gqa": {"groups": 2, "pool": "mean", "grouping": "adjacent"}}]
     assert record["source"]["model"] == "model"
     assert record["verified"] is False
