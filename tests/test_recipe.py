@@ -215,7 +215,10 @@ def test_a_converted_model_keeps_its_own_last_steps_alone(model, run, done, same
     run(recipe(steps=[HALVE, {"expand-kv": {}}]))
     done("mqa", "--pool", "mean", "out", "-o", "next")
     assert yaml.safe_load(Path("next/effconvert.yaml").read_text()) == {"model": "out", "steps": [{"mqa": {"pool": "mean"}}]}
-    assert yaml.safe_load(Path("out/effconvert.yaml").read_text())["steps"] == [{"gqa": {"groups": 2, "pool": "mean"}}, {"expand-kv": {"groups": None}}]
+    assert yaml.safe_load(Path("out/effconvert.yaml").read_text())["steps"] == [
+        {"gqa": {"groups": 2, "pool": "mean", "grouping": "adjacent"}},
+        {"expand-kv": {"groups": None}},
+    ]
     for folder in ("out", "next"):
         again(folder, f"{folder}-again")
         same(folder, f"{folder}-again")
