@@ -5,8 +5,10 @@ killed run takes the finished layers from there, and runs them, but for nothing 
 """
 # B = windows run at a time, T = tokens in a window, M = hidden width.
 
+import ctypes
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -78,6 +80,11 @@ class Walk:
         self.states = self._stage(plan.checkpoint, plan.checkpoint.config).begin()
         _hold_finite(self.states, "the embedding")
 
+    @property
+    def windows(self) -> int:
+        """How many there are."""
+        return sum(map(len, self.ids))
+
     def look(self, layer: Layer, parts: Sequence[str] = (), until: str = "") -> Iterator[Look]:
         """Run a layer as it stands, and yield what each batch was in it: see `Stage.run`."""
         return self._run(self.plan.checkpoint, layer, layer.config, layer.index, self.states, parts, until)
@@ -133,17 +140,14 @@ def _hold_finite(tensors: Sequence[Tensor], where: str) -> None:
 
 
 def calibration_bytes(plan: Plan) -> int:
-    """Return about how many bytes of memory `calibrate` takes with a refit, the largest there is.
-
-    The factor of 3 is measured and not explained: SmolLM2 took 2.8 GB, the embedded model 1.2 GB, with 16,384 tokens each.
-    """
+    """Return about how many bytes of memory `calibrate` takes with a refit, the largest there is, and half of that again between freed blocks."""
     assert plan.calibration
     config, ids = plan.checkpoint.config, plan.calibration.ids
     window, inner = ids.shape[1], config.heads * config.head_dim
     token = 4 * (8 * config.hidden + 4 * inner) + 2 * config.heads * window  # inputs, outputs, queries and keys; attention in half precision
     batch = BATCH * 4 * window * (4 * config.heads * window + 3 * config.ffn)
     squares = 6 * 8 * max(config.hidden, inner) ** 2
-    return plan.peak + LIBRARIES + 3 * ids.numel() * token + batch + squares
+    return plan.peak + LIBRARIES + 3 * ids.numel() * token // 2 + batch + squares
 
 
 @torch.inference_mode()
@@ -164,7 +168,14 @@ def calibrate(plan: Plan, folder: Path, watcher: Watcher) -> None:
                 _save(file, {name: numbers.to(FLOATS[origin.dtype]) for name, (origin, numbers, new) in stored_tensors(layer, plan.config).items() if new})
             walk.advance(index, _finished(plan, index, file))
             layers[index] = None  # what it computed is on disk
+            _return_memory()
             advance(ids.numel())
+
+
+def _return_memory() -> None:
+    """Have glibc give back what was freed: of a layer's many blocks it keeps some hundred megabytes otherwise, and as many again of the next."""
+    with suppress(AttributeError, OSError, TypeError):  # other C libraries do so by themselves
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def computed(plan: Plan, index: int, folder: Path) -> dict[str, Tensor]:

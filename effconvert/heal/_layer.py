@@ -23,7 +23,7 @@ def refit_attention(layer: Layer, original: int) -> None:
     if windows:
         _queries(layer, windows)
         for window, weights in zip(windows, _attention(layer), strict=True):
-            window.weights = weights  # from here on the converted layer's own: what is mixed is what it will mix
+            window.weights.copy_(weights)  # from here on the converted layer's own: what is mixed is what it will mix
         _output(layer, wanted)
         _values(layer, windows)
     _output(layer, wanted)
@@ -91,14 +91,19 @@ def _values(layer: Layer, windows: Sequence[Attended]) -> None:
 def _original(layer: Layer, original: int, bias: Tensor) -> tuple[list[Tensor], list[Attended]]:
     """Return what the original's attention gives, [B, T, M] without the bias of o, and its windows; of these none, where it has other heads than this layer."""
     assert layer.walk
-    wanted, windows = [], []
+    wanted: list[Tensor] = []
+    windows: list[Attended] = []
+    weights = torch.empty(0)
     mine = layer.walk.look(layer, ("q", "o"), until="o")
     for look, own in zip(layer.walk.original([original], ("o",), until="o"), mine, strict=True):
         wanted.append(look.outputs["o"] - bias.to(look.outputs["o"]))
         if look.weights is None or own.weights is None or _given(look.query).shape != _given(own.query).shape:
             continue
+        if not len(weights):  # one block for all: among smaller ones the allocator would lose more memory than they take
+            weights = look.weights.new_empty(layer.walk.windows, *look.weights.shape[1:], dtype=torch.half)
+        mixed = weights[len(windows) : len(windows) + len(look.weights)].copy_(look.weights)
         read = _ending_in_one(own.inputs["q"], layer)
-        windows += [Attended(*parts) for parts in zip(read, look.weights.half(), _given(look.query), _given(look.key), wanted[-1], strict=True)]
+        windows += [Attended(*parts) for parts in zip(read, mixed, _given(look.query), _given(look.key), wanted[-1], strict=True)]
     return wanted, windows
 
 
