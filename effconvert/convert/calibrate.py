@@ -116,7 +116,7 @@ class Walk:
             yield look
 
     def _stage(self, source: Checkpoint, config: Config) -> Stage:
-        key = f"{source.folder} {json.dumps(dict(config.raw), sort_keys=True, default=str)}"
+        key = f"{source.folder} {json.dumps(config.content, sort_keys=True, default=str)}"
         if key not in self.stages:
             self.stages[key] = Stage(config, self._outer(source, config), self.ids, self.device)
         return self.stages[key]

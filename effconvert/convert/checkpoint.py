@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from effconvert.convert.config import Config, read_config
-from effconvert.convert.layer import Layer
+from effconvert.convert.layer import MIXER, Layer
 from effconvert.convert.shards import Stored, read_header
 from effconvert.errors import ModelError, OptionError
 
@@ -80,7 +80,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         prefix, index, inside = match[1] or "", int(match[2]), match[3]
         if index >= config.layers:
             raise ModelError(f"{folder} holds {name}, and its config.json says {family.layers_key} = {config.layers}; one of the two is wrong")
-        if inside not in family.buffers and inside.rpartition(".")[0] not in family.modules:
+        brought = inside.removeprefix(f"{family.attention}.{MIXER}")
+        if mixer := config.mixer(index) if brought != inside else None:
+            known = brought in mixer.parameters(config)
+        else:
+            known = inside in family.buffers or inside.rpartition(".")[0] in family.modules
+        if not known:
             raise ModelError(f"{folder} holds {name}, for which {config.kind} has no place; is it a plain {config.kind}, without adapters or quantisation?")
         layers[index][inside] = tensor
         prefixes.add(prefix)
@@ -142,7 +147,14 @@ def check_shapes(checkpoint: Checkpoint) -> None:
         for module, parts in family.modules.items():
             if f"{module}.weight" not in stored and not family.optional.intersection(parts):
                 raise ModelError(f"{checkpoint.folder} has no {at}{module}.weight, which {config.kind} needs; fetch the missing shard")
+        mixer = config.mixer(index)
+        for name, shape in (mixer.parameters(config) if mixer else {}).items():
+            if (name := f"{family.attention}.{MIXER}{name}") not in stored:
+                raise ModelError(f"{checkpoint.folder} has no {at}{name}, which its mixer needs; fetch the missing shard")
+            _hold(at + name, stored[name].shape, shape, config)
         for name, tensor in stored.items():
+            if name.startswith(f"{family.attention}.{MIXER}"):
+                continue
             module, _, kind = name.rpartition(".")
             parts = family.modules.get(module, ())
             want = first.get(name, tensor.shape)

@@ -9,10 +9,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from effconvert.convert.families import FAMILIES, Family
+from effconvert.convert.mixed import KIND, decode, encode
 from effconvert.errors import ModelError, OptionError
+
+if TYPE_CHECKING:
+    from effconvert.surgery._mixing import Mixing
 
 CONFIG = "config.json"
 
@@ -21,8 +25,22 @@ CONFIG = "config.json"
 class Config:
     """The content of config.json, with the row that says what its keys are called."""
 
-    raw: Mapping[str, Any]
+    raw: Mapping[str, Any]  # as the family's own class would have it
     family: Family
+    mixers: "tuple[Mixing | None, ...]" = ()  # of each layer, None where it is softmax attention; empty where all of them are
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What config.json says."""
+        return encode(self.raw, self.mixers, self.family)
+
+    def mixer(self, layer: int) -> "Mixing | None":
+        """Return what mixes in a layer in place of softmax attention."""
+        return self.mixers[layer] if self.mixers else None
+
+    def with_mixer(self, mixer: "Mixing", layers: set[int]) -> "Config":
+        """Return the config of this model with another mixer in some layers."""
+        return replace(self, mixers=tuple(mixer if index in layers else self.mixer(index) for index in range(self.layers)))
 
     @property
     def kind(self) -> str:
@@ -123,8 +141,11 @@ class Config:
 
         A window of W tokens keeps W - 1, as transformers' cache does: the newest token is not looked up.
         """
-        held = sum(context if window is None else min(context, window - 1) for window in self.windows())
-        return 2 * self.kv_heads * self.head_dim * itemsize * held if self.family.decoder else 0
+        if not self.family.decoder:
+            return 0
+        token = 2 * self.kv_heads * self.head_dim * itemsize
+        held = [token * (context if window is None else min(context, window - 1)) for window in self.windows()]
+        return sum(mixer.cache_bytes(self, itemsize) if mixer else usual for mixer, usual in zip(self.mixers or [None] * self.layers, held, strict=True))
 
     def with_kv_heads(self, count: int) -> "Config":
         """Return the config of the same model with `count` KV heads, in another family if this one cannot say it.
@@ -155,7 +176,7 @@ class Config:
         if self.architecture not in classes:
             raise ModelError(f"{self.architecture} has no counterpart in {kind}; it must be one of {', '.join(classes)}")
         kept = {key: value for key, value in self.raw.items() if key not in family.absent}
-        return Config({**kept, **family.constants, "model_type": kind, "architectures": [classes[self.architecture]]}, family)
+        return Config({**kept, **family.constants, "model_type": kind, "architectures": [classes[self.architecture]]}, family, self.mixers)
 
     def _whole(self, key: str) -> int:
         value = self.get(key)
@@ -181,6 +202,11 @@ def read_config(folder: Path) -> Config:
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not JSON ({error}); fetch the file again") from None
     kind = raw.get("model_type") if isinstance(raw, dict) else None
+    if isinstance(kind, str) and kind.removeprefix(KIND) in FAMILIES and kind.startswith(KIND):
+        raw, mixers = decode(raw)
+        kind = raw["model_type"]
+    else:
+        mixers = ()
     if not isinstance(kind, str) or kind not in FAMILIES:
         near = get_close_matches(str(kind), FAMILIES, n=1)
         hint = f"the nearest is {near[0]!r}; " if near else ""
@@ -189,7 +215,7 @@ def read_config(folder: Path) -> Config:
         quantization = raw["quantization_config"]
         method = quantization.get("quant_method", "an unnamed method") if isinstance(quantization, dict) else quantization
         raise ModelError(f"{folder} is quantised ({method}), and surgery needs the numbers themselves; give the checkpoint that it was made from")
-    config = Config(raw, FAMILIES[kind])
+    config = Config(raw, FAMILIES[kind], mixers)
     for key, needed in config.family.constants.items():
         if raw.get(key, needed) != needed:
             raise ModelError(f"{kind} with {key} = {raw[key]!r} is laid out differently from the {kind} that effconvert knows, which needs {needed!r}")
@@ -205,6 +231,8 @@ def read_config(folder: Path) -> Config:
             raise ModelError(f"{path} asks for the attention kernel {raw[key]!r} from the Hub, which is somebody's code; remove {key} from it")
     if config.get("layer_types") is not None and len(config.get("layer_types")) != config.layers:
         raise ModelError(f"{path} has {len(config.get('layer_types'))} layer_types for {config.layers} layers; mend the file")
+    for mixer in {mixer.name: mixer for mixer in mixers if mixer}.values():
+        mixer.check(replace(config, mixers=()))
     return config
 
 

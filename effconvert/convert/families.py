@@ -48,6 +48,11 @@ class Family:
     absent: Mapping[str, object] = field(default_factory=dict)  # keys of its relatives that it lacks, and what it does instead
 
     @property
+    def attention(self) -> str:
+        """The module of a layer that attends: where its queries are made."""
+        return self.parts["q"].rpartition(".")[0]
+
+    @property
     def modules(self) -> dict[str, tuple[str, ...]]:
         """Map each module of a layer to the parts that are fused in it, in order."""
         grouped: dict[str, tuple[str, ...]] = {}

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from effconvert.convert.calibrate import Walk
 
 
+MIXER = "mixer."  # begins the parts that a mixer brings with it; they lie in the attention's module
+
+
 class Layer(MutableMapping[str, torch.Tensor]):
     """One layer as a surgery finds it: `layer["k"]` is its key projection [Hk*D, M] in float32, `layer["k.bias"]` the bias; assigning replaces them.
 
@@ -62,6 +65,11 @@ class Layer(MutableMapping[str, torch.Tensor]):
         return self._source.layers
 
     @property
+    def shapes_only(self) -> bool:
+        """Whether tensors have no numbers in them: a plan is being made."""
+        return self._device == "meta"
+
+    @property
     def per_kv_head(self) -> list[str]:
         """The parts of this layer, biases among them, whose rows come KV head by KV head: [Hk*D, ...]."""
         names = self.config.family.per_kv_head
@@ -101,6 +109,8 @@ class Layer(MutableMapping[str, torch.Tensor]):
     def __iter__(self) -> Iterator[str]:
         self._catch_up()
         stored = [part for stem in self._source.family.parts for part in (stem, f"{stem}.bias")]
+        inside = f"{self._source.family.attention}.{MIXER}"
+        stored += [MIXER + name.removeprefix(inside) for name in self._stored if name.startswith(inside)]
         known = stored if self._below is None else list(self._below)
         yield from (part for part in dict.fromkeys([*known, *self._assigned]) if part in self)
 
@@ -121,7 +131,7 @@ class Layer(MutableMapping[str, torch.Tensor]):
         Raises:
             ModelError: the layout has no place for a part, or lacks one that it fuses with another.
         """
-        if lost := [part for part in self if part.removesuffix(".bias") not in family.parts]:
+        if lost := [part for part in self if part.removesuffix(".bias") not in family.parts and not part.startswith(MIXER)]:
             raise ModelError(f"layer {self.index} became one with {', '.join(lost)}, for which {family.lm} has no place; it has {', '.join(family.parts)}")
         for module, parts in family.modules.items():
             for suffix in ("", ".bias"):
@@ -133,6 +143,9 @@ class Layer(MutableMapping[str, torch.Tensor]):
                 name = f"{module}.bias" if suffix else f"{module}.weight"
                 origin = self._origin((present[0], *parts))
                 yield name, origin, None if self._untouched(present, family) else join([self[part] for part in present], family, self.config)
+        for part in self:
+            if part.startswith(MIXER):
+                yield f"{family.attention}.{part}", self._origin([part]), self[part] if self._changed(part) else None
         if family == self._source.family:
             yield from ((name, self._stored[name], None) for name in family.buffers if name in self._stored)
 
@@ -170,11 +183,15 @@ class Layer(MutableMapping[str, torch.Tensor]):
         return same and (family.transposed, family.per_head) == (source.transposed, source.per_head) and not any(map(self._changed, parts))
 
     def _name(self, part: str) -> str:
+        if part.startswith(MIXER):
+            return f"{self._source.family.attention}.{part}"
         stem = part.removesuffix(".bias")
         return f"{self._source.family.parts.get(stem, stem)}.{'bias' if part != stem else 'weight'}"
 
     def _read(self, part: str) -> torch.Tensor:
         family = self._source.family
+        if part.startswith(MIXER):
+            return self._stored[self._name(part)].read(self._device)
         stem = part.removesuffix(".bias")
         fused = family.modules[family.parts[stem]]
         tensor = self._stored[self._name(part)].read(self._device)

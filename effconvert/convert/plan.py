@@ -18,6 +18,7 @@ from effconvert.convert.checkpoint import INDEX, PICKLES, SINGLE, Checkpoint
 from effconvert.convert.config import CONFIG, Config
 from effconvert.convert.families import Family
 from effconvert.convert.layer import Layer
+from effconvert.convert.mixed import STUB_FILE
 from effconvert.convert.shards import FLOATS, ITEMSIZE, Stored
 from effconvert.convert.walk import Calibration
 from effconvert.errors import ModelError
@@ -129,7 +130,7 @@ class Plan:
         files += sorted({tensor.file for tensor in self.teacher.stored} - {*files})
         source = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         targets = [(shard, target.name, target.dtype, target.shape) for shard, inside in self.shards.items() for target in inside]
-        text = json.dumps([__version__, self.recipe, dict(self.config.raw), source, targets, self.files, self.calibration and self.calibration.sha256])
+        text = json.dumps([__version__, self.recipe, self.config.content, source, targets, self.files, self.calibration and self.calibration.sha256])
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -140,7 +141,12 @@ class Plan:
     @property
     def written(self) -> list[str]:
         """The names of all files of the output but its manifest."""
-        return [*self.shards, *self.files, CONFIG, RECIPE, CARD, *([INDEX] if self.indexed else [])]
+        return [*self.shards, *self.files, CONFIG, RECIPE, CARD, *self.code, *([INDEX] if self.indexed else [])]
+
+    @property
+    def code(self) -> list[str]:
+        """The file that says what a model with mixers needs to be loaded."""
+        return [STUB_FILE] if self.config.mixers else []
 
     def layer_prefix(self, index: int) -> str:
         """Return what stands before the names of layer `index` of the converted model."""
@@ -252,7 +258,7 @@ def other_files(checkpoint: Checkpoint) -> tuple[str, ...]:
     """
     folder = checkpoint.folder
     shards = {tensor.file for tensor in checkpoint.stored}
-    ours = (CONFIG, "effconvert.json", RECIPE, CARD)
+    ours = (CONFIG, "effconvert.json", RECIPE, CARD, STUB_FILE)
     return tuple(sorted(name for path, name in _walk(folder, "", home(folder)) if path not in shards and name not in ours))
 
 

@@ -126,7 +126,7 @@ def _texts(model: str, plan: Plan, options: RunOptions, record: dict[str, Any]) 
     before = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     manifest = {**output.about(plan), **record, "files": dict.fromkeys(plan.written)}
     told += yaml.safe_dump({key: value for key, value in recipe.items() if value}, sort_keys=False, allow_unicode=True)
-    return {RECIPE: told, CARD: render(manifest, dict(plan.config.raw), before)}
+    return {RECIPE: told, CARD: render(manifest, plan.config.content, before)}
 
 
 def default_name(model: str, surgeries: tuple[Surgery, ...]) -> str:

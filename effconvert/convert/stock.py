@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from effconvert.convert.config import Config
 from effconvert.errors import ModelError
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
@@ -28,19 +29,19 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load(folder: Path, architecture: str, dtype: torch.dtype, device: str | None = None) -> Any:
-    """Load `folder` with the class `architecture` of transformers, onto `device` or this machine's accelerator.
+def load(folder: Path, config: Config, dtype: torch.dtype, device: str | None = None) -> Any:
+    """Load `folder` with the class of transformers that its config names, onto `device` or this machine's accelerator; with ours if it has mixers.
 
     Raises:
         ModelError: a tensor is missing, left over or of the wrong shape, or transformers refuses it.
     """
     import transformers
 
-    stock = f"{architecture} of transformers {transformers.__version__}"
+    stock = f"{config.architecture} of transformers {transformers.__version__}"
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     try:
         with quiet():
-            model, info = getattr(transformers, architecture).from_pretrained(folder, dtype=dtype, output_loading_info=True, local_files_only=True)
+            model, info = class_of(config).from_pretrained(folder, dtype=dtype, output_loading_info=True, local_files_only=True)
             model = model.to(device or accelerator or "cpu").eval()
     except Exception as error:  # whatever a class of somebody else's raises over a strange config or a full device
         raise ModelError(f"{stock} cannot load {folder} ({type(error).__name__}: {error})") from error
@@ -49,6 +50,17 @@ def load(folder: Path, architecture: str, dtype: torch.dtype, device: str | None
         told = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names[:3])}" for kind, names in wrong.items())
         raise ModelError(f"{stock} does not find in {folder} what it needs ({told})")
     return model
+
+
+def class_of(config: Config) -> Any:
+    """Return the class that a checkpoint with this config is loaded with."""
+    import transformers
+
+    if not config.mixers:
+        return getattr(transformers, config.architecture)
+    from effconvert.mixers.model import model_class
+
+    return model_class(config.architecture)
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 from effconvert.convert.calibrate import computed
 from effconvert.convert.checkpoint import INDEX
 from effconvert.convert.config import CONFIG
+from effconvert.convert.mixed import STUB, STUB_FILE
 from effconvert.convert.output import DRAFT, read_manifest, save_manifest, to_disk
 from effconvert.convert.plan import Plan, Target
 from effconvert.convert.shards import as_bytes, copy_run, header
@@ -146,10 +147,12 @@ def _write_others(plan: Plan, partial: Path) -> None:
     for name in plan.files:
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, partial / name)
-    if plan.config.raw == plan.checkpoint.config.raw:
+    if plan.config == plan.checkpoint.config:
         shutil.copyfile(folder / CONFIG, partial / CONFIG)
     else:
-        (partial / CONFIG).write_text(json.dumps(plan.config.raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (partial / CONFIG).write_text(json.dumps(plan.config.content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if plan.config.mixers:
+        (partial / STUB_FILE).write_text(STUB.format(kind=plan.config.kind), encoding="utf-8")
     if plan.indexed:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         index["metadata"] = {**(index.get("metadata") or {}), "total_size": plan.after.bytes}
@@ -157,5 +160,5 @@ def _write_others(plan: Plan, partial: Path) -> None:
             index["metadata"]["total_parameters"] = plan.after.parameters
         index["weight_map"] = {target.name: shard for shard, targets in plan.shards.items() for target in targets}
         (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for name in (*plan.files, CONFIG, *([INDEX] if plan.indexed else [])):
+    for name in (*plan.files, CONFIG, *plan.code, *([INDEX] if plan.indexed else [])):
         to_disk(partial / name)

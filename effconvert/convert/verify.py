@@ -149,7 +149,7 @@ def _side(
     plan: Plan, folder: Path, material: Material, advance: Advance, record: Path | None = None, reference: Recorded | None = None
 ) -> tuple[Side, Tensor, str]:
     config = plan.config if folder != plan.checkpoint.folder else plan.checkpoint.config
-    model, cut, whole = stock.load(folder, config.architecture, measuring_dtype(plan)), material.windows, not material.unmeasured
+    model, cut, whole = stock.load(folder, config, measuring_dtype(plan)), material.windows, not material.unmeasured
     prompt = cut[0, :PROMPT]
     head = quality.logits_of(model, cut[0][: 4 * PROMPT]).float().cpu()  # [T, V]
     measured = quality.summary(quality.measure(model, list(cut), record, reference, advance), cut.shape[1]) if whole else None

@@ -179,7 +179,7 @@ def kv_bytes(model: Any, window: Tensor) -> int:
 
 def cache_bytes(cache: Any) -> int:
     """Return the bytes of a cache object of transformers, every layer of it."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return sum(layer.nbytes if hasattr(layer, "nbytes") else layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def continuation(model: Any, tokenizer: Any, prompt: Tensor, length: int) -> str:

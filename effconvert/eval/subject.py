@@ -112,4 +112,4 @@ def load_model(opened: Opened, dtype: str, device: str) -> Any:
     need, free = opened.subject.parameters * wanted.itemsize, psutil.virtual_memory().available
     if device == "cpu" and need > free:
         raise EffconvertError(f"{opened.subject.name} takes {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; measure it on a larger machine")
-    return load(opened.folder, opened.subject.architecture, wanted, device)
+    return load(opened.folder, opened.checkpoint.config, wanted, device)

@@ -4,7 +4,7 @@ from __future__ import annotations  # what only types need is not imported: `--h
 
 import re
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
@@ -89,12 +89,19 @@ class Surgery(Options):
         return super().unknown(name)
 
 
+RANGE = r"-?\d+(-\d+(/\d+)?)?"
+Layers = Annotated[str | None, BeforeValidator(lambda given: str(given) if type(given) is int else given)]
+
+
+def layers_field(description: str) -> Any:
+    """Make an option that names layers."""
+    return Field(None, description=description, pattern=rf"^{RANGE}(,{RANGE})*$", json_schema_extra={"metavar": "LAYERS"})
+
+
 class Layerwise(Surgery):
     """A surgery that can be confined to some of the layers; the others stay as they are."""
 
-    layers: Annotated[str | None, BeforeValidator(lambda given: str(given) if type(given) is int else given)] = Field(
-        None, description="Layers to change, from 0, negative from the end: 0-11, or 0,2,-1. Default: all.", pattern=r"^-?\d+(-\d+)?(,-?\d+(-\d+)?)*$"
-    )
+    layers: Layers = layers_field("Layers to change, from 0, negative from the end, /n for each n-th: 0-11, or 0,2,-1, or 1-29/2. Default: all.")
 
     def chosen(self, config: Config) -> set[int]:
         """Return the layers to change.
@@ -102,15 +109,23 @@ class Layerwise(Surgery):
         Raises:
             OptionError: there is no such layer, or a range runs backwards.
         """
-        if self.layers is None:
-            return set(range(config.layers))
+        return set(range(config.layers)) if self.layers is None else self.named("layers", config)
+
+    def named(self, option: str, config: Config) -> set[int]:
+        """Return the layers that an option names.
+
+        Raises:
+            OptionError: as `chosen`.
+        """
         found: set[int] = set()
-        for first, last in re.findall(r"(-?\d+)(?:-(\d+))?", self.layers):
+        given = str(getattr(self, option))
+        for first, last, step in re.findall(r"(-?\d+)(?:-(\d+)(?:/(\d+))?)?", given):
             start = int(first) + (config.layers if int(first) < 0 else 0)
             stop = int(last) if last else start
-            if not 0 <= start <= stop < config.layers:
-                raise OptionError(f"--layers {self.layers} names what is no layer of this model: it has {config.layers}, from 0 to {config.layers - 1}")
-            found |= set(range(start, stop + 1))
+            if not 0 <= start <= stop < config.layers or step == "0":
+                spelt = option.replace("_", "-")
+                raise OptionError(f"--{spelt} {given} names what is no layer of this model: it has {config.layers}, from 0 to {config.layers - 1}")
+            found |= set(range(start, stop + 1, int(step or 1)))
         return found
 
     def check(self, config: Config) -> None:

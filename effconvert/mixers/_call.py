@@ -1,0 +1,173 @@
+"""What a mixer is called with, and what it remembers between calls."""
+# B = batch, H = query heads, Hk = KV heads, T = new tokens, D = head width, M = hidden width, P = tokens before them.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+Slots = Mapping[str, tuple[tuple[int, ...], str]]  # name -> shape of one sequence, and the type: "model" (that of the keys), "float32", "bool", "int64"
+
+
+class State(CacheLayerMixin):  # type: ignore[misc]
+    """A layer of a transformers cache that holds what a mixer remembers: tensors of a fixed size, however many tokens went by.
+
+    Attributes:
+        held: name -> tensor [B, ...].
+        seen: tokens that went by, padding among them.
+    """
+
+    is_sliding = False
+
+    def __init__(self, slots: Slots) -> None:
+        super().__init__()
+        self.slots, self.held, self.seen = slots, dict[str, Tensor](), 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make room for a batch like this."""
+        for name, (shape, kind) in self.slots.items():
+            dtype = key_states.dtype if kind == "model" else getattr(torch, kind)
+            self.held[name] = torch.zeros(len(key_states), *shape, dtype=dtype, device=key_states.device)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Count the tokens; the mixer takes what it wants of them itself."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.seen += key_states.shape[-2]
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Have masks reach back to the first token: softmax layers may share them."""
+        return self.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens that went by."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """No limit."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.held, self.seen, self.is_initialized = {}, 0, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences."""
+        self.held = {name: tensor.index_select(0, indices.to(tensor.device)) for name, tensor in self.held.items()}
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence."""
+        self.held = {name: tensor.repeat_interleave(repeats, 0) for name, tensor in self.held.items()}
+
+    def crop(self, *_: int) -> None:
+        """Refuse: what was mixed into a state cannot be taken out again."""
+        raise NotImplementedError("a mixer's state cannot be cropped to earlier tokens; assisted generation and prompt lookup need softmax layers only")
+
+    def offload(self) -> None:
+        """Stay: the mixer is about to use it, and it is small."""
+
+    def prefetch(self) -> None:
+        """Nothing was offloaded."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(tensor.nbytes for tensor in self.held.values())
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The RoPE of the new tokens, by the family's own function, so that queries can be put at another position."""
+
+    apply: Callable[..., tuple[Tensor, Tensor]]  # apply_rotary_pos_emb(q, k, cos, sin)
+    angles: Tensor  # cos and sin of each token, [B, 2, T, rotary]
+
+    def moved(self, query: Tensor, to: Tensor) -> Tensor:
+        """Return queries [B, H, T, D] as they would be with the angles `to` [B, 2, T, rotary]."""
+        cos, sin = self.angles[:, 0], self.angles[:, 1]
+        size = cos.square() + sin.square()  # YaRN scales its angles
+        plain = self.apply(query, query, cos / size, -sin / size)[0]
+        return self.apply(plain, plain, to[:, 0], to[:, 1])[0]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a mixer: T tokens, after those that its state has seen."""
+
+    query: Tensor  # after RoPE and norms, [B, H, T, D]
+    key: Tensor  # likewise, [B, Hk, T, D]
+    value: Tensor  # [B, Hk, T, D]
+    scaling: float  # of scores
+    live: Tensor  # which tokens are no padding, bool [B, T]
+    causal: bool  # whether a token may look at those before it only
+    state: State | None  # None: there were no tokens before, and nothing has to be remembered
+    hidden: Tensor  # what the attention's module was given, [B, T, M]
+    rotation: Rotation | None
+    softcap: float | None = None  # of scores: cap * tanh(score / cap)
+
+    @property
+    def grouped(self) -> Tensor:
+        """The queries beside the KV head that they share: [B, Hk, R, T, D]."""
+        grouped: Tensor = self.query.unflatten(1, (self.key.shape[1], -1))
+        return grouped
+
+    def held(self, name: str, slots: Slots) -> Tensor:
+        """Return what the state holds under `name`, [B, ...]; zeros without a state."""
+        if self.state is not None:
+            return self.state.held[name]
+        shape, kind = slots[name]
+        dtype = self.key.dtype if kind == "model" else getattr(torch, kind)
+        return torch.zeros(len(self.key), *shape, dtype=dtype, device=self.key.device)
+
+    def keep(self, **tensors: Tensor) -> None:
+        """Remember tensors [B, ...] under their names, where there is a state."""
+        if self.state is not None:
+            for name, tensor in tensors.items():
+                self.state.held[name] = tensor.to(self.state.held[name].dtype)
+
+    def with_past(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return keys, values [B, Hk, P + T, D] and which of them are live [B, P + T], where P are the last `count` tokens before these (slots: `past`).
+
+        Without a state P is no more than T: there is nothing further back.
+        """
+        if self.state is None:
+            count = min(count, self.key.shape[-2])
+        shape, like = (*self.key.shape[:2], count, self.key.shape[-1]), self.key
+        if self.state is None:
+            old_key = old_value = like.new_zeros(shape)
+            old_live = torch.zeros(len(like), count, dtype=torch.bool, device=like.device)
+        else:
+            old_key, old_value, old_live = (self.state.held[name] for name in ("past_key", "past_value", "past_live"))
+        key, value = torch.cat([old_key, self.key], 2), torch.cat([old_value, self.value], 2)
+        live = torch.cat([old_live, self.live], 1)
+        tokens = self.key.shape[-2]
+        self.keep(past_key=key[:, :, tokens:].clone(), past_value=value[:, :, tokens:].clone(), past_live=live[:, tokens:].clone())
+        return key, value, live
+
+    def ranks(self) -> Tensor:
+        """Number the live tokens from 0, [B, T], on from those before (slot `count`); padding gets the number of the live one before it."""
+        before = self.held("count", {"count": ((), "int64")})
+        ranks = before[:, None] + self.live.cumsum(1) - 1
+        self.keep(count=ranks[:, -1] + 1)
+        return ranks
+
+
+def past(count: int, kv_heads: int, head_dim: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return the slots of `Call.with_past`."""
+    rows = ((kv_heads, count, head_dim), "model")
+    return {"past_key": rows, "past_value": rows, "past_live": ((count,), "bool")}

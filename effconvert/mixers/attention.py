@@ -1,0 +1,102 @@
+"""The door by which mixers get into transformers' models: an attention function, and a hook that hands it what its own arguments lack."""
+# B = batch, H = query heads, Hk = KV heads, T = new tokens, N = tokens with those before, D = head width.
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from effconvert.convert.config import Config
+from effconvert.mixers._call import Call, Rotation, State
+from effconvert.surgery._mixing import Mixing
+
+NAME = "effconvert"  # of our function in transformers' registry
+SOFTMAX = ("sdpa", "eager")  # what layers without a mixer may run
+
+
+class Mixer(nn.Module):
+    """A technique's mixer inside a model: `self_attn.mixer`, with its parameters."""
+
+    def __init__(self, technique: Mixing, config: Config, index: int) -> None:
+        super().__init__()
+        self.technique, self.config, self.index = technique, config, index
+        self.slots = technique.remembers(config)
+        for name, shape in technique.parameters(config).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape), requires_grad=name not in technique.frozen))
+
+    def forward(self, call: Call) -> Tensor:
+        """Mix: [B, H, T, D]."""
+        return self.technique.mix(dict(self.named_parameters()), call)
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Give the parameters the values that they have before anything was fitted."""
+        for name, value in self.technique.begin(self.config, self.index).items():
+            self._parameters[name].copy_(value)  # type: ignore[union-attr]
+
+
+def install(module: nn.Module, technique: Mixing, config: Config, index: int) -> None:
+    """Put a mixer into an attention module."""
+    module.mixer = Mixer(technique, config, index)
+    module.register_forward_pre_hook(_hand_down, with_kwargs=True)
+
+
+def _hand_down(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Pass on to our attention function what a family's attention module is given and keeps to itself."""
+    given = [*args, *kwargs.values()]
+    cache = next((value for value in given if isinstance(value, Cache)), None)
+    state = None
+    if cache is not None:
+        state = cache.layers[module.mixer.index] if module.mixer.index < len(cache.layers) else None
+        if not isinstance(state, State):
+            raise ValueError(
+                f"this cache has no place for what the mixer of layer {module.mixer.index} remembers; leave past_key_values out, "
+                "or make one with effconvert.mixers.cache_for(model.config)"
+            )
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    return args, {**kwargs, "mixing": (state, hidden, kwargs.get("position_embeddings"))}
+
+
+def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, mixing: Any = None, **kwargs: Any) -> Any:
+    """Attend by the module's mixer, or by softmax where it has none: an attention function for transformers' registry."""
+    if mixing is None:
+        return softmax(module, query, key, value, attention_mask, **kwargs)
+    state, hidden, angles = mixing
+    tokens, scaling = query.shape[-2], kwargs.get("scaling")
+    live = _live(attention_mask, tokens, len(query), query.device)
+    rotation = None
+    if angles is not None:
+        both = torch.stack([part.expand(len(query), -1, -1) for part in angles], 1)  # [B, 2, T, rotary]
+        rotation = Rotation(sys.modules[type(module).__module__].apply_rotary_pos_emb, both)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = module.mixer(Call(query, key, value, scaling, live, module.mixer.config.family.decoder, state, hidden, rotation, kwargs.get("softcap")))
+    return out.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+def softmax(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+    """Attend as the family does without us; soft-capped scores are only in its eager implementation."""
+    if kwargs.get("softcap") is None and getattr(module, "softmax", "sdpa") == "sdpa":
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+    tokens, known = query.shape[-2], key.shape[-2]
+    if attention_mask is None and getattr(module, "is_causal", False) and tokens > 1:
+        attention_mask = torch.ones(tokens, known, dtype=torch.bool, device=query.device).tril(known - tokens)[None, None]
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, torch.finfo(query.dtype).min)
+    return sys.modules[type(module).__module__].eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def _live(mask: Tensor | None, tokens: int, batch: int, device: torch.device) -> Tensor:
+    """Return which of the new tokens are no padding, [B, T]: a token that may not even see itself is."""
+    if mask is None:
+        return torch.ones(batch, tokens, dtype=torch.bool, device=device)
+    diagonal = mask[:, 0].diagonal(mask.shape[-1] - tokens, -2, -1)  # [B, T]
+    return (diagonal if mask.dtype == torch.bool else diagonal == 0).expand(batch, -1)
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,160 @@
+"""Models of transformers with mixers in them: each class is derived from the family's own, so whatever works on that works on this."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from effconvert.convert.config import Config
+from effconvert.convert.families import FAMILIES, Family
+from effconvert.convert.mixed import CLASS, KIND, STUB, STUB_FILE, decode, encode
+from effconvert.errors import ModelError
+from effconvert.mixers._call import State
+from effconvert.mixers.attention import NAME, SOFTMAX, Mixer, install
+
+
+class ConvertedConfig:
+    """What the config of a converted model is beside its family's: which layers have which mixers, in `effconvert`."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Read a config.json."""
+        raw, _ = decode(config_dict)
+        placed = {key: config_dict[key] for key in ("effconvert", "auto_map") if key in config_dict}
+        return super().from_dict({**raw, **placed}, **kwargs)  # type: ignore[misc]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Write one."""
+        raw, mixers = decode(super().to_dict())  # type: ignore[misc]
+        return encode(raw, mixers, FAMILIES[raw["model_type"]])
+
+
+class Converted:
+    """What a converted model is beside its family's: mixers in its attention modules, and a cache that has room for what they remember."""
+
+    config: Any
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        ours = own_config(self.config)
+        softmax = config._attn_implementation or "sdpa"
+        self._run_softmax_by(softmax if softmax != NAME else "sdpa")
+        for index, module in enumerate(attention_modules(self, ours)):
+            if technique := ours.mixer(index):
+                install(module, technique, ours, index)
+        self._fresh()
+        if ours.family.decoder:
+            self.register_forward_pre_hook(_with_cache, with_kwargs=True)  # type: ignore[attr-defined]
+
+    def _fresh(self) -> None:
+        """Give mixers their first values, where they are not about to be loaded."""
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, Mixer) and not any(parameter.is_meta for parameter in module.parameters()):
+                module.begin()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Mixer):
+            module.begin()
+        else:
+            super()._init_weights(module)  # type: ignore[misc]
+
+    def _run_softmax_by(self, implementation: str) -> None:
+        if implementation not in SOFTMAX:
+            raise ValueError(f"layers without a mixer can run {' or '.join(SOFTMAX)} beside those with one, not {implementation!r}")
+        for module in self.modules():  # type: ignore[attr-defined]
+            if hasattr(module, "is_causal"):
+                module.softmax = implementation
+        self.config._attn_implementation = NAME
+
+    def set_attn_implementation(self, attn_implementation: Any, *_: Any, **__: Any) -> None:
+        """Choose what layers without a mixer run; those with one go on as they are."""
+        self._run_softmax_by(attn_implementation if isinstance(attn_implementation, str) else attn_implementation[""])
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        chosen = generation_config.cache_implementation
+        if chosen not in (None, "dynamic"):
+            raise ValueError(f"cache_implementation={chosen!r} has no room for what mixers remember; leave it out (their state is small and of fixed size)")
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = cache_for(self.config)
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save as any model, with the few lines that say what it needs to be loaded."""
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        (Path(save_directory) / STUB_FILE).write_text(STUB.format(kind=own_config(self.config).kind), encoding="utf-8")
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Do nothing: this class is found by `import effconvert`, and its source is not to be copied into checkpoints."""
+
+
+def _with_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Make a cache with room for mixers, where the family would make one without."""
+    asked = kwargs.get("use_cache")
+    wanted = getattr(model.config, "use_cache", False) and not model.training if asked is None else asked
+    given = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
+    if not wanted or given or (model.training and getattr(model, "is_gradient_checkpointing", False)):
+        return args, kwargs
+    return args, {**kwargs, "past_key_values": cache_for(model.config)}
+
+
+def cache_for(config: Any) -> Cache:
+    """Make an empty cache for a converted model: states where it has mixers, and what transformers takes elsewhere."""
+    ours = own_config(config)
+    usual = DynamicCache(config=config).layers
+    layers: list[Any] = []
+    for index in range(ours.layers):
+        technique = ours.mixer(index)
+        layers.append(State(technique.remembers(ours)) if technique else usual[index] if index < len(usual) else DynamicLayer())
+    return Cache(layers=layers)
+
+
+def own_config(config: Any) -> Config:
+    """Return a config of transformers as effconvert reads it."""
+    raw, mixers = decode(config.to_dict())
+    return Config(raw, FAMILIES[str(raw["model_type"])], mixers)
+
+
+def attention_modules(model: Any, config: Config) -> list[nn.Module]:
+    """Return the module of each layer that holds its attention."""
+    family = config.family
+    base = model if isinstance(model, getattr(transformers, family.base)) else getattr(model, family.prefix)
+    return [layer.get_submodule(family.attention) for layer in base.get_submodule(family.layers)]
+
+
+@lru_cache(None)
+def config_class(kind: str) -> Any:
+    """Return the config class of a converted family."""
+    stock = type(transformers.AutoConfig.for_model(kind))
+    made = type(f"{CLASS}{stock.__name__}", (ConvertedConfig, stock), {"model_type": KIND + kind, "__module__": "effconvert.mixers"})
+    return made
+
+
+@lru_cache(None)
+def model_class(architecture: str) -> Any:
+    """Return the class that is `architecture` of transformers with mixers.
+
+    Raises:
+        ModelError: there is none.
+    """
+    stock = getattr(transformers, architecture, None)
+    kind = next((kind for kind, family in FAMILIES.items() if _is_of(stock, family, kind)), None)
+    if stock is None or kind is None:
+        raise ModelError(f"{architecture} is no class of a family that effconvert knows; it knows {', '.join(FAMILIES)}")
+    return type(f"{CLASS}{architecture}", (Converted, stock), {"config_class": config_class(kind), "__module__": "effconvert.mixers"})
+
+
+def _is_of(stock: Any, family: Family, kind: str) -> bool:
+    return stock is not None and getattr(getattr(stock, "config_class", None), "model_type", None) == kind and family.base != ""
+
+
+def named(name: str) -> Any:
+    """Return the class of that name: EffconvertLlamaForCausalLM, EffconvertLlamaConfig."""
+    inside = name.removeprefix(CLASS)
+    for kind in FAMILIES:
+        if inside.endswith("Config") and name == config_class(kind).__name__:
+            return config_class(kind)
+    return model_class(inside)
