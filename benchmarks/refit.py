@@ -79,7 +79,7 @@ def loss_of(model, heldout, tokens):
     config = open_checkpoint(folder).config
     with stock.quiet(), torch.inference_mode():
         cut = windows(stock.load_tokenizer(folder), text, min(512, config.longest or 512), tokens, config.vocabulary)
-        found = measure(stock.load(folder, config.architecture, torch.float32), list(cut))
+        found = measure(stock.load(folder, config, torch.float32), list(cut))
     return sum(window.loss for window in found) / sum(window.tokens for window in found), text.name, versions()
 
 

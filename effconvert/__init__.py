@@ -2,11 +2,17 @@
 
 from typing import TYPE_CHECKING, Any
 
+from wrapt import register_post_import_hook
+
 if TYPE_CHECKING:
     from effconvert.api import bench, convert, evaluate, load
 
 __all__ = ["__version__", "bench", "convert", "evaluate", "load"]
 __version__ = "0.1.0"
+
+# Checkpoints with mixers load by AutoModel wherever effconvert is imported, before transformers or after; and who does not use that does not wait for it.
+register_post_import_hook("effconvert.mixers.register:configs", "transformers.models.auto.configuration_auto")
+register_post_import_hook("effconvert.mixers.register:models", "transformers.models.auto.modeling_auto")
 
 
 def __getattr__(name: str) -> Any:

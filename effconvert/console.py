@@ -13,6 +13,7 @@ from rich.table import Table
 from effconvert.convert.calibrate import calibration_bytes
 from effconvert.convert.config import Config
 from effconvert.convert.inspection import Inspection
+from effconvert.convert.mixed import CLASS
 from effconvert.convert.plan import Plan
 from effconvert.convert.run import Outcome
 from effconvert.convert.verify import Report
@@ -45,6 +46,8 @@ class Terminal:
             ("on disk", before.bytes, after.bytes, size),
             ("KV cache a token", before.kv_bytes, after.kv_bytes, size),
         ]
+        if before.state_bytes or after.state_bytes:
+            rows.append(("state of mixers", before.state_bytes, after.state_bytes, size))
         table = Table("", "before", "after", "ratio", box=None, pad_edge=False, header_style="bold")
         for what, old, new, show in rows:
             table.add_row(what, show(old), show(new), f"{new / old:.3g} x" if old else "")
@@ -59,7 +62,10 @@ class Terminal:
             self.out.print(f"[bold]note[/]  {escape(remark)}", soft_wrap=True)
         need = f"needs about {size(plan.peak)} of memory to write and {size(plan.disk + plan.draft_bytes)} of disk"
         self.out.print(need + (f", {size(verify_bytes)} of memory to verify" if verify_bytes else ""))
-        self.out.print(f"loads as {escape(plan.config.architecture)} in stock transformers" + ("; no logit may change" if plan.exact else ""))
+        opens = (
+            f"{CLASS}{plan.config.architecture}, where effconvert is installed" if plan.config.mixers else f"{plan.config.architecture} in stock transformers"
+        )
+        self.out.print(f"loads as {escape(opens)}" + ("; no logit may change" if plan.exact else ""))
 
     def step(self, what: str) -> None:
         """Say what begins."""
@@ -95,6 +101,8 @@ class Terminal:
         before, after = report.before, report.after
         table.add_row("parameters", count(before.parameters), count(after.parameters))
         table.add_row("KV cache a token", size(before.kv_bytes), size(after.kv_bytes))
+        if before.state_bytes or after.state_bytes:
+            table.add_row("state of mixers", size(before.state_bytes), size(after.state_bytes))
         if before.quality and after.quality:
             table.add_row("perplexity", perplexity(before.quality.perplexity), perplexity(after.quality.perplexity))
             table.add_row("KL from the original", "", f"{after.quality.kl:.4f} nats a token")
@@ -119,6 +127,9 @@ class Terminal:
         if windows := sorted({window for window in config.windows() if window}):
             held = sum(window is not None for window in config.windows())
             self.out.print(f"{held} of {config.layers} layers see a sliding window of {windows[0]} tokens")
+        for mixer in dict.fromkeys(mixer for mixer in config.mixers if mixer):
+            spelt = f"{mixer.name} {_spelt(dict(mixer.settings))}".strip()
+            self.out.print(f"{config.mixers.count(mixer)} of {config.layers} layers mix by {spelt} in place of softmax attention", soft_wrap=True)
         table = Table("part", "parameters", "share", box=None, pad_edge=False, header_style="bold")
         for part, number in sorted(seen.parts.items(), key=lambda item: -item[1]):
             table.add_row(part, count(number), f"{number / sum(seen.parts.values()):.1%}")

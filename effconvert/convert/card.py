@@ -94,7 +94,13 @@ def _loading(manifest: Mapping[str, Any], config: Mapping[str, Any], repo: str |
     tokenizer = any(file in manifest.get("files", {}) for file in stock.TOKENIZERS)
     lines = [f"from transformers import {name}{', AutoTokenizer' if tokenizer else ''}", "", f"model = {name}.from_pretrained({place})"]
     lines += [f"tokenizer = AutoTokenizer.from_pretrained({place})"] if tokenizer else []
-    return "\n".join(["Stock transformers opens it; effconvert is not needed.", "", "```python", *lines, "```"])
+    told = "Stock transformers opens it; effconvert is not needed."
+    if "effconvert" in config:
+        told = (
+            "Some of its layers have mixers that transformers does not know: `pip install effconvert`, and import it first (or pass `trust_remote_code=True`)."
+        )
+        lines = ["import effconvert", *lines]
+    return "\n".join([told, "", "```python", *lines, "```"])
 
 
 def _cost(past: History, report: Report | None) -> str:
@@ -104,6 +110,8 @@ def _cost(past: History, report: Report | None) -> str:
     rows: list[tuple[str, ...]] = [("parameters", f"{before.parameters:,}", f"{after.parameters:,}", f"{after.parameters / before.parameters:.3g} x")]
     if before.kv_bytes:
         rows.append(("bytes of KV cache a token", f"{before.kv_bytes:,}", f"{after.kv_bytes:,}", f"{after.kv_bytes / before.kv_bytes:.3g} x"))
+    if after.state_bytes:
+        rows.append(("bytes that mixers hold of a sequence, however long", f"{before.state_bytes:,}", f"{after.state_bytes:,}", ""))
     if before.quality and after.quality:
         rows.append(("perplexity ↓", *(f"{side.perplexity:.4g}" for side in (before.quality, after.quality)), ""))
     if after.quality and after.quality.kl is not None and after.quality.agreement is not None:

@@ -141,11 +141,12 @@ class Config:
 
         A window of W tokens keeps W - 1, as transformers' cache does: the newest token is not looked up.
         """
-        if not self.family.decoder:
-            return 0
-        token = 2 * self.kv_heads * self.head_dim * itemsize
-        held = [token * (context if window is None else min(context, window - 1)) for window in self.windows()]
-        return sum(mixer.cache_bytes(self, itemsize) if mixer else usual for mixer, usual in zip(self.mixers or [None] * self.layers, held, strict=True))
+        held = [context if window is None else min(context, window - 1) for index, window in enumerate(self.windows()) if not self.mixer(index)]
+        return 2 * self.kv_heads * self.head_dim * itemsize * sum(held) + self.state_bytes(itemsize) if self.family.decoder else 0
+
+    def state_bytes(self, itemsize: int) -> int:
+        """Return the part of that which mixers take, however many tokens went by."""
+        return sum(mixer.cache_bytes(self, itemsize) for mixer in self.mixers if mixer) if self.family.decoder else 0
 
     def with_kv_heads(self, count: int) -> "Config":
         """Return the config of the same model with `count` KV heads, in another family if this one cannot say it.
@@ -153,6 +154,8 @@ class Config:
         Raises:
             ModelError: no architecture of transformers is this family with `count` KV heads.
         """
+        if self.mixers and count != self.kv_heads:
+            raise ModelError(f"its mixers are made for {self.kv_heads} KV heads; change their number first, and put mixers in afterwards")
         if self.family.kv_heads_key:
             return replace(self, raw={**self.raw, self.family.kv_heads_key: count})
         if count == self.kv_heads:

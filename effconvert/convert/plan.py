@@ -54,6 +54,7 @@ class Size:
     parameters: int  # a tied head is not counted again
     bytes: int  # on disk
     kv_bytes: int  # of the KV cache, for a token
+    state_bytes: int = 0  # of what mixers remember of a sequence, however long it is
 
 
 @dataclass(frozen=True)
@@ -294,4 +295,5 @@ def _size(tensors: list[tuple[str, str, tuple[int, ...]]], config: Config, check
         and not (config.tied and name.startswith(heads) and shape == embedding)
     )
     on_disk = sum(math.prod(shape) * ITEMSIZE[dtype] for _, dtype, shape in tensors)
-    return Size(parameters, on_disk, config.kv_bytes(ITEMSIZE[checkpoint.dtype], 1))
+    state = config.state_bytes(ITEMSIZE[checkpoint.dtype])
+    return Size(parameters, on_disk, config.kv_bytes(ITEMSIZE[checkpoint.dtype], 1) - state, state)

@@ -31,6 +31,7 @@ class Side:
     kv_bytes: int  # of the cache object, for a token
     quality: Quality | None
     continuation: str
+    state_bytes: int = 0  # of the cache object, what mixers hold however many tokens went by
 
 
 @dataclass(frozen=True)
@@ -155,13 +156,16 @@ def _side(
     measured = quality.summary(quality.measure(model, list(cut), record, reference, advance), cut.shape[1]) if whole else None
     written = quality.continuation(model, material.tokenizer, prompt, PROMPT) if whole else ""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    cache = 0
+    cache = state = 0
     if plan.config.family.decoder:
         windows = [window - 1 for window in plan.checkpoint.config.windows() if window]
         short = prompt[: max(1, min([len(prompt), *windows]))]  # before any window is full
         itemsize = FLOATS[plan.checkpoint.dtype].itemsize
-        cache = quality.kv_bytes(model, short) // len(short) * itemsize // model.dtype.itemsize
-    return Side(parameters, cache, measured, written), head, str(model.device)
+        growing, fixed = quality.kv_bytes(model, short)
+        if fixed != config.state_bytes(model.dtype.itemsize):
+            raise ModelError(f"its mixers hold {fixed} bytes, and the plan said {config.state_bytes(model.dtype.itemsize)}: a fault of effconvert")
+        cache, state = growing // len(short) * itemsize // model.dtype.itemsize, config.state_bytes(itemsize)
+    return Side(parameters, cache, measured, written, state), head, str(model.device)
 
 
 def _hold(planned: Any, side: Side, which: str) -> None:

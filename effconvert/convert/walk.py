@@ -9,7 +9,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from effconvert.convert.config import Config
 from effconvert.convert.layer import Layer
 from effconvert.convert.shards import FLOATS, Stored
-from effconvert.convert.stock import quiet
+from effconvert.convert.stock import class_of, quiet
 
 PROBE = "effconvert_probe"  # the name of our attention function in transformers' registry
 Tensors = Mapping[str, Tensor]  # name in a layer -> tensor, as the family stores it
@@ -151,13 +151,12 @@ def _fitting(given: Any, state: Tensor) -> Any:
 
 def skeleton(config: Config, device: torch.device) -> Any:
     """Build the bare model of `config` without weights: its buffers alone hold numbers."""
-    import transformers
     from accelerate import init_empty_weights
 
     _register()
     with quiet(), init_empty_weights(include_buffers=False), torch.device(device):
-        kind = transformers.AutoConfig.for_model(config.kind)
-        model = getattr(transformers, config.family.base)(type(kind).from_dict(dict(config.raw))).eval()
+        made = class_of(replace(config, raw={**config.raw, "architectures": [config.family.base]}))
+        model = made(made.config_class.from_dict(config.content)).eval()
     model.config._attn_implementation = PROBE
     return model
 
@@ -234,8 +233,13 @@ _LOOKS: list[Look] = []
 
 def _probe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
     """Attend as the family's own eager implementation does, and note the queries, the keys and the weights."""
-    eager = sys.modules[type(module).__module__].eager_attention_forward
-    out, weights = eager(module, query, key, value, attention_mask, **kwargs)
+    if "mixing" in kwargs:
+        from effconvert.mixers.attention import attend
+
+        out, weights = attend(module, query, key, value, attention_mask, **kwargs)
+    else:
+        eager = sys.modules[type(module).__module__].eager_attention_forward
+        out, weights = eager(module, query, key, value, attention_mask, **kwargs)
     if _LOOKS:
         _LOOKS[-1].query, _LOOKS[-1].key, _LOOKS[-1].weights = query, key, weights
     return out, weights

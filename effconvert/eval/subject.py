@@ -73,6 +73,8 @@ def open_model(model: str, step: Callable[[str], None] = lambda _: None) -> Open
         vocabulary=config.vocabulary,
         longest=config.longest,
         windows=tuple(config.windows()),
+        mixers=tuple(mixer.name if mixer else "" for mixer in config.mixers),
+        state_bytes=size.state_bytes,
     )
     return Opened(subject, checkpoint)
 

@@ -84,7 +84,7 @@ def test_a_model_that_computes_nan_is_caught():
 def test_the_bytes_of_the_cache_are_counted():
     model = tiny("llama", num_key_value_heads=2).eval()
     config = model.config
-    assert kv_bytes(model, torch.arange(10)) == 10 * config.num_hidden_layers * 2 * 2 * config.head_dim * 4
+    assert kv_bytes(model, torch.arange(10)) == (10 * config.num_hidden_layers * 2 * 2 * config.head_dim * 4, 0)
 
 
 def test_the_default_text_is_the_same_every_time_and_long_enough():

@@ -83,7 +83,7 @@ def _cards(report: Report) -> Iterator[Card]:
     before = original or (verified.before if verified else None)
     yield _card("parameters", before.parameters if before else None, this.parameters, count)
     yield _card("on disk", original.bytes if original else None, this.bytes, size)
-    if this.kv_bytes:
+    if this.kv_bytes or this.state_bytes:
         yield _card("KV cache a token", before.kv_bytes if before else None, this.kv_bytes, size)
     rows = list(report.rows())
     judged = [(row, value) for row, _, value in rows if value and value.difference is not None and value.significant is not None]

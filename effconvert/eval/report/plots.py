@@ -217,7 +217,7 @@ def _contexts(axes: Axes, contexts: list[int], marked: bool) -> None:
 
 def cache(report: Report) -> Picture | None:
     """Draw the KV cache of one sequence against context, as the shapes give it."""
-    if not report.subject.kv_bytes:
+    if not report.subject.kv_bytes and not report.subject.state_bytes:
         return None
     end = longest(report.subjects)
     bends = {window - 1 for subject in report.subjects for window in subject.windows if window and window <= end}

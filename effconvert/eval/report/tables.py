@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -58,6 +59,12 @@ def mark(row: Row, value: Value | None) -> str:
     return f"{'◆ changed' if good is None else '▲ better' if good else '▼ worse'} (p {chance_of(value.p)})"
 
 
+def mixing(subject: Subject) -> str:
+    """Say which layers have a mixer in place of softmax attention."""
+    counted = Counter(mixer for mixer in subject.mixers if mixer)
+    return ", ".join(f"{mixer} in {number} of {subject.layers} layers" for mixer, number in counted.items()) or "softmax attention"
+
+
 def chance_of(p: float | None) -> str:
     """Write a p-value."""
     return "?" if p is None else "< 0.001" if p < 0.001 else f"= {p:.2g}"
@@ -79,6 +86,9 @@ def shapes(report: Report) -> Table:
         ("on disk", [size(subject.bytes) for subject in report.subjects]),
         ("KV cache a token", [size(subject.kv_bytes) if subject.kv_bytes else "none" for subject in report.subjects]),
     ]
+    if any(subject.mixers for subject in report.subjects):
+        rows.insert(4, ("mixers", [mixing(subject) for subject in report.subjects]))
+        rows.append(("state of mixers", [size(subject.state_bytes) if subject.state_bytes else "none" for subject in report.subjects]))
     body = tuple((what or "class", *values) for what, values in rows)
     return Table("What the models are", ("", *report.labels), body)
 
@@ -162,8 +172,9 @@ def _milliseconds(timing: Timing | None) -> str:
 
 def held(subject: Subject, context: int) -> float:
     """Return the bytes of the KV cache of one sequence of `context` tokens: a window of W keeps W - 1, as transformers' cache does."""
-    tokens = sum(context if window is None else min(context, window - 1) for window in subject.windows)
-    return subject.kv_bytes / subject.layers * tokens
+    growing = [window for window, mixer in zip(subject.windows, subject.mixers or [""] * subject.layers, strict=True) if not mixer]
+    tokens = sum(context if window is None else min(context, window - 1) for window in growing)
+    return subject.state_bytes + subject.kv_bytes / max(1, len(growing)) * tokens
 
 
 def longest(subjects: Sequence[Subject]) -> int:
@@ -173,7 +184,7 @@ def longest(subjects: Sequence[Subject]) -> int:
 
 def cache(report: Report) -> Table | None:
     """Return the KV cache at a few contexts."""
-    if not report.subject.kv_bytes:
+    if not report.subject.kv_bytes and not report.subject.state_bytes:
         return None
     end = longest(report.subjects)
     contexts = sorted({context for context in CONTEXTS if context <= end} | {end})
