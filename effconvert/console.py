@@ -54,6 +54,8 @@ class Terminal:
         becomes = plan.checkpoint.config.kind != plan.config.kind
         self.out.print(f"{plan.checkpoint.config.kind}, {_shape(plan.checkpoint.config)}")
         self.out.print(f"becomes {plan.config.kind + ', ' if becomes else ''}{_shape(plan.config)}")
+        for said in _mixing(plan.config):
+            self.out.print(said, soft_wrap=True)
         self.out.print(table)
         if plan.calibration:
             tokens = f"{plan.calibration.ids.numel():,} tokens of {plan.calibration.name}"
@@ -62,9 +64,8 @@ class Terminal:
             self.out.print(f"[bold]note[/]  {escape(remark)}", soft_wrap=True)
         need = f"needs about {size(plan.peak)} of memory to write and {size(plan.disk + plan.draft_bytes)} of disk"
         self.out.print(need + (f", {size(verify_bytes)} of memory to verify" if verify_bytes else ""))
-        opens = (
-            f"{CLASS}{plan.config.architecture}, where effconvert is installed" if plan.config.mixers else f"{plan.config.architecture} in stock transformers"
-        )
+        name = plan.config.architecture
+        opens = f"{CLASS}{name}, where effconvert is installed" if plan.config.mixers else f"{name} in stock transformers"
         self.out.print(f"loads as {escape(opens)}" + ("; no logit may change" if plan.exact else ""))
 
     def step(self, what: str) -> None:
@@ -127,9 +128,8 @@ class Terminal:
         if windows := sorted({window for window in config.windows() if window}):
             held = sum(window is not None for window in config.windows())
             self.out.print(f"{held} of {config.layers} layers see a sliding window of {windows[0]} tokens")
-        for mixer in dict.fromkeys(mixer for mixer in config.mixers if mixer):
-            spelt = f"{mixer.name} {_spelt(dict(mixer.settings))}".strip()
-            self.out.print(f"{config.mixers.count(mixer)} of {config.layers} layers mix by {spelt} in place of softmax attention", soft_wrap=True)
+        for said in _mixing(config):
+            self.out.print(said, soft_wrap=True)
         table = Table("part", "parameters", "share", box=None, pad_edge=False, header_style="bold")
         for part, number in sorted(seen.parts.items(), key=lambda item: -item[1]):
             table.add_row(part, count(number), f"{number / sum(seen.parts.values()):.1%}")
@@ -190,6 +190,12 @@ class Demonstration(Terminal):
 
 def _shape(config: Config) -> str:
     return f"{config.layers} layers, {config.heads} query and {config.kv_heads} KV heads of {config.head_dim}"
+
+
+def _mixing(config: Config) -> Iterator[str]:
+    for mixer in dict.fromkeys(mixer for mixer in config.mixers if mixer):
+        spelt = f"{mixer.name} {_spelt(dict(mixer.settings))}".strip()
+        yield f"{config.mixers.count(mixer)} of {config.layers} layers mix by {spelt} in place of softmax attention"
 
 
 def _spelt(options: dict[str, object]) -> str:
