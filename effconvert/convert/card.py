@@ -96,9 +96,7 @@ def _loading(manifest: Mapping[str, Any], config: Mapping[str, Any], repo: str |
     lines += [f"tokenizer = AutoTokenizer.from_pretrained({place})"] if tokenizer else []
     told = "Stock transformers opens it; effconvert is not needed."
     if "effconvert" in config:
-        told = (
-            "Some of its layers have mixers that transformers does not know: `pip install effconvert`, and import it first (or pass `trust_remote_code=True`)."
-        )
+        told = "It has mixers that transformers does not know: `pip install effconvert`, and import that first (or pass `trust_remote_code=True`)."
         lines = ["import effconvert", *lines]
     return "\n".join([told, "", "```python", *lines, "```"])
 

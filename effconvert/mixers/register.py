@@ -4,6 +4,8 @@ What is registered are stand-ins: making a class imports its family, and importi
 """
 
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from typing import Any
 
 from effconvert.convert.families import FAMILIES
@@ -34,15 +36,14 @@ def configs(_: Any) -> None:
     from transformers import AutoConfig
 
     for kind in FAMILIES:
-        AutoConfig.register(KIND + kind, _later(lambda kind=kind: model.config_class(kind), model_type=KIND + kind), exist_ok=True)
+        AutoConfig.register(KIND + kind, _later(partial(model.config_class, kind), model_type=KIND + kind), exist_ok=True)
 
 
 def models(auto: Any) -> None:
     """Register the models with every Auto class that has their family; called when these have been imported."""
-    for made in vars(auto).values():
-        mapping = getattr(made, "_model_mapping", None)
-        if isinstance(made, type) and mapping is not None:
-            for kind in FAMILIES:
-                if found := mapping._model_mapping.get(kind):
-                    name, config = found if isinstance(found, str) else found[0], model.config_class(kind)
-                    made.register(config, _later(lambda name=name: model.model_class(name), config_class=config), exist_ok=True)
+    known = [made for made in vars(auto).values() if isinstance(made, type) and getattr(made, "_model_mapping", None) is not None]
+    for made, kind in product(known, FAMILIES):
+        opens: Any = made
+        if found := opens._model_mapping._model_mapping.get(kind):
+            name, config = found if isinstance(found, str) else found[0], model.config_class(kind)
+            opens.register(config, _later(partial(model.model_class, name), config_class=config), exist_ok=True)
