@@ -137,4 +137,5 @@ class RunOptions(Conversion):
     """What a conversion understands that is asked for by name."""
 
     refit: bool = Field(False, description="Afterwards refit what changed towards what the model computed before: `effconvert refit` as the last step.")
+    transfer: bool = Field(False, description="Afterwards teach mixers what attention did: `effconvert transfer` as a step, before a refit.")
     dry_run: bool = Field(False, description="Print the plan, with every error that can be foreseen; write nothing.")

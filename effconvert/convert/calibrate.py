@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -77,6 +78,7 @@ class Walk:
         self.device = found or torch.device("cpu")
         self.plan, self.ids = plan, [batch.to(self.device) for batch in ids.split(BATCH)]
         self.stages: dict[str, Stage] = {}
+        self.notes: dict[int, dict[str, float]] = {}
         self.states = self._stage(plan.checkpoint, plan.checkpoint.config).begin()
         _hold_finite(self.states, "the embedding")
 
@@ -95,6 +97,23 @@ class Walk:
         for index in layers[:-1]:
             states = [look.out for look in self._run(teacher, teacher.layer(index, "cpu"), teacher.config, index, states)]
         return self._run(teacher, teacher.layer(layers[-1], "cpu"), teacher.config, layers[-1], states, parts, until)
+
+    def stored(self, layer: Layer) -> dict[str, Tensor]:
+        """Return a layer as it will lie on disk: name in the layer -> numbers."""
+        return {name: numbers.to(self.device) for name, (_, numbers, _) in stored_tensors(layer, layer.config).items()}
+
+    def attended(self, layer: Layer, learnt: Mapping[str, Tensor], fixed: Mapping[str, Tensor], batch: int) -> Tensor:
+        """Return what the attention of a layer, `fixed` on disk, gives on one batch, [B, T, M], if some parts were others; with gradients for these."""
+        tried = layer.on_top(layer.index, layer.config)
+        for part, tensor in learnt.items():
+            tried[part] = tensor
+        changed = {name: tensor.to(FLOATS[origin.dtype]).to(fixed[name]) for name, origin, tensor in tried.tensors(layer.config.family) if tensor is not None}
+        stage = self._stage(self.plan.checkpoint, layer.config)
+        return stage.attended(layer.index, {**fixed, **changed}, self.states[batch], "o")
+
+    def note(self, index: int, said: dict[str, float]) -> None:
+        """Keep what is to be told of the layer at work."""
+        self.notes[index] = said
 
     def advance(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Go on to the next layer, by what layer `index`, which has become `tensors`, makes of what arrived.
@@ -150,7 +169,7 @@ def calibration_bytes(plan: Plan) -> int:
     return plan.peak + LIBRARIES + 3 * ids.numel() * token // 2 + batch + squares
 
 
-@torch.inference_mode()
+@torch.no_grad()  # and not inference mode: transfer trains on what is made here
 def calibrate(plan: Plan, folder: Path, watcher: Watcher) -> None:
     """Convert the layers of `plan` one after the other, looking at what they compute, and leave what became of each in `folder`.
 
@@ -165,7 +184,8 @@ def calibrate(plan: Plan, folder: Path, watcher: Watcher) -> None:
         for index in range(len(layers)):
             layer, file = layers[index], folder / drafts(plan)[index]
             if layer is not None and not file.is_file():  # a layer's truth value would be its number of parts, and compute it
-                _save(file, {name: numbers.to(FLOATS[origin.dtype]) for name, (origin, numbers, new) in stored_tensors(layer, plan.config).items() if new})
+                made = {name: numbers.to(FLOATS[origin.dtype]) for name, (origin, numbers, new) in stored_tensors(layer, plan.config).items() if new}
+                _save(file, made, walk.notes.get(index, {}))
             walk.advance(index, _finished(plan, index, file))
             layers[index] = None  # what it computed is on disk
             _return_memory()
@@ -191,8 +211,18 @@ def _finished(plan: Plan, index: int, file: Path) -> dict[str, Tensor]:
     return {name: target.origin.read("cpu") if target.layer is None else made[name].float() for name, target in inside.items() if name not in buffers}
 
 
-def _save(file: Path, tensors: dict[str, Tensor]) -> None:
+def notes(plan: Plan, folder: Path) -> dict[str, dict[str, float]]:
+    """Return what steps had to tell of the layers they looked at, as it lies in `folder`: layer -> what."""
+    found = {}
+    for index, name in enumerate(drafts(plan)):
+        if (folder / name).is_file():
+            with safe_open(folder / name, "pt") as file:
+                found[str(index)] = json.loads((file.metadata() or {}).get("notes", "{}"))
+    return {index: said for index, said in found.items() if said}
+
+
+def _save(file: Path, tensors: dict[str, Tensor], said: dict[str, float]) -> None:
     draft = file.with_name(f"{file.name}{DRAFT}")
-    save_file({name: numbers.contiguous().cpu() for name, numbers in tensors.items()}, draft)
+    save_file({name: numbers.contiguous().cpu() for name, numbers in tensors.items()}, draft, {"notes": json.dumps(said)})
     to_disk(draft)
     draft.replace(file)

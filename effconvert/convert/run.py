@@ -1,6 +1,7 @@
 """One conversion from end to end: locate, plan, stream, verify, publish."""
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import yaml
 
 from effconvert import __version__
 from effconvert.convert import output, sources
-from effconvert.convert.calibrate import calibrate
+from effconvert.convert.calibrate import calibrate, notes
 from effconvert.convert.calibrate import prepare as prepare_calibration
 from effconvert.convert.card import render
 from effconvert.convert.card_data import verification
@@ -21,7 +22,9 @@ from effconvert.convert.watch import Silent, Watcher
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.results import versions
 from effconvert.eval.text import default_text, read_text
+from effconvert.heal._healing import Healing
 from effconvert.heal.refit import Refit
+from effconvert.heal.transfer import Transfer
 from effconvert.options import RunOptions
 from effconvert.paths import expand, real
 from effconvert.surgery._surgery import Surgery
@@ -36,6 +39,7 @@ class Outcome:
     report: Report | None  # None: nothing was verified, or nothing was written
     resumed: int = 0  # shards that an earlier, interrupted run had finished
     found: bool = False  # whether all of it was there already
+    told: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # layer -> held-out error of its attention before and after `transfer`
 
 
 def convert(model: str, surgeries: tuple[Surgery, ...], options: RunOptions, watcher: Watcher | None = None, *, reuse: bool = False) -> Outcome:
@@ -60,7 +64,7 @@ def convert(model: str, surgeries: tuple[Surgery, ...], options: RunOptions, wat
     if options.verify:
         text = read_text(options.text) if options.text else default_text()
     folder = sources.locate(model, options.revision, watcher.step)
-    surgeries = (*surgeries, *([Refit()] if options.refit else []))
+    surgeries = (*surgeries, *([Transfer()] if options.transfer else []), *([Refit()] if options.refit else []))
     planned = plan(open_checkpoint(folder), surgeries, _teacher(surgeries, watcher))
     if planned.looks:
         planned = replace(planned, calibration=prepare_calibration(planned, options))
@@ -77,6 +81,7 @@ def convert(model: str, surgeries: tuple[Surgery, ...], options: RunOptions, wat
     with output.workplace(planned, target) as partial:
         if planned.calibration and left(planned, partial):
             calibrate(planned, partial, watcher)
+        told = notes(planned, partial)
         with watcher.bar(f"writing {target}", planned.after.bytes, "bytes") as advance:
             resumed = write(planned, partial, advance)
         output.discard_drafts(planned, partial)
@@ -90,20 +95,22 @@ def convert(model: str, surgeries: tuple[Surgery, ...], options: RunOptions, wat
         record = {"source": _source(model, options, folder), "verified": report is not None, "report": report and asdict(report), "versions": versions()}
         if planned.calibration:
             record["calibration"] = planned.calibration.record
+        if told:
+            record["transfer"] = told
         output.describe(partial, _texts(model, planned, options, record))
         if report:  # what was verified is known by its content: `push` holds the folder to it
             record["sha256"] = {name: file_hash(partial / name) for name in planned.written}
         output.publish(planned, partial, target, options.overwrite, record)
-    return Outcome(planned, target, report, resumed)
+    return Outcome(planned, target, report, resumed, told=told)
 
 
 def _teacher(surgeries: tuple[Surgery, ...], watcher: Watcher) -> Checkpoint | None:
     """Open what a step heals towards, where it names a model."""
-    named = {surgery.teacher for surgery in surgeries if isinstance(surgery, Refit) and surgery.teacher}
+    named = {surgery.teacher for surgery in surgeries if isinstance(surgery, Healing) and surgery.teacher}
     if len(named) > 1:
         raise OptionError(f"the steps name different teachers ({', '.join(sorted(named))}); heal towards one at a time")
-    if not named and isinstance(surgeries[0], Refit):
-        raise OptionError("--teacher is needed: the model that this one was made from, towards which it is refitted")
+    if not named and isinstance(surgeries[0], Healing):
+        raise OptionError("--teacher is needed: the model that this one was made from, towards which it is healed")
     return open_checkpoint(sources.locate(named.pop(), None, watcher.step)) if named else None
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from effconvert.convert.config import Config
 from effconvert.convert.layer import Layer
@@ -133,6 +134,16 @@ class Stage:
         finally:
             empty(module)
 
+    def attended(self, index: int, tensors: Tensors, state: Tensor, until: str) -> Tensor:
+        """Run layer `index` on one batch up to the module of part `until`, and return what that made, with gradients for `tensors`."""
+        if not self.calls:
+            self.learn({name: tensor.detach() for name, tensor in tensors.items()})
+        module, (args, kwargs) = self.layers[index], self.calls[index]
+        look = Look(state)
+        with _watching(module, {until: self.config.family.parts[until]}, look, until):
+            functional_call(module, dict(tensors), (state, *_fitting(args, state)), _fitting(kwargs, state))
+        return look.outputs[until]
+
     def _until_enough(self, batch: Tensor) -> None:
         try:
             self.model(input_ids=batch, **self.arguments)
@@ -176,7 +187,7 @@ def empty(module: nn.Module) -> None:
 
 def stored_tensors(layer: Layer, config: Config) -> dict[str, tuple[Stored, Tensor, bool]]:
     """Return a layer as it will lie on disk: name in the layer -> where it comes from, the numbers rounded to what is stored there, whether they are new."""
-    made = {}
+    made: dict[str, tuple[Stored, Tensor, bool]] = {}
     for name, origin, tensor in layer.tensors(config.family):
         if name in config.family.buffers:
             continue

@@ -1,0 +1,64 @@
+"""Train the attention of one layer towards what the original's gives on the same inputs."""
+# B = windows run at a time, T = tokens, M = hidden width.
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from effconvert.convert.layer import MIXER, Layer
+
+HELD_OUT = 8  # every eighth batch
+OWN = 10  # times the rate, of parameters that a mixer brought with it
+WARM = 0.1  # of all steps, to the highest rate
+
+
+def teach(layer: Layer, original: int, parts: list[str], epochs: int, rate: float) -> None:
+    """Train `parts`, and keep of what was passed on the way what predicts held-out batches best; note the errors before and after.
+
+    The error is the squared one of what attention gives, [B, T, M], relative to the size of that.
+    """
+    walk = layer.walk
+    assert walk
+    wanted = [look.outputs["o"] for look in walk.original([original], ("o",), until="o")]
+    size = sum(float(want.square().mean()) for want in wanted) / len(wanted)
+    held = [index for index in range(len(wanted)) if (index + 1) % HELD_OUT == 0] or [len(wanted) - 1]
+    fitted = [index for index in range(len(wanted)) if index not in held]
+    if not fitted or not size:
+        return
+    fixed = walk.stored(layer)
+    learnt = {part: nn.Parameter(layer[part].clone()) for part in parts}
+    rates = [{"params": [value], "lr": rate * (OWN if part.startswith(MIXER) else 1)} for part, value in learnt.items()]
+    optimizer = torch.optim.AdamW(rates, betas=(0.9, 0.95), weight_decay=0.0)
+    steps = epochs * len(fitted)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _height(step, steps))
+    draw = torch.Generator().manual_seed(layer.index)
+
+    def error(index: int) -> Tensor:
+        return (walk.attended(layer, learnt, fixed, index) - wanted[index]).square().mean() / size
+
+    def judged() -> float:
+        with torch.no_grad():
+            return sum(float(error(index)) for index in held) / len(held)
+
+    before = least = judged()
+    best = {part: layer[part] for part in parts}
+    for _ in range(epochs):
+        for place in torch.randperm(len(fitted), generator=draw).tolist():
+            with torch.enable_grad():
+                error(fitted[place]).backward()
+            nn.utils.clip_grad_norm_(learnt.values(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        if (now := judged()) < least:
+            least, best = now, {part: value.detach().clone() for part, value in learnt.items()}
+    for part, value in best.items():
+        layer[part] = value.cpu()
+    walk.note(layer.index, {"before": before, "after": least})
+
+
+def _height(step: int, steps: int) -> float:
+    """Warm up, and cool down along a cosine."""
+    warm = max(1, round(WARM * steps))
+    return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
