@@ -27,8 +27,8 @@ class Transfer(Healing):
       effconvert transfer --calibrate mine.txt --calibration-tokens 65536 ./lolcats --teacher HuggingFaceTB/SmolLM2-135M
     """
 
-    epochs: int = Field(4, ge=1, le=1000, description="Times that each layer sees the text.")
-    rate: float = Field(1e-3, gt=0, le=1, description="Highest learning rate of the projections (AdamW); that of the mixer's own parameters is ten times that.")
+    epochs: int = Field(8, ge=1, le=1000, description="Times that each layer sees the text.")
+    rate: float = Field(3e-3, gt=0, le=1, description="Highest learning rate of the projections (AdamW); that of the mixer's own parameters is ten times that.")
 
     def check(self, config: Config) -> None:
         """Refuse models without mixers."""
