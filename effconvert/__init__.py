@@ -12,7 +12,6 @@ __version__ = "0.1.0"
 
 # Checkpoints with mixers load by AutoModel wherever effconvert is imported, before transformers or after; and who does not use that does not wait for it.
 register_post_import_hook("effconvert.mixers.register:configs", "transformers.models.auto.configuration_auto")
-register_post_import_hook("effconvert.mixers.register:models", "transformers.models.auto.modeling_auto")
 
 
 def __getattr__(name: str) -> Any:

@@ -169,6 +169,19 @@ class Config:
             f"so stock loaders could not open it; families that can: {able}"
         )
 
+    def with_window(self, window: int, layers: set[int]) -> "Config | None":
+        """Return the config of this model with a sliding window of that many tokens in `layers`, None where no class of transformers is that."""
+        family = FAMILIES.get(self.family.windowed)
+        if family is None or window < 2 or any(self.windows()) or (family.layers_alike and len(layers) < self.layers):
+            return None
+        try:
+            own = self if family == self.family else self.become(self.family.windowed)
+        except ModelError:
+            return None
+        kinds = ["sliding_attention" if index in layers else "full_attention" for index in range(self.layers)]
+        types = {} if family.layers_alike else {"layer_types": kinds, "max_window_layers": 0}
+        return replace(own, raw={**own.raw, **family.window_keys, "sliding_window": window, **types})
+
     def become(self, kind: str) -> "Config":
         """Return this config as that of the related family `kind`."""
         family = FAMILIES[kind]

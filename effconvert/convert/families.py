@@ -43,6 +43,9 @@ class Family:
     kv_heads_key: str = "num_key_value_heads"  # empty: the family cannot say, and has `fixed_kv_heads` or one per query head
     fixed_kv_heads: int = 0
     multi_query: str = ""  # the family that is this one with a single KV head
+    windowed: str = ""  # the family that is this one with a sliding window, maybe itself
+    window_keys: Mapping[str, object] = field(default_factory=dict)  # what else its config says then
+    layers_alike: bool = False  # whether its window holds in all layers or in none
     defaults: Mapping[str, Any] = field(default_factory=dict)  # what transformers takes where the config is silent
     constants: Mapping[str, object] = field(default_factory=dict)  # config values that this row takes for granted
     absent: Mapping[str, object] = field(default_factory=dict)  # keys of its relatives that it lacks, and what it does instead
@@ -85,7 +88,15 @@ LLAMA = Family(
 QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 POST_NORMS = {"attn_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
 QWEN_DEFAULTS = {"num_key_value_heads": 32, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
-QWEN3 = replace(LLAMA, base="Qwen3Model", lm="Qwen3ForCausalLM", parts={**LLAMA.parts, **QK_NORMS}, defaults={**QWEN_DEFAULTS, "head_dim": 128})
+QWEN2 = replace(LLAMA, base="Qwen2Model", lm="Qwen2ForCausalLM", defaults=QWEN_DEFAULTS, windowed="qwen2", window_keys={"use_sliding_window": True})
+QWEN3 = replace(
+    QWEN2,
+    base="Qwen3Model",
+    lm="Qwen3ForCausalLM",
+    parts={**LLAMA.parts, **QK_NORMS},
+    defaults={**QWEN_DEFAULTS, "head_dim": 128},
+    windowed="qwen3",
+)
 GEMMA2 = replace(
     LLAMA,
     base="Gemma2Model",
@@ -159,9 +170,17 @@ BERT = Family(
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
-        "llama": LLAMA,
-        "mistral": replace(LLAMA, base="MistralModel", lm="MistralForCausalLM", defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
-        "qwen2": replace(LLAMA, base="Qwen2Model", lm="Qwen2ForCausalLM", defaults=QWEN_DEFAULTS),
+        "llama": replace(LLAMA, windowed="mistral"),
+        "mistral": replace(
+            LLAMA,
+            base="MistralModel",
+            lm="MistralForCausalLM",
+            defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+            absent={"attention_bias": False, "mlp_bias": False},
+            windowed="mistral",
+            layers_alike=True,
+        ),
+        "qwen2": QWEN2,
         "qwen3": QWEN3,
         "granite": replace(LLAMA, base="GraniteModel", lm="GraniteForCausalLM"),
         "gemma": replace(LLAMA, base="GemmaModel", lm="GemmaForCausalLM", defaults={"tie_word_embeddings": True, "head_dim": 256, "num_key_value_heads": 16}),

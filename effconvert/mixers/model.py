@@ -46,6 +46,7 @@ class Converted:
             if technique := ours.mixer(index):
                 install(module, technique, ours, index)
         self._fresh()
+        self.register_forward_pre_hook(_refuse, with_kwargs=True)  # type: ignore[attr-defined]
         if ours.family.decoder:
             self.register_forward_pre_hook(_with_cache, with_kwargs=True)  # type: ignore[attr-defined]
 
@@ -101,6 +102,15 @@ def _with_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     return args, {**kwargs, "past_key_values": cache_for(model.config)}
 
 
+def _refuse(_: Any, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse what a mask can say to softmax attention and not to a mixer, which would mix what it should not."""
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if mask is not None and getattr(mask, "ndim", 2) != 2:
+        raise ValueError("mixers know of padding only: give an attention_mask [batch, tokens], or none")
+    if mask is None and positions is not None and positions.shape[-1] > 1 and bool((positions.diff(dim=-1) != 1).any()):
+        raise ValueError("several texts in one sequence (position_ids that begin anew) would be mixed with each other; give each a row of its own, padded")
+
+
 def cache_for(config: Any) -> Cache:
     """Make an empty cache for a converted model: states where it has mixers, and what transformers takes elsewhere."""
     ours = own_config(config)
@@ -130,6 +140,9 @@ def config_class(kind: str) -> Any:
     """Return the config class of a converted family."""
     stock = type(transformers.AutoConfig.for_model(kind))
     made = type(f"{CLASS}{stock.__name__}", (ConvertedConfig, stock), {"model_type": KIND + kind, "__module__": "effconvert.mixers"})
+    from effconvert.mixers.register import models
+
+    models(kind, made)
     return made
 
 

@@ -5,12 +5,10 @@ What is registered are stand-ins: making a class imports its family, and importi
 
 from collections.abc import Callable
 from functools import partial
-from itertools import product
-from typing import Any
+from typing import Any, cast
 
 from effconvert.convert.families import FAMILIES
 from effconvert.convert.mixed import KIND
-from effconvert.mixers import model
 
 
 class _Later(type):
@@ -27,23 +25,30 @@ class _Later(type):
         return cls._make()(*args, **kwargs)
 
 
+def _made(by: str, name: str) -> Any:
+    from effconvert.mixers import model  # not before: it needs transformers whole
+
+    return getattr(model, by)(name)
+
+
 def _later(make: Callable[[], Any], **known: Any) -> Any:
     return _Later("Later", (), {"_make": staticmethod(make), **known})
 
 
 def configs(_: Any) -> None:
-    """Register the configs; called when transformers' AutoConfig has been imported."""
+    """Register the configs; called when transformers' AutoConfig has been imported, maybe while other modules of it still are."""
     from transformers import AutoConfig
 
     for kind in FAMILIES:
-        AutoConfig.register(KIND + kind, _later(partial(model.config_class, kind), model_type=KIND + kind), exist_ok=True)
+        AutoConfig.register(KIND + kind, _later(partial(_made, "config_class", kind), model_type=KIND + kind), exist_ok=True)
 
 
-def models(auto: Any) -> None:
-    """Register the models with every Auto class that has their family; called when these have been imported."""
-    known = [made for made in vars(auto).values() if isinstance(made, type) and getattr(made, "_model_mapping", None) is not None]
-    for made, kind in product(known, FAMILIES):
-        opens: Any = made
-        if found := opens._model_mapping._model_mapping.get(kind):
-            name, config = found if isinstance(found, str) else found[0], model.config_class(kind)
-            opens.register(config, _later(partial(model.model_class, name), config_class=config), exist_ok=True)
+def models(kind: str, config: Any) -> None:
+    """Register the models of a family with every Auto class that has it; called when its config class is made, which comes before."""
+    from transformers.models.auto import modeling_auto
+
+    for opens in vars(modeling_auto).values():
+        mapping = getattr(opens, "_model_mapping", None) if isinstance(opens, type) else None
+        if mapping is not None and (found := mapping._model_mapping.get(kind)):
+            name, made = found if isinstance(found, str) else found[0], cast(Any, opens)
+            made.register(config, _later(partial(_made, "model_class", name), config_class=config), exist_ok=True)

@@ -21,7 +21,8 @@ class Streaming(Mixing):
     """Attend to the last tokens and the first few only (StreamingLLM).
 
     The KV cache stops growing at W + S tokens, and text of any length goes on being read. Nothing is trained. Positions are those inside the cache: a query
-    never sees a sink further away than W + S - 1. Neutral where the window is as long as the longest context. Without sinks, where all layers are changed and
+    never sees a sink further away than W + S - 1. Neutral where the window is as long as the longest context. Without sinks, families that have a sliding
+    window of their own are written with that (a llama becomes a mistral). Without sinks, where all layers are changed and
     the family has sliding windows of its own, the result is a stock checkpoint. Xiao et al. 2023, arXiv 2309.17453.
 
     \b
@@ -49,6 +50,11 @@ class Streaming(Mixing):
     def exact(self, config: Config) -> bool:
         """Where no text is longer than the window."""
         return config.longest is not None and self.window >= config.longest
+
+    def config(self, config: Config) -> Config:
+        """Put the mixer into the chosen layers; without sinks write the family's own sliding window instead, where it has one."""
+        native = None if self.sinks else config.with_window(self.window, self.chosen(config))
+        return native or super().config(config)
 
     def parameters(self, config: Config) -> Mapping[str, tuple[int, ...]]:
         """None."""
