@@ -1,0 +1,101 @@
+"""Time and memory of reading a prompt and of writing one token, against context, for mixers beside softmax: random weights, one shape.
+
+    python benchmarks/scaling.py --contexts 512,2048,8192 -o results/scaling-….csv
+
+Speed does not depend on what weights say, so a random model of SmolLM2's shape with fewer layers is measured; each mixer and context is a process of its
+own, so that its peak memory (ru_maxrss, less that of the same process with one token) is its own. The models take no turns: ratios are to the softmax row of the same
+run and the same context.
+"""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+
+FIELDS = ["mixer", "context", "prefill_s", "decode_s", "peak_mb", "cache_mb", "layers", "threads", "date", "cores", "torch", "transformers"]
+DECODERS = {
+    "softmax": None,
+    "streaming": {"window": 1024, "sinks": 4},
+    "streaming-64": {"window": 64, "sinks": 4},
+    "linear": {"window": 64},
+    "linear-elu": {"feature": "elu"},
+    "performer": {"features": 256},
+    "retnet": {"decay": "paper"},
+}
+ENCODERS = {"softmax": None, "linformer": {"rank": 128}, "linformer-256": {"rank": 256}, "nystrom": {"landmarks": 64}, "performer": {"features": 256}}
+
+ONE = """
+import json, resource, sys, time
+import torch, transformers
+from effconvert.convert.config import Config
+from effconvert.convert.families import FAMILIES
+from effconvert.mixers.model import config_class, model_class
+from effconvert.eval.quality import cache_bytes
+from effconvert.steps import load
+kind, name, options, context, layers = json.loads(sys.argv[1])
+if kind == "llama":
+    made = transformers.LlamaConfig(hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9, num_key_value_heads=3, vocab_size=256, max_position_embeddings=1 << 17)
+else:
+    made = transformers.BertConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=12, vocab_size=256, max_position_embeddings=context)
+family = FAMILIES[kind]
+torch.manual_seed(0)
+if options is None:
+    model = getattr(transformers, family.lm)(made)
+else:
+    config = Config({**made.to_dict(), "architectures": [family.lm]}, family)
+    technique = load(name.split("-")[0])(**options)
+    technique.check(config)
+    model = model_class(family.lm)(config_class(kind).from_dict(technique.config(config).content))
+model = model.eval()
+decoder = kind == "llama"
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+def run(ids):
+    options = {"use_cache": True, "logits_to_keep": 1} if decoder else {}
+    start = time.perf_counter(); out = model(ids, **options); return out, time.perf_counter() - start
+with torch.inference_mode():
+    ids = torch.randint(256, (1, context), generator=torch.Generator().manual_seed(1))
+    run(ids[:, :1]); base = peak()
+    out, prefill = run(ids)
+    if context <= 4096: out, prefill = min((run(ids) for _ in range(2)), key=lambda pair: pair[1])
+    found = {"prefill_s": prefill, "peak_mb": peak() - base}
+    if decoder:
+        cache, steps = out.past_key_values, []
+        for step in range(9):
+            start = time.perf_counter(); model(ids[:, :1], past_key_values=cache, use_cache=True); steps.append(time.perf_counter() - start)
+        found |= {"decode_s": sorted(steps)[4], "cache_mb": cache_bytes(cache) / 1e6}
+print(json.dumps({**found, "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}))
+"""
+
+
+@click.command()
+@click.option("--contexts", default="512,1024,2048,4096,8192,16384")
+@click.option("--kind", type=click.Choice(["llama", "bert"]), default="llama", help="A decoder of SmolLM2's shape, or an encoder of MiniLM's.")
+@click.option("--layers", default=4)
+@click.option("-o", "--output", type=Path, required=True)
+def main(contexts, kind, layers, output):
+    """Measure and append to a CSV."""
+    fresh = not output.exists()
+    with output.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+        for context in map(int, contexts.split(",")):
+            for name, options in (DECODERS if kind == "llama" else ENCODERS).items():
+                done = subprocess.run([sys.executable, "-c", ONE, json.dumps([kind, name, options, context, layers])], capture_output=True, text=True)
+                if done.returncode:
+                    click.echo(f"{name} {context}: {done.stderr.strip().splitlines()[-1]}")
+                    continue
+                found = json.loads(done.stdout.splitlines()[-1])
+                row = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in found.items()}
+                writer.writerow({"mixer": name, "context": context, "layers": layers, "date": datetime.now(UTC).date(), "cores": os.cpu_count(), **row})
+                file.flush()
+                click.echo(f"{name:14} {context:6} {row}")
+
+
+if __name__ == "__main__":
+    main()
