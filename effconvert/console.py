@@ -1,7 +1,7 @@
 """What people see: tables on stdout, progress on stderr and only on a terminal."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -88,12 +88,23 @@ class Terminal:
             self.out.print(f"{escape(str(outcome.output))} was there already, by this very conversion", soft_wrap=True)
         if outcome.resumed:
             self.out.print(f"{outcome.resumed} shards were there from an interrupted run")
+        if outcome.told:
+            self.transfer(outcome.told)
         if outcome.report is None:
             place = escape(str(outcome.output))
             self.out.print(f"[bold]NOT VERIFIED[/]: {place} was written and never loaded; leave --no-verify out to have it run and measured")
             return
         self.report(outcome.report)
         self.out.print(f"verified, and {'still in' if outcome.found else 'written to'} [bold]{escape(str(outcome.output))}[/]", soft_wrap=True)
+
+    def transfer(self, told: Mapping[str, Mapping[str, float]]) -> None:
+        """Print how far the attention of each layer was from the original's, and is."""
+        table = Table("layer", "error before transfer", "after", box=None, pad_edge=False, header_style="bold")
+        for layer, said in told.items():
+            table.add_row(layer, f"{said['before']:.3g}", f"{said['after']:.3g}")
+        self.out.print()
+        self.out.print(table)
+        self.out.print("squared, of what attention gives on held-out windows, relative to its size")
 
     def report(self, report: Report) -> None:
         """Print what a conversion cost."""

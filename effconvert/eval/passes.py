@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from effconvert.errors import OptionError
 from effconvert.eval import memory
 from effconvert.eval.bench_options import BenchOptions
 from effconvert.eval.graphs import capture
@@ -75,6 +76,8 @@ class Runner:
         self.prompts = prompts.to(job.device)  # [B, T]; there is no padding, so no mask
         self.last = {"logits_to_keep": 1} if "logits_to_keep" in signature(self.model.forward).parameters else {}  # as serving does: not [B, T, V]
         static = self.writes and job.options.cache == "static"
+        if static and loaded.opened.checkpoint.config.mixers:
+            raise OptionError(f"--cache static has no room for what the mixers of {loaded.opened.subject.name} remember; leave it out")
         self.room = StaticCache(config=self.model.config, max_cache_len=job.context + job.options.new_tokens) if static else None
         self.replay = capture(self.model, self.prompts[:, :1].clone(), self.room) if job.options.graphs and static else None
         self.cache_bytes: int | None = None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-CHUNK = 64  # queries that share a band
+CHUNK = (64, 512)  # queries that share a band: at least, at most; between, a quarter of the window, as bands overlap by what is before them
 
 
 def window_scores(query: Tensor, key: Tensor, live: Tensor, window: int) -> tuple[Tensor, Tensor]:
@@ -24,7 +24,7 @@ def window_scores(query: Tensor, key: Tensor, live: Tensor, window: int) -> tupl
         Scores [B, G, R, T, C + P'] of the chunk's band, C tokens in a chunk, and which of them count [B, 1, 1, T, C + P'].
     """
     tokens, before = query.shape[-2], key.shape[-2] - query.shape[-2]
-    chunk = min(CHUNK, tokens)
+    chunk = min(max(CHUNK[0], min(CHUNK[1], window // 4)), tokens)
     spare = -tokens % chunk
     query = functional.pad(query, (0, 0, 0, spare)).unflatten(-2, (-1, chunk))  # [B, G, R, N, C, D]
     bands = _bands(functional.pad(key, (0, 0, 0, spare)), chunk, before)  # [B, G, N, D, P + C]
@@ -39,9 +39,9 @@ def window_scores(query: Tensor, key: Tensor, live: Tensor, window: int) -> tupl
 def window_values(weights: Tensor, value: Tensor) -> Tensor:
     """Mix values [B, G, P + T, D] by weights [B, G, R, T, P + C] in the bands of `window_scores`: [B, G, R, T, D]."""
     tokens = weights.shape[-2]
-    chunk = min(CHUNK, tokens)
-    spare = -tokens % chunk
     before = value.shape[-2] - tokens
+    chunk = weights.shape[-1] - before
+    spare = -tokens % chunk
     weights = functional.pad(weights, (0, 0, 0, spare)).unflatten(-2, (-1, chunk))
     bands = _bands(functional.pad(value, (0, 0, 0, spare)), chunk, before)
     return (weights @ bands[:, :, None].mT).flatten(-3, -2)[..., :tokens, :]
