@@ -9,6 +9,7 @@ machine does; seconds do, and are only to be read as such.
 
 import csv
 import json
+import math
 import os
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def main(model, commands, heal, calibrate, calibration_tokens, heldout, tokens, 
                     raise SystemExit(f"effconvert {' '.join(asked)} failed")
                 manifest = json.loads((place / "effconvert.json").read_text())
                 before, after = (manifest["report"][side]["quality"] for side in ("before", "after"))
-                row = {"before": before["perplexity"], "after": after["perplexity"], "kl": after["kl"], "agreement": after["agreement"]}
+                row = {"before": math.exp(before["loss"]), "after": math.exp(after["loss"]), "kl": after["kl"], "agreement": after["agreement"]}
                 row = {key: f"{value:.4f}" for key, value in row.items()}
                 about = {"model": Path(model).name, "command": command, "heal": healing, "seconds": f"{seconds:.0f}", "peak_gb": f"{usage.ru_maxrss / 1e6:.2f}"}
                 about |= {
@@ -66,7 +67,7 @@ def main(model, commands, heal, calibrate, calibration_tokens, heldout, tokens, 
                 versions = " ".join(f"{name} {number}" for name, number in manifest["versions"].items())
                 writer.writerow({**row, **about, "date": datetime.now(UTC).date(), "cores": os.cpu_count(), "versions": versions})
                 file.flush()
-                click.echo(f"{command:45} {healing:22} {before['perplexity']:9.2f} {after['perplexity']:12.2f} {seconds:6.0f} s")
+                click.echo(f"{command:45} {healing:22} {row['before']:>9} {row['after']:>14} {seconds:6.0f} s")
 
 
 if __name__ == "__main__":

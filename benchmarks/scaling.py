@@ -2,9 +2,8 @@
 
     python benchmarks/scaling.py --contexts 512,2048,8192 -o results/scaling-….csv
 
-Speed does not depend on what weights say, so a random model of SmolLM2's shape with fewer layers is measured; each mixer and context is a process of its
-own, so that its peak memory (ru_maxrss, less that of the same process with one token) is its own. The models take no turns: ratios are to the softmax row of the same
-run and the same context.
+Speed does not depend on what weights say, so a random model of SmolLM2's shape (or MiniLM's) with fewer layers is measured. Each mixer and context is a process
+of its own, and its peak memory (ru_maxrss, less what one token took) is its own. Ratios are to the softmax row of the same run and context.
 """
 
 import csv
@@ -38,10 +37,12 @@ from effconvert.mixers.model import config_class, model_class
 from effconvert.eval.quality import cache_bytes
 from effconvert.steps import load
 kind, name, options, context, layers = json.loads(sys.argv[1])
+alike = {"num_hidden_layers": layers, "vocab_size": 256, "intermediate_size": 1536}
 if kind == "llama":
-    made = transformers.LlamaConfig(hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9, num_key_value_heads=3, vocab_size=256, max_position_embeddings=1 << 17)
+    shape = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 1 << 17}
+    made = transformers.LlamaConfig(**alike, **shape)
 else:
-    made = transformers.BertConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=12, vocab_size=256, max_position_embeddings=context)
+    made = transformers.BertConfig(**alike, hidden_size=384, num_attention_heads=12, max_position_embeddings=context)
 family = FAMILIES[kind]
 torch.manual_seed(0)
 if options is None:

@@ -20,7 +20,7 @@ import click
 FIELDS = ["model", "command", "heal", "spearman", "seconds", "pairs", "calibration", "calibration_tokens", "date", "cores", "torch", "transformers"]
 
 
-def spearman(folder, pairs, repeat=1):
+def spearman(folder, pairs):
     """Return the correlation, in batches with padding."""
     import torch
     from scipy.stats import spearmanr
@@ -34,7 +34,7 @@ def spearman(folder, pairs, repeat=1):
     for side in ("sentence1", "sentence2"):
         texts, rows = [pair[side] for pair in pairs], []
         for start in range(0, len(texts), 64):
-            batch = tokenizer([" ".join([text] * repeat) for text in texts[start : start + 64]], padding=True, truncation=True, max_length=256, return_tensors="pt")
+            batch = tokenizer(texts[start : start + 64], padding=True, truncation=True, max_length=256, return_tensors="pt")
             with torch.inference_mode():
                 hidden = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
             mask = batch["attention_mask"][..., None]

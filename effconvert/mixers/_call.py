@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -95,11 +96,18 @@ class Rotation:
     """The RoPE of the new tokens, by the family's own function, so that queries can be put at another position."""
 
     apply: Callable[..., tuple[Tensor, Tensor]]  # apply_rotary_pos_emb(q, k, cos, sin)
-    angles: Tensor  # cos and sin of each token, [B, 2, T, rotary]
+    parts: tuple[Tensor, Tensor]  # cos and sin of each token, [B or 1, T, rotary]
+    order: Tensor | None = None  # in which the tokens are, [B, T]; None: as they came
+
+    @cached_property
+    def angles(self) -> Tensor:
+        """Both, beside the tokens of the call: [B, 2, T, rotary]."""
+        both = torch.stack([*self.parts], 1)
+        return both if self.order is None else ordered(both.expand(len(self.order), -1, -1, -1), self.order)
 
     def moved(self, query: Tensor, to: Tensor) -> Tensor:
         """Return queries [B, H, T, D] as they would be with the angles `to` [B, 2, T, rotary]."""
-        cos, sin = self.angles[:, 0], self.angles[:, 1]
+        cos, sin = self.angles.expand(len(query), -1, -1, -1).unbind(1)
         size = cos.square() + sin.square()  # YaRN scales its angles
         plain = self.apply(query, query, cos / size, -sin / size)[0]
         return self.apply(plain, plain, to[:, 0], to[:, 1])[0]
@@ -119,6 +127,7 @@ class Call:
     hidden: Tensor  # what the attention's module was given, [B, T, M]
     rotation: Rotation | None
     softcap: float | None = None  # of scores: cap * tanh(score / cap)
+    padded: bool = False  # whether there may be tokens that are not live
 
     @property
     def grouped(self) -> Tensor:
@@ -155,6 +164,9 @@ class Call:
             old_key, old_value, old_live = (self.state.held[name] for name in ("past_key", "past_value", "past_live"))
         key, value = torch.cat([old_key, self.key], 2), torch.cat([old_value, self.value], 2)
         live = torch.cat([old_live, self.live], 1)
+        if self.padded:  # padding between those before and these must take no place among the last
+            order = padding_first(live)
+            key, value, live = ordered(key, order), ordered(value, order), live.gather(1, order)
         tokens = self.key.shape[-2]
         self.keep(past_key=key[:, :, tokens:].clone(), past_value=value[:, :, tokens:].clone(), past_live=live[:, tokens:].clone())
         return key, value, live
@@ -165,6 +177,17 @@ class Call:
         ranks = before[:, None] + self.live.cumsum(1) - 1
         self.keep(count=ranks[:, -1] + 1)
         return ranks
+
+
+def padding_first(live: Tensor) -> Tensor:
+    """Return an order of tokens [B, T] in which padding comes first, and live tokens follow each other as they did."""
+    return live.to(torch.uint8).argsort(dim=1, stable=True)
+
+
+def ordered(rows: Tensor, order: Tensor) -> Tensor:
+    """Put rows [B, ..., T, D] of tokens in order [B, T]."""
+    places = order.reshape(len(order), *[1] * (rows.ndim - 3), -1, 1)
+    return rows.gather(-2, places.expand(*rows.shape[:-2], -1, rows.shape[-1]))
 
 
 def past(count: int, kv_heads: int, head_dim: int) -> dict[str, tuple[tuple[int, ...], str]]:

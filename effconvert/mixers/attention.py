@@ -12,7 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from effconvert.convert.config import Config
-from effconvert.mixers._call import Call, Rotation, State
+from effconvert.mixers._call import Call, Rotation, State, ordered, padding_first
 from effconvert.surgery._mixing import Mixing
 
 NAME = "effconvert"  # of our function in transformers' registry
@@ -69,12 +69,17 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
     state, hidden, angles = mixing
     tokens, scaling = query.shape[-2], kwargs.get("scaling")
     live = _live(attention_mask, tokens, len(query), query.device)
-    rotation = None
-    if angles is not None:
-        both = torch.stack([part.expand(len(query), -1, -1) for part in angles], 1)  # [B, 2, T, rotary]
-        rotation = Rotation(sys.modules[type(module).__module__].apply_rotary_pos_emb, both)
+    causal, order = module.mixer.config.family.decoder, None
+    if causal and attention_mask is not None and tokens > 1:  # wherever padding stood, live tokens are the last, and next to each other
+        order = padding_first(live)
+        query, key, value, hidden = (ordered(rows, order) for rows in (query, key, value, hidden))
+        live = live.gather(1, order)
+    rotation = None if angles is None else Rotation(sys.modules[type(module).__module__].apply_rotary_pos_emb, angles, order)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = module.mixer(Call(query, key, value, scaling, live, module.mixer.config.family.decoder, state, hidden, rotation, kwargs.get("softcap")))
+    call = Call(query, key, value, scaling, live, causal, state, hidden, rotation, kwargs.get("softcap"), attention_mask is not None)
+    out = module.mixer(call)
+    if order is not None:
+        out = ordered(out, order.argsort(1))
     return out.to(query.dtype).transpose(1, 2).contiguous(), None
 
 
