@@ -37,7 +37,9 @@ class Nystrom(Mixing):
     )
 
     landmarks: int = Field(ge=1, description="Means of consecutive tokens, m; a shorter text is taken as it is.", json_schema_extra={"metavar": "M"})
-    iterations: int = Field(6, ge=0, le=100, description="Steps towards the pseudo-inverse; more magnify more of what landmarks miss. 0: all the way, by singular values.")
+    iterations: int = Field(
+        6, ge=0, le=100, description="Steps towards the pseudo-inverse; more magnify more of what landmarks miss. 0: all the way, by singular values."
+    )
     conv: int = Field(
         65, ge=0, le=1023, description="Tokens that the convolution of a head's values is wide, odd; 0: none.", json_schema_extra={"metavar": "WIDTH"}
     )
@@ -99,7 +101,7 @@ def segments(live: Tensor, count: int) -> Tensor:
     import torch
 
     tokens = live.sum(1, keepdim=True)  # [B, 1]
-    place = (live.cumsum(1) - 1) * tokens.clamp_max(count) // tokens.clamp_min(1)  # [B, T], of each token's landmark
+    place = (live.cumsum(1) - 1) * count // tokens.clamp_min(1)  # [B, T], of each token's landmark
     member = ((place[:, None] == torch.arange(count, device=live.device)[:, None]) & live[:, None]).float()
     return member / member.sum(-1, keepdim=True).clamp_min(1)
 

@@ -2,20 +2,23 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 
+import effconvert.mixers
 from effconvert.convert.config import read_config
 from effconvert.convert.families import FAMILIES
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError
+from effconvert.mixers.model import own_config
 from effconvert.options import RunOptions
 from effconvert.steps import load
 from effconvert.steps import techniques as catalogue
+from tests.mixers import mixing
 from tests.models import GROUPING, characters, logits, save, tiny
 
 
@@ -31,6 +34,8 @@ class Case:
     parts: tuple = ()  # what it changes in a layer beside `Family.per_kv_head` and the biases of that
     keys: tuple = ("num_key_value_heads",)  # what it changes in config.json, where it stays in the family
     cache: bool = True  # whether the KV cache changes its size
+    encoder: dict = field(default_factory=dict)  # in place of `small` for encoders
+    mixer: bool = False  # whether it brings parameters of its own, and leaves those that are there alone
 
 
 HEADS = {count: {"num_key_value_heads": count} for count in (1, 2, 4)}
@@ -41,10 +46,17 @@ CASES = {
     "mqa": Case({}, HEADS[1], True, {}, HEADS[4], [*GROUPING, "gpt2"], "cannot be written with fewer KV heads: transformers has", ("q", "q.bias", "o")),
     "expand-kv": Case({"groups": 4}, HEADS[2], False, {"groups": 2}, HEADS[1], GROUPING, "cannot be written with another number of KV heads: transformers has"),
 }
+MIXED = ("model_type", "architectures", "auto_map", "layer_types", "effconvert")
+for name, row in mixing.ROWS.items():  # what they compute is tried on all families in tests/mixers; here a few are written, and read again
+    reason = next(iter(row.refused.values()))
+    CASES[name] = Case(row.neutral, {}, False, row.small, {}, row.pipeline, f".*{reason}", (), MIXED, True, row.encoder, True)
 MATRIX = [(name, kind) for name, case in CASES.items() for kind in case.kinds]
-NEUTRAL = [(name, kind) for name, kind in MATRIX if kind in GROUPING] + [("mqa", "gpt_bigcode"), ("gqa", "gpt2")]
+NEUTRAL = [(name, kind) for name, kind in MATRIX if kind in GROUPING and not CASES[name].mixer] + [("mqa", "gpt_bigcode"), ("gqa", "gpt2")]
+NEUTRAL += [(name, kind) for name, kind in mixing.NEUTRAL if kind in CASES[name].kinds]
 OTHERWISE = [("mqa", "gpt_bigcode"), ("gqa", "gpt_bigcode"), ("gqa", "gpt2")]  # nothing to refuse, or the options are wrong and not the model
-REFUSED = [(name, kind) for name, case in CASES.items() for kind in FAMILIES if kind not in case.kinds and (name, kind) not in OTHERWISE]
+REFUSED = [(name, kind) for name, case in CASES.items() for kind in FAMILIES if kind not in case.kinds and (name, kind) not in OTHERWISE and not case.mixer]
+REFUSED += [(name, next(iter(row.refused))) for name, row in mixing.ROWS.items()]
+LIKELY = {name: next(kind for kind in ("llama", "bert") if not case.mixer or kind in mixing.ROWS[name].kinds) for name, case in CASES.items()}
 
 
 def technique(name, options):
@@ -53,6 +65,11 @@ def technique(name, options):
 
 def build(kind, changes):
     return tiny(kind, **(changes if kind in GROUPING else {}))
+
+
+def small(name, kind):
+    case = CASES[name]
+    return case.small if FAMILIES[kind].decoder else case.encoder or case.small
 
 
 def run(source, output, name, options, **how):
@@ -64,7 +81,7 @@ def run(source, output, name, options, **how):
 
 def read_back(folder):
     name = json.loads((folder / "config.json").read_text())["architectures"][0]
-    model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
+    model, info = getattr(effconvert.mixers if name.startswith("Effconvert") else transformers, name).from_pretrained(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     return model.eval()
 
@@ -84,12 +101,16 @@ def digests(folder):
 
 
 def kv_bytes(model):
-    if not FAMILIES[model.config.model_type].decoder:
-        return 0
-    cache = transformers.DynamicCache(config=model.config)
-    with torch.inference_mode():
-        model(torch.tensor([[3]]), past_key_values=cache, use_cache=True)
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    """Bytes of the cache that grow with each token, and that do not."""
+    if not own_config(model.config).family.decoder:
+        return 0, 0
+    held = []
+    for length in (1, 2):
+        cache = effconvert.mixers.cache_for(model.config)
+        with torch.inference_mode():
+            model(torch.tensor([[3] * length]), past_key_values=cache, use_cache=True)
+        held.append(sum(layer.nbytes if hasattr(layer, "nbytes") else layer.keys.nbytes + layer.values.nbytes for layer in cache.layers))
+    return held[1] - held[0], 2 * held[0] - held[1]
 
 
 @pytest.fixture(scope="module", params=MATRIX, ids="-".join)
@@ -101,7 +122,7 @@ def done(request, tmp_path_factory):
     characters(source)
     (source / "NOTICE").write_text("words of the author")
     (source / "README.md").write_text("---\nlicense: mit\n---\nThe original.\n")
-    return name, source, run(source, folder / "out", name, CASES[name].small)
+    return name, source, run(source, folder / "out", name, small(name, kind))
 
 
 def test_the_table_names_every_technique():
@@ -110,7 +131,7 @@ def test_the_table_names_every_technique():
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_class_of_a_technique_carries_its_name_and_summary(name):
-    surgery = technique(name, CASES[name].small)
+    surgery = technique(name, small(name, LIKELY[name]))
     assert surgery.name == name
     assert type(surgery).__doc__.startswith(catalogue()[name])
 
@@ -123,13 +144,13 @@ def test_neutral_options_change_no_logit(name, kind, tmp_path):
         for parameter in model.parameters():
             parameter.view(-1)[::3] = -0.0  # a sum or a mean would make it 0.0
     source = save(model, tmp_path / "source", max_shard_size="40KB")
-    outcome = run(source, tmp_path / "out", name, case.neutral)
+    outcome = run(source, tmp_path / "out", name, mixing.neutral(name, kind) if case.mixer else case.neutral)
     assert outcome.plan.exact
     expected, found = logits(model), logits(read_back(tmp_path / "out"))
     assert expected.std() > 0.1
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert outcome.report.difference <= 1e-5 * expected.abs().max()
-    assert outcome.report.unmeasured == "the model has no tokenizer"
+    assert outcome.report.unmeasured == ("the model has no tokenizer" if FAMILIES[kind].decoder else f"{kind} is an encoder and predicts no next token")
     assert outcome.report.before.quality is None
     if case.same_bytes:
         before, after = tensors(source), tensors(tmp_path / "out")
@@ -141,9 +162,16 @@ def test_a_conversion_that_changes_something_changes_what_it_should_and_no_other
     name, source, outcome = done
     config = outcome.plan.checkpoint.config
     family, checkpoint = config.family, outcome.plan.checkpoint
-    allowed = {*family.per_kv_head, *(f"{part}.bias" for part in family.per_kv_head), *CASES[name].parts}
+    allowed = set() if CASES[name].mixer else {*family.per_kv_head, *(f"{part}.bias" for part in family.per_kv_head), *CASES[name].parts}
     before, after = tensors(source), tensors(outcome.output)
-    assert before.keys() == after.keys()
+    new = {
+        f"{checkpoint.layer_prefix(index)}{family.attention}.mixer.{parameter}": shape
+        for index, mixer in enumerate(outcome.plan.config.mixers)
+        if mixer
+        for parameter, shape in mixer.parameters(config).items()
+    }
+    assert after.keys() == before.keys() | new.keys()
+    assert {tensor: tuple(after[tensor].shape) for tensor in new} == new
     for tensor, value in before.items():
         inside = tensor.removeprefix(checkpoint.prefix).removeprefix(f"{family.layers}.").partition(".")[2].rpartition(".")[0]
         suffix = ".bias" if tensor.endswith(".bias") else ""
@@ -162,10 +190,11 @@ def test_a_conversion_leaves_the_other_files_and_config_keys_alone(done):
     card = (outcome.output / "README.md").read_text()
     assert "license: mit" in card
     assert "The original." not in card  # which is about another model
-    assert (outcome.output / "generation_config.json").read_bytes() == (source / "generation_config.json").read_bytes()
+    for file in source.glob("generation_config.json"):
+        assert (outcome.output / file.name).read_bytes() == file.read_bytes()
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, outcome.output))
     changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
-    if after["model_type"] == before["model_type"]:
+    if after["model_type"] == before["model_type"] or CASES[name].mixer:
         assert changed == set(CASES[name].keys)
     else:
         assert after["model_type"] == outcome.plan.config.kind
@@ -178,13 +207,13 @@ def test_what_was_planned_is_what_transformers_loads(done):
     for folder, size in ((source, before), (outcome.output, after)):
         model = read_back(folder)
         assert sum(parameter.numel() for parameter in model.parameters()) == size.parameters
-        assert kv_bytes(model) == size.kv_bytes
+        assert kv_bytes(model) == (size.kv_bytes, size.state_bytes)
         assert sum(tensor.nbytes for tensor in tensors(folder).values()) == size.bytes
-        assert read_config(folder).kind == model.config.model_type
+        assert read_config(folder).kind == model.config.model_type.removeprefix("effconvert_")
         index = json.loads((folder / "model.safetensors.index.json").read_text())
         assert (index["metadata"]["total_size"], index["metadata"]["total_parameters"]) == (size.bytes, size.parameters)
         assert index["weight_map"].keys() == tensors(folder).keys()
-    assert (before.kv_bytes != after.kv_bytes) == CASES[name].cache
+    assert (before.kv_bytes != after.kv_bytes) == (CASES[name].cache and outcome.plan.config.family.decoder)
     assert outcome.plan.disk >= sum(tensor.nbytes for tensor in tensors(outcome.output).values())
 
 
@@ -192,10 +221,12 @@ def test_the_report_holds_what_was_measured(done):
     _, source, outcome = done
     report = outcome.report
     assert [side.parameters for side in (report.before, report.after)] == [read_back(folder).num_parameters() for folder in (source, outcome.output)]
-    assert [side.kv_bytes for side in (report.before, report.after)] == [kv_bytes(read_back(folder)) for folder in (source, outcome.output)]
-    assert not report.unmeasured
-    assert report.before.quality.perplexity > 1
-    assert (report.after.quality.kl > 1e-3) == (not outcome.plan.exact)
+    sides = [(side.kv_bytes, side.state_bytes) for side in (report.before, report.after)]
+    assert sides == [kv_bytes(read_back(folder)) for folder in (source, outcome.output)]
+    if outcome.plan.config.family.decoder:
+        assert not report.unmeasured
+        assert report.before.quality.perplexity > 1
+        assert (report.after.quality.kl > 1e-3) == (not outcome.plan.exact)
     manifest = json.loads((outcome.output / "effconvert.json").read_text())
     assert manifest["recipe"] == outcome.plan.recipe
     assert manifest["verified"]
@@ -209,7 +240,7 @@ def test_a_converted_model_survives_being_saved_and_loaded_by_transformers(done,
 
 def test_the_same_input_gives_the_same_bytes(done, tmp_path):
     name, source, outcome = done
-    again = run(source, tmp_path / "again", name, CASES[name].small, verify=False)
+    again = run(source, tmp_path / "again", name, small(name, outcome.plan.config.kind), verify=False)
     assert digests(again.output) == digests(outcome.output)
     assert again.report is None
 
@@ -219,7 +250,7 @@ def test_a_layout_of_one_shard_holds_the_same_tensors(done, tmp_path):
     assert len(list(source.glob("*.safetensors"))) > 1
     whole = save(read_back(source), tmp_path / "whole")
     characters(whole)
-    again = run(whole, tmp_path / "out", name, CASES[name].small, verify=False)
+    again = run(whole, tmp_path / "out", name, small(name, outcome.plan.checkpoint.config.kind), verify=False)
     assert [path.name for path in again.output.glob("*.safetensors")] == ["model.safetensors"]
     assert {tensor: bits(value) for tensor, value in tensors(again.output).items()} == {
         tensor: bits(value) for tensor, value in tensors(outcome.output).items()
@@ -236,17 +267,18 @@ def test_a_family_that_cannot_say_it_is_refused_with_the_reason(name, kind, tmp_
 
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_is_written_on_a_dry_run(name, tmp_path):
-    source = save(build("llama", CASES[name].small_from), tmp_path / "source")
+    source = save(build(LIKELY[name], CASES[name].small_from), tmp_path / "source")
     characters(source)
-    outcome = run(source, tmp_path / "out", name, CASES[name].small, dry_run=True)
+    outcome = run(source, tmp_path / "out", name, small(name, LIKELY[name]), dry_run=True)
     assert outcome.plan.shards
     assert not any("out" in path.name for path in tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_base_model_without_its_head_is_converted_too(name, tmp_path):
-    source = save(build("qwen2", CASES[name].small_from).base_model, tmp_path / "source")
+    kind = {"llama": "qwen2", "bert": "distilbert"}[LIKELY[name]]
+    source = save(build(kind, CASES[name].small_from).base_model, tmp_path / "source")
     characters(source)
-    outcome = run(source, tmp_path / "out", name, CASES[name].small)
-    assert outcome.report.unmeasured == "Qwen2Model has no language-model head"
+    outcome = run(source, tmp_path / "out", name, small(name, kind))
+    assert outcome.report.unmeasured == ("Qwen2Model has no language-model head" if kind == "qwen2" else "distilbert is an encoder and predicts no next token")
     assert read_back(outcome.output).num_parameters() == outcome.plan.after.parameters

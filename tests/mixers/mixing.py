@@ -1,0 +1,133 @@
+"""The table of mixers, one row each, and small models that have them."""
+
+import inspect
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import torch
+
+from effconvert.convert.config import Config
+from effconvert.convert.families import FAMILIES
+from effconvert.mixers.model import config_class, model_class
+from effconvert.steps import load
+from tests.models import DECODERS, tiny
+
+ENCODERS = [kind for kind in FAMILIES if kind not in DECODERS]
+CAPPED = ["gemma2"]  # of the decoders, those that cap their scores
+NO_CAPS = {"gemma2": "caps its scores"}
+SAME = 1e-5  # of the largest logit, in float32
+
+
+@dataclass(frozen=True)
+class Row:
+    kinds: list  # families that it can be in
+    refused: dict  # the others, and a word of the reason
+    small: dict  # options that change something
+    neutral: dict = field(default_factory=dict)  # options with which no logit may change, empty where there are none
+    encoder: dict = field(default_factory=dict)  # in place of `small` for encoders
+    pipeline: tuple = ()  # families on which whole conversions are tried
+
+
+def without(kinds, *others):
+    return [kind for kind in kinds if kind not in others]
+
+
+BACKWARDS = dict.fromkeys(DECODERS, "which a decoder must not see")
+ROWS = MappingProxyType(
+    {
+        "streaming": Row(
+            DECODERS, dict.fromkeys(ENCODERS, "keeps the first and the last tokens"), {"window": 6, "sinks": 2}, {"window": 64}, pipeline=("gemma2", "gpt_neox")
+        ),
+        "linear": Row(without(FAMILIES, *CAPPED), NO_CAPS, {"window": 6}, {"window": 64}, {"feature": "elu"}, ("phi3", "gpt_neox", "bert")),
+        "performer": Row(without(FAMILIES, *CAPPED), NO_CAPS, {"features": 32}, encoder={"features": 32}, pipeline=("gpt2", "modernbert")),
+        "retnet": Row(without(DECODERS, *CAPPED), {**NO_CAPS, **dict.fromkeys(ENCODERS, "looks back only")}, {}, pipeline=("llama",)),
+        "linformer": Row(ENCODERS, BACKWARDS, {"rank": 8}, {"rank": 64}, {"rank": 8}, ("bert",)),
+        "nystrom": Row(ENCODERS, BACKWARDS, {"landmarks": 8}, {"landmarks": 64, "iterations": 0}, {"landmarks": 8}, ("distilbert",)),
+    }
+)
+MATRIX = [(name, kind) for name, row in ROWS.items() for kind in row.kinds]
+NEUTRAL = [(name, kind) for name, kind in MATRIX if ROWS[name].neutral and (kind in DECODERS or not set(ROWS[name].kinds) & set(DECODERS))]
+
+
+def small(name, kind):
+    """Options that change something in a model of this family."""
+    row = ROWS[name]
+    return row.small if FAMILIES[kind].decoder else row.encoder
+
+
+def neutral(name, kind):
+    """Options that change nothing in a tiny model of this family."""
+    return {"rank": 63} if (name, kind) == ("linformer", "roberta") else ROWS[name].neutral  # whose first position is the padding's
+
+
+def wide(kind):
+    """Changes to the config of a tiny model, so that it has a layer for every mixer: none with a short window of its own."""
+    return {"sliding_window": None} if kind == "mistral" else {}
+
+
+def stock_config(model):
+    """A config of effconvert for a model of transformers."""
+    kind = model.config.model_type
+    return Config({**model.config.to_dict(), "architectures": [type(model).__name__]}, FAMILIES[kind])
+
+
+def converted(model, *steps):
+    """`model` with mixers: steps are names with their options. Its own weights, and new parameters as they begin."""
+    config = stock_config(model)
+    for name, options in steps:
+        step = load(name)(**options)
+        step.check(config)
+        config = step.config(config)
+    made = model_class(type(model).__name__)(config_class(model.config.model_type).from_dict(config.content)).eval()
+    lacking = made.load_state_dict(model.state_dict(), strict=False)
+    assert not lacking.unexpected_keys
+    assert all(".mixer." in name for name in lacking.missing_keys)
+    return made
+
+
+def pair(kind, *steps, **changes):
+    """A tiny model and what it is with mixers."""
+    model = tiny(kind, **wide(kind), **changes)
+    return model, converted(model, *steps)
+
+
+def tokens(rows=2, length=20, seed=0):
+    """Random token ids, none of them special."""
+    return torch.randint(3, 128, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def run(model, ids, **given):
+    """Logits of one pass without a cache."""
+    alone = {"use_cache": False} if FAMILIES[model.config.model_type.removeprefix("effconvert_")].decoder else {}
+    with torch.no_grad():
+        return model(ids, **alone, **given).logits
+
+
+def far(one, other):
+    """How far logits are apart, of the largest."""
+    assert one.shape == other.shape
+    assert one.isfinite().all()
+    return float((one - other).abs().max() / other.abs().max())
+
+
+def positions(model, mask):
+    """The positions of tokens behind padding, for families that are told them."""
+    told = "position_ids" in inspect.signature(type(model).__mro__[2].forward).parameters
+    return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if told else {}
+
+
+@torch.no_grad()
+def in_pieces(model, ids, sizes, mask=None, cache=None, **given):
+    """Logits of passes that go on from each other, and the cache."""
+    made, at = [], 0
+    for size in sizes:
+        piece = {name: value[:, at : at + size] for name, value in given.items()}
+        seen = {} if mask is None else {"attention_mask": mask[:, : at + size]}
+        out = model(ids[:, at : at + size], past_key_values=cache, use_cache=True, **seen, **piece)
+        cache = out.past_key_values
+        made.append(out.logits)
+        at += size
+    return torch.cat(made, 1), cache
+
+
+PIECES = (7, 1, 5, *[1] * 7)  # 20 tokens
