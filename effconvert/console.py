@@ -65,7 +65,7 @@ class Terminal:
         need = f"needs about {size(plan.peak)} of memory to write and {size(plan.disk + plan.draft_bytes)} of disk"
         self.out.print(need + (f", {size(verify_bytes)} of memory to verify" if verify_bytes else ""))
         name = plan.config.architecture
-        opens = f"{CLASS}{name}, where effconvert is installed" if plan.config.mixers else f"{name} in stock transformers"
+        opens = f"{CLASS}{name}, where effconvert is installed" if plan.config.ours else f"{name} in stock transformers"
         self.out.print(f"loads as {escape(opens)}" + ("; no logit may change" if plan.exact else ""))
 
     def step(self, what: str) -> None:

@@ -81,7 +81,12 @@ def characters(folder):
     return text
 
 
-LAYOUTS = {**dict.fromkeys(FAMILIES, ("halves", 1)), "cohere": ("interleaved", 1), "glm": ("interleaved", 0.5), "gpt2": ("halves", 0)}  # of RoPE, and its part
+LAYOUTS = {  # of RoPE, and its part
+    **{kind: ("halves", 1 if family.rope else 0) for kind, family in FAMILIES.items()},
+    "cohere": ("interleaved", 1),
+    "glm": ("interleaved", 0.5),
+    "gpt_neox": ("halves", 0.25),
+}
 
 
 def attention(model):
@@ -97,7 +102,8 @@ def attention(model):
             fused = family.parts["q"] == family.parts["k"]
             for name, tensor in modules.named_parameters():
                 rows = (tensor.data.T if family.transposed and tensor.ndim == 2 else tensor.data).unflatten(0, (-1, width))
-                held[part if name == "weight" else f"{part}.{name}"] = rows[at : at + count] if fused else rows
+                chosen = slice("qkv".index(part), None, 3) if family.per_head else slice(at, at + count)
+                held[part if name == "weight" else f"{part}.{name}"] = rows[chosen] if fused else rows
         for part in ("q_norm", "k_norm"):
             if part in family.parts:
                 held[part] = layer.get_submodule(family.parts[part]).weight.data.unflatten(0, (-1, width))

@@ -6,6 +6,7 @@ Read as JSON and not by transformers, so that a plan needs no import of it, and 
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -33,6 +34,16 @@ class Config:
     def content(self) -> dict[str, Any]:
         """What config.json says."""
         return encode(self.raw, self.mixers, self.family)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether query heads share KV heads as in no class of transformers for this family."""
+        return self.family != FAMILIES[self.kind]
+
+    @property
+    def ours(self) -> bool:
+        """Whether the model is opened with a class of effconvert, since transformers has none."""
+        return self.grouped or bool(self.mixers)
 
     def mixer(self, layer: int) -> "Mixing | None":
         """Return what mixes in a layer in place of softmax attention."""
@@ -149,25 +160,28 @@ class Config:
         return sum(mixer.cache_bytes(self, itemsize) for mixer in self.mixers if mixer) if self.family.decoder else 0
 
     def with_kv_heads(self, count: int) -> "Config":
-        """Return the config of the same model with `count` KV heads, in another family if this one cannot say it.
+        """Return the config of the same model with `count` KV heads: as its family says it, or a related one, or else in a class of ours.
 
         Raises:
-            ModelError: no architecture of transformers is this family with `count` KV heads.
+            ModelError: nothing is this family with `count` KV heads.
         """
         if self.mixers and count != self.kv_heads:
             raise ModelError(f"its mixers are made for {self.kv_heads} KV heads; change their number first, and put mixers in afterwards")
-        if self.family.kv_heads_key:
-            return replace(self, raw={**self.raw, self.family.kv_heads_key: count})
         if count == self.kv_heads:
             return self
-        if count == 1 and self.family.multi_query:
-            return self.become(self.family.multi_query)
-        able = ", ".join(kind for kind, family in FAMILIES.items() if family.kv_heads_key)
-        only = f"nothing but one head for all ({self.family.multi_query})" if self.family.multi_query else "no class"
-        raise ModelError(
-            f"{self.kind} cannot be written with fewer KV heads: transformers has {only} for a {self.kind} whose query heads share them, "
-            f"so stock loaders could not open it; families that can: {able}"
-        )
+        if self.family.fixed_kv_heads:
+            raise ModelError(f"{self.kind} cannot be written with another number of KV heads: it has {self.kv_heads} by definition")
+        stock = FAMILIES[self.kind]
+        shared = replace(self, raw={**self.raw, stock.grouped.kv_heads_key: count}, family=stock.grouped)
+        if stock.kv_heads_key:
+            return shared
+        plain = replace(self, raw={key: value for key, value in self.raw.items() if key != stock.grouped.kv_heads_key}, family=stock)
+        if count == self.heads:
+            return plain
+        if count == 1 and stock.multi_query:
+            with suppress(ModelError):  # it lacks a switch that this model has on
+                return plain.become(stock.multi_query)
+        return shared
 
     def with_window(self, window: int, layers: set[int]) -> "Config | None":
         """Return the config of this model with a sliding window of that many tokens in `layers`, None where no class of transformers is that."""
@@ -218,12 +232,12 @@ def read_config(folder: Path) -> Config:
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not JSON ({error}); fetch the file again") from None
     kind = raw.get("model_type") if isinstance(raw, dict) else None
+    mixers: tuple[Mixing | None, ...] = ()
+    family = FAMILIES.get(str(kind))
     if isinstance(kind, str) and kind.removeprefix(KIND) in FAMILIES and kind.startswith(KIND):
-        raw, mixers = decode(raw)
+        raw, mixers, family = decode(raw)
         kind = raw["model_type"]
-    else:
-        mixers = ()
-    if not isinstance(kind, str) or kind not in FAMILIES:
+    if not isinstance(kind, str) or family is None:
         near = get_close_matches(str(kind), FAMILIES, n=1)
         hint = f"the nearest is {near[0]!r}; " if near else ""
         raise ModelError(f"{path} names the family {kind!r}, which effconvert does not know; {hint}it knows {', '.join(FAMILIES)}")
@@ -231,14 +245,13 @@ def read_config(folder: Path) -> Config:
         quantization = raw["quantization_config"]
         method = quantization.get("quant_method", "an unnamed method") if isinstance(quantization, dict) else quantization
         raise ModelError(f"{folder} is quantised ({method}), and surgery needs the numbers themselves; give the checkpoint that it was made from")
-    config = Config(raw, FAMILIES[kind], mixers)
-    for key, needed in config.family.constants.items():
+    config = Config(raw, family, mixers)
+    for key, needed in family.constants.items():
         if raw.get(key, needed) != needed:
             raise ModelError(f"{kind} with {key} = {raw[key]!r} is laid out differently from the {kind} that effconvert knows, which needs {needed!r}")
     for key, (fits, needed) in SOUND.items():
         if config.get(key) is not None and not fits(config.get(key)):
             raise ModelError(f"{path} says {key} = {config.get(key)!r}, where {needed} is needed; mend the file")
-    family = config.family
     stem = family.base.removesuffix("Model")
     if config.architecture not in (family.base, family.lm) and not re.fullmatch(rf"{stem}For[A-Za-z]+", config.architecture):
         raise ModelError(f"{path} names the class {config.architecture!r}, which is none of {kind}'s ({family.base}, {family.lm}, {stem}For…); mend the file")

@@ -56,6 +56,11 @@ class Family:
         return self.parts["q"].rpartition(".")[0]
 
     @property
+    def grouped(self) -> "Family":
+        """This family with query heads that share KV heads, where transformers' has none: a class of ours, with a key for their number."""
+        return self if self.kv_heads_key else replace(self, kv_heads_key="num_key_value_heads", per_head=False)
+
+    @property
     def modules(self) -> dict[str, tuple[str, ...]]:
         """Map each module of a layer to the parts that are fused in it, in order."""
         grouped: dict[str, tuple[str, ...]] = {}

@@ -180,7 +180,8 @@ class Layer(MutableMapping[str, torch.Tensor]):
         source = self._source.family
         together = tuple(part.removesuffix(".bias") for part in parts)
         same = family.modules.get(source.parts[together[0]]) == source.modules[source.parts[together[0]]] == together
-        return same and (family.transposed, family.per_head) == (source.transposed, source.per_head) and not any(map(self._changed, parts))
+        laid_out = family.transposed == source.transposed and (len(parts) == 1 or family.per_head == source.per_head)
+        return same and laid_out and not any(map(self._changed, parts))
 
     def _name(self, part: str) -> str:
         if part.startswith(MIXER):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 KIND, CLASS = "effconvert_", "Effconvert"  # begin the model_type, and the names of classes
 STUB_FILE = "modeling_effconvert.py"
-STUB = '''"""This {kind} has mixers of effconvert in place of attention: `pip install effconvert`, then `import effconvert`, or trust_remote_code=True."""
+STUB = '''"""This {kind} has attention of effconvert: `pip install effconvert`, then `import effconvert`, or trust_remote_code=True."""
 
 import effconvert.mixers
 
@@ -30,16 +30,19 @@ AUTO = {"AutoModelForCausalLM": "lm", "AutoModelForMaskedLM": "lm", "AutoModel":
 
 
 def encode(raw: Mapping[str, Any], mixers: tuple[Mixing | None, ...], family: Family) -> dict[str, Any]:
-    """Return config.json of the model `raw` with `mixers` in its layers (one each, None where it is softmax)."""
+    """Return config.json of the model `raw` with `mixers` in its layers (one each, None where it is softmax), and KV heads shared as in `family`."""
     kinds: list[Mixing] = []
     for mixer in mixers:
         if mixer is not None and mixer not in kinds:
             kinds.append(mixer)
-    if not kinds:
+    grouped = family != FAMILIES[raw["model_type"]]
+    if not kinds and not grouped:
         return dict(raw)
+    mixers = mixers or (None,) * raw[family.layers_key]
     placed = [{"mixer": kind.name, "options": kind.settings, "layers": [index for index, mixer in enumerate(mixers) if mixer == kind]} for kind in kinds]
     usual = raw.get("layer_types")
-    names = [f"{KIND}{mixer.name}" if mixer else (usual[index] if usual else "full_attention") for index, mixer in enumerate(mixers)]
+    softmax = [f"{KIND}gqa"] * len(mixers) if grouped else usual or ["full_attention"] * len(mixers)
+    names = [f"{KIND}{mixer.name}" if mixer else kind for mixer, kind in zip(mixers, softmax, strict=True)]
     module = STUB_FILE.removesuffix(".py")
     heads = ("AutoModelForCausalLM", "AutoModel") if family.decoder else ("AutoModelForMaskedLM", "AutoModel")
     classes = {auto: f"{module}.{CLASS}{getattr(family, AUTO[auto])}" for auto in heads}
@@ -49,22 +52,27 @@ def encode(raw: Mapping[str, Any], mixers: tuple[Mixing | None, ...], family: Fa
         "architectures": [CLASS + name for name in raw.get("architectures") or [family.lm]],
         "auto_map": {"AutoConfig": f"{module}.{CLASS}{family.base.removesuffix('Model')}Config", **classes},
         "layer_types": names,
-        "effconvert": {"mixers": placed, "layer_types": usual},
+        "effconvert": {"mixers": placed, "layer_types": usual, **({"grouped": True} if grouped else {})},
     }
 
 
-def decode(given: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Mixing | None, ...]]:
-    """Undo `encode`: the config of the model without mixers, and the mixers of its layers; none for a model that has none.
+def decode(given: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Mixing | None, ...], Family]:
+    """Undo `encode`: the config of the model without mixers, the mixers of its layers, none for a model that has none, and its family.
 
     Raises:
         ModelError: what it says of mixers makes no sense.
     """
     block = given.get("effconvert")
-    if block is None:
-        return dict(given), ()
     kind = str(given["model_type"]).removeprefix(KIND)
+    family = FAMILIES[kind]
+    if block is None:
+        return dict(given), (), family
     try:
-        mixers: list[Mixing | None] = [None] * given[FAMILIES[kind].layers_key]
+        if block.get("grouped"):
+            family = family.grouped
+            if given[family.heads_key] % given[family.kv_heads_key]:
+                raise ValueError(f"{given[family.kv_heads_key]} KV heads cannot be shared by {given[family.heads_key]}")
+        mixers: list[Mixing | None] = [None] * given[family.layers_key]
         for entry in block["mixers"]:
             if entry["mixer"] not in steps.techniques():
                 raise ValueError(f"there is no mixer {entry['mixer']!r}")
@@ -81,4 +89,4 @@ def decode(given: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Mixing | Non
     kept["model_type"] = kind
     if kept.get("architectures"):
         kept["architectures"] = [name.removeprefix(CLASS) for name in kept["architectures"]]
-    return kept, tuple(mixers)
+    return kept, tuple(mixers) if block["mixers"] else (), family

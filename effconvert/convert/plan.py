@@ -146,8 +146,8 @@ class Plan:
 
     @property
     def code(self) -> list[str]:
-        """The file that says what a model with mixers needs to be loaded."""
-        return [STUB_FILE] if self.config.mixers else []
+        """The file that says what a model in a class of ours needs to be loaded."""
+        return [STUB_FILE] if self.config.ours else []
 
     def layer_prefix(self, index: int) -> str:
         """Return what stands before the names of layer `index` of the converted model."""
@@ -246,7 +246,7 @@ def rename(name: str, prefix: str, source: Family, target: Family) -> str:
     for before, after in places:
         if after and (name == before or name.startswith(before + ".")):
             return after + name.removeprefix(before)
-    if source == target:
+    if source.base == target.base:
         return name  # a head of the user's own
     raise ModelError(f"{name} has no counterpart in {target.lm}; remove it, or save the model from {source.lm}")
 

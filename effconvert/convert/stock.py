@@ -56,7 +56,7 @@ def class_of(config: Config) -> Any:
     """Return the class that a checkpoint with this config is loaded with."""
     import transformers
 
-    if not config.mixers:
+    if not config.ours:
         return getattr(transformers, config.architecture)
     from effconvert.mixers.model import model_class
 

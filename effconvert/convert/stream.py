@@ -151,7 +151,7 @@ def _write_others(plan: Plan, partial: Path) -> None:
         shutil.copyfile(folder / CONFIG, partial / CONFIG)
     else:
         (partial / CONFIG).write_text(json.dumps(plan.config.content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if plan.config.mixers:
+    if plan.config.ours:
         (partial / STUB_FILE).write_text(STUB.format(kind=plan.config.kind), encoding="utf-8")
     if plan.indexed:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))

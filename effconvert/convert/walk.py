@@ -252,7 +252,7 @@ def _probe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
         eager = sys.modules[type(module).__module__].eager_attention_forward
         out, weights = eager(module, query, key, value, attention_mask, **kwargs)
     if _LOOKS:
-        _LOOKS[-1].query, _LOOKS[-1].key, _LOOKS[-1].weights = query, key, weights
+        _LOOKS[-1].query, _LOOKS[-1].key, _LOOKS[-1].weights = query, key[:, :: getattr(module, "repeats", 1)], weights
     return out, weights
 
 

@@ -13,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from effconvert.convert.config import Config
 from effconvert.mixers._call import Call, Rotation, State, ordered, padding_first
+from effconvert.mixers.grouped import each
 from effconvert.surgery._mixing import Mixing
 
 NAME = "effconvert"  # of our function in transformers' registry
@@ -64,6 +65,7 @@ def _hand_down(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
 
 def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, mixing: Any = None, **kwargs: Any) -> Any:
     """Attend by the module's mixer, or by softmax where it has none: an attention function for transformers' registry."""
+    key, value = each(module, query, key), each(module, query, value)
     if mixing is None:
         return softmax(module, query, key, value, attention_mask, **kwargs)
     state, hidden, angles = mixing
@@ -87,6 +89,7 @@ def softmax(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
     """Attend as the family does without us; soft-capped scores are only in its eager implementation."""
     if kwargs.get("softcap") is None and getattr(module, "softmax", "sdpa") == "sdpa":
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+    key, value = (rows.repeat_interleave(getattr(module, "repeats", 1), 1) for rows in (key, value))  # as such a family expects them
     tokens, known = query.shape[-2], key.shape[-2]
     if attention_mask is None and getattr(module, "is_causal", False) and tokens > 1:
         attention_mask = torch.ones(tokens, known, dtype=torch.bool, device=query.device).tril(known - tokens)[None, None]

@@ -7,6 +7,7 @@ from typing import Any
 import transformers
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from effconvert.convert.config import Config
 from effconvert.convert.families import FAMILIES, Family
@@ -14,22 +15,22 @@ from effconvert.convert.mixed import CLASS, KIND, STUB, STUB_FILE, decode, encod
 from effconvert.errors import ModelError
 from effconvert.mixers._call import State
 from effconvert.mixers.attention import NAME, SOFTMAX, Mixer, install
+from effconvert.mixers.grouped import Grouped, share
 
 
 class ConvertedConfig:
-    """What the config of a converted model is beside its family's: which layers have which mixers, in `effconvert`."""
+    """What the config of a converted model is beside its family's: which layers have which mixers, and whether KV heads are shared, in `effconvert`."""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Read a config.json."""
-        raw, _ = decode(config_dict)
+        raw, *_ = decode({"model_type": cls.model_type, **config_dict})  # type: ignore[attr-defined]
         placed = {key: config_dict[key] for key in ("effconvert", "auto_map") if key in config_dict}
         return super().from_dict({**raw, **placed}, **kwargs)  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
         """Write one."""
-        raw, mixers = decode(super().to_dict())  # type: ignore[misc]
-        return encode(raw, mixers, FAMILIES[raw["model_type"]])
+        return encode(*decode(super().to_dict()))  # type: ignore[misc]
 
 
 class Converted:
@@ -43,10 +44,13 @@ class Converted:
         softmax = config._attn_implementation or "sdpa"
         self._run_softmax_by(softmax if softmax != NAME else "sdpa")
         for index, module in enumerate(attention_modules(self, ours)):
+            if ours.grouped:
+                share(module, ours)
             if technique := ours.mixer(index):
                 install(module, technique, ours, index)
         self._fresh()
-        self.register_forward_pre_hook(_refuse, with_kwargs=True)  # type: ignore[attr-defined]
+        if ours.mixers:
+            self.register_forward_pre_hook(_refuse, with_kwargs=True)  # type: ignore[attr-defined]
         if ours.family.decoder:
             self.register_forward_pre_hook(_with_cache, with_kwargs=True)  # type: ignore[attr-defined]
 
@@ -117,15 +121,19 @@ def cache_for(config: Any) -> Cache:
     usual = DynamicCache(config=config).layers
     layers: list[Any] = []
     for index in range(ours.layers):
-        technique = ours.mixer(index)
-        layers.append(State(technique.remembers(ours)) if technique else usual[index] if index < len(usual) else DynamicLayer())
+        if technique := ours.mixer(index):
+            layers.append(State(technique.remembers(ours)))
+        elif ours.grouped:
+            layers.append(Grouped(ours.heads // ours.kv_heads))
+        else:
+            layers.append(usual[index] if index < len(usual) else DynamicLayer())
     return Cache(layers=layers)
 
 
 def own_config(config: Any) -> Config:
     """Return a config of transformers as effconvert reads it."""
-    raw, mixers = decode(config.to_dict())
-    return Config(raw, FAMILIES[str(raw["model_type"])], mixers)
+    raw, mixers, family = decode(config.to_dict())
+    return Config(raw, family, mixers)
 
 
 def attention_modules(model: Any, config: Config) -> list[nn.Module]:
@@ -157,7 +165,9 @@ def model_class(architecture: str) -> Any:
     kind = next((kind for kind, family in FAMILIES.items() if _is_of(stock, family, kind)), None)
     if stock is None or kind is None:
         raise ModelError(f"{architecture} is no class of a family that effconvert knows; it knows {', '.join(FAMILIES)}")
-    return type(f"{CLASS}{architecture}", (Converted, stock), {"config_class": config_class(kind), "__module__": "effconvert.mixers"})
+    if renamed := get_checkpoint_conversion_mapping(architecture):  # GPT-NeoX has its head under another name on disk
+        register_checkpoint_conversion_mapping(CLASS + architecture, renamed, overwrite=True)
+    return type(CLASS + architecture, (Converted, stock), {"config_class": config_class(kind), "__module__": "effconvert.mixers"})
 
 
 def _is_of(stock: Any, family: Family, kind: str) -> bool:

@@ -68,8 +68,8 @@ class ExpandKv(Surgery):
 
 
 def _choices(config: Config) -> list[int]:
-    if not config.family.kv_heads_key:
-        raise ModelError(f"{config.kind} cannot be written with another number of KV heads: transformers has no class for it")
+    if config.family.fixed_kv_heads:
+        config.with_kv_heads(config.heads)  # says why
     larger = [count for count in range(config.kv_heads + 1, config.heads + 1) if count % config.kv_heads == 0 and config.heads % count == 0]
     if not larger:
         raise ModelError(f"this {config.kind} has a KV head for each of its {config.heads} query heads already; there is nothing to repeat")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from effconvert.errors import ModelError, OptionError
+from effconvert.errors import OptionError
 from effconvert.surgery._surgery import Surgery
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Gqa(Surgery):
 
     @classmethod
     def suits(cls, config: Config) -> str:
-        """Name the numbers of groups that divide the model's KV heads and that its family can write."""
+        """Name the numbers of groups that divide the model's KV heads."""
         return f"--groups {', '.join(map(str, choices(config)))}"
 
     def check(self, config: Config) -> None:
@@ -55,9 +55,7 @@ class Gqa(Surgery):
             raise OptionError(f"--groups {self.groups} is more than this model's {config.kv_heads} KV heads; give {_either(possible)}{more}")
         if config.kv_heads % self.groups:
             raise OptionError(f"--groups {self.groups} does not divide this model's {config.kv_heads} KV heads; give {_either(possible)}")
-        if self.groups not in possible and len(possible) > 1:
-            raise OptionError(f"--groups {self.groups} cannot be written for a {config.kind}; give {_either(possible)}")
-        config.with_kv_heads(self.groups)  # says why, where no number of groups can be written
+        config.with_kv_heads(self.groups)  # says why, where this number cannot be written
 
     def exact(self, config: Config) -> bool:
         """Only with as many groups as heads."""
@@ -112,23 +110,8 @@ class Gqa(Surgery):
 
 
 def choices(config: Config) -> list[int]:
-    """Return every number of KV heads that pooling this model can give.
-
-    Raises:
-        ModelError: its family cannot be written with fewer.
-    """
-    if not config.family.kv_heads_key and not config.family.multi_query and not config.family.fixed_kv_heads:
-        config.with_kv_heads(1)  # says why
-    divisors = [count for count in range(1, config.kv_heads + 1) if config.kv_heads % count == 0]
-    return [count for count in divisors if _writable(config, count)]
-
-
-def _writable(config: Config, count: int) -> bool:
-    try:
-        config.with_kv_heads(count)
-    except ModelError:
-        return False
-    return True
+    """Return every number of KV heads that pooling this model can give."""
+    return [count for count in range(1, config.kv_heads + 1) if config.kv_heads % count == 0]
 
 
 def _either(numbers: list[int]) -> str:

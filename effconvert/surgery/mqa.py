@@ -5,7 +5,7 @@ from __future__ import annotations  # what only types need is not imported: `--h
 from typing import TYPE_CHECKING
 
 from effconvert.surgery._surgery import Surgery
-from effconvert.surgery.gqa import POOL, Gqa, Pool, choices
+from effconvert.surgery.gqa import POOL, Gqa, Pool
 
 if TYPE_CHECKING:
     from effconvert.convert.config import Config
@@ -27,8 +27,7 @@ class Mqa(Surgery):
 
     @classmethod
     def suits(cls, config: Config) -> str:
-        """Nothing to choose, where the family can write one KV head."""
-        choices(config)
+        """Nothing to choose."""
         return "as it is"
 
     def check(self, config: Config) -> None:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from effconvert.convert.config import read_config
 from effconvert.convert.run import convert
-from effconvert.errors import ModelError, OptionError
+from effconvert.errors import OptionError
 from effconvert.options import RunOptions
 from effconvert.surgery.expand_kv import ExpandKv
 from effconvert.surgery.gqa import Gqa
@@ -146,20 +146,16 @@ def test_a_gpt2_whose_heads_differ_does_not_compute_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"])
-def test_a_gpt2_with_a_switch_that_gpt_bigcode_lacks_is_refused(key, tmp_path):
-    with pytest.raises(ModelError, match=f"{key} = True has no counterpart in gpt_bigcode"):
-        run(tiny("gpt2", **{key: True}), Mqa(), tmp_path)
+def test_a_gpt2_with_a_switch_that_gpt_bigcode_lacks_stays_what_it_is(key, tmp_path):
+    run(tiny("gpt2", **{key: True}), Mqa(pool="mean"), tmp_path)
+    config = read_config(tmp_path / "out")
+    assert (config.kind, config.grouped, config.kv_heads, config.raw[key]) == ("gpt2", True, 1, True)
 
 
 @pytest.mark.parametrize("key", ["scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"])
 def test_a_switch_that_is_off_is_dropped_from_the_config(key, tmp_path):
     run(tiny("gpt2"), Mqa(pool="mean"), tmp_path)
     assert key not in json.loads((tmp_path / "out" / "config.json").read_text())
-
-
-def test_two_groups_of_a_gpt2_are_refused_with_what_can_be_had(tmp_path):
-    with pytest.raises(OptionError, match="--groups 2 cannot be written for a gpt2; give 1 or 4"):
-        run(tiny("gpt2"), Gqa(groups=2), tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi3", "gpt2"])
@@ -206,6 +202,6 @@ def test_groups_that_do_not_fit_the_model_are_refused_with_those_that_do(groups,
 def test_the_groups_that_suit_a_model_are_listed(tmp_path):
     six = save(tiny("llama", hidden_size=48, num_attention_heads=6, num_key_value_heads=6), tmp_path / "six")
     assert Gqa.suits(read_config(six)) == "--groups 1, 2, 3, 6"
-    assert Gqa.suits(read_config(save(tiny("gpt2"), tmp_path / "gpt2"))) == "--groups 1, 4"
-    with pytest.raises(ModelError, match="bert cannot be written with fewer KV heads"):
-        Gqa.suits(read_config(save(tiny("bert"), tmp_path / "bert")))
+    assert Gqa.suits(read_config(save(tiny("gpt2"), tmp_path / "gpt2"))) == "--groups 1, 2, 4"
+    assert Gqa.suits(read_config(save(tiny("bert"), tmp_path / "bert"))) == "--groups 1, 2, 4"
+    assert Gqa.suits(read_config(save(tiny("gpt_bigcode"), tmp_path / "bigcode"))) == "--groups 1"
