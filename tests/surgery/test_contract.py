@@ -19,12 +19,8 @@ from effconvert.mixers.model import own_config
 from effconvert.options import RunOptions
 from effconvert.steps import load
 from effconvert.steps import techniques as catalogue
-<<<<<<< HEAD
 from tests.mixers import mixing
-from tests.models import GROUPING, characters, logits, save, tiny
-=======
 from tests.models import DECODERS, GROUPING, characters, logits, save, tiny
->>>>>>> gqa-seam
 
 
 @dataclass(frozen=True)
@@ -55,18 +51,12 @@ for name, row in mixing.ROWS.items():  # what they compute is tried on all famil
     reason = next(iter(row.refused.values()))
     CASES[name] = Case(row.neutral, {}, False, row.small, {}, row.pipeline, f".*{reason}", (), MIXED, True, row.encoder, True)
 MATRIX = [(name, kind) for name, case in CASES.items() for kind in case.kinds]
-<<<<<<< HEAD
-NEUTRAL = [(name, kind) for name, kind in MATRIX if kind in GROUPING and not CASES[name].mixer] + [("mqa", "gpt_bigcode"), ("gqa", "gpt2")]
+NEUTRAL = [(name, kind) for name, kind in MATRIX if not CASES[name].mixer and (kind in GROUPING or name == "gqa")] + [("mqa", "gpt_bigcode")]
 NEUTRAL += [(name, kind) for name, kind in mixing.NEUTRAL if kind in CASES[name].kinds]
-OTHERWISE = [("mqa", "gpt_bigcode"), ("gqa", "gpt_bigcode"), ("gqa", "gpt2")]  # nothing to refuse, or the options are wrong and not the model
+OTHERWISE = [("mqa", "gpt_bigcode"), ("gqa", "gpt_bigcode")]  # nothing to refuse, or the options are wrong and not the model
 REFUSED = [(name, kind) for name, case in CASES.items() for kind in FAMILIES if kind not in case.kinds and (name, kind) not in OTHERWISE and not case.mixer]
 REFUSED += [(name, next(iter(row.refused))) for name, row in mixing.ROWS.items()]
 LIKELY = {name: next(kind for kind in ("llama", "bert") if not case.mixer or kind in mixing.ROWS[name].kinds) for name, case in CASES.items()}
-=======
-NEUTRAL = [(name, kind) for name, kind in MATRIX if kind in GROUPING or name == "gqa"] + [("mqa", "gpt_bigcode")]
-OTHERWISE = [("mqa", "gpt_bigcode"), ("gqa", "gpt_bigcode")]  # nothing to refuse, or the options are wrong and not the model
-REFUSED = [(name, kind) for name, case in CASES.items() for kind in FAMILIES if kind not in case.kinds and (name, kind) not in OTHERWISE]
->>>>>>> gqa-seam
 
 
 def technique(name, options):
@@ -90,12 +80,7 @@ def run(source, output, name, options, **how):
 
 
 def read_back(folder):
-<<<<<<< HEAD
-    name = json.loads((folder / "config.json").read_text())["architectures"][0]
-    model, info = getattr(effconvert.mixers if name.startswith("Effconvert") else transformers, name).from_pretrained(folder, output_loading_info=True)
-=======
     model, info = class_of(read_config(folder)).from_pretrained(folder, output_loading_info=True)
->>>>>>> gqa-seam
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     return model.eval()
 
@@ -115,7 +100,6 @@ def digests(folder):
 
 
 def kv_bytes(model):
-<<<<<<< HEAD
     """Bytes of the cache that grow with each token, and that do not."""
     if not own_config(model.config).family.decoder:
         return 0, 0
@@ -126,13 +110,6 @@ def kv_bytes(model):
             model(torch.tensor([[3] * length]), past_key_values=cache, use_cache=True)
         held.append(sum(layer.nbytes if hasattr(layer, "nbytes") else layer.keys.nbytes + layer.values.nbytes for layer in cache.layers))
     return held[1] - held[0], 2 * held[0] - held[1]
-=======
-    if not FAMILIES[model.config.model_type.removeprefix(KIND)].decoder:
-        return 0
-    with torch.inference_mode():
-        cache = model(torch.tensor([[3]]), use_cache=True).past_key_values
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
->>>>>>> gqa-seam
 
 
 @pytest.fixture(scope="module", params=MATRIX, ids="-".join)
@@ -172,11 +149,7 @@ def test_neutral_options_change_no_logit(name, kind, tmp_path):
     assert expected.std() > 0.1
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert outcome.report.difference <= 1e-5 * expected.abs().max()
-<<<<<<< HEAD
-    assert outcome.report.unmeasured == ("the model has no tokenizer" if FAMILIES[kind].decoder else f"{kind} is an encoder and predicts no next token")
-=======
     assert outcome.report.unmeasured == ("the model has no tokenizer" if kind in DECODERS else f"{kind} is an encoder and predicts no next token")
->>>>>>> gqa-seam
     assert outcome.report.before.quality is None
     if case.same_bytes:
         before, after = tensors(source), tensors(tmp_path / "out")
@@ -216,21 +189,13 @@ def test_a_conversion_leaves_the_other_files_and_config_keys_alone(done):
     card = (outcome.output / "README.md").read_text()
     assert "license: mit" in card
     assert "The original." not in card  # which is about another model
-<<<<<<< HEAD
-    for file in source.glob("generation_config.json"):
-        assert (outcome.output / file.name).read_bytes() == file.read_bytes()
-    before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, outcome.output))
-    changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
-    if after["model_type"] == before["model_type"] or CASES[name].mixer:
-=======
     others = {path.name for path in source.glob("*.json") if path.name not in ("config.json", "model.safetensors.index.json")}
     assert {"tokenizer.json", *(["generation_config.json"] if outcome.plan.config.family.decoder else [])} <= others
     assert all((outcome.output / other).read_bytes() == (source / other).read_bytes() for other in others)
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, outcome.output))
     changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     ours = {"model_type", "architectures", "auto_map", "effconvert", "layer_types"}
-    if after["model_type"] == before["model_type"]:
->>>>>>> gqa-seam
+    if after["model_type"] == before["model_type"] or CASES[name].mixer:
         assert changed == set(CASES[name].keys)
     elif after["model_type"].startswith(KIND):
         assert changed == ours | set(CASES[name].keys)
@@ -247,11 +212,7 @@ def test_what_was_planned_is_what_transformers_loads(done):
         assert sum(parameter.numel() for parameter in model.parameters()) == size.parameters
         assert kv_bytes(model) == (size.kv_bytes, size.state_bytes)
         assert sum(tensor.nbytes for tensor in tensors(folder).values()) == size.bytes
-<<<<<<< HEAD
-        assert read_config(folder).kind == model.config.model_type.removeprefix("effconvert_")
-=======
         assert read_config(folder).kind == model.config.model_type.removeprefix(KIND)
->>>>>>> gqa-seam
         index = json.loads((folder / "model.safetensors.index.json").read_text())
         assert (index["metadata"]["total_size"], index["metadata"]["total_parameters"]) == (size.bytes, size.parameters)
         assert index["weight_map"].keys() == tensors(folder).keys()
@@ -263,12 +224,8 @@ def test_the_report_holds_what_was_measured(done):
     _, source, outcome = done
     report = outcome.report
     assert [side.parameters for side in (report.before, report.after)] == [read_back(folder).num_parameters() for folder in (source, outcome.output)]
-<<<<<<< HEAD
     sides = [(side.kv_bytes, side.state_bytes) for side in (report.before, report.after)]
     assert sides == [kv_bytes(read_back(folder)) for folder in (source, outcome.output)]
-=======
-    assert [side.kv_bytes for side in (report.before, report.after)] == [kv_bytes(read_back(folder)) for folder in (source, outcome.output)]
->>>>>>> gqa-seam
     if outcome.plan.config.family.decoder:
         assert not report.unmeasured
         assert report.before.quality.perplexity > 1
