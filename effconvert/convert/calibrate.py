@@ -145,7 +145,8 @@ class Walk:
         made, used = {}, torch.cat([batch.flatten() for batch in self.ids]).cpu()
         for name, stored in source.outer.items():
             renamed = rename(name, source.prefix, source.config.family, config.family)
-            if renamed.startswith(source.prefix) and not renamed.startswith(tuple(f"{head}." for head in config.family.head.values())):
+            whole_numbers = stored.dtype not in FLOATS  # buffers that old files hold, such as position ids: the class makes its own
+            if renamed.startswith(source.prefix) and not whole_numbers and not renamed.startswith(tuple(f"{head}." for head in config.family.head.values())):
                 inside = renamed.removeprefix(source.prefix)
                 table = inside == f"{config.family.outer['embed']}.weight"
                 made[inside] = (embedding_rows(stored, used) if table else stored.read("cpu")).to(self.device)

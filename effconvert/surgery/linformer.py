@@ -4,7 +4,7 @@
 from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
@@ -19,11 +19,6 @@ if TYPE_CHECKING:
     from effconvert.mixers._call import Call
 
 MEANS_OF_ROTATED = "keys are mixed after RoPE has turned each by its position, so that far ones cancel: expect to train more than with learnt positions"
-
-
-HELD_OUT = 8  # every eighth window chooses how far the fit goes
-STEPS = 20  # of conjugate gradients
-TINY = 1e-30  # what is divided by where all is zero
 
 
 class Linformer(Mixing):
@@ -51,7 +46,7 @@ class Linformer(Mixing):
     projections: Literal["means", "data"] = Field(
         "means",
         description="What the matrices begin as: means of consecutive tokens (means); or for the values what comes closest to the attention on the calibration "
-        "text when keys are such means (data).",
+        "text when keys are such means (data), which is for texts about as long as the longest: means are better on short ones.",
     )
 
     @model_validator(mode="after")
@@ -98,16 +93,19 @@ class Linformer(Mixing):
         return self.projections == "data" and self.rank < longest(config)
 
     def fit(self, layer: Layer, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Fit F so that attention to the K mixtures, times F, gives of the values what attention to the tokens gives: least squares, from the means on.
+        """Fit F so that attention to the K mixtures, times F, comes closest to attention to the tokens: ridge regression about the means.
 
-        What the windows are too short for stays means.
+        What the windows are too short for stays means. Fitting what attention gives of the values is a little nearer on whole windows, and far off on
+        texts much shorter than them.
         """
         import torch
 
+        from effconvert.heal._regression import HELD_OUT, Moments, ridge
+
         assert layer.walk
-        kept, held, count = Windows(), Windows(), 0
-        weight, bias = layer["v"], layer.get("v.bias")
-        for look in layer.walk.look(layer, ("v", "o"), until="o"):
+        value_map, windows = values["value_map"].clone(), 0
+        found = [(Moments(), Moments()) for _ in value_map]  # of the windows that count, and of those held out
+        for look in layer.walk.look(layer, ("o",), until="o"):
             assert look.query is not None
             assert look.key is not None
             assert look.weights is not None
@@ -116,14 +114,15 @@ class Linformer(Mixing):
             means, alive = columns(values["key_map"].to(query.device), live)  # [B, U, K, T]
             scores = query @ (means @ look.key.float())[:, :, None].mT * query.shape[-1] ** -0.5  # as every encoder scales them
             few = scores.masked_fill(~alive[:, :, None, None], -torch.inf).softmax(-1)  # [B, Hk, R, T, K]
-            value = torch.nn.functional.linear(look.inputs["v"].float(), weight.to(query.device), None if bias is None else bias.to(query.device))
-            value = value.unflatten(-1, (query.shape[1], -1)).transpose(1, 2)  # [B, Hk, T, D]
-            missing = (look.weights.float().unflatten(1, query.shape[1:3]) - few @ means[:, :, None]) @ value[:, :, None]  # [B, Hk, R, T, D]
-            for window in zip(few, missing, value, strict=True):
-                count += 1
-                (kept if count % HELD_OUT else held).add(*window)
-        value_map = values["value_map"].clone()
-        value_map[..., :tokens] += closest(kept, held, len(value_map)).to(value_map)
+            missing = look.weights.float().unflatten(1, query.shape[1:3]) - few @ means[:, :, None]  # [B, Hk, R, T, T]
+            for inputs, outputs in zip(few, missing, strict=True):
+                windows += 1
+                for unit, pair in enumerate(found):
+                    heads = slice(unit, unit + 1) if len(found) > 1 else slice(None)
+                    pair[windows % HELD_OUT == 0].add(inputs[heads], outputs[heads])
+        for rows, (kept, held) in zip(value_map, found, strict=True):
+            if (change := ridge(kept, held)) is not None:
+                rows[:, :tokens] += change.mT.to(rows)
         return {**values, "value_map": value_map}
 
     def mix(self, weights: Mapping[str, Tensor], call: Call) -> Tensor:
@@ -152,53 +151,6 @@ def columns(rows: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
     least = torch.finfo(torch.float32).eps  # less than that of a row is nothing
     made: Tensor = chosen / share.clamp_min(least)
     return made, share[..., 0] > least
-
-
-class Windows:
-    """What the least squares for F have to know of some windows: of each what F is between, and of all what is missing."""
-
-    def __init__(self) -> None:
-        self.sides: list[tuple[Tensor, Tensor]] = []  # sum over R of A'^T A' [Hk, K, K], and values [Hk, T, D]
-        self.missing: Tensor | None = None  # sum over windows and R of A'^T missing V^T, float64 [Hk, K, T]
-
-    def add(self, few: Tensor, missing: Tensor, value: Tensor) -> None:
-        """Count a window: attention to the mixtures A' [Hk, R, T, K], what they fail to give [Hk, R, T, D], and the values [Hk, T, D]."""
-        self.sides.append(((few.mT @ few).sum(1), value))
-        found = (few.mT @ missing).sum(1).double() @ value.mT.double()
-        self.missing = found if self.missing is None else self.missing + found
-
-    def bent(self, change: Tensor) -> Tensor:
-        """Return what a change of F [U, K, T] gives, as `missing` is: summed over the heads that share it."""
-        bent = sum(gram.double() @ (change @ value.double()) @ value.mT.double() for gram, value in self.sides)
-        return _shared(bent, len(change))
-
-    def gain(self, change: Tensor) -> Tensor:
-        """Return by how much a change lowers the squared error of these windows, [U]."""
-        gained: Tensor = (change * (2 * _shared(self.missing, len(change)) - self.bent(change))).sum((1, 2))
-        return gained
-
-
-def closest(kept: Windows, held: Windows, units: int) -> Tensor:
-    """Return the change of F [U, K, T] that gains most on held-out windows of those that conjugate gradients pass; none where none gains."""
-    import torch
-
-    slope = _shared(kept.missing, units)
-    best = change = torch.zeros_like(slope)
-    most, direction, size = best.sum((1, 2)), slope, slope.square().sum((1, 2))
-    for _ in range(STEPS):
-        bent = kept.bent(direction)
-        step = size / (direction * bent).sum((1, 2)).clamp_min(TINY)
-        change, slope = change + step[:, None, None] * direction, slope - step[:, None, None] * bent
-        gained = held.gain(change)
-        best = torch.where((gained > most)[:, None, None], change, best)
-        most, size, before = gained.maximum(most), slope.square().sum((1, 2)), size
-        direction = slope + (size / before.clamp_min(TINY))[:, None, None] * direction
-    return best
-
-
-def _shared(sums: Any, units: int) -> Tensor:
-    found: Tensor = sums if len(sums) == units else sums.sum(0, keepdim=True)
-    return found
 
 
 def attended(query: Tensor, key: Tensor, value: Tensor, alive: Tensor, scaling: float) -> Tensor:
