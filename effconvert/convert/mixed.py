@@ -66,7 +66,7 @@ def decode(given: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Mixing | Non
     kind = str(given["model_type"]).removeprefix(KIND)
     family = FAMILIES[kind]
     if block is None:
-        return dict(given), (), family
+        return {**given, "model_type": kind}, (), family
     try:
         if block.get("grouped"):
             family = family.grouped

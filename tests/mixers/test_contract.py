@@ -168,6 +168,20 @@ def test_the_state_has_the_size_that_was_planned_however_long_the_text(models, n
         states = [layer for layer in cache.layers if hasattr(layer, "held")]
         assert sum(state.nbytes for state in states) == config.state_bytes(4) > 0
         assert len(states) == sum(mixer is not None for mixer in config.mixers)
+        for state in states:  # a part of something larger would keep all of it
+            for slot, tensor in state.held.items():
+                assert tensor.untyped_storage().nbytes() == tensor.nbytes, slot
+
+
+@pytest.mark.parametrize(("name", "kind"), FEW_CAUSAL, ids=map("-".join, FEW_CAUSAL))
+def test_under_autocast_states_keep_their_types(models, name, kind):
+    _, model = models(name, kind)
+    with torch.autocast("cpu", torch.bfloat16):
+        made, cache = in_pieces(model, tokens(), PIECES)
+    assert made.isfinite().all()
+    for layer in cache.layers:
+        for slot, (_, dtype) in layer.slots.items() if hasattr(layer, "slots") else ():
+            assert dtype == "model" or layer.held[slot].dtype == getattr(torch, dtype), slot
 
 
 @pytest.mark.parametrize(("name", "kind"), FEW, ids=map("-".join, FEW))

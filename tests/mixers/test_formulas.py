@@ -4,12 +4,19 @@ import pytest
 import torch
 
 from effconvert.convert.families import FAMILIES
-from tests.mixers.mixing import SAME, far, in_pieces, pair, run, tokens
+from effconvert.mixers.model import config_class, model_class
+from effconvert.steps import load
+from tests.mixers.mixing import SAME, far, in_pieces, pair, run, stock_config, tokens
+from tests.models import tiny
 
 LONG = {"num_hidden_layers": 1, "max_position_embeddings": 256}  # one layer: keys and values are those of the tokens alone
 GPT2 = {"n_layer": 1, "n_positions": 256}
 KINDS = {
     "llama": LONG,
+    "llama yarn": {  # whose angles are longer than 1
+        **LONG,
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64},
+    },
     "qwen3": {**LONG, "num_key_value_heads": 2},
     "glm": {**LONG, "num_key_value_heads": 1},  # RoPE of pairs side by side, of half a head
     "gpt_neox": LONG,
@@ -20,13 +27,12 @@ KINDS = {
 TEXT = 150  # tokens: more than the chunks that kernels take
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", KINDS)
 @pytest.mark.parametrize(("window", "sinks"), [(6, 2), (6, 0), (4, 4), (70, 3)])
-def test_streaming_is_the_original_on_the_first_and_the_last_tokens(kind, window, sinks):
+def test_streaming_is_the_original_on_the_first_and_the_last_tokens(case, window, sinks):
     """In a model of one layer: the original reads what is in the cache, each at its place there."""
-    model, other = pair(kind, ("streaming", {"window": window, "sinks": sinks}), **KINDS[kind]) if sinks else (None, None)
-    if not sinks:
-        model, other = with_mixer(kind, window)
+    kind, changes = case.partition(" ")[0], KINDS[case]
+    model, other = pair(kind, ("streaming", {"window": window, "sinks": sinks}), **changes) if sinks else with_mixer(kind, window, changes)
     model.set_attn_implementation("eager")
     ids = tokens(1, TEXT)
     whole, (pieces, _) = run(other, ids), in_pieces(other, ids, (100, 1, 1, 40, 8))
@@ -38,14 +44,9 @@ def test_streaming_is_the_original_on_the_first_and_the_last_tokens(kind, window
         assert far(pieces[:, at], expected) <= 2 * SAME, at
 
 
-def with_mixer(kind, window):
+def with_mixer(kind, window, changes):
     """Without sinks some families are written with a window of their own; the mixer is to be tried."""
-    from effconvert.mixers.model import config_class, model_class
-    from effconvert.steps import load
-    from tests.mixers.mixing import stock_config
-    from tests.models import tiny
-
-    model = tiny(kind, **KINDS[kind])
+    model = tiny(kind, **changes)
     config = stock_config(model).with_mixer(load("streaming")(window=window, sinks=0), {0})
     made = model_class(type(model).__name__)(config_class(kind).from_dict(config.content)).eval()
     made.load_state_dict(model.state_dict())
