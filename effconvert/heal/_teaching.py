@@ -2,6 +2,7 @@
 # B = windows run at a time, T = tokens, M = hidden width.
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from effconvert.convert.layer import MIXER, Layer
 
 HELD_OUT = 8  # every eighth batch
 OWN = 10  # times the rate, of parameters that a mixer brought with it
+SLOWER = 0.1  # of the rate, tried where that gained nothing
 WARM = 0.1  # of all steps, to the highest rate
 
 
@@ -27,12 +29,7 @@ def teach(layer: Layer, original: int, parts: list[str], epochs: int, rate: floa
     if not fitted or not size:
         return
     fixed = walk.stored(layer)
-    learnt = {part: nn.Parameter(layer[part].clone()) for part in parts}
-    rates = [{"params": [value], "lr": rate * (OWN if part.startswith(MIXER) else 1)} for part, value in learnt.items()]
-    optimizer = torch.optim.AdamW(rates, betas=(0.9, 0.95), weight_decay=0.0)
-    steps = epochs * len(fitted)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _height(step, steps))
-    draw = torch.Generator().manual_seed(layer.index)
+    learnt: dict[str, nn.Parameter] = {}
 
     def error(index: int) -> Tensor:
         return (walk.attended(layer, learnt, fixed, index) - wanted[index]).square().mean() / size
@@ -43,16 +40,24 @@ def teach(layer: Layer, original: int, parts: list[str], epochs: int, rate: floa
 
     before = least = judged()
     best = {part: layer[part] for part in parts}
-    for _ in range(epochs):
-        for place in torch.randperm(len(fitted), generator=draw).tolist():
-            with torch.enable_grad():
-                error(fitted[place]).backward()
-            nn.utils.clip_grad_norm_(learnt.values(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-        if (now := judged()) < least:
-            least, best = now, {part: value.detach().clone() for part, value in learnt.items()}
+    for highest in (rate, SLOWER * rate):
+        learnt = {part: nn.Parameter(layer[part].clone()) for part in parts}
+        rates = [{"params": [value], "lr": highest * (OWN if part.startswith(MIXER) else 1)} for part, value in learnt.items()]
+        optimizer = torch.optim.AdamW(rates, betas=(0.9, 0.95), weight_decay=0.0)
+        steps, draw = epochs * len(fitted), torch.Generator().manual_seed(layer.index)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_height, steps=steps))
+        for _ in range(epochs):
+            for place in torch.randperm(len(fitted), generator=draw).tolist():
+                with torch.enable_grad():
+                    error(fitted[place]).backward()
+                nn.utils.clip_grad_norm_(learnt.values(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+            if (now := judged()) < least:
+                least, best = now, {part: value.detach().clone() for part, value in learnt.items()}
+        if least < before:
+            break
     for part, value in best.items():
         layer[part] = value.cpu()
     walk.note(layer.index, {"before": before, "after": least})

@@ -201,6 +201,16 @@ def test_another_text_more_epochs_and_another_rate_give_others(taught):
         assert changed(f"out-{index}", place / "taught")
 
 
+def test_the_best_epoch_is_kept_and_not_the_last():
+    """At a rate at which later epochs undo what earlier ones won."""
+    place = Path()
+    source = put(place / "model")
+    run(source, Linear(window=6), place="plain")
+    said = run(source, Linear(window=6), Transfer(rate=0.02, epochs=16), place="taught").told["0"]
+    assert said["after"] < said["before"]
+    assert said["after"] == pytest.approx(squared_error(place, "taught", torch.tensor(heldout_ids(place))), rel=1e-4)
+
+
 def test_what_predicts_held_out_windows_no_better_is_not_kept():
     """A rate that only destroys."""
     source = put(Path("model"))
