@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -128,6 +128,15 @@ class Call:
     rotation: Rotation | None
     softcap: float | None = None  # of scores: cap * tanh(score / cap)
     padded: bool = False  # whether there may be tokens that are not live
+
+    def part(self, start: int, stop: int) -> Call:
+        """Return the call with some of the tokens alone."""
+        rows = {name: getattr(self, name)[:, :, start:stop] for name in ("query", "key", "value")}
+        turned = None
+        if self.rotation:
+            cos, sin = self.rotation.angles[:, :, start:stop].unbind(1)
+            turned = Rotation(self.rotation.apply, (cos, sin))
+        return replace(self, **rows, live=self.live[:, start:stop], hidden=self.hidden[:, start:stop], rotation=turned)
 
     @property
     def grouped(self) -> Tensor:

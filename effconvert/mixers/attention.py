@@ -2,6 +2,7 @@
 # B = batch, H = query heads, Hk = KV heads, T = new tokens, N = tokens with those before, D = head width.
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from effconvert.mixers.grouped import each
 from effconvert.surgery._mixing import Mixing
 
 NAME = "effconvert"  # of our function in transformers' registry
+SLICE = 2048  # tokens that a mixer gets at a time, where it can be called again with the next: what it works on need not be as long as a prompt
 SOFTMAX = ("sdpa", "eager")  # what layers without a mixer may run
 
 
@@ -32,7 +34,14 @@ class Mixer(nn.Module):
 
     def forward(self, call: Call) -> Tensor:
         """Mix: [B, H, T, D]."""
-        return self.technique.mix(dict(self.named_parameters()), call)
+        weights, tokens = dict(self.named_parameters()), call.query.shape[-2]
+        if not call.causal or tokens <= SLICE:
+            return self.technique.mix(weights, call)
+        if call.state is None:
+            state = State(self.slots)
+            state.lazy_initialization(call.key, call.value)
+            call = replace(call, state=state)
+        return torch.cat([self.technique.mix(weights, call.part(start, start + SLICE)) for start in range(0, tokens, SLICE)], 2)
 
     @torch.no_grad()
     def begin(self) -> None:

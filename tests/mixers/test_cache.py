@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from effconvert.mixers import cache_for
 from effconvert.mixers._call import State
-from tests.mixers.mixing import SAME, converted, far, in_pieces, pair, positions, run, tokens
+from tests.mixers.mixing import ROWS, SAME, converted, far, in_pieces, pair, positions, run, small, tokens
 from tests.models import tiny
 
 LAYERS = 6
@@ -313,3 +313,18 @@ def test_the_softmax_by_which_a_model_is_loaded_is_kept(llama, tmp_path):
     with pytest.raises((ValueError, ImportError), match=r"[Ff]lash"):
         type(llama).from_pretrained(tmp_path, attn_implementation="flash_attention_2")
     assert transformers.AutoConfig.from_pretrained(tmp_path).to_dict().get("_attn_implementation") is None
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if "llama" in ROWS[name].kinds])
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_prompt_in_slices_is_the_prompt_at_once(name, cached, monkeypatch):
+    _, model = pair("llama", (name, small(name, "llama")))
+    ids = torch.randint(3, 128, (2, 20), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    with torch.no_grad():
+        whole = [model(ids, use_cache=cached).logits, model(ids, attention_mask=mask, use_cache=cached).logits[:, 5:]]
+        monkeypatch.setattr("effconvert.mixers.attention.SLICE", 6)
+        sliced = [model(ids, use_cache=cached).logits, model(ids, attention_mask=mask, use_cache=cached).logits[:, 5:]]
+    for one, other in zip(whole, sliced, strict=True):
+        assert (one - other).abs().max() <= 1e-5 * one.abs().max()
