@@ -1,4 +1,4 @@
-"""Linear attention with a feature map, and softmax in a window if wanted (Katharopoulos, T2R, Hedgehog, LoLCATs)."""
+"""Linear attention by feature maps, with or without a softmax window."""
 # B = batch, H = query heads, Hk = KV heads, R = query heads that share one, T = tokens, D = head width, m = features, W = window.
 
 from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
@@ -21,7 +21,7 @@ SHARE = -2.197  # logit of 0.1, the weight of the window when nothing was traine
 
 
 class Linear(Mixing):
-    """Linear attention with a feature map, and softmax in a window if wanted (Katharopoulos, T2R, Hedgehog, LoLCATs).
+    """Linear attention by feature maps, with or without a softmax window.
 
     What a token knows of all that is older than the window is a matrix of fixed size a head, so a long context costs no more than a short one. Without
     a window, or before `transfer` trained the feature maps, little of the model is left. Neutral where the window is as long as the longest context.

@@ -1,4 +1,4 @@
-"""Softmax kernel by positive orthogonal random features (Performer, FAVOR+)."""
+"""Random features that estimate the softmax kernel (Performer)."""
 # B = batch, H = query heads, Hk = KV heads, R = query heads that share one, T = tokens, D = head width, m = features, C = tokens in a chunk.
 
 from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Performer(Mixing):
-    """Softmax kernel by positive orthogonal random features (Performer, FAVOR+).
+    """Random features that estimate the softmax kernel (Performer).
 
     exp(q k / sqrt D) is the mean of a product of features of q and of k, so attention is computed without its T^2 weights, and what a decoder remembers is
     a matrix of fixed size a head. Nothing is trained, and no text is needed. How far off it is depends on the size of queries and keys: the variance

@@ -1,4 +1,4 @@
-"""Multi-scale retention: linear attention that decays with the distance (RetNet)."""
+"""Linear attention that decays with the distance (RetNet)."""
 # B = batch, H = query heads, Hk = KV heads, R = query heads that share one, T = tokens, D = head width, M = hidden width.
 
 from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
@@ -23,7 +23,7 @@ SHORTEST, LONGEST = 2.0**-3, 2.0**-12  # 1 - gamma of heads that look least far 
 
 
 class Retnet(Mixing):
-    """Multi-scale retention: linear attention that decays with the distance (RetNet).
+    """Linear attention that decays with the distance (RetNet).
 
     A head's output is the sum over earlier tokens of gamma^distance (q k) v, brought to a size by a norm, and gated by what the token is. There is no
     softmax: scores have signs, so of a pretrained model nothing is left until it is trained again. What a decoder remembers is a matrix of D x D a query
