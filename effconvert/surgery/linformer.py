@@ -1,4 +1,4 @@
-"""Project the keys and the values of a text to a fixed number of them (Linformer)."""
+"""Project keys and values to a fixed number of them (Linformer)."""
 # B = batch, H = query heads, Hk = KV heads, R = query heads that share one, T = tokens, D = head width, n = longest text, K = rank, U = Hk, or 1 where shared.
 
 from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
@@ -22,7 +22,7 @@ MEANS_OF_ROTATED = "keys are mixed after RoPE has turned each by its position, s
 
 
 class Linformer(Mixing):
-    """Project the keys and the values of a text to a fixed number of them (Linformer).
+    """Project keys and values to a fixed number of them (Linformer).
 
     A query sees K mixtures of keys and values, made by two matrices of K x n, where n is the longest text that the model reads; a longer one is refused
     from then on. A text of T tokens has about K T / n mixtures. Neutral where K is n. Layers that see no more than a window are left alone.

@@ -1,4 +1,4 @@
-"""Attention by way of a few landmarks, from which the rest is estimated (Nyströmformer)."""
+"""Attention by way of a few landmarks (Nyströmformer)."""
 # B = batch, H = query heads, Hk = KV heads, R = query heads that share one, T = tokens, D = head width, m = landmarks.
 
 from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Nystrom(Mixing):
-    """Attention by way of a few landmarks, from which the rest is estimated (Nyströmformer).
+    """Attention by way of a few landmarks (Nyströmformer).
 
     Landmarks are means of consecutive tokens, m of them whatever the length. Attention is that of tokens to landmarks, times the pseudo-inverse of that
     among landmarks, times that of landmarks to tokens; a depthwise convolution of the values is added, which begins as nothing. Weights may be negative.

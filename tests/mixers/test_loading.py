@@ -14,11 +14,11 @@ from huggingface_hub.errors import StrictDataclassError
 
 import effconvert
 from effconvert.convert.families import FAMILIES
-from effconvert.convert.mixed import STUB_FILE
+from effconvert.convert.mixed import STUB_FILE, decode
 from effconvert.convert.run import convert
 from effconvert.options import RunOptions
 from effconvert.steps import load
-from tests.mixers.mixing import pair, run, small, tokens
+from tests.mixers.mixing import pair, run, small, stock_config, tokens, wide
 from tests.models import DECODERS, characters, save, tiny
 
 NAME = dict.fromkeys(FAMILIES, "linear") | {"gemma2": "streaming"}
@@ -211,6 +211,19 @@ def test_what_a_conversion_writes_is_what_transformers_writes(tmp_path):
     opened = transformers.AutoModelForCausalLM.from_pretrained(again)
     assert torch.equal(run(opened.eval(), tokens()), run(model.eval(), tokens()))
     assert type(effconvert.load(again).model) is type(model)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_config_without_its_mixers_is_the_one_it_was(kind):
+    model = tiny(kind, **wide(kind))
+    config = stock_config(model)
+    for step in (load(NAME[kind])(**small(NAME[kind], kind), layers="0"), load(NAME[kind])(**small(NAME[kind], kind), layers="1")):
+        config = step.config(config)
+    raw, mixers = decode(json.loads(json.dumps(config.content)))
+    assert raw == json.loads(json.dumps(stock_config(model).raw))
+    assert mixers == config.mixers
+    assert [entry["layers"] for entry in config.content["effconvert"]["mixers"]] == [[0, 1]]  # the same in both
+    assert not {"layers", "keep_softmax"} & config.content["effconvert"]["mixers"][0]["options"].keys()
 
 
 def test_mixers_named_in_a_config_survive_being_copied_and_printed(folders):
