@@ -10,7 +10,10 @@ import yaml
 
 import effconvert
 from effconvert.convert import run as running
+from effconvert.convert.calibrate import prepare
+from effconvert.convert.checkpoint import open_checkpoint
 from effconvert.convert.families import FAMILIES
+from effconvert.convert.plan import plan
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError
 from effconvert.heal._layer import _held
@@ -123,14 +126,8 @@ def test_nothing_else_is_touched(taught, name):
         may = inside.rpartition(".")[0] in projections or ".mixer." in tensor
         assert (tensor in changed(place / "plain", place / "taught")) <= may, tensor
     every = changed(place / "plain", place / "taught")
-    for part in (*sorted(projections), *([f"{family.attention}.mixer"] if mixer.parameters(outcome_config(place)) else [])):
+    for part in (*sorted(projections), *([f"{family.attention}.mixer"] if mixer.parameters(open_checkpoint(place / "plain").config) else [])):
         assert any(f"{part}." in tensor for tensor in every), part
-
-
-def outcome_config(place):
-    from effconvert.convert.checkpoint import open_checkpoint
-
-    return open_checkpoint(place / "plain").config
 
 
 def test_every_parameter_of_a_mixer_and_every_bias_is_taught(taught):
@@ -155,24 +152,19 @@ def test_layers_without_a_mixer_keep_their_bytes():
 
 
 def test_what_was_said_is_the_error_on_held_out_windows(taught):
-    """The last of every eight batches, of two windows each: taken apart here, and measured in the models as they lie on disk."""
+    """Of the first layer, measured in the models as they lie on disk; what reaches later layers in the plain model is something else."""
     place, outcome = taught("llama")
-    ids = torch.tensor(heldout_ids(place))
-    for index, said in outcome.told.items():
-        for which, key in (("plain", "before"), ("taught", "after")):
-            if index == "0":  # what reaches later layers in the plain model is something else
-                assert said[key] == pytest.approx(squared_error(place, which, ids), rel=1e-4)
+    ids = heldout_ids(place, TOKENS)
+    assert outcome.told["0"]["before"] == pytest.approx(squared_error(place, "plain", ids), rel=1e-4)
+    assert outcome.told["0"]["after"] == pytest.approx(squared_error(place, "taught", ids), rel=1e-4)
 
 
-def heldout_ids(place):
-    from effconvert.convert.calibrate import prepare
-    from effconvert.convert.checkpoint import open_checkpoint
-    from effconvert.convert.plan import plan
-
-    source = plan(open_checkpoint(place / "model"), (Linear(window=6), Transfer()))
-    ids = prepare(source, RunOptions(calibrate=str(place / "text.txt"), calibration_tokens=TOKENS)).ids
-    assert len(ids) == 16
-    return ids.tolist()
+def heldout_ids(place, count):
+    """All windows; the last batch, of two, is held out."""
+    planned = plan(open_checkpoint(place / "model"), (Linear(window=6), Transfer()))
+    ids = prepare(planned, RunOptions(calibrate=str(place / "text.txt"), calibration_tokens=count)).ids
+    assert len(ids) in (8, 16)  # one batch in eight, and at least one
+    return ids
 
 
 @torch.inference_mode()
@@ -184,7 +176,7 @@ def squared_error(place, which, ids):
         model.model.layers[0].self_attn.o_proj.register_forward_hook(lambda _, args, out: outputs.append(out))
         model(ids, use_cache=False)
     found, wanted = outputs
-    return float((found[14:] - wanted[14:]).square().mean() / wanted.square().mean())
+    return float((found[-2:] - wanted[-2:]).square().mean() / wanted.square().mean())
 
 
 def test_the_same_text_gives_the_same_bytes(taught):
@@ -202,13 +194,12 @@ def test_another_text_more_epochs_and_another_rate_give_others(taught):
 
 
 def test_the_best_epoch_is_kept_and_not_the_last():
-    """At a rate at which later epochs undo what earlier ones won."""
+    """Where there is so little text that it is learnt by heart."""
     place = Path()
     source = put(place / "model")
-    run(source, Linear(window=6), place="plain")
-    said = run(source, Linear(window=6), Transfer(rate=0.02, epochs=16), place="taught").told["0"]
+    said = run(source, Linear(window=6), Transfer(rate=0.01, epochs=60), place="taught", calibration_tokens=256).told["0"]
     assert said["after"] < said["before"]
-    assert said["after"] == pytest.approx(squared_error(place, "taught", torch.tensor(heldout_ids(place))), rel=1e-4)
+    assert said["after"] == pytest.approx(squared_error(place, "taught", heldout_ids(place, 256)), rel=1e-4)
 
 
 def test_what_predicts_held_out_windows_no_better_is_not_kept():
