@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effconvert.convert.families import FAMILIES, Family
-from effconvert.convert.mixed import KIND, decode, encode
+from effconvert.convert.mixed import KIND, encode, read
 from effconvert.errors import ModelError, OptionError
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ def read_config(folder: Path) -> Config:
     mixers: tuple[Mixing | None, ...] = ()
     family = FAMILIES.get(str(kind))
     if isinstance(kind, str) and kind.removeprefix(KIND) in FAMILIES and kind.startswith(KIND):
-        raw, mixers, family = decode(raw)
+        raw, mixers, family = read(raw)
         kind = raw["model_type"]
     if not isinstance(kind, str) or family is None:
         near = get_close_matches(str(kind), FAMILIES, n=1)

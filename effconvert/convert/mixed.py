@@ -56,6 +56,18 @@ def encode(raw: Mapping[str, Any], mixers: tuple[Mixing | None, ...], family: Fa
     }
 
 
+def read(given: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Mixing | None, ...], Family]:
+    """Read a config.json whose `model_type` says that effconvert wrote it.
+
+    Raises:
+        ModelError: what it says of mixers makes no sense, or nothing is said.
+    """
+    raw, mixers, family = decode(given)
+    if not mixers and family == FAMILIES[raw["model_type"]]:
+        raise ModelError(f"config.json is of a {given['model_type']} and says nothing of mixers; take the file that effconvert wrote")
+    return raw, mixers, family
+
+
 def decode(given: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Mixing | None, ...], Family]:
     """Undo `encode`: the config of the model without mixers, the mixers of its layers, none for a model that has none, and its family.
 
@@ -76,6 +88,8 @@ def decode(given: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Mixing | Non
         for entry in block["mixers"]:
             if entry["mixer"] not in steps.techniques():
                 raise ValueError(f"there is no mixer {entry['mixer']!r}")
+            if not hasattr(steps.load(entry["mixer"]), "mix"):
+                raise ValueError(f"{entry['mixer']} is no mixer")
             made: Any = steps.load(entry["mixer"])(**entry["options"])
             for index in entry["layers"]:
                 if not 0 <= index < len(mixers) or mixers[index] is not None:

@@ -183,7 +183,8 @@ def _begin(plan: Plan, partial: Path) -> None:
         done = {}
         for path in partial.iterdir():  # of another model or recipe (`check_free` saw to it that it is ours): nothing of it can be used
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    save_manifest(partial, {**about(plan), "files": dict.fromkeys([*plan.written, SCRATCH, *drafts(plan)]), "shards": done})
+    told = {key: manifest[key] for key in ("transfer",) if done and key in manifest}
+    save_manifest(partial, {**about(plan), **told, "files": dict.fromkeys([*plan.written, SCRATCH, *drafts(plan)]), "shards": done})
 
 
 def finished(plan: Plan, output: Path, verified: bool) -> dict[str, Any]:

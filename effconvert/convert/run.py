@@ -81,7 +81,9 @@ def convert(model: str, surgeries: tuple[Surgery, ...], options: RunOptions, wat
     with output.workplace(planned, target) as partial:
         if planned.calibration and left(planned, partial):
             calibrate(planned, partial, watcher)
-        told = notes(planned, partial)
+        told = notes(planned, partial) or output.read_manifest(partial).get("transfer", {})
+        if told:  # the layers that it lies beside are not there much longer
+            output.save_manifest(partial, {**output.read_manifest(partial), "transfer": told})
         with watcher.bar(f"writing {target}", planned.after.bytes, "bytes") as advance:
             resumed = write(planned, partial, advance)
         output.discard_drafts(planned, partial)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -99,7 +98,7 @@ class Rotation:
     parts: tuple[Tensor, Tensor]  # cos and sin of each token, [B or 1, T, rotary]
     order: Tensor | None = None  # in which the tokens are, [B, T]; None: as they came
 
-    @cached_property
+    @property
     def angles(self) -> Tensor:
         """Both, beside the tokens of the call: [B, 2, T, rotary]."""
         both = torch.stack([*self.parts], 1)

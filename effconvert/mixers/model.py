@@ -1,6 +1,7 @@
 """Models of transformers with mixers in them: each class is derived from the family's own, so whatever works on that works on this."""
 
 from functools import lru_cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 
 from effconvert.convert.config import Config
 from effconvert.convert.families import FAMILIES, Family
-from effconvert.convert.mixed import CLASS, KIND, STUB, STUB_FILE, decode, encode
+from effconvert.convert.mixed import CLASS, KIND, STUB, STUB_FILE, decode, encode, read
 from effconvert.errors import ModelError
 from effconvert.mixers._call import State
 from effconvert.mixers.attention import NAME, SOFTMAX, Mixer, install
@@ -24,7 +25,7 @@ class ConvertedConfig:
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Read a config.json."""
-        raw, *_ = decode({"model_type": cls.model_type, **config_dict})  # type: ignore[attr-defined]
+        raw, *_ = read({"model_type": cls.model_type, **config_dict})  # type: ignore[attr-defined]
         placed = {key: config_dict[key] for key in ("effconvert", "auto_map") if key in config_dict}
         return super().from_dict({**raw, **placed}, **kwargs)  # type: ignore[misc]
 
@@ -52,7 +53,8 @@ class Converted:
         if ours.mixers:
             self.register_forward_pre_hook(_refuse, with_kwargs=True)  # type: ignore[attr-defined]
         if ours.family.decoder:
-            self.register_forward_pre_hook(_with_cache, with_kwargs=True)  # type: ignore[attr-defined]
+            for model in {self, self.base_model}:  # type: ignore[attr-defined]
+                model.register_forward_pre_hook(_with_cache, with_kwargs=True)
 
     def _fresh(self) -> None:
         """Give mixers their first values, where they are not about to be loaded."""
@@ -101,14 +103,18 @@ def _with_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     asked = kwargs.get("use_cache")
     wanted = getattr(model.config, "use_cache", False) and not model.training if asked is None else asked
     given = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
-    if not wanted or given or (model.training and getattr(model, "is_gradient_checkpointing", False)):
+    if given:
         return args, kwargs
+    name = "is_activation_checkpointing" if hasattr(type(model), "is_activation_checkpointing") else "is_gradient_checkpointing"  # of older transformers
+    if not wanted or (model.training and getattr(model, name, False)):
+        return args, {**kwargs, "use_cache": False}  # else the family makes one of its own
     return args, {**kwargs, "past_key_values": cache_for(model.config)}
 
 
-def _refuse(_: Any, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _refuse(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse what a mask can say to softmax attention and not to a mixer, which would mix what it should not."""
-    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    named = {**dict(zip(signature(model.forward).parameters, args, strict=False)), **kwargs} if len(args) > 1 else kwargs
+    mask, positions = named.get("attention_mask"), named.get("position_ids")
     if mask is not None and getattr(mask, "ndim", 2) != 2:
         raise ValueError("mixers know of padding only: give an attention_mask [batch, tokens], or none")
     if mask is None and positions is not None and positions.shape[-1] > 1 and bool((positions.diff(dim=-1) != 1).any()):

@@ -77,7 +77,7 @@ class Performer(Mixing):
             fall = (highest[..., :-1] - highest[..., 1:]).masked_fill(highest[..., :-1] == lowest, 0)
             key = (key - highest[..., 1:, None]).exp()
             made, state = linear_attention(query, key[:, :, None], known, state, fall[:, :, None])
-            call.keep(state=state, highest=highest[..., -1])
+            call.keep(state=state, highest=highest[..., -1].clone())
         mixed: Tensor = (made[..., :-1] / made[..., -1:].clamp_min(torch.finfo(torch.float32).tiny)).flatten(1, 2)
         return mixed
 
