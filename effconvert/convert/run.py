@@ -81,9 +81,7 @@ def convert(model: str, surgeries: tuple[Surgery, ...], options: RunOptions, wat
     with output.workplace(planned, target) as partial:
         if planned.calibration and left(planned, partial):
             calibrate(planned, partial, watcher)
-        told = notes(planned, partial) or output.read_manifest(partial).get("transfer", {})
-        if told:  # the layers that it lies beside are not there much longer
-            output.save_manifest(partial, {**output.read_manifest(partial), "transfer": told})
+        told = _told(planned, partial)
         with watcher.bar(f"writing {target}", planned.after.bytes, "bytes") as advance:
             resumed = write(planned, partial, advance)
         output.discard_drafts(planned, partial)
@@ -104,6 +102,15 @@ def convert(model: str, surgeries: tuple[Surgery, ...], options: RunOptions, wat
             record["sha256"] = {name: file_hash(partial / name) for name in planned.written}
         output.publish(planned, partial, target, options.overwrite, record)
     return Outcome(planned, target, report, resumed, told=told)
+
+
+def _told(planned: Plan, partial: Path) -> dict[str, dict[str, float]]:
+    """Return what `transfer` had to tell of layers, now or before an interruption, and keep it: the drafts that hold it are not there much longer."""
+    manifest = output.read_manifest(partial)
+    told: dict[str, dict[str, float]] = notes(planned, partial) or manifest.get("transfer", {})
+    if told:
+        output.save_manifest(partial, {**manifest, "transfer": told})
+    return told
 
 
 def _teacher(surgeries: tuple[Surgery, ...], watcher: Watcher) -> Checkpoint | None:
