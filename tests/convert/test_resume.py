@@ -53,6 +53,7 @@ def watch(where: str, moment: str, nth: int, fate: str, arguments: tuple[str, ..
 def halting(python: str, where: str, nth: int, *arguments: str) -> list[str]:
     """Spell a process of its own that says so and halts after the `nth` call of the function `where`."""
     imports = "import os, pkgutil, signal, time\nfrom effconvert.cli import main\n"
+    imports += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a run in the background would have it ignore
     return [python, "-c", f"{imports}{inspect.getsource(watch)}\nwatch({where!r}, 'after', {nth}, 'halt', {arguments!r})"]
 
 
