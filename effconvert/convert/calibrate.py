@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -23,21 +24,22 @@ from effconvert.convert.layer import Layer
 from effconvert.convert.output import DRAFT, drafts, to_disk
 from effconvert.convert.plan import Plan, rename
 from effconvert.convert.shards import FLOATS, finite
-from effconvert.convert.walk import Calibration, Look, Stage, embedding_rows, stored_tensors
+from effconvert.convert.walk import BATCH, Calibration, Look, Stage, embedding_rows, stored_tensors
 from effconvert.convert.watch import Watcher
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality import windows
 from effconvert.eval.text import MOST, calibration_text, read_calibration
 from effconvert.options import Conversion
 
-BATCH = 2  # windows
 WINDOW = 512  # tokens
+PIECES = (1, 4, 16)  # an encoder's windows are cut into so many texts in turn: it is to be good at short ones too
+SHORTEST = 16  # tokens of such a text
 LEAST = 8  # windows: one of them is held out
 LIBRARIES = 400_000_000  # bytes; transformers, and what PyTorch sets up to compute
 
 
 def prepare(plan: Plan, options: Conversion) -> Calibration:
-    """Make the tokens to calibrate on: windows from all over the text.
+    """Make the tokens to calibrate on: windows from all over the text, for encoders texts of several lengths, begun and ended as theirs are.
 
     Raises:
         OptionError: the text cannot be read, or is too short.
@@ -63,7 +65,17 @@ def prepare(plan: Plan, options: Conversion) -> Calibration:
     count = options.calibration_tokens // window
     if len(ids) < count:
         raise OptionError(f"{text.name} has {ids.numel()} tokens in windows of {window}, and {asked}")
-    return Calibration(text.name, ids[[index * len(ids) // count for index in range(count)]])
+    ids = ids[[index * len(ids) // count for index in range(count)]]
+    if config.family.decoder:
+        return Calibration(text.name, ids)
+    return Calibration(text.name, ids, tuple(pieces for pieces in PIECES if pieces == 1 or window // pieces >= SHORTEST), _ends(tokenizer))
+
+
+def _ends(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the tokens that the tokenizer puts before and after a text."""
+    plain, whole = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
+    start = next(place for place in range(len(whole)) if whole[place : place + len(plain)] == plain)
+    return tuple(whole[:start]), tuple(whole[start + len(plain) :])
 
 
 class Walk:
@@ -73,19 +85,19 @@ class Walk:
         states: what arrives there, [B, T, M] for each batch.
     """
 
-    def __init__(self, plan: Plan, ids: Tensor) -> None:
+    def __init__(self, plan: Plan, batches: Sequence[Tensor]) -> None:
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         self.device = found or torch.device("cpu")
-        self.plan, self.ids = plan, [batch.to(self.device) for batch in ids.split(BATCH)]
+        self.plan, self.ids = plan, [batch.to(self.device) for batch in batches]
         self.stages: dict[str, Stage] = {}
         self.notes: dict[int, dict[str, float]] = {}
         self.states = self._stage(plan.checkpoint, plan.checkpoint.config).begin()
         _hold_finite(self.states, "the embedding")
 
     @property
-    def windows(self) -> int:
-        """How many there are."""
-        return sum(map(len, self.ids))
+    def scores(self) -> int:
+        """How many numbers the weights of one head's attention are, over all texts."""
+        return sum(len(batch) * batch.shape[1] ** 2 for batch in self.ids)
 
     def look(self, layer: Layer, parts: Sequence[str] = (), until: str = "") -> Iterator[Look]:
         """Run a layer as it stands, and yield what each batch was in it: see `Stage.run`."""
@@ -179,7 +191,7 @@ def calibrate(plan: Plan, folder: Path, watcher: Watcher) -> None:
     """
     assert plan.calibration
     ids = plan.calibration.ids
-    walk = Walk(plan, ids)
+    walk = Walk(plan, plan.calibration.batches)
     layers: list[Layer | None] = [*plan.operate("cpu", walk)]
     with watcher.bar("calibrating", len(layers) * ids.numel(), "tokens") as advance:
         for index in range(len(layers)):

@@ -34,6 +34,7 @@ class Family:
     rotary_key: str = "partial_rotary_factor"  # which part of a head it turns
 
     decoder: bool = True
+    packs: bool = True  # whether a decoder's class keeps texts apart that share a row: position_ids that begin anew
     heads_key: str = "num_attention_heads"
     layers_key: str = "num_hidden_layers"
     hidden_key: str = "hidden_size"
@@ -289,6 +290,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             },
             head={"head": "lm_head"},
             optional=frozenset({"attn_norm", "mlp_norm", "final_norm"}),
+            packs=False,
             ffn_key="ffn_dim",
             kv_heads_key="",
         ),

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import cycle
 from typing import Any
 
 import numpy
@@ -22,6 +23,7 @@ from effconvert.convert.layer import Layer
 from effconvert.convert.shards import FLOATS, Stored
 from effconvert.convert.stock import class_of, quiet
 
+BATCH = 2  # windows
 PROBE = "effconvert_probe"  # the name of our attention function in transformers' registry
 Tensors = Mapping[str, Tensor]  # name in a layer -> tensor, as the family stores it
 
@@ -32,11 +34,27 @@ class Calibration:
 
     name: str  # of the text
     ids: Tensor  # token ids, [N, T]
+    pieces: tuple[int, ...] = (1,)  # into how many texts each window is cut, a batch after the other in turn
+    ends: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # tokens that begin and end a text, in place of its own
+
+    @property
+    def batches(self) -> list[Tensor]:
+        """The texts that are run at a time, [B, T]; all batches have about as many tokens, the first one the longest texts."""
+        made = []
+        for batch, pieces in zip(self.ids.split(BATCH), cycle(self.pieces), strict=False):
+            length = batch.shape[1] // pieces
+            texts = batch[:, : length * pieces].reshape(-1, length).clone()
+            for place, token in enumerate(self.ends[0]):
+                texts[:, place] = token
+            for place, token in enumerate(reversed(self.ends[1])):
+                texts[:, -1 - place] = token
+            made.append(texts)
+        return made
 
     @property
     def sha256(self) -> str:
-        """Identify the tokens."""
-        return hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
+        """Identify the texts."""
+        return hashlib.sha256(b"".join(f"{[*batch.shape]}".encode() + batch.numpy().tobytes() for batch in self.batches)).hexdigest()
 
     def remark(self, config: Config) -> str:
         """Say where there are fewer tokens than numbers to find for each output of a projection."""
@@ -46,7 +64,8 @@ class Calibration:
     @property
     def record(self) -> dict[str, Any]:
         """What a manifest says of it."""
-        return {"text": self.name, "tokens": self.ids.numel(), "window": self.ids.shape[1], "sha256": self.sha256}
+        window = self.ids.shape[1]
+        return {"text": self.name, "tokens": self.ids.numel(), "windows": [window // pieces for pieces in self.pieces], "sha256": self.sha256}
 
 
 @dataclass
@@ -75,7 +94,7 @@ class Stage:
         self.layers: list[nn.Module] = list(self.model.get_submodule(config.family.layers))
         self.ids = ids
         fill(self.model, outer)
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}  # tokens in a text -> what each layer is called with
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -95,8 +114,8 @@ class Stage:
                 self._until_enough(batch)
         return arrived
 
-    def learn(self, tensors: Tensors) -> None:
-        """Note what every layer is called with; `tensors` are some layer's, for the form in which layers answer."""
+    def learn(self, tensors: Tensors, tokens: int) -> None:
+        """Note what every layer is called with for texts of so many tokens; `tensors` are some layer's, for the form in which layers answer."""
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         real, last = self.layers[0].forward, len(self.layers) - 1
         answers: list[Any] = []
@@ -112,19 +131,20 @@ class Stage:
             return (state, *answers[0][1:]) if isinstance(answers[0], tuple) else state
 
         with _instead(self.layers, [note] * len(self.layers)):
-            self._until_enough(self.ids[0])
-        self.calls = calls
+            self._until_enough(next(batch for batch in self.ids if batch.shape[1] == tokens))
+        self.calls[tokens] = calls
 
     def run(self, index: int, tensors: Tensors, states: Sequence[Tensor], parts: Sequence[str] = (), until: str = "") -> Iterator[Look]:
         """Run layer `index` with the weights `tensors` on each batch, and yield what was seen of the modules that hold `parts`, and of attention.
 
         With `until` it is run up to the module of that part, and no further.
         """
-        if not self.calls:
-            self.learn(tensors)
-        module, (args, kwargs) = self.layers[index], self.calls[index]
+        module = self.layers[index]
         try:
             for state in states:
+                if state.shape[1] not in self.calls:
+                    self.learn(tensors, state.shape[1])
+                args, kwargs = self.calls[state.shape[1]][index]
                 look = Look(state)
                 fill(module, tensors)  # each time: meanwhile somebody may have run the same layer with other weights
                 with _watching(module, {part: self.config.family.parts[part] for part in parts}, look, until):
@@ -136,9 +156,9 @@ class Stage:
 
     def attended(self, index: int, tensors: Tensors, state: Tensor, until: str) -> Tensor:
         """Run layer `index` on one batch up to the module of part `until`, and return what that made, with gradients for `tensors`."""
-        if not self.calls:
-            self.learn({name: tensor.detach() for name, tensor in tensors.items()})
-        module, (args, kwargs) = self.layers[index], self.calls[index]
+        if state.shape[1] not in self.calls:
+            self.learn({name: tensor.detach() for name, tensor in tensors.items()}, state.shape[1])
+        module, (args, kwargs) = self.layers[index], self.calls[state.shape[1]][index]
         look = Look(state)
         with _watching(module, {until: self.config.family.parts[until]}, look, until):
             functional_call(module, dict(tensors), (state, *_fitting(args, state)), _fitting(kwargs, state))
@@ -152,7 +172,7 @@ class Stage:
 
 
 def _fitting(given: Any, state: Tensor) -> Any:
-    """Cut what the first batch was called with to a last one that has fewer windows."""
+    """Cut what the first batch of such texts was called with to a last one that has fewer."""
     if isinstance(given, Tensor):
         return given[: len(state)] if given.ndim > 1 and len(given) > len(state) else given
     if isinstance(given, dict):

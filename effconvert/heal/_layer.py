@@ -93,15 +93,17 @@ def _original(layer: Layer, original: int, bias: Tensor) -> tuple[list[Tensor], 
     assert layer.walk
     wanted: list[Tensor] = []
     windows: list[Attended] = []
-    weights = torch.empty(0)
+    room = torch.empty(0)
+    used = 0
     mine = layer.walk.look(layer, ("q", "o"), until="o")
     for look, own in zip(layer.walk.original([original], ("o",), until="o"), mine, strict=True):
         wanted.append(look.outputs["o"] - bias.to(look.outputs["o"]))
         if look.weights is None or own.weights is None or _given(look.query).shape != _given(own.query).shape:
             continue
-        if not len(weights):  # one block for all: among smaller ones the allocator would lose more memory than they take
-            weights = look.weights.new_empty(layer.walk.windows, *look.weights.shape[1:], dtype=torch.half)
-        mixed = weights[len(windows) : len(windows) + len(look.weights)].copy_(look.weights)
+        if not len(room):  # one block for all: among smaller ones the allocator would lose more memory than they take
+            room = look.weights.new_empty(look.weights.shape[1] * layer.walk.scores, dtype=torch.half)
+        mixed = room[used : used + look.weights.numel()].view(look.weights.shape).copy_(look.weights)
+        used += mixed.numel()
         read = _ending_in_one(own.inputs["q"], layer)
         windows += [Attended(*parts) for parts in zip(read, mixed, _given(look.query), _given(look.key), wanted[-1], strict=True)]
     return wanted, windows
@@ -153,7 +155,7 @@ def _far(layer: Layer, wanted: Sequence[Tensor], bias: Tensor) -> float:
 
 def _held(batch: int, row: int, batches: Sequence[Tensor]) -> int:
     """Say for a window whether it is held out: 1, else 0."""
-    return int((batch * len(batches[0]) + row + 1) % HELD_OUT == 0)
+    return int((sum(map(len, batches[:batch])) + row + 1) % HELD_OUT == 0)
 
 
 def _given(tensor: Tensor | None) -> Tensor:

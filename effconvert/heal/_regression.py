@@ -214,7 +214,8 @@ class Turn:
         if not self.rotary:
             return rows * self.scale
         real, imaginary = self._apart(rows)
-        cos, sin = self.angles.real, -self.angles.imag if back else self.angles.imag
+        angles = self.angles[: rows.shape[-2]]
+        cos, sin = angles.real, -angles.imag if back else angles.imag
         return self._together(real * cos - imaginary * sin, real * sin + imaginary * cos, rows)
 
     def paired(self, squares: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from effconvert.convert.layer import MIXER, Layer
 
 HELD_OUT = 8  # every eighth batch
 OWN = 10  # times the rate, of parameters that a mixer brought with it
-SLOWER = 0.1  # of the rate, tried where that gained nothing
+TRIES = (1, 0.1, 0.01)  # of the rate, the next where one gained nothing
 WARM = 0.1  # of all steps, to the highest rate
 
 
@@ -40,7 +40,7 @@ def teach(layer: Layer, original: int, parts: list[str], epochs: int, rate: floa
 
     before = least = judged()
     best = {part: layer[part] for part in parts}
-    for highest in (rate, SLOWER * rate):
+    for highest in [share * rate for share in TRIES]:
         learnt = {part: nn.Parameter(layer[part].clone()) for part in parts}
         rates = [{"params": [value], "lr": highest * (OWN if part.startswith(MIXER) else 1)} for part, value in learnt.items()]
         optimizer = torch.optim.AdamW(rates, betas=(0.9, 0.95), weight_decay=0.0)

@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from effconvert.convert.config import Config
 from effconvert.mixers._call import Call, Rotation, State, ordered, padding_first
 from effconvert.mixers.grouped import each
+from effconvert.mixers.packed import Packing
 from effconvert.surgery._mixing import Mixing
 
 NAME = "effconvert"  # of our function in transformers' registry
@@ -79,9 +80,13 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
         return softmax(module, query, key, value, attention_mask, **kwargs)
     state, hidden, angles = mixing
     tokens, scaling = query.shape[-2], kwargs.get("scaling")
-    live = _live(attention_mask, tokens, len(query), query.device)
-    causal, order = module.mixer.config.family.decoder, None
-    if causal and attention_mask is not None and tokens > 1:  # wherever padding stood, live tokens are the last, and next to each other
+    live = _visible(attention_mask, 0, tokens, len(query), query.device)
+    causal, order, packing = module.mixer.config.family.decoder, None, None
+    if causal and attention_mask is not None and state is None and (packing := _packing(attention_mask, live)):
+        query, key, value, hidden = map(packing.apart, (query, key, value, hidden))
+        angles = angles and tuple(map(packing.apart, angles))
+        live = packing.live
+    if causal and attention_mask is not None and live.shape[1] > 1:  # wherever padding stood, live tokens are the last, and next to each other
         order = padding_first(live)
         query, key, value, hidden = (ordered(rows, order) for rows in (query, key, value, hidden))
         live = live.gather(1, order)
@@ -91,6 +96,8 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
     out = module.mixer(call)
     if order is not None:
         out = ordered(out, order.argsort(1))
+    if packing:
+        out = packing.together(out)
     return out.to(query.dtype).transpose(1, 2).contiguous(), None
 
 
@@ -107,12 +114,20 @@ def softmax(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
     return sys.modules[type(module).__module__].eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-def _live(mask: Tensor | None, tokens: int, batch: int, device: torch.device) -> Tensor:
-    """Return which of the new tokens are no padding, [B, T]: a token that may not even see itself is."""
+def _visible(mask: Tensor | None, back: int, tokens: int, batch: int, device: torch.device) -> Tensor:
+    """Return which of the new tokens may see the one so far back, [B, T - back]: one that may not even see itself is padding."""
     if mask is None:
-        return torch.ones(batch, tokens, dtype=torch.bool, device=device)
-    diagonal = mask[:, 0].diagonal(mask.shape[-1] - tokens, -2, -1)  # [B, T]
+        return torch.ones(batch, tokens - back, dtype=torch.bool, device=device)
+    diagonal = mask[:, 0].diagonal(mask.shape[-1] - tokens - back, -2, -1)
     return (diagonal if mask.dtype == torch.bool else diagonal == 0).expand(batch, -1)
+
+
+def _packing(mask: Tensor, live: Tensor) -> Packing | None:
+    """Find texts that share a row: the first token of each may not see the one before it, though that is no padding (transformers packs without any)."""
+    if not bool(live.all()):
+        return None
+    follows = _visible(mask, 1, live.shape[1], len(live), live.device)
+    return Packing.seen(live & ~nn.functional.pad(follows, (1, 0)))
 
 
 AttentionInterface.register(NAME, attend)

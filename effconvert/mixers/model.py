@@ -111,14 +111,20 @@ def _with_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     return args, {**kwargs, "past_key_values": cache_for(model.config)}
 
 
-def _refuse(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse what a mask can say to softmax attention and not to a mixer, which would mix what it should not."""
+def _refuse(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Refuse what a mask can say to softmax attention and not to a mixer, which would mix what it should not; read packed texts without a cache."""
     named = {**dict(zip(signature(model.forward).parameters, args, strict=False)), **kwargs} if len(args) > 1 else kwargs
     mask, positions = named.get("attention_mask"), named.get("position_ids")
     if mask is not None and getattr(mask, "ndim", 2) != 2:
         raise ValueError("mixers know of padding only: give an attention_mask [batch, tokens], or none")
-    if mask is None and positions is not None and positions.shape[-1] > 1 and bool((positions.diff(dim=-1) != 1).any()):
-        raise ValueError("several texts in one sequence (position_ids that begin anew) would be mixed with each other; give each a row of its own, padded")
+    if mask is not None or positions is None or positions.shape[-1] < 2 or not bool((positions.diff(dim=-1) != 1).any()):
+        return args, kwargs
+    family = own_config(model.config).family
+    if not (family.decoder and family.packs):
+        raise ValueError("several texts in one row (position_ids that begin anew) would be mixed with each other; give each a row of its own, padded")
+    if named.get("past_key_values") is not None or named.get("use_cache"):
+        raise ValueError("several texts in one row (position_ids that begin anew) cannot be gone on with in a cache; leave use_cache and past_key_values out")
+    return args, {**kwargs, "use_cache": False}
 
 
 def cache_for(config: Any) -> Cache:

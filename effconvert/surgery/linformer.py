@@ -46,7 +46,7 @@ class Linformer(Mixing):
     projections: Literal["means", "data"] = Field(
         "means",
         description="What the matrices begin as: means of consecutive tokens (means); or for the values what comes closest to the attention on the calibration "
-        "text when keys are such means (data), which is for texts about as long as the longest: means are better on short ones.",
+        "text when keys are such means (data).",
     )
 
     @model_validator(mode="after")
@@ -95,16 +95,18 @@ class Linformer(Mixing):
     def fit(self, layer: Layer, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Fit F so that attention to the K mixtures, times F, comes closest to attention to the tokens: ridge regression about the means.
 
-        What the windows are too short for stays means. Fitting what attention gives of the values is a little nearer on whole windows, and far off on
-        texts much shorter than them.
+        A column is fitted to the texts that have a token there; where none has, it stays what it was. Fitting what attention gives of the values is a
+        little nearer on long texts, and far off on much shorter ones.
         """
         import torch
 
         from effconvert.heal._regression import HELD_OUT, Moments, ridge
 
         assert layer.walk
-        value_map, windows = values["value_map"].clone(), 0
-        found = [(Moments(), Moments()) for _ in value_map]  # of the windows that count, and of those held out
+        value_map, texts = values["value_map"].clone(), 0
+        ends = sorted({batch.shape[1] for batch in layer.walk.ids})
+        parts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]  # columns that the same texts have
+        found = [[(Moments(), Moments()) for _ in parts] for _ in value_map]  # of the texts that count, and of those held out
         for look in layer.walk.look(layer, ("o",), until="o"):
             assert look.query is not None
             assert look.key is not None
@@ -116,13 +118,16 @@ class Linformer(Mixing):
             few = scores.masked_fill(~alive[:, :, None, None], -torch.inf).softmax(-1)  # [B, Hk, R, T, K]
             missing = look.weights.float().unflatten(1, query.shape[1:3]) - few @ means[:, :, None]  # [B, Hk, R, T, T]
             for inputs, outputs in zip(few, missing, strict=True):
-                windows += 1
-                for unit, pair in enumerate(found):
+                texts += 1
+                for unit, pairs in enumerate(found):
                     heads = slice(unit, unit + 1) if len(found) > 1 else slice(None)
-                    pair[windows % HELD_OUT == 0].add(inputs[heads], outputs[heads])
-        for rows, (kept, held) in zip(value_map, found, strict=True):
-            if (change := ridge(kept, held)) is not None:
-                rows[:, :tokens] += change.mT.to(rows)
+                    for part, pair in zip(parts, pairs, strict=True):
+                        if part.stop <= tokens:
+                            pair[texts % HELD_OUT == 0].add(inputs[heads], outputs[heads][..., part])
+        for rows, pairs in zip(value_map, found, strict=True):
+            for part, (kept, held) in zip(parts, pairs, strict=True):
+                if (change := ridge(kept, held)) is not None:
+                    rows[:, part] += change.mT.to(rows)
         return {**values, "value_map": value_map}
 
     def mix(self, weights: Mapping[str, Tensor], call: Call) -> Tensor:
@@ -137,20 +142,23 @@ class Linformer(Mixing):
 
 
 def columns(rows: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
-    """Choose the columns of a matrix [U, K, n] for the live tokens of each text, counted from its first, and make up for those that it is too short for.
+    """Choose the columns of a matrix [U, K, n] for the live tokens of each text, counted from its first.
+
+    Each row is at home in a segment of the longest text, that of the mean which it began as. Where the text ends before the segment begins, there is
+    no such mixture; where it ends within, the row is multiplied by how many times more tokens the segment has.
 
     Returns:
-        The matrix of each text, float32 [B, U, K, T], each row as large (sum of absolute weights) as it is for the longest text, and 0 for padding; and which
-        rows have weight on a live token, [B, U, K].
+        The matrix of each text, float32 [B, U, K, T], 0 for padding; and which mixtures there are, [B, 1, K].
     """
     import torch
 
-    place = (live.cumsum(1) - 1).clamp(0, rows.shape[-1] - 1)
+    rank, longest = rows.shape[-2:]
+    place = (live.cumsum(1) - 1).clamp(0, longest - 1)
+    starts = -(-torch.arange(rank + 1, device=rows.device) * longest // rank)  # [K + 1]
+    there = (live.sum(1, keepdim=True) - starts[:-1]).clamp_min(0).minimum(starts.diff())  # tokens of each segment, [B, K]
     chosen = (rows.float()[..., place] * live).movedim(2, 0)
-    share = chosen.abs().sum(-1, keepdim=True) / rows.float().abs().sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    least = torch.finfo(torch.float32).eps  # less than that of a row is nothing
-    made: Tensor = chosen / share.clamp_min(least)
-    return made, share[..., 0] > least
+    made: Tensor = chosen * (starts.diff() / there.clamp_min(1))[:, None, :, None]
+    return made * (there > 0)[:, None, :, None], (there > 0)[:, None]
 
 
 def attended(query: Tensor, key: Tensor, value: Tensor, alive: Tensor, scaling: float) -> Tensor:

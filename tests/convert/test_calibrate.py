@@ -9,16 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from effconvert.convert import calibrate, output, stream
 from effconvert.convert.checkpoint import open_checkpoint
 from effconvert.convert.plan import plan
 from effconvert.convert.run import convert
+from effconvert.convert.walk import Calibration
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.text import calibration_text, default_text
 from effconvert.options import RunOptions
 from tests.convert.test_seam import Plain
+from tests.heal.healing import letters, put
 
 ASKER, MODEL = 2, 1  # exit codes: whose fault it is
 TOKENS = 256  # of calibration: 8 windows of 32
@@ -114,6 +117,38 @@ def test_windows_are_the_same_each_time_and_another_text_gives_others(model, tex
     assert ids_of(model).sha256 != first.sha256
 
 
+def test_an_encoders_windows_are_cut_into_texts_of_several_lengths_with_ends_of_their_own():
+    windows = 200 + torch.arange(5 * 32).view(5, 32)
+    batches = Calibration("text", windows, (1, 4), ((101, 100), (102,))).batches
+    assert [tuple(batch.shape) for batch in batches] == [(2, 32), (8, 8), (1, 32)]
+    for batch in batches:
+        assert batch[:, :2].tolist() == [[101, 100]] * len(batch)
+        assert batch[:, -1].tolist() == [102] * len(batch)
+    assert torch.equal(batches[1].view(2, 32)[:, 2:7], windows[2:4, 2:7])  # the first text of each window
+    assert torch.equal(batches[1].view(2, 4, 8)[:, 3, 2:7], windows[2:4, 26:31])  # and the last
+    plain = Calibration("text", windows)
+    assert torch.equal(torch.cat(plain.batches), windows)
+    assert plain.sha256 != Calibration("text", windows, (1, 4)).sha256
+
+
+@pytest.mark.parametrize(("kind", "ends", "lengths"), [("bert", True, [64, 16]), ("bert", False, [64, 16]), ("roberta", True, [63])])
+def test_encoders_are_calibrated_on_long_and_short_texts(kind, ends, lengths):
+    """RoBERTa's first position is the padding's, and a quarter of 63 tokens is too short."""
+    put(Path("encoder"), kind)
+    made = letters()
+    if ends:
+        around = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+        made.backend_tokenizer.post_processor = around
+    made.save_pretrained("encoder")
+    Path("text.txt").write_text(words(3000))
+    calibrated = ids_of(Path("encoder"), calibration_tokens=1024)
+    assert [batch.shape[1] for batch in calibrated.batches][: len(lengths)] == lengths
+    assert calibrated.record["windows"] == lengths
+    for batch in calibrated.batches:
+        assert bool((batch[:, 0] == 1).all()) == ends
+        assert bool((batch[:, -1] == 2).all()) == ends
+
+
 def test_windows_are_no_longer_than_the_model_reads(model):
     Path("text.txt").write_text(words(3000))
     assert ids_of(model, calibration_tokens=2048).ids.shape == (32, 64)
@@ -146,7 +181,7 @@ def test_json_lines_with_a_text_are_read(model, text, name):
 def test_a_recorded_calibration_says_what_was_looked_at(model, text):
     look()
     record = json.loads(Path("out/effconvert.json").read_text())["calibration"]
-    assert record == {"text": "text.txt", "tokens": TOKENS, "window": 32, "sha256": ids_of(model).sha256}
+    assert record == {"text": "text.txt", "tokens": TOKENS, "windows": [32], "sha256": ids_of(model).sha256}
     assert str(Path.cwd()) not in Path("out/effconvert.json").read_text()
 
 

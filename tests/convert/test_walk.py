@@ -240,3 +240,21 @@ def test_a_layer_rounds_what_is_new_to_what_is_stored(kind, tmp_path):
     held = load_file(folder / "model.safetensors")
     for inside, (origin, numbers, new) in stored.items():
         assert new or torch.equal(numbers, held[origin.name].float()), inside
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind not in DECODERS])
+@torch.inference_mode()
+def test_texts_of_several_lengths_walk_side_by_side(kind, tmp_path):
+    """Each as the whole model reads it alone: with the masks and positions of its own length."""
+    folder = save(tiny(kind), tmp_path / kind)
+    texts = [token_ids(seed)[:rows, :length] for seed, (rows, length) in enumerate([(2, LENGTH), (4, 7), (2, LENGTH), (3, 7)])]
+    checkpoint, _ = stage_of(folder, texts[0])
+    outer = {name.removeprefix(checkpoint.prefix): stored.read("cpu") for name, stored in checkpoint.outer.items() if name.startswith(checkpoint.prefix)}
+    stage = Stage(checkpoint.config, outer, texts, torch.device("cpu"))
+    states = stage.begin()
+    for index in range(checkpoint.config.layers):
+        states = [look.out for look in stage.run(index, weights_of(checkpoint, index), states)]
+    model = tiny(kind).get_submodule(FAMILIES[kind].prefix)
+    normed = getattr(model, "final_norm", torch.nn.Identity())  # ModernBERT's
+    for text, state in zip(texts, states, strict=True):
+        torch.testing.assert_close(normed(state), model(text, attention_mask=torch.ones_like(text)).last_hidden_state, **CLOSE)

@@ -123,12 +123,15 @@ def test_shorter_texts_have_fewer_mixtures(tokens):
     assert torch.allclose(mixed(Linformer(rank=RANK).begin(GROUPED, 0), query, key, value), softmax(query, *parts), atol=EXACT)
 
 
-def test_rows_that_are_too_long_for_a_text_keep_their_size():
-    matrix = random(1, 3, LONGEST)
-    made, alive = columns(matrix, torch.ones(1, 10, dtype=torch.bool))
-    assert torch.allclose(made.abs().sum(-1)[0], matrix.abs().sum(-1))
-    assert torch.allclose(made[0] / made[0, ..., :1], matrix[..., :10] / matrix[..., :1])
-    assert alive.all()
+@pytest.mark.parametrize("rank", [1, 3, 5, LONGEST])
+@pytest.mark.parametrize("tokens", [1, 7, 10, LONGEST])
+def test_a_row_is_there_where_its_segment_is_and_counts_for_the_tokens_it_lacks(rank, tokens):
+    matrix, means = random(1, rank, LONGEST), Linformer(rank=rank).begin(config(), 0)["key_map"][0]
+    made, alive = columns(matrix, torch.ones(1, tokens, dtype=torch.bool))
+    whole, here = (means > 0).sum(-1), (means[:, :tokens] > 0).sum(-1)
+    assert torch.equal(alive[0, 0], here > 0)
+    expected = matrix[0, :, :tokens] * (whole / here.clamp_min(1))[:, None] * (here > 0)[:, None]
+    assert torch.allclose(made[0, 0], expected)
 
 
 @pytest.mark.parametrize("share", SHARES)
@@ -215,8 +218,8 @@ def looks(planted, tokens=LONGEST):
 
 
 def fitted(technique, planted, tokens=LONGEST):
-    layer = SimpleNamespace(config=GROUPED, index=0, walk=SimpleNamespace(look=lambda *_, **__: looks(planted, tokens)))
-    return technique.fit(layer, technique.begin(GROUPED, 0))
+    walk = SimpleNamespace(look=lambda *_, **__: looks(planted, tokens), ids=[torch.zeros(2, tokens)])
+    return technique.fit(SimpleNamespace(config=GROUPED, index=0, walk=walk), technique.begin(GROUPED, 0))
 
 
 @pytest.mark.parametrize(("share", "units"), [("none", GROUPS), ("headwise", 1)])
@@ -235,7 +238,7 @@ def test_one_matrix_for_all_heads_is_the_ridge_regression_on_all_of_them():
     planted = random(GROUPS, RANK, LONGEST).softmax(-1)
     look = next(looks(planted))
     look = Look(look.state[:1], query=look.query[:1], key=look.key[:1], weights=look.weights[:1])
-    layer = SimpleNamespace(config=GROUPED, index=0, walk=SimpleNamespace(look=lambda *_, **__: iter([look] * 8)))
+    layer = SimpleNamespace(config=GROUPED, index=0, walk=SimpleNamespace(look=lambda *_, **__: iter([look] * 8), ids=[torch.zeros(1, LONGEST)]))
     technique = Linformer(rank=RANK, projections="data")
     found = technique.fit(layer, technique.begin(GROUPED, 0))["value_map"][0]
     means = technique.begin(GROUPED, 0)["key_map"][0].double()
