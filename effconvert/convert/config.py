@@ -134,16 +134,16 @@ class Config:
         """Return each layer's sliding window in tokens, None where it sees everything.
 
         As transformers reads a config: `layer_types` decides; without it, a window holds in every layer from
-        `max_window_layers` on, but each `sliding_window_pattern`-th.
+        `max_window_layers` on, but each so-manieth (`sliding_window_pattern`).
         """
-        window = self.get("sliding_window")
+        window = self.get(self.family.window_key)
         if window is None or self.get("use_sliding_window") is False:
             return [None] * self.layers
         kinds = self.get("layer_types")
         if kinds is None:
-            every = self.get("sliding_window_pattern")
+            every = self.get(self.family.pattern_key)
             first = self.get("max_window_layers") or 0
-            seen = [i < first or (every and (i + 1) % every == 0) for i in range(self.layers)]
+            seen = [i < first or (every and (i + self.family.pattern_from) % every == 0) for i in range(self.layers)]
             kinds = ["full_attention" if everything else "sliding_attention" for everything in seen]
         return [int(window) if kind == "sliding_attention" else None for kind in kinds]
 
@@ -279,6 +279,8 @@ SOUND: dict[str, tuple[Callable[[Any], bool], str]] = {
     "layer_types": (_names, "a list of names"),
     "sliding_window": _whole(2),
     "sliding_window_pattern": _whole(1),
+    "local_attention": _whole(2),
+    "global_attn_every_n_layers": _whole(1),
     "max_window_layers": _whole(0),
     "max_position_embeddings": _whole(1),
     "n_positions": _whole(1),

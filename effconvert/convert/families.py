@@ -44,6 +44,9 @@ class Family:
     kv_heads_key: str = "num_key_value_heads"  # empty: the family cannot say, and has `fixed_kv_heads` or one per query head
     fixed_kv_heads: int = 0
     multi_query: str = ""  # the family that is this one with a single KV head
+    window_key: str = "sliding_window"
+    pattern_key: str = "sliding_window_pattern"  # each so-manieth layer has no window
+    pattern_from: int = 1  # the number of the first layer, as that counts
     windowed: str = ""  # the family that is this one with a sliding window, maybe itself
     window_keys: Mapping[str, object] = field(default_factory=dict)  # what else its config says then
     layers_alike: bool = False  # whether its window holds in all layers or in none
@@ -336,7 +339,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "modernbert": Family(
             base="ModernBertModel",
             lm="ModernBertForMaskedLM",
-            defaults={"tie_word_embeddings": True},
+            defaults={"tie_word_embeddings": True, "local_attention": 128, "global_attn_every_n_layers": 3},
             prefix="model",
             layers="layers",
             parts={
@@ -353,6 +356,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             rope="halves",
             decoder=False,
             kv_heads_key="",
+            window_key="local_attention",
+            pattern_key="global_attn_every_n_layers",
+            pattern_from=0,
         ),
     }
 )

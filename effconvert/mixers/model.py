@@ -84,6 +84,7 @@ class Converted:
         chosen = generation_config.cache_implementation
         if chosen not in (None, "dynamic"):
             raise ValueError(f"cache_implementation={chosen!r} has no room for what mixers remember; leave it out (their state is small and of fixed size)")
+        generation_config.cache_implementation = None  # beside a cache that is there it may not be named
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = cache_for(self.config)
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]

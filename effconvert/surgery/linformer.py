@@ -64,7 +64,7 @@ class Linformer(Mixing):
 
     def chosen(self, config: Config) -> set[int]:
         """Return the layers to change: not those that see no more than a window, and are linear in the length already."""
-        return super().chosen(config) - windowed(config)
+        return {index for index in super().chosen(config) if not config.windows()[index]}
 
     def exact(self, config: Config) -> bool:
         """Where nothing is mixed: a mean of one token is that token."""
@@ -191,14 +191,6 @@ def longest(config: Config) -> int:
     if config.longest is None:
         raise ModelError(f"config.json of this {config.kind} does not say how long a text may be ({config.family.positions_key}); write it there")
     return config.longest
-
-
-def windowed(config: Config) -> set[int]:
-    """Return the layers that see no more than a window, by any of the ways in which a config says so."""
-    every = config.get("global_attn_every_n_layers") or 3  # how ModernBERT's first configs say it, and what it takes where none does
-    usual = ["sliding_attention" if config.get("local_attention") and index % every else "full_attention" for index in range(config.layers)]
-    kinds = config.get("layer_types") or usual
-    return {index for index, (kind, window) in enumerate(zip(kinds, config.windows(), strict=True)) if kind == "sliding_attention" or window}
 
 
 def _refuse_longer(live: Tensor, limit: int) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field, model_validator
 
 from effconvert.surgery._mixing import Mixing
-from effconvert.surgery.linformer import MEANS_OF_ROTATED, attended, windowed
+from effconvert.surgery.linformer import MEANS_OF_ROTATED, attended
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +52,7 @@ class Nystrom(Mixing):
 
     def chosen(self, config: Config) -> set[int]:
         """Return the layers to change: not those that see no more than a window, and are linear in the length already."""
-        return super().chosen(config) - windowed(config)
+        return {index for index in super().chosen(config) if not config.windows()[index]}
 
     def exact(self, config: Config) -> bool:
         """Where every token is a landmark, and the pseudo-inverse is exact."""

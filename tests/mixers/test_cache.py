@@ -164,6 +164,15 @@ def test_caches_without_room_for_a_state_are_refused_by_name(llama, kind):
     assert "\n" not in str(refusal.value)
 
 
+def test_the_dynamic_cache_may_be_named(llama):
+    assert torch.equal(greedy(llama, tokens(), 4, cache_implementation="dynamic"), greedy(llama, tokens(), 4))
+    llama.generation_config.cache_implementation = "dynamic"
+    try:
+        assert torch.equal(greedy(llama, tokens(), 4), greedy(llama, tokens(), 4, cache_implementation="dynamic"))
+    finally:
+        llama.generation_config.cache_implementation = None
+
+
 def test_a_cache_of_the_callers_own_without_room_for_a_state_is_refused(mixed):
     for cache in (DynamicCache(config=mixed.config), DynamicCache()):
         for call in (lambda cache=cache: mixed(tokens(), past_key_values=cache), lambda cache=cache: greedy(mixed, tokens(), 4, past_key_values=cache)):
