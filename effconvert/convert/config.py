@@ -141,7 +141,7 @@ class Config:
             return [None] * self.layers
         kinds = self.get("layer_types")
         if kinds is None:
-            every = self.get(self.family.pattern_key)
+            every = self.get(self.family.pattern_key) or self.family.pattern
             first = self.get("max_window_layers") or 0
             seen = [i < first or (every and (i + self.family.pattern_from) % every == 0) for i in range(self.layers)]
             kinds = ["full_attention" if everything else "sliding_attention" for everything in seen]

@@ -46,6 +46,7 @@ class Family:
     multi_query: str = ""  # the family that is this one with a single KV head
     window_key: str = "sliding_window"
     pattern_key: str = "sliding_window_pattern"  # each so-manieth layer has no window
+    pattern: int = 0  # where the config is silent; 0: all layers have the window
     pattern_from: int = 1  # the number of the first layer, as that counts
     windowed: str = ""  # the family that is this one with a sliding window, maybe itself
     window_keys: Mapping[str, object] = field(default_factory=dict)  # what else its config says then
@@ -339,7 +340,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "modernbert": Family(
             base="ModernBertModel",
             lm="ModernBertForMaskedLM",
-            defaults={"tie_word_embeddings": True, "local_attention": 128, "global_attn_every_n_layers": 3},
+            defaults={"tie_word_embeddings": True, "local_attention": 128},
             prefix="model",
             layers="layers",
             parts={
@@ -358,6 +359,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             kv_heads_key="",
             window_key="local_attention",
             pattern_key="global_attn_every_n_layers",
+            pattern=3,
             pattern_from=0,
         ),
     }
