@@ -6,7 +6,7 @@ from __future__ import annotations  # what only types need is not imported: `--h
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from effconvert.errors import ModelError, OptionError
 from effconvert.surgery._mixing import Mixing
@@ -31,7 +31,7 @@ class Linformer(Mixing):
     \b
     Examples:
       effconvert linformer --rank 128 google-bert/bert-base-uncased
-      effconvert linformer --rank 128 --share none --projections data ./MiniLM -o ./linformer
+      effconvert linformer --rank 128 --share none --calibrate mine.txt ./MiniLM -o ./linformer
     """
 
     decoders = (
@@ -44,16 +44,10 @@ class Linformer(Mixing):
         description="Matrices: for keys and for values, of each KV head (none) or of all heads of a layer (headwise), or one for both (key-value).",
     )
     projections: Literal["means", "data"] = Field(
-        "means",
-        description="What the matrices begin as: means of consecutive tokens (means); or for the values what comes closest to the attention on the calibration "
-        "text when keys are such means (data).",
+        "data",
+        description="What the matrices begin as: means of consecutive tokens (means); for the values what comes closest to the attention on the calibration "
+        "text when keys are such means (data). With --share key-value both are means.",
     )
-
-    @model_validator(mode="after")
-    def _sound(self) -> Linformer:
-        if self.share == "key-value" and self.projections == "data":
-            raise ValueError("--projections data fits a matrix for the values, and with --share key-value it would be that of the keys too; leave one out")
-        return self
 
     def check(self, config: Config) -> None:
         """Refuse more keys than the longest text has, and models that do not say how long that is."""
@@ -90,7 +84,7 @@ class Linformer(Mixing):
 
     def looks(self, config: Config) -> bool:
         """Where the matrix for values is fitted, and is not the identity."""
-        return self.projections == "data" and self.rank < longest(config)
+        return self.projections == "data" and self.share != "key-value" and self.rank < longest(config)
 
     def fit(self, layer: Layer, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Fit F so that attention to the K mixtures, times F, comes closest to attention to the tokens: ridge regression about the means.

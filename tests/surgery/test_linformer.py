@@ -266,7 +266,9 @@ def test_what_windows_are_too_short_for_stays_means():
 
 
 def test_nothing_is_looked_at_where_nothing_is_fitted():
-    assert not Linformer(rank=RANK).looks(GROUPED)
+    assert Linformer(rank=RANK).looks(GROUPED)
+    assert not Linformer(rank=RANK, projections="means").looks(GROUPED)
+    assert not Linformer(rank=RANK, share="key-value").looks(GROUPED)  # its one matrix is that of the keys too
     assert not Linformer(rank=LONGEST, projections="data").looks(GROUPED)
     assert Linformer(rank=LONGEST, projections="data").exact(GROUPED)
 
@@ -279,8 +281,6 @@ def test_options_that_cannot_be():
         Linformer(rank=0)
     with pytest.raises(OptionError, match="--rank is needed"):
         Linformer()
-    with pytest.raises(OptionError, match="--projections data fits a matrix for the values"):
-        Linformer(rank=4, share="key-value", projections="data")
     with pytest.raises(OptionError, match=f"--rank 25 is more than the {LONGEST} tokens .* give at most {LONGEST}, which is exact"):
         Linformer(rank=25).check(config())
     Linformer(rank=LONGEST).check(config())
