@@ -32,18 +32,34 @@ def each(module: Any, query: Tensor, rows: Tensor) -> Tensor:
 def share(attention: Any, config: Config) -> None:
     """Have an attention module compute G KV heads, and see them repeated where it expects H."""
     attention.repeats = attention.num_key_value_groups = config.heads // config.kv_heads  # the latter is for transformers' own sdpa
-    for name, parts in config.family.modules.items():
-        if "k" in parts or "v" in parts:
-            _narrow(attention.get_submodule(name.removeprefix(f"{config.family.attention}.")), parts, config)
+    inside = {name.removeprefix(f"{config.family.attention}."): parts for name, parts in config.family.modules.items() if {"k", "v"} & {*parts}}
+    made = {name: [config.heads if part == "q" else config.kv_heads for part in parts] for name, parts in inside.items()}  # heads of each part
+    for name, heads in made.items():
+        _narrow(attention.get_submodule(name), heads, config)
+    attention.register_forward_pre_hook(partial(_attach, made, config))
 
 
-def _narrow(projection: Any, parts: tuple[str, ...], config: Config) -> None:
-    heads = [config.heads if part == "q" else config.kv_heads for part in parts]
+def _narrow(projection: Any, heads: list[int], config: Config) -> None:
     rows, turned = sum(heads) * config.head_dim, config.family.transposed
     for name, tensor in list(projection.named_parameters()):
         setattr(projection, name, nn.Parameter(tensor.detach().narrow(-1 if turned else 0, 0, rows).clone()))
     setattr(projection, "nf" if turned else "out_features", rows)
-    projection.register_forward_hook(partial(_repeat, heads, config))
+
+
+def _attach(made: dict[str, list[int]], config: Config, attention: nn.Module, _: Any) -> None:
+    """Have `_repeat` follow whatever makes the heads now: PEFT puts layers around projections, and takes them away again."""
+    for name, heads in made.items():
+        outer = attention.get_submodule(name)
+        if _following(outer):
+            continue
+        for inner in outer.modules():
+            for key in _following(inner):
+                del inner._forward_hooks[key]
+        outer.register_forward_hook(partial(_repeat, heads, config))
+
+
+def _following(module: nn.Module) -> list[int]:
+    return [key for key, hook in module._forward_hooks.items() if getattr(hook, "func", None) is _repeat]
 
 
 def _repeat(heads: list[int], config: Config, _: nn.Module, __: Any, out: Tensor) -> Tensor:

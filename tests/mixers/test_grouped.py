@@ -321,3 +321,37 @@ def test_more_groups_than_heads_are_refused(tmp_path):
 
 def test_the_families_are_those_without_a_key():
     assert [kind for kind in SETTINGS if kind in KINDS] == ["gpt2", "gpt_neox", "opt", "bert", "roberta", "distilbert", "modernbert"]
+
+
+class Adapted(torch.nn.Module):
+    """A projection with a change of low rank beside it, as PEFT's LoRA puts one."""
+
+    def __init__(self, base, turned):
+        super().__init__()
+        self.base_layer = base
+        rows, columns = base.weight.shape[::-1] if turned else base.weight.shape
+        draw = torch.Generator().manual_seed(rows)
+        self.change = torch.randn(rows, 1, generator=draw) @ torch.randn(1, columns, generator=draw) / 10
+
+    def forward(self, rows):
+        return self.base_layer(rows) + rows @ self.change.T
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_may_be_put_around_projections_and_merged(models, kind):
+    model, family = copy.deepcopy(models(kind)[1]), FAMILIES[kind]
+    before = run(model, tokens())
+    names = [name for name, parts in family.modules.items() if {"k", "v"} & {*parts}]
+    layers = model.get_submodule(f"{family.prefix}.{family.layers}")
+    for layer in layers:
+        for name in names:
+            layer.set_submodule(name, Adapted(layer.get_submodule(name), family.transposed))
+    made = run(model, tokens())
+    assert far(made, before) > 10 * SAME
+    for layer in layers:
+        for name in names:
+            adapted = layer.get_submodule(name)
+            with torch.no_grad():
+                adapted.base_layer.weight += adapted.change.T if family.transposed else adapted.change
+            layer.set_submodule(name, adapted.base_layer)
+    assert far(run(model, tokens()), made) <= SAME
