@@ -78,6 +78,8 @@ class Runner:
         static = self.writes and job.options.cache == "static"
         if static and loaded.opened.checkpoint.config.mixers:
             raise OptionError(f"--cache static has no room for what the mixers of {loaded.opened.subject.name} remember; leave it out")
+        if static and loaded.opened.checkpoint.config.grouped:
+            raise OptionError(f"--cache static would hold the KV heads that {loaded.opened.subject.name} shares as often as they are used; leave it out")
         self.room = StaticCache(config=self.model.config, max_cache_len=job.context + job.options.new_tokens) if static else None
         self.replay = capture(self.model, self.prompts[:, :1].clone(), self.room) if job.options.graphs and static else None
         self.cache_bytes: int | None = None

@@ -36,6 +36,7 @@ def share(attention: Any, config: Config) -> None:
     made = {name: [config.heads if part == "q" else config.kv_heads for part in parts] for name, parts in inside.items()}  # heads of each part
     for name, heads in made.items():
         _narrow(attention.get_submodule(name), heads, config)
+    _attach(made, config, attention)
     attention.register_forward_pre_hook(partial(_attach, made, config))
 
 
@@ -46,7 +47,7 @@ def _narrow(projection: Any, heads: list[int], config: Config) -> None:
     setattr(projection, "nf" if turned else "out_features", rows)
 
 
-def _attach(made: dict[str, list[int]], config: Config, attention: nn.Module, _: Any) -> None:
+def _attach(made: dict[str, list[int]], config: Config, attention: nn.Module, *_: Any) -> None:
     """Have `_repeat` follow whatever makes the heads now: PEFT puts layers around projections, and takes them away again."""
     for name, heads in made.items():
         outer = attention.get_submodule(name)

@@ -8,6 +8,7 @@ import time
 import weakref
 from contextlib import contextmanager, nullcontext
 from io import StringIO
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -25,6 +26,7 @@ from effconvert.eval import memory, passes, results
 from effconvert.eval.bench_options import BenchOptions
 from effconvert.eval.speed import bench
 from effconvert.eval.subject import open_model
+from tests.heal.healing import put
 from tests.models import save, tiny
 
 EMBEDDING = 128 * 32 * 4  # bytes of the tiny models' table
@@ -393,6 +395,21 @@ def test_what_cannot_be_asked_for_is_refused_in_a_line(command, many, arguments,
     assert told in result.stderr
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "surgery", "told"),
+    [
+        ("llama", ("linear", "--window", "6"), "has no room for what the mixers of out remember"),
+        ("gpt2", ("gqa", "--groups", "2", "--pool", "mean"), "would hold the KV heads that out shares as often as they are used"),
+    ],
+)
+def test_a_static_cache_for_what_is_ours_is_refused(command, kind, surgery, told):
+    put(Path("source"), kind)
+    assert command(*surgery, "source", "-o", "out", "--no-verify").exit_code == 0
+    result = command("bench", "out", "--cache", "static", "--context", "8", "--new-tokens", "2", "--rounds", "1")
+    assert result.exit_code == 2, result.output
+    assert told in result.stderr
 
 
 def test_help_does_not_import_torch(python, environment):
