@@ -15,7 +15,7 @@ Slots = Mapping[str, tuple[tuple[int, ...], str]]  # name -> shape of one sequen
 
 
 class State(CacheLayerMixin):  # type: ignore[misc]
-    """A layer of a transformers cache that holds what a mixer remembers: tensors of a fixed size, however many tokens went by.
+    """A layer of a transformers cache that holds what a mixer remembers: tensors of a fixed size, however many tokens went by, or that a mixer makes larger.
 
     Attributes:
         held: name -> tensor [B, ...].
@@ -138,6 +138,11 @@ class Call:
         return replace(self, **rows, live=self.live[:, start:stop], hidden=self.hidden[:, start:stop], rotation=turned)
 
     @property
+    def most(self) -> int:
+        """No fewer than the tokens so far, these among them: padding is counted."""
+        return self.query.shape[-2] if self.state is None else self.state.seen
+
+    @property
     def grouped(self) -> Tensor:
         """The queries beside the KV head that they share: [B, Hk, R, T, D]."""
         grouped: Tensor = self.query.unflatten(1, (self.key.shape[1], -1))
@@ -152,7 +157,7 @@ class Call:
         return torch.zeros(len(self.key), *shape, dtype=dtype, device=self.key.device)
 
     def keep(self, **tensors: Tensor) -> None:
-        """Remember tensors [B, ...] under their names, where there is a state."""
+        """Remember tensors [B, ...] under their names, where there is a state: of the shapes of the slots, or larger ones where a technique grows."""
         if self.state is not None:
             for name, tensor in tensors.items():
                 self.state.held[name] = tensor.to(self.state.held[name].dtype)
