@@ -127,20 +127,21 @@ class Call:
     rotation: Rotation | None
     softcap: float | None = None  # of scores: cap * tanh(score / cap)
     padded: bool = False  # whether there may be tokens that are not live
+    later: int = 0  # tokens that the state has counted already, and that come in calls after this one
 
     def part(self, start: int, stop: int) -> Call:
         """Return the call with some of the tokens alone."""
         rows = {name: getattr(self, name)[:, :, start:stop] for name in ("query", "key", "value")}
-        turned = None
+        turned, later = None, self.later + self.live[:, stop:].shape[1]
         if self.rotation:
             cos, sin = self.rotation.angles[:, :, start:stop].unbind(1)
             turned = Rotation(self.rotation.apply, (cos, sin))
-        return replace(self, **rows, live=self.live[:, start:stop], hidden=self.hidden[:, start:stop], rotation=turned)
+        return replace(self, **rows, live=self.live[:, start:stop], hidden=self.hidden[:, start:stop], rotation=turned, later=later)
 
     @property
     def most(self) -> int:
         """No fewer than the tokens so far, these among them: padding is counted."""
-        return self.query.shape[-2] if self.state is None else self.state.seen
+        return self.query.shape[-2] if self.state is None else self.state.seen - self.later
 
     @property
     def grouped(self) -> Tensor:

@@ -120,27 +120,21 @@ class LinformerCausal(Mixing):
         far_value = self._grown(call, "mixed_value", weights.get("value_map", weights["key_map"]), near_value, first)
 
         rows = query.transpose(2, 3).flatten(3, 4)  # [B, Hk, G, R Q, D]
-        near = self._scores(rows @ near_key.mT, query, call)  # [B, Hk, G, R, Q, S]
-        far = self._scores((rows.flatten(2, 3) @ far_key.mT).unflatten(2, rows.shape[2:4]), query, call)  # [B, Hk, G, R, Q, C K]
-        far = far + weights["weight"].float().unflatten(0, (key.shape[1], 1, -1, 1, 1))
         seen = torch.arange(size, device=device) <= place[..., None]  # [B or 1, Q, S]
         own = first + torch.arange(reach, device=device)  # [B, G]
-        over = torch.arange(far.shape[-1], device=device) // self.rank < own[..., None]  # [B, G, C K]: the mixture is of a block before
+        over = torch.arange(far_key.shape[2], device=device) // self.rank < own[..., None]  # [B, G, C K]: the mixture is of a block before
+        weight = weights["weight"].float().unflatten(0, (key.shape[1], 1, -1, 1, 1))  # [Hk, 1, R, 1, 1]
         least = torch.finfo(torch.float32).min
-        near = near.masked_fill(~seen[:, None, None, None], least)
-        far = far.masked_fill(~over[:, None, :, None, None], least)
-        near, far = torch.cat([near, far], -1).softmax(-1).to(value.dtype).flatten(3, 4).split([size, far.shape[-1]], -1)
+        near_bias = torch.where(seen[:, None, None, None], 0.0, least)  # [B or 1, 1, 1, 1, Q, S]
+        far_bias = torch.where(over[:, None, :, None, None], weight, least)  # [B, Hk, G, R, 1, C K]
+        view = (query.shape[2], query.shape[4])  # R, Q
+        near = _scores((rows @ near_key.mT).unflatten(3, view), near_bias, call)
+        far = _scores((rows.flatten(2, 3) @ far_key.mT).unflatten(2, (reach, *view)), far_bias, call)
+        near, far = torch.cat([near, far], -1).softmax(-1).to(value.dtype).flatten(3, 4).split([size, far.shape[-1]], -1)  # [B, Hk, G, R Q, S or C K]
         mixed = near @ near_value + (far.flatten(2, 3) @ far_value).unflatten(2, rows.shape[2:4])  # [B, Hk, G, R Q, D]
-        mixed = mixed.unflatten(3, (query.shape[2], query.shape[4])).transpose(2, 3).flatten(3, 4).flatten(1, 2)  # [B, H, G Q, D]
+        mixed = mixed.unflatten(3, view).transpose(2, 3).flatten(3, 4).flatten(1, 2)  # [B, H, G Q, D]
         out: Tensor = mixed if tokens == 1 else ordered(mixed, (ranks - size * first).clamp_min(0))
         return out
-
-    def _scores(self, products: Tensor, query: Tensor, call: Call) -> Tensor:
-        """Return scores [B, Hk, G, R, Q, N] of products [B, Hk, G, R Q, N], in float32."""
-        import torch
-
-        scores = products.float().unflatten(3, (query.shape[2], query.shape[4])) * call.scaling
-        return scores if call.softcap is None else call.softcap * torch.tanh(scores / call.softcap)
 
     def _grown(self, call: Call, name: str, matrix: Tensor, near: Tensor, first: Tensor) -> Tensor:
         """Return the mixtures of all blocks [B, Hk, C K, D], those of the blocks `near` [B, Hk, G, S, D], the first of which is `first` [B, 1], anew.
@@ -153,10 +147,23 @@ class LinformerCausal(Mixing):
         from effconvert.mixers._call import ordered
 
         old = call.held(name, {name: ((near.shape[1], 0, near.shape[-1]), "model")})
-        old = functional.pad(old, (0, 0, 0, call.most // self.block * self.rank - old.shape[2]))
-        made = (matrix.float()[:, None] @ near.float()).to(old.dtype).flatten(2, 3)  # [B, Hk, G K, D]
-        place = torch.arange(old.shape[2], device=old.device) - first * self.rank  # [B, C K], among those made
-        here = (place >= 0) & (place < made.shape[2])
-        mixed = torch.where(here[:, None, :, None], ordered(made, place.clamp(0, made.shape[2] - 1)), old)
+        blocks, reach = call.most // self.block, near.shape[2]  # C, G
+        if room := blocks * self.rank - old.shape[2]:
+            old = functional.pad(old, (0, 0, 0, room))
+        made = (matrix.float()[:, None] @ near.float()).to(old.dtype).flatten(3)  # [B, Hk, G, K D]
+        place = torch.arange(blocks, device=old.device) - first  # [B, C], among those made
+        new = made if reach == 1 else ordered(made, place.clamp(0, reach - 1))
+        here = (place >= 0) & (place < reach)
+        rows = torch.where(here[:, None, :, None], new, old.unflatten(2, (blocks, self.rank)).flatten(3))  # [B, Hk, C, K D]
+        mixed = rows.unflatten(3, (self.rank, near.shape[-1])).flatten(2, 3)
         call.keep(**{name: mixed})
         return mixed
+
+
+def _scores(products: Tensor, bias: Tensor, call: Call) -> Tensor:
+    """Return scores of products of queries and keys, in float32, and what is added to them."""
+    import torch
+
+    if call.softcap is None:
+        return torch.add(bias, products.float(), alpha=call.scaling)
+    return bias + call.softcap * torch.tanh(products.float() * (call.scaling / call.softcap))

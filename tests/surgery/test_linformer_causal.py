@@ -61,7 +61,7 @@ def mixed(technique, weights, query, key, value, sizes=None, softcap=None, chang
     for size in sizes:
         part = call.part(at, at + size)
         state.update(part.key, part.value)
-        made.append(technique.mix(weights, Call(**{**vars(part), "state": state})))
+        made.append(technique.mix(weights, Call(**{**vars(part), "state": state, "later": 0})))
         change(state)
         at += size
     assert at == key.shape[2]
@@ -200,7 +200,7 @@ def test_a_state_with_room_for_blocks_that_are_not_there_is_as_good():
         for at in range(empty + TEXT):
             part = whole.part(at, at + 1)
             state.update(part.key, part.value)
-            made.append(technique.mix(weights, Call(**{**vars(part), "state": state})))
+            made.append(technique.mix(weights, Call(**{**vars(part), "state": state, "later": 0})))
         assert torch.allclose(torch.cat(made, 2)[:, :, empty:], expected, atol=EXACT)
 
 
