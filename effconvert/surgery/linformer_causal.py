@@ -155,7 +155,7 @@ class LinformerCausal(Mixing):
         new = made if reach == 1 else ordered(made, place.clamp(0, reach - 1))
         here = (place >= 0) & (place < reach)
         rows = torch.where(here[:, None, :, None], new, old.unflatten(2, (blocks, self.rank)).flatten(3))  # [B, Hk, C, K D]
-        mixed = rows.unflatten(3, (self.rank, near.shape[-1])).flatten(2, 3)
+        mixed: Tensor = rows.unflatten(3, (self.rank, near.shape[-1])).flatten(2, 3)
         call.keep(**{name: mixed})
         return mixed
 

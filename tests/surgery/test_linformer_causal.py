@@ -12,15 +12,18 @@ from effconvert.convert.checkpoint import open_checkpoint
 from effconvert.convert.config import Config
 from effconvert.convert.families import FAMILIES
 from effconvert.convert.inspection import inspect
+from effconvert.convert.run import convert
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality import cache_bytes
 from effconvert.eval.report.tables import held
 from effconvert.eval.subject import open_model
 from effconvert.mixers import cache_for
 from effconvert.mixers._call import Call, State
+from effconvert.options import RunOptions
+from effconvert.surgery._mixing import Mixing
 from effconvert.surgery.linformer_causal import LinformerCausal
 from tests.mixers.mixing import SAME, far, in_pieces, pair, run, tokens
-from tests.models import characters, save
+from tests.models import characters, save, tiny
 
 HEADS, GROUPS, WIDTH = 4, 2, 8
 SHARES = ["none", "headwise", "key-value"]
@@ -252,6 +255,22 @@ def test_reports_say_so(tmp_path):
     seen = inspect(open_checkpoint(folder))
     assert seen.kv_bytes == {context: config.kv_bytes(4, context) for context in seen.kv_bytes}
     assert all(size == held(subject, context) for context, size in seen.kv_bytes.items())
+
+
+def test_a_state_that_grows_otherwise_than_planned_is_a_fault(tmp_path, monkeypatch):
+    """Verification reads on to where a block is finished."""
+    source = save(tiny("llama"), tmp_path / "source")
+    characters(source)
+    text = tmp_path / "text.txt"
+    text.write_text("Where we go, nobody knows; there and back again, many times. " * 3)
+    how = {"text": text, "tokens": 96, "context": 48}
+    step = LinformerCausal(block=32, rank=4)
+    side = convert(str(source), (step,), RunOptions(output=tmp_path / "out", **how)).report.after
+    config = open_checkpoint(tmp_path / "out").config
+    assert (side.kv_bytes, side.state_bytes) == (config.growth_bytes(4), config.state_bytes(4))
+    monkeypatch.setattr(LinformerCausal, "cache_bytes", Mixing.cache_bytes)
+    with pytest.raises(ModelError, match=r"its mixers hold \d+ bytes after 48 tokens, and the plan said \d+: a fault of effconvert"):
+        convert(str(source), (step,), RunOptions(output=tmp_path / "other", **how))
 
 
 @pytest.fixture(scope="module")
