@@ -118,8 +118,6 @@ class LinformerCausal(Mixing):
             place = torch.arange(size, device=device)[None]
         far_key = self._grown(call, "mixed_key", weights["key_map"], near_key, first)  # [B, Hk, C K, D]
         far_value = self._grown(call, "mixed_value", weights.get("value_map", weights["key_map"]), near_value, first)
-
-        rows = query.transpose(2, 3).flatten(3, 4)  # [B, Hk, G, R Q, D]
         seen = torch.arange(size, device=device) <= place[..., None]  # [B or 1, Q, S]
         own = first + torch.arange(reach, device=device)  # [B, G]
         over = torch.arange(far_key.shape[2], device=device) // self.rank < own[..., None]  # [B, G, C K]: the mixture is of a block before
@@ -127,7 +125,9 @@ class LinformerCausal(Mixing):
         least = torch.finfo(torch.float32).min
         near_bias = torch.where(seen[:, None, None, None], 0.0, least)  # [B or 1, 1, 1, 1, Q, S]
         far_bias = torch.where(over[:, None, :, None, None], weight, least)  # [B, Hk, G, R, 1, C K]
+
         view = (query.shape[2], query.shape[4])  # R, Q
+        rows = query.transpose(2, 3).flatten(3, 4)  # [B, Hk, G, R Q, D]
         near = _scores((rows @ near_key.mT).unflatten(3, view), near_bias, call)
         far = _scores((rows.flatten(2, 3) @ far_key.mT).unflatten(2, (reach, *view)), far_bias, call)
         near, far = torch.cat([near, far], -1).softmax(-1).to(value.dtype).flatten(3, 4).split([size, far.shape[-1]], -1)  # [B, Hk, G, R Q, S or C K]
