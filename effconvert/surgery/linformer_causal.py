@@ -1,4 +1,4 @@
-"""Project keys and values of finished blocks to a few of them (block-causal Linformer)."""
+"""Project keys and values block by block (block-causal Linformer)."""
 # B = batch, H = query heads, Hk = KV heads, R = query heads that share one, T = tokens, D = head width, P = tokens before these, S = block, K = rank,
 # U = Hk, or 1 where shared, G = blocks that a call can reach into, C = blocks that can be finished by now, Q = queries of a block: S, or 1 while decoding.
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class LinformerCausal(Mixing):
-    """Project keys and values of finished blocks to a few of them (block-causal Linformer).
+    """Project keys and values block by block (block-causal Linformer).
 
     An extension of Linformer to decoders that is not in its paper. A token attends, in one softmax, to the tokens of its own block of S, up to itself,
     and to K mixtures of the keys and values of each finished block before that, made by two matrices of K x S. So the cache grows by K in S tokens. A
