@@ -109,7 +109,7 @@ def _cost(past: History, report: Report | None) -> str:
     if before.kv_bytes:
         rows.append(("bytes of KV cache a token", f"{before.kv_bytes:,}", f"{after.kv_bytes:,}", f"{after.kv_bytes / before.kv_bytes:.3g} x"))
     if after.state_bytes:
-        rows.append(("bytes that mixers hold of a sequence, however long", f"{before.state_bytes:,}", f"{after.state_bytes:,}", ""))
+        rows.append(("bytes that mixers hold of a sequence, however short", f"{before.state_bytes:,}", f"{after.state_bytes:,}", ""))
     if before.quality and after.quality:
         rows.append(("perplexity ↓", *(f"{side.perplexity:.4g}" for side in (before.quality, after.quality)), ""))
     if after.quality and after.quality.kl is not None and after.quality.agreement is not None:

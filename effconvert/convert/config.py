@@ -4,6 +4,7 @@ Read as JSON and not by transformers, so that a plan needs no import of it, and 
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -153,11 +154,15 @@ class Config:
         A window of W tokens keeps W - 1, as transformers' cache does: the newest token is not looked up.
         """
         held = [context if window is None else min(context, window - 1) for index, window in enumerate(self.windows()) if not self.mixer(index)]
-        return 2 * self.kv_heads * self.head_dim * itemsize * sum(held) + self.state_bytes(itemsize) if self.family.decoder else 0
+        return 2 * self.kv_heads * self.head_dim * itemsize * sum(held) + self.state_bytes(itemsize, context) if self.family.decoder else 0
 
-    def state_bytes(self, itemsize: int) -> int:
-        """Return the part of that which mixers take, however many tokens went by."""
-        return sum(mixer.cache_bytes(self, itemsize) for mixer in self.mixers if mixer) if self.family.decoder else 0
+    def state_bytes(self, itemsize: int, context: int = 0) -> int:
+        """Return the part of that which mixers take; of no tokens, what they take however few went by."""
+        return sum(mixer.cache_bytes(self, itemsize, context) for mixer in self.mixers if mixer) if self.family.decoder else 0
+
+    def growth_bytes(self, itemsize: int) -> int:
+        """Return the bytes that a token adds to what mixers take: on average, as some add many at a time, and rounded up."""
+        return math.ceil(sum(mixer.token_bytes(self, itemsize) for mixer in self.mixers if mixer)) if self.family.decoder else 0
 
     def with_kv_heads(self, count: int) -> "Config":
         """Return the config of the same model with `count` KV heads: as its family says it, or a related one, or else in a class of ours.

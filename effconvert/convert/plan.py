@@ -54,7 +54,8 @@ class Size:
     parameters: int  # a tied head is not counted again
     bytes: int  # on disk
     kv_bytes: int  # of the KV cache, for a token
-    state_bytes: int = 0  # of what mixers remember of a sequence, however long it is
+    state_bytes: int = 0  # of what mixers remember of a sequence, however short it is
+    growth_bytes: int = 0  # of kv_bytes, what mixers remember: an average
 
 
 @dataclass(frozen=True)
@@ -295,5 +296,6 @@ def _size(tensors: list[tuple[str, str, tuple[int, ...]]], config: Config, check
         and not (config.tied and name.startswith(heads) and shape == embedding)
     )
     on_disk = sum(math.prod(shape) * ITEMSIZE[dtype] for _, dtype, shape in tensors)
-    state = config.state_bytes(ITEMSIZE[checkpoint.dtype])
-    return Size(parameters, on_disk, config.kv_bytes(ITEMSIZE[checkpoint.dtype], 1) - state, state)
+    itemsize = ITEMSIZE[checkpoint.dtype]
+    softmax, growth = config.kv_bytes(itemsize, 1) - config.state_bytes(itemsize, 1), config.growth_bytes(itemsize)
+    return Size(parameters, on_disk, softmax + growth, config.state_bytes(itemsize), growth)

@@ -31,7 +31,7 @@ class Side:
     kv_bytes: int  # of the cache object, for a token
     quality: Quality | None
     continuation: str
-    state_bytes: int = 0  # of the cache object, what mixers hold however many tokens went by
+    state_bytes: int = 0  # of the cache object, what mixers hold however few tokens went by
 
 
 @dataclass(frozen=True)
@@ -161,10 +161,12 @@ def _side(
         windows = [window - 1 for window in plan.checkpoint.config.windows() if window]
         short = prompt[: max(1, min([len(prompt), *windows]))]  # before any window is full
         itemsize = FLOATS[plan.checkpoint.dtype].itemsize
-        growing, fixed = quality.kv_bytes(model, short)
-        if fixed != config.state_bytes(model.dtype.itemsize):
-            raise ModelError(f"its mixers hold {fixed} bytes, and the plan said {config.state_bytes(model.dtype.itemsize)}: a fault of effconvert")
-        cache, state = growing // len(short) * itemsize // model.dtype.itemsize, config.state_bytes(itemsize)
+        growing, _ = quality.kv_bytes(model, short)
+        for seen in (short, cut[0]) if config.mixers else ():  # a state may grow, and not with each token
+            _, held = quality.kv_bytes(model, seen)
+            if held != (said := config.state_bytes(model.dtype.itemsize, len(seen))):
+                raise ModelError(f"its mixers hold {held} bytes after {len(seen)} tokens, and the plan said {said}: a fault of effconvert")
+        cache, state = growing // len(short) * itemsize // model.dtype.itemsize + config.growth_bytes(itemsize), config.state_bytes(itemsize)
     return Side(parameters, cache, measured, written, state), head, str(model.device)
 
 

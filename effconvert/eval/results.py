@@ -45,7 +45,8 @@ class Subject:
     longest: int | None  # context in tokens
     windows: tuple[int | None, ...]  # each layer's sliding window in tokens
     mixers: tuple[str, ...] = ()  # what mixes in each layer, empty where it is softmax attention; of nothing where all of them are
-    state_bytes: int = 0  # of what mixers remember of a sequence, however long it is
+    state_bytes: int = 0  # of what mixers remember of a sequence, however short it is
+    growth_bytes: int = 0  # of kv_bytes, what mixers remember: an average
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ def open_model(model: str, step: Callable[[str], None] = lambda _: None) -> Open
         windows=tuple(config.windows()),
         mixers=tuple(mixer.name if mixer else "" for mixer in config.mixers),
         state_bytes=size.state_bytes,
+        growth_bytes=size.growth_bytes,
     )
     return Opened(subject, checkpoint)
 

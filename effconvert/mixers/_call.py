@@ -15,7 +15,7 @@ Slots = Mapping[str, tuple[tuple[int, ...], str]]  # name -> shape of one sequen
 
 
 class State(CacheLayerMixin):  # type: ignore[misc]
-    """A layer of a transformers cache that holds what a mixer remembers: tensors of a fixed size, however many tokens went by.
+    """A layer of a transformers cache that holds what a mixer remembers: tensors of a fixed size, however many tokens went by, or that a mixer makes larger.
 
     Attributes:
         held: name -> tensor [B, ...].
@@ -127,15 +127,21 @@ class Call:
     rotation: Rotation | None
     softcap: float | None = None  # of scores: cap * tanh(score / cap)
     padded: bool = False  # whether there may be tokens that are not live
+    later: int = 0  # tokens that the state has counted already, and that come in calls after this one
 
     def part(self, start: int, stop: int) -> Call:
         """Return the call with some of the tokens alone."""
         rows = {name: getattr(self, name)[:, :, start:stop] for name in ("query", "key", "value")}
-        turned = None
+        turned, later = None, self.later + self.live[:, stop:].shape[1]
         if self.rotation:
             cos, sin = self.rotation.angles[:, :, start:stop].unbind(1)
             turned = Rotation(self.rotation.apply, (cos, sin))
-        return replace(self, **rows, live=self.live[:, start:stop], hidden=self.hidden[:, start:stop], rotation=turned)
+        return replace(self, **rows, live=self.live[:, start:stop], hidden=self.hidden[:, start:stop], rotation=turned, later=later)
+
+    @property
+    def most(self) -> int:
+        """No fewer than the tokens so far, these among them: padding is counted."""
+        return self.query.shape[-2] if self.state is None else self.state.seen - self.later
 
     @property
     def grouped(self) -> Tensor:
@@ -152,7 +158,7 @@ class Call:
         return torch.zeros(len(self.key), *shape, dtype=dtype, device=self.key.device)
 
     def keep(self, **tensors: Tensor) -> None:
-        """Remember tensors [B, ...] under their names, where there is a state."""
+        """Remember tensors [B, ...] under their names, where there is a state: of the shapes of the slots, or larger ones where a technique grows."""
         if self.state is not None:
             for name, tensor in tensors.items():
                 self.state.held[name] = tensor.to(self.state.held[name].dtype)

@@ -40,7 +40,7 @@ class Mixer(nn.Module):
             return self.technique.mix(weights, call)
         if call.state is None:
             state = State(self.slots)
-            state.lazy_initialization(call.key, call.value)
+            state.update(call.key, call.value)  # as a model does before: all of a prompt
             call = replace(call, state=state)
         return torch.cat([self.technique.mix(weights, call.part(start, start + SLICE)) for start in range(0, tokens, SLICE)], 2)
 

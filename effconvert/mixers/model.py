@@ -83,7 +83,7 @@ class Converted:
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         chosen = generation_config.cache_implementation
         if chosen not in (None, "dynamic"):
-            raise ValueError(f"cache_implementation={chosen!r} has no room for what mixers remember; leave it out (their state is small and of fixed size)")
+            raise ValueError(f"cache_implementation={chosen!r} has no room for what mixers remember; leave it out (their state is small)")
         generation_config.cache_implementation = None  # beside a cache that is there it may not be named
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = cache_for(self.config)

@@ -124,6 +124,10 @@ class Mixing(Layerwise):
         for name in shapes:
             layer[f"mixer.{name}"] = values[name]
 
-    def cache_bytes(self, config: Config, itemsize: int) -> int:
-        """Return the bytes that one sequence takes in a layer's cache, however long it is."""
+    def cache_bytes(self, config: Config, itemsize: int, context: int = 0) -> int:
+        """Return the bytes that one sequence of `context` tokens takes in a layer's cache: the same however long it is, where a technique does not grow."""
         return sum(math.prod(shape) * BYTES.get(kind, itemsize) for shape, kind in self.remembers(config).values())
+
+    def token_bytes(self, config: Config, itemsize: int) -> float:
+        """Return the bytes that a token adds to that, on average over a long text."""
+        return 0.0

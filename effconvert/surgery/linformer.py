@@ -35,7 +35,8 @@ class Linformer(Mixing):
     """
 
     decoders = (
-        "mixes a text's keys over all of its tokens, later ones too, which a decoder must not see; streaming, linear, performer and retnet are for decoders"
+        "mixes a text's keys over all of its tokens, later ones too, which a decoder must not see; linformer-causal mixes those of finished blocks, and "
+        "streaming, linear, performer and retnet are for decoders"
     )
 
     rank: int = Field(ge=1, description="Keys and values that a query sees of the longest text, k.", json_schema_extra={"metavar": "K"})
@@ -74,12 +75,8 @@ class Linformer(Mixing):
         return {"key_map": shape} if self.share == "key-value" else {"key_map": shape, "value_map": shape}
 
     def begin(self, config: Config, index: int) -> Mapping[str, Tensor]:
-        """Means of consecutive tokens: of n / K each, or where K does not divide n of one more or less."""
-        import torch
-
-        place = torch.arange(longest(config))
-        member = (place * self.rank // len(place) == torch.arange(self.rank)[:, None]).float()  # [K, n]
-        means = member / member.sum(-1, keepdim=True)
+        """Means of consecutive tokens."""
+        means = segment_means(self.rank, longest(config))
         return {name: means.expand(shape).clone() for name, shape in self.parameters(config).items()}
 
     def looks(self, config: Config) -> bool:
@@ -133,6 +130,15 @@ class Linformer(Mixing):
         values, _ = columns(value_map, call.live)
         key, value = (made @ rows.float() for made, rows in ((keys, call.key), (values, call.value)))
         return attended(call.grouped, key.to(call.key.dtype), value.to(call.value.dtype), alive, call.scaling)
+
+
+def segment_means(rank: int, length: int) -> Tensor:
+    """Return the matrix [K, n] of means of consecutive tokens: of n / K each, or where K does not divide n of one more or less."""
+    import torch
+
+    place = torch.arange(length)
+    member = (place * rank // length == torch.arange(rank)[:, None]).float()
+    return member / member.sum(-1, keepdim=True)
 
 
 def columns(rows: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,9 @@ ROWS = MappingProxyType(
         "performer": Row(without(FAMILIES, *CAPPED), NO_CAPS, {"features": 32}, encoder={"features": 32}, pipeline=("gpt2", "modernbert")),
         "retnet": Row(without(DECODERS, *CAPPED), {**NO_CAPS, **dict.fromkeys(ENCODERS, "looks back only")}, {}, pipeline=("llama",)),
         "linformer": Row(ENCODERS, BACKWARDS, {"rank": 8}, {"rank": 64}, {"rank": 8}, ("bert",)),
+        "linformer-causal": Row(
+            DECODERS, dict.fromkeys(ENCODERS, "keeps what was before"), {"block": 6, "rank": 2}, {"block": 8, "rank": 8}, pipeline=("llama",)
+        ),
         "nystrom": Row(ENCODERS, BACKWARDS, {"landmarks": 8}, {"landmarks": 64, "iterations": 0}, {"landmarks": 8}, ("distilbert",)),
     }
 )

@@ -174,7 +174,8 @@ def held(subject: Subject, context: int) -> float:
     """Return the bytes of the KV cache of one sequence of `context` tokens: a window of W keeps W - 1, as transformers' cache does."""
     growing = [window for window, mixer in zip(subject.windows, subject.mixers or [""] * subject.layers, strict=True) if not mixer]
     tokens = sum(context if window is None else min(context, window - 1) for window in growing)
-    return subject.state_bytes + subject.kv_bytes / max(1, len(growing)) * tokens
+    softmax = (subject.kv_bytes - subject.growth_bytes) / max(1, len(growing))  # of a layer
+    return subject.state_bytes + subject.growth_bytes * context + softmax * tokens
 
 
 def longest(subjects: Sequence[Subject]) -> int:
