@@ -192,6 +192,15 @@ class Call:
         self.keep(count=ranks[:, -1] + 1)
         return ranks
 
+    def first(self, count: int, ranks: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values [B, Hk, S, D] of the first `count` = S live tokens of each text, zeros where they have not come (slots: `sinks`)."""
+        slots = sinks(count, self.key.shape[1], self.key.shape[-1])
+        here = (ranks[:, None] == torch.arange(count, device=ranks.device)[:, None]) & self.live[:, None]  # [B, S, T]
+        place = here[:, None].to(self.key.dtype)
+        keys, values = (self.held(name, slots) + place @ rows for name, rows in zip(slots, (self.key, self.value), strict=True))
+        self.keep(**dict(zip(slots, (keys, values), strict=True)))
+        return keys, values
+
 
 def padding_first(live: Tensor) -> Tensor:
     """Return an order of tokens [B, T] in which padding comes first, and live tokens follow each other as they did."""
@@ -208,3 +217,8 @@ def past(count: int, kv_heads: int, head_dim: int) -> dict[str, tuple[tuple[int,
     """Return the slots of `Call.with_past`."""
     rows = ((kv_heads, count, head_dim), "model")
     return {"past_key": rows, "past_value": rows, "past_live": ((count,), "bool")}
+
+
+def sinks(count: int, kv_heads: int, head_dim: int) -> Slots:
+    """Return the slots of `Call.first`."""
+    return dict.fromkeys(("sink_key", "sink_value"), ((kv_heads, count, head_dim), "model"))

@@ -1,12 +1,13 @@
 """Project keys and values block by block (block-causal Linformer)."""
 # B = batch, H = query heads, Hk = KV heads, R = query heads that share one, T = tokens, D = head width, P = tokens before these, S = block, K = rank,
-# U = Hk, or 1 where shared, G = blocks that a call can reach into, C = blocks that can be finished by now, Q = queries of a block: S, or 1 while decoding.
+# N = sinks, U = Hk, or 1 where shared, G = blocks that a call can reach into, C = blocks that can be finished by now,
+# Q = queries of a block: S, or 1 while decoding.
 
 from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -24,9 +25,10 @@ class LinformerCausal(Mixing):
     """Project keys and values block by block (block-causal Linformer).
 
     An extension of Linformer to decoders that is not in its paper. A token attends, in one softmax, to the tokens of its own block of S, up to itself,
-    and to K mixtures of the keys and values of each finished block before that, made by two matrices of K x S. So the cache grows by K in S tokens. A
-    learnt number is added to a head's scores of mixtures: at first log(S / K), as each stands for S / K tokens. Neutral where K is S. Layers that
-    see no more than a window are left alone. After Wang et al. 2020, arXiv 2006.04768.
+    to the first tokens of the text, and to K mixtures of the other keys and values of each finished block before that, made by two matrices of K x S. So
+    the cache grows by K in S tokens. A learnt number is added to a head's scores of mixtures: at first log(S / K), as each stands for S / K tokens.
+    Neutral where K is S. Layers that see no more than a window are left alone. After Wang et al. 2020, arXiv 2006.04768, and for the first tokens Xiao et
+    al. 2023, arXiv 2309.17453.
 
     \b
     Examples:
@@ -39,6 +41,7 @@ class LinformerCausal(Mixing):
 
     block: int = Field(64, ge=2, description="Tokens of a block, S.", json_schema_extra={"metavar": "S"})
     rank: int = Field(ge=1, description="Keys and values that later tokens see of a finished block, K.", json_schema_extra={"metavar": "K"})
+    sinks: int = Field(4, ge=0, description="First tokens of the text that all tokens see as they are.", json_schema_extra={"metavar": "N"})
     share: Literal["none", "headwise", "key-value"] = Field(
         "headwise",
         description="Matrices: for keys and for values, of each KV head (none) or of all heads of a layer (headwise), or one for both (key-value).",
@@ -48,6 +51,8 @@ class LinformerCausal(Mixing):
     def _sound(self) -> LinformerCausal:
         if self.rank > self.block:
             raise ValueError(f"--rank {self.rank} is more than the {self.block} tokens of a block; give at most {self.block}, which is exact")
+        if self.sinks > self.block:
+            raise ValueError(f"--sinks {self.sinks} are more than the {self.block} tokens of a block; give at most {self.block}")
         return self
 
     def chosen(self, config: Config) -> set[int]:
@@ -77,11 +82,12 @@ class LinformerCausal(Mixing):
         return {name: torch.full(shape, often) if name == "weight" else means.expand(shape).clone() for name, shape in shapes.items()}
 
     def remembers(self, config: Config) -> Slots:
-        """The tokens of the block that is not finished, how many there were, and the mixtures, which grow from none."""
-        from effconvert.mixers._call import past
+        """The tokens of the block that is not finished, the first ones, how many there were, and the mixtures, which grow from none."""
+        from effconvert.mixers._call import past, sinks
 
+        heads = config.kv_heads, config.head_dim
         mixed = ((config.kv_heads, 0, config.head_dim), "model")
-        return {**past(self.block - 1, config.kv_heads, config.head_dim), "count": ((), "int64"), "mixed_key": mixed, "mixed_value": mixed}
+        return {**past(self.block - 1, *heads), **sinks(self.sinks, *heads), "count": ((), "int64"), "mixed_key": mixed, "mixed_value": mixed}
 
     def cache_bytes(self, config: Config, itemsize: int, context: int = 0) -> int:
         """Return those of the slots, and K keys and values of each block that is finished."""
@@ -95,7 +101,7 @@ class LinformerCausal(Mixing):
         return 2 * config.kv_heads * self.rank * config.head_dim * itemsize
 
     def mix(self, weights: Mapping[str, Tensor], call: Call) -> Tensor:
-        """One softmax over the tokens of a query's own block and over the mixtures of those before it.
+        """One softmax over the tokens of a query's own block, and over the sinks and the mixtures of the blocks before it.
 
         Blocks go by a token's rank among those that are no padding. These stand last in the call, next to each other, so that a rank says where a token is.
         """
@@ -103,7 +109,7 @@ class LinformerCausal(Mixing):
 
         from effconvert.mixers._call import ordered
 
-        size, tokens, device = self.block, call.query.shape[-2], call.key.device
+        size, tokens, device, least = self.block, call.query.shape[-2], call.key.device, torch.finfo(torch.float32).min
         ranks = call.ranks()  # [B, T]
         key, value, _ = call.with_past(size - 1)  # [B, Hk, P + T, D]
         count = ranks[:, -1:] + 1  # [B, 1], of live tokens so far
@@ -116,28 +122,38 @@ class LinformerCausal(Mixing):
         else:
             query = ordered(call.grouped, (cells + tokens).clamp(0, tokens - 1)).unflatten(3, (reach, size))
             place = torch.arange(size, device=device)[None]
-        far_key = self._grown(call, "mixed_key", weights["key_map"], near_key, first)  # [B, Hk, C K, D]
-        far_value = self._grown(call, "mixed_value", weights.get("value_map", weights["key_map"]), near_value, first)
-        seen = torch.arange(size, device=device) <= place[..., None]  # [B or 1, Q, S]
         own = first + torch.arange(reach, device=device)  # [B, G]
-        over = torch.arange(far_key.shape[2], device=device) // self.rank < own[..., None]  # [B, G, C K]: the mixture is of a block before
-        weight = weights["weight"].float().unflatten(0, (key.shape[1], 1, -1, 1, 1))  # [Hk, 1, R, 1, 1]
-        least = torch.finfo(torch.float32).min
+        mixed_key = self._grown(call, "mixed_key", weights["key_map"], near_key, own)  # [B, Hk, C K, D]
+        mixed_value = self._grown(call, "mixed_value", weights.get("value_map", weights["key_map"]), near_value, own)
+        far_key, far_value = (torch.cat(both, 2) for both in zip(call.first(self.sinks, ranks), (mixed_key, mixed_value), strict=True))  # [B, Hk, N + C K, D]
+        seen = torch.arange(size, device=device) <= place[..., None]  # [B or 1, Q, S]
+        number = torch.arange(mixed_key.shape[2], device=device)  # [C K], of each mixture
+        over = number // self.rank < own[..., None]  # [B, G, C K]: the mixture is of a block before
+        fewer = self._left(device).log().clamp_min(least)[number.clamp_max(self.rank - 1)]  # of the first block not all tokens are mixed
+        weight = weights["weight"].float().unflatten(0, (key.shape[1], 1, -1, 1, 1)) + torch.where(number < self.rank, fewer, 0.0)  # [Hk, 1, R, 1, C K]
         near_bias = torch.where(seen[:, None, None, None], 0.0, least)  # [B or 1, 1, 1, 1, Q, S]
         far_bias = torch.where(over[:, None, :, None, None], weight, least)  # [B, Hk, G, R, 1, C K]
+        sink_bias = torch.where(own > 0, 0.0, least)[:, None, :, None, None, None].expand(*far_bias.shape[:-1], self.sinks)
+        far_bias = torch.cat([sink_bias, far_bias], -1)
 
         view = (query.shape[2], query.shape[4])  # R, Q
         rows = query.transpose(2, 3).flatten(3, 4)  # [B, Hk, G, R Q, D]
         near = _scores((rows @ near_key.mT).unflatten(3, view), near_bias, call)
         far = _scores((rows.flatten(2, 3) @ far_key.mT).unflatten(2, (reach, *view)), far_bias, call)
-        near, far = torch.cat([near, far], -1).softmax(-1).to(value.dtype).flatten(3, 4).split([size, far.shape[-1]], -1)  # [B, Hk, G, R Q, S or C K]
+        near, far = torch.cat([near, far], -1).softmax(-1).to(value.dtype).flatten(3, 4).split([size, far.shape[-1]], -1)  # [B, Hk, G, R Q, S or N + C K]
         mixed = near @ near_value + (far.flatten(2, 3) @ far_value).unflatten(2, rows.shape[2:4])  # [B, Hk, G, R Q, D]
         mixed = mixed.unflatten(3, view).transpose(2, 3).flatten(3, 4).flatten(1, 2)  # [B, H, G Q, D]
         out: Tensor = mixed if tokens == 1 else ordered(mixed, (ranks - size * first).clamp_min(0))
         return out
 
-    def _grown(self, call: Call, name: str, matrix: Tensor, near: Tensor, first: Tensor) -> Tensor:
-        """Return the mixtures of all blocks [B, Hk, C K, D], those of the blocks `near` [B, Hk, G, S, D], the first of which is `first` [B, 1], anew.
+    def _left(self, device: Any) -> Tensor:
+        """Return what part of each mixture's tokens is left in the first block, [K]: sinks are not mixed."""
+        own = segment_means(self.rank, self.block).to(device) > 0
+        left: Tensor = own[:, self.sinks :].sum(-1) / own.sum(-1)
+        return left
+
+    def _grown(self, call: Call, name: str, matrix: Tensor, near: Tensor, own: Tensor) -> Tensor:
+        """Return the mixtures of all blocks [B, Hk, C K, D], those of the blocks `near` [B, Hk, G, S, D], which are `own` [B, G], anew.
 
         A block that is not finished has some too, which are overwritten when it is; nobody sees them before.
         """
@@ -150,8 +166,12 @@ class LinformerCausal(Mixing):
         blocks, reach = call.most // self.block, near.shape[2]  # C, G
         if room := blocks * self.rank - old.shape[2]:
             old = functional.pad(old, (0, 0, 0, room))
-        made = (matrix.float()[:, None] @ near.float()).to(old.dtype).flatten(3)  # [B, Hk, G, K D]
-        place = torch.arange(blocks, device=old.device) - first  # [B, C], among those made
+        begins = (own == 0)[:, None, :, None, None]  # [B, 1, G, 1, 1]
+        sink = (torch.arange(self.block, device=old.device) < self.sinks)[:, None]
+        left = self._left(old.device)[:, None]  # [K, 1]
+        made = matrix.float()[:, None] @ near.float().masked_fill(begins & sink, 0)
+        made = torch.where(begins, made / left.clamp_min(1 / self.block), made).to(old.dtype).flatten(3)  # [B, Hk, G, K D]
+        place = torch.arange(blocks, device=old.device) - own[:, :1]  # [B, C], among those made
         new = made if reach == 1 else ordered(made, place.clamp(0, reach - 1))
         here = (place >= 0) & (place < reach)
         rows = torch.where(here[:, None, :, None], new, old.unflatten(2, (blocks, self.rank)).flatten(3))  # [B, Hk, C, K D]

@@ -62,11 +62,11 @@ class Streaming(Mixing):
 
     def remembers(self, config: Config) -> Slots:
         """The window, the sinks, and the angles at which a query is furthest from them."""
-        from effconvert.mixers._call import past
+        from effconvert.mixers._call import past, sinks
 
-        sink = ((config.kv_heads, self.sinks, config.head_dim), "model")
+        heads = config.kv_heads, config.head_dim
         turned: Slots = {"furthest": ((2, config.rotary), "float32")} if config.rotary else {}
-        return {**past(self.window - 1, config.kv_heads, config.head_dim), "sink_key": sink, "sink_value": sink, "count": ((), "int64"), **turned}
+        return {**past(self.window - 1, *heads), **sinks(self.sinks, *heads), "count": ((), "int64"), **turned}
 
     def mix(self, weights: Mapping[str, Tensor], call: Call) -> Tensor:
         """One softmax over the window and over those sinks that it does not hold."""
@@ -77,7 +77,7 @@ class Streaming(Mixing):
         ranks = call.ranks()  # [B, T]
         key, value, live = call.with_past(self.window - 1)
         near, counted = window_scores(call.grouped, key, live, self.window)
-        sink_key, sink_value = self._sinks(call, ranks)  # [B, Hk, S, D]
+        sink_key, sink_value = call.first(self.sinks, ranks)  # [B, Hk, S, D]
         far = self._moved(call, ranks).unflatten(1, (key.shape[1], -1)) @ sink_key[:, :, None].mT  # [B, Hk, R, T, S]
         left = ranks[:, :, None] - torch.arange(self.sinks, device=ranks.device) >= self.window  # [B, T, S]: the window has gone past them
         scores = torch.cat([near, far], -1).float() * call.scaling
@@ -88,17 +88,6 @@ class Streaming(Mixing):
         near, far = weight.split([near.shape[-1], self.sinks], -1)
         mixed: Tensor = window_values(near, value) + far @ sink_value[:, :, None]
         return mixed.flatten(1, 2)
-
-    def _sinks(self, call: Call, ranks: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values of the first live tokens of each text, as far as they have come."""
-        import torch
-
-        slots = dict.fromkeys(("sink_key", "sink_value"), ((call.key.shape[1], self.sinks, call.key.shape[-1]), "model"))
-        first = (ranks[:, None] == torch.arange(self.sinks, device=ranks.device)[:, None]) & call.live[:, None]  # [B, S, T]
-        place = first[:, None].to(call.key.dtype)
-        keys, values = (call.held(name, slots) + place @ rows for name, rows in (("sink_key", call.key), ("sink_value", call.value)))
-        call.keep(sink_key=keys, sink_value=values)
-        return keys, values
 
     def _moved(self, call: Call, ranks: Tensor) -> Tensor:
         """Return the queries at the last position inside the cache, where they have gone past it."""

@@ -27,7 +27,7 @@ from tests.models import characters, save, tiny
 
 HEADS, GROUPS, WIDTH = 4, 2, 8
 SHARES = ["none", "headwise", "key-value"]
-SIZES = [(6, 2), (6, 4), (5, 5), (7, 1), (2, 1)]  # block and rank
+SIZES = [(6, 2, 0), (6, 2, 4), (6, 4, 1), (5, 5, 3), (7, 1, 2), (2, 1, 2), (6, 3, 6), (7, 3, 3)]  # block, rank and sinks
 EXACT = 2e-6  # of float32 values of size 1
 TEXT = 23
 SMALL = ("linformer-causal", {"block": 6, "rank": 2})
@@ -84,9 +84,15 @@ def reference(technique, weights, query, key, value, softcap=None):
                 scores, given, start = [], [], token // size * size
                 for block in range(0, start, size):
                     for row in range(technique.rank):
-                        scores.append((score(query[text, head, token].double(), e[row] @ keys[block : block + size], softcap), float(weights["weight"][head])))
-                        given.append(f[row] @ values[block : block + size])
-                for other in range(start, token + 1):
+                        own = [place for place in range(size) if place * technique.rank // size == row]  # the tokens that it began as the mean of
+                        mixes = [place for place in range(size) if block or place >= technique.sinks]  # sinks are not mixed
+                        left = len({*own} & {*mixes}) / len(own)
+                        if not left:
+                            continue
+                        scaled, added = keys[block : block + size][mixes] / left, float(weights["weight"][head]) + math.log(left)
+                        scores.append((score(query[text, head, token].double(), e[row, mixes] @ scaled, softcap), added))
+                        given.append(f[row, mixes] @ values[block : block + size][mixes] / left)
+                for other in [*range(min(technique.sinks, start)), *range(start, token + 1)]:
                     scores.append((score(query[text, head, token].double(), keys[other], softcap), 0.0))
                     given.append(values[other])
                 shares = torch.tensor([one + added for one, added in scores], dtype=torch.float64).softmax(0)
@@ -106,10 +112,10 @@ def softmax(query, key, value):
 # What is computed
 
 
-@pytest.mark.parametrize(("block", "rank"), SIZES)
+@pytest.mark.parametrize(("block", "rank", "sinks"), SIZES)
 @pytest.mark.parametrize("share", SHARES)
-def test_mixing_is_that_of_the_definition(block, rank, share):
-    technique = LinformerCausal(block=block, rank=rank, share=share)
+def test_mixing_is_that_of_the_definition(block, rank, sinks, share):
+    technique = LinformerCausal(block=block, rank=rank, sinks=sinks, share=share)
     weights = trained(technique)
     expected = reference(technique, weights, *rows()).float()
     for sizes in (None, [TEXT], [1] * TEXT, (6, 1, 5, 7, 4), (3, 1, 1, 1, 17), (13, 10)):
@@ -137,9 +143,9 @@ def test_scores_are_capped_before_mixtures_get_their_weight():
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("count", [1, 5, TEXT])
 def test_as_many_mixtures_as_tokens_are_softmax(share, count):
-    technique = LinformerCausal(block=5, rank=5, share=share)
+    technique = LinformerCausal(block=5, rank=5, sinks=2, share=share)
     assert technique.exact(config())
-    for sizes in (None, [1] * count):
+    for sizes in (None, [1] * count):  # sinks are seen once, not in a mixture too
         assert torch.allclose(mixed(technique, technique.begin(config(), 0), *rows(count), sizes), softmax(*rows(count)), atol=EXACT)
 
 
@@ -149,12 +155,13 @@ def test_fewer_are_not():
     assert (mixed(technique, technique.begin(config(), 0), *rows()) - softmax(*rows())).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("sinks", [0, 1, 2, 6])
 @pytest.mark.parametrize(("block", "rank"), [(6, 2), (6, 1), (6, 3), (8, 4)])
-def test_where_tokens_that_are_mixed_have_the_same_key_nothing_is_lost(block, rank):
+def test_where_tokens_that_are_mixed_have_the_same_key_nothing_is_lost(block, rank, sinks):
     """A mean counts as often as it has tokens: then it is exactly what they were together."""
     query, key, value = rows()
     key = key[:, :, torch.arange(TEXT) // (block // rank) * (block // rank)]
-    technique = LinformerCausal(block=block, rank=rank)
+    technique = LinformerCausal(block=block, rank=rank, sinks=sinks)
     weights = technique.begin(config(), 0)
     assert torch.allclose(mixed(technique, weights, query, key, value), softmax(query, key, value), atol=EXACT)
     weights["weight"] = torch.zeros(HEADS)
@@ -336,6 +343,7 @@ def test_compiled_decoding_is_one_graph_across_blocks(llama):
         ({"block": 6, "rank": 7}, "--rank 7 is more than the 6 tokens of a block; give at most 6, which is exact"),
         ({"rank": 65}, "--rank 65 is more than the 64 tokens"),
         ({"rank": 0}, "--rank is 0"),
+        ({"block": 6, "rank": 2, "sinks": 7}, "--sinks 7 are more than the 6 tokens of a block"),
         ({"block": 1, "rank": 1}, "--block is 1"),
         ({"block": 0, "rank": 1}, "--block is 0"),
         ({"block": 6}, "--rank is needed"),
