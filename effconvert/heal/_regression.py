@@ -32,7 +32,9 @@ class Moments:
         self.gram, self.cross = (self.gram + gram, self.cross + cross) if len(self.gram) else (gram, cross)
 
     def gain(self, change: Tensor) -> float:
-        """Return by how much a change [O, F] of the weights lowers the squared error of these tokens."""
+        """Return by how much a change [O, F] of the weights lowers the squared error of these tokens; of none by nothing."""
+        if not len(self.gram):
+            return 0.0
         return float(2 * (change * self.cross).sum() - ((change @ self.gram) * change).sum())
 
 

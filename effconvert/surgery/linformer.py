@@ -94,9 +94,10 @@ class Linformer(Mixing):
         from effconvert.heal._regression import HELD_OUT, Moments, ridge
 
         assert layer.walk
-        value_map, texts = values["value_map"].clone(), 0
+        value_map = values["value_map"].clone()
         ends = sorted({batch.shape[1] for batch in layer.walk.ids})
         parts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]  # columns that the same texts have
+        texts = [0] * len(parts)
         found = [[(Moments(), Moments()) for _ in parts] for _ in value_map]  # of the texts that count, and of those held out
         for look in layer.walk.look(layer, ("o",), until="o"):
             assert look.query is not None
@@ -109,15 +110,15 @@ class Linformer(Mixing):
             few = scores.masked_fill(~alive[:, :, None, None], -torch.inf).softmax(-1)  # [B, Hk, R, T, K]
             missing = look.weights.float().unflatten(1, query.shape[1:3]) - few @ means[:, :, None]  # [B, Hk, R, T, T]
             for inputs, outputs in zip(few, missing, strict=True):
-                texts += 1
-                for unit, pairs in enumerate(found):
-                    heads = slice(unit, unit + 1) if len(found) > 1 else slice(None)
-                    for part, pair in zip(parts, pairs, strict=True):
-                        if part.stop <= tokens:
-                            pair[texts % HELD_OUT == 0].add(inputs[heads], outputs[heads][..., part])
+                for at, part in enumerate(parts[: ends.index(tokens) + 1]):
+                    texts[at] += 1
+                    held = texts[at] % HELD_OUT == 2  # from the second on: of long texts there are few
+                    for unit, pairs in enumerate(found):
+                        heads = slice(unit, unit + 1) if len(found) > 1 else slice(None)
+                        pairs[at][held].add(inputs[heads], outputs[heads][..., part])
         for rows, pairs in zip(value_map, found, strict=True):
-            for part, (kept, held) in zip(parts, pairs, strict=True):
-                if (change := ridge(kept, held)) is not None:
+            for part, pair in zip(parts, pairs, strict=True):
+                if (change := ridge(*pair)) is not None:
                     rows[:, part] += change.mT.to(rows)
         return {**values, "value_map": value_map}
 

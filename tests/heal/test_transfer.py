@@ -202,14 +202,30 @@ def test_the_best_epoch_is_kept_and_not_the_last():
     assert said["after"] == pytest.approx(squared_error(place, "taught", heldout_ids(place, 256)), rel=1e-4)
 
 
-def test_what_predicts_held_out_windows_no_better_is_not_kept():
-    """A rate that only destroys."""
+def test_what_predicts_held_out_windows_no_better_is_not_kept(monkeypatch):
+    """A rate that only destroys, and no lower one that is tried after it."""
+    monkeypatch.setattr("effconvert.heal._teaching.TRIES", (1,))
     source = put(Path("model"))
     run(source, Linear(window=6), place="plain")
     outcome = run(source, Linear(window=6), Transfer(rate=1.0, epochs=1))
     worse = [index for index, said in outcome.told.items() if said["after"] == said["before"]]
     assert worse
     assert not {name for name in changed("plain", "out") if name.split(".")[2] in worse}
+
+
+def test_lower_rates_are_tried_where_one_gained_nothing(monkeypatch):
+    source, tried = put(Path("model")), []
+    real = torch.optim.AdamW
+
+    def noted(groups, **given):
+        tried.append(groups[-1]["lr"])
+        return real(groups, **given)
+
+    monkeypatch.setattr(torch.optim, "AdamW", noted)
+    outcome = run(source, Linear(window=6, layers="0"), Transfer(rate=1.0, epochs=1))
+    assert len(tried) > 1
+    assert tried == pytest.approx([1.0, 0.1, 0.01][: len(tried)])
+    assert outcome.told["0"]["after"] < outcome.told["0"]["before"] or len(tried) == 3
 
 
 def test_what_is_neutral_stays_as_it_is():

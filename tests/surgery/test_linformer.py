@@ -256,6 +256,32 @@ def test_where_means_give_the_attention_they_stay():
     assert torch.allclose(fitted(technique, means)["value_map"], means, atol=EXACT)
 
 
+def test_long_and_short_texts_are_fitted_together():
+    """Each column to the texts that have a token there; a short text sees the first mixtures alone."""
+    technique, planted = Linformer(rank=RANK, projections="data"), random(1, RANK, LONGEST).softmax(-1)
+    short = planted.clone()[..., :8]
+    both = [look for pair in zip(looks(planted), looks(short, 8), strict=True) for look in pair]
+    walk = SimpleNamespace(look=lambda *_, **__: iter(both), ids=[torch.zeros(2, LONGEST), torch.zeros(2, 8)])
+    begun = technique.begin(GROUPED, 0)
+    found = technique.fit(SimpleNamespace(config=GROUPED, index=0, walk=walk), begun)["value_map"]
+    assert (found - planted).norm() < 1e-3 * (begun["value_map"] - planted).norm()
+    wrong = [look for pair in zip(looks(planted), looks(planted[..., 8:16], 8), strict=True) for look in pair]  # of other matrices on short texts
+    walk = SimpleNamespace(look=lambda *_, **__: iter(wrong), ids=[torch.zeros(2, LONGEST), torch.zeros(2, 8)])
+    other = technique.fit(SimpleNamespace(config=GROUPED, index=0, walk=walk), begun)["value_map"]
+    assert torch.equal(other[..., 8:], found[..., 8:])
+    assert not torch.allclose(other[..., :8], found[..., :8], atol=1e-2)
+
+
+def test_too_few_texts_to_hold_one_out_leave_the_means():
+    planted = random(1, RANK, LONGEST).softmax(-1)
+    look = next(looks(planted))
+    one = Look(look.state[:1], query=look.query[:1], key=look.key[:1], weights=look.weights[:1])
+    walk = SimpleNamespace(look=lambda *_, **__: iter([one]), ids=[torch.zeros(1, LONGEST)])
+    technique = Linformer(rank=RANK)
+    begun = technique.begin(GROUPED, 0)
+    assert torch.equal(technique.fit(SimpleNamespace(config=GROUPED, index=0, walk=walk), begun)["value_map"], begun["value_map"])
+
+
 def test_what_windows_are_too_short_for_stays_means():
     technique = Linformer(rank=RANK, projections="data")
     planted, means = random(1, RANK, 8).softmax(-1), technique.begin(GROUPED, 0)["value_map"]
