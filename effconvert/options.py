@@ -131,6 +131,14 @@ class Conversion(Options):
         json_schema_extra={"metavar": "FILE|DATASET"},
     )
     calibration_tokens: int = Field(16384, ge=64, le=10**9, description="Tokens of it: more are better and take longer.")
+    calibration_window: int | None = Field(
+        None,
+        ge=16,
+        le=10**9,
+        description="Tokens of it that are read together: what is taught or refitted is so for texts of that length. Default: 512, or fewer where the model "
+        "reads fewer or there are not 8 windows.",
+        json_schema_extra={"metavar": "N"},
+    )
 
 
 class RunOptions(Conversion):

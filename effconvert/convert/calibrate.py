@@ -24,7 +24,7 @@ from effconvert.convert.layer import Layer
 from effconvert.convert.output import DRAFT, drafts, to_disk
 from effconvert.convert.plan import Plan, rename
 from effconvert.convert.shards import FLOATS, finite
-from effconvert.convert.walk import BATCH, Calibration, Look, Stage, embedding_rows, stored_tensors
+from effconvert.convert.walk import Calibration, Look, Stage, at_a_time, embedding_rows, stored_tensors
 from effconvert.convert.watch import Watcher
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality import windows
@@ -54,7 +54,7 @@ def prepare(plan: Plan, options: Conversion) -> Calibration:
             f"the teacher knows {plan.teacher.config.vocabulary} tokens and the student {config.vocabulary}: they do not read the same text; "
             "name the model that the student was made from"
         )
-    window = min(WINDOW, config.longest or WINDOW, plan.teacher.config.longest or WINDOW, options.calibration_tokens // LEAST)
+    window = _window(options, min(config.longest or MOST, plan.teacher.config.longest or MOST))
     tokenizer = stock.load_tokenizer(folder)
     asked = f"--calibration-tokens {options.calibration_tokens} are asked for; give a longer text, or ask for fewer"
     try:
@@ -69,6 +69,18 @@ def prepare(plan: Plan, options: Conversion) -> Calibration:
     if config.family.decoder:
         return Calibration(text.name, ids)
     return Calibration(text.name, ids, tuple(pieces for pieces in PIECES if pieces == 1 or window // pieces >= SHORTEST), _ends(tokenizer))
+
+
+def _window(options: Conversion, longest: int) -> int:
+    """Return how many tokens are read together, of a model that reads `longest`."""
+    asked, tokens = options.calibration_window, options.calibration_tokens
+    if asked is None:
+        return min(WINDOW, longest, tokens // LEAST)
+    if asked > longest:
+        raise OptionError(f"--calibration-window {asked} is more than the {longest} tokens that the model reads; give at most that")
+    if asked > tokens // LEAST:
+        raise OptionError(f"--calibration-window {asked} needs {LEAST * asked} --calibration-tokens, {LEAST} windows, and {tokens} are asked for")
+    return asked
 
 
 def _ends(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -177,7 +189,7 @@ def calibration_bytes(plan: Plan) -> int:
     config, ids = plan.checkpoint.config, plan.calibration.ids
     window, inner = ids.shape[1], config.heads * config.head_dim
     token = 4 * (8 * config.hidden + 4 * inner) + 2 * config.heads * window  # inputs, outputs, queries and keys; attention in half precision
-    batch = BATCH * 4 * window * (4 * config.heads * window + 3 * config.ffn)
+    batch = at_a_time(window) * 4 * window * (4 * config.heads * window + 3 * config.ffn)
     squares = 6 * 8 * max(config.hidden, inner) ** 2
     return plan.peak + LIBRARIES + 3 * ids.numel() * token // 2 + batch + squares
 

@@ -29,6 +29,8 @@ from effconvert.options import RunOptions
 from effconvert.paths import expand, real
 from effconvert.surgery._surgery import Surgery
 
+CALIBRATING = ("calibrate", "calibration_tokens", "calibration_window")  # options that say what is looked at
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -135,7 +137,7 @@ def _texts(model: str, plan: Plan, options: RunOptions, record: dict[str, Any]) 
     """Write what people read: the recipe, which makes the same bytes again, and the model card."""
     source = record["source"]
     revision = None if expand(model).exists() else source["commit"] or source["revision"]
-    asked = {"calibrate": options.calibrate, "calibration-tokens": options.calibration_tokens} if plan.looks else {}
+    asked = {name.replace("_", "-"): getattr(options, name) for name in CALIBRATING} if plan.looks else {}
     recipe = {"model": model, "revision": revision, "steps": plan.recipe, **asked}
     told = f"# Written by effconvert {__version__}. The same bytes again: effconvert run {RECIPE} -o DIR\n"
     card = plan.checkpoint.folder / CARD

@@ -23,7 +23,7 @@ from effconvert.convert.layer import Layer
 from effconvert.convert.shards import FLOATS, Stored
 from effconvert.convert.stock import class_of, quiet
 
-BATCH = 2  # windows
+BATCH, TOGETHER = 2, 1024  # windows that are run at a time at most, and tokens where more than one is
 PROBE = "effconvert_probe"  # the name of our attention function in transformers' registry
 Tensors = Mapping[str, Tensor]  # name in a layer -> tensor, as the family stores it
 
@@ -41,7 +41,7 @@ class Calibration:
     def batches(self) -> list[Tensor]:
         """The texts that are run at a time, [B, T]; all batches have about as many tokens, the first one the longest texts."""
         made = []
-        for batch, pieces in zip(self.ids.split(BATCH), cycle(self.pieces), strict=False):
+        for batch, pieces in zip(self.ids.split(at_a_time(self.ids.shape[1])), cycle(self.pieces), strict=False):
             length = batch.shape[1] // pieces
             texts = batch[:, : length * pieces].reshape(-1, length).clone()
             for place, token in enumerate(self.ends[0]):
@@ -66,6 +66,11 @@ class Calibration:
         """What a manifest says of it."""
         window = self.ids.shape[1]
         return {"text": self.name, "tokens": self.ids.numel(), "windows": [window // pieces for pieces in self.pieces], "sha256": self.sha256}
+
+
+def at_a_time(window: int) -> int:
+    """Return how many windows of so many tokens are run at a time."""
+    return max(1, min(BATCH, TOGETHER // window))
 
 
 @dataclass

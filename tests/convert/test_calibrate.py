@@ -149,6 +149,30 @@ def test_encoders_are_calibrated_on_long_and_short_texts(kind, ends, lengths):
         assert bool((batch[:, -1] == 2).all()) == ends
 
 
+def test_windows_are_as_long_as_asked_for_and_run_one_at_a_time_where_they_are_long(model):
+    Path("text.txt").write_text(words(3000))
+    assert ids_of(model, calibration_window=20).ids.shape == (TOKENS // 20, 20)
+    assert ids_of(model, calibration_window=32).sha256 == ids_of(model).sha256
+    long = Calibration("text", torch.zeros(3, 1024, dtype=torch.long))
+    assert [len(batch) for batch in long.batches] == [1, 1, 1]
+    assert [len(batch) for batch in Calibration("text", torch.zeros(3, 512, dtype=torch.long)).batches] == [2, 1]
+    look(calibration_window=20)
+    assert "calibration-window: 20" in Path("out/effconvert.yaml").read_text()
+    assert json.loads(Path("out/effconvert.json").read_text())["calibration"]["windows"] == [20]
+
+
+@pytest.mark.parametrize(
+    ("window", "said"),
+    [
+        (65, "--calibration-window 65 is more than the 64 tokens that the model reads; give at most that"),
+        (33, "--calibration-window 33 needs 264 --calibration-tokens, 8 windows, and 256 are asked for"),
+    ],
+)
+def test_windows_that_cannot_be_are_refused(model, text, window, said):
+    with pytest.raises(OptionError, match=said):
+        ids_of(model, calibration_window=window)
+
+
 def test_windows_are_no_longer_than_the_model_reads(model):
     Path("text.txt").write_text(words(3000))
     assert ids_of(model, calibration_tokens=2048).ids.shape == (32, 64)
