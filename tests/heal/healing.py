@@ -2,12 +2,15 @@
 
 import random
 import warnings
+from pathlib import Path
 
 import torch
 import transformers
 from safetensors.torch import load_file
 
 from effconvert.convert.families import FAMILIES
+from effconvert.convert.run import convert
+from effconvert.options import RunOptions
 from tests.models import tiny
 
 TOKENS = 1024  # of calibration: 16 windows of 64, two of them held out
@@ -69,3 +72,9 @@ def apart(original, *folders):
 def tensors(folder):
     """All tensors of a model, by name."""
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def run(model, *steps, place="out", **more):
+    """Convert a model, looking at the text of the fixture."""
+    given = {"calibrate": "text.txt", "calibration_tokens": TOKENS, "verify": False, **more}
+    return convert(str(model), steps, RunOptions(output=Path(place), **given))

@@ -13,33 +13,21 @@ import effconvert
 from effconvert.convert.checkpoint import open_checkpoint
 from effconvert.convert.families import FAMILIES
 from effconvert.convert.plan import plan, stand_for
-from effconvert.convert.run import convert
 from effconvert.errors import ModelError, OptionError
 from effconvert.heal.refit import Refit
-from effconvert.options import RunOptions
 from effconvert.recipe import read
 from effconvert.replay import replay
 from effconvert.surgery.gqa import Gqa
 from effconvert.surgery.mqa import Mqa
 from tests.convert.conftest import one_line
 from tests.convert.test_seam import Plain
-from tests.heal.healing import TOKENS, apart, heldout, load, prose, put, tensors
+from tests.heal.healing import TOKENS, apart, heldout, load, put, run, tensors
 from tests.models import DECODERS, GROUPING, SETTINGS
 
 ENCODERS = [kind for kind in SETTINGS if kind not in DECODERS]
 NORMED = ["qwen3", "gemma3_text", "olmo2"]
 BIASED = ["llama", "qwen2", "glm", "gpt2"]  # of the tiny models
 SHARING = [kind for kind in GROUPING if kind in DECODERS]
-
-
-@pytest.fixture(autouse=True)
-def _text():
-    Path("text.txt").write_text(prose())
-
-
-def run(model, *steps, place="out", **more):
-    given = {"calibrate": "text.txt", "calibration_tokens": TOKENS, "verify": False, **more}
-    return convert(str(model), steps, RunOptions(output=Path(place), **given))
 
 
 def healed(student, teacher, place="healed", **more):

@@ -14,7 +14,6 @@ from effconvert.convert.calibrate import prepare
 from effconvert.convert.checkpoint import open_checkpoint
 from effconvert.convert.families import FAMILIES
 from effconvert.convert.plan import plan
-from effconvert.convert.run import convert
 from effconvert.errors import ModelError
 from effconvert.heal._layer import _held
 from effconvert.heal._teaching import _height
@@ -26,7 +25,7 @@ from effconvert.replay import replay
 from effconvert.surgery.gqa import Gqa
 from effconvert.surgery.linear import Linear
 from effconvert.surgery.streaming import Streaming
-from tests.heal.healing import TOKENS, heldout, prose, put, tensors
+from tests.heal.healing import TOKENS, heldout, prose, put, run, tensors
 
 GROUPED = {"num_key_value_heads": 2}
 CASES = {  # what is taught: family, changes to its config, mixer
@@ -44,16 +43,6 @@ CASES = {  # what is taught: family, changes to its config, mixer
     "gpt_neox": ("gpt_neox", {}, Linear(window=6)),  # in one, head by head
     "bert": ("bert", {}, Linear()),
 }
-
-
-@pytest.fixture(autouse=True)
-def _text():
-    Path("text.txt").write_text(prose())
-
-
-def run(model, *steps, place="out", **more):
-    given = {"calibrate": "text.txt", "calibration_tokens": TOKENS, "verify": False, **more}
-    return convert(str(model), steps, RunOptions(output=Path(place), **given))
 
 
 def opened(folder):

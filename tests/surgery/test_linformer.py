@@ -1,40 +1,31 @@
 """Keys and values are mixed as the matrices say, whatever is padding; where nothing is mixed, attention is softmax; and F is fitted to attention."""
 
-import dataclasses
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from effconvert.convert.config import Config
-from effconvert.convert.families import FAMILIES
 from effconvert.convert.walk import Look
 from effconvert.errors import ModelError, OptionError
 from effconvert.mixers._call import Call
 from effconvert.surgery.linformer import Linformer, attended, columns
+from tests.surgery.rows import GROUPS, HEADS, WIDTH, random
+from tests.surgery.rows import config as shape
+from tests.surgery.rows import rows as any_rows
 
-HEADS, GROUPS, WIDTH, LONGEST, RANK = 4, 2, 8, 24, 6
+LONGEST, RANK = 24, 6
 SHARES = ["none", "headwise", "key-value"]
 EXACT = 1e-6  # of float32 values of size 1
 
 
-def config(kind="bert", **keys):
-    """An encoder, as if it could have fewer KV heads: then the mixer is ready for the first that has."""
-    raw = {"model_type": kind, "num_attention_heads": HEADS, "hidden_size": HEADS * WIDTH, "num_hidden_layers": 4, "max_position_embeddings": LONGEST, **keys}
-    return Config(raw, dataclasses.replace(FAMILIES[kind], kv_heads_key="num_key_value_heads") if "num_key_value_heads" in keys else FAMILIES[kind])
-
-
+config = partial(shape, max_position_embeddings=LONGEST)
 GROUPED = config(num_key_value_heads=GROUPS)
 
 
-def random(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
 def rows(tokens=LONGEST, texts=2):
-    """Queries, keys and values of some texts."""
-    return [random(texts, heads, tokens, WIDTH, seed=seed) for seed, heads in enumerate((HEADS, GROUPS, GROUPS))]
+    return any_rows(tokens, texts)
 
 
 def mixed(weights, query, key, value, live=None):

@@ -3,14 +3,13 @@
 import copy
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from effconvert.convert.checkpoint import open_checkpoint
-from effconvert.convert.config import Config
-from effconvert.convert.families import FAMILIES
 from effconvert.convert.inspection import inspect
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError, OptionError
@@ -24,8 +23,10 @@ from effconvert.surgery._mixing import Mixing
 from effconvert.surgery.linformer_causal import LinformerCausal
 from tests.mixers.mixing import SAME, far, in_pieces, pair, run, tokens
 from tests.models import characters, save, tiny
+from tests.surgery.rows import GROUPS, HEADS, WIDTH, random
+from tests.surgery.rows import config as shape
+from tests.surgery.rows import rows as any_rows
 
-HEADS, GROUPS, WIDTH = 4, 2, 8
 SHARES = ["none", "headwise", "key-value"]
 SIZES = [(6, 2, 0), (6, 2, 4), (6, 4, 1), (5, 5, 3), (7, 1, 2), (2, 1, 2), (6, 3, 6), (7, 3, 3)]  # block, rank and sinks
 EXACT = 2e-6  # of float32 values of size 1
@@ -34,23 +35,16 @@ SMALL = ("linformer-causal", {"block": 6, "rank": 2})
 GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 14}
 
 
-def config(kind="llama", **keys):
-    raw = {"model_type": kind, "num_attention_heads": HEADS, "num_key_value_heads": GROUPS, "hidden_size": HEADS * WIDTH, "num_hidden_layers": 4, **keys}
-    return Config(raw, FAMILIES[kind])
+config = partial(shape, num_key_value_heads=GROUPS)
 
 
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def rows(count=TEXT, texts=2):
-    """Queries, keys and values of some texts."""
-    return [random(texts, heads, count, WIDTH, seed=seed) for seed, heads in enumerate((HEADS, GROUPS, GROUPS))]
+def rows(count=TEXT):
+    return any_rows(count)
 
 
 def trained(technique):
     """Parameters as training might leave them."""
-    begun = technique.begin(config(), 0)
+    begun = technique.begin(config("llama"), 0)
     return {name: value + 0.3 * random(*value.shape, seed=seed) for seed, (name, value) in enumerate(begun.items())}
 
 
@@ -60,7 +54,7 @@ def mixed(technique, weights, query, key, value, sizes=None, softcap=None, chang
     call = Call(query, key, value, WIDTH**-0.5, live, True, None, query.transpose(1, 2).flatten(2), None, softcap)
     if sizes is None:
         return technique.mix(weights, call)
-    state, made, at = State(technique.remembers(config())), [], 0
+    state, made, at = State(technique.remembers(config("llama"))), [], 0
     for size in sizes:
         part = call.part(at, at + size)
         state.update(part.key, part.value)
@@ -144,15 +138,15 @@ def test_scores_are_capped_before_mixtures_get_their_weight():
 @pytest.mark.parametrize("count", [1, 5, TEXT])
 def test_as_many_mixtures_as_tokens_are_softmax(share, count):
     technique = LinformerCausal(block=5, rank=5, sinks=2, share=share)
-    assert technique.exact(config())
+    assert technique.exact(config("llama"))
     for sizes in (None, [1] * count):  # sinks are seen once, not in a mixture too
-        assert torch.allclose(mixed(technique, technique.begin(config(), 0), *rows(count), sizes), softmax(*rows(count)), atol=EXACT)
+        assert torch.allclose(mixed(technique, technique.begin(config("llama"), 0), *rows(count), sizes), softmax(*rows(count)), atol=EXACT)
 
 
 def test_fewer_are_not():
     technique = LinformerCausal(block=5, rank=4)
-    assert not technique.exact(config())
-    assert (mixed(technique, technique.begin(config(), 0), *rows()) - softmax(*rows())).abs().max() > 1e-2
+    assert not technique.exact(config("llama"))
+    assert (mixed(technique, technique.begin(config("llama"), 0), *rows()) - softmax(*rows())).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("sinks", [0, 1, 2, 6])
@@ -162,7 +156,7 @@ def test_where_tokens_that_are_mixed_have_the_same_key_nothing_is_lost(block, ra
     query, key, value = rows()
     key = key[:, :, torch.arange(TEXT) // (block // rank) * (block // rank)]
     technique = LinformerCausal(block=block, rank=rank, sinks=sinks)
-    weights = technique.begin(config(), 0)
+    weights = technique.begin(config("llama"), 0)
     assert torch.allclose(mixed(technique, weights, query, key, value), softmax(query, key, value), atol=EXACT)
     weights["weight"] = torch.zeros(HEADS)
     assert not torch.allclose(mixed(technique, weights, query, key, value), softmax(query, key, value), atol=1e-2)
@@ -206,7 +200,7 @@ def test_a_state_with_room_for_blocks_that_are_not_there_is_as_good():
         live = (torch.arange(empty + TEXT) >= empty).expand(2, -1)
         whole = Call(*shapes, WIDTH**-0.5, live, True, None, shapes[0].transpose(1, 2).flatten(2), None, None, True)
         assert torch.allclose(technique.mix(weights, whole)[:, :, empty:], expected, atol=EXACT)
-        state, made = State(technique.remembers(config())), []
+        state, made = State(technique.remembers(config("llama"))), []
         for at in range(empty + TEXT):
             part = whole.part(at, at + 1)
             state.update(part.key, part.value)
@@ -218,8 +212,8 @@ def test_a_state_with_room_for_blocks_that_are_not_there_is_as_good():
 def test_what_begins_are_means_that_count_as_often_as_they_have_tokens(block, rank):
     for share, units, names in (("none", GROUPS, 3), ("headwise", 1, 3), ("key-value", 1, 2)):
         technique = LinformerCausal(block=block, rank=rank, share=share)
-        first, again = technique.begin(config(), 0), technique.begin(config(), 3)
-        assert {name: tuple(value.shape) for name, value in first.items()} == technique.parameters(config())
+        first, again = technique.begin(config("llama"), 0), technique.begin(config("llama"), 3)
+        assert {name: tuple(value.shape) for name, value in first.items()} == technique.parameters(config("llama"))
         assert len(first) == names
         assert all(torch.equal(first[name], again[name]) for name in first)
         assert first["key_map"].shape == (units, rank, block)
@@ -374,6 +368,6 @@ def test_layers_with_a_window_are_left_alone():
 
 
 def test_rotated_keys_are_remarked_on_where_they_are_mixed():
-    assert "after RoPE" in LinformerCausal(rank=4).remark(config())
-    assert LinformerCausal(block=4, rank=4).remark(config()) == ""
+    assert "after RoPE" in LinformerCausal(rank=4).remark(config("llama"))
+    assert LinformerCausal(block=4, rank=4).remark(config("llama")) == ""
     assert LinformerCausal(rank=4).remark(config("gpt2")) == ""
