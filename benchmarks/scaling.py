@@ -20,13 +20,14 @@ FIELDS = ["mixer", "context", "prefill_s", "decode_s", "peak_mb", "cache_mb", "l
 DECODERS = {
     "softmax": None,
     "streaming": {"window": 1024, "sinks": 4},
-    "streaming-64": {"window": 64, "sinks": 4},
+    "streaming 64": {"window": 64, "sinks": 4},
     "linear": {"window": 64},
-    "linear-elu": {"feature": "elu"},
+    "linear elu": {"feature": "elu"},
     "performer": {"features": 256},
     "retnet": {"decay": "paper"},
+    "linformer-causal": {"rank": 8},
 }
-ENCODERS = {"softmax": None, "linformer": {"rank": 128}, "linformer-256": {"rank": 256}, "nystrom": {"landmarks": 64}, "performer": {"features": 256}}
+ENCODERS = {"softmax": None, "linformer": {"rank": 128}, "linformer 256": {"rank": 256}, "nystrom": {"landmarks": 64}, "performer": {"features": 256}}
 
 ONE = """
 import json, resource, sys, time
@@ -49,7 +50,7 @@ if options is None:
     model = getattr(transformers, family.lm)(made)
 else:
     config = Config({**made.to_dict(), "architectures": [family.lm]}, family)
-    technique = load(name.split("-")[0])(**options)
+    technique = load(name.split()[0])(**options)
     technique.check(config)
     model = model_class(family.lm)(config_class(kind).from_dict(technique.config(config).content))
 model = model.eval()
@@ -77,8 +78,9 @@ print(json.dumps({**found, "torch": torch.__version__, "transformers": transform
 @click.option("--contexts", default="512,1024,2048,4096,8192,16384")
 @click.option("--kind", type=click.Choice(["llama", "bert"]), default="llama", help="A decoder of SmolLM2's shape, or an encoder of MiniLM's.")
 @click.option("--layers", default=4)
+@click.option("--only", help="Some of the mixers, with commas between.")
 @click.option("-o", "--output", type=Path, required=True)
-def main(contexts, kind, layers, output):
+def main(contexts, kind, layers, only, output):
     """Measure and append to a CSV."""
     fresh = not output.exists()
     with output.open("a", newline="") as file:
@@ -87,6 +89,8 @@ def main(contexts, kind, layers, output):
             writer.writeheader()
         for context in map(int, contexts.split(",")):
             for name, options in (DECODERS if kind == "llama" else ENCODERS).items():
+                if only and name not in only.split(","):
+                    continue
                 done = subprocess.run([sys.executable, "-c", ONE, json.dumps([kind, name, options, context, layers])], capture_output=True, text=True)
                 if done.returncode:
                     click.echo(f"{name} {context}: {done.stderr.strip().splitlines()[-1]}")

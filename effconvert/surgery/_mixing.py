@@ -74,7 +74,7 @@ class Mixing(Layerwise):
         if config.get("attn_logit_softcapping") and not cls.softcaps:
             raise ModelError(
                 f"{config.kind} caps its scores (attn_logit_softcapping), which no feature map can follow, so {name} cannot take the place of its attention; "
-                "streaming can"
+                "streaming and linformer-causal can"
             )
 
     def check(self, config: Config) -> None:
