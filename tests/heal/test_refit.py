@@ -14,6 +14,7 @@ from effconvert.convert.checkpoint import open_checkpoint
 from effconvert.convert.families import FAMILIES
 from effconvert.convert.plan import plan, stand_for
 from effconvert.errors import ModelError, OptionError
+from effconvert.heal._layer import _held
 from effconvert.heal.refit import Refit
 from effconvert.recipe import read
 from effconvert.replay import replay
@@ -409,3 +410,9 @@ def test_a_refitted_model_is_verified_and_recorded():
     manifest = json.loads(Path("out/effconvert.json").read_text())
     assert [next(iter(step)) for step in manifest["recipe"]] == ["gqa", "refit"]
     assert manifest["calibration"]["tokens"] == TOKENS
+
+
+def test_every_eighth_text_is_held_out_however_many_a_batch_has():
+    batches = [torch.zeros(texts, 1) for texts in (2, 8, 3, 2, 8)]
+    held = [_held(batch, row, batches) for batch, texts in enumerate(batches) for row in range(len(texts))]
+    assert held == [int((text + 1) % 8 == 0) for text in range(23)]
