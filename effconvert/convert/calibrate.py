@@ -33,7 +33,7 @@ from effconvert.options import Conversion
 
 WINDOW = 512  # tokens
 PIECES = (1, 4, 16)  # an encoder's windows are cut into so many texts in turn: it is to be good at short ones too
-SHORTEST = 16  # tokens of such a text
+SHORTEST = 14  # tokens of such a text, but for those that begin and end it
 LEAST = 8  # windows: one of them is held out
 LIBRARIES = 400_000_000  # bytes; transformers, and what PyTorch sets up to compute
 
@@ -68,7 +68,9 @@ def prepare(plan: Plan, options: Conversion) -> Calibration:
     ids = ids[[index * len(ids) // count for index in range(count)]]
     if config.family.decoder:
         return Calibration(text.name, ids)
-    return Calibration(text.name, ids, tuple(pieces for pieces in PIECES if pieces == 1 or window // pieces >= SHORTEST), _ends(tokenizer))
+    ends = _ends(tokenizer)
+    least = SHORTEST + sum(map(len, ends))
+    return Calibration(text.name, ids, tuple(pieces for pieces in PIECES if pieces == 1 or window // pieces >= least), ends)
 
 
 def _window(options: Conversion, longest: int) -> int:
@@ -84,9 +86,11 @@ def _window(options: Conversion, longest: int) -> int:
 
 
 def _ends(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the tokens that the tokenizer puts before and after a text."""
-    plain, whole = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
-    start = next(place for place in range(len(whole)) if whole[place : place + len(plain)] == plain)
+    """Return the tokens that the tokenizer puts before and after a text; none where that cannot be told."""
+    plain, whole = (tokenizer("a 1 .", add_special_tokens=special, verbose=False).input_ids for special in (False, True))
+    start = next((place for place in range(len(whole)) if plain and whole[place : place + len(plain)] == plain), None)
+    if start is None:
+        return (), ()
     return tuple(whole[:start]), tuple(whole[start + len(plain) :])
 
 

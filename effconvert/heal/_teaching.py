@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from effconvert.convert.layer import MIXER, Layer
 
-HELD_OUT = 8  # every eighth batch
+HELD_OUT = 8  # every eighth batch of texts of a length
 OWN = 10  # times the rate, of parameters that a mixer brought with it
 TRIES = (1, 0.1, 0.01)  # of the rate, the next where one gained nothing
 WARM = 0.1  # of all steps, to the highest rate
@@ -24,7 +24,7 @@ def teach(layer: Layer, original: int, parts: list[str], epochs: int, rate: floa
     assert walk
     wanted = [look.outputs["o"] for look in walk.original([original], ("o",), until="o")]
     size = sum(float(want.square().mean()) for want in wanted) / len(wanted)
-    held = [index for index in range(len(wanted)) if (index + 1) % HELD_OUT == 0] or [len(wanted) - 1]
+    held = _held([want.shape[1] for want in wanted])
     fitted = [index for index in range(len(wanted)) if index not in held]
     if not fitted or not size:
         return
@@ -61,6 +61,15 @@ def teach(layer: Layer, original: int, parts: list[str], epochs: int, rate: floa
     for part, value in best.items():
         layer[part] = value.cpu()
     walk.note(layer.index, {"before": before, "after": least})
+
+
+def _held(lengths: list[int]) -> list[int]:
+    """Choose the batches to judge by: of each length of texts every eighth, or the last of two and more."""
+    held: list[int] = []
+    for length in dict.fromkeys(lengths):
+        same = [index for index, other in enumerate(lengths) if other == length]
+        held += same[HELD_OUT - 1 :: HELD_OUT] or same[1:][-1:]
+    return held or [len(lengths) - 1]
 
 
 def _height(step: int, steps: int) -> float:

@@ -19,7 +19,7 @@ class Refit(Healing):
     MLP's output to what they would have made of it. Where a mixer stands in place of attention it is the output projection alone. What does
     not predict held-out windows of the text better than before stays as it is. MODEL is the converted model.
 
-    \\b
+    \b
     Examples:
       effconvert refit ./SmolLM2-135M-gqa-1 --teacher ./SmolLM2-135M -o ./refitted
       effconvert refit --calibrate mine.txt --calibration-tokens 65536 ./mqa --teacher HuggingFaceTB/SmolLM2-135M

@@ -21,7 +21,7 @@ class Transfer(Healing):
     inputs, which are those of the converted layers below. Memory is that of one layer. What does not predict held-out windows of the text better than
     before stays as it is. MODEL is the converted model. As LoLCATs (Zhang et al. 2024, arXiv 2410.10254) transfers attention, layer after layer.
 
-    \\b
+    \b
     Examples:
       effconvert transfer ./SmolLM2-135M-linear --teacher ./SmolLM2-135M -o ./transferred
       effconvert transfer --calibrate mine.txt --calibration-tokens 65536 ./lolcats --teacher HuggingFaceTB/SmolLM2-135M

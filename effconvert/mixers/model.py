@@ -1,6 +1,6 @@
 """Models of transformers with mixers in them: each class is derived from the family's own, so whatever works on that works on this."""
 
-from functools import lru_cache
+from functools import lru_cache, wraps
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,9 @@ class Converted:
             if technique := ours.mixer(index):
                 install(module, technique, ours, index)
         self._fresh()
-        if ours.mixers:
-            self.register_forward_pre_hook(_refuse, with_kwargs=True)  # type: ignore[attr-defined]
-        if ours.family.decoder:
-            for model in {self, self.base_model}:  # type: ignore[attr-defined]
-                model.register_forward_pre_hook(_with_cache, with_kwargs=True)
+        self._mixes = bool(ours.mixers)
+        if ours.family.decoder and self.base_model is not self:  # type: ignore[attr-defined]
+            self.base_model.register_forward_pre_hook(_with_cache, with_kwargs=True)  # type: ignore[attr-defined]
 
     def _fresh(self) -> None:
         """Give mixers their first values, where they are not about to be loaded."""
@@ -83,7 +81,7 @@ class Converted:
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         chosen = generation_config.cache_implementation
         if chosen not in (None, "dynamic"):
-            raise ValueError(f"cache_implementation={chosen!r} has no room for what mixers remember; leave it out (their state is small)")
+            raise ValueError(f"cache_implementation={chosen!r} has no room for what mixers remember; leave it out")
         generation_config.cache_implementation = None  # beside a cache that is there it may not be named
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = cache_for(self.config)
@@ -180,7 +178,17 @@ def model_class(architecture: str) -> Any:
         raise ModelError(f"{architecture} is no class of a family that effconvert knows; it knows {', '.join(FAMILIES)}")
     if renamed := get_checkpoint_conversion_mapping(architecture):  # GPT-NeoX has its head under another name on disk
         register_checkpoint_conversion_mapping(CLASS + architecture, renamed, overwrite=True)
-    return type(CLASS + architecture, (Converted, stock), {"config_class": config_class(kind), "__module__": "effconvert.mixers"})
+
+    @wraps(stock.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:  # not as hooks, which PEFT passes by when it calls `forward`
+        if self._mixes:
+            args, kwargs = _refuse(self, args, kwargs)
+        if FAMILIES[kind].decoder:
+            args, kwargs = _with_cache(self, args, kwargs)
+        return stock.forward(self, *args, **kwargs)
+
+    made = {"config_class": config_class(kind), "__module__": "effconvert.mixers", "forward": forward}
+    return type(CLASS + architecture, (Converted, stock), made)
 
 
 def _is_of(stock: Any, family: Family, kind: str) -> bool:

@@ -108,8 +108,9 @@ class Linformer(Mixing):
             means, alive = columns(values["key_map"].to(query.device), live)  # [B, U, K, T]
             scores = query @ (means @ look.key.float())[:, :, None].mT * query.shape[-1] ** -0.5  # as every encoder scales them
             few = scores.masked_fill(~alive[:, :, None, None], -torch.inf).softmax(-1)  # [B, Hk, R, T, K]
+            times = few * _times(self.rank, value_map.shape[-1], live)[:, None, None, None]  # as `columns` will multiply what is fitted
             missing = look.weights.float().unflatten(1, query.shape[1:3]) - few @ means[:, :, None]  # [B, Hk, R, T, T]
-            for inputs, outputs in zip(few, missing, strict=True):
+            for inputs, outputs in zip(times, missing, strict=True):
                 for at, part in enumerate(parts[: ends.index(tokens) + 1]):
                     texts[at] += 1
                     held = texts[at] % HELD_OUT == 2  # from the second on: of long texts there are few
@@ -151,15 +152,20 @@ def columns(rows: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The matrix of each text, float32 [B, U, K, T], 0 for padding; and which mixtures there are, [B, 1, K].
     """
+    times = _times(rows.shape[-2], rows.shape[-1], live)
+    place = (live.cumsum(1) - 1).clamp(0, rows.shape[-1] - 1)
+    chosen = (rows.float()[..., place] * live).movedim(2, 0)
+    return chosen * times[:, None, :, None], (times > 0)[:, None]
+
+
+def _times(rank: int, length: int, live: Tensor) -> Tensor:
+    """Return how many times more tokens the segment of each of K mixtures has than are there, [B, K]; 0 where none is."""
     import torch
 
-    rank, longest = rows.shape[-2:]
-    place = (live.cumsum(1) - 1).clamp(0, longest - 1)
-    starts = -(-torch.arange(rank + 1, device=rows.device) * longest // rank)  # [K + 1]
-    there = (live.sum(1, keepdim=True) - starts[:-1]).clamp_min(0).minimum(starts.diff())  # tokens of each segment, [B, K]
-    chosen = (rows.float()[..., place] * live).movedim(2, 0)
-    made: Tensor = chosen * (starts.diff() / there.clamp_min(1))[:, None, :, None]
-    return made * (there > 0)[:, None, :, None], (there > 0)[:, None]
+    starts = -(-torch.arange(rank + 1, device=live.device) * length // rank)  # [K + 1]
+    there = (live.sum(1, keepdim=True) - starts[:-1]).clamp_min(0).minimum(starts.diff())  # tokens of each segment
+    times: Tensor = starts.diff() / there.clamp_min(1) * (there > 0)
+    return times
 
 
 def attended(query: Tensor, key: Tensor, value: Tensor, alive: Tensor, scaling: float) -> Tensor:

@@ -22,8 +22,8 @@ class Streaming(Mixing):
 
     The KV cache stops growing at W + S tokens, and text of any length goes on being read. Nothing is trained. Positions are those inside the cache: a query
     never sees a sink further away than W + S - 1. Neutral where the window is as long as the longest context. Without sinks, families that have a sliding
-    window of their own are written with that (a llama becomes a mistral). Without sinks, where all layers are changed and
-    the family has sliding windows of its own, the result is a stock checkpoint. Xiao et al. 2023, arXiv 2309.17453.
+    window of their own are written with that, as stock checkpoints (a llama of which all layers are changed becomes a mistral).
+    Xiao et al. 2023, arXiv 2309.17453.
 
     \b
     Examples:
@@ -50,6 +50,10 @@ class Streaming(Mixing):
     def exact(self, config: Config) -> bool:
         """Where no text is longer than the window."""
         return config.longest is not None and self.window >= config.longest
+
+    def remark(self, config: Config) -> str:
+        """Say where texts end all the same."""
+        return "" if config.family.rope else f"its positions are learnt, so that no text can be longer than {config.longest} tokens all the same"
 
     def config(self, config: Config) -> Config:
         """Put the mixer into the chosen layers; without sinks write the family's own sliding window instead, where it has one."""

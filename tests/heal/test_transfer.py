@@ -17,6 +17,7 @@ from effconvert.convert.plan import plan
 from effconvert.errors import ModelError
 from effconvert.heal._layer import _held
 from effconvert.heal._teaching import _height
+from effconvert.heal._teaching import _held as _judges
 from effconvert.heal.refit import Refit
 from effconvert.heal.transfer import Transfer
 from effconvert.options import RunOptions
@@ -215,6 +216,15 @@ def test_lower_rates_are_tried_where_one_gained_nothing(monkeypatch):
     assert len(tried) > 1
     assert tried == pytest.approx([1.0, 0.1, 0.01][: len(tried)])
     assert outcome.told["0"]["after"] < outcome.told["0"]["before"] or len(tried) == 3
+
+
+def test_texts_of_each_length_are_judged_by():
+    assert _judges([64] * 7) == [6]
+    assert _judges([64] * 17) == [7, 15]
+    assert sorted(_judges([64, 16, 4] * 2 + [64])) == [4, 5, 6]
+    assert sorted(_judges([64, 16] * 8)) == [14, 15]
+    assert _judges([64, 64, 16]) == [1]  # the only one of its length is learnt from
+    assert _judges([64, 16]) == [1]
 
 
 def test_what_is_neutral_stays_as_it_is():

@@ -203,6 +203,17 @@ def test_they_are_refused_however_they_are_given(llama, what):
         llama(tokens(), square) if what == "positional_mask" else llama(tokens(), None, packed, cache_for(llama.config))
 
 
+@pytest.mark.parametrize("kind", ["opt", "llama", "bert"])
+def test_whoever_calls_forward_itself_passes_nothing_by(kind):
+    """As PEFT does."""
+    _, model = pair(kind, ("performer", {"features": 32}))
+    with torch.no_grad():
+        assert torch.equal(model.forward(tokens()).logits, model(tokens()).logits)
+    model.train().forward(tokens(), labels=tokens()).loss.backward()
+    with pytest.raises(ValueError, match="padding only"):
+        model.forward(tokens(), attention_mask=torch.ones(2, 1, 20, 20, dtype=torch.bool))
+
+
 @torch.no_grad()
 def test_the_model_inside_needs_no_cache_of_the_caller(mixed):
     expected = mixed.base_model(tokens(), use_cache=False).last_hidden_state

@@ -263,6 +263,18 @@ def test_long_and_short_texts_are_fitted_together():
     assert not torch.allclose(other[..., :8], found[..., :8], atol=1e-2)
 
 
+@pytest.mark.parametrize("tokens", [5, 9, 10, 11])
+def test_a_text_that_ends_within_a_segment_is_fitted_as_it_will_be_mixed(tokens):
+    """There the row is multiplied by how many tokens it lacks, on calibration and later."""
+    technique, planted = Linformer(rank=RANK), random(1, RANK, LONGEST).softmax(-1)
+    short = columns(planted, torch.ones(1, tokens, dtype=torch.bool))[0][0]
+    both = [look for pair in zip(looks(planted), looks(short, tokens), strict=True) for look in pair]
+    walk = SimpleNamespace(look=lambda *_, **__: iter(both), ids=[torch.zeros(2, LONGEST), torch.zeros(2, tokens)])
+    begun = technique.begin(GROUPED, 0)
+    found = technique.fit(SimpleNamespace(config=GROUPED, index=0, walk=walk), begun)["value_map"]
+    assert (found - planted).norm() < 1e-3 * (begun["value_map"] - planted).norm()
+
+
 def test_too_few_texts_to_hold_one_out_leave_the_means():
     planted = random(1, RANK, LONGEST).softmax(-1)
     look = next(looks(planted))
