@@ -265,9 +265,19 @@ def read_config(folder: Path) -> Config:
             raise ModelError(f"{path} asks for the attention kernel {raw[key]!r} from the Hub, which is somebody's code; remove {key} from it")
     if config.get("layer_types") is not None and len(config.get("layer_types")) != config.layers:
         raise ModelError(f"{path} has {len(config.get('layer_types'))} layer_types for {config.layers} layers; mend the file")
-    for mixer in {mixer.name: mixer for mixer in mixers if mixer}.values():
-        mixer.check(replace(config, mixers=()))
+    hold_sound(config)
     return config
+
+
+def hold_sound(config: Config) -> None:
+    """Refuse mixers that cannot be in such a model: somebody may have edited the file.
+
+    Raises:
+        OptionError: of options.
+        ModelError: of the model.
+    """
+    for mixer in dict.fromkeys(mixer for mixer in config.mixers if mixer):
+        mixer.check(replace(config, mixers=()))
 
 
 def _whole(least: int) -> tuple[Callable[[Any], bool], str]:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-from effconvert.convert.config import Config
+from effconvert.convert.config import Config, hold_sound
 from effconvert.convert.families import FAMILIES, Family
 from effconvert.convert.mixed import CLASS, KIND, STUB, STUB_FILE, decode, encode, read
 from effconvert.errors import ModelError
@@ -25,7 +25,8 @@ class ConvertedConfig:
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Read a config.json."""
-        raw, *_ = read({"model_type": cls.model_type, **config_dict})  # type: ignore[attr-defined]
+        raw, mixers, family = read({"model_type": cls.model_type, **config_dict})  # type: ignore[attr-defined]
+        hold_sound(Config(raw, family, mixers))
         placed = {key: config_dict[key] for key in ("effconvert", "auto_map") if key in config_dict}
         return super().from_dict({**raw, **placed}, **kwargs)  # type: ignore[misc]
 

@@ -272,3 +272,14 @@ def test_what_the_table_says_of_a_model_names_its_mixers(command, folder):
     assert told.exit_code == 0, told.stderr
     assert "streaming" in told.stdout
     assert "linear" in told.stdout
+
+
+@pytest.mark.parametrize("options", [{"mixer": "retnet", "options": {}}, {"mixer": "linear", "options": {"feature": "elu", "window": 3}}], ids=str)
+def test_a_config_that_cannot_be_is_refused_at_transformers_own_door_too(options, tmp_path):
+    _, model = pair("bert", ("linear", {"feature": "elu"}))
+    file = save(model, tmp_path) / "config.json"
+    written = json.loads(file.read_text())
+    written["effconvert"]["mixers"][0].update(options)
+    file.write_text(json.dumps(written))
+    with pytest.raises((ModelError, OptionError), match=r"retnet|--window 3"):
+        transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)
