@@ -135,7 +135,7 @@ class Config:
         """Return each layer's sliding window in tokens, None where it sees everything.
 
         As transformers reads a config: `layer_types` decides; without it, a window holds in every layer from
-        `max_window_layers` on, but each so-manieth (`sliding_window_pattern`).
+        `max_window_layers` on, but every n-th (`sliding_window_pattern`).
         """
         window = self.get(self.family.window_key)
         if window is None or self.get("use_sliding_window") is False:

@@ -45,7 +45,7 @@ class Family:
     fixed_kv_heads: int = 0
     multi_query: str = ""  # the family that is this one with a single KV head
     window_key: str = "sliding_window"
-    pattern_key: str = "sliding_window_pattern"  # each so-manieth layer has no window
+    pattern_key: str = "sliding_window_pattern"  # n, where every n-th layer has no window
     pattern: int = 0  # where the config is silent; 0: all layers have the window
     pattern_from: int = 1  # the number of the first layer, as that counts
     windowed: str = ""  # the family that is this one with a sliding window, maybe itself

@@ -74,7 +74,7 @@ class State(CacheLayerMixin):  # type: ignore[misc]
         """Repeat each sequence."""
         self.held = {name: tensor.repeat_interleave(repeats, 0) for name, tensor in self.held.items()}
 
-    def crop(self, *_: int) -> None:
+    def crop(self, *_: int) -> None:  # transformers' own caches refuse by this error, and its callers know it
         """Refuse: what was mixed into a state cannot be taken out again."""
         raise NotImplementedError("a mixer's state cannot be cropped to earlier tokens; assisted generation and prompt lookup need softmax layers only")
 
