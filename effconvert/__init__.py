@@ -11,7 +11,7 @@ __all__ = ["__version__", "bench", "convert", "evaluate", "load"]
 __version__ = "0.1.0"
 
 # Checkpoints with mixers load by AutoModel wherever effconvert is imported, before transformers or after; and who does not use that does not wait for it.
-register_post_import_hook("effconvert.mixers.register:configs", "transformers.models.auto.configuration_auto")
+register_post_import_hook("effconvert.modeling.register:configs", "transformers.models.auto.configuration_auto")
 
 
 def __getattr__(name: str) -> Any:

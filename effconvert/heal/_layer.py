@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from effconvert.convert.layer import Layer
-from effconvert.convert.walk import Look
+from effconvert.checkpoint.layer import Layer
+from effconvert.heal._layerwise import Look
 from effconvert.heal._regression import HELD_OUT, Attended, Moments, Queries, Turn, Values, by_head, ridge, solve
 
 SAME = 1e-5  # of the size of an output: nearer than this there is nothing to heal

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import effconvert
 import effconvert.convert.run
-import effconvert.surgery.gqa  # before somebody becomes nobody, who may not even read Python's own files
+import effconvert.surgery.attention.gqa  # before somebody becomes nobody, who may not even read Python's own files
 from effconvert.cli import main
 
 ASKER, MODEL = 2, 1  # exit codes: whose fault it is
@@ -546,7 +546,7 @@ def test_an_output_in_a_folder_that_may_not_be_entered_is_refused(command: Comma
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(refused: Check, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("effconvert.convert.stream.shutil.disk_usage", lambda _: SimpleNamespace(total=10**9, used=10**9 - 1000, free=1000))
+    monkeypatch.setattr("effconvert.convert.write.shutil.disk_usage", lambda _: SimpleNamespace(total=10**9, used=10**9 - 1000, free=1000))
     told = refused(ASKER, *gqa(model))
     assert "out needs" in told
     assert "make room" in told

@@ -7,11 +7,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, DynamicCache
 
-from effconvert.convert.checkpoint import open_checkpoint
-from effconvert.convert.config import Config, read_config
-from effconvert.convert.families import FAMILIES
+from effconvert.checkpoint.checkpoint import open_checkpoint
+from effconvert.checkpoint.config import Config, read_config
+from effconvert.checkpoint.families import FAMILIES
 from effconvert.convert.plan import plan
 from effconvert.errors import ModelError
+from effconvert.modeling.caches import kv_bytes
 from tests.models import DECODERS, GROUPING, SETTINGS, save, tiny
 
 
@@ -117,7 +118,7 @@ def test_splitting_a_layer_and_joining_it_again_changes_no_bit(kind, tmp_path):
         layer = checkpoint.layer(index, "cpu")
         for part in layer:
             layer[part] = layer[part]
-        written = {name: (origin, tensor) for name, origin, tensor in layer.tensors(checkpoint.config.family)}
+        written = {name: (origin, tensor) for name, origin, tensor in layer.tensors()}
         assert set(written) == set(checkpoint.layers[index])
         for name, (origin, tensor) in written.items():
             assert origin.name == checkpoint.layer_prefix(index) + name
@@ -127,7 +128,7 @@ def test_splitting_a_layer_and_joining_it_again_changes_no_bit(kind, tmp_path):
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_layer_that_nobody_touched_is_left_as_bytes(kind, tmp_path):
     checkpoint = open_checkpoint(save(tiny(kind), tmp_path))
-    assert all(tensor is None for _, _, tensor in checkpoint.layer(0, "cpu").tensors(checkpoint.config.family))
+    assert all(tensor is None for _, _, tensor in checkpoint.layer(0, "cpu").tensors())
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "phi3", "modernbert", "gpt_bigcode"])
@@ -136,7 +137,7 @@ def test_changing_one_part_of_a_fused_tensor_leaves_its_neighbours(kind, tmp_pat
     layer, original = checkpoint.layer(1, "cpu"), checkpoint.layer(1, "cpu")
     layer["k"] = layer["k"] + 1
     module = checkpoint.config.family.parts["k"]
-    changed = {name: tensor for name, _, tensor in layer.tensors(checkpoint.config.family) if tensor is not None}
+    changed = {name: tensor for name, _, tensor in layer.tensors() if tensor is not None}
     assert set(changed) == {f"{module}.weight"}
     difference = changed[f"{module}.weight"] - checkpoint.layers[1][f"{module}.weight"].read("cpu")
     assert (difference != 0).sum() == original["k"].numel()
@@ -196,13 +197,13 @@ def test_the_planned_kv_bytes_are_those_of_the_real_cache(kind, changes, tmp_pat
         with torch.inference_mode():
             model(torch.arange(3, 3 + tokens)[None], past_key_values=cache, use_cache=True)
         measured[tokens] = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert {tokens: checkpoint.config.kv_bytes(4, tokens) for tokens in measured} == measured
+    assert {tokens: kv_bytes(checkpoint.config, 4, tokens) for tokens in measured} == measured
     assert plan(checkpoint, ()).before.kv_bytes == measured[1]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FAMILIES if not FAMILIES[kind].decoder])
 def test_an_encoder_has_no_kv_cache(kind, tmp_path):
-    assert read_config(save(tiny(kind), tmp_path)).kv_bytes(4, 20) == 0
+    assert kv_bytes(read_config(save(tiny(kind), tmp_path)), 4, 20) == 0
 
 
 WINDOWS = [
@@ -250,7 +251,7 @@ def test_what_old_versions_stored_in_a_layer_is_carried_along_and_not_counted(ki
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     checkpoint = open_checkpoint(tmp_path)
     assert plan(checkpoint, ()).before.parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert set(family.buffers) <= {name for name, _, _ in checkpoint.layer(0, "cpu").tensors(family)}
+    assert set(family.buffers) <= {name for name, _, _ in checkpoint.layer(0, "cpu").tensors()}
 
 
 def test_a_part_that_a_layer_lacks_is_named_with_those_it_has(tmp_path):
@@ -265,7 +266,7 @@ def test_a_deleted_part_is_gone_and_an_assigned_one_is_back(tmp_path):
     bias = layer["k.bias"]
     del layer["k.bias"]
     assert "k.bias" not in layer
-    assert "self_attn.k_proj.bias" not in {name for name, _, _ in layer.tensors(FAMILIES["llama"])}
+    assert "self_attn.k_proj.bias" not in {name for name, _, _ in layer.tensors()}
     layer["k.bias"] = bias
     assert "k.bias" in layer
 

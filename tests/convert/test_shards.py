@@ -6,7 +6,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from effconvert.convert.shards import FLOATS, ITEMSIZE, as_bytes, copy_run, header, read_header
+from effconvert.checkpoint.shards import FLOATS, ITEMSIZE, as_bytes, copy_run, header, read_header
 from effconvert.errors import ModelError
 
 TYPES = {

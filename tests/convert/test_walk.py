@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from effconvert.convert.checkpoint import open_checkpoint
-from effconvert.convert.families import FAMILIES
-from effconvert.convert.shards import read_header
-from effconvert.convert.walk import Look, Stage, embedding_rows, stored_tensors
+from effconvert.checkpoint.checkpoint import open_checkpoint
+from effconvert.checkpoint.families import FAMILIES
+from effconvert.checkpoint.shards import read_header
+from effconvert.heal._layerwise import Look, Stage, embedding_rows, stored_tensors
 from tests.models import DECODERS, SETTINGS, save, tiny
 
 WINDOWS, BATCH, LENGTH = 5, 2, 20  # so the last batch is shorter
@@ -47,7 +47,7 @@ def stage_of(folder, ids):
 
 
 def weights_of(checkpoint, index):
-    return {name: numbers for name, (_, numbers, _) in stored_tensors(checkpoint.layer(index, "cpu"), checkpoint.config).items()}
+    return {name: numbers for name, (_, numbers, _) in stored_tensors(checkpoint.layer(index, "cpu")).items()}
 
 
 @torch.inference_mode()
@@ -232,8 +232,8 @@ def test_a_layer_rounds_what_is_new_to_what_is_stored(kind, tmp_path):
     layer = checkpoint.layer(0, "cpu")
     changed = layer["o"] + 1e-4 * torch.randn(layer["o"].shape)
     layer["o"] = changed
-    stored = stored_tensors(layer, checkpoint.config)
-    name = f"{checkpoint.config.family.parts['o']}.weight"
+    stored = stored_tensors(layer)
+    name = f"{checkpoint.config.parts['o']}.weight"
     assert [at for at, (_, _, new) in stored.items() if new] == [name]
     expected = changed.bfloat16().float()
     assert torch.equal(stored[name][1], expected.T if checkpoint.config.family.transposed else expected)

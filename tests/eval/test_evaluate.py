@@ -13,15 +13,16 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from effconvert.checkpoint.checkpoint import open_checkpoint
+from effconvert.checkpoint.digest import digest
 from effconvert.commands.eval import show
-from effconvert.convert.checkpoint import open_checkpoint
-from effconvert.convert.digest import digest
-from effconvert.convert.push_options import PushOptions
 from effconvert.errors import ModelError, OptionError
-from effconvert.eval import results, running
-from effconvert.eval.bench_options import BenchOptions
-from effconvert.eval.eval_options import EvalOptions
-from effconvert.eval.evaluate import evaluate
+from effconvert.eval import results
+from effconvert.eval.quality import running
+from effconvert.eval.quality.eval_options import EvalOptions
+from effconvert.eval.quality.evaluate import evaluate
+from effconvert.eval.speed.bench_options import BenchOptions
+from effconvert.hub.push_options import PushOptions
 from tests.eval.evaluating import byte_tokenizer, choices, measure, moved, prose, put, row, tiny_llama
 from tests.models import tiny
 
@@ -413,7 +414,7 @@ def test_memory_that_is_full_is_an_error_of_one_line(command, llama, monkeypatch
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("effconvert.eval.language.text", full)
+    monkeypatch.setattr("effconvert.eval.quality.language.text", full)
     result = command("eval", llama, *EASY)
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: no memory left for reading the text; give a smaller --context")

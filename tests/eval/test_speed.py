@@ -18,14 +18,16 @@ from rich.console import Console
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers import PreTrainedModel
 
+from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.commands._still import Still
-from effconvert.convert.checkpoint import open_checkpoint
-from effconvert.convert.watch import Silent
 from effconvert.errors import EffconvertError, OptionError
-from effconvert.eval import memory, passes, results
-from effconvert.eval.bench_options import BenchOptions
-from effconvert.eval.speed import bench
+from effconvert.eval import results
+from effconvert.eval.speed import memory, passes
+from effconvert.eval.speed.bench import bench
+from effconvert.eval.speed.bench_options import BenchOptions
 from effconvert.eval.subject import open_model
+from effconvert.modeling.caches import kv_bytes
+from effconvert.progress import Silent
 from tests.heal.healing import put
 from tests.models import save, tiny
 
@@ -141,7 +143,7 @@ def test_the_cache_is_as_large_as_the_config_says(run):
 def test_the_cache_of_other_families_is_as_large_as_their_config_says(tmp_path, kind):
     folder = save(tiny(kind), tmp_path / kind)
     (cell,) = bench([str(folder)], BenchOptions(**QUICK)).cells
-    assert cell.cache_bytes == open_checkpoint(folder).config.kv_bytes(4, 12)
+    assert cell.cache_bytes == kv_bytes(open_checkpoint(folder).config, 4, 12)
 
 
 def test_ratios_are_to_the_first_model_in_the_same_cell(run):

@@ -8,8 +8,8 @@ import torch
 import transformers
 from transformers import DynamicCache
 
-from effconvert.mixers import cache_for
-from effconvert.mixers._call import State
+from effconvert.modeling import cache_for
+from effconvert.modeling.state import State
 from tests.mixers.mixing import ROWS, SAME, converted, far, in_pieces, pair, positions, run, small, tokens
 from tests.models import tiny
 
@@ -35,7 +35,7 @@ def llama():
 
 
 def test_each_layer_has_what_it_was_given(mixed):
-    placed = [getattr(layer.get_submodule(at), "mixer", None) for layer, at in attentions(mixed)]
+    placed = [getattr(layer.get_submodule(at), "effconvert", None) for layer, at in attentions(mixed)]
     assert [mixer and mixer.technique.name for mixer in placed] == [None, "streaming", "linear", "streaming", None, "linear"]
     assert [mixer.technique.window for mixer in placed if mixer] == [6, 5, 6, 0]
     cache = cache_for(mixed.config)
@@ -340,7 +340,7 @@ def test_a_prompt_in_slices_is_the_prompt_at_once(name, cached, monkeypatch):
     mask[0, :5] = 0
     with torch.no_grad():
         whole = [model(ids, use_cache=cached).logits, model(ids, attention_mask=mask, use_cache=cached).logits[:, 5:]]
-        monkeypatch.setattr("effconvert.mixers.attention.SLICE", 6)
+        monkeypatch.setattr("effconvert.modeling.attention.SLICE", 6)
         sliced = [model(ids, use_cache=cached).logits, model(ids, attention_mask=mask, use_cache=cached).logits[:, 5:]]
     for one, other in zip(whole, sliced, strict=True):
         assert (one - other).abs().max() <= 1e-5 * one.abs().max()

@@ -5,12 +5,31 @@ import copy
 import pytest
 import torch
 
-from effconvert.convert.families import FAMILIES
+from effconvert.checkpoint.families import FAMILIES
 from effconvert.errors import ModelError
-from effconvert.mixers.model import model_class
+from effconvert.modeling.caches import growth_bytes, state_bytes
+from effconvert.modeling.model import model_class
 from effconvert.steps import load, techniques
-from effconvert.surgery._mixing import Mixing
-from tests.mixers.mixing import MATRIX, NEUTRAL, PIECES, ROWS, SAME, converted, far, in_pieces, neutral, pair, positions, run, small, stock_config, tokens, wide
+from effconvert.surgery.mixing._mixing import Mixing
+from tests.mixers.mixing import (
+    MATRIX,
+    NEUTRAL,
+    PIECES,
+    ROWS,
+    SAME,
+    converted,
+    far,
+    in_pieces,
+    names,
+    neutral,
+    pair,
+    positions,
+    run,
+    small,
+    stock_config,
+    tokens,
+    wide,
+)
 from tests.models import DECODERS, tiny
 
 CAUSAL = [(name, kind) for name, kind in MATRIX if kind in DECODERS]
@@ -57,7 +76,7 @@ def layers(model):
 
 
 def has_mixer(layer):
-    return any(name.endswith("mixer") for name, _ in layer.named_modules())
+    return any(name.endswith("effconvert") for name, _ in layer.named_modules())
 
 
 @pytest.mark.parametrize(("name", "kind"), MATRIX, ids=map("-".join, MATRIX))
@@ -168,9 +187,9 @@ def test_the_state_has_the_size_that_was_planned_however_long_the_text(models, n
     for length in (1, 20, 60):
         _, cache = in_pieces(other, tokens(1, length), [length])
         states = [layer for layer in cache.layers if hasattr(layer, "held")]
-        assert sum(state.nbytes for state in states) == config.state_bytes(4, length) > 0
-        assert 0 <= config.state_bytes(4, length) - config.state_bytes(4) <= length * config.growth_bytes(4)
-        assert len(states) == sum(mixer is not None for mixer in config.mixers)
+        assert sum(state.nbytes for state in states) == state_bytes(config, 4, length) > 0
+        assert 0 <= state_bytes(config, 4, length) - state_bytes(config, 4) <= length * growth_bytes(config, 4)
+        assert len(states) == sum(name is not None for name in names(config))
         for state in states:  # a part of something larger would keep all of it
             for slot, tensor in state.held.items():
                 assert tensor.untyped_storage().nbytes() == tensor.nbytes, slot
@@ -204,7 +223,7 @@ def shaken(model):
     made, draw = copy.deepcopy(model), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
-            if ".mixer." in name:
+            if ".effconvert." in name:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=draw)
     return made
 
@@ -217,11 +236,11 @@ def test_gradients_reach_every_new_parameter_under_checkpointing(models, name, k
     model(tokens(), labels=tokens()).loss.backward()
     frozen = load(name)(**small(name, kind)).frozen
     for parameter, value in model.named_parameters():
-        if ".mixer." in parameter and parameter.rpartition(".")[2] in frozen:
+        if ".effconvert." in parameter and parameter.rpartition(".")[2] in frozen:
             assert not value.requires_grad, parameter
         else:
             assert value.requires_grad, parameter
-        if ".mixer." in parameter and value.requires_grad:
+        if ".effconvert." in parameter and value.requires_grad:
             assert value.grad is not None, parameter
             assert value.grad.isfinite().all(), parameter
             assert value.grad.abs().sum() > 0, parameter

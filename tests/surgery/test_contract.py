@@ -9,17 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import effconvert.mixers
-from effconvert.convert.config import read_config
-from effconvert.convert.families import FAMILIES
-from effconvert.convert.mixed import KIND
+import effconvert.modeling
+from effconvert.checkpoint.config import read_config
+from effconvert.checkpoint.families import FAMILIES
+from effconvert.checkpoint.replaced import KIND
 from effconvert.convert.run import convert
-from effconvert.convert.stock import class_of
 from effconvert.errors import ModelError
-from effconvert.mixers.model import own_config
+from effconvert.modeling.loading import class_of
+from effconvert.modeling.model import own_config
 from effconvert.options import RunOptions
 from effconvert.steps import load
 from effconvert.steps import techniques as catalogue
+from effconvert.surgery._placed import techniques_of
 from tests.mixers import mixing
 from tests.models import DECODERS, GROUPING, characters, logits, save, tiny
 
@@ -110,7 +111,7 @@ def kv_bytes(model):
 
 def held(model, length):
     """Bytes of the cache in layers of softmax and in those of mixers."""
-    cache = effconvert.mixers.cache_for(model.config)
+    cache = effconvert.modeling.cache_for(model.config)
     with torch.inference_mode():
         model(torch.tensor([[3] * length]), past_key_values=cache, use_cache=True)
     softmax = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if not hasattr(layer, "nbytes")]
@@ -169,17 +170,17 @@ def test_a_conversion_that_changes_something_changes_what_it_should_and_no_other
     allowed = set() if CASES[name].mixer else {*family.per_kv_head, *(f"{part}.bias" for part in family.per_kv_head), *CASES[name].parts}
     before, after = tensors(source), tensors(outcome.output)
     new = {
-        f"{checkpoint.layer_prefix(index)}{family.attention}.mixer.{parameter}": shape
-        for index, mixer in enumerate(outcome.plan.config.mixers)
-        if mixer
-        for parameter, shape in mixer.parameters(config).items()
+        f"{checkpoint.layer_prefix(index)}{family.attention}.effconvert.{parameter}": shape
+        for record, technique in techniques_of(outcome.plan.config)
+        for index in record.layers
+        for parameter, shape in technique.parameters(config).items()
     }
     assert after.keys() == before.keys() | new.keys()
     assert {tensor: tuple(after[tensor].shape) for tensor in new} == new
     for tensor, value in before.items():
         inside = tensor.removeprefix(checkpoint.prefix).removeprefix(f"{family.layers}.").partition(".")[2].rpartition(".")[0]
         suffix = ".bias" if tensor.endswith(".bias") else ""
-        parts = {part + suffix for part in family.modules.get(inside, ())} if tensor not in checkpoint.outer else set()
+        parts = {part + suffix for part in config.modules.get(inside, ())} if tensor not in checkpoint.outer else set()
         if parts & allowed:
             assert bits(after[tensor]) != bits(value), tensor
         elif family.transposed and parts and tensor.endswith(".weight") and value.ndim == 2 and not outcome.plan.config.family.transposed:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from effconvert.convert.walk import Look
 from effconvert.errors import ModelError, OptionError
-from effconvert.mixers._call import Call
-from effconvert.surgery.linformer import Linformer, attended, columns
+from effconvert.heal._layerwise import Look
+from effconvert.surgery.mixing._call import Call
+from effconvert.surgery.mixing.linformer import Linformer, attended, columns
 from tests.surgery.rows import GROUPS, HEADS, WIDTH, random
 from tests.surgery.rows import config as shape
 from tests.surgery.rows import rows as any_rows

@@ -1,0 +1,378 @@
+"""A model's config.json read through its family's row: the few numbers that surgeries ask for.
+
+Read as JSON and not by transformers, so that a plan needs no import of it, and keys that nobody knows survive.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from effconvert.checkpoint.families import FAMILIES, Family
+from effconvert.checkpoint.replaced import KIND, Replaced, encode, overlap, read
+from effconvert.errors import ModelError, OptionError
+
+CONFIG = "config.json"
+BY_LAYER = ("layer_types", "mlp_layer_types")  # keys of config.json that hold a list with an entry for each layer
+SKIPS = {"attention": "attention", "mlp": "ffn"}  # what `per_layer_config` calls a place
+LAYER_NUMBERS = ("mlp_only_layers",)  # keys that hold numbers of layers
+
+
+@dataclass(frozen=True)
+class Config:
+    """The content of config.json, with the row that says what its keys are called."""
+
+    raw: Mapping[str, Any]  # as the family's own class would have it
+    family: Family
+    replaced: tuple[Replaced, ...] = ()  # what techniques put in place of the family's own
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What config.json says."""
+        return encode(self.raw, self.family, self.replaced)
+
+    @property
+    def ours(self) -> bool:
+        """Whether the model is opened with a class of effconvert, since transformers has none."""
+        return self.family.shares_kv_in_our_class or bool(self.replaced)
+
+    def replaced_in(self, layer: int) -> list[Replaced]:
+        """Return what techniques put into a layer."""
+        return [record for record in self.replaced if layer in record.layers]
+
+    def replaced_at(self, layer: int, place: str) -> Replaced | None:
+        """Return what a technique put into a layer at `place`."""
+        return next((record for record in self.replaced_in(layer) if record.place == place), None)
+
+    def with_replaced(self, record: Replaced) -> "Config":
+        """Return the config of this model with one thing more replaced.
+
+        Raises:
+            OptionError: something is replaced there already.
+            ModelError: the family has no such place.
+        """
+        for layer in record.layers:
+            for other in self.replaced_in(layer):
+                if overlap(other.place, record.place):
+                    raise OptionError(
+                        f"layer {layer} has {other.technique} in place of its {other.place} already; leave it out of --layers, or begin from the original"
+                    )
+        self.place(record.place)
+        same = next((other for other in self.replaced if replace(other, layers=()) == replace(record, layers=())), None)
+        if same:
+            record = replace(record, layers=tuple(sorted({*same.layers, *record.layers})))
+        return replace(self, replaced=(*(other for other in self.replaced if other is not same), record))
+
+    def place(self, name: str) -> str:
+        """Return the module of a layer that is at a place; empty for the layer itself.
+
+        Raises:
+            ModelError: this family has no module there.
+        """
+        if name == "layer":
+            return ""
+        if name in ("scores", "attention"):
+            return self.attention
+        module = self.family.ffn if name == "ffn" else self.parts.get(name, "")
+        if not module:
+            raise ModelError(f"a layer of {self.kind} has no module of its own for {name}, so nothing can be put in its place")
+        if name != "ffn" and len(self.modules[module]) > 1:
+            raise ModelError(f"{self.kind} holds {', '.join(self.modules[module])} in one module, so {name} alone cannot be replaced")
+        return module
+
+    @cached_property
+    def parts(self) -> dict[str, str]:
+        """Where a layer keeps its parts: part -> module; `experts.*.gate` of the family's row once for each expert."""
+        laid: dict[str, str] = {}
+        for part, module in self.family.parts.items():
+            numbers = range(self.experts) if "*" in part else (0,)
+            laid |= {part.replace("*", str(number)): module.replace("*", str(number)) for number in numbers}
+        return laid
+
+    @cached_property
+    def modules(self) -> dict[str, tuple[str, ...]]:
+        """Map each module of a layer to the parts that are fused in it, in order."""
+        fused: dict[str, tuple[str, ...]] = {}
+        for part, module in self.parts.items():
+            fused[module] = (*fused.get(module, ()), part)
+        return fused
+
+    @property
+    def attention(self) -> str:
+        """The module of a layer that attends."""
+        return self.family.attention
+
+    @property
+    def experts(self) -> int:
+        """Experts of a layer, E; 0 where the family has none."""
+        return self._whole(self.family.experts_key) if self.family.experts_key else 0
+
+    @property
+    def expert_ffn(self) -> int:
+        """Width inside an expert."""
+        return self._whole(self.family.expert_ffn_key) if self.family.expert_ffn_key else self.ffn
+
+    def sparse(self, layer: int) -> bool:
+        """Whether a layer has experts: all do in a family of experts, but for those that its config leaves dense."""
+        if not self.experts:
+            return False
+        step = self.get("decoder_sparse_step") or 1
+        return layer not in (self.get("mlp_only_layers") or ()) and (layer + 1) % step == 0
+
+    def skips(self, layer: int) -> set[str]:
+        """Return the places of a layer where nothing is computed: attention, ffn (transformers' `per_layer_config`)."""
+        said = (self.get("per_layer_config") or {}).get(str(layer)) or {}
+        return {SKIPS[name] for name in said.get("skip") or ()}
+
+    def lacks(self, layer: int) -> set[str]:
+        """Return the parts that a layer does without: what techniques dropped, and either the experts or the dense FFN where the family has both."""
+        gone = {part for record in self.replaced_in(layer) for part in record.drops}
+        if self.experts:
+            experts = {part for part in self.parts if part.startswith(("experts.", "shared_")) or part == "router"}
+            gone |= {"gate", "up", "down"} if self.sparse(layer) else experts
+        return gone
+
+    @property
+    def kind(self) -> str:
+        """The `model_type`."""
+        return str(self.raw["model_type"])
+
+    @property
+    def architecture(self) -> str:
+        """The class that the checkpoint was saved from."""
+        return str((self.get("architectures") or [self.family.lm])[0])
+
+    @property
+    def heads(self) -> int:
+        """Query heads, H; 0 where nothing attends."""
+        return self._whole(self.family.heads_key) if self.family.heads_key else 0
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads, Hk."""
+        if self.family.fixed_kv_heads:
+            return self.family.fixed_kv_heads
+        key = self.family.kv_heads_key
+        return self._whole(key) if key and self.get(key) is not None else self.heads
+
+    @property
+    def layers(self) -> int:
+        """Number of layers, L."""
+        return self._whole(self.family.layers_key)
+
+    @property
+    def hidden(self) -> int:
+        """Width of the residual stream, M."""
+        return self._whole(self.family.hidden_key)
+
+    @property
+    def ffn(self) -> int:
+        """Width inside the MLP, F (GPT-2 leaves it out where it is 4 M)."""
+        return self._whole(self.family.ffn_key) if self.get(self.family.ffn_key) is not None else 4 * self.hidden
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head, D."""
+        return self._whole("head_dim") if self.get("head_dim") is not None else self.hidden // max(1, self.heads)
+
+    @property
+    def rotary(self) -> int:
+        """Dimensions of a head that RoPE turns; the first ones."""
+        parameters = self.get("rope_parameters") or {}
+        part = parameters.get("partial_rotary_factor", self.get(self.family.rotary_key))
+        return int(self.head_dim * (1 if part is None else part)) if self.family.rope else 0
+
+    @property
+    def normed(self) -> bool:
+        """Whether queries and keys go through a norm."""
+        return "q_norm" in self.family.parts
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding."""
+        return bool(self.get("tie_word_embeddings"))
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens, V."""
+        return self._whole("vocab_size")
+
+    @property
+    def longest(self) -> int | None:
+        """The longest context in tokens, where there is a limit."""
+        length: int | None = self.get(self.family.positions_key)
+        if length is None or not self.family.positions_after_padding:
+            return length
+        return length - int(self.get("pad_token_id") or 0) - 1
+
+    def get(self, key: str) -> Any:
+        """Return the value of `key`, transformers' own where the file is silent, None where there is none."""
+        return self.raw.get(key, self.family.defaults.get(key))
+
+    def windows(self) -> list[int | None]:
+        """Return each layer's sliding window in tokens, None where it sees everything.
+
+        As transformers reads a config: `layer_types` decides; without it, a window holds in every layer from
+        `max_window_layers` on, but every n-th (`sliding_window_pattern`).
+        """
+        window = self.get(self.family.window_key)
+        if window is None or self.get("use_sliding_window") is False:
+            return [None] * self.layers
+        kinds = self.get("layer_types")
+        if kinds is None:
+            every = self.get(self.family.pattern_key) or self.family.pattern
+            first = self.get("max_window_layers") or 0
+            seen = [i < first or (every and (i + self.family.pattern_from) % every == 0) for i in range(self.layers)]
+            kinds = ["full_attention" if everything else "sliding_attention" for everything in seen]
+        return [int(window) if kind == "sliding_attention" else None for kind in kinds]
+
+    def with_layers(self, kept: Sequence[int]) -> "Config":
+        """Return the config of this model with these of its layers only, in this order: everything that config.json says of layers goes with them."""
+        raw = dict(self.raw)
+        raw[self.family.layers_key] = len(kept)
+        windows = self.windows()
+        if self.get("layer_types") is None and len(set(windows)) > 1:  # which layers have a window followed from their numbers
+            raw["layer_types"] = ["full_attention" if window is None else "sliding_attention" for window in windows]
+        for key in BY_LAYER:
+            if raw.get(key) is not None:
+                raw[key] = [raw[key][layer] for layer in kept]
+        if self.family.experts_key and (self.get("decoder_sparse_step") or 1) > 1:
+            raw |= {"decoder_sparse_step": 1, "mlp_only_layers": [layer for layer in range(self.layers) if not self.sparse(layer)]}
+        for key in LAYER_NUMBERS:
+            if raw.get(key):
+                raw[key] = [new for new, old in enumerate(kept) if old in raw[key]]
+        moved = (replace(record, layers=tuple(new for new, old in enumerate(kept) if old in record.layers)) for record in self.replaced)
+        return replace(self, raw=raw, replaced=tuple(record for record in moved if record.layers))
+
+    def with_kv_heads(self, count: int) -> "Config":
+        """Return the config of the same model with `count` KV heads: as its family says it, or a related one, or else in a class of ours.
+
+        Raises:
+            ModelError: nothing is this family with `count` KV heads.
+        """
+        if self.replaced and count != self.kv_heads:
+            raise ModelError(f"its mixers are made for {self.kv_heads} KV heads; change their number first, and put mixers in afterwards")
+        if count == self.kv_heads:
+            return self
+        if self.family.fixed_kv_heads:
+            raise ModelError(f"{self.kind} cannot be written with another number of KV heads: it has {self.kv_heads} by definition")
+        stock = FAMILIES[self.kind]
+        shared = replace(self, raw={**self.raw, stock.grouped.kv_heads_key: count}, family=stock.grouped)
+        if stock.kv_heads_key:
+            return shared
+        plain = replace(self, raw={key: value for key, value in self.raw.items() if key != stock.grouped.kv_heads_key}, family=stock)
+        if count == self.heads:
+            return plain
+        if count == 1 and stock.multi_query:
+            with suppress(ModelError):  # it lacks a switch that this model has on
+                return plain.become(stock.multi_query)
+        return shared
+
+    def with_window(self, window: int, layers: set[int]) -> "Config | None":
+        """Return the config of this model with a sliding window of that many tokens in `layers`, None where no class of transformers is that."""
+        family = FAMILIES.get(self.family.windowed)
+        if family is None or window < 2 or any(self.windows()) or (family.layers_alike and len(layers) < self.layers):
+            return None
+        try:
+            own = self if family == self.family else self.become(self.family.windowed)
+        except ModelError:
+            return None
+        kinds = ["sliding_attention" if index in layers else "full_attention" for index in range(self.layers)]
+        types = {} if family.layers_alike else {"layer_types": kinds, "max_window_layers": 0}
+        return replace(own, raw={**own.raw, **family.window_keys, "sliding_window": window, **types})
+
+    def become(self, kind: str) -> "Config":
+        """Return this config as that of the related family `kind`."""
+        family = FAMILIES[kind]
+        for key, only in family.absent.items():
+            if self.raw.get(key, only) != only:
+                raise ModelError(f"{self.kind} with {key} = {self.raw[key]!r} has no counterpart in {kind}, which needs {only!r}; nothing else is like it")
+        classes = {self.family.base: family.base, self.family.lm: family.lm}
+        if self.architecture not in classes:
+            raise ModelError(f"{self.architecture} has no counterpart in {kind}; it must be one of {', '.join(classes)}")
+        kept = {key: value for key, value in self.raw.items() if key not in family.absent}
+        return Config({**kept, **family.constants, "model_type": kind, "architectures": [classes[self.architecture]]}, family, self.replaced)
+
+    def _whole(self, key: str) -> int:
+        value = self.get(key)
+        if type(value) is not int or value < 1:
+            raise ModelError(f"config.json of this {self.kind} says {key} = {value!r}, where a whole number of at least 1 is needed; mend the file")
+        return value
+
+
+def read_config(folder: Path) -> Config:
+    """Read and recognise `folder`/config.json.
+
+    Raises:
+        OptionError: the folder holds no model.
+        ModelError: it holds one that cannot be operated on: unknown family, quantised, an adapter.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(f"{folder} is a PEFT adapter, not a model; merge it into its base first (PeftModel.merge_and_unload, then save_pretrained)")
+        raise OptionError(f"{folder} holds no model: there is no config.json in it; give a folder written by save_pretrained, a Hub id or a .gguf file")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not JSON ({error}); fetch the file again") from None
+    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    replaced: tuple[Replaced, ...] = ()
+    family = FAMILIES.get(str(kind))
+    if isinstance(kind, str) and kind.removeprefix(KIND) in FAMILIES and kind.startswith(KIND):
+        raw, family, replaced = read(raw)
+        kind = raw["model_type"]
+    if not isinstance(kind, str) or family is None:
+        near = get_close_matches(str(kind), FAMILIES, n=1)
+        hint = f"the nearest is {near[0]!r}; " if near else ""
+        raise ModelError(f"{path} names the family {kind!r}, which effconvert does not know; {hint}it knows {', '.join(FAMILIES)}")
+    if raw.get("quantization_config"):
+        quantization = raw["quantization_config"]
+        method = quantization.get("quant_method", "an unnamed method") if isinstance(quantization, dict) else quantization
+        raise ModelError(f"{folder} is quantised ({method}), and surgery needs the numbers themselves; give the checkpoint that it was made from")
+    config = Config(raw, family, replaced)
+    for key, needed in family.constants.items():
+        if raw.get(key, needed) != needed:
+            raise ModelError(f"{kind} with {key} = {raw[key]!r} is laid out differently from the {kind} that effconvert knows, which needs {needed!r}")
+    for key, (fits, needed) in SOUND.items():
+        if config.get(key) is not None and not fits(config.get(key)):
+            raise ModelError(f"{path} says {key} = {config.get(key)!r}, where {needed} is needed; mend the file")
+    stem = family.base.removesuffix("Model")
+    if config.architecture not in (family.base, family.lm) and not re.fullmatch(rf"{stem}For[A-Za-z]+", config.architecture):
+        raise ModelError(f"{path} names the class {config.architecture!r}, which is none of {kind}'s ({family.base}, {family.lm}, {stem}For…); mend the file")
+    for key in ("attn_implementation", "_attn_implementation"):
+        if "/" in str(raw.get(key)):
+            raise ModelError(f"{path} asks for the attention kernel {raw[key]!r} from the Hub, which is somebody's code; remove {key} from it")
+    if config.get("layer_types") is not None and len(config.get("layer_types")) != config.layers:
+        raise ModelError(f"{path} has {len(config.get('layer_types'))} layer_types for {config.layers} layers; mend the file")
+    return config
+
+
+def _whole(least: int) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: type(value) is int and value >= least, f"a whole number of at least {least}, or null,"
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(name, str) for name in value)
+
+
+# What a key may hold beside null, for those that are looked at: a config is somebody else's file.
+SOUND: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "architectures": (_names, "a list of names"),
+    "layer_types": (_names, "a list of names"),
+    "sliding_window": _whole(2),
+    "sliding_window_pattern": _whole(1),
+    "local_attention": _whole(2),
+    "global_attn_every_n_layers": _whole(1),
+    "max_window_layers": _whole(0),
+    "max_position_embeddings": _whole(1),
+    "n_positions": _whole(1),
+    "vocab_size": _whole(1),
+    "tie_word_embeddings": (lambda value: isinstance(value, bool), "true or false"),
+    "use_sliding_window": (lambda value: isinstance(value, bool), "true or false"),
+}

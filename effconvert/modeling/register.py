@@ -1,0 +1,54 @@
+"""Make transformers' Auto classes know the families with mixers: what `import effconvert` has done as soon as somebody imports them.
+
+What is registered are stand-ins: making a class imports its family, and importing all families takes seconds.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+from effconvert.checkpoint.families import FAMILIES
+from effconvert.checkpoint.replaced import KIND
+
+
+class _Later(type):
+    """The class of classes that stand for another until something is asked of them."""
+
+    _make: Callable[[], Any]
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(cls._make(), name)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls._make()(*args, **kwargs)
+
+
+def _made(by: str, name: str) -> Any:
+    from effconvert.modeling import model  # not before: it needs transformers whole
+
+    return getattr(model, by)(name)
+
+
+def _later(make: Callable[[], Any], **known: Any) -> Any:
+    return _Later("Later", (), {"_make": staticmethod(make), **known})
+
+
+def configs(_: Any) -> None:
+    """Register the configs; called when transformers' AutoConfig has been imported, maybe while other modules of it still are."""
+    from transformers import AutoConfig
+
+    for kind in FAMILIES:
+        AutoConfig.register(KIND + kind, _later(partial(_made, "config_class", kind), model_type=KIND + kind), exist_ok=True)
+
+
+def models(kind: str, config: Any) -> None:
+    """Register the models of a family with every Auto class that has it; called when its config class is made, which comes before."""
+    from transformers.models.auto import modeling_auto
+
+    for opens in vars(modeling_auto).values():
+        mapping = getattr(opens, "_model_mapping", None) if isinstance(opens, type) else None
+        if mapping is not None and (found := mapping._model_mapping.get(kind)):
+            name, made = found if isinstance(found, str) else found[0], cast(Any, opens)
+            made.register(config, _later(partial(_made, "model_class", name), config_class=config), exist_ok=True)
