@@ -199,7 +199,7 @@ def schema() -> dict[str, Any]:
         choices.append({"type": "object", "description": summary, "properties": {name: value}, "required": [name], "additionalProperties": False})
         if not own.get("required"):
             choices.append({"const": name, "description": summary})
-    definitions.pop("Surgery", None)
+    definitions.pop("Step", None)
     for asked in ("evaluate", "bench"):
         made["properties"][asked]["anyOf"].append({"type": "boolean"})
     made["properties"]["steps"] = {"type": "array", "minItems": 1, "description": made["properties"]["steps"]["description"], "items": {"anyOf": choices}}
