@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from effconvert import steps
 from effconvert.convert.checkpoint import Checkpoint
-from effconvert.convert.plan import Size, plan
 from effconvert.convert.shards import FLOATS, ITEMSIZE
+from effconvert.convert.size import Size, size_of
 from effconvert.errors import ModelError
 
 CONTEXTS = (4096, 32768, 131072)
@@ -35,7 +35,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
         except ModelError as error:
             refusals[name] = str(error)
     kv_bytes = {context: config.kv_bytes(ITEMSIZE[checkpoint.dtype], context) for context in CONTEXTS}
-    return Inspection(checkpoint, plan(checkpoint, ()).before, parts(checkpoint), kv_bytes, suits, refusals)
+    return Inspection(checkpoint, size_of(checkpoint), parts(checkpoint), kv_bytes, suits, refusals)
 
 
 def parts(checkpoint: Checkpoint) -> dict[str, int]:

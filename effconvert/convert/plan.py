@@ -19,7 +19,8 @@ from effconvert.convert.config import CONFIG, Config
 from effconvert.convert.families import Family
 from effconvert.convert.layer import Layer
 from effconvert.convert.mixed import STUB_FILE
-from effconvert.convert.shards import FLOATS, ITEMSIZE, Stored
+from effconvert.convert.shards import ITEMSIZE, Stored
+from effconvert.convert.size import Size, size_of, weigh
 from effconvert.convert.walk import Calibration
 from effconvert.errors import ModelError
 from effconvert.surgery._surgery import Surgery
@@ -48,17 +49,6 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Size:
-    """What a model weighs."""
-
-    parameters: int  # a tied head is not counted again
-    bytes: int  # on disk
-    kv_bytes: int  # of the KV cache, for a token
-    state_bytes: int = 0  # of what mixers remember of a sequence, however short it is
-    growth_bytes: int = 0  # of kv_bytes, what mixers remember: an average
-
-
-@dataclass(frozen=True)
 class Plan:
     """What will be written and what it will take."""
 
@@ -74,14 +64,13 @@ class Plan:
     @property
     def before(self) -> Size:
         """The size of the original."""
-        tensors = ((tensor.name, tensor.dtype, tensor.shape) for tensor in self.checkpoint.stored)
-        return _size(list(tensors), self.checkpoint.config, self.checkpoint)
+        return size_of(self.checkpoint)
 
     @property
     def after(self) -> Size:
         """The size of the converted model."""
         tensors = [(target.name, target.dtype, target.shape) for shard in self.shards.values() for target in shard]
-        return _size(tensors, self.config, self.checkpoint)
+        return weigh(tensors, self.config, self.checkpoint.dtype)
 
     @property
     def exact(self) -> bool:
@@ -282,20 +271,3 @@ def _walk(folder: Path, above: str, bounds: Path) -> Iterator[tuple[Path, str]]:
             yield path, above + path.name
         else:
             raise ModelError(f"{path} is among the model's files and cannot be read; remove it, or make it readable")
-
-
-def _size(tensors: list[tuple[str, str, tuple[int, ...]]], config: Config, checkpoint: Checkpoint) -> Size:
-    family = config.family
-    embedding = next((shape for name, _, shape in tensors if name.endswith(f"{family.outer['embed']}.weight")), None)
-    heads = tuple(family.head.values())
-    parameters = sum(
-        math.prod(shape)
-        for name, dtype, shape in tensors
-        if dtype in FLOATS
-        and not name.endswith(tuple(f".{buffer}" for buffer in family.buffers))
-        and not (config.tied and name.startswith(heads) and shape == embedding)
-    )
-    on_disk = sum(math.prod(shape) * ITEMSIZE[dtype] for _, dtype, shape in tensors)
-    itemsize = ITEMSIZE[checkpoint.dtype]
-    softmax, growth = config.kv_bytes(itemsize, 1) - config.state_bytes(itemsize, 1), config.growth_bytes(itemsize)
-    return Size(parameters, on_disk, softmax + growth, config.state_bytes(itemsize), growth)

@@ -11,8 +11,8 @@ import torch
 from effconvert.convert import sources
 from effconvert.convert.checkpoint import Checkpoint, open_checkpoint
 from effconvert.convert.digest import digest
-from effconvert.convert.plan import plan
 from effconvert.convert.shards import FLOATS
+from effconvert.convert.size import size_of
 from effconvert.convert.stock import load
 from effconvert.errors import EffconvertError, OptionError
 from effconvert.eval.results import Subject
@@ -53,7 +53,7 @@ def open_model(model: str, step: Callable[[str], None] = lambda _: None) -> Open
     name, _, revision = (model, "", "") if here else model.partition("@")
     folder = sources.locate(name, revision or None, step)
     checkpoint = open_checkpoint(folder)
-    config, size = checkpoint.config, plan(checkpoint, ()).before
+    config, size = checkpoint.config, size_of(checkpoint)
     subject = Subject(
         name=real(model).name if here else model,
         digest=digest(checkpoint),

@@ -18,7 +18,7 @@ from effconvert.convert.checkpoint import open_checkpoint
 from effconvert.convert.digest import digest
 from effconvert.convert.push_options import PushOptions
 from effconvert.errors import ModelError, OptionError
-from effconvert.eval import results, running
+from effconvert.eval import passes, results, running
 from effconvert.eval.bench_options import BenchOptions
 from effconvert.eval.eval_options import EvalOptions
 from effconvert.eval.evaluate import evaluate
@@ -193,6 +193,21 @@ def refused(command, code, told, *arguments):
     assert re.search(told, lines[0]), lines[0]
     assert result.stdout == ""
     assert sorted(path for path in Path.cwd().rglob("*") if "cache" not in path.parts) == before
+
+
+BENCH = ("--batch", "1", "--context", "12", "--new-tokens", "2", "--rounds", "1", "--warmup", "0")
+
+
+@pytest.mark.parametrize("arguments", [("inspect",), ("eval", *EASY), ("bench", *BENCH)], ids=lambda arguments: arguments[0])
+def test_what_is_only_read_may_lie_beside_links(command, model, monkeypatch, arguments):
+    """As in a trainer's folder: a conversion would copy what a link leads to, and these copy nothing."""
+    monkeypatch.setattr(passes, "BUFFER", 2**20)
+    (model / "checkpoint-500").mkdir()
+    (model / "latest").symlink_to(model / "checkpoint-500")
+    (model / "log.txt").symlink_to("/dev/null")
+    done = command(arguments[0], model, *arguments[1:])
+    assert done.exit_code == 0, done.output
+    assert " is a link to " in command("gqa", "--groups", "2", "--pool", "mean", model, "-o", "out").stderr
 
 
 @pytest.fixture
