@@ -94,6 +94,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             f"{folder} has no tensors named {family.prefix}.{family.layers}.0.… as {config.kind} has; its first are {', '.join(list(tensors)[:3])}"
         )
     checkpoint = Checkpoint(folder, config, prefixes.pop(), outer, tuple(layers))
+    check_types(checkpoint)
     check_shapes(checkpoint)
     return checkpoint
 
@@ -133,6 +134,19 @@ def read_tensors(folder: Path) -> dict[str, Stored]:
         name = min(lost)
         raise ModelError(f"{index} says that {name} is in {where[name]!r}, which does not hold it; fetch both again")
     return tensors
+
+
+def check_types(checkpoint: Checkpoint) -> None:
+    """Refuse weights that nobody can compute with, wherever they are; buffers, which nobody reads, may be of any type."""
+    family = checkpoint.config.family
+    places = (*(checkpoint.prefix + module for module in family.outer.values()), *family.head.values())
+    for name, tensor in checkpoint.outer.items():
+        if name.startswith(tuple(f"{place}." for place in places)):
+            tensor.check_float()
+    for layer in checkpoint.layers:
+        for name, tensor in layer.items():
+            if name not in family.buffers:
+                tensor.check_float()
 
 
 def check_shapes(checkpoint: Checkpoint) -> None:
