@@ -189,6 +189,9 @@ def check_shapes(checkpoint: Checkpoint) -> None:
         want = places.get(name, table if name == f"{family.head['head']}.weight" else tensor.shape)
         if None not in want:
             _hold(name, tensor.shape, want, config)
+    positions = checkpoint.outer.get(f"{checkpoint.prefix}{family.outer.get('positions')}.weight")
+    if positions and positions.shape[:1] < ((said := config.get(family.positions_key) or 0),):  # transformers makes buffers as long as that
+        raise ModelError(f"{positions.name} is {_times(positions.shape)}, but config.json says {family.positions_key} = {said}; one is wrong")
 
 
 def _hold(name: str, shape: tuple[int, ...], want: tuple[int, ...], config: Config) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effconvert.convert.families import FAMILIES, Family
-from effconvert.convert.mixed import KIND, encode, read
+from effconvert.convert.mixed import KIND, check_depth, encode, read
 from effconvert.errors import ModelError, OptionError
 
 if TYPE_CHECKING:
@@ -250,6 +250,7 @@ def read_config(folder: Path) -> Config:
         quantization = raw["quantization_config"]
         method = quantization.get("quant_method", "an unnamed method") if isinstance(quantization, dict) else quantization
         raise ModelError(f"{folder} is quantised ({method}), and surgery needs the numbers themselves; give the checkpoint that it was made from")
+    check_depth(raw, family)
     config = Config(raw, family, mixers)
     for key, needed in family.constants.items():
         if raw.get(key, needed) != needed:

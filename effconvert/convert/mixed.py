@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from effconvert.surgery._mixing import Mixing
 
 KIND, CLASS = "effconvert_", "Effconvert"  # begin the model_type, and the names of classes
+DEEPEST = 10_000  # layers
 STUB_FILE = "modeling_effconvert.py"
 STUB = '''"""This {kind} has attention of effconvert: `pip install effconvert`, then `import effconvert`, or trust_remote_code=True."""
 
@@ -77,6 +78,7 @@ def decode(given: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Mixing | Non
     block = given.get("effconvert")
     kind = str(given["model_type"]).removeprefix(KIND)
     family = FAMILIES[kind]
+    check_depth(given, family)
     if block is None:
         return {**given, "model_type": kind}, (), family
     try:
@@ -104,3 +106,14 @@ def decode(given: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Mixing | Non
     if kept.get("architectures"):
         kept["architectures"] = [name.removeprefix(CLASS) for name in kept["architectures"]]
     return kept, tuple(mixers) if block["mixers"] else (), family
+
+
+def check_depth(raw: Mapping[str, Any], family: Family) -> None:
+    """Refuse more layers than any model has: lists of as many are made before a tensor is looked at, and the file is somebody else's.
+
+    Raises:
+        ModelError: there are.
+    """
+    depth = raw.get(family.layers_key)
+    if isinstance(depth, int | float) and depth > DEEPEST:
+        raise ModelError(f"config.json says {family.layers_key} = {shown(depth)}, and no model has more than {DEEPEST}; mend the file")

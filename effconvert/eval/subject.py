@@ -112,7 +112,8 @@ def load_model(opened: Opened, dtype: str, device: str) -> Any:
         ModelError: transformers cannot load it, or misses a tensor.
     """
     wanted = pick_dtype(dtype, opened)
-    need, free = opened.subject.parameters * wanted.itemsize, psutil.virtual_memory().available
+    need = opened.subject.parameters * wanted.itemsize + opened.checkpoint.config.state_bytes(wanted.itemsize)
+    free = psutil.virtual_memory().available
     if device == "cpu" and need > free:
         raise EffconvertError(f"{opened.subject.name} takes {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; measure it on a larger machine")
     return load(opened.folder, opened.checkpoint.config, wanted, device)

@@ -18,6 +18,7 @@ import effconvert
 import effconvert.convert.run
 import effconvert.surgery.gqa  # before somebody becomes nobody, who may not even read Python's own files
 from effconvert.cli import main
+from effconvert.convert.families import FAMILIES
 from effconvert.convert.shards import header
 from tests.models import save, tiny
 
@@ -307,12 +308,28 @@ def test_a_tensor_that_no_index_names_is_named(refused: Check, model: Path) -> N
         ("hidden_size", 64, "hidden_size = 64"),
         ("num_hidden_layers", 2, "num_hidden_layers = 2"),
         ("num_hidden_layers", 4, "model.layers.3."),
+        ("num_hidden_layers", 3 * 10**7, "num_hidden_layers = 30000000, and no model has more"),
+        ("num_hidden_layers", 10**30, "num_hidden_layers = 1"),
+        ("num_attention_heads", 10**9, "num_attention_heads = 1000000000"),
+        ("num_key_value_heads", 10**9, "num_key_value_heads = 1000000000"),
+        ("head_dim", 10**9, "head_dim = 1000000000"),
+        ("hidden_size", 10**9, "hidden_size = 1000000000"),
+        ("intermediate_size", 10**9, "intermediate_size = 1000000000"),
+        ("vocab_size", 10**9, "vocab_size = 1000000000"),
         ("vocab_size", 300, "vocab_size = 300"),
     ],
 )
 def test_tensors_that_contradict_the_config_are_refused_by_the_key(refused: Check, model: Path, key: str, value: int, named: str) -> None:
     edit(model / "config.json", **{key: value})
     assert named in refused(MODEL, *gqa(model))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "bert", "roberta", "distilbert"])
+def test_more_positions_than_the_table_has_are_refused(kind: str, refused: Check, tmp_path: Path) -> None:
+    """Loading would make a buffer as long as that."""
+    folder = save(tiny(kind), tmp_path / kind)
+    edit(folder / "config.json", **{FAMILIES[kind].positions_key: 10**12})
+    assert f"{FAMILIES[kind].positions_key} = {10**12}" in refused(MODEL, "inspect", folder)
 
 
 def test_a_width_of_the_mlp_that_contradicts_the_config_is_refused_at_the_latest_by_verification(refused_late: Check, model: Path) -> None:
