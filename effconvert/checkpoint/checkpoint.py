@@ -95,6 +95,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             f"{folder} has no tensors named {family.prefix}.{family.layers}.0.… as {config.kind} has; its first are {', '.join(list(tensors)[:3])}"
         )
     checkpoint = Checkpoint(folder, config, prefixes.pop(), outer, tuple(layers))
+    check_types(checkpoint)
     check_shapes(checkpoint)
     return checkpoint
 
@@ -141,6 +142,19 @@ def _inside(config: Config, place: str) -> str:
     return ".".join(filter(None, [config.place(place), OWN]))
 
 
+def check_types(checkpoint: Checkpoint) -> None:
+    """Refuse weights that nobody can compute with, wherever they are; buffers, which nobody reads, may be of any type."""
+    family = checkpoint.config.family
+    places = (*(checkpoint.prefix + module for module in family.outer.values()), *family.head.values())
+    for name, tensor in checkpoint.outer.items():
+        if name.startswith(tuple(f"{place}." for place in places)):
+            tensor.check_float()
+    for layer in checkpoint.layers:
+        for name, tensor in layer.items():
+            if name not in family.buffers:
+                tensor.check_float()
+
+
 def check_shapes(checkpoint: Checkpoint) -> None:
     """Check every matrix against the config, and all layers against the first."""
     config, family = checkpoint.config, checkpoint.config.family
@@ -181,6 +195,9 @@ def check_shapes(checkpoint: Checkpoint) -> None:
         want = places.get(name, table if name == f"{family.head['head']}.weight" else tensor.shape)
         if None not in want:
             _hold(name, tensor.shape, want, config)
+    positions = checkpoint.outer.get(f"{checkpoint.prefix}{family.outer.get('positions')}.weight")
+    if positions and positions.shape[:1] < ((said := config.get(family.positions_key) or 0),):  # transformers makes buffers as long as that
+        raise ModelError(f"{positions.name} is {_times(positions.shape)}, but config.json says {family.positions_key} = {said}; one is wrong")
 
 
 def _hold(name: str, shape: tuple[int, ...], want: tuple[int, ...], config: Config) -> None:

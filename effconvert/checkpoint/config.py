@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from effconvert.checkpoint.families import FAMILIES, Family
-from effconvert.checkpoint.replaced import KIND, Replaced, encode, overlap, read
+from effconvert.checkpoint.replaced import KIND, Replaced, check_depth, encode, overlap, read
 from effconvert.errors import ModelError, OptionError
 
 CONFIG = "config.json"
@@ -335,6 +335,7 @@ def read_config(folder: Path) -> Config:
         quantization = raw["quantization_config"]
         method = quantization.get("quant_method", "an unnamed method") if isinstance(quantization, dict) else quantization
         raise ModelError(f"{folder} is quantised ({method}), and surgery needs the numbers themselves; give the checkpoint that it was made from")
+    check_depth(raw, family)
     config = Config(raw, family, replaced)
     for key, needed in family.constants.items():
         if raw.get(key, needed) != needed:

@@ -43,6 +43,7 @@ INSIDE: Mapping[str, tuple[str, ...]] = {
     "attention": ("scores", "q", "k", "v", "o"),
     "ffn": ("gate", "up", "down"),
 }
+DEEPEST = 10_000  # layers
 PLACES = (*INSIDE, "scores", "q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -97,6 +98,7 @@ def decode(given: Mapping[str, Any]) -> tuple[dict[str, Any], Family, tuple[Repl
     block = given.get("effconvert")
     kind = str(given["model_type"]).removeprefix(KIND)
     family = FAMILIES[kind]
+    check_depth(given, family)
     if block is None:
         return {**given, "model_type": kind}, family, ()
     if isinstance(block, Mapping) and "mixers" in block:
@@ -119,6 +121,17 @@ def decode(given: Mapping[str, Any]) -> tuple[dict[str, Any], Family, tuple[Repl
     if kept.get("architectures"):
         kept["architectures"] = [name.removeprefix(CLASS) for name in kept["architectures"]]
     return kept, family, replaced
+
+
+def check_depth(raw: Mapping[str, Any], family: Family) -> None:
+    """Refuse more layers than any model has: lists of as many are made before a tensor is looked at, and the file is somebody else's.
+
+    Raises:
+        ModelError: there are.
+    """
+    depth = raw.get(family.layers_key)
+    if isinstance(depth, int | float) and depth > DEEPEST:
+        raise ModelError(f"config.json says {family.layers_key} = {shown(depth)}, and no model has more than {DEEPEST}; mend the file")
 
 
 def _record(entry: Mapping[str, Any]) -> Replaced:

@@ -19,8 +19,10 @@ import torch
 from effconvert.errors import ModelError
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-OTHER_BYTES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+EIGHT_BITS = ("I8", "U8", "BOOL", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "F8_E8M0")
+OTHER_BYTES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "C64": 8, **dict.fromkeys(EIGHT_BITS, 1)}
 ITEMSIZE = {**{code: dtype.itemsize for code, dtype in FLOATS.items()}, **OTHER_BYTES}
+PACKED = ("F4", "F6_E2M3", "F6_E3M2")  # several numbers share a byte
 CHUNK = 1 << 24  # bytes moved at a time
 LARGEST_HEADER = 100_000_000  # the library's own limit
 
@@ -36,14 +38,22 @@ class Stored:
     start: int
     stop: int
 
+    def check_float(self) -> None:
+        """Refuse weights of a type that cannot be computed with.
+
+        Raises:
+            ModelError: it is such a type.
+        """
+        if self.dtype not in FLOATS:
+            raise ModelError(_not_float(self.name, self.dtype))
+
     def read(self, device: str) -> torch.Tensor:
         """Return the tensor in float32, or only its shape where `device` is meta.
 
         Raises:
             ModelError: it is of a type that cannot be computed with, or holds NaN or infinity.
         """
-        if self.dtype not in FLOATS:
-            raise ModelError(f"{self.name} is stored as {self.dtype}, and surgery needs one of {', '.join(FLOATS)}; give an unquantised checkpoint")
+        self.check_float()
         if device == "meta":
             return torch.empty(self.shape, device="meta")
         flat = torch.empty(self.stop - self.start, dtype=torch.uint8)
@@ -62,6 +72,10 @@ class Stored:
         if self.start % ITEMSIZE[self.dtype]:  # somebody's file with an odd header
             return self.read("cpu")
         return torch.from_file(str(self.file), shared=False, size=self.stop, dtype=torch.uint8)[self.start :].view(FLOATS[self.dtype]).view(self.shape)
+
+
+def _not_float(name: str, dtype: str) -> str:
+    return f"{name} is stored as {dtype}, and weights must be one of {', '.join(FLOATS)}; give an unquantised checkpoint"
 
 
 def _truncated(file: Path) -> int:
@@ -103,6 +117,8 @@ def read_header(file: Path) -> dict[str, Stored]:
 def _entry(file: Path, name: str, entry: Mapping[str, Any], base: int) -> Stored:
     start, stop = entry["data_offsets"]
     shape = tuple(entry["shape"])
+    if entry["dtype"] in PACKED:
+        raise ModelError(_not_float(name, entry["dtype"]))
     if entry["dtype"] not in ITEMSIZE:
         raise ValueError(f"{name!r} is of the unknown type {entry['dtype']!r}")
     if not all(type(number) is int and number >= 0 for number in (start, stop, *shape)):

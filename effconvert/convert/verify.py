@@ -41,7 +41,10 @@ def check_memory(plan: Plan, options: RunOptions) -> int:
     Raises:
         OptionError: there are fewer than that.
     """
-    weights = max(plan.before.parameters, plan.after.parameters) * measuring_dtype(plan).itemsize
+    itemsize = measuring_dtype(plan).itemsize
+    states = state_bytes(plan.config, itemsize)
+    states += 2 * states // plan.config.layers  # that of a layer beside the new tokens, and cut again
+    weights = max(plan.before.parameters, plan.after.parameters) * itemsize + states
     # One window's logits, twice; transformers, and what PyTorch sets up to compute. What is mapped from files can be dropped and does not count.
     size = weights + 2 * scratch_bytes(plan, options) * options.context // options.tokens + plan.peak + LIBRARIES
     free = psutil.virtual_memory().available

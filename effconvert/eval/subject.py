@@ -14,6 +14,7 @@ from effconvert.checkpoint.digest import digest
 from effconvert.checkpoint.shards import FLOATS
 from effconvert.errors import EffconvertError, OptionError
 from effconvert.eval.results import Subject
+from effconvert.modeling.caches import state_bytes
 from effconvert.modeling.loading import load
 from effconvert.modeling.size import size_of
 from effconvert.paths import expand, real
@@ -113,7 +114,8 @@ def load_model(opened: Opened, dtype: str, device: str) -> Any:
         ModelError: transformers cannot load it, or misses a tensor.
     """
     wanted = pick_dtype(dtype, opened)
-    need, free = opened.subject.parameters * wanted.itemsize, psutil.virtual_memory().available
+    need = opened.subject.parameters * wanted.itemsize + state_bytes(opened.checkpoint.config, wanted.itemsize)
+    free = psutil.virtual_memory().available
     if device == "cpu" and need > free:
         raise EffconvertError(f"{opened.subject.name} takes {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; measure it on a larger machine")
     return load(opened.folder, opened.checkpoint.config, wanted, device)

@@ -21,6 +21,7 @@ from effconvert.eval import results
 from effconvert.eval.quality import running
 from effconvert.eval.quality.eval_options import EvalOptions
 from effconvert.eval.quality.evaluate import evaluate
+from effconvert.eval.speed import passes
 from effconvert.eval.speed.bench_options import BenchOptions
 from effconvert.hub.push_options import PushOptions
 from tests.eval.evaluating import byte_tokenizer, choices, measure, moved, prose, put, row, tiny_llama
@@ -194,6 +195,21 @@ def refused(command, code, told, *arguments):
     assert re.search(told, lines[0]), lines[0]
     assert result.stdout == ""
     assert sorted(path for path in Path.cwd().rglob("*") if "cache" not in path.parts) == before
+
+
+BENCH = ("--batch", "1", "--context", "12", "--new-tokens", "2", "--rounds", "1", "--warmup", "0")
+
+
+@pytest.mark.parametrize("arguments", [("inspect",), ("eval", *EASY), ("bench", *BENCH)], ids=lambda arguments: arguments[0])
+def test_what_is_only_read_may_lie_beside_links(command, model, monkeypatch, arguments):
+    """As in a trainer's folder: a conversion would copy what a link leads to, and these copy nothing."""
+    monkeypatch.setattr(passes, "BUFFER", 2**20)
+    (model / "checkpoint-500").mkdir()
+    (model / "latest").symlink_to(model / "checkpoint-500")
+    (model / "log.txt").symlink_to("/dev/null")
+    done = command(arguments[0], model, *arguments[1:])
+    assert done.exit_code == 0, done.output
+    assert " is a link to " in command("gqa", "--groups", "2", "--pool", "mean", model, "-o", "out").stderr
 
 
 @pytest.fixture

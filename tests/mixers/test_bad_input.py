@@ -49,6 +49,7 @@ def test_what_was_not_touched_opens(folder):
 
 
 EDITED = {
+    "thirty million layers": (lambda said: said.update(num_hidden_layers=3 * 10**7), "num_hidden_layers = 30000000, and no model has more than 10000"),
     "unknown mixer": (mixers({**STREAMING, "technique": "nonsense"}, LINEAR), "no technique 'nonsense'"),
     "a technique that is no mixer": (mixers({**STREAMING, "technique": "gqa", "options": {"groups": 2}}, LINEAR), "gqa"),
     "a name that is none": (mixers({**STREAMING, "technique": ["streaming"]}, LINEAR), "effconvert wrote"),
@@ -278,6 +279,14 @@ def test_what_the_table_says_of_a_model_names_its_mixers(command, folder):
     assert told.exit_code == 0, told.stderr
     assert "streaming" in told.stdout
     assert "linear" in told.stdout
+
+
+def test_what_no_memory_holds_of_earlier_tokens_is_refused_before_it_is_asked_for(command, folder, tmp_path):
+    plain = save(tiny("llama"), tmp_path / "plain")
+    assert "GB are free" in one_line(command("streaming", "--window", 10**12, plain, "-o", "out"))
+    say(folder, mixers({**STREAMING, "options": {"window": 10**12}}, LINEAR))
+    characters(folder)
+    assert "GB are free" in one_line(command("eval", folder, "--tokens", "60", "--context", "20"))
 
 
 @pytest.mark.parametrize("changes", [{"technique": "retnet", "options": {}}, {"options": {"feature": "elu", "window": 3}}], ids=str)

@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from effconvert.modeling._call import Call, State
 
 from effconvert.checkpoint.families import FAMILIES
 from effconvert.errors import ModelError
+from effconvert.modeling.attention import Mixer
 from effconvert.modeling.caches import growth_bytes, state_bytes
 from effconvert.modeling.model import model_class
 from effconvert.steps import load, techniques
@@ -286,3 +288,31 @@ def test_a_family_that_can_have_it_is_told_the_options_that_are_needed(name):
         needed = [f"--{field}" for field, about in load(name).model_fields.items() if about.is_required()]
         assert all(option in told for option in needed)
         assert needed or told == "as it is"
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_float16_holds_scores_that_only_their_scaling_brings_into_its_range(name):
+    """Products of queries and keys beyond 65504, as large key biases make them, and scores within it: where an original is finite, so is a mixer."""
+    kind = ROWS[name].kinds[0]
+    config, technique = stock_config(tiny(kind, **wide(kind))), load(name)(**small(name, kind))
+    draw = torch.Generator().manual_seed(0)
+    rows = [size * torch.randn(1, 4, 20, config.head_dim, generator=draw).half() for size in (115, 115, 1)]
+    products = (rows[0].float() @ rows[1].float().mT).abs().max()
+    assert 65504 < products < 65504 * config.head_dim**0.5
+    with torch.no_grad():
+        for split in ([20], [1] * 20) if config.family.decoder else ([20],):
+            expected, made = (mixed(technique, config, [tensor.to(dtype) for tensor in rows], split) for dtype in (torch.float32, torch.float16))
+            assert far(made, expected) < 2**-8, split
+
+
+def mixed(technique, config, rows, split):
+    """What a mixer gives of queries, keys and values in parts, in their type."""
+    mixer = Mixer(technique, config, 0).to(rows[0].dtype)
+    mixer.begin()
+    state, made = State(mixer.slots) if len(split) > 1 else None, []
+    for query, key, value in zip(*(tensor.split(split, 2) for tensor in rows), strict=True):
+        if state:
+            state.update(key, value)
+        live, hidden = torch.ones(1, key.shape[2], dtype=torch.bool), key.new_zeros(1, key.shape[2], config.hidden)
+        made.append(mixer(Call(query, key, value, config.head_dim**-0.5, live, config.family.decoder, state, hidden, None)))
+    return torch.cat(made, 2).float()

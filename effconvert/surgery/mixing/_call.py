@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -72,6 +73,16 @@ class Call:
             cos, sin = self.rotation.angles[:, :, start:stop].unbind(1)
             turned = Rotation(self.rotation.apply, (cos, sin))
         return replace(self, **rows, live=self.live[:, start:stop], hidden=self.hidden[:, start:stop], rotation=turned, later=later)
+
+    @property
+    def prescaled(self) -> Call:
+        """The same scores by products that are no larger than they: what multiplies queries and keys in the model's type takes this.
+
+        Else float16 would end at products of 65504, which models with large key biases go beyond before their scaling brings them back. The power of two in
+        the scaling is multiplied into the queries, which rounds nothing in any type; from 1 to 2 are left, to multiply scores by in float32.
+        """
+        part, power = math.frexp(self.scaling)
+        return replace(self, query=self.query * 2.0 ** (power - 1), scaling=2 * part)
 
     @property
     def most(self) -> int:

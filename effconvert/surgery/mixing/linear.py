@@ -119,8 +119,9 @@ class Linear(Mixing):
             made, state = linear_attention(query, features, old_value, call.held("state", {"state": (shape, "float32")}))
             call.keep(state=state)
         if self.window:
-            scores, counted = window_scores(call.grouped, key, live, self.window)
-            scores = (scores.float() * call.scaling).masked_fill(~counted, torch.finfo(torch.float32).min)
+            soft = call.prescaled
+            scores, counted = window_scores(soft.grouped, key, live, self.window)
+            scores = (scores.float() * soft.scaling).masked_fill(~counted, torch.finfo(torch.float32).min)
             highest = scores.amax(-1, keepdim=True)
             share = weights["share"].float().sigmoid().unflatten(0, (groups, -1))[..., None, None]
             made = made + share * window_values((scores - highest).exp() * counted, known)

@@ -110,6 +110,7 @@ class LinformerCausal(Mixing):
         from effconvert.surgery.mixing._call import ordered
 
         size, tokens, device, least = self.block, call.query.shape[-2], call.key.device, torch.finfo(torch.float32).min
+        call = call.prescaled
         ranks = call.ranks()  # [B, T]
         key, value, _ = call.with_past(size - 1)  # [B, Hk, P + T, D]
         count = ranks[:, -1:] + 1  # [B, 1], of live tokens so far

@@ -78,6 +78,7 @@ class Streaming(Mixing):
 
         from effconvert.kernels.window import window_scores, window_values
 
+        call = call.prescaled
         ranks = call.ranks()  # [B, T]
         key, value, live = call.with_past(self.window - 1)
         near, counted = window_scores(call.grouped, key, live, self.window)
