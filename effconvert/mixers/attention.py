@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -16,6 +15,7 @@ from effconvert.convert.config import Config
 from effconvert.mixers._call import Call, Rotation, State, ordered, padding_first
 from effconvert.mixers.grouped import each
 from effconvert.mixers.packed import Packing
+from effconvert.mixers.transformers_internals import cache_among
 from effconvert.surgery._mixing import Mixing
 
 NAME = "effconvert"  # of our function in transformers' registry
@@ -59,14 +59,13 @@ def install(module: nn.Module, technique: Mixing, config: Config, index: int) ->
 
 def _hand_down(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Pass on to our attention function what a family's attention module is given and keeps to itself."""
-    given = [*args, *kwargs.values()]
-    cache = next((value for value in given if isinstance(value, Cache)), None)
+    cache = cache_among((*args, *kwargs.values()))
     state = None
     if cache is not None:
         state = cache.layers[module.mixer.index] if module.mixer.index < len(cache.layers) else None
         if not isinstance(state, State):
             raise ValueError(
-                f"this cache has no place for what the mixer of layer {module.mixer.index} remembers; leave past_key_values out, "
+                f"this cache has no place for what the mixer of layer {module.mixer.index} remembers; leave it out, "
                 "or make one with effconvert.mixers.cache_for(model.config)"
             )
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]

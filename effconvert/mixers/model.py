@@ -17,6 +17,7 @@ from effconvert.errors import ModelError
 from effconvert.mixers._call import State
 from effconvert.mixers.attention import NAME, SOFTMAX, Mixer, install
 from effconvert.mixers.grouped import Grouped, share
+from effconvert.mixers.transformers_internals import cache_among, cache_name
 
 
 class ConvertedConfig:
@@ -84,8 +85,9 @@ class Converted:
         if chosen not in (None, "dynamic"):
             raise ValueError(f"cache_implementation={chosen!r} has no room for what mixers remember; leave it out")
         generation_config.cache_implementation = None  # beside a cache that is there it may not be named
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = cache_for(self.config)
+        name = cache_name(self)
+        if generation_config.use_cache and model_kwargs.get(name) is None:
+            model_kwargs[name] = cache_for(self.config)
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -102,13 +104,12 @@ def _with_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     """Make a cache with room for mixers, where the family would make one without."""
     asked = kwargs.get("use_cache")
     wanted = getattr(model.config, "use_cache", False) and not model.training if asked is None else asked
-    given = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
-    if given:
+    if cache_among((*args, *kwargs.values())) is not None:
         return args, kwargs
     name = "is_activation_checkpointing" if hasattr(type(model), "is_activation_checkpointing") else "is_gradient_checkpointing"  # of older transformers
     if not wanted or (model.training and getattr(model, name, False)):
         return args, {**kwargs, "use_cache": False}  # else the family makes one of its own
-    return args, {**kwargs, "past_key_values": cache_for(model.config)}
+    return args, {**kwargs, cache_name(model): cache_for(model.config)}
 
 
 def _refuse(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -122,8 +123,8 @@ def _refuse(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     family = own_config(model.config).family
     if not (family.decoder and family.packs):
         raise ValueError("several texts in one row (position_ids that begin anew) would be mixed with each other; give each a row of its own, padded")
-    if named.get("past_key_values") is not None or named.get("use_cache"):
-        raise ValueError("several texts in one row (position_ids that begin anew) cannot be gone on with in a cache; leave use_cache and past_key_values out")
+    if cache_among(named.values()) is not None or named.get("use_cache"):
+        raise ValueError("several texts in one row (position_ids that begin anew) cannot be gone on with in a cache; leave use_cache and the cache out")
     return args, {**kwargs, "use_cache": False}
 
 
