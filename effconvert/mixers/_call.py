@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+
+from effconvert.mixers.transformers_internals import CacheLayerMixin
 
 Slots = Mapping[str, tuple[tuple[int, ...], str]]  # name -> shape of one sequence, and the type: "model" (that of the keys), "float32", "bool", "int64"
 
@@ -51,10 +52,6 @@ class State(CacheLayerMixin):  # type: ignore[misc]
         return self.seen
 
     def get_max_length(self) -> int:
-        """No limit."""
-        return -1
-
-    def get_max_cache_shape(self) -> int:
         """No limit."""
         return -1
 

@@ -1,21 +1,17 @@
 """The door by which mixers get into transformers' models: an attention function, and a hook that hands it what its own arguments lack."""
 # B = batch, H = query heads, Hk = KV heads, T = new tokens, N = tokens with those before, D = head width.
 
-import sys
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from effconvert.convert.config import Config
 from effconvert.mixers._call import Call, Rotation, State, ordered, padding_first
 from effconvert.mixers.grouped import each
 from effconvert.mixers.packed import Packing
-from effconvert.mixers.transformers_internals import cache_among
+from effconvert.mixers.transformers_internals import AttentionInterface, AttentionMaskInterface, attention_inputs, cache_among, eager, rotary, sdpa, sdpa_mask
 from effconvert.surgery._mixing import Mixing
 
 NAME = "effconvert"  # of our function in transformers' registry
@@ -68,8 +64,7 @@ def _hand_down(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
                 f"this cache has no place for what the mixer of layer {module.mixer.index} remembers; leave it out, "
                 "or make one with effconvert.mixers.cache_for(model.config)"
             )
-    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    return args, {**kwargs, "mixing": (state, hidden, kwargs.get("position_embeddings"))}
+    return args, {**kwargs, "mixing": (state, *attention_inputs(args, kwargs))}
 
 
 def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, mixing: Any = None, **kwargs: Any) -> Any:
@@ -89,7 +84,7 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
         order = padding_first(live)
         query, key, value, hidden = (ordered(rows, order) for rows in (query, key, value, hidden))
         live = live.gather(1, order)
-    rotation = None if angles is None else Rotation(sys.modules[type(module).__module__].apply_rotary_pos_emb, angles, order)
+    rotation = None if angles is None else Rotation(rotary(module), angles, order)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     call = Call(query, key, value, scaling, live, causal, state, hidden, rotation, kwargs.get("softcap"), attention_mask is not None)
     out = module.mixer(call)
@@ -103,14 +98,14 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
 def softmax(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
     """Attend as the family does without us; soft-capped scores are only in its eager implementation."""
     if kwargs.get("softcap") is None and getattr(module, "softmax", "sdpa") == "sdpa":
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+        return sdpa(module, query, key, value, attention_mask, **kwargs)
     key, value = (rows.repeat_interleave(getattr(module, "repeats", 1), 1) for rows in (key, value))  # as such a family expects them
     tokens, known = query.shape[-2], key.shape[-2]
     if attention_mask is None and getattr(module, "is_causal", False) and tokens > 1:
         attention_mask = torch.ones(tokens, known, dtype=torch.bool, device=query.device).tril(known - tokens)[None, None]
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, torch.finfo(query.dtype).min)
-    return sys.modules[type(module).__module__].eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return eager(module)(module, query, key, value, attention_mask, **kwargs)
 
 
 def _visible(mask: Tensor | None, back: int, tokens: int, batch: int, device: torch.device) -> Tensor:

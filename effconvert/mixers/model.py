@@ -7,8 +7,6 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from effconvert.convert.config import Config, hold_sound
 from effconvert.convert.families import FAMILIES, Family
@@ -17,7 +15,19 @@ from effconvert.errors import ModelError
 from effconvert.mixers._call import State
 from effconvert.mixers.attention import NAME, SOFTMAX, Mixer, install
 from effconvert.mixers.grouped import Grouped, share
-from effconvert.mixers.transformers_internals import cache_among, cache_name
+from effconvert.mixers.transformers_internals import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    attend_by,
+    attends,
+    cache_among,
+    cache_name,
+    checkpoints,
+    hold_overridden,
+    implementation,
+    keep_names,
+)
 
 
 class ConvertedConfig:
@@ -44,7 +54,7 @@ class Converted:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         ours = own_config(self.config)
-        softmax = config._attn_implementation or "sdpa"
+        softmax = implementation(config) or "sdpa"
         self._run_softmax_by(softmax if softmax != NAME else "sdpa")
         for index, module in enumerate(attention_modules(self, ours)):
             if ours.grouped:
@@ -68,13 +78,13 @@ class Converted:
         else:
             super()._init_weights(module)  # type: ignore[misc]
 
-    def _run_softmax_by(self, implementation: str) -> None:
-        if implementation not in SOFTMAX:
-            raise ValueError(f"layers without a mixer can run {' or '.join(SOFTMAX)} beside those with one, not {implementation!r}")
+    def _run_softmax_by(self, name: str) -> None:
+        if name not in SOFTMAX:
+            raise ValueError(f"layers without a mixer can run {' or '.join(SOFTMAX)} beside those with one, not {name!r}")
         for module in self.modules():  # type: ignore[attr-defined]
-            if hasattr(module, "is_causal"):
-                module.softmax = implementation
-        self.config._attn_implementation = NAME
+            if attends(module):
+                module.softmax = name
+        attend_by(self.config, NAME)
 
     def set_attn_implementation(self, attn_implementation: Any, *_: Any, **__: Any) -> None:
         """Choose what layers without a mixer run; those with one go on as they are."""
@@ -106,8 +116,7 @@ def _with_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     wanted = getattr(model.config, "use_cache", False) and not model.training if asked is None else asked
     if cache_among((*args, *kwargs.values())) is not None:
         return args, kwargs
-    name = "is_activation_checkpointing" if hasattr(type(model), "is_activation_checkpointing") else "is_gradient_checkpointing"  # of older transformers
-    if not wanted or (model.training and getattr(model, name, False)):
+    if not wanted or (model.training and checkpoints(model)):
         return args, {**kwargs, "use_cache": False}  # else the family makes one of its own
     return args, {**kwargs, cache_name(model): cache_for(model.config)}
 
@@ -178,8 +187,8 @@ def model_class(architecture: str) -> Any:
     kind = next((kind for kind, family in FAMILIES.items() if _is_of(stock, family, kind)), None)
     if stock is None or kind is None:
         raise ModelError(f"{architecture} is no class of a family that effconvert knows; it knows {', '.join(FAMILIES)}")
-    if renamed := get_checkpoint_conversion_mapping(architecture):  # GPT-NeoX has its head under another name on disk
-        register_checkpoint_conversion_mapping(CLASS + architecture, renamed, overwrite=True)
+    hold_overridden(stock)
+    keep_names(architecture, CLASS + architecture)
 
     @wraps(stock.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:  # not as hooks, which PEFT passes by when it calls `forward`
