@@ -25,6 +25,7 @@ from effconvert.eval.results import machine, versions
 from effconvert.eval.speed.bench_options import BenchOptions
 from effconvert.eval.speed.passes import SEED, Job, Loaded, Runner
 from effconvert.eval.subject import load_model, open_model, pick_device
+from effconvert.modeling.transformers_internals import cache_among, cache_name
 
 KINDS = BARE, OURS, SHOWN = "bare loop", "bench", "bench with its bar on a terminal"
 
@@ -37,11 +38,11 @@ def bare(model, prompts, steps, wait):
     output = model(prompts, use_cache=True, logits_to_keep=1)
     wait()
     prefill = time.perf_counter() - start
-    cache, tokens = output.past_key_values, output.logits[:, -1:].argmax(-1)
+    cache, tokens = cache_among(output.values()), output.logits[:, -1:].argmax(-1)
     wait()
     start = time.perf_counter()
     for _ in range(steps):
-        tokens = model(tokens, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        tokens = model(tokens, use_cache=True, **{cache_name(model): cache}).logits[:, -1:].argmax(-1)
     wait()
     return prefill, (time.perf_counter() - start) / steps
 

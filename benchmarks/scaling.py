@@ -36,6 +36,11 @@ from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.families import FAMILIES
 from effconvert.modeling.model import config_class, model_class
 from effconvert.eval.quality.perplexity import cache_bytes
+from effconvert.checkpoint.config import Config
+from effconvert.checkpoint.families import FAMILIES
+from effconvert.modeling.model import config_class, model_class
+from effconvert.modeling.transformers_internals import cache_among, cache_name
+from effconvert.eval.quality import cache_bytes
 from effconvert.steps import load
 kind, name, options, context, layers = json.loads(sys.argv[1])
 alike = {"num_hidden_layers": layers, "vocab_size": 256, "intermediate_size": 1536}
@@ -66,9 +71,9 @@ with torch.inference_mode():
     if context <= 4096: out, prefill = min((run(ids) for _ in range(2)), key=lambda pair: pair[1])
     found = {"prefill_s": prefill, "peak_mb": peak() - base}
     if decoder:
-        cache, steps = out.past_key_values, []
+        cache, steps = cache_among(out.values()), []
         for step in range(9):
-            start = time.perf_counter(); model(ids[:, :1], past_key_values=cache, use_cache=True); steps.append(time.perf_counter() - start)
+            start = time.perf_counter(); model(ids[:, :1], use_cache=True, **{cache_name(model): cache}); steps.append(time.perf_counter() - start)
         found |= {"decode_s": sorted(steps)[4], "cache_mb": cache_bytes(cache) / 1e6}
 print(json.dumps({**found, "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}))
 """

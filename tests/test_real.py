@@ -32,7 +32,7 @@ import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
 assert not info["missing_keys"] and not info["unexpected_keys"], info
-cache = model(torch.arange(1, 65)[None], use_cache=True).past_key_values
+cache = next(value for value in model(torch.arange(1, 65)[None], use_cache=True).values() if hasattr(value, "layers"))
 print(sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // 64)
 written = pipeline("text-generation", model=sys.argv[1], max_new_tokens=5, do_sample=False)("The capital of France is")
 assert written[0]["generated_text"].startswith("The capital of France is")

@@ -6,7 +6,6 @@ family hands its layers are its own, and no family needs code here. So a model o
 # N = windows, B = windows run at a time, T = tokens, M = hidden width, H = query heads, Hk = KV heads, D = head width.
 
 import hashlib
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -191,11 +190,13 @@ def skeleton(config: Config, device: torch.device) -> Any:
     """Build the bare model of `config` without weights: its buffers alone hold numbers."""
     from accelerate import init_empty_weights
 
+    from effconvert.modeling.transformers_internals import attend_by
+
     _register()
     with quiet(), init_empty_weights(include_buffers=False), torch.device(device):
         made = class_of(replace(config, raw={**config.raw, "architectures": [config.family.base]}))
         model = made(made.config_class.from_dict(config.content)).eval()
-    model.config._attn_implementation = PROBE
+    attend_by(model.config, PROBE)
     return model
 
 
@@ -275,16 +276,16 @@ def _probe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
     if "mixing" in kwargs:
         out, weights = attend(module, query, key, value, attention_mask, **kwargs)
     else:
-        eager = sys.modules[type(module).__module__].eager_attention_forward
-        out, weights = eager(module, query, key, value, attention_mask, **kwargs)
+        from effconvert.modeling.transformers_internals import eager
+
+        out, weights = eager(module)(module, query, key, value, attention_mask, **kwargs)
     if _LOOKS:
         _LOOKS[-1].query, _LOOKS[-1].key, _LOOKS[-1].weights = query, key[:, :: getattr(module, "repeats", 1)], weights
     return out, weights
 
 
 def _register() -> None:
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, eager_mask
+    from effconvert.modeling.transformers_internals import AttentionInterface, AttentionMaskInterface, eager_mask
 
     AttentionInterface.register(PROBE, _probe)
     AttentionMaskInterface.register(PROBE, eager_mask)

@@ -1,16 +1,11 @@
 """The door by which mixers get into transformers' models: an attention function, and a hook that hands it what its own arguments lack."""
 # B = batch, H = query heads, Hk = KV heads, T = new tokens, N = tokens with those before, D = head width.
 
-import sys
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.cache_utils import Cache
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from effconvert.checkpoint.config import Config
 from effconvert.modeling.grouped import each
@@ -18,6 +13,7 @@ from effconvert.modeling.packed import Packing
 from effconvert.modeling.places import NAME as OWN_NAME
 from effconvert.modeling.places import Own
 from effconvert.modeling.state import State
+from effconvert.modeling.transformers_internals import AttentionInterface, AttentionMaskInterface, attention_inputs, cache_among, eager, rotary, sdpa, sdpa_mask
 from effconvert.surgery.mixing._call import Call, Rotation, ordered, padding_first
 from effconvert.surgery.mixing._mixing import Mixing
 
@@ -55,18 +51,16 @@ def install(module: nn.Module, technique: Mixing, config: Config, index: int) ->
 
 def _hand_down(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Pass on to our attention function what a family's attention module is given and keeps to itself."""
-    given = [*args, *kwargs.values()]
-    cache = next((value for value in given if isinstance(value, Cache)), None)
+    cache = cache_among((*args, *kwargs.values()))
     state = None
     if cache is not None:
         state = cache.layers[module.effconvert.index] if module.effconvert.index < len(cache.layers) else None
         if not isinstance(state, State):
             raise ValueError(
-                f"this cache has no place for what the mixer of layer {module.effconvert.index} remembers; leave past_key_values out, "
+                f"this cache has no place for what the mixer of layer {module.effconvert.index} remembers; leave it out, "
                 "or make one with effconvert.modeling.cache_for(model.config)"
             )
-    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    return args, {**kwargs, "mixing": (state, hidden, kwargs.get("position_embeddings"))}
+    return args, {**kwargs, "mixing": (state, *attention_inputs(args, kwargs))}
 
 
 def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, mixing: Any = None, **kwargs: Any) -> Any:
@@ -86,7 +80,7 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
         order = padding_first(live)
         query, key, value, hidden = (ordered(rows, order) for rows in (query, key, value, hidden))
         live = live.gather(1, order)
-    rotation = None if angles is None else Rotation(sys.modules[type(module).__module__].apply_rotary_pos_emb, angles, order)
+    rotation = None if angles is None else Rotation(rotary(module), angles, order)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     call = Call(query, key, value, scaling, live, causal, state, hidden, rotation, kwargs.get("softcap"), attention_mask is not None)
     out = module.effconvert(call)
@@ -100,14 +94,14 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
 def softmax(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
     """Attend as the family does without us; soft-capped scores are only in its eager implementation."""
     if kwargs.get("softcap") is None and getattr(module, "softmax", "sdpa") == "sdpa":
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+        return sdpa(module, query, key, value, attention_mask, **kwargs)
     key, value = (rows.repeat_interleave(getattr(module, "repeats", 1), 1) for rows in (key, value))  # as such a family expects them
     tokens, known = query.shape[-2], key.shape[-2]
     if attention_mask is None and getattr(module, "is_causal", False) and tokens > 1:
         attention_mask = torch.ones(tokens, known, dtype=torch.bool, device=query.device).tril(known - tokens)[None, None]
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, torch.finfo(query.dtype).min)
-    return sys.modules[type(module).__module__].eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return eager(module)(module, query, key, value, attention_mask, **kwargs)
 
 
 def _visible(mask: Tensor | None, back: int, tokens: int, batch: int, device: torch.device) -> Tensor:

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer
 
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.families import FAMILIES
+from effconvert.modeling.transformers_internals import DynamicLayer, repeat_heads
 
 
 class Grouped(DynamicLayer):  # type: ignore[misc]
@@ -31,7 +31,8 @@ def each(module: Any, query: Tensor, rows: Tensor) -> Tensor:
 
 def share(attention: Any, config: Config) -> None:
     """Have an attention module compute G KV heads, and see them repeated where it expects H."""
-    attention.repeats = attention.num_key_value_groups = config.heads // config.kv_heads  # the latter is for transformers' own sdpa
+    attention.repeats = config.heads // config.kv_heads
+    repeat_heads(attention, attention.repeats)
     inside = {name.removeprefix(f"{config.attention}."): parts for name, parts in config.modules.items() if {"k", "v"} & {*parts}}
     made = {name: [config.heads if part == "q" else config.kv_heads for part in parts] for name, parts in inside.items()}  # heads of each part
     for name, heads in made.items():

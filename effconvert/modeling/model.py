@@ -7,8 +7,6 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.families import FAMILIES, Family
@@ -19,6 +17,19 @@ from effconvert.modeling.caches import caches
 from effconvert.modeling.grouped import Grouped, share
 from effconvert.modeling.places import Own, put
 from effconvert.modeling.state import State
+from effconvert.modeling.transformers_internals import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    attend_by,
+    attends,
+    cache_among,
+    cache_name,
+    checkpoints,
+    hold_overridden,
+    implementation,
+    keep_names,
+)
 from effconvert.surgery._placed import check_replaced, technique_of
 from effconvert.surgery.mixing._mixing import Mixing
 
@@ -49,7 +60,7 @@ class Converted:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         ours = own_config(self.config)
-        softmax = config._attn_implementation or "sdpa"
+        softmax = implementation(config) or "sdpa"
         self._run_softmax_by(softmax if softmax != NAME else "sdpa")
         for index, layer in enumerate(layers_of(self, ours)):
             module = layer.get_submodule(ours.attention)
@@ -78,13 +89,13 @@ class Converted:
         else:
             super()._init_weights(module)  # type: ignore[misc]
 
-    def _run_softmax_by(self, implementation: str) -> None:
-        if implementation not in SOFTMAX:
-            raise ValueError(f"layers without a mixer can run {' or '.join(SOFTMAX)} beside those with one, not {implementation!r}")
+    def _run_softmax_by(self, name: str) -> None:
+        if name not in SOFTMAX:
+            raise ValueError(f"layers without a mixer can run {' or '.join(SOFTMAX)} beside those with one, not {name!r}")
         for module in self.modules():  # type: ignore[attr-defined]
-            if hasattr(module, "is_causal"):
-                module.softmax = implementation
-        self.config._attn_implementation = NAME
+            if attends(module):
+                module.softmax = name
+        attend_by(self.config, NAME)
 
     def set_attn_implementation(self, attn_implementation: Any, *_: Any, **__: Any) -> None:
         """Choose what layers without a mixer run; those with one go on as they are."""
@@ -95,8 +106,9 @@ class Converted:
         if chosen not in (None, "dynamic"):
             raise ValueError(f"cache_implementation={chosen!r} has no room for what mixers remember; leave it out")
         generation_config.cache_implementation = None  # beside a cache that is there it may not be named
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = cache_for(self.config)
+        name = cache_name(self)
+        if generation_config.use_cache and model_kwargs.get(name) is None:
+            model_kwargs[name] = cache_for(self.config)
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -113,13 +125,11 @@ def _with_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     """Make a cache with room for mixers, where the family would make one without."""
     asked = kwargs.get("use_cache")
     wanted = getattr(model.config, "use_cache", False) and not model.training if asked is None else asked
-    given = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
-    if given:
+    if cache_among((*args, *kwargs.values())) is not None:
         return args, kwargs
-    name = "is_activation_checkpointing" if hasattr(type(model), "is_activation_checkpointing") else "is_gradient_checkpointing"  # of older transformers
-    if not wanted or (model.training and getattr(model, name, False)):
+    if not wanted or (model.training and checkpoints(model)):
         return args, {**kwargs, "use_cache": False}  # else the family makes one of its own
-    return args, {**kwargs, "past_key_values": cache_for(model.config)}
+    return args, {**kwargs, cache_name(model): cache_for(model.config)}
 
 
 def _refuse(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -133,8 +143,8 @@ def _refuse(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     family = own_config(model.config).family
     if not (family.decoder and family.packs):
         raise ValueError("several texts in one row (position_ids that begin anew) would be mixed with each other; give each a row of its own, padded")
-    if named.get("past_key_values") is not None or named.get("use_cache"):
-        raise ValueError("several texts in one row (position_ids that begin anew) cannot be gone on with in a cache; leave use_cache and past_key_values out")
+    if cache_among(named.values()) is not None or named.get("use_cache"):
+        raise ValueError("several texts in one row (position_ids that begin anew) cannot be gone on with in a cache; leave use_cache and the cache out")
     return args, {**kwargs, "use_cache": False}
 
 
@@ -203,8 +213,8 @@ def model_class(architecture: str) -> Any:
     kind = next((kind for kind, family in FAMILIES.items() if _is_of(stock, family, kind)), None)
     if stock is None or kind is None:
         raise ModelError(f"{architecture} is no class of a family that effconvert knows; it knows {', '.join(FAMILIES)}")
-    if renamed := get_checkpoint_conversion_mapping(architecture):  # GPT-NeoX has its head under another name on disk
-        register_checkpoint_conversion_mapping(CLASS + architecture, renamed, overwrite=True)
+    hold_overridden(stock)
+    keep_names(architecture, CLASS + architecture)
 
     @wraps(stock.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:  # not as hooks, which PEFT passes by when it calls `forward`

@@ -5,7 +5,7 @@ What is registered are stand-ins: making a class imports its family, and importi
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from effconvert.checkpoint.families import FAMILIES
 from effconvert.checkpoint.replaced import KIND
@@ -45,10 +45,7 @@ def configs(_: Any) -> None:
 
 def models(kind: str, config: Any) -> None:
     """Register the models of a family with every Auto class that has it; called when its config class is made, which comes before."""
-    from transformers.models.auto import modeling_auto
+    from effconvert.modeling.transformers_internals import auto_classes
 
-    for opens in vars(modeling_auto).values():
-        mapping = getattr(opens, "_model_mapping", None) if isinstance(opens, type) else None
-        if mapping is not None and (found := mapping._model_mapping.get(kind)):
-            name, made = found if isinstance(found, str) else found[0], cast(Any, opens)
-            made.register(config, _later(partial(_made, "model_class", name), config_class=config), exist_ok=True)
+    for opens, name in auto_classes(kind):
+        opens.register(config, _later(partial(_made, "model_class", name), config_class=config), exist_ok=True)

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
+from effconvert.modeling.transformers_internals import CacheLayerMixin
 from effconvert.surgery.mixing._call import Slots
 
 

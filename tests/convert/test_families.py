@@ -13,6 +13,7 @@ from effconvert.checkpoint.families import FAMILIES
 from effconvert.convert.plan import plan
 from effconvert.errors import ModelError
 from effconvert.modeling.caches import kv_bytes
+from tests.mixers.mixing import with_cache
 from tests.models import DECODERS, GROUPING, SETTINGS, save, tiny
 
 
@@ -195,7 +196,7 @@ def test_the_planned_kv_bytes_are_those_of_the_real_cache(kind, changes, tmp_pat
     for tokens in (1, 7, 8, 9, 20):
         cache = DynamicCache(config=model.config)
         with torch.inference_mode():
-            model(torch.arange(3, 3 + tokens)[None], past_key_values=cache, use_cache=True)
+            model(torch.arange(3, 3 + tokens)[None], use_cache=True, **with_cache(model, cache))
         measured[tokens] = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert {tokens: kv_bytes(checkpoint.config, 4, tokens) for tokens in measured} == measured
     assert plan(checkpoint, ()).before.kv_bytes == measured[1]

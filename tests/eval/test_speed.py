@@ -29,6 +29,7 @@ from effconvert.eval.subject import open_model
 from effconvert.modeling.caches import kv_bytes
 from effconvert.progress import Silent
 from tests.heal.healing import put
+from tests.mixers.mixing import cache_of
 from tests.models import save, tiny
 
 EMBEDDING = 128 * 32 * 4  # bytes of the tiny models' table
@@ -56,7 +57,7 @@ def seen():
 
     def record(module, args, output):
         if heads := of_kv_heads(module):
-            calls.append((heads, args[0].clone(), int(output.past_key_values.get_seq_length())))
+            calls.append((heads, args[0].clone(), int(cache_of(output).get_seq_length())))
 
     handle = register_module_forward_hook(record)
     try:

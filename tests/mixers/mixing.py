@@ -9,6 +9,7 @@ import torch
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.families import FAMILIES
 from effconvert.modeling.model import config_class, model_class
+from effconvert.modeling.transformers_internals import cache_among, cache_name
 from effconvert.steps import load
 from tests.models import DECODERS, tiny
 
@@ -124,6 +125,16 @@ def positions(model, mask):
     return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if told else {}
 
 
+def with_cache(model, cache):
+    """A cache as an argument of `model` (or of its `generate`), under the name that this version of transformers has for it."""
+    return {cache_name(getattr(model, "_orig_mod", model)): cache}  # what was compiled
+
+
+def cache_of(out):
+    """The cache in what a model returned, None where it has none."""
+    return cache_among(out.values())
+
+
 @torch.no_grad()
 def in_pieces(model, ids, sizes, mask=None, cache=None, **given):
     """Logits of passes that go on from each other, and the cache."""
@@ -131,8 +142,8 @@ def in_pieces(model, ids, sizes, mask=None, cache=None, **given):
     for size in sizes:
         piece = {name: value[:, at : at + size] for name, value in given.items()}
         seen = {} if mask is None else {"attention_mask": mask[:, : at + size]}
-        out = model(ids[:, at : at + size], past_key_values=cache, use_cache=True, **seen, **piece)
-        cache = out.past_key_values
+        out = model(ids[:, at : at + size], use_cache=True, **with_cache(model, cache), **seen, **piece)
+        cache = cache_of(out)
         made.append(out.logits)
         at += size
     return torch.cat(made, 1), cache

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from effconvert.modeling import cache_for
 from effconvert.modeling.state import State
-from tests.mixers.mixing import ROWS, SAME, converted, far, in_pieces, pair, positions, run, small, tokens
+from tests.mixers.mixing import ROWS, SAME, cache_of, converted, far, in_pieces, pair, positions, run, small, tokens, with_cache
 from tests.models import tiny
 
 LAYERS = 6
@@ -111,7 +111,7 @@ def test_greedy_text_is_that_of_the_whole_pass(mixed):
     assert torch.equal(greedy(mixed, ids), expected)
     assert torch.equal(greedy(mixed, ids, use_cache=False), expected)
     assert torch.equal(greedy(mixed, ids, prefill_chunk_size=7), expected)
-    assert torch.equal(greedy(mixed, ids, past_key_values=cache_for(mixed.config)), expected)
+    assert torch.equal(greedy(mixed, ids, **with_cache(mixed, cache_for(mixed.config))), expected)
 
 
 def test_greedy_text_of_a_padded_batch_is_that_of_each_row(mixed):
@@ -147,13 +147,13 @@ def test_a_text_many_windows_long_takes_no_more_memory(llama):
     cache, made = cache_for(llama.config), []
     with torch.no_grad():
         for token in [*ids[0, :4].tolist(), *ids[0].tolist()]:  # 28 tokens, more than 4 windows
-            out = llama(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+            out = llama(torch.tensor([[token]]), use_cache=True, **with_cache(llama, cache))
             made.append(out.logits)
             sizes.add(tuple(layer.nbytes for layer in cache.layers if isinstance(layer, State)))
     assert torch.cat(made).isfinite().all()
     assert len(sizes) == 1
     assert [layer.keys.shape[-2] for layer in cache.layers if not isinstance(layer, State)] == [28, 28]
-    text = greedy(llama, ids, 30, past_key_values=cache_for(llama.config))
+    text = greedy(llama, ids, 30, **with_cache(llama, cache_for(llama.config)))
     assert text.shape == (1, 30)
 
 
@@ -175,7 +175,8 @@ def test_the_dynamic_cache_may_be_named(llama):
 
 def test_a_cache_of_the_callers_own_without_room_for_a_state_is_refused(mixed):
     for cache in (DynamicCache(config=mixed.config), DynamicCache()):
-        for call in (lambda cache=cache: mixed(tokens(), past_key_values=cache), lambda cache=cache: greedy(mixed, tokens(), 4, past_key_values=cache)):
+        given = with_cache(mixed, cache)
+        for call in (lambda given=given: mixed(tokens(), **given), lambda given=given: greedy(mixed, tokens(), 4, **given)):
             with pytest.raises(ValueError, match="cache_for"):
                 call()
 
@@ -219,14 +220,14 @@ def test_the_model_inside_needs_no_cache_of_the_caller(mixed):
     expected = mixed.base_model(tokens(), use_cache=False).last_hidden_state
     made = mixed.base_model(tokens())
     assert far(made.last_hidden_state, expected) <= SAME
-    assert isinstance(made.past_key_values.layers[1], State)
+    assert isinstance(cache_of(made).layers[1], State)
 
 
 def test_without_a_cache_none_is_made(mixed):
-    assert mixed(tokens(), use_cache=False).past_key_values is None
+    assert cache_of(mixed(tokens(), use_cache=False)) is None
     config = copy.deepcopy(mixed.config)
     config.use_cache = False
-    assert type(mixed)(config)(tokens()).past_key_values is None
+    assert cache_of(type(mixed)(config)(tokens())) is None
 
 
 @pytest.mark.parametrize("how", [{}, {"use_cache": False}, {"use_cache": True}], ids=str)

@@ -4,14 +4,15 @@ import copy
 
 import pytest
 import torch
-from effconvert.modeling._call import Call, State
 
 from effconvert.checkpoint.families import FAMILIES
 from effconvert.errors import ModelError
 from effconvert.modeling.attention import Mixer
 from effconvert.modeling.caches import growth_bytes, state_bytes
 from effconvert.modeling.model import model_class
+from effconvert.modeling.state import State
 from effconvert.steps import load, techniques
+from effconvert.surgery.mixing._call import Call
 from effconvert.surgery.mixing._mixing import Mixing
 from tests.mixers.mixing import (
     MATRIX,

@@ -5,7 +5,7 @@ import torch
 
 from effconvert.modeling.model import cache_for
 from effconvert.modeling.packed import Packing
-from tests.mixers.mixing import MATRIX, ROWS, SAME, far, pair, run, small, stock_config, tokens, wide
+from tests.mixers.mixing import MATRIX, ROWS, SAME, cache_of, far, pair, run, small, stock_config, tokens, wide, with_cache
 from tests.models import DECODERS, tiny
 
 PACKS = [(name, kind) for name, kind in MATRIX if kind in DECODERS and kind != "opt"]
@@ -37,7 +37,7 @@ def test_each_text_is_read_as_if_it_were_alone(name, kind):
     assert far(made, run(model, ids)) > 10 * SAME  # one text would give something else
     with torch.no_grad():
         again = model(ids, position_ids=places)  # a cache is not asked for, and not made
-    assert again.past_key_values is None
+    assert cache_of(again) is None
     assert far(again.logits, made) <= SAME
 
 
@@ -90,7 +90,7 @@ def test_families_that_would_mix_them_are_refused(kind):
 def test_a_cache_for_them_is_refused(given):
     _, model = pair("llama", ("streaming", small("streaming", "llama")))
     ids, places = packed()
-    more = {"use_cache": True} if given == "use_cache" else {"past_key_values": cache_for(model.config)}
+    more = {"use_cache": True} if given == "use_cache" else with_cache(model, cache_for(model.config))
     with pytest.raises(ValueError, match="cannot be gone on with in a cache"):
         model(ids, position_ids=places, **more)
 

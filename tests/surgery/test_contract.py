@@ -113,7 +113,7 @@ def held(model, length):
     """Bytes of the cache in layers of softmax and in those of mixers."""
     cache = effconvert.modeling.cache_for(model.config)
     with torch.inference_mode():
-        model(torch.tensor([[3] * length]), past_key_values=cache, use_cache=True)
+        model(torch.tensor([[3] * length]), use_cache=True, **mixing.with_cache(model, cache))
     softmax = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if not hasattr(layer, "nbytes")]
     return sum(softmax), sum(layer.nbytes for layer in cache.layers if hasattr(layer, "nbytes"))
 

@@ -24,7 +24,7 @@ from effconvert.surgery._placed import open_checked
 from effconvert.surgery.mixing._call import Call
 from effconvert.surgery.mixing._mixing import Mixing
 from effconvert.surgery.mixing.linformer_causal import LinformerCausal
-from tests.mixers.mixing import SAME, far, in_pieces, pair, run, tokens
+from tests.mixers.mixing import SAME, far, in_pieces, pair, run, tokens, with_cache
 from tests.models import characters, save, tiny
 from tests.surgery.rows import GROUPS, HEADS, WIDTH, random
 from tests.surgery.rows import config as shape
@@ -308,7 +308,7 @@ def test_a_cache_that_was_reset_begins_anew(llama):
 def test_written_text_is_that_without_a_cache(llama, how):
     cached = llama.generate(tokens(), **GREEDY, **how)
     assert torch.equal(cached, llama.generate(tokens(), **GREEDY, **{**how, "prefill_chunk_size": None}, use_cache=False))
-    assert torch.equal(cached, llama.generate(tokens(), **GREEDY, **how, past_key_values=cache_for(llama.config)))
+    assert torch.equal(cached, llama.generate(tokens(), **GREEDY, **how, **with_cache(llama, cache_for(llama.config))))
 
 
 def test_written_text_of_a_padded_batch_is_that_of_each_row(llama):

@@ -174,7 +174,9 @@ def logits_of(model: Any, window: Tensor) -> Tensor:
 @torch.inference_mode()
 def kv_bytes(model: Any, window: Tensor) -> tuple[int, int]:
     """Measure the bytes of the cache object after one sequence [T]: of layers whose cache grows with it, and of mixers."""
-    cache = model(window[None].to(model.device), use_cache=True).past_key_values
+    from effconvert.modeling.transformers_internals import cache_among
+
+    cache = cache_among(model(window[None].to(model.device), use_cache=True).values())
     fixed = sum(layer.nbytes for layer in cache.layers if hasattr(layer, "nbytes"))
     return cache_bytes(cache) - fixed, fixed
 

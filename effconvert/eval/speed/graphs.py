@@ -23,11 +23,15 @@ def capture(model: Any, tokens: Tensor, cache: Any) -> Callable[[Tensor], Tensor
     Raises:
         ModelError: the cache's place is a Python number, which a graph would repeat instead of counting on.
     """
+    from effconvert.modeling.transformers_internals import cache_name
+
     if any(layer.is_sliding for layer in cache.layers):
         raise ModelError("its sliding windows cannot be in a CUDA graph, as transformers counts their tokens in Python; leave --graphs out")
 
+    given = {cache_name(model): cache}
+
     def step() -> None:
-        tokens.copy_(model(tokens, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1))
+        tokens.copy_(model(tokens, **given, use_cache=True).logits[:, -1:].argmax(-1))
 
     with torch.cuda.device(tokens.device):
         step()  # has the cache allocated

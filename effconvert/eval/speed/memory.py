@@ -36,12 +36,14 @@ def needed(opened: Opened, model: Any, batch: int, context: int, new_tokens: int
 
     Rather too much: what one layer makes is added up as if none of it were freed, with norms and softmax in float32.
     """
+    from effconvert.modeling.transformers_internals import implementation
+
     config, subject, itemsize = opened.checkpoint.config, opened.subject, int(model.dtype.itemsize)
     rows = batch * context
     cache = batch * kv_bytes(config, itemsize, context + new_tokens)
     layer = rows * itemsize * (4 * subject.hidden + (3 * subject.heads + 2 * subject.kv_heads) * subject.head_dim + 4 * subject.ffn) + rows * 8 * subject.hidden
     logits = (batch if opened.decoder else rows) * subject.vocabulary * itemsize
-    scores = rows * context * subject.heads * (4 + 2 * itemsize) if model.config._attn_implementation == "eager" else 0
+    scores = rows * context * subject.heads * (4 + 2 * itemsize) if implementation(model.config) == "eager" else 0
     return cache + 2 * cache // subject.layers + FRAGMENTS * layer + scores + logits
 
 

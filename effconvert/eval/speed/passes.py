@@ -71,6 +71,8 @@ class Runner:
     def __init__(self, loaded: Loaded, job: Job) -> None:
         from transformers import StaticCache
 
+        from effconvert.modeling.transformers_internals import cache_name
+
         self.model, self.job, self.wait, self.writes = loaded.model, job, _waiter(job.device), writes(loaded.opened)
         prompts = torch.randint(job.vocabulary, (job.batch, job.context), generator=torch.Generator().manual_seed(SEED))
         self.prompts = prompts.to(job.device)  # [B, T]; there is no padding, so no mask
@@ -80,6 +82,7 @@ class Runner:
             raise OptionError(f"--cache static has no room for what the mixers of {loaded.opened.subject.name} remember; leave it out")
         if static and loaded.opened.checkpoint.config.family.shares_kv_in_our_class:
             raise OptionError(f"--cache static would hold the KV heads that {loaded.opened.subject.name} shares as often as they are used; leave it out")
+        self.cache_name = cache_name(self.model) if self.writes else ""
         self.room = StaticCache(config=self.model.config, max_cache_len=job.context + job.options.new_tokens) if static else None
         self.replay = capture(self.model, self.prompts[:, :1].clone(), self.room) if job.options.graphs and static else None
         self.cache_bytes: int | None = None
@@ -87,9 +90,11 @@ class Runner:
     @torch.inference_mode()
     def run(self) -> Seconds:
         """Read the prompts, then write tokens one by one."""
+        from effconvert.modeling.transformers_internals import cache_among
+
         if self.room is not None:
             self.room.reset()
-        options = {"past_key_values": self.room, "use_cache": True, **self.last} if self.writes else {}
+        options = {self.cache_name: self.room, "use_cache": True, **self.last} if self.writes else {}
         self.wait()
         start = time.perf_counter()
         output = self.model(self.prompts, **options)
@@ -100,12 +105,12 @@ class Runner:
         tokens = output.logits[:, -1:].argmax(-1)  # [B, 1]
         self.wait()
         first = time.perf_counter() - start
-        cache = output.past_key_values
+        cache = cache_among(output.values())
         del output
         self.cache_bytes = cache_bytes(cache)
         start = time.perf_counter()
         for _ in range(self.job.options.new_tokens):
-            tokens = self.replay(tokens) if self.replay else self.model(tokens, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            tokens = self.replay(tokens) if self.replay else self.model(tokens, **{self.cache_name: cache}, use_cache=True).logits[:, -1:].argmax(-1)
         self.wait()
         return Seconds(prefill, first, (time.perf_counter() - start) / self.job.options.new_tokens)
 
