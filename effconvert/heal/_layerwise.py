@@ -22,6 +22,7 @@ from effconvert.checkpoint.layer import Deferred, Layer
 from effconvert.checkpoint.shards import FLOATS, Stored
 from effconvert.modeling.attention import attend
 from effconvert.modeling.loading import class_of, quiet
+from effconvert.modeling.transformers_internals import names_at_run_time
 
 BATCH, TOGETHER = 2, 1024  # windows that are run at a time at most, and tokens where more than one is
 PROBE = "effconvert_probe"  # the name of our attention function in transformers' registry
@@ -98,8 +99,23 @@ class Stage:
         self.model = skeleton(config, device)
         self.layers: list[nn.Module] = list(self.model.get_submodule(config.family.layers))
         self.ids = ids
-        fill(self.model, outer)
+        self._fill_outer(outer)
         self.calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}  # tokens in a text -> what each layer is called with
+
+    def _fill_outer(self, outer: Tensors) -> None:
+        """Give what is outside the layers its weights; what no layer reads, such as a pooler, may be missing."""
+        outside = {name: parameter for name, parameter in self.model.named_parameters() if not name.startswith(f"{self.config.family.layers}.")}
+        fill(self.model, self._named(outer, outside, partial=True))
+
+    def _inside(self, index: int, tensors: Tensors) -> dict[str, Tensor]:
+        """Return the tensors of a layer as its module calls them: name in the layer -> tensor."""
+        at = f"{self.config.family.layers}.{index}."
+        expected = {at + name: parameter for name, parameter in self.layers[index].named_parameters()}
+        named = self._named({at + name: tensor for name, tensor in tensors.items()}, expected)
+        return {name.removeprefix(at): tensor for name, tensor in named.items()}
+
+    def _named(self, tensors: Tensors, expected: Tensors, partial: bool = False) -> dict[str, Tensor]:
+        return names_at_run_time(tensors, self.config.family.base, self.config.kind, expected, partial)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -145,7 +161,7 @@ class Stage:
 
         With `until` it is run up to the module of that part, and no further.
         """
-        module = self.layers[index]
+        module, tensors = self.layers[index], self._inside(index, tensors)
         try:
             for state in states:
                 if state.shape[1] not in self.calls:
@@ -167,7 +183,7 @@ class Stage:
         module, (args, kwargs) = self.layers[index], self.calls[state.shape[1]][index]
         look = Look(state)
         with _watching(module, {until: self.config.parts[until]}, look, until):
-            functional_call(module, dict(tensors), (state, *_fitting(args, state)), _fitting(kwargs, state))
+            functional_call(module, self._inside(index, tensors), (state, *_fitting(args, state)), _fitting(kwargs, state))
         return look.outputs[until]
 
     def _until_enough(self, batch: Tensor) -> None:

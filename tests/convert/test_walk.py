@@ -11,6 +11,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.checkpoint.families import FAMILIES
 from effconvert.checkpoint.shards import read_header
+from effconvert.errors import ModelError
 from effconvert.heal._layerwise import Look, Stage, embedding_rows, stored_tensors
 from tests.models import DECODERS, SETTINGS, save, tiny
 
@@ -179,9 +180,22 @@ def test_the_weights_of_a_layer_are_gone_after_its_run(kind, tmp_path):
     assert on_meta(stage)
     list(stage.run(1, weights_of(checkpoint, 1), states, ("o",), until="o"))
     assert on_meta(stage)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ModelError, match=r"missing: .*; left over: .*nothing"):
         list(stage.run(0, {"nothing": torch.zeros(1)}, states))
     assert on_meta(stage)
+
+
+def test_a_layer_gets_all_of_its_tensors_and_no_other(tmp_path):
+    checkpoint, stage = stage_of(save(tiny("bert"), tmp_path / "model"), token_ids())
+    states, weights = stage.begin(), weights_of(checkpoint, 0)
+    old = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor for name, tensor in weights.items()}
+    expected, found = (next(stage.run(0, tensors, states)).out for tensors in (weights, old))
+    assert torch.equal(found, expected)  # the names of old files are those that from_pretrained takes, too
+    for change in (lambda held: held.pop("output.dense.bias"), lambda held: held.update(more=torch.zeros(1))):
+        changed = dict(weights)
+        change(changed)
+        with pytest.raises(ModelError, match=r"missing: .*output\.dense\.bias|left over: .*more"):
+            next(stage.run(0, changed, states))
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
