@@ -275,7 +275,8 @@ class Layer(Parts):
         config, source = self.config, self._source
         own = [part for part in self if f".{OWN}" in part and config.replaced_at(self.index, part.partition(".")[0])]
         known = config.parts.keys() - config.lacks(self.index)
-        if lost := [part for part in self if part.removesuffix(".bias") not in known and part not in own]:
+        known |= {f"{record.place}.bias" for record in config.replaced_in(self.index)}
+        if lost := [part for part in self if part not in known and part.removesuffix(".bias") not in known and part not in own]:
             raise ModelError(f"layer {self.index} became one with {', '.join(lost)}, for which {config.family.lm} has no place; it has {', '.join(known)}")
         for module, parts in config.modules.items():
             for suffix in ("", ".bias"):
