@@ -35,7 +35,7 @@ def _later(make: Callable[[], Any], **known: Any) -> Any:
     return _Later("Later", (), {"_make": staticmethod(make), **known})
 
 
-def configs(_: Any) -> None:
+def configs() -> None:
     """Register the configs; called when transformers' AutoConfig has been imported, maybe while other modules of it still are."""
     from transformers import AutoConfig
 
