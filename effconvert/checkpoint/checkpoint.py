@@ -12,7 +12,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from effconvert.checkpoint.config import Config, read_config
-from effconvert.checkpoint.layer import Activations, Layer, Model, Outer
+from effconvert.checkpoint.layer import Activations, Layer, Model
+from effconvert.checkpoint.outer import Outer
 from effconvert.checkpoint.replaced import OWN
 from effconvert.checkpoint.shards import FLOATS, Stored, read_header
 from effconvert.errors import ModelError, OptionError

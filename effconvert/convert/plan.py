@@ -9,11 +9,12 @@ from pathlib import Path
 
 import psutil
 
-from effconvert import __version__
 from effconvert.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
 from effconvert.checkpoint.config import CONFIG, Config
-from effconvert.checkpoint.layer import Activations, Model, Parts, outer_prefix
+from effconvert.checkpoint.layer import Activations, Model
 from effconvert.checkpoint.manifest import CARD, RECIPE
+from effconvert.checkpoint.outer import outer_prefix
+from effconvert.checkpoint.parts import Parts
 from effconvert.checkpoint.replaced import STUB_FILE
 from effconvert.checkpoint.shards import ITEMSIZE, Stored
 from effconvert.convert.files import other_files
@@ -22,6 +23,7 @@ from effconvert.errors import ModelError
 from effconvert.heal._layerwise import Calibration
 from effconvert.modeling.size import Size, size_of, size_of_tensors
 from effconvert.surgery._surgery import Step
+from effconvert.version import __version__
 
 OUTER = -1  # in place of a layer's number: what is outside the layers
 LARGEST = 5_000_000_000  # bytes of a shard, as huggingface_hub has it, where the source's own shards are not larger

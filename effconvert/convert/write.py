@@ -17,8 +17,8 @@ from torch import Tensor
 
 from effconvert.checkpoint.checkpoint import INDEX
 from effconvert.checkpoint.config import CONFIG
-from effconvert.checkpoint.layer import Deferred
 from effconvert.checkpoint.manifest import DRAFT, read_manifest, save_manifest, to_disk
+from effconvert.checkpoint.parts import Deferred
 from effconvert.checkpoint.replaced import STUB, STUB_FILE
 from effconvert.checkpoint.shards import as_bytes, copy_run, header
 from effconvert.convert.calibrate import computed

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from effconvert.checkpoint.layer import Layer
 from effconvert.heal._layerwise import Look
-from effconvert.heal._regression import HELD_OUT, Attended, Moments, Queries, Turn, Values, by_head, ridge, solve
+from effconvert.heal._regression import Attended, Queries, Turn, Values, by_head, solve
+from effconvert.surgery._ridge import HELD_OUT, Moments, ridge
 
 SAME = 1e-5  # of the size of an output: nearer than this there is nothing to heal
 

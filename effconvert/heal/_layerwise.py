@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.layer import Deferred, Layer
+from effconvert.checkpoint.layer import Layer
+from effconvert.checkpoint.parts import Deferred
 from effconvert.checkpoint.shards import FLOATS, Stored
 from effconvert.modeling.attention import attend
 from effconvert.modeling.loading import class_of, quiet

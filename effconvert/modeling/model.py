@@ -1,6 +1,6 @@
 """Models of transformers with mixers in them: each class is derived from the family's own, so whatever works on that works on this."""
 
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from effconvert.modeling.attention import NAME, SOFTMAX, install
 from effconvert.modeling.caches import caches
 from effconvert.modeling.grouped import Grouped, share
 from effconvert.modeling.places import Own, put
+from effconvert.modeling.stand_ins import stand_in
 from effconvert.modeling.state import State
 from effconvert.modeling.transformers_internals import (
     Cache,
@@ -23,6 +24,7 @@ from effconvert.modeling.transformers_internals import (
     DynamicLayer,
     attend_by,
     attends,
+    auto_classes,
     cache_among,
     cache_name,
     checkpoints,
@@ -196,9 +198,8 @@ def config_class(kind: str) -> Any:
     """Return the config class of a converted family."""
     stock = type(transformers.AutoConfig.for_model(kind))
     made = type(f"{CLASS}{stock.__name__}", (ConvertedConfig, stock), {"model_type": KIND + kind, "__module__": "effconvert.modeling"})
-    from effconvert.modeling.register import models
-
-    models(kind, made)
+    for opens, name in auto_classes(kind):  # the config's class comes before any model's
+        opens.register(made, stand_in(partial(model_class, name), config_class=made), exist_ok=True)
     return made
 
 

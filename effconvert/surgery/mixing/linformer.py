@@ -91,7 +91,7 @@ class Linformer(Mixing):
         """
         import torch
 
-        from effconvert.heal._regression import HELD_OUT, Moments, ridge
+        from effconvert.surgery._ridge import HELD_OUT, Moments, ridge
 
         assert layer.walk
         value_map = values["value_map"].clone()
