@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import os
 import re
 import sys
@@ -14,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from effconvert.convert.checkpoint import INDEX, PICKLES, SINGLE
+from effconvert.convert.quiet import quiet_hub
 from effconvert.errors import EffconvertError, ModelError, OptionError
 from effconvert.options import shown
 from effconvert.paths import expand
@@ -76,14 +76,8 @@ def fetch(model: str, revision: str | None) -> Path:
 
 def _snapshot(model: str, revision: str | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.utils.logging import get_verbosity, set_verbosity
-    from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    verbosity = get_verbosity()
-    set_verbosity(logging.ERROR)  # what matters of its warnings is said here
-    try:
+    with quiet_hub(bars=sys.stderr.isatty()):
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=BESIDE_WEIGHTS))
         # Only the weights that the index names: some repositories hold them a second time in one file.
         shards = list(json.loads((folder / INDEX).read_text())["weight_map"].values()) if (folder / INDEX).is_file() else [SINGLE]
@@ -93,8 +87,6 @@ def _snapshot(model: str, revision: str | None) -> Path:
             instead = f", only pickle ({pickles[0]}), which can run code when opened" if pickles else ""
             raise ModelError(f"{model} has no safetensors on the Hub{instead}; take a revision that has them")
         return folder
-    finally:
-        set_verbosity(verbosity)
 
 
 def unpack_gguf(path: Path) -> Path:
@@ -110,16 +102,15 @@ def unpack_gguf(path: Path) -> Path:
 
     import torch
     import transformers
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    from effconvert.convert.stock import quiet
+
     folder.parent.mkdir(parents=True, exist_ok=True)
-    quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO())  # its progress bar is for people
-    with TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as scratch:
+    hidden = nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO())  # its progress bar is for people
+    with quiet(), TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as scratch:
         draft = Path(scratch) / "model"
         try:
-            with quiet:
+            with hidden:
                 model = transformers.AutoModelForCausalLM.from_pretrained(
                     path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=transformers.GgufConfig(dequantize=True)
                 )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from effconvert.convert.config import Config
+from effconvert.convert.quiet import quiet_hub
 from effconvert.errors import ModelError
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
@@ -19,14 +20,15 @@ def quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
+    with quiet_hub():  # whose bars transformers turns off and on with its own
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if bar:
+                logging.enable_progress_bar()
 
 
 def load(folder: Path, config: Config, dtype: torch.dtype, device: str | None = None) -> Any:
