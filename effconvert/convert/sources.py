@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from effconvert.convert.checkpoint import INDEX, PICKLES, SINGLE
+from effconvert.convert.config import CONFIG
 from effconvert.convert.quiet import quiet_hub
 from effconvert.errors import EffconvertError, ModelError, OptionError
 from effconvert.options import shown
@@ -97,7 +98,7 @@ def unpack_gguf(path: Path) -> Path:
     status = path.stat()
     key = hashlib.sha256(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:16]
     folder = cache() / "gguf" / f"{path.stem}-{key}"
-    if (folder / "config.json").is_file():
+    if (folder / CONFIG).is_file():
         return folder
 
     import torch
@@ -120,8 +121,11 @@ def unpack_gguf(path: Path) -> Path:
             raise ModelError(f"{path} cannot be unpacked by transformers {transformers.__version__}: {error}") from error
         model.to(torch.bfloat16).save_pretrained(draft)
         tokenizer.save_pretrained(draft)
-        if not folder.exists():  # two at once: the first one stays
+        try:
             draft.rename(folder)
+        except OSError as error:
+            if not (folder / CONFIG).is_file():  # else somebody unpacked it meanwhile, and theirs stays
+                raise EffconvertError(f"{path} was unpacked, and {folder} is in the way ({error.strerror}); remove that, and give the same command") from None
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -236,6 +237,30 @@ def test_a_gguf_file_keeps_its_numbers(gguf: Path, command: Command) -> None:
     with safe_open(file, "pt") as opened:
         assert torch.equal(opened.get_tensor("model.layers.0.mlp.down_proj.weight"), held["blk.0.ffn_down.weight"].bfloat16())
         assert torch.equal(opened.get_tensor("model.layers.0.self_attn.v_proj.weight"), held["blk.0.attn_v.weight"].bfloat16())
+
+
+def test_of_two_unpackings_at_once_the_first_one_stays(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = Path.rename
+
+    def after_another(draft: Path, folder: Path) -> Path:
+        """Put the folder there as another process does after this one has looked."""
+        shutil.copytree(draft, folder)
+        (folder / "first").touch()
+        return rename(draft, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", after_another)
+        folder = locate(str(gguf))
+    assert {"first", "config.json", "model.safetensors"} <= {file.name for file in folder.iterdir()}
+    assert [file.name for file in folder.parent.iterdir()] == [folder.name]
+    assert locate(str(gguf)) == folder
+
+
+def test_something_in_the_place_of_an_unpacked_file_is_named(gguf: Path) -> None:
+    folder = locate(str(gguf))
+    (folder / "config.json").unlink()
+    with pytest.raises(EffconvertError, match=f"{folder} is in the way"):
+        locate(str(gguf))
 
 
 @pytest.fixture
