@@ -87,10 +87,15 @@ class Mixing(Layerwise):
             other = config.mixer(taken[0])
             raise OptionError(f"layer {taken[0]} has the mixer {other.name if other else ''} already; leave it out of --layers, or begin from the original")
 
+    @property
+    def softmax_tokens(self) -> int:
+        """How many of the last tokens are attended to by softmax all the same: layers with a window of their own that is no longer stay as they are."""
+        return 0
+
     def chosen(self, config: Config) -> set[int]:
-        """Return the layers to change: not those that are kept, nor those whose own window is no longer than the `window` of this mixer, if it has one."""
+        """Return the layers to change: not those that are kept, nor those that see no more than is left to softmax."""
         kept = self.named("keep_softmax", config) if self.keep_softmax else set()
-        kept |= {index for index, own in enumerate(config.windows()) if own and own <= getattr(self, "window", 0)}
+        kept |= {index for index, own in enumerate(config.windows()) if own and own <= self.softmax_tokens}
         return super().chosen(config) - kept
 
     def exact(self, config: Config) -> bool:
