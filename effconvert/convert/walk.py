@@ -83,6 +83,7 @@ class Look:
     outputs: dict[str, Tensor] = field(default_factory=dict)  # part -> what its module made of it
     query: Tensor | None = None  # after RoPE and norms, [B, H, T, D]
     key: Tensor | None = None  # likewise, [B, Hk, T, D]
+    scaling: float | None = None  # of their scores
     weights: Tensor | None = None  # of attention, [B, H, T, T]
 
 
@@ -268,7 +269,7 @@ _LOOKS: list[Look] = []
 
 
 def _probe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
-    """Attend as the family's own eager implementation does, and note the queries, the keys and the weights."""
+    """Attend as the family's own eager implementation does, and note the queries, the keys, their scaling and the weights."""
     if "mixing" in kwargs:
         from effconvert.mixers.attention import attend
 
@@ -277,7 +278,9 @@ def _probe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
         eager = sys.modules[type(module).__module__].eager_attention_forward
         out, weights = eager(module, query, key, value, attention_mask, **kwargs)
     if _LOOKS:
-        _LOOKS[-1].query, _LOOKS[-1].key, _LOOKS[-1].weights = query, key[:, :: getattr(module, "repeats", 1)], weights
+        look, scaling = _LOOKS[-1], kwargs.get("scaling")
+        look.query, look.key, look.weights = query, key[:, :: getattr(module, "repeats", 1)], weights
+        look.scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return out, weights
 
 
