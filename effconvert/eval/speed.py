@@ -161,7 +161,7 @@ class Turn:
         empty = Cell(self.loaded.index, self.job.batch, self.job.context, None, None, None, None, None, None, None, {}, self.failure)
         if self.failure:
             return empty
-        weights = self.loaded.read if cache is not None else None
+        weights = self.loaded.read(self.job.batch) if cache is not None else None
         return replace(
             empty,
             prefill=_timing(seconds.prefill for seconds in self.timed),
