@@ -100,8 +100,10 @@ class Converted:
         attend_by(self.config, NAME)
 
     def set_attn_implementation(self, attn_implementation: Any, *_: Any, **__: Any) -> None:
-        """Choose what layers without a mixer run; those with one go on as they are."""
-        self._run_softmax_by(attn_implementation if isinstance(attn_implementation, str) else attn_implementation[""])
+        """Choose what layers without a mixer run; those with one go on as they are, and so does all where a mapping names other models than this."""
+        chosen = attn_implementation.get("") if isinstance(attn_implementation, dict) else attn_implementation
+        if chosen is not None:
+            self._run_softmax_by(chosen)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         chosen = generation_config.cache_implementation

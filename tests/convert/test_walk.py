@@ -24,7 +24,7 @@ SEEN = []  # what attention of the whole model was called with, layer by layer
 def witness(module, query, key, value, attention_mask, **kwargs):
     """Attend as the family's eager implementation does, and remember what came in and what the weights were."""
     out, weights = sys.modules[type(module).__module__].eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    SEEN.append({"query": query, "key": key, "weights": weights})
+    SEEN.append({"query": query, "key": key, "weights": weights, "scaling": kwargs.get("scaling", query.shape[-1] ** -0.5)})
     return out, weights
 
 
@@ -61,7 +61,8 @@ def walked(folder, ids, parts=PARTS):
         states = [look.out for look in looks]
         together = {name: torch.cat([getattr(look, name) for look in looks]) for name in ("state", "out", "query", "key", "weights")}
         sides = {side: {part: torch.cat([getattr(look, side)[part] for look in looks]) for part in parts} for side in ("inputs", "outputs")}
-        layers.append(Look(**together, **sides))
+        [scaling] = {look.scaling for look in looks}
+        layers.append(Look(**together, **sides, scaling=scaling))
     return layers
 
 
@@ -94,7 +95,7 @@ def whole(model, ids, parts=PARTS):
     for handle in handles:
         handle.remove()
     for look, seen in zip(layers, SEEN, strict=True):
-        look.query, look.key, look.weights = seen["query"], seen["key"], seen["weights"]
+        look.query, look.key, look.weights, look.scaling = seen["query"], seen["key"], seen["weights"], seen["scaling"]
     return layers
 
 
@@ -105,11 +106,17 @@ def test_each_family_computes_in_a_walk_what_the_whole_model_computes(kind, tmp_
     assert len(found) == len(expected) == 2
     for mine, theirs in zip(found, expected, strict=True):
         assert theirs.out.std() > 0.05
+        assert mine.scaling == theirs.scaling
         for name in ("state", "out", "query", "key", "weights"):
             torch.testing.assert_close(getattr(mine, name), getattr(theirs, name), **CLOSE, msg=lambda told, name=name: f"{name}: {told}")
         for part in PARTS:
             torch.testing.assert_close(mine.inputs[part], theirs.inputs[part], **CLOSE)
             torch.testing.assert_close(mine.outputs[part], theirs.outputs[part], **CLOSE)
+
+
+@pytest.mark.parametrize(("kind", "changes", "scaling"), [("granite", {"attention_multiplier": 0.3}, 0.3), ("gemma2", {"query_pre_attn_scalar": 25}, 0.2)])
+def test_scores_may_be_scaled_by_what_a_config_says(kind, changes, scaling, tmp_path):
+    assert {look.scaling for look in walked(save(tiny(kind, **changes), tmp_path / "model"), token_ids())} == {scaling}
 
 
 def test_fewer_kv_heads_are_seen_as_they_are(tmp_path):
