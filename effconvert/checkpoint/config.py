@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from effconvert.checkpoint.families import FAMILIES, Family
+from effconvert.checkpoint.families import EXPERTS_KEYS, FAMILIES, Family
 from effconvert.checkpoint.replaced import KIND, Replaced, check_depth, encode, overlap, read
 from effconvert.errors import ModelError, OptionError
 
@@ -21,6 +21,7 @@ CONFIG = "config.json"
 BY_LAYER = ("layer_types", "mlp_layer_types")  # keys of config.json that hold a list with an entry for each layer
 SKIPS = {"attention": "attention", "mlp": "ffn"}  # what `per_layer_config` calls a place
 LAYER_NUMBERS = ("mlp_only_layers",)  # keys that hold numbers of layers
+TOP_K_KEY = "num_experts_per_tok"
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,32 @@ class Config:
     @cached_property
     def parts(self) -> dict[str, str]:
         """Where a layer keeps its parts: part -> module; `experts.*.gate` of the family's row once for each expert."""
-        laid: dict[str, str] = {}
-        for part, module in self.family.parts.items():
-            numbers = range(self.experts) if "*" in part else (0,)
-            laid |= {part.replace("*", str(number)): module.replace("*", str(number)) for number in numbers}
+        laid = {part: module for part, module in self.family.parts.items() if "*" not in part}
+        each = {part: module for part, module in self.family.parts.items() if "*" in part}
+        for number in map(str, range(self.experts)):
+            laid |= {part.replace("*", number): module.replace("*", number) for part, module in each.items()}
         return laid
+
+    @cached_property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """The shape [out, in] of each projection of a layer: part -> rows, columns."""
+        rows, kv_rows, width, ffn, inner = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden, self.ffn, self.expert_ffn
+        shapes = {"q": (rows, width), "k": (kv_rows, width), "v": (kv_rows, width), "o": (width, rows)}
+        shapes |= {"gate": (ffn, width), "up": (ffn, width), "down": (width, ffn), "router": (self.experts, width), "shared_router": (1, width)}
+        for number in range(self.experts):
+            shapes |= {f"experts.{number}.gate": (inner, width), f"experts.{number}.up": (inner, width), f"experts.{number}.down": (width, inner)}
+        return shapes
+
+    def stacked(self, parts: Sequence[str]) -> bool:
+        """Whether what is fused of these parts is a tensor [E, out, in]: the experts of a family that keeps them together."""
+        return self.family.experts_stacked and parts[0].startswith("experts.")
+
+    def stored_shape(self, parts: Sequence[str]) -> tuple[int, ...]:
+        """Return the shape on disk of the tensor that these parts are fused in."""
+        rows, columns = sum(self.matrices[part][0] for part in parts), self.matrices[parts[0]][1]
+        if self.stacked(parts):
+            return self.experts, rows // self.experts, columns
+        return (columns, rows) if self.family.transposed else (rows, columns)
 
     @cached_property
     def modules(self) -> dict[str, tuple[str, ...]]:
@@ -110,7 +132,14 @@ class Config:
     @property
     def experts(self) -> int:
         """Experts of a layer, E; 0 where the family has none."""
-        return self._whole(self.family.experts_key) if self.family.experts_key else 0
+        if not self.family.experts_key:
+            return 0
+        return self._whole(next((key for key in EXPERTS_KEYS if key in self.raw), self.family.experts_key))
+
+    @property
+    def top_k(self) -> int:
+        """Experts that run for a token; 0 where the family has none."""
+        return min(self._whole(TOP_K_KEY), self.experts) if self.experts else 0
 
     @property
     def expert_ffn(self) -> int:
@@ -181,6 +210,11 @@ class Config:
         return self._whole("head_dim") if self.get("head_dim") is not None else self.hidden // max(1, self.heads)
 
     @property
+    def scale(self) -> float:
+        """What scores are multiplied by, of a family that takes them as they come from queries and keys."""
+        return float(self.get(self.family.scale_key)) if self.family.scale_key else self.head_dim**-0.5
+
+    @property
     def rotary(self) -> int:
         """Dimensions of a head that RoPE turns; the first ones."""
         parameters = self.get("rope_parameters") or {}
@@ -226,8 +260,9 @@ class Config:
         kinds = self.get("layer_types")
         if kinds is None:
             every = self.get(self.family.pattern_key) or self.family.pattern
-            first = self.get("max_window_layers") or 0
-            seen = [i < first or (every and (i + self.family.pattern_from) % every == 0) for i in range(self.layers)]
+            first = 0 if self.family.layers_alike else self.get("max_window_layers") or 0
+            apart = [(i >= first) if self.family.first_windowed else i < first for i in range(self.layers)]
+            seen = [apart[i] or (every and (i + self.family.pattern_from) % every == 0) for i in range(self.layers)]
             kinds = ["full_attention" if everything else "sliding_attention" for everything in seen]
         return [int(window) if kind == "sliding_attention" else None for kind in kinds]
 
@@ -286,6 +321,23 @@ class Config:
         types = {} if family.layers_alike else {"layer_types": kinds, "max_window_layers": 0}
         return replace(own, raw={**own.raw, **family.window_keys, "sliding_window": window, **types})
 
+    def saying(self, keys: Mapping[str, Any]) -> "Config":
+        """Return this config with other values of some keys."""
+        return replace(self, raw={**self.raw, **keys})
+
+    def without(self, *keys: str) -> "Config":
+        """Return this config without some keys."""
+        return replace(self, raw={key: value for key, value in self.raw.items() if key not in keys})
+
+    def spelt_out(self) -> "Config":
+        """Return this config with what transformers takes where it is silent written out, for a class that takes something else."""
+        raw = {**self.family.defaults, **self.raw, "head_dim": self.head_dim}
+        if self.family.kv_heads_key:
+            raw[self.family.kv_heads_key] = self.kv_heads
+        if self.get("rope_parameters") and "rope_theta" in raw:
+            raw["rope_parameters"] = {"rope_theta": raw.pop("rope_theta"), **raw["rope_parameters"]}
+        return replace(self, raw=raw)
+
     def become(self, kind: str) -> "Config":
         """Return this config as that of the related family `kind`."""
         family = FAMILIES[kind]
@@ -341,7 +393,8 @@ def read_config(folder: Path) -> Config:
         if raw.get(key, needed) != needed:
             raise ModelError(f"{kind} with {key} = {raw[key]!r} is laid out differently from the {kind} that effconvert knows, which needs {needed!r}")
     for key, (fits, needed) in SOUND.items():
-        if config.get(key) is not None and not fits(config.get(key)):
+        unused = key == family.window_key and config.get("use_sliding_window") is False  # qwen2_moe's own class writes 0 then
+        if config.get(key) is not None and not unused and not fits(config.get(key)):
             raise ModelError(f"{path} says {key} = {config.get(key)!r}, where {needed} is needed; mend the file")
     stem = family.base.removesuffix("Model")
     if config.architecture not in (family.base, family.lm) and not re.fullmatch(rf"{stem}For[A-Za-z]+", config.architecture):
@@ -356,6 +409,10 @@ def read_config(folder: Path) -> Config:
 
 def _whole(least: int) -> tuple[Callable[[Any], bool], str]:
     return lambda value: type(value) is int and value >= least, f"a whole number of at least {least}, or null,"
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)
 
 
 def _names(value: Any) -> bool:
@@ -374,6 +431,9 @@ SOUND: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_position_embeddings": _whole(1),
     "n_positions": _whole(1),
     "vocab_size": _whole(1),
+    "num_experts_per_tok": _whole(1),
+    "decoder_sparse_step": _whole(1),
+    "mlp_only_layers": (_numbers, "a list of the numbers of layers"),
     "tie_word_embeddings": (lambda value: isinstance(value, bool), "true or false"),
     "use_sliding_window": (lambda value: isinstance(value, bool), "true or false"),
 }

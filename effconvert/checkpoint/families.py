@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
+EXPERTS_KEYS = ("num_local_experts", "num_experts")  # of config.json: transformers reads the one for the other
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
@@ -46,7 +48,14 @@ class Family:
     shares_kv_in_our_class: bool = False  # query heads share KV heads, which no class of transformers for this family can
     ffn: str = ""  # the module of a layer that is its FFN; empty: there is none, its projections stand in the layer itself
     expert_ffn_key: str = ""  # width inside an expert, where it is not that of `ffn_key`
+    shared_ffn_key: str = ""  # width of the expert that runs for every token, where there is one
     experts_key: str = ""  # number of experts of a layer, of which `parts` speaks as experts.*.gate
+    experts_stacked: bool = False  # all experts of a layer lie in one tensor [E, out, in], and not each in its own
+    dense_layers_key: str = ""  # numbers of the layers that have an FFN and no experts; empty: all layers have experts
+    upcycled: Mapping[str, Mapping[str, object]] = field(
+        default_factory=dict
+    )  # the families that are this one with experts, the best first: what they need said
+    scale_key: str = ""  # what scores are multiplied by; empty: one over the root of a head's width
     multi_query: str = ""  # the family that is this one with a single KV head
     window_key: str = "sliding_window"
     pattern_key: str = "sliding_window_pattern"  # n, where every n-th layer has no window
@@ -55,6 +64,7 @@ class Family:
     windowed: str = ""  # the family that is this one with a sliding window, maybe itself
     window_keys: Mapping[str, object] = field(default_factory=dict)  # what else its config says then
     layers_alike: bool = False  # whether its window holds in all layers or in none
+    first_windowed: bool = False  # the first `max_window_layers` layers have the window, and not those after them
     defaults: Mapping[str, Any] = field(default_factory=dict)  # what transformers takes where the config is silent
     constants: Mapping[str, object] = field(default_factory=dict)  # config values that this row takes for granted
     absent: Mapping[str, object] = field(default_factory=dict)  # keys of its relatives that it lacks, and what it does instead
@@ -92,10 +102,22 @@ LLAMA = Family(
     rope="halves",
     ffn="mlp",
 )
+WITHOUT_FFN = {part: at for part, at in LLAMA.parts.items() if part not in ("gate", "up", "down")}
+EXPERTS = {"router": "mlp.gate", **{f"experts.*.{part}": f"mlp.experts.*.{part}_proj" for part in ("gate", "up", "down")}}
+TWO_OF_EIGHT = {"num_local_experts": 8, "num_experts_per_tok": 2}
+MULTIPLIERS = dict.fromkeys(("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"), 1.0)
 QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 POST_NORMS = {"attn_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
 QWEN_DEFAULTS = {"num_key_value_heads": 32, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
-QWEN2 = replace(LLAMA, base="Qwen2Model", lm="Qwen2ForCausalLM", defaults=QWEN_DEFAULTS, windowed="qwen2", window_keys={"use_sliding_window": True})
+QWEN2 = replace(
+    LLAMA,
+    base="Qwen2Model",
+    lm="Qwen2ForCausalLM",
+    defaults=QWEN_DEFAULTS,
+    windowed="qwen2",
+    window_keys={"use_sliding_window": True},
+    upcycled={"qwen2_moe": {"norm_topk_prob": True, "qkv_bias": True}},
+)
 QWEN3 = replace(
     QWEN2,
     base="Qwen3Model",
@@ -103,6 +125,16 @@ QWEN3 = replace(
     parts={**LLAMA.parts, **QK_NORMS},
     defaults={**QWEN_DEFAULTS, "head_dim": 128},
     windowed="qwen3",
+    upcycled={"qwen3_moe": {"norm_topk_prob": True}},
+)
+OLMO2 = replace(
+    LLAMA,
+    base="Olmo2Model",
+    lm="Olmo2ForCausalLM",
+    parts={part: at for part, at in {**LLAMA.parts, **QK_NORMS, **POST_NORMS}.items() if part not in ("attn_norm", "mlp_norm")},
+    per_kv_head=("k", "v", "k_norm"),  # its QK-norms have a weight for every channel of every head
+    defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "rope_theta": 10000.0, "pad_token_id": 1, "eos_token_id": 50279},
+    upcycled={"flex_olmo": {"norm_topk_prob": True}},
 )
 GEMMA2 = replace(
     LLAMA,
@@ -178,19 +210,27 @@ BERT = Family(
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
-        "llama": replace(LLAMA, windowed="mistral"),
+        "llama": replace(
+            LLAMA,
+            defaults={"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "rope_theta": 10000.0, "bos_token_id": 1, "eos_token_id": 2},
+            windowed="mistral",
+            upcycled={"mixtral": {}, "granitemoe": {}, "qwen2_moe": {"norm_topk_prob": True, "qkv_bias": False}},
+        ),
         "mistral": replace(
             LLAMA,
             base="MistralModel",
             lm="MistralForCausalLM",
-            defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+            defaults={"num_key_value_heads": 8, "sliding_window": 4096, "rms_norm_eps": 1e-6, "rope_theta": 10000.0},
             absent={"attention_bias": False, "mlp_bias": False},
             windowed="mistral",
             layers_alike=True,
+            upcycled={"mixtral": {}},
         ),
         "qwen2": QWEN2,
         "qwen3": QWEN3,
-        "granite": replace(LLAMA, base="GraniteModel", lm="GraniteForCausalLM"),
+        "granite": replace(
+            LLAMA, base="GraniteModel", lm="GraniteForCausalLM", scale_key="attention_multiplier", defaults=MULTIPLIERS, upcycled={"granitemoe": {}}
+        ),
         "gemma": replace(LLAMA, base="GemmaModel", lm="GemmaForCausalLM", defaults={"tie_word_embeddings": True, "head_dim": 256, "num_key_value_heads": 16}),
         "gemma2": GEMMA2,
         "gemma3_text": replace(
@@ -200,13 +240,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             parts={**GEMMA2.parts, **QK_NORMS},
             defaults={**GEMMA2.defaults, "sliding_window_pattern": 6},
         ),
-        "olmo2": replace(
-            LLAMA,
-            base="Olmo2Model",
-            lm="Olmo2ForCausalLM",
-            parts={part: at for part, at in {**LLAMA.parts, **QK_NORMS, **POST_NORMS}.items() if part not in ("attn_norm", "mlp_norm")},
-            per_kv_head=("k", "v", "k_norm"),  # its QK-norms have a weight for every channel of every head
-        ),
+        "olmo2": OLMO2,
         "phi3": replace(
             LLAMA,
             base="Phi3Model",
@@ -216,6 +250,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 **dict.fromkeys(("q", "k", "v"), "self_attn.qkv_proj"),
                 **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj"),
             },
+            defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "pad_token_id": 32000, "eos_token_id": 32000},
+            upcycled={"mixtral": {}},
         ),
         "cohere": replace(
             LLAMA,
@@ -233,6 +269,99 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             rope="interleaved",
             parts={**LLAMA.parts, **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj")},
             defaults={"num_key_value_heads": 2, "head_dim": 128, "partial_rotary_factor": 0.5},
+        ),
+        "mixtral": replace(
+            LLAMA,
+            base="MixtralModel",
+            lm="MixtralForCausalLM",
+            parts={
+                **WITHOUT_FFN,
+                "router": "block_sparse_moe.gate",
+                "experts.*.gate": "block_sparse_moe.experts.*.w1",
+                "experts.*.up": "block_sparse_moe.experts.*.w3",
+                "experts.*.down": "block_sparse_moe.experts.*.w2",
+            },
+            ffn="",  # in memory it has another name than on disk
+            experts_key="num_local_experts",
+            defaults={**TWO_OF_EIGHT, "num_key_value_heads": 8},
+            absent={"attention_bias": False, "mlp_bias": False},
+            windowed="mixtral",
+            layers_alike=True,
+        ),
+        "qwen2_moe": replace(
+            QWEN2,
+            base="Qwen2MoeModel",
+            lm="Qwen2MoeForCausalLM",
+            parts={
+                **LLAMA.parts,
+                **EXPERTS,
+                **{f"shared_{part}": f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")},
+                "shared_router": "mlp.shared_expert_gate",
+            },
+            experts_key="num_experts",
+            expert_ffn_key="moe_intermediate_size",
+            shared_ffn_key="shared_expert_intermediate_size",
+            dense_layers_key="mlp_only_layers",
+            defaults={
+                **QWEN_DEFAULTS,
+                "num_key_value_heads": 16,
+                "num_experts": 60,
+                "num_experts_per_tok": 4,
+                "moe_intermediate_size": 1408,
+                "shared_expert_intermediate_size": 5632,
+            },
+            absent={"attention_bias": False, "mlp_bias": False},
+            windowed="qwen2_moe",
+            pattern=2,
+            first_windowed=True,
+            upcycled={},
+        ),
+        "qwen3_moe": replace(
+            QWEN3,
+            base="Qwen3MoeModel",
+            lm="Qwen3MoeForCausalLM",
+            parts={**QWEN3.parts, **EXPERTS},
+            experts_key="num_experts",
+            expert_ffn_key="moe_intermediate_size",
+            dense_layers_key="mlp_only_layers",
+            defaults={
+                "num_key_value_heads": 4,
+                "use_sliding_window": False,
+                "sliding_window": 4096,
+                "num_experts": 128,
+                "num_experts_per_tok": 8,
+                "moe_intermediate_size": 768,
+            },
+            windowed="qwen3_moe",
+            layers_alike=True,
+            upcycled={},
+        ),
+        "flex_olmo": replace(
+            OLMO2,
+            base="FlexOlmoModel",
+            lm="FlexOlmoForCausalLM",
+            parts={**{part: at for part, at in OLMO2.parts.items() if part not in ("gate", "up", "down")}, **EXPERTS},
+            experts_key="num_experts",
+            defaults={"num_experts": 7, "num_experts_per_tok": 5, "pad_token_id": 100277, "eos_token_id": 100257},
+            upcycled={},
+        ),
+        "granitemoe": replace(
+            LLAMA,
+            base="GraniteMoeModel",
+            lm="GraniteMoeForCausalLM",
+            parts={
+                **WITHOUT_FFN,
+                "router": "block_sparse_moe.router.layer",
+                "experts.*.gate": "block_sparse_moe.input_linear",
+                "experts.*.up": "block_sparse_moe.input_linear",
+                "experts.*.down": "block_sparse_moe.output_linear",
+            },
+            ffn="block_sparse_moe",
+            experts_key="num_local_experts",
+            experts_stacked=True,
+            scale_key="attention_multiplier",
+            defaults={**TWO_OF_EIGHT, **MULTIPLIERS},
+            absent={"mlp_bias": False},
         ),
         "gpt2": GPT2,
         "gpt_bigcode": replace(

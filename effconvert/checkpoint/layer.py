@@ -7,11 +7,12 @@ A surgery sees plain [out, in] matrices named by what they do; how a family fuse
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, cast
+from typing import Any, Protocol, Self
 
 import torch
 
@@ -58,8 +59,12 @@ class Activations(Protocol):
 class Deferred:
     """A tensor that is computed when it is written, so that a layer of many large ones need not be in memory whole."""
 
-    shape: tuple[int, ...]
     compute: Callable[[], torch.Tensor]  # float32, on the CPU
+    in_pieces: Callable[[], Iterator[torch.Tensor]] | None = None  # the same numbers in the same order, where the whole is large
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        """Yield it a piece at a time."""
+        yield from self.in_pieces() if self.in_pieces else [self.compute()]
 
 
 class Parts(MutableMapping[str, torch.Tensor]):
@@ -80,7 +85,7 @@ class Parts(MutableMapping[str, torch.Tensor]):
         self._copies: dict[str, str] = {}  # part -> the part that it is a copy of, as that was before this surgery
         self._deleted: set[str] = set()
         self._waiting: list[Callable[[Any], None]] = []
-        self._touched = 0
+        self._touched: dict[str, int] = {}  # part that was read, or assigned -> bytes in float32
 
     @property
     def shapes_only(self) -> bool:
@@ -90,7 +95,7 @@ class Parts(MutableMapping[str, torch.Tensor]):
     @property
     def touched(self) -> int:
         """Bytes in float32 of all that was read or assigned so far, for the estimate of peak memory."""
-        return self._touched + (0 if self._below is None else self._below.touched)
+        return sum(self._touched.values()) + (0 if self._below is None else self._below.touched)
 
     def later(self, change: Callable[[Self], None]) -> None:
         """Have `change` called with these parts before anything is asked of them."""
@@ -109,7 +114,16 @@ class Parts(MutableMapping[str, torch.Tensor]):
         """Assign what `compute` returns, when it is written; `shape` is known before."""
         self._catch_up()
         self._forget(part)
-        self._assigned[part] = torch.empty(shape, device="meta") if self.shapes_only else Deferred(shape, compute)
+        self._assigned[part] = torch.empty(shape, device="meta") if self.shapes_only else Deferred(compute)
+        self._touched["deferred"] = max(self._touched.get("deferred", 0), 4 * math.prod(shape))
+
+    def before(self, part: str) -> torch.Tensor:
+        """Return a part as it was before this surgery, whatever has become of it since."""
+        if self._below is not None:
+            return self._below._rounded(part)
+        tensor = self._read(part)
+        self._touched[part] = 4 * tensor.numel()
+        return tensor
 
     def __getitem__(self, part: str) -> torch.Tensor:
         if part not in self:
@@ -117,15 +131,13 @@ class Parts(MutableMapping[str, torch.Tensor]):
         if part in self._assigned:
             value = self._assigned[part]
             return value.compute() if isinstance(value, Deferred) else value
-        if part in self._copies:
-            return self._before(self._copies[part])
-        return self._before(part)
+        return self.before(self._copies.get(part, part))
 
     def __setitem__(self, part: str, tensor: torch.Tensor) -> None:
         self._catch_up()
         self._forget(part)
         self._assigned[part] = tensor
-        self._touched += 4 * tensor.numel()
+        self._touched[f"assigned {part}"] = 4 * tensor.numel()
 
     def __delitem__(self, part: str) -> None:
         self._catch_up()
@@ -176,14 +188,6 @@ class Parts(MutableMapping[str, torch.Tensor]):
         self._assigned.pop(part, None)
         self._copies.pop(part, None)
         self._deleted.discard(part)
-
-    def _before(self, part: str) -> torch.Tensor:
-        """Return a part as it was before this surgery."""
-        if self._below is not None:
-            return self._below._rounded(part)
-        tensor = self._read(part)
-        self._touched += 4 * tensor.numel()
-        return tensor
 
     def _catch_up(self) -> None:
         """Do what was put off, in order; what a change asks of its own parts meanwhile finds nothing waiting."""
@@ -287,10 +291,10 @@ class Layer(Parts):
                 name = f"{module}.bias" if suffix else f"{module}.weight"
                 if copied := self._same_bytes(present):
                     yield name, copied, None
-                elif len(present) == 1 and isinstance(value := self._assigned_value(present[0]), Deferred):
-                    yield name, self._origin(present), value
+                elif config.stacked(present) or (len(present) == 1 and self._late(present[0])):
+                    yield name, self._origin((present[0], *parts)), self._deferred(present)
                 else:
-                    yield name, self._origin((present[0], *parts)), join([self[part] for part in present], config)
+                    yield name, self._origin((present[0], *parts)), join([self[part] for part in present], present, config)
         for part in own:
             yield self._name(part, config), self._origin([part]), self[part] if self._changed(part) else None
         if config.family == source.family:
@@ -299,11 +303,18 @@ class Layer(Parts):
     def _where(self) -> str:
         return f"layer {self.index}"
 
-    def _assigned_value(self, part: str) -> torch.Tensor | Deferred | None:
+    def _late(self, part: str) -> bool:
+        """Whether a part is to be computed when it is written: somebody said so, or it is a copy, of which there may be many."""
         if part in self._assigned:
-            return self._assigned[part]
-        deeper = self._below is not None and part not in self._copies and part not in self._deleted
-        return cast(Layer, self._below)._assigned_value(part) if deeper else None
+            return isinstance(self._assigned[part], Deferred)
+        return part in self._copies or (self._below is not None and part not in self._deleted and self._below._late(part))
+
+    def _deferred(self, parts: list[str]) -> torch.Tensor | Deferred:
+        """Return what is fused of these parts, to be computed when it is written."""
+        stacked = self.config.stacked(parts)
+        if self.shapes_only:
+            return torch.empty(self.config.stored_shape(parts), device="meta") if stacked else join([self[parts[0]]], parts, self.config)
+        return Deferred(lambda: join([self[part] for part in parts], parts, self.config), (lambda: (self[part] for part in parts)) if stacked else None)
 
     def _same_bytes(self, parts: list[str]) -> Stored | None:
         """Return the tensor on disk that holds these parts just as the target lays them out, None where they are computed or laid out anew."""
@@ -454,6 +465,8 @@ def _stem(part: str, known: Sequence[str]) -> str | None:
 
 def split(tensor: torch.Tensor, parts: tuple[str, ...], config: Config) -> tuple[torch.Tensor, ...]:
     """Take a tensor [out, ...] apart into the `parts` that are fused in it."""
+    if config.stacked(parts):
+        tensor = tensor.flatten(0, 1)  # [E, out, in]
     if "q" not in parts:
         return tuple(tensor.chunk(len(parts)))
     if config.family.per_head:
@@ -463,10 +476,12 @@ def split(tensor: torch.Tensor, parts: tuple[str, ...], config: Config) -> tuple
     return tuple(tensor.split([heads[part] * config.head_dim for part in parts])) if len(parts) > 1 else (tensor,)
 
 
-def join(tensors: list[torch.Tensor], config: Config) -> torch.Tensor:
+def join(tensors: list[torch.Tensor], parts: Sequence[str], config: Config) -> torch.Tensor:
     """Undo `split`, and store [in, out] where the family does."""
     if config.family.per_head and len(tensors) == 3:
         tensor = torch.stack([part.unflatten(0, (config.heads, config.head_dim)) for part in tensors], 1).flatten(0, 2)
     else:
         tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+    if config.stacked(parts):
+        return tensor.view(config.experts, -1, tensor.shape[1])
     return tensor.T if config.family.transposed and tensor.ndim == 2 else tensor

@@ -12,7 +12,7 @@ import psutil
 from effconvert import __version__
 from effconvert.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
 from effconvert.checkpoint.config import CONFIG, Config
-from effconvert.checkpoint.layer import Activations, Model, Parts, outer_prefix
+from effconvert.checkpoint.layer import Activations, Deferred, Model, Parts, outer_prefix
 from effconvert.checkpoint.manifest import CARD, RECIPE
 from effconvert.checkpoint.replaced import STUB_FILE
 from effconvert.checkpoint.shards import ITEMSIZE, Stored
@@ -181,6 +181,7 @@ def plan(checkpoint: Checkpoint, surgeries: tuple[Step, ...], teacher: Checkpoin
 
 def _targets(unit: int, prefix: str, parts: Parts) -> Iterator[Target]:
     for name, origin, value in parts.tensors():
+        assert not isinstance(value, Deferred)  # nothing is put off while only shapes count
         shape = origin.shape if value is None else value.shape
         yield Target(prefix + name, origin.dtype, tuple(shape), origin, None if value is None else unit)
 
