@@ -2,13 +2,13 @@
 
 A surgery sees plain [out, in] matrices named by what they do; how a family fuses or transposes them is undone and done again here.
 """
-# M = hidden width, H = query heads, Hk = KV heads, D = head width.
+# M = hidden width, H = query heads, Hk = KV heads, D = head width, E = experts.
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 
@@ -90,8 +90,7 @@ class Layer(Parts):
         config, source = self.config, self._source
         own = [part for part in self if f".{OWN}" in part and config.replaced_at(self.index, part.partition(".")[0])]
         known = config.parts.keys() - config.lacks(self.index)
-        known |= {f"{record.place}.bias" for record in config.replaced_in(self.index)}
-        if lost := [part for part in self if part not in known and part.removesuffix(".bias") not in known and part not in own]:
+        if lost := [part for part in self if part.removesuffix(".bias") not in known and part not in own]:
             raise ModelError(f"layer {self.index} became one with {', '.join(lost)}, for which {config.family.lm} has no place; it has {', '.join(known)}")
         for module, parts in config.modules.items():
             for suffix in ("", ".bias"):
@@ -103,10 +102,10 @@ class Layer(Parts):
                 name = f"{module}.bias" if suffix else f"{module}.weight"
                 if copied := self._same_bytes(present):
                     yield name, copied, None
-                elif len(present) == 1 and isinstance(value := self._assigned_value(present[0]), Deferred):
-                    yield name, self._origin(present), value
+                elif config.stacked(present) or (len(present) == 1 and self._late(present[0])):
+                    yield name, self._origin((present[0], *parts)), self._deferred(present)
                 else:
-                    yield name, self._origin((present[0], *parts)), join([self[part] for part in present], config)
+                    yield name, self._origin((present[0], *parts)), join([self[part] for part in present], present, config)
         for part in own:
             yield self._name(part, config), self._origin([part]), self[part] if self._changed(part) else None
         if config.family == source.family:
@@ -115,11 +114,18 @@ class Layer(Parts):
     def _where(self) -> str:
         return f"layer {self.index}"
 
-    def _assigned_value(self, part: str) -> torch.Tensor | Deferred | None:
+    def _late(self, part: str) -> bool:
+        """Whether a part is to be computed when it is written: somebody said so, or it is a copy, of which there may be many."""
         if part in self._assigned:
-            return self._assigned[part]
-        deeper = self._below is not None and part not in self._copies and part not in self._deleted
-        return cast(Layer, self._below)._assigned_value(part) if deeper else None
+            return isinstance(self._assigned[part], Deferred)
+        return part in self._copies or (self._below is not None and part not in self._deleted and self._below._late(part))
+
+    def _deferred(self, parts: list[str]) -> torch.Tensor | Deferred:
+        """Return what is fused of these parts, to be computed when it is written."""
+        stacked = self.config.stacked(parts)
+        if self.shapes_only:
+            return torch.empty(self.config.stored_shape(parts), device="meta") if stacked else join([self[parts[0]]], parts, self.config)
+        return Deferred(lambda: join([self[part] for part in parts], parts, self.config), (lambda: (self[part] for part in parts)) if stacked else None)
 
     def _same_bytes(self, parts: list[str]) -> Stored | None:
         """Return the tensor on disk that holds these parts just as the target lays them out, None where they are computed or laid out anew."""
@@ -174,6 +180,8 @@ class Model:
 
 def split(tensor: torch.Tensor, parts: tuple[str, ...], config: Config) -> tuple[torch.Tensor, ...]:
     """Take a tensor [out, ...] apart into the `parts` that are fused in it."""
+    if config.stacked(parts):
+        tensor = tensor.flatten(0, 1)  # [E, out, in]
     if "q" not in parts:
         return tuple(tensor.chunk(len(parts)))
     if config.family.per_head:
@@ -183,10 +191,12 @@ def split(tensor: torch.Tensor, parts: tuple[str, ...], config: Config) -> tuple
     return tuple(tensor.split([heads[part] * config.head_dim for part in parts])) if len(parts) > 1 else (tensor,)
 
 
-def join(tensors: list[torch.Tensor], config: Config) -> torch.Tensor:
+def join(tensors: list[torch.Tensor], parts: Sequence[str], config: Config) -> torch.Tensor:
     """Undo `split`, and store [in, out] where the family does."""
     if config.family.per_head and len(tensors) == 3:
         tensor = torch.stack([part.unflatten(0, (config.heads, config.head_dim)) for part in tensors], 1).flatten(0, 2)
     else:
         tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+    if config.stacked(parts):
+        return tensor.view(config.experts, -1, tensor.shape[1])
     return tensor.T if config.family.transposed and tensor.ndim == 2 else tensor

@@ -1,5 +1,6 @@
 """Parts of a model as a lazy mapping: nothing is read from disk until a surgery asks for a part, and what nobody assigns stays where it lies."""
 
+import math
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -17,8 +18,12 @@ from effconvert.errors import ModelError
 class Deferred:
     """A tensor that is computed when it is written, so that a layer of many large ones need not be in memory whole."""
 
-    shape: tuple[int, ...]
     compute: Callable[[], torch.Tensor]  # float32, on the CPU
+    in_pieces: Callable[[], Iterator[torch.Tensor]] | None = None  # the same numbers in the same order, where the whole is large
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        """Yield it a piece at a time."""
+        yield from self.in_pieces() if self.in_pieces else [self.compute()]
 
 
 class Parts(MutableMapping[str, torch.Tensor]):
@@ -39,7 +44,7 @@ class Parts(MutableMapping[str, torch.Tensor]):
         self._copies: dict[str, str] = {}  # part -> the part that it is a copy of, as that was before this surgery
         self._deleted: set[str] = set()
         self._waiting: list[Callable[[Any], None]] = []
-        self._touched = 0
+        self._touched: dict[str, int] = {}  # part that was read, or assigned -> bytes in float32
 
     @property
     def shapes_only(self) -> bool:
@@ -49,7 +54,7 @@ class Parts(MutableMapping[str, torch.Tensor]):
     @property
     def touched(self) -> int:
         """Bytes in float32 of all that was read or assigned so far, for the estimate of peak memory."""
-        return self._touched + (0 if self._below is None else self._below.touched)
+        return sum(self._touched.values()) + (0 if self._below is None else self._below.touched)
 
     def later(self, change: Callable[[Self], None]) -> None:
         """Have `change` called with these parts before anything is asked of them."""
@@ -68,7 +73,16 @@ class Parts(MutableMapping[str, torch.Tensor]):
         """Assign what `compute` returns, when it is written; `shape` is known before."""
         self._catch_up()
         self._forget(part)
-        self._assigned[part] = torch.empty(shape, device="meta") if self.shapes_only else Deferred(shape, compute)
+        self._assigned[part] = torch.empty(shape, device="meta") if self.shapes_only else Deferred(compute)
+        self._touched["deferred"] = max(self._touched.get("deferred", 0), 4 * math.prod(shape))
+
+    def before(self, part: str) -> torch.Tensor:
+        """Return a part as it was before this surgery, whatever has become of it since."""
+        if self._below is not None:
+            return self._below._rounded(part)
+        tensor = self._read(part)
+        self._touched[part] = 4 * tensor.numel()
+        return tensor
 
     def __getitem__(self, part: str) -> torch.Tensor:
         if part not in self:
@@ -76,15 +90,13 @@ class Parts(MutableMapping[str, torch.Tensor]):
         if part in self._assigned:
             value = self._assigned[part]
             return value.compute() if isinstance(value, Deferred) else value
-        if part in self._copies:
-            return self._before(self._copies[part])
-        return self._before(part)
+        return self.before(self._copies.get(part, part))
 
     def __setitem__(self, part: str, tensor: torch.Tensor) -> None:
         self._catch_up()
         self._forget(part)
         self._assigned[part] = tensor
-        self._touched += 4 * tensor.numel()
+        self._touched[f"assigned {part}"] = 4 * tensor.numel()
 
     def __delitem__(self, part: str) -> None:
         self._catch_up()
@@ -135,14 +147,6 @@ class Parts(MutableMapping[str, torch.Tensor]):
         self._assigned.pop(part, None)
         self._copies.pop(part, None)
         self._deleted.discard(part)
-
-    def _before(self, part: str) -> torch.Tensor:
-        """Return a part as it was before this surgery."""
-        if self._below is not None:
-            return self._below._rounded(part)
-        tensor = self._read(part)
-        self._touched += 4 * tensor.numel()
-        return tensor
 
     def _catch_up(self) -> None:
         """Do what was put off, in order; what a change asks of its own parts meanwhile finds nothing waiting."""

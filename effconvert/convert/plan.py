@@ -14,7 +14,7 @@ from effconvert.checkpoint.config import CONFIG, Config
 from effconvert.checkpoint.layer import Activations, Model
 from effconvert.checkpoint.manifest import CARD, RECIPE
 from effconvert.checkpoint.outer import outer_prefix
-from effconvert.checkpoint.parts import Parts
+from effconvert.checkpoint.parts import Deferred, Parts
 from effconvert.checkpoint.replaced import STUB_FILE
 from effconvert.checkpoint.shards import ITEMSIZE, Stored
 from effconvert.convert.files import other_files
@@ -183,6 +183,7 @@ def plan(checkpoint: Checkpoint, surgeries: tuple[Step, ...], teacher: Checkpoin
 
 def _targets(unit: int, prefix: str, parts: Parts) -> Iterator[Target]:
     for name, origin, value in parts.tensors():
+        assert not isinstance(value, Deferred)  # nothing is put off while only shapes count
         shape = origin.shape if value is None else value.shape
         yield Target(prefix + name, origin.dtype, tuple(shape), origin, None if value is None else unit)
 

@@ -217,7 +217,7 @@ def model_class(architecture: str) -> Any:
     if stock is None or kind is None:
         raise ModelError(f"{architecture} is no class of a family that effconvert knows; it knows {', '.join(FAMILIES)}")
     hold_overridden(stock)
-    keep_names(architecture, CLASS + architecture)
+    keep_names(architecture, kind, CLASS + architecture)
 
     @wraps(stock.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:  # not as hooks, which PEFT passes by when it calls `forward`

@@ -40,6 +40,11 @@ def token_ids(seed=0):
     return ids
 
 
+def parts_of(kind):
+    """Parts to look at: experts are no modules of their own in memory."""
+    return tuple(part for part in PARTS if part != "down" or not FAMILIES[kind].experts_key)
+
+
 def stage_of(folder, ids):
     """A stage with the real weights outside the layers, and its checkpoint."""
     checkpoint = open_checkpoint(folder)
@@ -102,14 +107,15 @@ def whole(model, ids, parts=PARTS):
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_each_family_computes_in_a_walk_what_the_whole_model_computes(kind, tmp_path):
     model, ids = tiny(kind), token_ids()
-    found, expected = walked(save(model, tmp_path / "model"), ids), whole(model, ids)
+    parts = parts_of(kind)
+    found, expected = walked(save(model, tmp_path / "model"), ids, parts), whole(model, ids, parts)
     assert len(found) == len(expected) == 2
     for mine, theirs in zip(found, expected, strict=True):
         assert theirs.out.std() > 0.05
         assert mine.scaling == theirs.scaling
         for name in ("state", "out", "query", "key", "weights"):
             torch.testing.assert_close(getattr(mine, name), getattr(theirs, name), **CLOSE, msg=lambda told, name=name: f"{name}: {told}")
-        for part in PARTS:
+        for part in parts:
             torch.testing.assert_close(mine.inputs[part], theirs.inputs[part], **CLOSE)
             torch.testing.assert_close(mine.outputs[part], theirs.outputs[part], **CLOSE)
 
@@ -210,14 +216,13 @@ def test_a_layer_gets_all_of_its_tensors_and_no_other(tmp_path):
 def test_a_run_goes_no_further_than_it_is_asked_to(kind, tmp_path):
     checkpoint, stage = stage_of(save(tiny(kind), tmp_path / "model"), token_ids())
     family, states, ran = checkpoint.config.family, stage.begin(), []
-    for part in ("q", "o", "down"):
+    for part in parts_of(kind):
         stage.layers[0].get_submodule(family.parts[part]).register_forward_hook(lambda *_, part=part: ran.append(part))
     list(stage.run(0, weights_of(checkpoint, 0), states[:1]))
-    order = {"q": ["q"], "o": ["q", "o"], "down": ["q", "o", "down"]}
-    for until, expected in order.items():
+    for until in parts_of(kind):
         ran.clear()
         [look] = stage.run(0, weights_of(checkpoint, 0), states[:1], (until,), until=until)
-        assert ran == expected
+        assert tuple(ran) == PARTS[: PARTS.index(until) + 1]
         assert set(look.inputs) == set(look.outputs) == {until}
         assert not look.out.numel()
         assert (look.query is None) == (until == "q")
