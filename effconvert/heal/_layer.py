@@ -24,7 +24,7 @@ def refit_attention(layer: Layer, original: int) -> None:
     if windows:
         _queries(layer, windows)
         for window, weights in zip(windows, _attention(layer), strict=True):
-            window.weights.copy_(weights)  # from here on the converted layer's own: what is mixed is what it will mix
+            window.weights.copy_(weights)  # use the converted layer's attention weights from here on
         _output(layer, wanted)
         _values(layer, windows)
     _output(layer, wanted)
