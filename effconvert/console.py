@@ -130,7 +130,7 @@ class Terminal:
         else:
             self.out.print(f"no quality was measured: {escape(report.unmeasured)}")
         if report.difference is not None:
-            self.out.print(f"largest change of a logit: {report.difference:.2g} (nothing may change)")
+            self.out.print(f"largest change of a logit: {report.difference:.2g}, on up to {report.compared} tokens (nothing may change)")
 
     def inspection(self, seen: Inspection) -> None:
         """Print what a model is."""
