@@ -52,11 +52,19 @@ def tiny(kind, **changes):
     settings = {**BASIC, **SETTINGS[kind], **changes}
     model_class = getattr(transformers, FAMILIES[kind].lm)
     model = model_class(model_class.config_class(**settings)).eval()
+    heed_caps(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters()):
             noise = 0.2 * torch.randn(parameter.shape, generator=generator)
             parameter.copy_(parameter + noise if parameter.ndim == 1 else noise)
+    return model
+
+
+def heed_caps(model):
+    """Have a model cap its scores, if it should: before 5.21 transformers took sdpa, which leaves caps out."""
+    if getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")
     return model
 
 

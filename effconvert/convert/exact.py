@@ -12,6 +12,7 @@ from torch import Tensor
 
 from effconvert.checkpoint.config import Config
 from effconvert.errors import ModelError
+from effconvert.modeling.transformers_internals import cache_among, cache_name
 from effconvert.progress import Advance
 
 TOLERANCE = 1e-5  # of the largest logit, in float32
@@ -73,7 +74,7 @@ def _all_over(model: Any, text: Tensor, decoder: bool) -> Tensor:
         return _given(model(ids))[places].float().cpu()
     keep = {"logits_to_keep": places[:-1]} if "logits_to_keep" in signature(model.forward).parameters else {}
     before = model(ids[:, :-1], use_cache=True, **keep)
-    last = _given(model(ids[:, -1:], past_key_values=before.past_key_values, use_cache=True))
+    last = _given(model(ids[:, -1:], use_cache=True, **{cache_name(model): cache_among(before.values())}))
     return torch.cat([_given(before) if keep else _given(before)[places[:-1]], last]).float().cpu()
 
 

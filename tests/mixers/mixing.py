@@ -135,6 +135,12 @@ def cache_of(out):
     return cache_among(out.values())
 
 
+def keep_no_activations(model):
+    """Have a model make activations anew for gradients, by the name that this version of transformers has for it."""
+    name = "activation_checkpointing_enable" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing_enable"
+    getattr(model, name)()
+
+
 @torch.no_grad()
 def in_pieces(model, ids, sizes, mask=None, cache=None, **given):
     """Logits of passes that go on from each other, and the cache."""

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from effconvert.modeling import cache_for
 from effconvert.modeling.state import State
-from tests.mixers.mixing import ROWS, SAME, cache_of, converted, far, in_pieces, pair, positions, run, small, tokens, with_cache
+from tests.mixers.mixing import ROWS, SAME, cache_of, converted, far, in_pieces, keep_no_activations, pair, positions, run, small, tokens, with_cache
 from tests.models import tiny
 
 LAYERS = 6
@@ -58,6 +58,11 @@ def test_layers_side_by_side_decode_as_in_one_pass(mixed):
 
 
 def test_a_cache_that_was_reset_begins_anew(llama):
+    own = DynamicCache()
+    own.update(torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 4), 0)
+    own.reset()
+    if own.get_seq_length():
+        pytest.skip("before 5.18 transformers' own layers of a cache keep their length when they are reset")
     ids = tokens()
     _, cache = in_pieces(llama, ids, (10, 10))
     cache.reset()
@@ -238,7 +243,7 @@ def test_a_training_step_needs_no_cache_of_the_caller(mixed, how, checkpointed):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     if checkpointed:
-        training.activation_checkpointing_enable()
+        keep_no_activations(training)
     loss = training(tokens(), labels=tokens(), **how).loss
     assert far(loss.detach(), mixed(tokens(), labels=tokens(), use_cache=False).loss.detach()) <= SAME
     loss.backward()

@@ -23,6 +23,7 @@ from tests.mixers.mixing import (
     converted,
     far,
     in_pieces,
+    keep_no_activations,
     names,
     neutral,
     pair,
@@ -235,7 +236,7 @@ def shaken(model):
 def test_gradients_reach_every_new_parameter_under_checkpointing(models, name, kind):
     _, model = models(name, kind)
     model = copy.deepcopy(model).train()
-    model.activation_checkpointing_enable()
+    keep_no_activations(model)
     model(tokens(), labels=tokens()).loss.backward()
     frozen = load(name)(**small(name, kind)).frozen
     for parameter, value in model.named_parameters():
@@ -257,7 +258,7 @@ def test_checkpointed_gradients_are_those_without(models, name):
         model = tiny(kind, **wide(kind), **({} if kind in DECODERS else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}))
         model = converted(model, (name, small(name, kind))).train()
         if checkpointed:
-            model.activation_checkpointing_enable()
+            keep_no_activations(model)
         model(tokens(), labels=tokens()).loss.backward()
         found.append(torch.cat([value.grad.flatten() for _, value in sorted(model.named_parameters()) if value.grad is not None]))
     assert far(found[1], found[0]) <= SAME

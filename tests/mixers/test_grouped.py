@@ -26,7 +26,7 @@ from effconvert.steps import load
 from effconvert.surgery.attention.expand_kv import ExpandKv
 from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.attention.mqa import Mqa
-from tests.mixers.mixing import PIECES, SAME, far, in_pieces, positions, run, tokens
+from tests.mixers.mixing import PIECES, SAME, far, in_pieces, keep_no_activations, positions, run, tokens
 from tests.models import DECODERS, SETTINGS, alike, attention, characters, hide, save, tiny
 
 KINDS = [kind for kind, family in FAMILIES.items() if not family.kv_heads_key and not family.fixed_kv_heads]
@@ -189,7 +189,7 @@ def test_gradients_are_those_of_copies_added_up(models, kind, checkpointing):
     model, grouped = models(kind)
     wide, grouped = repeated(model), copy.deepcopy(grouped)
     if checkpointing:
-        grouped.activation_checkpointing_enable()
+        keep_no_activations(grouped)
     for each in (wide, grouped):
         each.train(checkpointing)
         for module in each.modules():

@@ -22,7 +22,7 @@ from effconvert.errors import EffconvertError
 from effconvert.modeling import transformers_internals as internals
 from effconvert.modeling.model import model_class
 from effconvert.modeling.state import State
-from tests.mixers.mixing import tokens, with_cache
+from tests.mixers.mixing import keep_no_activations, tokens, with_cache
 from tests.models import DECODERS, tiny
 
 FILE = Path(internals.__file__)
@@ -274,8 +274,7 @@ def test_what_attends_is_found_once_a_layer(kind):
 def test_a_model_says_whether_it_keeps_activations():
     model = tiny("llama")
     assert internals.checkpoints(model) is False
-    enable = "activation_checkpointing_enable" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing_enable"
-    getattr(model, enable)()
+    keep_no_activations(model)
     assert internals.checkpoints(model) is True
     with pytest.raises(EffconvertError) as refusal:
         internals.checkpoints(torch.nn.Linear(1, 1))

@@ -23,7 +23,7 @@ from effconvert.steps import load
 from effconvert.steps import techniques as catalogue
 from effconvert.surgery._placed import techniques_of
 from tests.mixers import mixing
-from tests.models import DECODERS, GROUPING, characters, logits, save, tiny
+from tests.models import DECODERS, GROUPING, characters, heed_caps, logits, save, tiny
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def run(source, output, name, options, **how):
 def read_back(folder):
     model, info = class_of(read_config(folder)).from_pretrained(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    return model.eval()
+    return heed_caps(model.eval())
 
 
 def tensors(folder):
