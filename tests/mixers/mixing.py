@@ -11,7 +11,7 @@ from effconvert.checkpoint.families import FAMILIES
 from effconvert.modeling.model import config_class, model_class
 from effconvert.modeling.transformers_internals import cache_among, cache_name
 from effconvert.steps import load
-from tests.models import DECODERS, tiny
+from tests.models import DECODERS, SETTINGS, tiny
 
 ENCODERS = [kind for kind in FAMILIES if kind not in DECODERS]
 CAPPED = ["gemma2"]  # of the decoders, those that cap their scores
@@ -66,7 +66,7 @@ def neutral(name, kind):
 
 def wide(kind):
     """Changes to the config of a tiny model, so that it has a layer for every mixer: none with a short window of its own."""
-    return {"sliding_window": None} if kind == "mistral" else {}
+    return {"sliding_window": None} if FAMILIES[kind].layers_alike and SETTINGS[kind].get("sliding_window") else {}
 
 
 def names(config):
