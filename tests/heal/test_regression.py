@@ -193,7 +193,6 @@ def test_heads_that_no_output_reads_stop_nobody():
         each.wanted = mixtures(each, draw(GROUPS * DIM, WIDTH, seed=79), HEADS, GROUPS) @ problem.outputs.T
     start = draw(rows_of(problem), WIDTH, seed=6)
     found = solve(problem, start)
-    assert torch.isfinite(found).all()
     assert squared_error(problem, found, problem.held) < 0.5 * squared_error(problem, start, problem.held)
 
 
@@ -207,7 +206,8 @@ def test_inputs_that_are_always_zero_stop_nobody(name):
         if isinstance(problem, Queries)
         else Values(problem.windows, problem.outputs, HEADS, GROUPS)
     )
-    assert torch.isfinite(solve(problem, draw(rows_of(problem), WIDTH, seed=6))).all()
+    start = draw(rows_of(problem), WIDTH, seed=6)
+    assert torch.equal(solve(problem, start), start)  # no weights are better than others
 
 
 # Rotation
@@ -271,14 +271,12 @@ def moments(count, truth, noise, seed, inputs=None):
 
 
 def test_moments_know_what_a_change_gains():
-    truth, change = draw(5, WIDTH), draw(5, WIDTH, seed=1)
-    gathered = Moments()
+    change, gathered = draw(5, WIDTH, seed=1), Moments()
     inputs, missing = draw(2, 30, WIDTH, seed=2), draw(2, 30, 5, seed=3)
     gathered.add(inputs[:1], missing[:1])
     gathered.add(inputs[1:], missing[1:])
     gain = missing.square().sum() - (missing - inputs @ change.T).square().sum()
     assert gathered.gain(change.double()) == pytest.approx(gain.item(), rel=1e-4)
-    assert truth.shape == (5, WIDTH)
 
 
 def test_a_ridge_finds_what_is_missing():
