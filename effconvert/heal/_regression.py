@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from effconvert.surgery._ridge import HELD_OUT, TINY
+from effconvert.surgery._rope import apart, together
 
 DAMPING = 1e-2  # of the preconditioner, likewise
 STEPS, SETTLED = 10, 5e-3  # of conjugate gradients at most; the relative gain that is worth another one
@@ -183,28 +184,17 @@ class Turn:
         """Turn rows [..., T, D], or go back: the adjoint."""
         if not self.rotary:
             return rows * self.scale
-        real, imaginary = self._apart(rows)
+        real, imaginary, still = apart(rows, self.rotary, self.layout)
         angles = self.angles[: rows.shape[-2]]
         cos, sin = angles.real, -angles.imag if back else angles.imag
-        return self._together(real * cos - imaginary * sin, real * sin + imaginary * cos, rows)
+        return together(real * cos - imaginary * sin, real * sin + imaginary * cos, still, self.layout)
 
     def paired(self, squares: Tensor) -> Tensor:
         """Give both of a pair the mean of the two."""
         if not self.rotary:
             return squares
-        real, imaginary = self._apart(squares)
-        return self._together((real + imaginary) / 2, (real + imaginary) / 2, squares)
-
-    def _apart(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        turned = rows[..., : self.rotary]
-        if self.layout == "halves":
-            return turned[..., : self.rotary // 2], turned[..., self.rotary // 2 :]
-        return turned[..., ::2], turned[..., 1::2]
-
-    def _together(self, real: Tensor, imaginary: Tensor, rows: Tensor) -> Tensor:
-        halves = self.layout == "halves"
-        turned = torch.cat([real, imaginary], -1) if halves else torch.stack([real, imaginary], -1).flatten(-2)
-        return torch.cat([turned, rows[..., self.rotary :]], -1)
+        one, other, still = apart(squares, self.rotary, self.layout)
+        return together((one + other) / 2, (one + other) / 2, still, self.layout)
 
     @classmethod
     def seen(cls, before: Tensor, after: Tensor, rotary: int, layout: str) -> "Turn | None":
@@ -212,7 +202,7 @@ class Turn:
         width = before.shape[-1]
         turn = cls(torch.empty(0), rotary, layout, width)
         if rotary:
-            one, other = (torch.complex(*turn._apart(rows.double())) for rows in (before, after))
+            one, other = (torch.complex(*apart(rows.double(), rotary, layout)[:2]) for rows in (before, after))
             energy = one.abs().square().sum((0, 1))  # [T, P]
             turn.angles = ((other * one.conj()).sum((0, 1)) / energy.clamp_min(TINY)).to(torch.promote_types(before.dtype, torch.complex64))
         else:

@@ -191,7 +191,7 @@ def test_what_would_have_to_forget_is_refused(llama):
     with pytest.raises(NotImplementedError, match="cannot be cropped"):
         cache.crop(-5)
     for how in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": llama}):
-        with pytest.raises((ValueError, NotImplementedError), match=r"cropped|assisted|stateful"):
+        with pytest.raises(NotImplementedError, match="cannot be cropped to earlier tokens"):
             greedy(llama, tokens(1), 8, **how)
 
 
@@ -333,8 +333,8 @@ def test_the_softmax_by_which_a_model_is_loaded_is_kept(llama, tmp_path):
         model = type(llama).from_pretrained(tmp_path, attn_implementation=chosen)
         assert {module.softmax for module in model.modules() if hasattr(module, "softmax")} == {chosen}
         assert far(run(model.eval(), tokens()), run(llama, tokens())) <= SAME
-    with pytest.raises((ValueError, ImportError), match=r"[Ff]lash"):
-        type(llama).from_pretrained(tmp_path, attn_implementation="flash_attention_2")
+    with pytest.raises(ValueError, match="can run sdpa or eager beside those with one, not 'flex_attention'"):  # which transformers itself would take
+        type(llama).from_pretrained(tmp_path, attn_implementation="flex_attention")
     assert transformers.AutoConfig.from_pretrained(tmp_path).to_dict().get("_attn_implementation") is None
 
 

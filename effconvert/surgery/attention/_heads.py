@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from effconvert.checkpoint.layer import Layer
+from effconvert.surgery._rope import apart, together
 
 RIDGE = 1e-6  # of the mean of the moments' diagonal: in directions that the text never showed, the weights themselves decide
 
@@ -22,7 +23,7 @@ class Heads:
     o: Tensor  # [M, H, D]
     moment: Tensor  # E[x x^T], [M, M]; with biases x ends in 1
     rotary: int  # of the D dimensions of a head, so many are rotated, in pairs
-    layout: str  # which two make a pair: (j, j + rotary/2), or (2j, 2j+1)
+    layout: str  # which two make a pair: see `_rope`
     normed: bool  # queries and keys go through a norm, so of their bases only signs are free
 
     @property
@@ -39,15 +40,12 @@ class Heads:
 
     def pairs(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Take rows [..., D, M] apart: what RoPE turns, as complex numbers [..., P, M], and what it leaves alone [..., D', M]."""
-        turned, still = rows[..., : self.rotary, :], rows[..., self.rotary :, :]
-        real, imaginary = turned.chunk(2, -2) if self.layout == "halves" else (turned[..., ::2, :], turned[..., 1::2, :])
+        real, imaginary, still = apart(rows, self.rotary, self.layout, dim=-2)
         return torch.complex(real, imaginary), still
 
     def rows(self, pairs: Tensor, still: Tensor) -> Tensor:
         """Undo `pairs`."""
-        parts = (pairs.real, pairs.imag)
-        turned = torch.cat(parts, -2) if self.layout == "halves" else torch.stack(parts, -2).flatten(-3, -2)
-        return torch.cat([turned, still], -2)
+        return together(pairs.real, pairs.imag, still, self.layout, dim=-2)
 
 
 def read_heads(layer: Layer) -> Heads:

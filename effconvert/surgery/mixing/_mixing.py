@@ -24,6 +24,7 @@ class Mixing(Replacement):
 
     place = "scores"
     where = frozenset({"layers", "keep_softmax"})
+    leaves_windows: ClassVar[bool] = False  # whether layers that see no more than a window stay as they are: these are linear in the length already
     softcaps: ClassVar[bool] = False  # whether soft-capped scores are computed as such
 
     keep_softmax: Layers = layers_field("Layers to leave as they are, written like --layers: 0,-1.")
@@ -54,7 +55,7 @@ class Mixing(Replacement):
         return 0
 
     def chosen(self, config: Config) -> set[int]:
-        """Return the layers to change: not those that are kept, nor those that see no more than is left to softmax."""
+        """Return the layers to change: not those that are kept, nor those with a window that has nothing to gain."""
         kept = self.named("keep_softmax", config) if self.keep_softmax else set()
-        kept |= {index for index, own in enumerate(config.windows()) if own and own <= self.softmax_tokens}
+        kept |= {index for index, own in enumerate(config.windows()) if own and (self.leaves_windows or own <= self.softmax_tokens)}
         return super().chosen(config) - kept

@@ -38,6 +38,7 @@ class Linformer(Mixing):
         "mixes a text's keys over all of its tokens, later ones too, which a decoder must not see; linformer-causal mixes those of finished blocks, and "
         "streaming, linear, performer and retnet are for decoders"
     )
+    leaves_windows = True
 
     rank: int = Field(ge=1, description="Keys and values that a query sees of the longest text, k.", json_schema_extra={"metavar": "K"})
     share: Literal["none", "headwise", "key-value"] = Field(
@@ -56,10 +57,6 @@ class Linformer(Mixing):
         limit = longest(config)
         if self.rank > limit:
             raise OptionError(f"--rank {self.rank} is more than the {limit} tokens of this model's longest text; give at most {limit}, which is exact")
-
-    def chosen(self, config: Config) -> set[int]:
-        """Return the layers to change: not those that see no more than a window, and are linear in the length already."""
-        return {index for index in super().chosen(config) if not config.windows()[index]}
 
     def is_exact(self, config: Config) -> bool:
         """Where nothing is mixed: a mean of one token is that token."""

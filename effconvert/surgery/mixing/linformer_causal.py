@@ -38,6 +38,7 @@ class LinformerCausal(Mixing):
 
     no_encoders = "keeps what was before a token from what comes after it; encoders see all of a text at once: linformer and nystrom are for them"
     softcaps = True
+    leaves_windows = True
 
     block: int = Field(64, ge=2, description="Tokens of a block, S.", json_schema_extra={"metavar": "S"})
     rank: int = Field(ge=1, description="Keys and values that later tokens see of a finished block, K.", json_schema_extra={"metavar": "K"})
@@ -54,10 +55,6 @@ class LinformerCausal(Mixing):
         if self.sinks > self.block:
             raise ValueError(f"--sinks {self.sinks} are more than the {self.block} tokens of a block; give at most {self.block}")
         return self
-
-    def chosen(self, config: Config) -> set[int]:
-        """Return the layers to change: not those that see no more than a window, whose cache does not grow."""
-        return super().chosen(config) - {index for index, window in enumerate(config.windows()) if window}
 
     def is_exact(self, config: Config) -> bool:
         """Where nothing is mixed: a mean of one token is that token, and counts once."""
