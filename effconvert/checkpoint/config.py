@@ -5,7 +5,7 @@ Read as JSON and not by transformers, so that a plan needs no import of it, and 
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from effconvert.checkpoint.families import FAMILIES, Family
-from effconvert.checkpoint.replaced import KIND, Replaced, check_depth, encode, overlap, read
+from effconvert.checkpoint.replaced import KIND, SKIPS, Replaced, by_layer, check_depth, encode, overlap, read, skipped
 from effconvert.errors import ModelError, OptionError
 
 CONFIG = "config.json"
 BY_LAYER = ("layer_types", "mlp_layer_types")  # keys of config.json that hold a list with an entry for each layer
-SKIPS = {"attention": "attention", "mlp": "ffn"}  # what `per_layer_config` calls a place
 LAYER_NUMBERS = ("mlp_only_layers",)  # keys that hold numbers of layers
+ATTENDING = ("q", "k", "v", "o", "q_norm", "k_norm", "attn_norm", "attn_post_norm")  # the parts of attention, with the norms that are its own
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Config:
     @property
     def ours(self) -> bool:
         """Whether the model is opened with a class of effconvert, since transformers has none."""
-        return self.family.shares_kv_in_our_class or bool(self.replaced)
+        return self.family.shares_kv_in_our_class or bool(self.replaced) or bool(self._skipped)
 
     def replaced_in(self, layer: int) -> list[Replaced]:
         """Return what techniques put into a layer."""
@@ -57,6 +57,8 @@ class Config:
             ModelError: the family has no such place.
         """
         for layer in record.layers:
+            if gone := [place for place in self.skips(layer) if overlap(place, record.place)]:
+                raise OptionError(f"layer {layer} has no {gone[0]}, so nothing can be put in its place; leave it out of --layers")
             for other in self.replaced_in(layer):
                 if overlap(other.place, record.place):
                     raise OptionError(
@@ -126,12 +128,29 @@ class Config:
 
     def skips(self, layer: int) -> set[str]:
         """Return the places of a layer where nothing is computed: attention, ffn (transformers' `per_layer_config`)."""
-        said = (self.get("per_layer_config") or {}).get(str(layer)) or {}
-        return {SKIPS[name] for name in said.get("skip") or ()}
+        return self._skipped.get(layer, set())
+
+    @cached_property
+    def _skipped(self) -> dict[int, set[str]]:
+        return skipped(self.raw, self.family)
+
+    def sublayer(self, place: str) -> set[str]:
+        """Return the parts of a layer that are its attention or its ffn, with the norms that are that one's alone."""
+        attention = self.parts.keys() & ATTENDING
+        if not any(part.startswith("mlp_") for part in self.parts):
+            attention -= {"attn_norm"}  # what goes into attention and FFN alike, side by side
+        return attention if place == "attention" else self.parts.keys() - attention - {"attn_norm"}
+
+    @property
+    def norms_stream(self) -> bool:
+        """Whether layers normalise what they add to, and not only what they read: then none of them is the identity where it adds nothing."""
+        return self.family.norms_stream or self.get("do_layer_norm_before") is False
 
     def lacks(self, layer: int) -> set[str]:
-        """Return the parts that a layer does without: what techniques dropped, and either the experts or the dense FFN where the family has both."""
+        """Return the parts that a layer does without: what is skipped or was dropped, and either the experts or the dense FFN where the family has both."""
         gone = {part for record in self.replaced_in(layer) for part in record.drops}
+        gone |= {part for place in self.skips(layer) for part in self.sublayer(place)}
+        gone |= self.family.first_lacks if layer == 0 else set()
         if self.experts:
             experts = {part for part in self.parts if part.startswith(("experts.", "shared_")) or part == "router"}
             gone |= {"gate", "up", "down"} if self.sparse(layer) else experts
@@ -243,11 +262,24 @@ class Config:
                 raw[key] = [raw[key][layer] for layer in kept]
         if self.family.experts_key and (self.get("decoder_sparse_step") or 1) > 1:
             raw |= {"decoder_sparse_step": 1, "mlp_only_layers": [layer for layer in range(self.layers) if not self.sparse(layer)]}
+        if said := by_layer(raw):
+            raw["per_layer_config"] = {str(new): said[old] for new, old in enumerate(kept) if old in said}
+            if not raw["per_layer_config"]:
+                del raw["per_layer_config"]
         for key in LAYER_NUMBERS:
             if raw.get(key):
                 raw[key] = [new for new, old in enumerate(kept) if old in raw[key]]
         moved = (replace(record, layers=tuple(new for new, old in enumerate(kept) if old in record.layers)) for record in self.replaced)
         return replace(self, raw=raw, replaced=tuple(record for record in moved if record.layers))
+
+    def with_skips(self, place: str, layers: Iterable[int]) -> "Config":
+        """Return the config of this model without the attention or the ffn of these layers, in transformers' words."""
+        said = by_layer(self.raw)
+        word = next(word for word, skips in SKIPS.items() if skips == place)
+        for layer in layers:
+            entry = dict(said.get(layer) or {})
+            said[layer] = {**entry, "skip": sorted({*(entry.get("skip") or ()), word})}
+        return replace(self, raw={**self.raw, "per_layer_config": {str(layer): said[layer] for layer in sorted(said)}})
 
     def with_kv_heads(self, count: int) -> "Config":
         """Return the config of the same model with `count` KV heads: as its family says it, or a related one, or else in a class of ours.
@@ -337,6 +369,7 @@ def read_config(folder: Path) -> Config:
         raise ModelError(f"{folder} is quantised ({method}), and surgery needs the numbers themselves; give the checkpoint that it was made from")
     check_depth(raw, family)
     config = Config(raw, family, replaced)
+    config.skips(0)  # says so where `per_layer_config` makes no sense
     for key, needed in family.constants.items():
         if raw.get(key, needed) != needed:
             raise ModelError(f"{kind} with {key} = {raw[key]!r} is laid out differently from the {kind} that effconvert knows, which needs {needed!r}")

@@ -24,6 +24,8 @@ class Family:
     outer: Mapping[str, str]  # outside the layers, inside the base model: part -> module
     head: Mapping[str, str]  # outside the base model: part -> module
     optional: frozenset[str] = frozenset()  # parts that some models of the family lack
+    first_lacks: frozenset[str] = frozenset()  # parts that layer 0 lacks and all others have
+    norms_stream: bool = False  # whether layers normalise what they add to
     buffers: tuple[str, ...] = ()  # what old versions of transformers saved in a layer and nobody reads
 
     per_head: bool = False  # fused q, k, v: head 0's q, k, v, then head 1's, ... instead of all q, all k, all v
@@ -172,6 +174,7 @@ BERT = Family(
         "pooler": "pooler",
     },
     head={"head": "cls"},
+    norms_stream=True,
     decoder=False,
     kv_heads_key="",
 )
@@ -329,6 +332,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "embed_norm": "embeddings.LayerNorm",
             },
             head={"head_dense": "vocab_transform", "head_norm": "vocab_layer_norm", "head": "vocab_projector"},
+            norms_stream=True,
             decoder=False,
             heads_key="n_heads",
             layers_key="n_layers",
@@ -353,7 +357,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             },
             outer={"embed": "embeddings.tok_embeddings", "embed_norm": "embeddings.norm", "final_norm": "final_norm"},
             head={"head_dense": "head", "head": "decoder"},
-            optional=frozenset({"attn_norm"}),  # layer 0 normalises nothing before attention
+            first_lacks=frozenset({"attn_norm"}),  # the embeddings' norm is just before it
             rope="halves",
             decoder=False,
             kv_heads_key="",
