@@ -44,6 +44,9 @@ class Activations(Protocol):
     def original(self, layers: Sequence[int], parts: Sequence[str] = (), until: str = "") -> Iterator[Any]:
         """Run layers of the original on what arrives here, and yield what each batch was in the last of them."""
 
+    def own(self, step: int) -> Sequence[torch.Tensor]:
+        """Return the stream of the original where nothing was converted: before its layer l for 2 l, between that one's halves for 2 l + 1."""
+
     def stored(self, layer: Layer) -> dict[str, torch.Tensor]:
         """Return a layer as it will lie on disk: name in the layer -> numbers."""
 
@@ -375,6 +378,11 @@ class Outer(Parts):
             if _stem(part, tuple(self.config.family.outer)) and origin.dtype in FLOATS:
                 yield part, name.removeprefix(prefix), origin, value
 
+    def rows(self, part: str, start: int, stop: int) -> torch.Tensor:
+        """Return some rows of a part in float32; of one that lies on disk unchanged, no others are read."""
+        on_disk = self._on_disk(part)
+        return self[part][start:stop] if on_disk is None else self._stored[self._name(on_disk, self._source)].mapped()[start:stop].float()
+
     def place(self, part: str) -> str:
         """Return what a part is called in the model of this config.
 
@@ -423,11 +431,11 @@ class Model:
     config: Config
     layers: list[Layer]
     outer: Outer
-    originals: int  # layers of the model that healing goes towards
+    original: Config  # of the model that healing goes towards
 
     def on_top(self, config: Config) -> Model:
         """Return the model as the next surgery finds it."""
-        return Model(config, [layer.on_top(index, config) for index, layer in enumerate(self.layers)], self.outer.on_top(config), self.originals)
+        return Model(config, [layer.on_top(index, config) for index, layer in enumerate(self.layers)], self.outer.on_top(config), self.original)
 
 
 def outer_prefix(source: Config, prefix: str, target: Config) -> str:

@@ -140,7 +140,7 @@ class Plan:
 
         With a `walk` for steps that look, layers are to be asked in order.
         """
-        return list(_models(self.checkpoint.model(device, self.originals, walk), self.surgeries, self.configs))
+        return list(_models(self.checkpoint.model(device, self.originals, walk, self.teacher.config), self.surgeries, self.configs))
 
     def parts(self, unit: int, device: str = "cpu") -> tuple[str, Parts]:
         """Return a layer of the converted model, or what is outside them, and what stands before its names."""
