@@ -164,6 +164,8 @@ def plan(checkpoint: Checkpoint, surgeries: tuple[Step, ...], teacher: Checkpoin
     """
     configs = [checkpoint.config]
     for surgery in surgeries:
+        if surgery.undecided:
+            raise ValueError(f"{surgery.name} leaves open what it changes; ask effconvert.convert.decide first")
         surgery.check(configs[-1])
         configs.append(surgery.config(configs[-1]))
     config, originals = configs[-1], stand_for(checkpoint, teacher or checkpoint)
