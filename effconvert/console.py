@@ -44,6 +44,7 @@ class Terminal:
         self.out.print(f"[bold]{escape(steps)}[/]: {escape(model)} -> {escape(str(output))}", soft_wrap=True)
         rows = [
             ("parameters", before.parameters, after.parameters, count),
+            *([("active for a token", before.active, after.active, count)] if after.active < after.parameters or before.active < before.parameters else []),
             ("on disk", before.bytes, after.bytes, size),
             ("KV cache a token", before.kv_bytes, after.kv_bytes, size),
         ]
@@ -129,7 +130,7 @@ class Terminal:
         else:
             self.out.print(f"no quality was measured: {escape(report.unmeasured)}")
         if report.difference is not None:
-            self.out.print(f"largest change of a logit: {report.difference:.2g} (nothing may change)")
+            self.out.print(f"largest change of a logit: {report.difference:.2g}, on up to {report.compared} tokens (nothing may change)")
 
     def inspection(self, seen: Inspection) -> None:
         """Print what a model is."""

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.layer import Layer, Outer
+from effconvert.checkpoint.layer import Layer
+from effconvert.checkpoint.outer import Outer
 from effconvert.checkpoint.shards import FLOATS
 from effconvert.heal._layerwise import Look, Stage, check_finite, device, inside, silenced, stored_tensors
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.layer import Model, Outer
+from effconvert.checkpoint.layer import Model
+from effconvert.checkpoint.outer import Outer
 from effconvert.heal._layerwise import Stage, check_finite, device, inside, return_memory, silenced, stored_tensors
 from effconvert.progress import Advance
 

@@ -19,11 +19,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.layer import Deferred, Layer, Outer
+from effconvert.checkpoint.layer import Layer
+from effconvert.checkpoint.outer import Outer
+from effconvert.checkpoint.parts import Deferred
 from effconvert.checkpoint.shards import FLOATS, Stored, finite
 from effconvert.errors import ModelError
 from effconvert.modeling.attention import attend
-from effconvert.modeling.loading import class_of, quiet
+from effconvert.modeling.loading import class_of
+from effconvert.modeling.transformers_internals import names_at_run_time
+from effconvert.quiet import quiet_transformers
 
 BATCH, TOGETHER = 2, 1024  # windows that are run at a time at most, and tokens where more than one is
 PROBE = "effconvert_probe"  # the name of our attention function in transformers' registry
@@ -85,6 +89,7 @@ class Look:
     outputs: dict[str, Tensor] = field(default_factory=dict)  # part -> what its module made of it
     query: Tensor | None = None  # after RoPE and norms, [B, H, T, D]
     key: Tensor | None = None  # likewise, [B, Hk, T, D]
+    scaling: float | None = None  # of their scores
     weights: Tensor | None = None  # of attention, [B, H, T, T]
 
 
@@ -102,9 +107,24 @@ class Stage:
         self.model = self.whole.base_model
         self.layers: list[nn.Module] = list(self.model.get_submodule(config.family.layers))
         self.ids = ids
-        fill(self.model, outer)
+        self._fill_outer(outer)
         self.calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}  # tokens in a text -> what each layer is called with
         self.answer: Callable[[Tensor], Any] = lambda state: state  # how the family's layers answer
+
+    def _fill_outer(self, outer: Tensors) -> None:
+        """Give what is outside the layers its weights; what no layer reads, such as a pooler, may be missing."""
+        outside = {name: parameter for name, parameter in self.model.named_parameters() if not name.startswith(f"{self.config.family.layers}.")}
+        fill(self.model, self._named(outer, outside, partial=True))
+
+    def _inside(self, index: int, tensors: Tensors) -> dict[str, Tensor]:
+        """Return the tensors of a layer as its module calls them: name in the layer -> tensor."""
+        at = f"{self.config.family.layers}.{index}."
+        expected = {at + name: parameter for name, parameter in self.layers[index].named_parameters()}
+        named = self._named({at + name: tensor for name, tensor in tensors.items()}, expected)
+        return {name.removeprefix(at): tensor for name, tensor in named.items()}
+
+    def _named(self, tensors: Tensors, expected: Tensors, partial: bool = False) -> dict[str, Tensor]:
+        return names_at_run_time(tensors, self.config.family.base, self.config.kind, expected, partial)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -153,7 +173,7 @@ class Stage:
 
         With `until` it is run up to the module of that part, and no further.
         """
-        module = self.layers[index]
+        module, tensors = self.layers[index], self._inside(index, tensors)
         try:
             for state in states:
                 if state.shape[1] not in self.calls:
@@ -175,7 +195,7 @@ class Stage:
         module, (args, kwargs) = self.layers[index], self.calls[state.shape[1]][index]
         look = Look(state)
         with _watching(module, {until: self.config.parts[until]}, look, until):
-            functional_call(module, dict(tensors), (state, *_fitting(args, state)), _fitting(kwargs, state))
+            functional_call(module, self._inside(index, tensors), (state, *_fitting(args, state)), _fitting(kwargs, state))
         return look.outputs[until]
 
     def predict(self, state: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
@@ -211,7 +231,7 @@ def skeleton(config: Config, device: torch.device, architecture: str) -> Any:
     from effconvert.modeling.transformers_internals import attend_by
 
     _register()
-    with quiet(), init_empty_weights(include_buffers=False), torch.device(device):
+    with quiet_transformers(), init_empty_weights(include_buffers=False), torch.device(device):
         made = class_of(replace(config, raw={**config.raw, "architectures": [architecture]}))
         model = made(made.config_class.from_dict(config.content)).eval()
     attend_by(model.config, PROBE)
@@ -330,7 +350,7 @@ _LOOKS: list[Look] = []
 
 
 def _probe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
-    """Attend as the family's own eager implementation does, and note the queries, the keys and the weights."""
+    """Attend as the family's own eager implementation does, and note the queries, the keys, their scaling and the weights."""
     if "mixing" in kwargs:
         out, weights = attend(module, query, key, value, attention_mask, **kwargs)
     else:
@@ -338,7 +358,9 @@ def _probe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
 
         out, weights = eager(module)(module, query, key, value, attention_mask, **kwargs)
     if _LOOKS:
-        _LOOKS[-1].query, _LOOKS[-1].key, _LOOKS[-1].weights = query, key[:, :: getattr(module, "repeats", 1)], weights
+        look, scaling = _LOOKS[-1], kwargs.get("scaling")
+        look.query, look.key, look.weights = query, key[:, :: getattr(module, "repeats", 1)], weights
+        look.scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return out, weights
 
 

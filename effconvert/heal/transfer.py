@@ -1,4 +1,4 @@
-"""Teach mixers to do what the attention did that they replace."""
+"""Train new layers to imitate the ones they replace, layer by layer."""
 
 from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
 

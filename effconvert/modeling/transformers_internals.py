@@ -5,7 +5,8 @@ versions were tested.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
 from functools import lru_cache
 from inspect import signature
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import transformers
 from torch import Tensor, nn
 
-from effconvert.errors import EffconvertError
+from effconvert.errors import EffconvertError, ModelError
 
 TESTED = ">=5.17,<5.25"  # versions of transformers; pyproject.toml says the same
 
@@ -27,6 +28,7 @@ def untested(lacking: str) -> EffconvertError:
 try:
     from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
     from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 except ImportError as error:
@@ -127,10 +129,55 @@ def hold_overridden(model: Any) -> None:
         _hold(model, name)
 
 
-def keep_names(architecture: str, ours: str) -> None:
-    """Have the class `ours` find its tensors under the names that `architecture` has on disk, where those are others than in memory (GPT-NeoX's head)."""
-    if renamed := get_checkpoint_conversion_mapping(architecture):
+def keep_names(architecture: str, kind: str, ours: str) -> None:
+    """Have the class `ours` find its tensors under the names that `architecture` has on disk, where those are others than in memory (experts)."""
+    if renamed := _renamed(architecture, kind):
         register_checkpoint_conversion_mapping(ours, renamed, overwrite=True)
+
+
+def _renamed(architecture: str, kind: str) -> list[Any] | None:
+    """Return what transformers does to the names of a class of models, or of its `model_type`, when it loads them."""
+    return get_checkpoint_conversion_mapping(architecture) or get_checkpoint_conversion_mapping(kind)  # type: ignore[no-any-return]
+
+
+def names_at_run_time(stored: Mapping[str, Tensor], architecture: str, kind: str, expected: Mapping[str, Tensor], partial: bool = False) -> dict[str, Tensor]:
+    """Return tensors under the names and in the shapes that they have in memory, as in `from_pretrained`: experts that lie one by one become one tensor.
+
+    Args:
+        stored: name on disk, from the bare model on -> tensor.
+        architecture: the class of transformers that the names are of.
+        kind: its `model_type`.
+        expected: name in memory -> a tensor of the right shape.
+        partial: whether some may be missing.
+
+    Raises:
+        ModelError: tensors are missing, left over, or of another shape.
+    """
+    if stored.keys() == expected.keys() or (partial and stored.keys() <= expected.keys()):
+        return dict(stored)
+    mapping = [*(_renamed(architecture, kind) or []), *(get_checkpoint_conversion_mapping("legacy") or [])]
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    found: dict[str, Tensor] = {}
+    fused: dict[str, Any] = {}
+    for name in sorted(stored, key=dot_natural_key):  # experts in the order of their numbers
+        target, pattern = rename_source_key(name, renamings, converters)
+        if target not in expected and name in expected:
+            target, pattern = name, None
+        if pattern is None:
+            found[target] = stored[name]
+        else:
+            fused.setdefault(target, deepcopy(by_pattern[pattern])).add_tensor(target, name, pattern, stored[name])
+    for target, converter in fused.items():
+        for name, value in converter.convert(target).items():
+            found[name] = value[0] if isinstance(value, list) else value
+    missing = set() if partial else expected.keys() - found.keys()
+    other = {name for name in expected.keys() & found.keys() if found[name].shape != expected[name].shape}
+    wrong = {"missing": missing, "left over": found.keys() - expected.keys(), "of another shape": other}
+    if told := "; ".join(f"{what}: {', '.join(sorted(names))}" for what, names in wrong.items() if names):
+        raise ModelError(f"{architecture} does not find the tensors that it needs ({told}): a fault of effconvert, please report it")
+    return found
 
 
 def auto_classes(kind: str) -> Iterator[tuple[Any, str]]:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from effconvert.checkpoint.config import Config
-    from effconvert.checkpoint.layer import Layer, Model, Outer
+    from effconvert.checkpoint.layer import Layer, Model
+    from effconvert.checkpoint.outer import Outer
 
 
 class Forward(Protocol):
