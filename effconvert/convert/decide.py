@@ -36,7 +36,7 @@ def decide(checkpoint: Checkpoint, steps: Sequence[Step], teacher: Checkpoint | 
         if step.undecided:
             before = plan(checkpoint, tuple(decided), teacher)
             step.check(before.config)
-            if before.looks:
+            if before.needs_calibration:
                 raise OptionError(
                     f"{step.name} chooses by what the model computes, and that is not known while {decided[-1].name} before it is still to be fitted; "
                     f"put {step.name} first, or convert twice"

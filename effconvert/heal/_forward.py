@@ -10,7 +10,7 @@ from torch import Tensor
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.layer import Model
 from effconvert.checkpoint.outer import Outer
-from effconvert.heal._layerwise import Stage, check_finite, device, inside, return_memory, silenced, stored_tensors
+from effconvert.heal._layerwise import LayerRunner, check_finite, device, inside, return_memory, silenced, stored_tensors
 from effconvert.progress import Advance
 
 EACH = 4  # of so many tokens in a row the prediction after one is compared: neighbours tell much the same
@@ -36,7 +36,7 @@ class Forward:
         count = max(1, min(len(self._batches), round(tokens * len(self._batches) / sum(batch.numel() for batch in self._batches))))
         ids = [self._batches[index * len(self._batches) // count].to(device()) for index in range(count)]
         self._outer = self._model().outer
-        self._stage = Stage(self.config, inside(self._outer, ids), ids, device(), head=self.config.family.decoder)
+        self._stage = LayerRunner(self.config, inside(self._outer, ids), ids, device(), head=self.config.family.decoder)
         return self._stage.begin()
 
     def layer(self, index: int, states: Sequence[Tensor], without: str = "") -> list[Tensor]:

@@ -91,7 +91,7 @@ def test_without_whole_layers_a_model_is_its_own_class_and_computes_what_the_oth
     expected = opened(source)
     for index in (1, 3):
         layers_of(expected)[index].forward = lambda hidden, *_, **__: hidden
-    assert read_config(Path("out")).ours is False
+    assert read_config(Path("out")).needs_effconvert is False
     torch.testing.assert_close(logits(opened("out")), logits(expected), rtol=1e-5, atol=1e-5)
     assert outcome.plan.after.kv_bytes == outcome.plan.before.kv_bytes * 3 // 5
 
@@ -181,7 +181,7 @@ def test_what_layers_skip_survives_being_saved_by_transformers_and_pruned_again(
     torch.testing.assert_close(logits(opened("short")), logits(model), rtol=1e-5, atol=1e-5)
     run(Path("short"), PruneLayers(layers="2-3"), place="stock")
     assert "per_layer_config" not in json.loads(Path("stock/config.json").read_text())
-    assert read_config(Path("stock")).ours is False
+    assert read_config(Path("stock")).needs_effconvert is False
 
 
 def test_techniques_in_other_layers_move_with_them():

@@ -57,7 +57,7 @@ class PruneLayers(Layerwise):
         return "-".join([self.name, *filter(None, [self.only, str(self.drop or "")])])
 
     @classmethod
-    def suits(cls, config: Config) -> str:
+    def allowed_options(cls, config: Config) -> str:
         """Say how many can go."""
         most = config.layers - LEAST - len(cls()._kept(config))
         return f"--layers LIST, or --drop 1 to {most}" if most > 0 else "--only attention, or mlp"
@@ -81,7 +81,7 @@ class PruneLayers(Layerwise):
         if self.drop:
             self._check_way(config)
 
-    def exact(self, config: Config) -> bool:
+    def is_exact(self, config: Config) -> bool:
         """Never: that a layer adds nothing is not known before it is run."""
         return False
 
