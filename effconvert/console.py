@@ -11,7 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 from rich.table import Table
 
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.replaced import CLASS
+from effconvert.checkpoint.replaced import CLASS, SKIPS
 from effconvert.convert.calibrate import calibration_bytes
 from effconvert.convert.inspection import Inspection
 from effconvert.convert.plan import Plan
@@ -209,6 +209,9 @@ def _mixing(config: Config) -> Iterator[str]:
     for record in config.replaced:
         spelt = f"{record.technique} {_spelt(dict(record.options))}".strip()
         yield f"{len(record.layers)} of {config.layers} layers have {spelt} in place of {PLACES.get(record.place, record.place)}"
+    for word, place in SKIPS.items():
+        if gone := sum(place in config.skips(index) for index in range(config.layers)):
+            yield f"{gone} of {config.layers} layers have no {word}"
 
 
 def _spelt(options: dict[str, object]) -> str:

@@ -38,11 +38,11 @@ class Checkpoint:
         """Return layer `index`, its tensors on `device` (cpu, or meta for shapes alone); see `Layer` for the rest."""
         return Layer(index, self.config, self.layers[index], device, originals=originals, activations=activations)
 
-    def model(self, device: str, originals: Sequence[range] | None = None, activations: Activations | None = None) -> Model:
-        """Return all of it as a surgery finds it, its tensors on `device`."""
+    def model(self, device: str, originals: Sequence[range] | None = None, activations: Activations | None = None, teacher: Config | None = None) -> Model:
+        """Return all of it as a surgery finds it, its tensors on `device`; healing goes towards `teacher`, or else this model itself."""
         stand_for = originals or [range(index, index + 1) for index in range(self.config.layers)]
         layers = [self.layer(index, device, stands, activations) for index, stands in enumerate(stand_for)]
-        return Model(self.config, layers, Outer(self.config, self.prefix, self.outer, device), stand_for[-1].stop)
+        return Model(self.config, layers, Outer(self.config, self.prefix, self.outer, device), teacher or self.config)
 
     def layer_prefix(self, index: int) -> str:
         """Return what stands before the names of layer `index`, in the family's layout."""

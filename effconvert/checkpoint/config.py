@@ -3,20 +3,20 @@
 Read as JSON and not by transformers, so that a plan needs no import of it, and keys that nobody knows survive.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from effconvert.checkpoint.families import EXPERTS_KEYS, FAMILIES, Family
-from effconvert.checkpoint.replaced import Replaced, encode, overlap
+from effconvert.checkpoint.replaced import SKIPS, Replaced, by_layer, encode, overlap, skipped
 from effconvert.errors import ModelError, OptionError
 
 CONFIG = "config.json"
 BY_LAYER = ("layer_types", "mlp_layer_types")  # keys of config.json that hold a list with an entry for each layer
-SKIPS = {"attention": "attention", "mlp": "ffn"}  # what `per_layer_config` calls a place
 LAYER_NUMBERS = ("mlp_only_layers",)  # keys that hold numbers of layers
+ATTENDING = ("q", "k", "v", "o", "q_norm", "k_norm", "attn_norm", "attn_post_norm")  # the parts of attention, with the norms that are its own
 TOP_K_KEY = "num_experts_per_tok"
 
 
@@ -36,7 +36,7 @@ class Config:
     @property
     def needs_effconvert(self) -> bool:
         """Whether the model is opened with a class of effconvert, since transformers has none."""
-        return self.family.shares_kv_in_our_class or bool(self.replaced)
+        return self.family.shares_kv_in_our_class or bool(self.replaced) or bool(self._skipped)
 
     def replaced_in(self, layer: int) -> list[Replaced]:
         """Return what techniques put into a layer."""
@@ -54,6 +54,8 @@ class Config:
             ModelError: the family has no such place.
         """
         for layer in record.layers:
+            if gone := [place for place in self.skips(layer) if overlap(place, record.place)]:
+                raise OptionError(f"layer {layer} has no {gone[0]}, so nothing can be put in its place; leave it out of --layers")
             for other in self.replaced_in(layer):
                 if overlap(other.place, record.place):
                     raise OptionError(
@@ -151,12 +153,29 @@ class Config:
 
     def skips(self, layer: int) -> set[str]:
         """Return the places of a layer where nothing is computed: attention, ffn (transformers' `per_layer_config`)."""
-        said = (self.get("per_layer_config") or {}).get(str(layer)) or {}
-        return {SKIPS[name] for name in said.get("skip") or ()}
+        return self._skipped.get(layer, set())
+
+    @cached_property
+    def _skipped(self) -> dict[int, set[str]]:
+        return skipped(self.raw, self.family)
+
+    def sublayer(self, place: str) -> set[str]:
+        """Return the parts of a layer that are its attention or its ffn, with the norms that are that one's alone."""
+        attention = self.parts.keys() & ATTENDING
+        if not any(part.startswith("mlp_") for part in self.parts):
+            attention -= {"attn_norm"}  # what goes into attention and FFN alike, side by side
+        return attention if place == "attention" else self.parts.keys() - attention - {"attn_norm"}
+
+    @property
+    def norms_stream(self) -> bool:
+        """Whether layers normalise what they add to, and not only what they read: then none of them is the identity where it adds nothing."""
+        return self.family.norms_stream or self.get("do_layer_norm_before") is False
 
     def lacks(self, layer: int) -> set[str]:
-        """Return the parts that a layer does without: what techniques dropped, and either the experts or the dense FFN where the family has both."""
+        """Return the parts that a layer does without: what is skipped or was dropped, and either the experts or the dense FFN where the family has both."""
         gone = {part for record in self.replaced_in(layer) for part in record.drops}
+        gone |= {part for place in self.skips(layer) for part in self.sublayer(place)}
+        gone |= self.family.first_lacks if layer == 0 else set()
         if self.experts:
             experts = {part for part in self.parts if part.startswith(("experts.", "shared_")) or part == "router"}
             gone |= {"gate", "up", "down"} if self.sparse(layer) else experts
@@ -274,11 +293,24 @@ class Config:
                 raw[key] = [raw[key][layer] for layer in kept]
         if self.family.experts_key and (self.get("decoder_sparse_step") or 1) > 1:
             raw |= {"decoder_sparse_step": 1, "mlp_only_layers": [layer for layer in range(self.layers) if not self.sparse(layer)]}
+        if said := by_layer(raw):
+            raw["per_layer_config"] = {str(new): said[old] for new, old in enumerate(kept) if old in said}
+            if not raw["per_layer_config"]:
+                del raw["per_layer_config"]
         for key in LAYER_NUMBERS:
             if raw.get(key):
                 raw[key] = [new for new, old in enumerate(kept) if old in raw[key]]
         moved = (replace(record, layers=tuple(new for new, old in enumerate(kept) if old in record.layers)) for record in self.replaced)
         return replace(self, raw=raw, replaced=tuple(record for record in moved if record.layers))
+
+    def with_skips(self, place: str, layers: Iterable[int]) -> "Config":
+        """Return the config of this model without the attention or the ffn of these layers, in transformers' words."""
+        said = by_layer(self.raw)
+        word = next(word for word, skips in SKIPS.items() if skips == place)
+        for layer in layers:
+            entry = dict(said.get(layer) or {})
+            said[layer] = {**entry, "skip": sorted({*(entry.get("skip") or ()), word})}
+        return replace(self, raw={**self.raw, "per_layer_config": {str(layer): said[layer] for layer in sorted(said)}})
 
     def with_kv_heads(self, count: int) -> "Config":
         """Return the config of the same model with `count` KV heads: as its family says it, or a related one, or else in a class of ours.

@@ -41,6 +41,9 @@ class Activations(Protocol):
     def original(self, layers: Sequence[int], parts: Sequence[str] = (), until: str = "") -> Iterator[Any]:
         """Run layers of the original on what arrives here, and yield what each batch was in the last of them."""
 
+    def own(self, step: int) -> Sequence[torch.Tensor]:
+        """Return the stream of the original where nothing was converted: before its layer l for 2 l, between that one's halves for 2 l + 1."""
+
     def stored(self, layer: Layer) -> dict[str, torch.Tensor]:
         """Return a layer as it will lie on disk: name in the layer -> numbers."""
 
@@ -172,11 +175,11 @@ class Model:
     config: Config
     layers: list[Layer]
     outer: Outer
-    originals: int  # layers of the model that healing goes towards
+    original: Config  # of the model that healing goes towards
 
     def on_top(self, config: Config) -> Model:
         """Return the model as the next surgery finds it."""
-        return Model(config, [layer.on_top(index, config) for index, layer in enumerate(self.layers)], self.outer.on_top(config), self.originals)
+        return Model(config, [layer.on_top(index, config) for index, layer in enumerate(self.layers)], self.outer.on_top(config), self.original)
 
 
 def split(tensor: torch.Tensor, parts: tuple[str, ...], config: Config) -> tuple[torch.Tensor, ...]:

@@ -48,6 +48,11 @@ class Outer(Parts):
             if _stem(part, tuple(self.config.family.outer)) and origin.dtype in FLOATS:
                 yield part, name.removeprefix(prefix), origin, value
 
+    def rows(self, part: str, start: int, stop: int) -> torch.Tensor:
+        """Return some rows of a part in float32; of one that lies on disk unchanged, no others are read."""
+        on_disk = self._on_disk(part)
+        return self[part][start:stop] if on_disk is None else self._stored[self._name(on_disk, self._source)].mapped()[start:stop].float()
+
     def place(self, part: str) -> str:
         """Return what a part is called in the model of this config.
 

@@ -45,6 +45,7 @@ def read_config(folder: Path) -> Config:
         raise ModelError(f"{folder} is quantised ({method}), and surgery needs the numbers themselves; give the checkpoint that it was made from")
     check_depth(raw, family)
     config = Config(raw, family, replaced)
+    config.skips(0)  # says so where `per_layer_config` makes no sense
     for key, needed in family.constants.items():
         if raw.get(key, needed) != needed:
             raise ModelError(f"{kind} with {key} = {raw[key]!r} is laid out differently from the {kind} that effconvert knows, which needs {needed!r}")

@@ -5,9 +5,7 @@ killed run takes the finished layers from there, and runs them, but for nothing 
 """
 # B = windows run at a time, T = tokens in a window, M = hidden width.
 
-import ctypes
 import json
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality.perplexity import windows
 from effconvert.eval.quality.text import MOST, calibration_text, read_calibration
 from effconvert.heal._activations import Activations
-from effconvert.heal._layerwise import Calibration, at_a_time, stored_tensors
+from effconvert.heal._layerwise import Calibration, at_a_time, return_memory, stored_tensors
 from effconvert.modeling import loading
 from effconvert.options import Conversion
 from effconvert.progress import Watcher
@@ -124,14 +122,8 @@ def calibrate(plan: Plan, folder: Path, watcher: Watcher) -> None:
                 _save(file, made, activations.notes.get(index, {}))
             activations.advance(index, _finished(plan, index, file))
             layers[index] = None  # what it computed is on disk
-            _return_memory()
+            return_memory()
             advance(ids.numel())
-
-
-def _return_memory() -> None:
-    """Have glibc give back what was freed: of a layer's many blocks it keeps some hundred megabytes otherwise, and as many again of the next."""
-    with suppress(AttributeError, OSError, TypeError):  # other C libraries do so by themselves
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def computed(plan: Plan, index: int, folder: Path) -> dict[str, Tensor]:

@@ -142,7 +142,7 @@ class Plan:
 
         With a `walk` for steps that look, layers are to be asked in order.
         """
-        return list(_models(self.checkpoint.model(device, self.originals, activations), self.surgeries, self.configs))
+        return list(_models(self.checkpoint.model(device, self.originals, activations, self.teacher.config), self.surgeries, self.configs))
 
     def parts(self, unit: int, device: str = "cpu") -> tuple[str, Parts]:
         """Return a layer of the converted model, or what is outside them, and what stands before its names."""
@@ -166,6 +166,8 @@ def plan(checkpoint: Checkpoint, surgeries: tuple[Step, ...], teacher: Checkpoin
     """
     configs = [checkpoint.config]
     for surgery in surgeries:
+        if surgery.undecided:
+            raise ValueError(f"{surgery.name} leaves open what it changes; ask effconvert.convert.decide first")
         surgery.check(configs[-1])
         configs.append(surgery.config(configs[-1]))
     config, originals = configs[-1], stand_for(checkpoint, teacher or checkpoint)

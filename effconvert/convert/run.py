@@ -14,6 +14,7 @@ from effconvert.checkpoint.manifest import CARD, RECIPE, read_manifest, save_man
 from effconvert.convert import output
 from effconvert.convert.calibrate import calibrate, layer_notes
 from effconvert.convert.calibrate import prepare as prepare_calibration
+from effconvert.convert.decide import decide
 from effconvert.convert.plan import Plan, plan
 from effconvert.convert.verify import check_memory, prepare, scratch_bytes, verify
 from effconvert.convert.write import left, write
@@ -71,10 +72,14 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, watche
         text = read_text(options.text) if options.text else default_text()
     folder = sources.locate(model, options.revision, watcher.step)
     surgeries = (*surgeries, *([Transfer()] if options.transfer else []), *([Refit()] if options.refit else []))
-    planned = plan(open_checked(folder), surgeries, _teacher(surgeries, watcher))
+    checkpoint, teacher, target = open_checked(folder), _teacher(surgeries, watcher), expand(options.output or default_name(model, surgeries))
+    if any(step.undecided for step in surgeries):
+        if not reuse:
+            output.check_free(target, options.overwrite)
+        surgeries = decide(checkpoint, surgeries, teacher, options, watcher)
+    planned = plan(checkpoint, surgeries, teacher)
     if planned.needs_calibration:
         planned = replace(planned, calibration=prepare_calibration(planned, options))
-    target = expand(options.output or default_name(model, surgeries))
     if reuse and (manifest := output.finished(planned, target, options.verify)):
         return Outcome(planned, target, verification(manifest), found=True)
     output.check(planned, target, options.overwrite, max(planned.draft_bytes, scratch_bytes(planned, options) if options.verify else 0))

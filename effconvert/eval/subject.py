@@ -10,6 +10,7 @@ import torch
 
 from effconvert.checkpoint import sources
 from effconvert.checkpoint.checkpoint import Checkpoint
+from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.digest import digest
 from effconvert.checkpoint.shards import FLOATS
 from effconvert.errors import EffconvertError, OptionError
@@ -56,6 +57,7 @@ def open_model(model: str, step: Callable[[str], None] = lambda _: None) -> Open
     folder = sources.locate(name, revision or None, step)
     checkpoint = open_checked(folder)
     config, size = checkpoint.config, size_of(checkpoint)
+    mixers = tuple(_mixing(config, index) for index in range(config.layers))
     subject = Subject(
         name=real(model).name if here else model,
         digest=digest(checkpoint),
@@ -75,11 +77,16 @@ def open_model(model: str, step: Callable[[str], None] = lambda _: None) -> Open
         vocabulary=config.vocabulary,
         longest=config.longest,
         windows=tuple(config.windows()),
-        mixers=tuple(" ".join(record.technique for record in config.replaced_in(index)) for index in range(config.layers)) if config.replaced else (),
+        mixers=mixers if any(mixers) else (),
         state_bytes=size.state_bytes,
         growth_bytes=size.growth_bytes,
     )
     return Opened(subject, checkpoint)
+
+
+def _mixing(config: Config, index: int) -> str:
+    """Say what mixes in a layer, of softmax attention nothing."""
+    return "no attention" if "attention" in config.skips(index) else " ".join(record.technique for record in config.replaced_in(index))
 
 
 def pick_device(name: str | None) -> str:

@@ -3,17 +3,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.layer import Layer
 from effconvert.checkpoint.outer import Outer
-from effconvert.checkpoint.parts import Deferred
-from effconvert.checkpoint.shards import FLOATS, finite
-from effconvert.errors import ModelError
-from effconvert.heal._layerwise import Capture, LayerRunner, embedding_rows, stored_tensors
+from effconvert.checkpoint.shards import FLOATS
+from effconvert.heal._layerwise import Capture, LayerRunner, check_finite, device, inside, silenced, stored_tensors
 
 
 class Activations:
@@ -32,15 +29,15 @@ class Activations:
             outer: what is outside the layers before the first step, and after each.
             batches: token ids, [B, T] each.
         """
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        self.device = found or torch.device("cpu")
+        self.device = device()
         self.source, self.teacher, self.ids = source, teacher, [batch.to(self.device) for batch in batches]
         self.outer = outer
         self._original = outer[0] if teacher is source else teacher.model("cpu").outer
         self.runners: dict[int, LayerRunner] = {}
         self.notes: dict[int, dict[str, float]] = {}
+        self._own: tuple[int, list[Tensor]] = (0, [])  # layers of the original that were run by themselves, and what the last of them made
         self.states = self._runner(outer[-1]).begin()
-        _check_finite(self.states, "the embedding")
+        check_finite(self.states, "the embedding")
 
     @property
     def scores(self) -> int:
@@ -57,6 +54,22 @@ class Activations:
         for index in layers[:-1]:
             states = [look.out for look in self._run(self._original, self.teacher.layer(index, "cpu"), index, states)]
         return self._run(self._original, self.teacher.layer(layers[-1], "cpu"), layers[-1], states, parts, until)
+
+    def own(self, step: int) -> list[Tensor]:
+        """Return the stream of the original where nothing was converted, [B, T, M]: before its layer l for 2 l, between that one's halves for 2 l + 1.
+
+        Asked layer after layer: only the last ones are kept.
+        """
+        done, states = self._own
+        if not states:
+            states = self._runner(self._original).begin()
+        for index in range(done, step // 2):
+            states = [look.out for look in self._run(self._original, self.teacher.layer(index, "cpu"), index, states)]
+        self._own = (step // 2, states)
+        if step % 2 == 0:
+            return states
+        half = silenced(self.teacher.layer(step // 2, "cpu"), "ffn")
+        return [look.out for look in self._run(self._original, half, step // 2, states)]
 
     def stored(self, layer: Layer) -> dict[str, Tensor]:
         """Return a layer as it will lie on disk: name in the layer -> numbers."""
@@ -84,12 +97,12 @@ class Activations:
         runner = self._runner(self.outer[-1])
         tensors = {name: numbers.to(self.device) for name, numbers in tensors.items()}
         self.states = [look.out for look in runner.run(index, tensors, self.states)]
-        _check_finite(self.states, f"layer {index}")
+        check_finite(self.states, f"layer {index}")
 
     def _run(self, outer: Outer, layer: Layer, index: int, states: Sequence[Tensor], parts: Sequence[str] = (), until: str = "") -> Iterator[Capture]:
         tensors = self.stored(layer)
         for look in self._runner(outer).run(index, tensors, states, parts, until):
-            _check_finite([look.out, *look.outputs.values()], f"layer {index}")
+            check_finite([look.out, *look.outputs.values()], f"layer {index}")
             yield look
 
     def _outer_of(self, config: Config) -> Outer:
@@ -99,22 +112,5 @@ class Activations:
     def _runner(self, outer: Outer) -> LayerRunner:
         outer = self._outer_of(outer.config) if outer is not self._original else outer
         if id(outer) not in self.runners:
-            self.runners[id(outer)] = LayerRunner(outer.config, self._inside(outer), self.ids, self.device)
+            self.runners[id(outer)] = LayerRunner(outer.config, inside(outer, self.ids), self.ids, self.device)
         return self.runners[id(outer)]
-
-    def _inside(self, outer: Outer) -> dict[str, Tensor]:
-        """Return what lies outside the layers and inside the bare model, in its names there."""
-        used = torch.cat([batch.flatten() for batch in self.ids]).cpu()
-        inside: dict[str, Tensor] = {}
-        for part, name, origin, value in outer.bare():
-            if value is None:
-                value = embedding_rows(origin, used) if part == "embed" else origin.read("cpu")
-            numbers = value.compute() if isinstance(value, Deferred) else value
-            inside[name] = numbers.to(self.device)
-        return inside
-
-
-def _check_finite(tensors: Sequence[Tensor], where: str) -> None:
-    """Refuse what no statistics can be made of, before linear algebra fails on it."""
-    if not all(map(finite, tensors)):
-        raise ModelError(f"{where} computes NaN or infinity on the calibration text; give another --calibrate, or ask the model's author")

@@ -48,7 +48,7 @@ class Healing(Step):
     def rewrite(self, model: Model) -> None:
         """Heal each layer towards those of the original that it stands for: its own, and those that were dropped after it."""
         starts = [layer.originals.start for layer in model.layers]
-        stops = [*starts[1:], max(model.layers[-1].originals.stop, model.originals)]
+        stops = [*starts[1:], max(model.layers[-1].originals.stop, model.original.layers)]
         if any(stop <= start for start, stop in zip(starts, stops, strict=True)):
             raise ModelError("the layers stand in another order than in the original, or twice, so there is nothing that each could be healed towards")
         for layer, start, stop in zip(model.layers, starts, stops, strict=True):

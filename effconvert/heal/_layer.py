@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from effconvert.checkpoint.layer import Layer
-from effconvert.heal._layerwise import Capture
+from effconvert.heal._layerwise import Capture, silenced
 from effconvert.heal._regression import Attended, Queries, Turn, Values, by_head, solve
 from effconvert.surgery._ridge import HELD_OUT, Moments, ridge
 
@@ -17,6 +17,8 @@ SAME = 1e-5  # of the size of an output: nearer than this there is nothing to he
 def refit_attention(layer: Layer, original: int) -> None:
     """Fit q to the scores of the original's layer, then v and o to what its attention gives, where the families' attention allows it."""
     assert layer.activations
+    if "o" not in layer:
+        return
     bias = layer["o.bias"] if "o.bias" in layer else torch.zeros(layer.config.hidden)
     wanted, windows = _original(layer, original, bias)
     if _far(layer, wanted, bias) < SAME:
@@ -30,29 +32,33 @@ def refit_attention(layer: Layer, original: int) -> None:
     _output(layer, wanted)
 
 
-def refit_output(layer: Layer, originals: Sequence[int]) -> None:
-    """Fit the MLP's output to what layers of the original, of which this one alone is left, would have made of the same inputs."""
+def refit_stream(layer: Layer, part: str, step: int) -> None:
+    """Fit what writes to the stream, o or down, so that there is after it what there is in the original at `step`, however other the layers below are.
+
+    What comes after a norm is not linear in the weights before it, and stays.
+    """
     assert layer.activations
-    if "mlp_post_norm" in layer:
-        return  # what comes after the norm is not linear in the weights before it
-    wanted = [look.out for look in layer.activations.original(originals)]
-    factor, moments = _factor(layer), (Moments(), Moments())
-    for index, (look, want) in enumerate(zip(layer.activations.capture(layer, ("down",)), wanted, strict=True)):
-        for row, (inputs, missing) in enumerate(zip(_read(look, "down"), (want - look.out) / factor, strict=True)):
+    if part not in layer or layer.config.norms_stream or {"o": "attn_post_norm", "down": "mlp_post_norm"}[part] in layer:
+        return
+    alone = silenced(layer, "ffn") if part == "o" else layer  # up to this part of the layer
+    factor, moments, wanted = _factor(alone, part), (Moments(), Moments()), layer.activations.own(step)
+    for index, (look, want) in enumerate(zip(layer.activations.capture(alone, (part,)), wanted, strict=True)):
+        for row, (inputs, missing) in enumerate(zip(_read(look, part), (want - look.out) / factor, strict=True)):
             moments[_held(index, row, wanted)].add(inputs, missing)
     if (change := ridge(*moments)) is not None:
-        layer["down"] = layer["down"] + change.float().cpu()
+        layer[part] = layer[part] + change.float().cpu()
 
 
-def _factor(layer: Layer) -> float:
-    """Return what the MLP's output is multiplied by before it is added: 1 but in families with a multiplier of the residual, such as Granite."""
+def _factor(layer: Layer, part: str) -> float:
+    """Return what a part's output is multiplied by before it is added: 1 but in families with a multiplier of the residual, such as Granite."""
     assert layer.activations
-    weights, outs = layer["down"], []
+    weights, outs = layer[part], []
     for tried in (torch.zeros_like(weights), weights):
-        layer["down"] = tried
-        look = next(layer.activations.capture(layer, ("down",)))
+        changed = layer.on_top(layer.index, layer.config)
+        changed[part] = tried
+        look = next(layer.activations.capture(changed, (part,)))
         outs.append(look.out)
-    made = _read(look, "down") @ weights.to(look.out).T
+    made = _read(look, part) @ weights.to(look.out).T
     return float(((outs[1] - outs[0]) * made).sum() / made.square().sum()) if made.any() else 1.0
 
 

@@ -5,9 +5,10 @@ family hands its layers are its own, and no family needs code here. So a model o
 """
 # N = windows, B = windows run at a time, T = tokens, M = hidden width, H = query heads, Hk = KV heads, D = head width.
 
+import ctypes
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import cycle
 from typing import Any
@@ -19,8 +20,10 @@ from torch.func import functional_call
 
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.layer import Layer
+from effconvert.checkpoint.outer import Outer
 from effconvert.checkpoint.parts import Deferred
-from effconvert.checkpoint.shards import FLOATS, Stored
+from effconvert.checkpoint.shards import FLOATS, Stored, finite
+from effconvert.errors import ModelError
 from effconvert.modeling.attention import attend
 from effconvert.modeling.loading import class_of
 from effconvert.modeling.transformers_internals import names_at_run_time
@@ -97,13 +100,16 @@ class _EnoughError(Exception):
 class LayerRunner:
     """A model of one shape without weights, and what it hands to its layers beside the hidden states."""
 
-    def __init__(self, config: Config, outer: Tensors, ids: Sequence[Tensor], device: torch.device) -> None:
+    def __init__(self, config: Config, outer: Tensors, ids: Sequence[Tensor], device: torch.device, head: bool = False) -> None:
+        """Build it: the bare model, or for `predict` the one with a language model's head."""
         self.config = config
-        self.model = skeleton(config, device)
+        self.whole = skeleton(config, device, config.family.lm if head else config.family.base)
+        self.model = self.whole.base_model
         self.layers: list[nn.Module] = list(self.model.get_submodule(config.family.layers))
         self.ids = ids
         self._fill_outer(outer)
         self.calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}  # tokens in a text -> what each layer is called with
+        self.answer: Callable[[Tensor], Any] = lambda state: state  # how the family's layers answer
 
     def _fill_outer(self, outer: Tensors) -> None:
         """Give what is outside the layers its weights; what no layer reads, such as a pooler, may be missing."""
@@ -141,10 +147,13 @@ class LayerRunner:
     def learn(self, tokens: int) -> None:
         """Note what every layer is called with for texts of so many tokens: no layer is run, and none needs weights."""
         batch = next(batch for batch in self.ids if batch.shape[1] == tokens)
-        self.calls[tokens] = self._passed_through(batch, lambda state: state) or self._passed_through(batch, lambda state: (state,))
+        for self.answer in (lambda state: state, lambda state: (state,)):
+            if calls := self._passed_through(batch):
+                self.calls[tokens] = calls
+                return
 
-    def _passed_through(self, batch: Tensor, answer: Callable[[Tensor], Any]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """Return what layers are called with if they give back what they get as `answer`; nothing where the family's layers answer in another form."""
+    def _passed_through(self, batch: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Return what layers are called with if they give back what they get in the form of `answer`; nothing where the family's answer in another one."""
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         shapes: set[torch.Size] = set()
 
@@ -153,7 +162,7 @@ class LayerRunner:
             shapes.add(state.shape)
             if len(calls) == len(self.layers) or len(shapes) > 1:
                 raise _EnoughError
-            return answer(state)
+            return self.answer(state)
 
         with _instead(self.layers, [note] * len(self.layers)):
             self._until_enough(batch)
@@ -189,6 +198,16 @@ class LayerRunner:
             functional_call(module, self._inside(index, tensors), (state, *_fitting(args, state)), _fitting(kwargs, state))
         return look.outputs[until]
 
+    def predict(self, state: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the logits [B, T, C] of the tokens whose rows of the head are `weights` [C, M], where the last layer makes `state`."""
+        head = self.whole.get_output_embeddings()
+        head._parameters["weight"] = nn.Parameter(weights, requires_grad=False)
+        if bias is not None:
+            head._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
+        with _instead(self.layers, [lambda *_, **__: self.answer(state)] * len(self.layers)):
+            logits: Tensor = self.whole(input_ids=self.ids[0][:1, : state.shape[1]].expand(len(state), -1), **self.arguments).logits
+        return logits
+
     def _until_enough(self, batch: Tensor) -> None:
         try:
             self.model(input_ids=batch, **self.arguments)
@@ -205,18 +224,52 @@ def _fitting(given: Any, state: Tensor) -> Any:
     return type(given)(_fitting(value, state) for value in given) if isinstance(given, tuple) else given
 
 
-def skeleton(config: Config, device: torch.device) -> Any:
-    """Build the bare model of `config` without weights: its buffers alone hold numbers."""
+def skeleton(config: Config, device: torch.device, architecture: str) -> Any:
+    """Build the model of `config` that is of this class, without weights: its buffers alone hold numbers."""
     from accelerate import init_empty_weights
 
     from effconvert.modeling.transformers_internals import attend_by
 
     _register()
     with quiet_transformers(), init_empty_weights(include_buffers=False), torch.device(device):
-        made = class_of(replace(config, raw={**config.raw, "architectures": [config.family.base]}))
+        made = class_of(replace(config, raw={**config.raw, "architectures": [architecture]}))
         model = made(made.config_class.from_dict(config.content)).eval()
     attend_by(model.config, PROBE)
     return model
+
+
+def device() -> torch.device:
+    """Return where models are run: this machine's accelerator, or the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
+def inside(outer: Outer, ids: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return what lies outside the layers and inside the bare model, in its names there; of the embedding the rows of `ids`."""
+    used = torch.cat([batch.flatten() for batch in ids]).cpu()
+    found: dict[str, Tensor] = {}
+    for part, name, origin, value in outer.bare():
+        if value is None:
+            value = embedding_rows(origin, used) if part == "embed" else origin.read("cpu")
+        numbers = value.compute() if isinstance(value, Deferred) else value
+        found[name] = numbers.to(ids[0].device)
+    return found
+
+
+def silenced(layer: Layer, place: str) -> Layer:
+    """Return a layer whose attention or ffn adds nothing: what it writes with is zero."""
+    made = layer.on_top(layer.index, layer.config)
+    for part in layer.config.sublayer(place):
+        for name in (part, f"{part}.bias") if part == "o" or part.endswith("down") else ():
+            if name in layer:
+                made[name] = torch.zeros_like(layer[name])
+    return made
+
+
+def check_finite(tensors: Sequence[Tensor], where: str) -> None:
+    """Refuse what no statistics can be made of, before linear algebra fails on it."""
+    if not all(map(finite, tensors)):
+        raise ModelError(f"{where} computes NaN or infinity on the calibration text; give another --calibrate, or ask the model's author")
 
 
 def fill(module: nn.Module, tensors: Tensors) -> None:
@@ -242,6 +295,12 @@ def stored_tensors(layer: Layer) -> dict[str, tuple[Stored, Tensor, bool]]:
         rounded = origin.read("cpu") if numbers is None else numbers.to(FLOATS[origin.dtype]).float()
         made[name] = (origin, rounded, numbers is not None)
     return made
+
+
+def return_memory() -> None:
+    """Have glibc give back what was freed: of a layer's many blocks it keeps some hundred megabytes otherwise, and as many again of the next."""
+    with suppress(AttributeError, OSError, TypeError):  # other C libraries do so by themselves
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def embedding_rows(stored: Stored, ids: Tensor) -> Tensor:

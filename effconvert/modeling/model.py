@@ -15,7 +15,7 @@ from effconvert.errors import ModelError
 from effconvert.modeling.attention import NAME, SOFTMAX, install
 from effconvert.modeling.caches import caches
 from effconvert.modeling.grouped import Grouped, share
-from effconvert.modeling.places import Own, put
+from effconvert.modeling.places import Own, leave_out, put
 from effconvert.modeling.stand_ins import stand_in
 from effconvert.modeling.state import State
 from effconvert.modeling.transformers_internals import (
@@ -65,8 +65,10 @@ class Converted:
         softmax = implementation(config) or "sdpa"
         self._run_softmax_by(softmax if softmax != NAME else "sdpa")
         for index, layer in enumerate(layers_of(self, ours)):
+            for place in ours.skips(index):
+                leave_out(layer, place, ours, index)
             module = layer.get_submodule(ours.attention)
-            if ours.family.shares_kv_in_our_class:
+            if ours.family.shares_kv_in_our_class and "attention" not in ours.skips(index):
                 share(module, ours)
             for record in ours.replaced_in(index):
                 technique = technique_of(record)

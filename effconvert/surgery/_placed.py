@@ -64,8 +64,8 @@ def check_replaced(config: Config) -> None:
     Raises:
         ModelError: the reason.
     """
+    plain = replace(config, replaced=(), raw={key: value for key, value in config.raw.items() if key != "per_layer_config"})
     for record, technique in techniques_of(config):
-        plain = replace(config, replaced=())
         try:
             technique.check_family(plain)
             technique.check(plain)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from effconvert.heal import _regression
 from effconvert.heal._regression import Attended, Queries, Turn, Values, by_head, mixtures, solve
 from effconvert.surgery import _ridge
 from effconvert.surgery._ridge import HELD_OUT, Moments, ridge

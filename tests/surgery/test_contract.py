@@ -28,7 +28,7 @@ from tests.models import DECODERS, GROUPING, characters, heed_caps, logits, save
 
 @dataclass(frozen=True)
 class Case:
-    neutral: dict  # options with which no logit may change,
+    neutral: dict | None  # options with which no logit may change (None: there are none such),
     neutral_from: dict  # on a model with these changes to its config
     same_bytes: bool  # whether not even a bit may change then
     small: dict  # options that change something,
@@ -40,6 +40,7 @@ class Case:
     cache: bool = True  # whether the KV cache changes its size
     encoder: dict = field(default_factory=dict)  # in place of `small` for encoders
     mixer: bool = False  # whether it brings parameters of its own, and leaves those that are there alone
+    takes: bool = False  # whether it takes parts away, and leaves the others alone
     replaces: tuple = ()  # parts of a layer that are gone, and others in their place
 
 
@@ -67,12 +68,18 @@ CASES = {
     ),
     "expand-kv": Case({"groups": 4}, HEADS[2], False, {"groups": 2}, HEADS[1], GROUPING, "has a KV head for each|cannot be written with another number"),
 }
+SUBLAYERS = [kind for kind, family in FAMILIES.items() if not family.norms_stream]
+CASES["prune-layers"] = Case(
+    None, {}, False, {"layers": "1", "only": "attention"}, {}, SUBLAYERS, "normalises what its layers add to", keys=("per_layer_config",), takes=True
+)
 MIXED = ("model_type", "architectures", "auto_map", "layer_types", "effconvert")
 for name, row in mixing.ROWS.items():  # what they compute is tried on all families in tests/mixers; here a few are written, and read again
     reason = next(iter(row.refused.values()))
     CASES[name] = Case(row.neutral, {}, False, row.small, {}, row.pipeline, f".*{reason}", (), MIXED, True, row.encoder, True)
 MATRIX = [(name, kind) for name, case in CASES.items() for kind in case.kinds]
-NEUTRAL = [(name, kind) for name, kind in MATRIX if not CASES[name].mixer and (kind in GROUPING or name == "gqa")] + [("mqa", "gpt_bigcode")]
+NEUTRAL = [(name, kind) for name, kind in MATRIX if CASES[name].neutral is not None and not CASES[name].mixer and (kind in GROUPING or name == "gqa")] + [
+    ("mqa", "gpt_bigcode")
+]
 NEUTRAL += [(name, kind) for name, kind in mixing.NEUTRAL if kind in CASES[name].kinds]
 OTHERWISE = [("mqa", "gpt_bigcode"), ("gqa", "gpt_bigcode")]  # nothing to refuse, or the options are wrong and not the model
 REFUSED = [(name, kind) for name, case in CASES.items() for kind in FAMILIES if kind not in case.kinds and (name, kind) not in OTHERWISE and not case.mixer]
@@ -186,7 +193,7 @@ def test_a_conversion_that_changes_something_changes_what_it_should_and_no_other
     name, source, outcome = done
     config = outcome.plan.checkpoint.config
     family, checkpoint = config.family, outcome.plan.checkpoint
-    allowed = set() if CASES[name].mixer else {*family.per_kv_head, *(f"{part}.bias" for part in family.per_kv_head), *CASES[name].parts}
+    allowed = set() if CASES[name].mixer or CASES[name].takes else {*family.per_kv_head, *(f"{part}.bias" for part in family.per_kv_head), *CASES[name].parts}
     before, after = tensors(source), tensors(outcome.output)
     if CASES[name].replaces:
         hold_what_stays(checkpoint, open_checkpoint(outcome.output), CASES[name].replaces)
@@ -197,9 +204,14 @@ def test_a_conversion_that_changes_something_changes_what_it_should_and_no_other
         for index in record.layers
         for parameter, shape in technique.parameters(config).items()
     }
-    assert after.keys() == before.keys() | new.keys()
+    modules = {index: {config.parts[part] for part in outcome.plan.config.lacks(index) - config.lacks(index)} for index in range(config.layers)}
+    gone = {key for key in before for index, lost in modules.items() for module in lost if key.startswith(f"{checkpoint.layer_prefix(index)}{module}.")}
+    assert bool(gone) == CASES[name].takes
+    assert after.keys() == (before.keys() - gone) | new.keys()
     assert {tensor: tuple(after[tensor].shape) for tensor in new} == new
     for tensor, value in before.items():
+        if tensor in gone:
+            continue
         inside = tensor.removeprefix(checkpoint.prefix).removeprefix(f"{family.layers}.").partition(".")[2].rpartition(".")[0]
         suffix = ".bias" if tensor.endswith(".bias") else ""
         parts = {part + suffix for part in config.modules.get(inside, ())} if tensor not in checkpoint.outer else set()

@@ -29,6 +29,7 @@ BERT = Family(
         "pooler": "pooler",
     },
     head={"head": "cls"},
+    norms_stream=True,
     decoder=False,
     kv_heads_key="",
 )
@@ -66,6 +67,7 @@ ENCODERS: Mapping[str, Family] = {
             "embed_norm": "embeddings.LayerNorm",
         },
         head={"head_dense": "vocab_transform", "head_norm": "vocab_layer_norm", "head": "vocab_projector"},
+        norms_stream=True,
         decoder=False,
         heads_key="n_heads",
         layers_key="n_layers",
@@ -90,7 +92,7 @@ ENCODERS: Mapping[str, Family] = {
         },
         outer={"embed": "embeddings.tok_embeddings", "embed_norm": "embeddings.norm", "final_norm": "final_norm"},
         head={"head_dense": "head", "head": "decoder"},
-        optional=frozenset({"attn_norm"}),  # layer 0 normalises nothing before attention
+        first_lacks=frozenset({"attn_norm"}),  # the embeddings' norm is just before it
         rope="halves",
         decoder=False,
         kv_heads_key="",

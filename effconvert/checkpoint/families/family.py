@@ -23,6 +23,8 @@ class Family:
     outer: Mapping[str, str]  # outside the layers, inside the base model: part -> module
     head: Mapping[str, str]  # outside the base model: part -> module
     optional: frozenset[str] = frozenset()  # parts that some models of the family lack
+    first_lacks: frozenset[str] = frozenset()  # parts that layer 0 lacks and all others have
+    norms_stream: bool = False  # whether layers normalise what they add to
     buffers: tuple[str, ...] = ()  # what old versions of transformers saved in a layer and nobody reads
 
     per_head: bool = False  # fused q, k, v: head 0's q, k, v, then head 1's, ... instead of all q, all k, all v

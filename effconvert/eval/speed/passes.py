@@ -96,6 +96,8 @@ class Runner:
         static = self.writes and job.options.cache == "static"
         if static and loaded.opened.checkpoint.config.replaced:
             raise OptionError(f"--cache static has no room for what the mixers of {loaded.opened.subject.name} remember; leave it out")
+        if static and "no attention" in loaded.opened.subject.mixers:
+            raise OptionError(f"--cache static would have room in layers of {loaded.opened.subject.name} that have no attention; leave it out")
         if static and loaded.opened.checkpoint.config.family.shares_kv_in_our_class:
             raise OptionError(f"--cache static would hold the KV heads that {loaded.opened.subject.name} shares as often as they are used; leave it out")
         self.cache_name = cache_name(self.model) if self.writes else ""

@@ -75,7 +75,7 @@ class Gqa(Surgery):
 
     def layer(self, layer: Layer) -> None:
         """Make one head of each group of KV heads, in k and v and what goes with them, and fit q and o to it."""
-        if self.groups == layer.config.kv_heads:
+        if self.groups == layer.config.kv_heads or "k" not in layer:
             return  # not even through float32: a mean over one turns -0.0 into 0.0
         if not self.needs_calibration(layer.config):
             self._plain(layer, self.pool)
