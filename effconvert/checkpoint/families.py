@@ -54,6 +54,9 @@ class Family:
     pattern_from: int = 1  # the number of the first layer, as that counts
     windowed: str = ""  # the family that is this one with a sliding window, maybe itself
     window_keys: Mapping[str, object] = field(default_factory=dict)  # what else its config says then
+    fourier: str = ""  # the family that is this one with Fourier transforms in place of attention
+    tokenizer: str = ""  # the tokenizer's class where the files name none, which a related family would look for elsewhere
+    float32_only: bool = False  # whether its class computes in float32 alone
     layers_alike: bool = False  # whether its window holds in all layers or in none
     defaults: Mapping[str, Any] = field(default_factory=dict)  # what transformers takes where the config is silent
     constants: Mapping[str, object] = field(default_factory=dict)  # config values that this row takes for granted
@@ -174,6 +177,8 @@ BERT = Family(
     head={"head": "cls"},
     decoder=False,
     kv_heads_key="",
+    fourier="fnet",
+    tokenizer="BertTokenizer",
 )
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
@@ -306,6 +311,25 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             head={"head": "lm_head"},
             positions_after_padding=True,
             defaults={**BERT.defaults, "pad_token_id": 1},
+            fourier="",
+            tokenizer="",
+        ),
+        "fnet": replace(
+            BERT,
+            base="FNetModel",
+            lm="FNetForMaskedLM",
+            prefix="fnet",
+            parts={
+                "attn_post_norm": "fourier.output.LayerNorm",  # after the transform, which has no parameters
+                **{part: module for part, module in BERT.parts.items() if part in ("up", "down", "mlp_post_norm")},
+            },
+            outer={**BERT.outer, "embed_projection": "embeddings.projection"},
+            heads_key="",
+            constants={"use_tpu_fourier_optimizations": False},
+            absent={"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False},
+            fourier="",
+            tokenizer="FNetTokenizer",
+            float32_only=True,  # torch.fft has no bfloat16, and on CPUs no float16
         ),
         "distilbert": Family(
             base="DistilBertModel",

@@ -64,7 +64,7 @@ class Converted:
         self._run_softmax_by(softmax if softmax != NAME else "sdpa")
         for index, layer in enumerate(layers_of(self, ours)):
             module = layer.get_submodule(ours.attention)
-            if ours.family.shares_kv_in_our_class:
+            if ours.family.shares_kv_in_our_class and "k" not in ours.lacks(index):
                 share(module, ours)
             for record in ours.replaced_in(index):
                 technique = technique_of(record)

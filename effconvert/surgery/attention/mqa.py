@@ -5,7 +5,7 @@ from __future__ import annotations  # what only types need is not imported: `--h
 from typing import TYPE_CHECKING
 
 from effconvert.surgery._surgery import Surgery
-from effconvert.surgery.attention.gqa import POOL, Gqa, Pool
+from effconvert.surgery.attention.gqa import POOL, Gqa, Pool, choices
 
 if TYPE_CHECKING:
     from effconvert.checkpoint.config import Config
@@ -28,6 +28,7 @@ class Mqa(Surgery):
     @classmethod
     def suits(cls, config: Config) -> str:
         """Nothing to choose."""
+        choices(config)
         return "as it is"
 
     def check(self, config: Config) -> None:
