@@ -44,6 +44,7 @@ class Terminal:
         self.out.print(f"[bold]{escape(steps)}[/]: {escape(model)} -> {escape(str(output))}", soft_wrap=True)
         rows = [
             ("parameters", before.parameters, after.parameters, count),
+            *([("active for a token", before.active, after.active, count)] if after.active < after.parameters or before.active < before.parameters else []),
             ("on disk", before.bytes, after.bytes, size),
             ("KV cache a token", before.kv_bytes, after.kv_bytes, size),
         ]

@@ -16,7 +16,7 @@ from effconvert.__main__ import main as module_main
 from effconvert.cli import main
 
 Command = Callable[..., Result]
-SLOW = {"torch", "transformers", "pydantic", "numpy", "rich", "huggingface_hub"}
+SLOW = {"asyncio", "torch", "transformers", "pydantic", "numpy", "rich", "huggingface_hub"}
 EASY = ("--tokens", "60", "--context", "20")
 
 

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
-from effconvert.checkpoint.config import Config, read_config
-from effconvert.checkpoint.layer import Activations, Layer, Model, Outer
+from effconvert.checkpoint.config import Config
+from effconvert.checkpoint.layer import Activations, Layer, Model
+from effconvert.checkpoint.outer import Outer
+from effconvert.checkpoint.reading import read_config
 from effconvert.checkpoint.replaced import OWN
 from effconvert.checkpoint.shards import FLOATS, Stored, read_header
 from effconvert.errors import ModelError, OptionError
@@ -164,13 +166,7 @@ def check_types(checkpoint: Checkpoint) -> None:
 
 def check_shapes(checkpoint: Checkpoint) -> None:
     """Check every matrix against the config, and all layers against the first."""
-    config, family = checkpoint.config, checkpoint.config.family
-    rows, kv_rows, width, ffn = config.heads * config.head_dim, config.kv_heads * config.head_dim, config.hidden, config.ffn
-    expected = {"q": (rows, width), "k": (kv_rows, width), "v": (kv_rows, width), "o": (width, rows)}
-    expected |= {"gate": (ffn, width), "up": (ffn, width), "down": (width, ffn)}
-    inner = config.expert_ffn
-    for number in range(config.experts):
-        expected |= {f"experts.{number}.gate": (inner, width), f"experts.{number}.up": (inner, width), f"experts.{number}.down": (width, inner)}
+    config, family, width = checkpoint.config, checkpoint.config.family, checkpoint.config.hidden
     first: dict[str, tuple[int, ...]] = {}  # of the first layer that has such a tensor
     for index, stored in enumerate(checkpoint.layers):
         at, lacks = checkpoint.layer_prefix(index), config.lacks(index)
@@ -185,9 +181,8 @@ def check_shapes(checkpoint: Checkpoint) -> None:
             if not parts:
                 continue  # of a technique, which knows the shape
             want = first.setdefault(name, tensor.shape)
-            if kind == "weight" and parts[0] in expected:
-                want = (sum(expected[part][0] for part in parts), expected[parts[0]][1])
-                want = want[::-1] if family.transposed else want
+            if kind == "weight" and parts[0] in config.matrices:
+                want = config.stored_shape(parts)
             _hold(at + name, tensor.shape, want, config)
     # OPT may have embeddings narrower than its layers, with a projection between them.
     narrow = f"{checkpoint.prefix}{family.outer.get('project_in')}.weight" in checkpoint.outer

@@ -3,24 +3,21 @@
 Read as JSON and not by transformers, so that a plan needs no import of it, and keys that nobody knows survive.
 """
 
-import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from effconvert.checkpoint.families import FAMILIES, Family
-from effconvert.checkpoint.replaced import KIND, Replaced, check_depth, encode, overlap, read
+from effconvert.checkpoint.families import EXPERTS_KEYS, FAMILIES, Family
+from effconvert.checkpoint.replaced import Replaced, encode, overlap
 from effconvert.errors import ModelError, OptionError
 
 CONFIG = "config.json"
 BY_LAYER = ("layer_types", "mlp_layer_types")  # keys of config.json that hold a list with an entry for each layer
 SKIPS = {"attention": "attention", "mlp": "ffn"}  # what `per_layer_config` calls a place
 LAYER_NUMBERS = ("mlp_only_layers",)  # keys that hold numbers of layers
+TOP_K_KEY = "num_experts_per_tok"
 
 
 @dataclass(frozen=True)
@@ -90,11 +87,32 @@ class Config:
     @cached_property
     def parts(self) -> dict[str, str]:
         """Where a layer keeps its parts: part -> module; `experts.*.gate` of the family's row once for each expert."""
-        laid: dict[str, str] = {}
-        for part, module in self.family.parts.items():
-            numbers = range(self.experts) if "*" in part else (0,)
-            laid |= {part.replace("*", str(number)): module.replace("*", str(number)) for number in numbers}
+        laid = {part: module for part, module in self.family.parts.items() if "*" not in part}
+        each = {part: module for part, module in self.family.parts.items() if "*" in part}
+        for number in map(str, range(self.experts)):
+            laid |= {part.replace("*", number): module.replace("*", number) for part, module in each.items()}
         return laid
+
+    @cached_property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """The shape [out, in] of each projection of a layer: part -> rows, columns."""
+        rows, kv_rows, width, ffn, inner = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden, self.ffn, self.expert_ffn
+        shapes = {"q": (rows, width), "k": (kv_rows, width), "v": (kv_rows, width), "o": (width, rows)}
+        shapes |= {"gate": (ffn, width), "up": (ffn, width), "down": (width, ffn), "router": (self.experts, width), "shared_router": (1, width)}
+        for number in range(self.experts):
+            shapes |= {f"experts.{number}.gate": (inner, width), f"experts.{number}.up": (inner, width), f"experts.{number}.down": (width, inner)}
+        return shapes
+
+    def stacked(self, parts: Sequence[str]) -> bool:
+        """Whether what is fused of these parts is a tensor [E, out, in]: the experts of a family that keeps them together."""
+        return self.family.experts_stacked and parts[0].startswith("experts.")
+
+    def stored_shape(self, parts: Sequence[str]) -> tuple[int, ...]:
+        """Return the shape on disk of the tensor that these parts are fused in."""
+        rows, columns = sum(self.matrices[part][0] for part in parts), self.matrices[parts[0]][1]
+        if self.stacked(parts):
+            return self.experts, rows // self.experts, columns
+        return (columns, rows) if self.family.transposed else (rows, columns)
 
     @cached_property
     def modules(self) -> dict[str, tuple[str, ...]]:
@@ -112,7 +130,14 @@ class Config:
     @property
     def experts(self) -> int:
         """Experts of a layer, E; 0 where the family has none."""
-        return self._whole(self.family.experts_key) if self.family.experts_key else 0
+        if not self.family.experts_key:
+            return 0
+        return self._whole(next((key for key in EXPERTS_KEYS if key in self.raw), self.family.experts_key))
+
+    @property
+    def top_k(self) -> int:
+        """Experts that run for a token; 0 where the family has none."""
+        return min(self._whole(TOP_K_KEY), self.experts) if self.experts else 0
 
     @property
     def expert_ffn(self) -> int:
@@ -183,6 +208,11 @@ class Config:
         return self._whole("head_dim") if self.get("head_dim") is not None else self.hidden // max(1, self.heads)
 
     @property
+    def scale(self) -> float:
+        """What scores are multiplied by, of a family that takes them as they come from queries and keys."""
+        return float(self.get(self.family.scale_key)) if self.family.scale_key else self.head_dim**-0.5
+
+    @property
     def rotary(self) -> int:
         """Dimensions of a head that RoPE turns; the first ones."""
         parameters = self.get("rope_parameters") or {}
@@ -228,8 +258,9 @@ class Config:
         kinds = self.get("layer_types")
         if kinds is None:
             every = self.get(self.family.pattern_key) or self.family.pattern
-            first = self.get("max_window_layers") or 0
-            seen = [i < first or (every and (i + self.family.pattern_from) % every == 0) for i in range(self.layers)]
+            first = 0 if self.family.layers_alike else self.get("max_window_layers") or 0
+            apart = [(i >= first) if self.family.first_windowed else i < first for i in range(self.layers)]
+            seen = [apart[i] or (every and (i + self.family.pattern_from) % every == 0) for i in range(self.layers)]
             kinds = ["full_attention" if everything else "sliding_attention" for everything in seen]
         return [int(window) if kind == "sliding_attention" else None for kind in kinds]
 
@@ -288,6 +319,23 @@ class Config:
         types = {} if family.layers_alike else {"layer_types": kinds, "max_window_layers": 0}
         return replace(own, raw={**own.raw, **family.window_keys, "sliding_window": window, **types})
 
+    def saying(self, keys: Mapping[str, Any]) -> "Config":
+        """Return this config with other values of some keys."""
+        return replace(self, raw={**self.raw, **keys})
+
+    def without(self, *keys: str) -> "Config":
+        """Return this config without some keys."""
+        return replace(self, raw={key: value for key, value in self.raw.items() if key not in keys})
+
+    def spelt_out(self) -> "Config":
+        """Return this config with what transformers takes where it is silent written out, for a class that takes something else."""
+        raw = {**self.family.defaults, **self.raw, "head_dim": self.head_dim}
+        if self.family.kv_heads_key:
+            raw[self.family.kv_heads_key] = self.kv_heads
+        if self.get("rope_parameters") and "rope_theta" in raw:
+            raw["rope_parameters"] = {"rope_theta": raw.pop("rope_theta"), **raw["rope_parameters"]}
+        return replace(self, raw=raw)
+
     def become(self, kind: str) -> "Config":
         """Return this config as that of the related family `kind`."""
         family = FAMILIES[kind]
@@ -305,77 +353,3 @@ class Config:
         if type(value) is not int or value < 1:
             raise ModelError(f"config.json of this {self.kind} says {key} = {value!r}, where a whole number of at least 1 is needed; mend the file")
         return value
-
-
-def read_config(folder: Path) -> Config:
-    """Read and recognise `folder`/config.json.
-
-    Raises:
-        OptionError: the folder holds no model.
-        ModelError: it holds one that cannot be operated on: unknown family, quantised, an adapter.
-    """
-    path = folder / CONFIG
-    if not path.is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise ModelError(f"{folder} is a PEFT adapter, not a model; merge it into its base first (PeftModel.merge_and_unload, then save_pretrained)")
-        raise OptionError(f"{folder} holds no model: there is no config.json in it; give a folder written by save_pretrained, a Hub id or a .gguf file")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not JSON ({error}); fetch the file again") from None
-    kind = raw.get("model_type") if isinstance(raw, dict) else None
-    replaced: tuple[Replaced, ...] = ()
-    family = FAMILIES.get(str(kind))
-    if isinstance(kind, str) and kind.removeprefix(KIND) in FAMILIES and kind.startswith(KIND):
-        raw, family, replaced = read(raw)
-        kind = raw["model_type"]
-    if not isinstance(kind, str) or family is None:
-        near = get_close_matches(str(kind), FAMILIES, n=1)
-        hint = f"the nearest is {near[0]!r}; " if near else ""
-        raise ModelError(f"{path} names the family {kind!r}, which effconvert does not know; {hint}it knows {', '.join(FAMILIES)}")
-    if raw.get("quantization_config"):
-        quantization = raw["quantization_config"]
-        method = quantization.get("quant_method", "an unnamed method") if isinstance(quantization, dict) else quantization
-        raise ModelError(f"{folder} is quantised ({method}), and surgery needs the numbers themselves; give the checkpoint that it was made from")
-    check_depth(raw, family)
-    config = Config(raw, family, replaced)
-    for key, needed in family.constants.items():
-        if raw.get(key, needed) != needed:
-            raise ModelError(f"{kind} with {key} = {raw[key]!r} is laid out differently from the {kind} that effconvert knows, which needs {needed!r}")
-    for key, (fits, needed) in SOUND.items():
-        if config.get(key) is not None and not fits(config.get(key)):
-            raise ModelError(f"{path} says {key} = {config.get(key)!r}, where {needed} is needed; mend the file")
-    stem = family.base.removesuffix("Model")
-    if config.architecture not in (family.base, family.lm) and not re.fullmatch(rf"{stem}For[A-Za-z]+", config.architecture):
-        raise ModelError(f"{path} names the class {config.architecture!r}, which is none of {kind}'s ({family.base}, {family.lm}, {stem}For…); mend the file")
-    for key in ("attn_implementation", "_attn_implementation"):
-        if "/" in str(raw.get(key)):
-            raise ModelError(f"{path} asks for the attention kernel {raw[key]!r} from the Hub, which is somebody's code; remove {key} from it")
-    if config.get("layer_types") is not None and len(config.get("layer_types")) != config.layers:
-        raise ModelError(f"{path} has {len(config.get('layer_types'))} layer_types for {config.layers} layers; mend the file")
-    return config
-
-
-def _whole(least: int) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: type(value) is int and value >= least, f"a whole number of at least {least}, or null,"
-
-
-def _names(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 0 and all(isinstance(name, str) for name in value)
-
-
-# What a key may hold beside null, for those that are looked at: a config is somebody else's file.
-SOUND: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "architectures": (_names, "a list of names"),
-    "layer_types": (_names, "a list of names"),
-    "sliding_window": _whole(2),
-    "sliding_window_pattern": _whole(1),
-    "local_attention": _whole(2),
-    "global_attn_every_n_layers": _whole(1),
-    "max_window_layers": _whole(0),
-    "max_position_embeddings": _whole(1),
-    "n_positions": _whole(1),
-    "vocab_size": _whole(1),
-    "tie_word_embeddings": (lambda value: isinstance(value, bool), "true or false"),
-    "use_sliding_window": (lambda value: isinstance(value, bool), "true or false"),
-}

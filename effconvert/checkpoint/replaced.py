@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from effconvert.checkpoint.families import FAMILIES, Family
+from effconvert.checkpoint.families import EXPERTS_KEYS, FAMILIES, Family
 from effconvert.errors import ModelError
 from effconvert.options import shown
 
@@ -43,7 +43,7 @@ INSIDE: Mapping[str, tuple[str, ...]] = {
     "attention": ("scores", "q", "k", "v", "o"),
     "ffn": ("gate", "up", "down"),
 }
-DEEPEST = 10_000  # layers
+DEEPEST = 10_000  # layers, or experts
 PLACES = (*INSIDE, "scores", "q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -124,14 +124,14 @@ def decode(given: Mapping[str, Any]) -> tuple[dict[str, Any], Family, tuple[Repl
 
 
 def check_depth(raw: Mapping[str, Any], family: Family) -> None:
-    """Refuse more layers than any model has: lists of as many are made before a tensor is looked at, and the file is somebody else's.
+    """Refuse more layers or experts than any model has: lists of as many are made before a tensor is looked at, and the file is somebody else's.
 
     Raises:
         ModelError: there are.
     """
-    depth = raw.get(family.layers_key)
-    if isinstance(depth, int | float) and depth > DEEPEST:
-        raise ModelError(f"config.json says {family.layers_key} = {shown(depth)}, and no model has more than {DEEPEST}; mend the file")
+    for key in (family.layers_key, *(EXPERTS_KEYS if family.experts_key else ())):
+        if isinstance(count := raw.get(key), int | float) and count > DEEPEST:
+            raise ModelError(f"config.json says {key} = {shown(count)}, and no model has more than {DEEPEST}; mend the file")
 
 
 def _record(entry: Mapping[str, Any]) -> Replaced:

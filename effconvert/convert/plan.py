@@ -9,11 +9,12 @@ from pathlib import Path
 
 import psutil
 
-from effconvert import __version__
 from effconvert.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
 from effconvert.checkpoint.config import CONFIG, Config
-from effconvert.checkpoint.layer import Activations, Model, Parts, outer_prefix
+from effconvert.checkpoint.layer import Activations, Model
 from effconvert.checkpoint.manifest import CARD, RECIPE
+from effconvert.checkpoint.outer import outer_prefix
+from effconvert.checkpoint.parts import Deferred, Parts
 from effconvert.checkpoint.replaced import STUB_FILE
 from effconvert.checkpoint.shards import ITEMSIZE, Stored
 from effconvert.convert.files import other_files
@@ -23,6 +24,7 @@ from effconvert.heal._layerwise import Calibration
 from effconvert.modeling.loading import has_tokenizer
 from effconvert.modeling.size import Size, size_of, size_of_tensors
 from effconvert.surgery._surgery import Step
+from effconvert.version import __version__
 
 TOKENIZER = "tokenizer_config.json"
 OUTER = -1  # in place of a layer's number: what is outside the layers
@@ -190,6 +192,7 @@ def plan(checkpoint: Checkpoint, surgeries: tuple[Step, ...], teacher: Checkpoin
 
 def _targets(unit: int, prefix: str, parts: Parts) -> Iterator[Target]:
     for name, origin, value in parts.tensors():
+        assert not isinstance(value, Deferred)  # nothing is put off while only shapes count
         shape = origin.shape if value is None else value.shape
         yield Target(prefix + name, origin.dtype, tuple(shape), origin, None if value is None else unit)
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import yaml
 
-from effconvert import __version__
 from effconvert.checkpoint import sources
 from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.digest import file_hash
@@ -32,6 +31,7 @@ from effconvert.paths import expand, real
 from effconvert.progress import Silent, Watcher
 from effconvert.surgery._placed import open_checked
 from effconvert.surgery._surgery import Step
+from effconvert.version import __version__
 
 CALIBRATING = ("calibrate", "calibration_tokens", "calibration_window")  # options that say what is looked at
 

@@ -19,6 +19,7 @@ from effconvert.modeling import loading
 from effconvert.modeling.caches import growth_bytes, state_bytes
 from effconvert.options import RunOptions
 from effconvert.progress import Advance, Watcher
+from effconvert.quiet import quiet_transformers
 
 TOLERANCE = 1e-5  # of the largest logit, in float32, for a conversion that must change nothing
 LIBRARIES = 330_000_000  # bytes; measured on SmolLM2 beyond what is counted: 0.32 GB in float32, 0.03 GB in bfloat16
@@ -109,7 +110,7 @@ def verify(plan: Plan, folder: Path, material: Material, scratch: Path, watcher:
         ModelError: it does not load as it should, computes NaN, or is not what the plan or the surgery promised.
     """
     try:
-        with loading.quiet():
+        with quiet_transformers():
             with watcher.bar("checking every number", plan.after.bytes, "bytes") as advance:
                 check_finite(folder, plan, advance)
             with watcher.bar("measuring the original", material.windows.numel(), "tokens") as advance:

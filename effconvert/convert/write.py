@@ -17,8 +17,8 @@ from torch import Tensor
 
 from effconvert.checkpoint.checkpoint import INDEX
 from effconvert.checkpoint.config import CONFIG
-from effconvert.checkpoint.layer import Deferred
 from effconvert.checkpoint.manifest import CARD, DRAFT, RECIPE, read_manifest, save_manifest, to_disk
+from effconvert.checkpoint.parts import Deferred
 from effconvert.checkpoint.replaced import STUB, STUB_FILE
 from effconvert.checkpoint.shards import as_bytes, copy_run, header
 from effconvert.convert.calibrate import computed
@@ -76,8 +76,8 @@ class _Layers:
     def __exit__(self, *_: object) -> None:
         self.worker.shutdown(cancel_futures=True)
 
-    def take(self, target: Target) -> Tensor:
-        """Return the converted tensor."""
+    def take(self, target: Target) -> Iterator[Tensor]:
+        """Yield the converted tensor, in pieces where it is large."""
         index = target.unit
         assert index is not None
         if index not in self.ready:
@@ -89,7 +89,7 @@ class _Layers:
                 self._begin(following[0])
         value = self.ready[index].pop(target.name)
         self.forget([target])
-        return value.compute() if isinstance(value, Deferred) else value
+        yield from value.pieces() if isinstance(value, Deferred) else [value]
 
     def forget(self, targets: list[Target]) -> None:
         """Count `targets` as written."""
@@ -118,7 +118,8 @@ def _write_shard(path: Path, targets: list[Target], layers: _Layers, advance: Ad
         with draft.open("wb") as file, source.open("rb", buffering=0) as original:
             file.write(header({target.name: (target.dtype, target.shape) for target in targets}))
             for target in _runs(targets, file, original, advance):
-                file.write(as_bytes(layers.take(target), target.dtype, target.name))
+                for piece in layers.take(target):
+                    file.write(as_bytes(piece, target.dtype, target.name))
                 advance(target.bytes)
             file.flush()
             os.fsync(file.fileno())

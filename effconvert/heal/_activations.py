@@ -8,7 +8,9 @@ from torch import Tensor
 
 from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.layer import Deferred, Layer, Outer
+from effconvert.checkpoint.layer import Layer
+from effconvert.checkpoint.outer import Outer
+from effconvert.checkpoint.parts import Deferred
 from effconvert.checkpoint.shards import FLOATS, finite
 from effconvert.errors import ModelError
 from effconvert.heal._layerwise import Look, Stage, embedding_rows, stored_tensors

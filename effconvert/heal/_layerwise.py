@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.layer import Deferred, Layer
+from effconvert.checkpoint.layer import Layer
+from effconvert.checkpoint.parts import Deferred
 from effconvert.checkpoint.shards import FLOATS, Stored
 from effconvert.modeling.attention import attend
-from effconvert.modeling.loading import class_of, quiet
+from effconvert.modeling.loading import class_of
 from effconvert.modeling.transformers_internals import names_at_run_time
+from effconvert.quiet import quiet_transformers
 
 BATCH, TOGETHER = 2, 1024  # windows that are run at a time at most, and tokens where more than one is
 PROBE = "effconvert_probe"  # the name of our attention function in transformers' registry
@@ -85,6 +87,7 @@ class Look:
     outputs: dict[str, Tensor] = field(default_factory=dict)  # part -> what its module made of it
     query: Tensor | None = None  # after RoPE and norms, [B, H, T, D]
     key: Tensor | None = None  # likewise, [B, Hk, T, D]
+    scaling: float | None = None  # of their scores
     weights: Tensor | None = None  # of attention, [B, H, T, T]
 
 
@@ -216,7 +219,7 @@ def skeleton(config: Config, device: torch.device) -> Any:
     from effconvert.modeling.transformers_internals import attend_by
 
     _register()
-    with quiet(), init_empty_weights(include_buffers=False), torch.device(device):
+    with quiet_transformers(), init_empty_weights(include_buffers=False), torch.device(device):
         made = class_of(replace(config, raw={**config.raw, "architectures": [config.family.base]}))
         model = made(made.config_class.from_dict(config.content)).eval()
     attend_by(model.config, PROBE)
@@ -295,7 +298,7 @@ _LOOKS: list[Look] = []
 
 
 def _probe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
-    """Attend as the family's own eager implementation does, and note the queries, the keys and the weights."""
+    """Attend as the family's own eager implementation does, and note the queries, the keys, their scaling and the weights."""
     if "mixing" in kwargs:
         out, weights = attend(module, query, key, value, attention_mask, **kwargs)
     else:
@@ -303,7 +306,9 @@ def _probe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
 
         out, weights = eager(module)(module, query, key, value, attention_mask, **kwargs)
     if _LOOKS:
-        _LOOKS[-1].query, _LOOKS[-1].key, _LOOKS[-1].weights = query, key[:, :: getattr(module, "repeats", 1)], weights
+        look, scaling = _LOOKS[-1], kwargs.get("scaling")
+        look.query, look.key, look.weights = query, key[:, :: getattr(module, "repeats", 1)], weights
+        look.scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return out, weights
 
 

@@ -1,4 +1,4 @@
-"""Refit a converted model to what the original computed."""
+"""Recover quality without training: least squares on q, v and o."""
 
 from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
 

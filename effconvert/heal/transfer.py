@@ -1,4 +1,4 @@
-"""Teach what was put into layers to do what the original did there."""
+"""Train what was put into layers to imitate the original, layer by layer."""
 
 from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
 

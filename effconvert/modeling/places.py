@@ -53,9 +53,7 @@ def put(layer: nn.Module, record: Replaced, config: Config, index: int) -> None:
 def _drop(layer: nn.Module, path: str, part: str) -> None:
     parent, _, name = part.rpartition(".")
     if part == path:  # a projection that is itself replaced
-        projection = layer.get_submodule(path)
-        for parameter in [name for name, _ in projection.named_parameters(recurse=False)]:
-            projection.register_parameter(parameter, None)
+        layer.get_submodule(path).register_parameter("weight", None)  # its bias stays
     elif not part or not hasattr(layer.get_submodule(parent), name):
         return  # this model does without it
     elif path in ("", parent) or parent.startswith(f"{path}."):
@@ -79,6 +77,8 @@ def _placed(family: type[nn.Module]) -> type[nn.Module]:
 
         own: Own = getattr(self, NAME)
         made = own.technique.forward(own.weights, hidden, _around(original, hidden, kwargs))
+        if getattr(self, "weight", made) is None and self.bias is not None:  # a projection without its matrix
+            made = made + self.bias
         return (made, None) if own.place == "attention" else made  # attention answers with its weights as well, which nobody asks for
 
     return type(family.__name__, (family,), {"forward": forward, "__module__": family.__module__})

@@ -1,6 +1,7 @@
 """What a model weighs: parameters, bytes on disk, and what a token takes in its cache."""
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ class Size:
     kv_bytes: int  # of the KV cache, for a token
     state_bytes: int = 0  # of what techniques remember of a sequence, however short it is
     growth_bytes: int = 0  # of kv_bytes, what techniques remember: an average
+    active: int = 0  # of the parameters, those that a token uses: of experts only the chosen ones
 
 
 def size_of(checkpoint: Checkpoint) -> Size:
@@ -40,6 +42,14 @@ def size_of_tensors(tensors: Iterable[tuple[str, str, tuple[int, ...]]], config:
         and not (config.tied and name.startswith(heads) and shape == embedding)
     )
     on_disk = sum(math.prod(shape) * ITEMSIZE[dtype] for _, dtype, shape in tensors)
+    idle = _experts(tensors, config) * (config.experts - config.top_k) // max(1, config.experts)
     itemsize = ITEMSIZE[dtype]
     softmax, growth = kv_bytes(config, itemsize, 1) - state_bytes(config, itemsize, 1), growth_bytes(config, itemsize)
-    return Size(parameters, on_disk, softmax + growth, state_bytes(config, itemsize), growth)
+    return Size(parameters, on_disk, softmax + growth, state_bytes(config, itemsize), growth, parameters - idle)
+
+
+def _experts(tensors: Iterable[tuple[str, str, tuple[int, ...]]], config: Config) -> int:
+    """Return how many of the parameters are in experts of which a token chooses some."""
+    modules = [re.escape(module).replace(r"\*", r"\d+") for part, module in config.family.parts.items() if part.startswith("experts.")]
+    inside = re.compile(rf"\.({'|'.join(modules)})\.weight$")
+    return sum(math.prod(shape) for name, _, shape in tensors if modules and inside.search(name))

@@ -129,10 +129,15 @@ def hold_overridden(model: Any) -> None:
         _hold(model, name)
 
 
-def keep_names(architecture: str, ours: str) -> None:
-    """Have the class `ours` find its tensors under the names that `architecture` has on disk, where those are others than in memory (GPT-NeoX's head)."""
-    if renamed := get_checkpoint_conversion_mapping(architecture):
+def keep_names(architecture: str, kind: str, ours: str) -> None:
+    """Have the class `ours` find its tensors under the names that `architecture` has on disk, where those are others than in memory (experts)."""
+    if renamed := _renamed(architecture, kind):
         register_checkpoint_conversion_mapping(ours, renamed, overwrite=True)
+
+
+def _renamed(architecture: str, kind: str) -> list[Any] | None:
+    """Return what transformers does to the names of a class of models, or of its `model_type`, when it loads them."""
+    return get_checkpoint_conversion_mapping(architecture) or get_checkpoint_conversion_mapping(kind)  # type: ignore[no-any-return]
 
 
 def names_at_run_time(stored: Mapping[str, Tensor], architecture: str, kind: str, expected: Mapping[str, Tensor], partial: bool = False) -> dict[str, Tensor]:
@@ -150,8 +155,7 @@ def names_at_run_time(stored: Mapping[str, Tensor], architecture: str, kind: str
     """
     if stored.keys() == expected.keys() or (partial and stored.keys() <= expected.keys()):
         return dict(stored)
-    mapping = get_checkpoint_conversion_mapping(architecture) or get_checkpoint_conversion_mapping(kind) or []
-    mapping = [*mapping, *(get_checkpoint_conversion_mapping("legacy") or [])]
+    mapping = [*(_renamed(architecture, kind) or []), *(get_checkpoint_conversion_mapping("legacy") or [])]
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}

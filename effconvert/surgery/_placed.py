@@ -69,7 +69,7 @@ def check_replaced(config: Config) -> None:
         try:
             technique.check_family(plain)
             technique.check(plain)
-            fits = record.place in technique.places(plain) and record.drops == technique.drops
+            fits = record.place in technique.places(plain) and record.drops == technique.dropped(plain, record.place)
         except EffconvertError as error:
             raise ModelError(f"config.json says that {record.technique} is in layers of this {config.kind}: {error}") from None
         if not fits:

@@ -123,15 +123,21 @@ class Replacement(Layerwise):
         """Put it into the chosen layers."""
         layers = tuple(sorted(self.chosen(config)))
         for place in self.places(config):
-            config = config.with_replaced(Replaced(self.name, self.settings, place, layers, self.drops))
+            config = config.with_replaced(Replaced(self.name, self.settings, place, layers, self.dropped(config, place)))
         return config
+
+    def dropped(self, config: Config, place: str) -> tuple[str, ...]:
+        """Return the parts that go at a place: of a technique that runs at several projections, each its own."""
+        return tuple(part for part in self.drops if part == place or part not in self.places(config))
 
     def layer(self, layer: Layer) -> None:
         """Add the new parameters, and take away the parts that are dropped."""
-        for place in self.places(layer.config):
+        places = self.places(layer.config)
+        for place in places:
             for name, value in self.values(layer, place).items():
                 layer[f"{place}.{OWN}{name}"] = value
-        for part in [part for part in layer if part.removesuffix(".bias") in self.drops]:
+        gone = [part for part in layer if part in self.drops or (part.removesuffix(".bias") in self.drops and part.removesuffix(".bias") not in places)]
+        for part in gone:  # the bias of a projection that is itself replaced stays, and is added to what takes its place
             del layer[part]
 
     def values(self, layer: Layer, place: str) -> Mapping[str, Tensor]:

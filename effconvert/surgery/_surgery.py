@@ -13,7 +13,8 @@ from effconvert.options import Options
 
 if TYPE_CHECKING:
     from effconvert.checkpoint.config import Config
-    from effconvert.checkpoint.layer import Layer, Model, Outer
+    from effconvert.checkpoint.layer import Layer, Model
+    from effconvert.checkpoint.outer import Outer
 
 
 class Step(Options):

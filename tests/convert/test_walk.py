@@ -24,7 +24,7 @@ SEEN = []  # what attention of the whole model was called with, layer by layer
 def witness(module, query, key, value, attention_mask, **kwargs):
     """Attend as the family's eager implementation does, and remember what came in and what the weights were."""
     out, weights = sys.modules[type(module).__module__].eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    SEEN.append({"query": query, "key": key, "weights": weights})
+    SEEN.append({"query": query, "key": key, "weights": weights, "scaling": kwargs.get("scaling", query.shape[-1] ** -0.5)})
     return out, weights
 
 
@@ -38,6 +38,11 @@ def token_ids(seed=0):
     ids[1, -4:] = 0
     ids[4, :3] = 0
     return ids
+
+
+def parts_of(kind):
+    """Parts to look at: experts are no modules of their own in memory."""
+    return tuple(part for part in PARTS if part != "down" or not FAMILIES[kind].experts_key)
 
 
 def stage_of(folder, ids):
@@ -61,7 +66,8 @@ def walked(folder, ids, parts=PARTS):
         states = [look.out for look in looks]
         together = {name: torch.cat([getattr(look, name) for look in looks]) for name in ("state", "out", "query", "key", "weights")}
         sides = {side: {part: torch.cat([getattr(look, side)[part] for look in looks]) for part in parts} for side in ("inputs", "outputs")}
-        layers.append(Look(**together, **sides))
+        [scaling] = {look.scaling for look in looks}
+        layers.append(Look(**together, **sides, scaling=scaling))
     return layers
 
 
@@ -94,22 +100,29 @@ def whole(model, ids, parts=PARTS):
     for handle in handles:
         handle.remove()
     for look, seen in zip(layers, SEEN, strict=True):
-        look.query, look.key, look.weights = seen["query"], seen["key"], seen["weights"]
+        look.query, look.key, look.weights, look.scaling = seen["query"], seen["key"], seen["weights"], seen["scaling"]
     return layers
 
 
 @pytest.mark.parametrize("kind", ATTENDING)
 def test_each_family_computes_in_a_walk_what_the_whole_model_computes(kind, tmp_path):
     model, ids = tiny(kind), token_ids()
-    found, expected = walked(save(model, tmp_path / "model"), ids), whole(model, ids)
+    parts = parts_of(kind)
+    found, expected = walked(save(model, tmp_path / "model"), ids, parts), whole(model, ids, parts)
     assert len(found) == len(expected) == 2
     for mine, theirs in zip(found, expected, strict=True):
         assert theirs.out.std() > 0.05
+        assert mine.scaling == theirs.scaling
         for name in ("state", "out", "query", "key", "weights"):
             torch.testing.assert_close(getattr(mine, name), getattr(theirs, name), **CLOSE, msg=lambda told, name=name: f"{name}: {told}")
-        for part in PARTS:
+        for part in parts:
             torch.testing.assert_close(mine.inputs[part], theirs.inputs[part], **CLOSE)
             torch.testing.assert_close(mine.outputs[part], theirs.outputs[part], **CLOSE)
+
+
+@pytest.mark.parametrize(("kind", "changes", "scaling"), [("granite", {"attention_multiplier": 0.3}, 0.3), ("gemma2", {"query_pre_attn_scalar": 25}, 0.2)])
+def test_scores_may_be_scaled_by_what_a_config_says(kind, changes, scaling, tmp_path):
+    assert {look.scaling for look in walked(save(tiny(kind, **changes), tmp_path / "model"), token_ids())} == {scaling}
 
 
 def test_fewer_kv_heads_are_seen_as_they_are(tmp_path):
@@ -203,14 +216,13 @@ def test_a_layer_gets_all_of_its_tensors_and_no_other(tmp_path):
 def test_a_run_goes_no_further_than_it_is_asked_to(kind, tmp_path):
     checkpoint, stage = stage_of(save(tiny(kind), tmp_path / "model"), token_ids())
     family, states, ran = checkpoint.config.family, stage.begin(), []
-    for part in ("q", "o", "down"):
+    for part in parts_of(kind):
         stage.layers[0].get_submodule(family.parts[part]).register_forward_hook(lambda *_, part=part: ran.append(part))
     list(stage.run(0, weights_of(checkpoint, 0), states[:1]))
-    order = {"q": ["q"], "o": ["q", "o"], "down": ["q", "o", "down"]}
-    for until, expected in order.items():
+    for until in parts_of(kind):
         ran.clear()
         [look] = stage.run(0, weights_of(checkpoint, 0), states[:1], (until,), until=until)
-        assert ran == expected
+        assert tuple(ran) == PARTS[: PARTS.index(until) + 1]
         assert set(look.inputs) == set(look.outputs) == {until}
         assert not look.out.numel()
         assert (look.query is None) == (until == "q")

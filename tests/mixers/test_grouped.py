@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
 
 from effconvert.checkpoint.checkpoint import open_checkpoint
-from effconvert.checkpoint.config import Config, read_config
+from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.families import FAMILIES
+from effconvert.checkpoint.reading import read_config
 from effconvert.convert.inspection import inspect
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError, OptionError

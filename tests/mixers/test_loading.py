@@ -102,6 +102,49 @@ def test_importing_both_makes_no_family_of_transformers(script):
     assert not [name for name in told if name.startswith("transformers.models.") and ".modeling_" in name and ".auto." not in name]
 
 
+def test_the_module_that_is_waited_for_is_found_as_it_would_be_without_us(script):
+    """Its source, for tracebacks and debuggers; anew when somebody reloads it; by other finders that wait for it; and not where transformers is not."""
+    told = script("""
+        import effconvert, importlib, inspect, json, sys
+
+        class Other:
+            seen = []
+            def find_spec(self, name, path=None, target=None):
+                if name.endswith(".configuration_auto"):
+                    self.seen.append(name)
+
+        class Old:
+            def find_module(self, name, path=None):
+                return None
+
+        sys.meta_path[1:1] = [Old(), Other()]
+        from transformers.models.auto import configuration_auto as auto
+        known = ["effconvert_llama" in auto.CONFIG_MAPPING]
+        auto = importlib.reload(auto)
+        known.append("effconvert_llama" in auto.CONFIG_MAPPING)
+        print(json.dumps([known, "class AutoConfig" in inspect.getsource(auto), len(Other.seen), auto.__spec__.origin == auto.__file__]))
+    """)
+    assert told == [[True, True], True, 2, True]
+
+
+def test_without_transformers_the_error_is_pythons_own(script):
+    told = script("""
+        import effconvert, importlib.util, json, sys
+
+        class Hidden:
+            def find_spec(self, name, *_):
+                if name.partition(".")[0] == "transformers":
+                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        sys.meta_path.insert(0, Hidden())
+        try:
+            import transformers.models.auto.configuration_auto
+        except ModuleNotFoundError as error:
+            print(json.dumps(error.name))
+    """)
+    assert told == "transformers"
+
+
 @pytest.mark.parametrize("kind", ATTENDING)
 def test_auto_classes_open_every_family_with_its_weights(folders, kind):
     folder, model = folders(kind)

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 import effconvert.modeling
-from effconvert.checkpoint.config import read_config
+from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.checkpoint.families import FAMILIES
-from effconvert.checkpoint.layer import part_outside
+from effconvert.checkpoint.outer import part_outside
+from effconvert.checkpoint.reading import read_config
 from effconvert.checkpoint.replaced import KIND
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError
@@ -42,13 +43,31 @@ class Case:
     mixer: bool = False  # whether it brings parameters of its own, and leaves those that are there alone
     added: tuple = ()  # tensors outside the layers that it adds where it becomes a family of transformers
     native_keys: tuple = ()  # keys of config.json that it changes there, beside those that name the family
+    replaces: tuple = ()  # parts of a layer that are gone, and others in their place
 
 
 MULTI_HEAD = [kind for kind in ATTENDING if not FAMILIES[kind].fixed_kv_heads]
+DENSE = [kind for kind, family in FAMILIES.items() if family.upcycled]
 HEADS = {count: {"num_key_value_heads": count} for count in (1, 2, 4)}
 CASES = {
     "gqa": Case({"groups": 4}, HEADS[4], True, {"groups": 2}, HEADS[4], MULTI_HEAD, parts=("q", "q.bias", "o")),
     "mqa": Case({}, HEADS[1], True, {}, HEADS[4], MULTI_HEAD, parts=("q", "q.bias", "o")),
+    "moe": Case(
+        {"experts": 4},
+        {"mlp_bias": False},
+        False,
+        {"experts": 4, "noise": 0.5},
+        {"mlp_bias": False},
+        DENSE,
+        "has no gate in its FFN|has experts already|computes what no family",
+        keys=(
+            *("num_local_experts", "num_experts", "num_experts_per_tok", "norm_topk_prob", "output_router_logits", "router_aux_loss_coef"),
+            *("moe_intermediate_size", "shared_expert_intermediate_size", "mlp_only_layers", "qkv_bias", "attention_multiplier"),
+            *("head_dim", "layer_types", "max_window_layers", "sliding_window", "use_sliding_window"),
+        ),
+        cache=False,
+        replaces=("gate", "up", "down"),
+    ),
     "expand-kv": Case(
         {"groups": 4}, HEADS[2], False, {"groups": 2}, HEADS[1], GROUPING, "has a KV head for each|cannot be written with another number|does not attend"
     ),
@@ -180,6 +199,9 @@ def test_a_conversion_that_changes_something_changes_what_it_should_and_no_other
     config = outcome.plan.checkpoint.config
     family, checkpoint = config.family, outcome.plan.checkpoint
     allowed = set() if CASES[name].mixer else {*family.per_kv_head, *(f"{part}.bias" for part in family.per_kv_head), *CASES[name].parts}
+    if CASES[name].replaces:
+        hold_what_stays(checkpoint, open_checkpoint(outcome.output), CASES[name].replaces)
+        return
     before, after, names = tensors(source), tensors(outcome.output), renamed(outcome.plan)
     new = {
         f"{checkpoint.layer_prefix(index)}{family.attention}.effconvert.{parameter}": shape
@@ -216,6 +238,19 @@ def renamed(plan):
     return names | {name: outer.place(part_outside(name, checkpoint.prefix, checkpoint.config)) for name in checkpoint.outer}
 
 
+def hold_what_stays(before, after, gone):
+    """Every part that is not replaced is what it was, whatever its name is in the other family."""
+    assert {name: tensor.read("cpu").tolist() for name, tensor in after.outer.items()} == {
+        name: tensor.read("cpu").tolist() for name, tensor in before.outer.items()
+    }
+    for index in range(before.config.layers):
+        one, other = before.layer(index, "cpu"), after.layer(index, "cpu")
+        stays = {part for part in one if part not in gone}
+        assert stays == {part for part in other if part in one}
+        assert all(torch.equal(other[part], one[part]) for part in stays)
+        assert set(other) > stays
+
+
 def test_a_conversion_leaves_the_other_files_and_config_keys_alone(done):
     name, source, outcome = done
     assert (outcome.output / "NOTICE").read_text() == "words of the author"
@@ -235,7 +270,7 @@ def test_a_conversion_leaves_the_other_files_and_config_keys_alone(done):
     else:
         assert after["model_type"] == outcome.plan.config.kind
         family = outcome.plan.config.family
-        assert changed <= {"model_type", "architectures", *family.constants, *family.absent, *CASES[name].native_keys}
+        assert changed <= {"model_type", "architectures", *family.constants, *family.absent, *CASES[name].keys, *CASES[name].native_keys}
 
 
 def test_what_was_planned_is_what_transformers_loads(done):

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from effconvert.checkpoint.config import read_config
+from effconvert.checkpoint.reading import read_config
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError, OptionError
 from effconvert.options import RunOptions

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 import effconvert
-from effconvert.checkpoint.config import read_config
+from effconvert.checkpoint.reading import read_config
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError, OptionError
 from effconvert.heal.refit import Refit

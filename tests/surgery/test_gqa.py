@@ -6,7 +6,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from effconvert.checkpoint.config import read_config
+from effconvert.checkpoint.reading import read_config
 from effconvert.convert.run import convert
 from effconvert.errors import OptionError
 from effconvert.options import RunOptions

@@ -8,8 +8,9 @@ import torch
 import transformers
 
 from effconvert.checkpoint.checkpoint import open_checkpoint
-from effconvert.checkpoint.config import Config, read_config
+from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.families import FAMILIES
+from effconvert.checkpoint.reading import read_config
 from effconvert.convert.plan import plan
 from effconvert.convert.run import convert
 from effconvert.heal._activations import Activations

@@ -31,10 +31,15 @@ class TokenMixing(Replacement):
         """Why no layer may be left to change."""
         return "no layer is left to change: --layers names none, --keep-softmax all of them, or they have a window that is no longer"
 
+    @property
+    def softmax_tokens(self) -> int:
+        """How many of the last tokens are attended to by softmax all the same: layers with a window of their own that is no longer stay as they are."""
+        return 0
+
     def chosen(self, config: Config) -> set[int]:
-        """Return the layers to change: not those that are kept, nor those whose own window is no longer than the `window` of this mixer, if it has one."""
+        """Return the layers to change: not those that are kept, nor those that see no more than is left to softmax."""
         kept = self.named("keep_softmax", config) if self.keep_softmax else set()
-        kept |= {index for index, own in enumerate(config.windows()) if own and own <= getattr(self, "window", 0)}
+        kept |= {index for index, own in enumerate(config.windows()) if own and own <= self.softmax_tokens}
         return super().chosen(config) - kept
 
 

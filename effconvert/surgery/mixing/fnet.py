@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from effconvert.checkpoint.config import Config
-    from effconvert.checkpoint.layer import Layer, Outer
+    from effconvert.checkpoint.layer import Layer
+    from effconvert.checkpoint.outer import Outer
     from effconvert.surgery._replacement import Around
 
 # What a config of BERT means where it is silent, and one of the native family does not.

@@ -53,6 +53,11 @@ class Linear(Mixing):
         if self.window and not config.family.decoder:
             raise OptionError(f"--window {self.window} is for decoders, whose older tokens are what is left for linear attention; leave it out")
 
+    @property
+    def softmax_tokens(self) -> int:
+        """Those of the window."""
+        return self.window
+
     def exact(self, config: Config) -> bool:
         """Where no text is longer than the window."""
         return config.longest is not None and self.window >= config.longest

@@ -91,7 +91,7 @@ class Linformer(Mixing):
         """
         import torch
 
-        from effconvert.heal._regression import HELD_OUT, Moments, ridge
+        from effconvert.surgery._ridge import HELD_OUT, Moments, ridge
 
         assert layer.walk
         value_map = values["value_map"].clone()
@@ -102,11 +102,12 @@ class Linformer(Mixing):
         for look in layer.walk.look(layer, ("o",), until="o"):
             assert look.query is not None
             assert look.key is not None
+            assert look.scaling is not None
             assert look.weights is not None
             query, tokens = look.query.float().unflatten(1, (look.key.shape[1], -1)), look.key.shape[-2]  # [B, Hk, R, T, D]
             live = torch.ones(len(query), tokens, dtype=torch.bool, device=query.device)
             means, alive = columns(values["key_map"].to(query.device), live)  # [B, U, K, T]
-            scores = query @ (means @ look.key.float())[:, :, None].mT * query.shape[-1] ** -0.5  # as every encoder scales them
+            scores = query @ (means @ look.key.float())[:, :, None].mT * look.scaling
             few = scores.masked_fill(~alive[:, :, None, None], -torch.inf).softmax(-1)  # [B, Hk, R, T, K]
             times = few * _times(self.rank, value_map.shape[-1], live)[:, None, None, None]  # as `columns` will multiply what is fitted
             missing = look.weights.float().unflatten(1, query.shape[1:3]) - few @ means[:, :, None]  # [B, Hk, R, T, T]

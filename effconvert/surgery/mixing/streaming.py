@@ -47,6 +47,11 @@ class Streaming(Mixing):
             )
         return self
 
+    @property
+    def softmax_tokens(self) -> int:
+        """Those of the window."""
+        return self.window
+
     def exact(self, config: Config) -> bool:
         """Where no text is longer than the window."""
         return config.longest is not None and self.window >= config.longest
