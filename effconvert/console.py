@@ -100,7 +100,7 @@ class Terminal:
         self.out.print(f"verified, and {'still in' if outcome.found else 'written to'} [bold]{escape(str(outcome.output))}[/]", soft_wrap=True)
 
     def transfer(self, told: Mapping[str, Mapping[str, float]]) -> None:
-        """Print how far the attention of each layer was from the original's, and is."""
+        """Print how far what was taught of each layer was from the original's, and is."""
         table = Table("layer", "error before transfer", "after", box=None, pad_edge=False, header_style="bold")
         for layer, said in told.items():
             table.add_row(layer, f"{said['before']:.3g}", f"{said['after']:.3g}")

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
+
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.layer import Activations, Layer, Model
 from effconvert.checkpoint.outer import Outer
@@ -54,6 +56,11 @@ class Checkpoint:
         key = f"{self.config.parts.get('k')}.weight"
         keys = [layer[key].dtype for layer in self.layers if key in layer]
         return Counter(keys or [tensor.dtype for layer in self.layers for tensor in layer.values() if tensor.dtype in FLOATS]).most_common(1)[0][0]
+
+    @property
+    def computing(self) -> torch.dtype:
+        """The type that the model computes in where nobody asks for another: that of its weights, if its class can."""
+        return torch.float32 if self.config.family.float32_only else FLOATS[self.dtype]
 
     @property
     def stored(self) -> Iterator[Stored]:

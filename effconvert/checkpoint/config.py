@@ -76,6 +76,8 @@ class Config:
         if name == "layer":
             return ""
         if name in ("scores", "attention"):
+            if not self.attention:
+                raise ModelError(f"{self.kind} does not attend, so nothing can be put in the place of its attention")
             return self.attention
         module = self.family.ffn if name == "ffn" else self.parts.get(name, "")
         if not module:
@@ -124,7 +126,7 @@ class Config:
 
     @property
     def attention(self) -> str:
-        """The module of a layer that attends."""
+        """The module of a layer that attends; empty where nothing does."""
         return self.family.attention
 
     @property

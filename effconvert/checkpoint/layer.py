@@ -47,8 +47,8 @@ class Activations(Protocol):
     def stored(self, layer: Layer) -> dict[str, torch.Tensor]:
         """Return a layer as it will lie on disk: name in the layer -> numbers."""
 
-    def attended(self, layer: Layer, learnt: Mapping[str, torch.Tensor], fixed: Mapping[str, torch.Tensor], batch: int) -> torch.Tensor:
-        """Return what the place at work gives on one batch if some parts were others, with gradients for these."""
+    def given(self, layer: Layer, place: str, learnt: Mapping[str, torch.Tensor], fixed: Mapping[str, torch.Tensor], batch: int) -> torch.Tensor:
+        """Return what a place of a layer gives on one batch if some parts were others, with gradients for these."""
 
     def note(self, index: int, said: dict[str, float]) -> None:
         """Keep what is to be told of a layer."""

@@ -111,7 +111,8 @@ def calibrate(plan: Plan, folder: Path, watcher: Watcher) -> None:
     """
     assert plan.calibration
     ids = plan.calibration.ids
-    outer = [model.outer for model in plan.models("cpu")]
+    after = [model.outer.on_top(config) for model, config in zip(plan.models("cpu"), plan.configs[1:], strict=False)]
+    outer = [plan.checkpoint.model("cpu").outer, *after]  # none has changes in it that its config knows nothing of
     activations = Activations(plan.checkpoint, plan.teacher, outer, plan.calibration.batches)
     layers: list[Layer | None] = [*plan.models("cpu", activations)[-1].layers]
     with watcher.bar("calibrating", len(layers) * ids.numel(), "tokens") as advance:

@@ -21,10 +21,12 @@ from effconvert.convert.files import other_files
 from effconvert.convert.originals import stand_for
 from effconvert.errors import ModelError
 from effconvert.heal._layerwise import Calibration
+from effconvert.modeling.loading import has_tokenizer
 from effconvert.modeling.size import Size, size_of, size_of_tensors
 from effconvert.surgery._surgery import Step
 from effconvert.version import __version__
 
+TOKENIZER = "tokenizer_config.json"
 OUTER = -1  # in place of a layer's number: what is outside the layers
 LARGEST = 5_000_000_000  # bytes of a shard, as huggingface_hub has it, where the source's own shards are not larger
 
@@ -126,7 +128,14 @@ class Plan:
     @property
     def written(self) -> list[str]:
         """The names of all files of the output but its manifest."""
-        return [*self.shards, *self.files, CONFIG, RECIPE, CARD, *self.code, *([INDEX] if self.indexed else [])]
+        named = [TOKENIZER] if self.tokenizer and TOKENIZER not in self.files else []
+        return [*self.shards, *self.files, CONFIG, RECIPE, CARD, *self.code, *named, *([INDEX] if self.indexed else [])]
+
+    @property
+    def tokenizer(self) -> str:
+        """The class of the tokenizer, to be named in its config where it is not: the family that the model becomes would look for another. Else empty."""
+        before, after = self.checkpoint.config.family.tokenizer, self.config.family.tokenizer
+        return before if before != after and has_tokenizer(self.checkpoint.folder) else ""
 
     @property
     def code(self) -> list[str]:

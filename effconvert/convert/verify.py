@@ -27,8 +27,8 @@ PROMPT = 24  # tokens given, and tokens asked for
 
 
 def measuring_dtype(plan: Plan) -> torch.dtype:
-    """Return the type to run both models in: their own, or float32 where equality is to be shown."""
-    return torch.float32 if plan.is_exact else FLOATS[plan.checkpoint.dtype]
+    """Return the type to run both models in: their own, or float32 where equality is to be shown or one of them can no other."""
+    return torch.float32 if plan.is_exact or plan.config.family.float32_only else plan.checkpoint.computing
 
 
 def scratch_bytes(plan: Plan, options: RunOptions) -> int:

@@ -12,7 +12,6 @@ from effconvert.checkpoint import sources
 from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.digest import digest
-from effconvert.checkpoint.shards import FLOATS
 from effconvert.errors import EffconvertError, OptionError
 from effconvert.eval.results import Subject
 from effconvert.modeling.caches import state_bytes
@@ -64,7 +63,7 @@ def open_model(model: str, step: Callable[[str], None] = lambda _: None) -> Open
         commit=sources.commit(folder),
         kind=config.kind,
         architecture=config.architecture,
-        dtype=str(FLOATS[checkpoint.dtype]).removeprefix("torch."),
+        dtype=str(checkpoint.computing).removeprefix("torch."),
         parameters=size.parameters,
         bytes=size.bytes,
         kv_bytes=size.kv_bytes,
@@ -109,8 +108,8 @@ def pick_device(name: str | None) -> str:
 
 
 def pick_dtype(name: str, opened: Opened) -> torch.dtype:
-    """Return the type to compute in: `auto` is that of the weights."""
-    return FLOATS[opened.checkpoint.dtype] if name == "auto" else getattr(torch, name)
+    """Return the type to compute in: `auto` is that of the weights, or float32 where the class can no other."""
+    return opened.checkpoint.computing if name == "auto" else getattr(torch, name)
 
 
 def load_model(opened: Opened, dtype: str, device: str) -> Any:

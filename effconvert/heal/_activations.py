@@ -75,14 +75,14 @@ class Activations:
         """Return a layer as it will lie on disk: name in the layer -> numbers."""
         return {name: numbers.to(self.device) for name, (_, numbers, _) in stored_tensors(layer).items()}
 
-    def attended(self, layer: Layer, learnt: Mapping[str, Tensor], fixed: Mapping[str, Tensor], batch: int) -> Tensor:
-        """Return what the attention of a layer, `fixed` on disk, gives on one batch, [B, T, M], if some parts were others; with gradients for these."""
+    def given(self, layer: Layer, place: str, learnt: Mapping[str, Tensor], fixed: Mapping[str, Tensor], batch: int) -> Tensor:
+        """Return what a place of a layer, `fixed` on disk, gives on one batch, [B, T, M], if some parts were others; with gradients for these."""
         tried = layer.on_top(layer.index, layer.config)
         for part, tensor in learnt.items():
             tried[part] = tensor
         changed = {name: tensor.to(FLOATS[origin.dtype]).to(fixed[name]) for name, origin, tensor in tried.tensors() if isinstance(tensor, Tensor)}
         runner = self._runner(self._outer_of(layer.config))
-        return runner.attended(layer.index, {**fixed, **changed}, self.states[batch], "o")
+        return runner.given(layer.index, {**fixed, **changed}, self.states[batch], place)
 
     def note(self, index: int, said: dict[str, float]) -> None:
         """Keep what is to be told of the layer at work."""

@@ -32,6 +32,14 @@ def refit_attention(layer: Layer, original: int) -> None:
     _output(layer, wanted)
 
 
+def refit_output(layer: Layer, originals: Sequence[int]) -> None:
+    """Fit the MLP's output to what layers of the original, of which this one alone is left, would have made of the same inputs."""
+    assert layer.activations
+    if "down" not in layer or "mlp_post_norm" in layer:
+        return  # what comes after the norm is not linear in the weights before it
+    _fit(layer, layer, "down", [look.out for look in layer.activations.original(originals)])
+
+
 def refit_stream(layer: Layer, part: str, step: int) -> None:
     """Fit what writes to the stream, o or down, so that there is after it what there is in the original at `step`, however other the layers below are.
 
@@ -41,7 +49,13 @@ def refit_stream(layer: Layer, part: str, step: int) -> None:
     if part not in layer or layer.config.norms_stream or {"o": "attn_post_norm", "down": "mlp_post_norm"}[part] in layer:
         return
     alone = silenced(layer, "ffn") if part == "o" else layer  # up to this part of the layer
-    factor, moments, wanted = _factor(alone, part), (Moments(), Moments()), layer.activations.own(step)
+    _fit(layer, alone, part, layer.activations.own(step))
+
+
+def _fit(layer: Layer, alone: Layer, part: str, wanted: Sequence[Tensor]) -> None:
+    """Ridge regression of what a part writes to the stream, so that there is `wanted` [B, T, M] after `alone`, the layer or a half of it."""
+    assert layer.activations
+    factor, moments = _factor(alone, part), (Moments(), Moments())
     for index, (look, want) in enumerate(zip(layer.activations.capture(alone, (part,)), wanted, strict=True)):
         for row, (inputs, missing) in enumerate(zip(_read(look, part), (want - look.out) / factor, strict=True)):
             moments[_held(index, row, wanted)].add(inputs, missing)

@@ -31,6 +31,7 @@ from effconvert.quiet import quiet_transformers
 
 BATCH, TOGETHER = 2, 1024  # windows that are run at a time at most, and tokens where more than one is
 PROBE = "effconvert_probe"  # the name of our attention function in transformers' registry
+GIVES = {"scores": "o", "attention": "o", "ffn": "down"}  # the part whose module gives what a place gives
 Tensors = Mapping[str, Tensor]  # name in a layer -> tensor, as the family stores it
 
 
@@ -169,9 +170,9 @@ class LayerRunner:
         return calls if len(shapes) == 1 else []
 
     def run(self, index: int, tensors: Tensors, states: Sequence[Tensor], parts: Sequence[str] = (), until: str = "") -> Iterator[Capture]:
-        """Run layer `index` with the weights `tensors` on each batch, and yield what was seen of the modules that hold `parts`, and of attention.
+        """Run layer `index` with the weights `tensors` on each batch, and yield what was seen of the modules of `parts` and places, and of attention.
 
-        With `until` it is run up to the module of that part, and no further.
+        With `until` it is run up to the module of that part or place, and no further.
         """
         module, tensors = self.layers[index], self._inside(index, tensors)
         try:
@@ -181,22 +182,28 @@ class LayerRunner:
                 args, kwargs = self.calls[state.shape[1]][index]
                 look = Capture(state)
                 fill(module, tensors)  # each time: meanwhile somebody may have run the same layer with other weights
-                with _watching(module, {part: self.config.parts[part] for part in parts}, look, until):
+                with _watching(module, {part: self._module(module, part) for part in parts}, look, until):
                     out = module(state, *_fitting(args, state), **_fitting(kwargs, state))
                     look.out = out[0] if isinstance(out, tuple) else out
                 yield look
         finally:
             empty(module)
 
-    def attended(self, index: int, tensors: Tensors, state: Tensor, until: str) -> Tensor:
-        """Run layer `index` on one batch up to the module of part `until`, and return what that made, with gradients for `tensors`."""
+    def given(self, index: int, tensors: Tensors, state: Tensor, place: str) -> Tensor:
+        """Run layer `index` on one batch as far as a place, and return what is given there, with gradients for `tensors`."""
         if state.shape[1] not in self.calls:
             self.learn(state.shape[1])
         module, (args, kwargs) = self.layers[index], self.calls[state.shape[1]][index]
         look = Capture(state)
-        with _watching(module, {until: self.config.parts[until]}, look, until):
+        with _watching(module, {place: self._module(module, place)}, look, place):
             functional_call(module, self._inside(index, tensors), (state, *_fitting(args, state)), _fitting(kwargs, state))
-        return look.outputs[until]
+        return look.outputs[place]
+
+    def _module(self, layer: nn.Module, name: str) -> str:
+        """Return the module of a part, or the one that gives what a place gives: the projection at its end, or where that is gone what stands there."""
+        path = self.config.parts.get(GIVES.get(name, name))
+        there = path is not None and (name not in GIVES or any(path == other for other, _ in layer.named_modules()))
+        return path if path is not None and there else self.config.place(name)
 
     def predict(self, state: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
         """Return the logits [B, T, C] of the tokens whose rows of the head are `weights` [C, M], where the last layer makes `state`."""
@@ -327,8 +334,8 @@ def _watching(module: nn.Module, parts: Mapping[str, str], look: Capture, until:
     """Note in `look` what goes in and out of submodules (part -> name), and what attention does; go on after the submodule of part `until`."""
 
     def note(part: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            look.inputs[part], look.outputs[part] = args[0], out
+        def hook(_: nn.Module, args: tuple[Tensor, ...], out: Any) -> None:
+            look.inputs[part], look.outputs[part] = args[0], out[0] if isinstance(out, tuple) else out
             if part == until:
                 raise _EnoughError
 

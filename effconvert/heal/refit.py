@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 class Refit(Healing):
     """Refit a converted model to what the original computed.
 
-    Linear algebra, no gradients. Layer by layer, each fed by the refitted layers below it, and the original's layer on the same inputs:
-    queries are fitted to its scores, values and the output projection to what its attention gives. From the first gap that dropped layers left, the
-    outputs of attention and MLP are fitted besides to what stands there in the original. Where a mixer stands in place of attention it is the
-    output projection alone. What does not predict held-out windows of the text better than before stays as it is. MODEL is the converted model.
+    Linear algebra, no gradients. Layer by layer, each fed by the refitted layers below it, and the original's layer on the same inputs: queries
+    are fitted to its scores, values and the output projection to what its attention gives. Where a mixer stands in place of attention it is the
+    output projection alone; where nothing of attention is left, the MLP's output to what the original's layer gives. From the first gap that
+    dropped layers left, the outputs of attention and MLP are fitted besides to what stands there in the original. What does not predict
+    held-out windows of the text better than before stays as it is. MODEL is the converted model.
 
     \b
     Examples:
@@ -29,19 +30,22 @@ class Refit(Healing):
     def notes(self, config: Config) -> str:
         """Say what norms and mixers forbid."""
         told = ["its queries go through a norm, so they are not refitted to scores; values and outputs are"] if config.normed else []
-        told += ["a norm follows its MLP, so little makes up for layers that were dropped"] if "mlp_post_norm" in config.family.parts else []
+        told += ["a norm follows its MLP, so little makes up for layers or attention that were dropped"] if "mlp_post_norm" in config.family.parts else []
         told += ["where a mixer stands in place of attention only the output projection is refitted; transfer does more"] if config.replaced else []
         return "; ".join(told)
 
     def changes(self, layer: Layer, originals: range) -> list[str]:
-        """Queries, values and outputs of attention."""
-        return ["q", "q.bias", "v", "v.bias", "o"]
+        """Queries, values and outputs of attention; the MLP's output where a technique stands in place of all of attention."""
+        return ["q", "q.bias", "v", "v.bias", "o", *(["down"] if _without_attention(layer) else [])]
 
     def heal(self, layer: Layer, originals: range) -> None:
         """See `_layer`."""
-        from effconvert.heal._layer import refit_attention
+        from effconvert.heal._layer import refit_attention, refit_output
 
-        refit_attention(layer, originals[0])
+        if _without_attention(layer):
+            refit_output(layer, originals)
+        else:
+            refit_attention(layer, originals[0])
 
     def rewrite(self, model: Model) -> None:
         """Refit each layer to the one that it stands for, and from the first gap on to the stream of the original too."""
@@ -57,6 +61,11 @@ class Refit(Healing):
                     from effconvert.heal._layer import refit_stream
 
                     refit_stream(layer, part, step)
+
+
+def _without_attention(layer: Layer) -> bool:
+    """Whether a technique stands in place of all of a layer's attention, its output projection too."""
+    return any("o" in record.drops for record in layer.config.replaced_in(layer.index))
 
 
 def after_gaps(model: Model) -> list[dict[str, int]]:

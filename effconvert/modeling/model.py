@@ -68,7 +68,7 @@ class Converted:
             for place in ours.skips(index):
                 leave_out(layer, place, ours, index)
             module = layer.get_submodule(ours.attention)
-            if ours.family.shares_kv_in_our_class and "attention" not in ours.skips(index):
+            if ours.family.shares_kv_in_our_class and "k" not in ours.lacks(index):
                 share(module, ours)
             for record in ours.replaced_in(index):
                 technique = technique_of(record)

@@ -43,6 +43,7 @@ class Replacement(Layerwise):
     no_decoders: ClassVar[str] = ""  # likewise
     where: ClassVar[frozenset[str]] = frozenset({"layers"})  # options that say where, and not what
     frozen: ClassVar[tuple[str, ...]] = ()  # parameters that nothing trains
+    taught_by: ClassVar[str] = ""  # the place whose output it learns to give in `transfer`; empty: its own
 
     def places(self, config: Config) -> tuple[str, ...]:
         """Return where it runs in a chosen layer: its place, or several of them by its options."""
@@ -92,6 +93,8 @@ class Replacement(Layerwise):
             ModelError: the reason.
         """
         name = cls.__module__.rpartition(".")[2].replace("_", "-")
+        if cls.place in ("scores", "attention"):
+            config.place(cls.place)  # says so where nothing attends
         if why := cls.no_decoders if config.family.decoder else cls.no_encoders:
             raise ModelError(f"{config.kind} is {'a decoder' if config.family.decoder else 'an encoder'}, and {name} {why}")
 

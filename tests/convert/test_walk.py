@@ -13,7 +13,7 @@ from effconvert.checkpoint.families import FAMILIES
 from effconvert.checkpoint.shards import read_header
 from effconvert.errors import ModelError
 from effconvert.heal._layerwise import Capture, LayerRunner, embedding_rows, stored_tensors
-from tests.models import DECODERS, SETTINGS, save, tiny
+from tests.models import ATTENDING, DECODERS, save, tiny
 
 WINDOWS, BATCH, LENGTH = 5, 2, 20  # so the last batch is shorter
 CLOSE = {"rtol": 0, "atol": 1e-5}  # in float32, of numbers of about 1
@@ -104,7 +104,7 @@ def whole(model, ids, parts=PARTS):
     return layers
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("kind", ATTENDING)
 def test_each_family_computes_in_a_walk_what_the_whole_model_computes(kind, tmp_path):
     model, ids = tiny(kind), token_ids()
     parts = parts_of(kind)
@@ -180,7 +180,7 @@ def on_meta(runner):
     return all(parameter.is_meta for layer in runner.layers for parameter in layer.parameters())
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("kind", ATTENDING)
 @torch.inference_mode()
 def test_the_weights_of_a_layer_are_gone_after_its_run(kind, tmp_path):
     checkpoint, runner = runner_of(save(tiny(kind), tmp_path / "model"), token_ids())
@@ -211,7 +211,7 @@ def test_a_layer_gets_all_of_its_tensors_and_no_other(tmp_path):
             next(runner.run(0, changed, states))
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("kind", ATTENDING)
 @torch.inference_mode()
 def test_a_run_goes_no_further_than_it_is_asked_to(kind, tmp_path):
     checkpoint, runner = runner_of(save(tiny(kind), tmp_path / "model"), token_ids())

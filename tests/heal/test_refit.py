@@ -24,9 +24,9 @@ from effconvert.surgery.attention.mqa import Mqa
 from tests.convert.conftest import one_line
 from tests.convert.test_seam import Plain
 from tests.heal.healing import TOKENS, apart, heldout, load, put, run, tensors
-from tests.models import DECODERS, GROUPING, SETTINGS
+from tests.models import ATTENDING, DECODERS, GROUPING
 
-ENCODERS = [kind for kind in SETTINGS if kind not in DECODERS]
+ENCODERS = [kind for kind in ATTENDING if kind not in DECODERS]
 NORMED = ["qwen3", "gemma3_text", "olmo2"]
 BIASED = ["llama", "qwen2", "glm", "gpt2"]  # of the tiny models
 SHARING = [kind for kind in GROUPING if kind in DECODERS]
@@ -50,7 +50,7 @@ def changed(one, other):
 # Nothing to heal
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("kind", ATTENDING)
 def test_a_model_refitted_towards_itself_keeps_its_bytes(kind):
     source = put(Path("model"), kind)
     healed(source, source)
@@ -77,7 +77,7 @@ def test_after_sharing_heads_a_model_comes_nearer_to_its_original(kind, pool):
     assert refitted < plain
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("kind", ATTENDING)
 def test_every_family_recovers_from_noise_in_o(kind):
     source, student = put(Path("model"), kind), put(Path("student"), kind, noise=0.5, only=f"{FAMILIES[kind].parts['o']}.weight")
     assert changed(source, student) == {name for name in tensors(source) if name.endswith(f"{FAMILIES[kind].parts['o']}.weight")}
@@ -86,7 +86,7 @@ def test_every_family_recovers_from_noise_in_o(kind):
     assert after < 0.05 * before
 
 
-@pytest.mark.parametrize("kind", [kind for kind in SETTINGS if kind not in NORMED])
+@pytest.mark.parametrize("kind", [kind for kind in ATTENDING if kind not in NORMED])
 def test_every_family_without_a_norm_of_queries_recovers_from_noise_in_q(kind):
     """q is fused with k and v in some; a perturbed k can be undone in q no less."""
     part = FAMILIES[kind].parts["q"]

@@ -20,9 +20,9 @@ from effconvert.errors import ModelError
 from effconvert.options import RunOptions
 from effconvert.steps import load
 from tests.mixers.mixing import pair, run, small, stock_config, tokens, wide
-from tests.models import DECODERS, characters, save, tiny
+from tests.models import ATTENDING, DECODERS, characters, save, tiny
 
-NAME = dict.fromkeys(FAMILIES, "linear") | {"gemma2": "streaming"}
+NAME = dict.fromkeys(ATTENDING, "linear") | {"gemma2": "streaming"}
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_without_transformers_the_error_is_pythons_own(script):
     assert told == "transformers"
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", ATTENDING)
 def test_auto_classes_open_every_family_with_its_weights(folders, kind):
     folder, model = folders(kind)
     family = FAMILIES[kind]
@@ -164,7 +164,7 @@ def test_auto_classes_open_every_family_with_its_weights(folders, kind):
     assert torch.equal(made, expected.last_hidden_state)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", ATTENDING)
 def test_without_effconvert_nobody_opens_it_as_what_it_is_not(folders, kind):
     """The class of transformers itself would leave the mixers out, and compute something else."""
     folder, _ = folders(kind)
@@ -257,7 +257,7 @@ def test_what_a_conversion_writes_is_what_transformers_writes(tmp_path):
     assert type(effconvert.load(again).model) is type(model)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", ATTENDING)
 def test_a_config_without_its_mixers_is_the_one_it_was(kind):
     model = tiny(kind, **wide(kind))
     config = stock_config(model)

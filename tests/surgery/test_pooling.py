@@ -21,7 +21,7 @@ from effconvert.surgery.attention._pooling import align, order, pca_values, pool
 from effconvert.surgery.attention.expand_kv import ExpandKv
 from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.attention.mqa import Mqa
-from tests.models import GROUPING, SETTINGS, alike, characters, hide, logits, orthogonal, save, tiny, turn
+from tests.models import ATTENDING, GROUPING, SETTINGS, alike, characters, hide, logits, orthogonal, save, tiny, turn
 
 HIDDEN, HEADS, KV, WIDTH = 20, 8, 4, 6
 ROTARY = [(6, "halves"), (6, "interleaved"), (4, "halves"), (4, "interleaved"), (0, "")]  # of WIDTH dimensions, in pairs so
@@ -323,7 +323,7 @@ def test_models_with_normed_queries_get_a_sentence(kind):
     assert not Gqa(groups=4).notes(config)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", ATTENDING)
 @torch.inference_mode()
 def test_the_dimensions_that_a_family_turns_are_those_of_its_row(kind, tmp_path):
     model = tiny(kind, **({"rotary_pct": 0.5} if kind == "gpt_neox" else {}))  # two pairs at least, or the layouts are the same

@@ -32,6 +32,8 @@ BERT = Family(
     norms_stream=True,
     decoder=False,
     kv_heads_key="",
+    fourier="fnet",
+    tokenizer="BertTokenizer",
 )
 
 ENCODERS: Mapping[str, Family] = {
@@ -44,6 +46,25 @@ ENCODERS: Mapping[str, Family] = {
         head={"head": "lm_head"},
         positions_after_padding=True,
         defaults={**BERT.defaults, "pad_token_id": 1},
+        fourier="",
+        tokenizer="",
+    ),
+    "fnet": replace(
+        BERT,
+        base="FNetModel",
+        lm="FNetForMaskedLM",
+        prefix="fnet",
+        parts={
+            "attn_post_norm": "fourier.output.LayerNorm",  # after the transform, which has no parameters
+            **{part: module for part, module in BERT.parts.items() if part in ("up", "down", "mlp_post_norm")},
+        },
+        outer={**BERT.outer, "embed_projection": "embeddings.projection"},
+        heads_key="",
+        constants={"use_tpu_fourier_optimizations": False},
+        absent={"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False},
+        fourier="",
+        tokenizer="FNetTokenizer",
+        float32_only=True,  # torch.fft has no bfloat16, and on CPUs no float16
     ),
     "distilbert": Family(
         base="DistilBertModel",

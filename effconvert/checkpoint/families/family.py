@@ -62,6 +62,9 @@ class Family:
     pattern_from: int = 1  # the number of the first layer, as that counts
     windowed: str = ""  # the family that is this one with a sliding window, maybe itself
     window_keys: Mapping[str, object] = field(default_factory=dict)  # what else its config says then
+    fourier: str = ""  # the family that is this one with Fourier transforms in place of attention
+    tokenizer: str = ""  # the tokenizer's class where the files name none, which a related family would look for elsewhere
+    float32_only: bool = False  # whether its class computes in float32 alone
     layers_alike: bool = False  # whether its window holds in all layers or in none
     first_windowed: bool = False  # the first `max_window_layers` layers have the window, and not those after them
     defaults: Mapping[str, Any] = field(default_factory=dict)  # what transformers takes where the config is silent

@@ -110,7 +110,12 @@ class Gqa(Surgery):
 
 
 def choices(config: Config) -> list[int]:
-    """Return every number of KV heads that pooling this model can give."""
+    """Return every number of KV heads that pooling this model can give.
+
+    Raises:
+        ModelError: nothing attends in it.
+    """
+    config.place("attention")
     return [count for count in range(1, config.kv_heads + 1) if config.kv_heads % count == 0]
 
 

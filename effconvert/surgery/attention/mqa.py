@@ -4,7 +4,7 @@ from __future__ import annotations  # what only types need is not imported: `--h
 
 from typing import TYPE_CHECKING, ClassVar
 
-from effconvert.surgery.attention.gqa import Gqa, Grouping
+from effconvert.surgery.attention.gqa import Gqa, Grouping, choices
 
 if TYPE_CHECKING:
     from effconvert.checkpoint.config import Config
@@ -27,4 +27,5 @@ class Mqa(Gqa):
     @classmethod
     def allowed_options(cls, config: Config) -> str:
         """Nothing to choose."""
+        choices(config)
         return "as it is"
