@@ -29,7 +29,7 @@ SETTINGS = {
     "phi3": GROUPED,
     "cohere": {**GROUPED, "logit_scale": 1.0},
     "glm": {**GROUPED, **HEAD_DIM, "attention_bias": True},
-    "mixtral": {**GROUPED, **EXPERTS, "sliding_window": 8},
+    "mixtral": {**GROUPED, **EXPERTS},
     "qwen2_moe": {**GROUPED, **EXPERTS, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16, "mlp_only_layers": [1]},
     "qwen3_moe": {**GROUPED, **HEAD_DIM, **EXPERTS, "moe_intermediate_size": 24, "mlp_only_layers": [1]},
     "flex_olmo": {**GROUPED, **EXPERTS},

@@ -198,6 +198,9 @@ CACHES = [(kind, {}) for kind in DECODERS] + [
     ("phi3", {"sliding_window": 8}),
     ("llama", {"num_key_value_heads": 2}),
     ("phi3", {"num_key_value_heads": 1}),
+    ("mixtral", {"sliding_window": 8}),
+    ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 8}),
 ]
 
 
