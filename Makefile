@@ -9,7 +9,7 @@ demo: .venv/installed  ## Install, and convert the embedded model by every rule 
 	$(BIN)/effconvert demo
 
 test: .venv/tested  ## Install what tests need, check the code, run the tests.
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 test-newest test-oldest: test-%: .venv-%/tested  ## The tests with the newest libraries there are, or with the oldest that pyproject.toml admits.

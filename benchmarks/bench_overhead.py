@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 from effconvert.commands._still import Still
-from effconvert.eval.bench_options import BenchOptions
-from effconvert.eval.passes import SEED, Job, Loaded, Runner
 from effconvert.eval.results import machine, versions
+from effconvert.eval.speed.bench_options import BenchOptions
+from effconvert.eval.speed.passes import SEED, Job, Loaded, Runner
 from effconvert.eval.subject import load_model, open_model, pick_device
-from effconvert.mixers.transformers_internals import cache_among, cache_name
+from effconvert.modeling.transformers_internals import cache_among, cache_name
 
 KINDS = BARE, OURS, SHOWN = "bare loop", "bench", "bench with its bar on a terminal"
 

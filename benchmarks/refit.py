@@ -67,19 +67,20 @@ def loss_of(model, heldout, tokens):
     """Return the cross-entropy in nats a token, in windows of 512 in float32; the text's name; what is installed."""
     import torch
 
-    from effconvert.convert import stock
-    from effconvert.convert.checkpoint import open_checkpoint
-    from effconvert.convert.sources import locate
-    from effconvert.eval.quality import measure, windows
+    from effconvert.checkpoint.sources import locate
+    from effconvert.eval.quality.perplexity import measure, windows
+    from effconvert.eval.quality.text import default_text, read_text
     from effconvert.eval.results import versions
-    from effconvert.eval.text import default_text, read_text
+    from effconvert.modeling import loading
+    from effconvert.quiet import quiet_transformers
+    from effconvert.surgery._placed import open_checked
 
     text = read_text(heldout) if heldout else default_text()
     folder = locate(model, None, lambda _: None)
-    config = open_checkpoint(folder).config
-    with stock.quiet(), torch.inference_mode():
-        cut = windows(stock.load_tokenizer(folder), text, min(512, config.longest or 512), tokens, config.vocabulary)
-        found = measure(stock.load(folder, config, torch.float32), list(cut))
+    config = open_checked(folder).config
+    with quiet_transformers(), torch.inference_mode():
+        cut = windows(loading.load_tokenizer(folder), text, min(512, config.longest or 512), tokens, config.vocabulary)
+        found = measure(loading.load(folder, config, torch.float32), list(cut))
     return sum(window.loss for window in found) / sum(window.tokens for window in found), text.name, versions()
 
 

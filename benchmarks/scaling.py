@@ -32,10 +32,14 @@ ENCODERS = {"softmax": None, "linformer": {"rank": 128}, "linformer 256": {"rank
 ONE = """
 import json, resource, sys, time
 import torch, transformers
-from effconvert.convert.config import Config
-from effconvert.convert.families import FAMILIES
-from effconvert.mixers.model import config_class, model_class
-from effconvert.mixers.transformers_internals import cache_among, cache_name
+from effconvert.checkpoint.config import Config
+from effconvert.checkpoint.families import FAMILIES
+from effconvert.modeling.model import config_class, model_class
+from effconvert.eval.quality.perplexity import cache_bytes
+from effconvert.checkpoint.config import Config
+from effconvert.checkpoint.families import FAMILIES
+from effconvert.modeling.model import config_class, model_class
+from effconvert.modeling.transformers_internals import cache_among, cache_name
 from effconvert.eval.quality import cache_bytes
 from effconvert.steps import load
 kind, name, options, context, layers = json.loads(sys.argv[1])

@@ -25,11 +25,11 @@ def spearman(folder, pairs):
     import torch
     from scipy.stats import spearmanr
 
-    from effconvert.convert import stock
-    from effconvert.convert.checkpoint import open_checkpoint
+    from effconvert.modeling import loading
+    from effconvert.surgery._placed import open_checked
 
-    model = stock.load(folder, open_checkpoint(folder).config, torch.float32)
-    tokenizer = stock.load_tokenizer(folder)
+    model = loading.load(folder, open_checked(folder).config, torch.float32)
+    tokenizer = loading.load_tokenizer(folder)
     sides = []
     for side in ("sentence1", "sentence2"):
         texts, rows = [pair[side] for pair in pairs], []

@@ -1,13 +1,15 @@
 """effconvert turns a pretrained Hugging Face checkpoint into a cheaper architecture and proves what it cost."""
 
 import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from effconvert.version import __version__
 
 if TYPE_CHECKING:
     from effconvert.api import bench, convert, evaluate, load
 
 __all__ = ["__version__", "bench", "convert", "evaluate", "load"]
-__version__ = "0.1.0"
 
 AUTO = "transformers.models.auto.configuration_auto"
 
@@ -33,7 +35,7 @@ class _WhenImported:
 
 
 def _register() -> None:
-    from effconvert.mixers.register import configs
+    from effconvert.modeling.register import configs
 
     configs()
 
@@ -45,11 +47,29 @@ else:
     sys.meta_path.insert(0, _WhenImported())
 
 
+class _Called(ModuleType):
+    """The package `effconvert.convert`, which is the function of that name too: importing a part of it would otherwise hide the function (decision 7)."""
+
+    def __call__(self, /, *args: Any, **options: Any) -> Any:
+        from effconvert.api import convert
+
+        return convert(*args, **options)
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "convert":
+            value.__class__ = _Called
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
 def __getattr__(name: str) -> Any:
     """Import the functions when they are called: the command line must not wait for torch."""
     if name not in __all__:
         raise AttributeError(f"module 'effconvert' has no attribute {name!r}")
     from importlib import import_module
 
-    # `convert` is a package too, and callable: see there.
     return import_module("effconvert.convert") if name == "convert" else getattr(import_module("effconvert.api"), name)

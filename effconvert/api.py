@@ -15,23 +15,24 @@ from dataclasses import dataclass
 from os import PathLike, fspath
 from typing import Any
 
-from effconvert.convert import run, stock
+from effconvert.convert import run
 from effconvert.convert.run import Outcome
-from effconvert.convert.watch import Watcher
-from effconvert.eval import evaluate as evaluation
-from effconvert.eval import speed
-from effconvert.eval.bench_options import BenchOptions
-from effconvert.eval.eval_options import EvalOptions
+from effconvert.eval.quality import evaluate as evaluation
+from effconvert.eval.quality.eval_options import EvalOptions
 from effconvert.eval.results import Benchmark, Evaluation, Subject
+from effconvert.eval.speed import bench as timing
+from effconvert.eval.speed.bench_options import BenchOptions
 from effconvert.eval.subject import load_model, open_model, pick_device
+from effconvert.modeling import loading
 from effconvert.options import RunOptions
+from effconvert.progress import Watcher
 from effconvert.recipe import step
-from effconvert.surgery._surgery import Surgery
+from effconvert.surgery._surgery import Step
 
 Models = Sequence[str | PathLike[str]] | str | PathLike[str]
 
 
-def convert(model: str | PathLike[str], /, *steps: Surgery | Mapping[str, Any] | str, watcher: Watcher | None = None, **options: Any) -> Outcome:
+def convert(model: str | PathLike[str], /, *steps: Step | Mapping[str, Any] | str, watcher: Watcher | None = None, **options: Any) -> Outcome:
     """Convert a model by one technique or several in order.
 
     Args:
@@ -53,7 +54,7 @@ def evaluate(models: Models, /, watcher: Watcher | None = None, **options: Any) 
     """Measure how good models are, the original first; `options` are those of `EvalOptions`.
 
     Raises:
-        OptionError, ModelError, EffconvertError: as `effconvert.eval.evaluate.evaluate` says.
+        OptionError, ModelError, EffconvertError: as `effconvert.eval.quality.evaluate.evaluate` says.
     """
     return evaluation.evaluate(_listed(models), EvalOptions(**options), watcher)
 
@@ -62,9 +63,9 @@ def bench(models: Models, /, watcher: Watcher | None = None, **options: Any) -> 
     """Measure how fast models are, the original first; `options` are those of `BenchOptions`.
 
     Raises:
-        OptionError, ModelError, EffconvertError: as `effconvert.eval.speed.bench` says.
+        OptionError, ModelError, EffconvertError: as `effconvert.eval.speed.bench.bench` says.
     """
-    return speed.bench(_listed(models), BenchOptions(**options), watcher)
+    return timing.bench(_listed(models), BenchOptions(**options), watcher)
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def load(model: str | PathLike[str], dtype: str = "auto", device: str | None = N
     """
     options = EvalOptions(dtype=dtype, device=device)
     opened = open_model(fspath(model))
-    tokenizer = stock.load_tokenizer(opened.folder) if stock.has_tokenizer(opened.folder) else None
+    tokenizer = loading.load_tokenizer(opened.folder) if loading.has_tokenizer(opened.folder) else None
     return Loaded(load_model(opened, options.dtype, pick_device(options.device)), tokenizer, opened.subject)
 
 

@@ -10,16 +10,17 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from effconvert.checkpoint.config import Config
+from effconvert.checkpoint.replaced import CLASS
 from effconvert.convert.calibrate import calibration_bytes
-from effconvert.convert.config import Config
 from effconvert.convert.inspection import Inspection
-from effconvert.convert.mixed import CLASS
 from effconvert.convert.plan import Plan
 from effconvert.convert.run import Outcome
-from effconvert.convert.verify import Report
-from effconvert.convert.watch import Advance, Unit
+from effconvert.eval.verification import Verification
+from effconvert.progress import Advance, Unit
 from effconvert.quantities import count, perplexity, size
 
+PLACES = {"scores": "softmax attention"}  # what people call a place, where it is another word
 WIDTH = 110  # of what goes to a file or a pipe
 
 
@@ -43,6 +44,7 @@ class Terminal:
         self.out.print(f"[bold]{escape(steps)}[/]: {escape(model)} -> {escape(str(output))}", soft_wrap=True)
         rows = [
             ("parameters", before.parameters, after.parameters, count),
+            *([("active for a token", before.active, after.active, count)] if after.active < after.parameters or before.active < before.parameters else []),
             ("on disk", before.bytes, after.bytes, size),
             ("KV cache a token", before.kv_bytes, after.kv_bytes, size),
         ]
@@ -106,7 +108,7 @@ class Terminal:
         self.out.print(table)
         self.out.print("squared, of what attention gives on held-out windows, relative to its size")
 
-    def report(self, report: Report) -> None:
+    def report(self, report: Verification) -> None:
         """Print what a conversion cost."""
         self.out.print()
         table = Table("measured", "original", "converted", box=None, pad_edge=False, header_style="bold")
@@ -128,7 +130,7 @@ class Terminal:
         else:
             self.out.print(f"no quality was measured: {escape(report.unmeasured)}")
         if report.difference is not None:
-            self.out.print(f"largest change of a logit: {report.difference:.2g} (nothing may change)")
+            self.out.print(f"largest change of a logit: {report.difference:.2g}, on up to {report.compared} tokens (nothing may change)")
 
     def inspection(self, seen: Inspection) -> None:
         """Print what a model is."""
@@ -204,9 +206,9 @@ def _shape(config: Config) -> str:
 
 
 def _mixing(config: Config) -> Iterator[str]:
-    for mixer in dict.fromkeys(mixer for mixer in config.mixers if mixer):
-        spelt = f"{mixer.name} {_spelt(dict(mixer.settings))}".strip()
-        yield f"{config.mixers.count(mixer)} of {config.layers} layers mix by {spelt} in place of softmax attention"
+    for record in config.replaced:
+        spelt = f"{record.technique} {_spelt(dict(record.options))}".strip()
+        yield f"{len(record.layers)} of {config.layers} layers have {spelt} in place of {PLACES.get(record.place, record.place)}"
 
 
 def _spelt(options: dict[str, object]) -> str:

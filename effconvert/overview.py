@@ -34,7 +34,7 @@ Examples:
 
 def page() -> str:
     """Return the first page."""
-    techniques, healing, others = steps.techniques(), steps.rungs(), commands.catalogue()
+    techniques, healing, others = steps.techniques(), steps.healing_methods(), commands.catalogue()
     width = max(map(len, [*techniques, *healing, *others]))
     return PAGE.format(techniques=_lines(techniques, width), healing=_lines(healing, width), commands=_lines(others, width))
 

@@ -14,11 +14,11 @@ from pydantic import Field
 
 from effconvert import steps as known_steps
 from effconvert.errors import EffconvertError, OptionError
-from effconvert.eval.bench_options import BenchOptions
-from effconvert.eval.eval_options import EvalOptions
+from effconvert.eval.quality.eval_options import EvalOptions
+from effconvert.eval.speed.bench_options import BenchOptions
 from effconvert.options import Conversion, Options, shown
 from effconvert.paths import expand, real
-from effconvert.surgery._surgery import Surgery
+from effconvert.surgery._surgery import Step
 
 Kind = TypeVar("Kind", bound=Options)
 
@@ -37,7 +37,7 @@ class Recipe(Conversion):
     """One conversion, with what is measured afterwards."""
 
     model: str = Field(min_length=1, description="Folder, Hub id or .gguf file to begin from.")
-    steps: tuple[Surgery, ...] = Field(min_length=1, description="Techniques in order, each with its options.")
+    steps: tuple[Step, ...] = Field(min_length=1, description="Techniques in order, each with its options.")
     keep_stages: bool = Field(False, description="Write what stands after each step too, as OUTPUT-1-…, OUTPUT-2-…")
     evaluate: EvalOptions | None = Field(None, description="Measure the model and what became of it, as `effconvert eval` does; written to OUTPUT-eval.json.")
     bench: BenchOptions | None = Field(None, description="Measure how fast they are, as `effconvert bench` does; written to OUTPUT-bench.json.")
@@ -103,13 +103,13 @@ def _parse(document: Any, where: str, instead: Mapping[str, Any]) -> Recipe:
     return _make(Recipe, given, where)
 
 
-def step(given: Any, where: str) -> Surgery:
+def step(given: Any, where: str) -> Step:
     """Make a surgery of a step: `gqa: {groups: 8}`, or a bare name.
 
     Raises:
         OptionError: there is no such technique, or its options are wrong.
     """
-    if isinstance(given, Surgery):
+    if isinstance(given, Step):
         return given
     if isinstance(given, str):
         given = {given: {}}
@@ -199,7 +199,7 @@ def schema() -> dict[str, Any]:
         choices.append({"type": "object", "description": summary, "properties": {name: value}, "required": [name], "additionalProperties": False})
         if not own.get("required"):
             choices.append({"const": name, "description": summary})
-    definitions.pop("Surgery", None)
+    definitions.pop("Step", None)
     for asked in ("evaluate", "bench"):
         made["properties"][asked]["anyOf"].append({"type": "boolean"})
     made["properties"]["steps"] = {"type": "array", "minItems": 1, "description": made["properties"]["steps"]["description"], "items": {"anyOf": choices}}

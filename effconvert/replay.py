@@ -8,18 +8,18 @@ from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 from effconvert.convert.run import Outcome, convert
-from effconvert.convert.watch import Silent, Watcher
 from effconvert.errors import EffconvertError, OptionError
-from effconvert.eval.evaluate import evaluate, prepare
+from effconvert.eval.quality.evaluate import evaluate, prepare
 from effconvert.eval.report import report
 from effconvert.eval.report.page import FORMS, check_drawing
 from effconvert.eval.results import Benchmark, Evaluation, check_output, machine, read, save, versions
-from effconvert.eval.speed import bench, contexts_of, device_of
+from effconvert.eval.speed.bench import bench, contexts_of, device_of
 from effconvert.eval.subject import open_model
 from effconvert.options import Conversion, RunOptions
 from effconvert.paths import expand, real
+from effconvert.progress import Silent, Watcher
 from effconvert.recipe import Recipe, outputs
-from effconvert.surgery._surgery import Surgery
+from effconvert.surgery._surgery import Step
 
 Result = TypeVar("Result")
 
@@ -60,7 +60,7 @@ def _named(recipe: Recipe, recipes: Sequence[Recipe], act: Callable[[], Result])
 def _foresee(recipe: Recipe, recipes: Sequence[Recipe], watcher: Watcher) -> tuple[Outcome, ...]:
     """Plan a recipe; where it begins from what another one is still to write, plan both as one."""
     model, revision = recipe.model, recipe.revision
-    before: tuple[Surgery, ...] = ()
+    before: tuple[Step, ...] = ()
     while (writer := _writer(model, recipes)) and (writer.overwrite or not expand(model).exists()):
         if revision:
             raise OptionError(f"--revision is for models on the Hub, and {model} is what another recipe writes; leave it out")
@@ -119,7 +119,7 @@ def _carry_out(recipe: Recipe, watcher: Watcher) -> Replay:
     return Replay(tuple(conversions), evaluation, benchmark, tuple(files.values()))
 
 
-def _stages(recipe: Recipe) -> list[tuple[Surgery, ...]]:
+def _stages(recipe: Recipe) -> list[tuple[Step, ...]]:
     """Return the steps that lead to each folder of `outputs`: all of them, and with stages kept those up to each."""
     first = 1 if recipe.keep_stages else len(recipe.steps)
     return [recipe.steps[:count] for count in range(first, len(recipe.steps) + 1)]

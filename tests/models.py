@@ -4,13 +4,15 @@ from random import Random
 
 import torch
 import transformers
+from safetensors.torch import load_file
 
-from effconvert.convert.families import FAMILIES
+from effconvert.checkpoint.families import FAMILIES
 
 BASIC = {"vocab_size": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
 GROUPED = {**SHAPE, "num_key_value_heads": 4}
 HEAD_DIM = {"head_dim": 16}  # not hidden_size / num_attention_heads
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}  # each class takes its own name for them
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 48}
 ALTERNATING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 
@@ -27,6 +29,11 @@ SETTINGS = {
     "phi3": GROUPED,
     "cohere": {**GROUPED, "logit_scale": 1.0},
     "glm": {**GROUPED, **HEAD_DIM, "attention_bias": True},
+    "mixtral": {**GROUPED, **EXPERTS, "sliding_window": 8},
+    "qwen2_moe": {**GROUPED, **EXPERTS, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16, "mlp_only_layers": [1]},
+    "qwen3_moe": {**GROUPED, **HEAD_DIM, **EXPERTS, "moe_intermediate_size": 24, "mlp_only_layers": [1]},
+    "flex_olmo": {**GROUPED, **EXPERTS},
+    "granitemoe": {**GROUPED, **EXPERTS},
     "gpt2": GPT2,
     "gpt_bigcode": GPT2,
     "gpt_neox": SHAPE,
@@ -65,6 +72,11 @@ def save(model, folder, **how):
     """Save `model` in `folder`, with options of save_pretrained such as max_shard_size, and return the folder."""
     model.save_pretrained(folder, **how)
     return folder
+
+
+def on_disk(folder):
+    """What lies in a folder: name -> tensor. Families with experts call them otherwise in memory."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 @torch.inference_mode()

@@ -15,12 +15,12 @@ import yaml
 import effconvert
 from effconvert.convert.plan import Plan
 from effconvert.convert.run import Outcome
-from effconvert.convert.verify import Report
 from effconvert.errors import EffconvertError, ModelError, OptionError
 from effconvert.eval.results import Benchmark, Evaluation, Subject, read
-from effconvert.surgery.expand_kv import ExpandKv
-from effconvert.surgery.gqa import Gqa
-from effconvert.surgery.mqa import Mqa
+from effconvert.eval.verification import Verification
+from effconvert.surgery.attention.expand_kv import ExpandKv
+from effconvert.surgery.attention.gqa import Gqa
+from effconvert.surgery.attention.mqa import Mqa
 from tests.models import save, tiny
 
 EASY = {"tokens": 60, "context": 20}
@@ -123,7 +123,7 @@ def test_what_comes_back_is_what_the_command_writes(model, command, contents):
     done = effconvert.convert("model", {"gqa": {"groups": 2, "pool": "mean"}}, output="called", **EASY)
     assert contents(Path("typed")) == contents(Path("called"))
     assert isinstance(done, Outcome)
-    assert isinstance(done.report, Report)
+    assert isinstance(done.report, Verification)
     assert json.loads(json.dumps(dataclasses.asdict(done.report))) == json.loads(Path("typed/effconvert.json").read_text())["report"]
     assert done.plan.after.kv_bytes * 2 == done.plan.before.kv_bytes
 
@@ -256,7 +256,7 @@ def test_evaluation_is_what_the_command_writes(converted, command):
 
 
 def test_a_benchmark_is_what_the_command_writes_but_for_its_seconds(converted, command, monkeypatch):
-    monkeypatch.setattr("effconvert.eval.speed.bandwidth", lambda device: 1e10)  # which takes seconds to measure
+    monkeypatch.setattr("effconvert.eval.speed.bench.bandwidth", lambda device: 1e10)  # which takes seconds to measure
     found = effconvert.bench(converted, **QUICK_BENCH)
     assert isinstance(found, Benchmark)
     result = command("bench", *converted, "--rounds", 1, "--warmup", 0, "--batch", 1, "--context", 8, "--new-tokens", 1, "-o", "b.json")

@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 from effconvert import commands, steps
-from effconvert.convert.config import Config
-from effconvert.convert.families import FAMILIES
+from effconvert.checkpoint.config import Config
+from effconvert.checkpoint.families import FAMILIES
 from effconvert.errors import ModelError
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +26,9 @@ def applies(name, kind):
 def test_the_table_of_commands_has_every_command_and_no_technique_that_is_not_there():
     told = re.findall(r"^\| `effconvert ([a-z-]+)", README, re.MULTILINE)
     assert len(set(told)) == len(told)
-    assert {*steps.rungs(), *commands.catalogue()} <= {*told} <= {*steps.catalogue(), *commands.catalogue()}  # techniques: `effconvert --help` has all
+    assert (
+        {*steps.healing_methods(), *commands.catalogue()} <= {*told} <= {*steps.catalogue(), *commands.catalogue()}
+    )  # techniques: `effconvert --help` has all
 
 
 def test_the_table_of_families_is_that_of_the_rows():

@@ -16,13 +16,13 @@ from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from effconvert.checkpoint.sources import unpack_gguf
 from effconvert.convert.run import convert
-from effconvert.convert.sources import unpack_gguf
-from effconvert.eval.eval_options import EvalOptions
-from effconvert.eval.evaluate import evaluate
+from effconvert.eval.quality.eval_options import EvalOptions
+from effconvert.eval.quality.evaluate import evaluate
 from effconvert.options import RunOptions
-from effconvert.surgery.expand_kv import ExpandKv
-from effconvert.surgery.gqa import Gqa
+from effconvert.surgery.attention.expand_kv import ExpandKv
+from effconvert.surgery.attention.gqa import Gqa
 from tests.models import hide
 
 pytestmark = pytest.mark.real

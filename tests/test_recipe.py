@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 import effconvert
-from effconvert.convert import sources
+from effconvert.checkpoint import sources
 from effconvert.convert.run import convert
 from effconvert.errors import EffconvertError, ModelError, OptionError
 from effconvert.options import RunOptions
@@ -19,8 +19,8 @@ from effconvert.recipe import read, schema
 from effconvert.replay import replay
 from effconvert.steps import catalogue
 from effconvert.steps import load as technique
-from effconvert.surgery.gqa import Gqa
-from effconvert.surgery.mqa import Mqa
+from effconvert.surgery.attention.gqa import Gqa
+from effconvert.surgery.attention.mqa import Mqa
 from tests.convert.conftest import one_line
 from tests.convert.test_sources import gguf  # noqa: F401 (a fixture)
 from tests.models import save, tiny
@@ -94,7 +94,7 @@ def refused(command, contents, tmp_path):
 @pytest.fixture(autouse=True)
 def memory_of_known_speed(monkeypatch):
     """Spare the seconds that it takes to measure."""
-    monkeypatch.setattr("effconvert.eval.speed.bandwidth", lambda device: 1e10)
+    monkeypatch.setattr("effconvert.eval.speed.bench.bandwidth", lambda device: 1e10)
 
 
 @pytest.fixture
@@ -370,7 +370,7 @@ def test_a_task_that_is_not_there_is_found_before_the_first_writes(model, refuse
     def load(options):  # in the place of lm-eval's list, which takes half a minute
         raise OptionError(f"there is no task {options.tasks[0]!r}")
 
-    monkeypatch.setattr("effconvert.eval.harness._load", load)
+    monkeypatch.setattr("effconvert.eval.quality.harness._load", load)
     assert "there is no task 'piqo'" in refused(recipe(), recipe(model="out", output="b", steps=[ONE], evaluate={"tasks": ["piqo"]}))
 
 
@@ -490,7 +490,7 @@ def test_what_another_recipe_or_model_made_is_not_taken_for_this_ones(change, mo
 
 
 def test_speeds_are_measured_again_only_for_other_models_or_options(model, run, monkeypatch):
-    from effconvert.eval.speed import bench as real
+    from effconvert.eval.speed.bench import bench as real
 
     measured = []
     monkeypatch.setattr("effconvert.replay.bench", lambda *args: measured.append(args) or real(*args))
@@ -782,8 +782,8 @@ def printed(command):
 
 
 def test_the_schema_has_every_option_of_every_class_spelt_with_dashes(command):
-    from effconvert.eval.bench_options import BenchOptions
-    from effconvert.eval.eval_options import EvalOptions
+    from effconvert.eval.quality.eval_options import EvalOptions
+    from effconvert.eval.speed.bench_options import BenchOptions
     from effconvert.recipe import Recipe
 
     made = printed(command)

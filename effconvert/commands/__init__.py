@@ -3,20 +3,17 @@
 The first line of a file is what the list of commands says, as for techniques.
 """
 
-import os
 from typing import TYPE_CHECKING
 
-from effconvert.steps import summaries
+from effconvert.discovery import summaries
 
 if TYPE_CHECKING:
     import click
 
-HERE = os.path.dirname(__file__)
-
 
 def catalogue() -> dict[str, str]:
     """Map each command to its one-line summary."""
-    return summaries(HERE)
+    return summaries(__path__)
 
 
 def load(name: str) -> "click.Command":

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from effconvert.console import Terminal
-from effconvert.convert.watch import Advance, Unit
+from effconvert.progress import Advance, Unit
 
 PAUSE = 1.0  # seconds between drawings: what was drawn pushes a small model out of the processor's caches
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from effconvert.commands._click import OptionsCommand, given
-from effconvert.eval.bench_options import BenchOptions
+from effconvert.eval.speed.bench_options import BenchOptions
 
 if TYPE_CHECKING:
     from effconvert.eval.results import Benchmark, Cell, Timing
@@ -44,7 +44,7 @@ def run(models: tuple[str, ...], **values: Any) -> None:
     from effconvert.commands._still import Still
     from effconvert.errors import EffconvertError
     from effconvert.eval.results import check_output, save
-    from effconvert.eval.speed import bench
+    from effconvert.eval.speed.bench import bench
 
     check_output(options.output, models)
     terminal = Still(models[0])

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from effconvert.commands._click import OptionsCommand, given
-from effconvert.eval.eval_options import EvalOptions
+from effconvert.eval.quality.eval_options import EvalOptions
 
 if TYPE_CHECKING:
     from effconvert.eval.results import Evaluation, Row, Value
@@ -27,7 +27,7 @@ def run(models: tuple[str, ...], **values: Any) -> None:
       effconvert eval ./MiniLM ./MiniLM-linformer --pairs stsb-dev.csv
     """
     from effconvert.console import Terminal
-    from effconvert.eval.evaluate import evaluate
+    from effconvert.eval.quality.evaluate import evaluate
     from effconvert.eval.results import check_output, save
 
     options = EvalOptions(**given(values))

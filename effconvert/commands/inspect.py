@@ -16,10 +16,10 @@ def command(model: str, revision: str | None) -> None:
       effconvert inspect ./SmolLM2-135M
       effconvert inspect meta-llama/Llama-2-7b-hf --revision main
     """
+    from effconvert.checkpoint.sources import locate
     from effconvert.console import Terminal
-    from effconvert.convert.checkpoint import open_checkpoint
     from effconvert.convert.inspection import inspect as look
-    from effconvert.convert.sources import locate
+    from effconvert.surgery._placed import open_checked
 
     terminal = Terminal(model)
-    terminal.inspection(look(open_checkpoint(locate(model, revision, terminal.step))))
+    terminal.inspection(look(open_checked(locate(model, revision, terminal.step))))

@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from effconvert.commands._click import OptionsCommand, given
-from effconvert.convert.push_options import PushOptions
+from effconvert.hub.push_options import PushOptions
 
 
 def run(folder: str, repo: str, **values: Any) -> None:
@@ -25,7 +25,7 @@ def run(folder: str, repo: str, **values: Any) -> None:
     from rich.table import Table
 
     from effconvert.console import Terminal
-    from effconvert.convert.push import push
+    from effconvert.hub.push import push
     from effconvert.paths import expand
     from effconvert.quantities import size
 

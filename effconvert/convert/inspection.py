@@ -5,10 +5,11 @@ from collections import Counter
 from dataclasses import dataclass
 
 from effconvert import steps
-from effconvert.convert.checkpoint import Checkpoint
-from effconvert.convert.plan import Size, plan
-from effconvert.convert.shards import FLOATS, ITEMSIZE
+from effconvert.checkpoint.checkpoint import Checkpoint
+from effconvert.checkpoint.shards import FLOATS, ITEMSIZE
 from effconvert.errors import ModelError
+from effconvert.modeling.caches import kv_bytes
+from effconvert.modeling.size import Size, size_of
 
 CONTEXTS = (4096, 32768, 131072)
 
@@ -34,8 +35,8 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
             suits[name] = steps.load(name).suits(config)
         except ModelError as error:
             refusals[name] = str(error)
-    kv_bytes = {context: config.kv_bytes(ITEMSIZE[checkpoint.dtype], context) for context in CONTEXTS}
-    return Inspection(checkpoint, plan(checkpoint, ()).before, parts(checkpoint), kv_bytes, suits, refusals)
+    cache = {context: kv_bytes(config, ITEMSIZE[checkpoint.dtype], context) for context in CONTEXTS}
+    return Inspection(checkpoint, size_of(checkpoint), parts(checkpoint), cache, suits, refusals)
 
 
 def parts(checkpoint: Checkpoint) -> dict[str, int]:

@@ -7,7 +7,6 @@ Everything goes to `OUT.partial` first, with a manifest that says what belongs t
 import contextlib
 import errno
 import filecmp
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,12 +15,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-import effconvert
+from effconvert.checkpoint.manifest import DRAFT, foreign_files, read_manifest, save_manifest, to_disk
 from effconvert.convert.plan import Plan
 from effconvert.errors import EffconvertError, OptionError
+from effconvert.version import __version__
 
-MANIFEST = "effconvert.json"
-DRAFT = ".effconvert-draft"  # ends the name of a file that is being written
 SCRATCH = f"logits{DRAFT}"  # in `OUT.partial` while two models are compared
 
 
@@ -93,60 +91,6 @@ def _check_room(plan: Plan, output: Path, scratch: int) -> None:
     free, need = shutil.disk_usage(place).free + present, plan.disk + scratch
     if free < need:
         raise OptionError(f"{output} needs {need / 1e9:.2f} GB and {place} has {free / 1e9:.2f} GB free; make room, or give an --output on another disk")
-
-
-def foreign_files(folder: Path) -> list[str]:
-    """Return what lies in `folder` beside what its manifest says that effconvert wrote: other names or sizes, links, and what changed since.
-
-    The manifest is written last: what is newer was changed by somebody.
-    """
-    ours, written = {f"{MANIFEST}{DRAFT}": None}, 0
-    if manifest := read_manifest(folder):
-        ours |= {MANIFEST: None, **manifest["files"]}
-        written = (folder / MANIFEST).stat().st_mtime_ns
-    foreign = []
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        planned = name.removesuffix(DRAFT) if ours.get(name.removesuffix(DRAFT), 0) is None else name
-        if path.is_symlink():
-            foreign.append(name)
-        elif not path.is_dir():
-            size = ours.get(planned, -1)
-            status = path.stat()
-            if size is not None and (size != status.st_size or status.st_mtime_ns > written):
-                foreign.append(name)
-    return sorted(foreign)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return what effconvert recorded in `folder`, empty if it did not write it."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    sound = isinstance(manifest, dict) and isinstance(manifest.get("fingerprint"), str) and isinstance(manifest.get("files"), dict)
-    return manifest if sound else {}
-
-
-def save_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Replace the manifest in one step: it is never seen half-written."""
-    draft = folder / f"{MANIFEST}{DRAFT}"
-    try:
-        draft.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        to_disk(draft)
-        draft.replace(folder / MANIFEST)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def to_disk(path: Path) -> None:
-    """Wait until a file, or the list of a folder's files, is on disk."""
-    if path.is_file() or os.name == "posix":  # elsewhere a folder cannot be opened
-        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 @contextlib.contextmanager
@@ -243,4 +187,4 @@ def publish(plan: Plan, partial: Path, output: Path, overwrite: bool, record: di
 
 def about(plan: Plan) -> dict[str, Any]:
     """Return what a manifest says of every conversion."""
-    return {"effconvert": effconvert.__version__, "fingerprint": plan.fingerprint, "recipe": plan.recipe}
+    return {"effconvert": __version__, "fingerprint": plan.fingerprint, "recipe": plan.recipe}

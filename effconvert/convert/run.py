@@ -7,27 +7,31 @@ from typing import Any
 
 import yaml
 
-from effconvert import __version__
-from effconvert.convert import output, sources
+from effconvert.checkpoint import sources
+from effconvert.checkpoint.checkpoint import Checkpoint
+from effconvert.checkpoint.digest import file_hash
+from effconvert.checkpoint.manifest import CARD, RECIPE, read_manifest, save_manifest
+from effconvert.convert import output
 from effconvert.convert.calibrate import calibrate, notes
 from effconvert.convert.calibrate import prepare as prepare_calibration
-from effconvert.convert.card import render
-from effconvert.convert.card_data import verification
-from effconvert.convert.checkpoint import Checkpoint, open_checkpoint
-from effconvert.convert.digest import file_hash
-from effconvert.convert.plan import CARD, RECIPE, Plan, plan
-from effconvert.convert.stream import left, write
-from effconvert.convert.verify import Report, check_memory, prepare, scratch_bytes, verify
-from effconvert.convert.watch import Silent, Watcher
+from effconvert.convert.plan import Plan, plan
+from effconvert.convert.verify import check_memory, prepare, scratch_bytes, verify
+from effconvert.convert.write import left, write
 from effconvert.errors import ModelError, OptionError
+from effconvert.eval.quality.text import default_text, read_text
 from effconvert.eval.results import versions
-from effconvert.eval.text import default_text, read_text
+from effconvert.eval.verification import Verification
 from effconvert.heal._healing import Healing
 from effconvert.heal.refit import Refit
 from effconvert.heal.transfer import Transfer
+from effconvert.hub.card import render
+from effconvert.hub.card_data import verification
 from effconvert.options import RunOptions
 from effconvert.paths import expand, real
-from effconvert.surgery._surgery import Surgery
+from effconvert.progress import Silent, Watcher
+from effconvert.surgery._placed import open_checked
+from effconvert.surgery._surgery import Step
+from effconvert.version import __version__
 
 CALIBRATING = ("calibrate", "calibration_tokens", "calibration_window")  # options that say what is looked at
 
@@ -38,13 +42,13 @@ class Outcome:
 
     plan: Plan
     output: Path
-    report: Report | None  # None: nothing was verified, or nothing was written
+    report: Verification | None  # None: nothing was verified, or nothing was written
     resumed: int = 0  # shards that an earlier, interrupted run had finished
     found: bool = False  # whether all of it was there already
     told: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # layer -> held-out error of its attention before and after `transfer`
 
 
-def convert(model: str, surgeries: tuple[Surgery, ...], options: RunOptions, watcher: Watcher | None = None, *, reuse: bool = False) -> Outcome:
+def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, watcher: Watcher | None = None, *, reuse: bool = False) -> Outcome:
     """Convert `model` by `surgeries`, one after the other, as `options` say.
 
     Args:
@@ -67,7 +71,7 @@ def convert(model: str, surgeries: tuple[Surgery, ...], options: RunOptions, wat
         text = read_text(options.text) if options.text else default_text()
     folder = sources.locate(model, options.revision, watcher.step)
     surgeries = (*surgeries, *([Transfer()] if options.transfer else []), *([Refit()] if options.refit else []))
-    planned = plan(open_checkpoint(folder), surgeries, _teacher(surgeries, watcher))
+    planned = plan(open_checked(folder), surgeries, _teacher(surgeries, watcher))
     if planned.looks:
         planned = replace(planned, calibration=prepare_calibration(planned, options))
     target = expand(options.output or default_name(model, surgeries))
@@ -108,27 +112,27 @@ def convert(model: str, surgeries: tuple[Surgery, ...], options: RunOptions, wat
 
 def _told(planned: Plan, partial: Path) -> dict[str, dict[str, float]]:
     """Return what `transfer` had to tell of layers, now or before an interruption, and keep it: the drafts that hold it are not there much longer."""
-    manifest = output.read_manifest(partial)
+    manifest = read_manifest(partial)
     told: dict[str, dict[str, float]] = notes(planned, partial) or manifest.get("transfer", {})
     if told:
-        output.save_manifest(partial, {**manifest, "transfer": told})
+        save_manifest(partial, {**manifest, "transfer": told})
     return told
 
 
-def _teacher(surgeries: tuple[Surgery, ...], watcher: Watcher) -> Checkpoint | None:
+def _teacher(surgeries: tuple[Step, ...], watcher: Watcher) -> Checkpoint | None:
     """Open what a step heals towards, where it names a model."""
     named = {surgery.teacher for surgery in surgeries if isinstance(surgery, Healing) and surgery.teacher}
     if len(named) > 1:
         raise OptionError(f"the steps name different teachers ({', '.join(sorted(named))}); heal towards one at a time")
     if not named and isinstance(surgeries[0], Healing):
         raise OptionError("--teacher is needed: the model that this one was made from, towards which it is healed")
-    return open_checkpoint(sources.locate(named.pop(), None, watcher.step)) if named else None
+    return open_checked(sources.locate(named.pop(), None, watcher.step)) if named else None
 
 
 def _source(model: str, options: RunOptions, folder: Path) -> dict[str, Any]:
     """Say where the model came from, back to what nobody converted; of a folder only its name, for this will be read by others."""
     source = {"model": folder.name if expand(model).exists() else model, "revision": options.revision, "commit": sources.commit(folder)}
-    before = output.read_manifest(folder)
+    before = read_manifest(folder)
     made_by = {key: before[key] for key in ("effconvert", "recipe", "source", "verified") if key in before}
     return {**source, **({"made_by": made_by} if made_by else {})}
 
@@ -147,7 +151,7 @@ def _texts(model: str, plan: Plan, options: RunOptions, record: dict[str, Any]) 
     return {RECIPE: told, CARD: render(manifest, plan.config.content, before)}
 
 
-def default_name(model: str, surgeries: tuple[Surgery, ...]) -> str:
+def default_name(model: str, surgeries: tuple[Step, ...]) -> str:
     """Name the output: SmolLM2-135M by gqa --groups 1 is SmolLM2-135M-gqa-1."""
     stem = real(model).name.removesuffix(".gguf")
     return "-".join([stem, *(surgery.label for surgery in surgeries)])

@@ -8,43 +8,22 @@ import psutil
 import torch
 from torch import Tensor
 
-from effconvert.convert import stock
+from effconvert.checkpoint.shards import FLOATS, read_header
+from effconvert.convert import exact
 from effconvert.convert.plan import Plan
-from effconvert.convert.shards import FLOATS, read_header
-from effconvert.convert.watch import Advance, Watcher
 from effconvert.errors import ModelError, OptionError
-from effconvert.eval import quality
-from effconvert.eval.quality import Quality, Recorded
-from effconvert.eval.text import Text
+from effconvert.eval.quality import perplexity
+from effconvert.eval.quality.perplexity import Recorded
+from effconvert.eval.quality.text import Text
+from effconvert.eval.verification import Side, Verification
+from effconvert.modeling import loading
+from effconvert.modeling.caches import growth_bytes, state_bytes
 from effconvert.options import RunOptions
+from effconvert.progress import Advance, Watcher
+from effconvert.quiet import quiet_transformers
 
-TOLERANCE = 1e-5  # of the largest logit, in float32, for a conversion that must change nothing
 LIBRARIES = 330_000_000  # bytes; measured on SmolLM2 beyond what is counted: 0.32 GB in float32, 0.03 GB in bfloat16
 PROMPT = 24  # tokens given, and tokens asked for
-
-
-@dataclass(frozen=True)
-class Side:
-    """What was measured on one of the two models."""
-
-    parameters: int
-    kv_bytes: int  # of the cache object, for a token
-    quality: Quality | None
-    continuation: str
-    state_bytes: int = 0  # of the cache object, what mixers hold however few tokens went by
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a conversion cost. `difference` is the largest change of a logit, for conversions that must not change any."""
-
-    before: Side
-    after: Side
-    difference: float | None
-    text: str
-    dtype: str
-    device: str
-    unmeasured: str  # why there is no quality, empty where there is
 
 
 def measuring_dtype(plan: Plan) -> torch.dtype:
@@ -63,7 +42,10 @@ def check_memory(plan: Plan, options: RunOptions) -> int:
     Raises:
         OptionError: there are fewer than that.
     """
-    weights = max(plan.before.parameters, plan.after.parameters) * measuring_dtype(plan).itemsize
+    itemsize = measuring_dtype(plan).itemsize
+    states = state_bytes(plan.config, itemsize)
+    states += 2 * states // plan.config.layers  # that of a layer beside the new tokens, and cut again
+    weights = max(plan.before.parameters, plan.after.parameters) * itemsize + states
     # One window's logits, twice; transformers, and what PyTorch sets up to compute. What is mapped from files can be dropped and does not count.
     size = weights + 2 * scratch_bytes(plan, options) * options.context // options.tokens + plan.peak + LIBRARIES
     free = psutil.virtual_memory().available
@@ -96,6 +78,7 @@ class Material:
     windows: Tensor  # token ids, [N, T]
     text: str
     unmeasured: str  # why no quality can be measured, empty where it can
+    texts: tuple[Tensor, ...] = ()  # token ids [T] that an exact conversion is held to its claim on, beside the beginning of the first window
 
 
 def prepare(plan: Plan, text: Text, options: RunOptions) -> Material:
@@ -108,69 +91,74 @@ def prepare(plan: Plan, text: Text, options: RunOptions) -> Material:
     config, folder = plan.checkpoint.config, plan.checkpoint.folder
     context = min(options.context, config.longest or options.context)
     random = torch.randint(config.vocabulary, (1, min(context, 2 * PROMPT)), generator=torch.Generator().manual_seed(0))
+    texts = tuple(exact.texts(config, options.tokens, psutil.virtual_memory().available - check_memory(plan, options))) if plan.exact else ()
     if not config.family.decoder:
-        return Material(None, random, text.name, f"{config.kind} is an encoder and predicts no next token")
+        return Material(None, random, text.name, f"{config.kind} is an encoder and predicts no next token", texts)
     if config.architecture != config.family.lm:
-        return Material(None, random, text.name, f"{config.architecture} has no language-model head")
-    if not stock.has_tokenizer(folder):
-        return Material(None, random, text.name, "the model has no tokenizer")
+        return Material(None, random, text.name, f"{config.architecture} has no language-model head", texts)
+    if not loading.has_tokenizer(folder):
+        return Material(None, random, text.name, "the model has no tokenizer", texts)
     try:
-        tokenizer = stock.load_tokenizer(folder)
+        tokenizer = loading.load_tokenizer(folder)
     except ModelError as error:
         raise ModelError(f"{error}, or use --no-verify") from error
-    return Material(tokenizer, quality.windows(tokenizer, text, context, options.tokens, config.vocabulary), text.name, "")
+    return Material(tokenizer, perplexity.windows(tokenizer, text, context, options.tokens, config.vocabulary), text.name, "", texts)
 
 
-def verify(plan: Plan, folder: Path, material: Material, scratch: Path, watcher: Watcher) -> Report:
+def verify(plan: Plan, folder: Path, material: Material, scratch: Path, watcher: Watcher) -> Verification:
     """Reload the model in `folder` and compare it with its original.
 
     Raises:
         ModelError: it does not load as it should, computes NaN, or is not what the plan or the surgery promised.
     """
     try:
-        with stock.quiet():
+        with quiet_transformers():
             with watcher.bar("checking every number", plan.after.bytes, "bytes") as advance:
                 check_finite(folder, plan, advance)
-            with watcher.bar("measuring the original", material.windows.numel(), "tokens") as advance:
+            count = material.windows.numel() + sum(map(len, material.texts))
+            with watcher.bar("measuring the original", count, "tokens") as advance:
                 before, expected, device = _side(plan, plan.checkpoint.folder, material, advance, record=scratch)
-            with watcher.bar("measuring the converted model", material.windows.numel(), "tokens") as advance:
+            with watcher.bar("measuring the converted model", count, "tokens") as advance:
                 recorded = Recorded(scratch, measuring_dtype(plan), plan.checkpoint.config.vocabulary)
                 after, found, _ = _side(plan, folder, material, advance, reference=recorded)
     finally:
         scratch.unlink(missing_ok=True)
-    _hold(plan.before, before, "the original")
-    _hold(plan.after, after, "the converted model")
-    difference = (found - expected).abs().max().item() if plan.exact else None
-    if difference is not None and difference > TOLERANCE * expected.abs().max().item():
-        raise ModelError(f"a logit changed by {difference:.3g}, and this conversion must not change any: a fault of effconvert, please report it")
-    return Report(before, after, difference, material.text, str(measuring_dtype(plan)).removeprefix("torch."), device, material.unmeasured)
+    _check(plan.before, before, "the original")
+    _check(plan.after, after, "the converted model")
+    difference, compared = exact.compare([_head(material), *material.texts], expected, found) if plan.exact else (None, 0)
+    dtype = str(measuring_dtype(plan)).removeprefix("torch.")
+    return Verification(before, after, difference, material.text, dtype, device, material.unmeasured, compared)
 
 
 def _side(
     plan: Plan, folder: Path, material: Material, advance: Advance, record: Path | None = None, reference: Recorded | None = None
-) -> tuple[Side, Tensor, str]:
+) -> tuple[Side, list[Tensor], str]:
     config = plan.config if folder != plan.checkpoint.folder else plan.checkpoint.config
-    model, cut, whole = stock.load(folder, config, measuring_dtype(plan)), material.windows, not material.unmeasured
+    model, cut, whole = loading.load(folder, config, measuring_dtype(plan)), material.windows, not material.unmeasured
     prompt = cut[0, :PROMPT]
-    head = quality.logits_of(model, cut[0][: 4 * PROMPT]).float().cpu()  # [T, V]
-    measured = quality.summary(quality.measure(model, list(cut), record, reference, advance), cut.shape[1]) if whole else None
-    written = quality.continuation(model, material.tokenizer, prompt, PROMPT) if whole else ""
+    logits = [perplexity.logits_of(model, _head(material)).float().cpu(), *exact.logits(model, material.texts, config.family.decoder, advance)]
+    measured = perplexity.summary(perplexity.measure(model, list(cut), record, reference, advance), cut.shape[1]) if whole else None
+    written = perplexity.continuation(model, material.tokenizer, prompt, PROMPT) if whole else ""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     cache = state = 0
     if plan.config.family.decoder:
-        windows = [window - 1 for window in plan.checkpoint.config.windows() if window]
+        windows = [window - 1 for window in config.windows() if window]
         short = prompt[: max(1, min([len(prompt), *windows]))]  # before any window is full
         itemsize = FLOATS[plan.checkpoint.dtype].itemsize
-        growing, _ = quality.kv_bytes(model, short)
-        for seen in (short, cut[0]) if config.mixers else ():  # a state may grow, and not with each token
-            _, held = quality.kv_bytes(model, seen)
-            if held != (said := config.state_bytes(model.dtype.itemsize, len(seen))):
+        growing, _ = perplexity.kv_bytes(model, short)
+        for seen in (short, cut[0]) if config.replaced else ():  # a state may grow, and not with each token
+            _, held = perplexity.kv_bytes(model, seen)
+            if held != (said := state_bytes(config, model.dtype.itemsize, len(seen))):
                 raise ModelError(f"its mixers hold {held} bytes after {len(seen)} tokens, and the plan said {said}: a fault of effconvert")
-        cache, state = growing // len(short) * itemsize // model.dtype.itemsize + config.growth_bytes(itemsize), config.state_bytes(itemsize)
-    return Side(parameters, cache, measured, written, state), head, str(model.device)
+        cache, state = growing // len(short) * itemsize // model.dtype.itemsize + growth_bytes(config, itemsize), state_bytes(config, itemsize)
+    return Side(parameters, cache, measured, written, state), logits, str(model.device)
 
 
-def _hold(planned: Any, side: Side, which: str) -> None:
+def _head(material: Material) -> Tensor:
+    return material.windows[0][: 4 * PROMPT]
+
+
+def _check(planned: Any, side: Side, which: str) -> None:
     for what, expected, found in (("parameters", planned.parameters, side.parameters), ("bytes of KV cache a token", planned.kv_bytes, side.kv_bytes)):
         if expected != found:
             raise ModelError(f"{which} has {found} {what} in transformers, and the plan said {expected}: its config.json and its tensors do not agree")

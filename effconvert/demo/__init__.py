@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import get_args
 
 from effconvert.convert.run import Outcome, convert
-from effconvert.convert.watch import Watcher
 from effconvert.options import RunOptions
-from effconvert.surgery.gqa import Gqa, Pool
+from effconvert.progress import Watcher
+from effconvert.surgery.attention.gqa import Gqa, Pool
 
 MODEL = Path(__file__).parent / "model"
 GROUPS = 2

@@ -3,7 +3,7 @@
     python -m effconvert.demo.train --novels novels.jsonl.gz --minutes 60 --out effconvert/demo/model
 
 Text: public-domain English novels (one JSON object with `text` a line, gzipped or not, or plain text files), and the
-docstrings of the standard library except the modules that `effconvert.eval.text` holds out for measuring.
+docstrings of the standard library except the modules that `effconvert.eval.quality.text` holds out for measuring.
 The run stops on the clock, with the learning rate decayed to zero at the deadline, so that any machine ends with a finished model.
 """
 # B = sequences in a step, T = tokens in a sequence, V = vocabulary.
@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from effconvert.errors import OptionError
-from effconvert.eval.text import EVALUATION_MODULES, default_text, docstrings
+from effconvert.eval.quality.text import EVALUATION_MODULES, default_text, docstrings
 
 VOCABULARY = 4096
 CONTEXT = 512

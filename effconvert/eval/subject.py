@@ -8,15 +8,17 @@ from typing import Any
 import psutil
 import torch
 
-from effconvert.convert import sources
-from effconvert.convert.checkpoint import Checkpoint, open_checkpoint
-from effconvert.convert.digest import digest
-from effconvert.convert.plan import plan
-from effconvert.convert.shards import FLOATS
-from effconvert.convert.stock import load
+from effconvert.checkpoint import sources
+from effconvert.checkpoint.checkpoint import Checkpoint
+from effconvert.checkpoint.digest import digest
+from effconvert.checkpoint.shards import FLOATS
 from effconvert.errors import EffconvertError, OptionError
 from effconvert.eval.results import Subject
+from effconvert.modeling.caches import state_bytes
+from effconvert.modeling.loading import load
+from effconvert.modeling.size import size_of
 from effconvert.paths import expand, real
+from effconvert.surgery._placed import open_checked
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ def open_model(model: str, step: Callable[[str], None] = lambda _: None) -> Open
     here = expand(model).exists()
     name, _, revision = (model, "", "") if here else model.partition("@")
     folder = sources.locate(name, revision or None, step)
-    checkpoint = open_checkpoint(folder)
-    config, size = checkpoint.config, plan(checkpoint, ()).before
+    checkpoint = open_checked(folder)
+    config, size = checkpoint.config, size_of(checkpoint)
     subject = Subject(
         name=real(model).name if here else model,
         digest=digest(checkpoint),
@@ -73,7 +75,7 @@ def open_model(model: str, step: Callable[[str], None] = lambda _: None) -> Open
         vocabulary=config.vocabulary,
         longest=config.longest,
         windows=tuple(config.windows()),
-        mixers=tuple(mixer.name if mixer else "" for mixer in config.mixers),
+        mixers=tuple(" ".join(record.technique for record in config.replaced_in(index)) for index in range(config.layers)) if config.replaced else (),
         state_bytes=size.state_bytes,
         growth_bytes=size.growth_bytes,
     )
@@ -112,7 +114,8 @@ def load_model(opened: Opened, dtype: str, device: str) -> Any:
         ModelError: transformers cannot load it, or misses a tensor.
     """
     wanted = pick_dtype(dtype, opened)
-    need, free = opened.subject.parameters * wanted.itemsize, psutil.virtual_memory().available
+    need = opened.subject.parameters * wanted.itemsize + state_bytes(opened.checkpoint.config, wanted.itemsize)
+    free = psutil.virtual_memory().available
     if device == "cpu" and need > free:
         raise EffconvertError(f"{opened.subject.name} takes {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; measure it on a larger machine")
     return load(opened.folder, opened.checkpoint.config, wanted, device)

@@ -1,5 +1,1 @@
-"""One file here is one rung of healing: what brings quality back after surgery. A step of a recipe like a surgery, and a command of its own."""
-
-import os
-
-HERE = os.path.dirname(__file__)
+"""One file here is one healing method: what brings quality back after surgery. A step of a recipe like a technique, and a command of its own."""

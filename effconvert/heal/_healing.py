@@ -1,4 +1,4 @@
-"""What every rung of healing is that goes layer by layer: a step that changes no architecture, and has a teacher."""
+"""What every healing method is that goes layer by layer: a step that changes no architecture, and has a teacher."""
 
 from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
 
@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from effconvert.errors import ModelError
-from effconvert.surgery._surgery import Surgery
+from effconvert.surgery._surgery import Step
 
 if TYPE_CHECKING:
-    from effconvert.convert.config import Config
-    from effconvert.convert.layer import Layer
+    from effconvert.checkpoint.config import Config
+    from effconvert.checkpoint.layer import Layer, Model
 
 
-class Healing(Surgery):
+class Healing(Step):
     """Bring a converted model's layers nearer to what the original's made of the same inputs."""
 
     teacher: str | None = Field(
@@ -45,15 +45,14 @@ class Healing(Surgery):
         """Always."""
         return True
 
-    def rewrite(self, layers: list[Layer]) -> list[Layer]:
+    def rewrite(self, model: Model) -> None:
         """Heal each layer towards those of the original that it stands for: its own, and those that were dropped after it."""
-        starts = [layer.originals.start for layer in layers]
-        stops = [*starts[1:], max(layers[-1].originals.stop, layers[-1].depth)]
+        starts = [layer.originals.start for layer in model.layers]
+        stops = [*starts[1:], max(model.layers[-1].originals.stop, model.originals)]
         if any(stop <= start for start, stop in zip(starts, stops, strict=True)):
             raise ModelError("the layers stand in another order than in the original, or twice, so there is nothing that each could be healed towards")
-        for layer, start, stop in zip(layers, starts, stops, strict=True):
+        for layer, start, stop in zip(model.layers, starts, stops, strict=True):
             layer.later(partial(self._heal, originals=range(start, stop)))
-        return layers
 
     def _heal(self, layer: Layer, originals: range) -> None:
         for part in self.changes(layer, originals):

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from effconvert.convert.layer import Layer
-from effconvert.convert.walk import Look
-from effconvert.heal._regression import HELD_OUT, Attended, Moments, Queries, Turn, Values, by_head, ridge, solve
+from effconvert.checkpoint.layer import Layer
+from effconvert.heal._layerwise import Look
+from effconvert.heal._regression import Attended, Queries, Turn, Values, by_head, solve
+from effconvert.surgery._ridge import HELD_OUT, Moments, ridge
 
 SAME = 1e-5  # of the size of an output: nearer than this there is nothing to heal
 
@@ -23,7 +24,7 @@ def refit_attention(layer: Layer, original: int) -> None:
     if windows:
         _queries(layer, windows)
         for window, weights in zip(windows, _attention(layer), strict=True):
-            window.weights.copy_(weights)  # from here on the converted layer's own: what is mixed is what it will mix
+            window.weights.copy_(weights)  # use the converted layer's attention weights from here on
         _output(layer, wanted)
         _values(layer, windows)
     _output(layer, wanted)

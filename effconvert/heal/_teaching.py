@@ -7,10 +7,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from effconvert.convert.layer import MIXER, Layer
+from effconvert.checkpoint.layer import Layer
+from effconvert.checkpoint.replaced import OWN
 
 HELD_OUT = 8  # every eighth batch of texts of a length
-OWN = 10  # times the rate, of parameters that a mixer brought with it
+FASTER = 10  # times the rate, of parameters that a mixer brought with it
 TRIES = (1, 0.1, 0.01)  # of the rate, the next where one gained nothing
 WARM = 0.1  # of all steps, to the highest rate
 
@@ -32,7 +33,8 @@ def teach(layer: Layer, original: int, parts: list[str], epochs: int, rate: floa
     learnt: dict[str, nn.Parameter] = {}
 
     def error(index: int) -> Tensor:
-        return (walk.attended(layer, learnt, fixed, index) - wanted[index]).square().mean() / size
+        off: Tensor = (walk.attended(layer, learnt, fixed, index) - wanted[index]).square().mean() / size
+        return off
 
     def judged() -> float:
         with torch.no_grad():
@@ -42,7 +44,7 @@ def teach(layer: Layer, original: int, parts: list[str], epochs: int, rate: floa
     best = {part: layer[part] for part in parts}
     for highest in [share * rate for share in TRIES]:
         learnt = {part: nn.Parameter(layer[part].clone()) for part in parts}
-        rates = [{"params": [value], "lr": highest * (OWN if part.startswith(MIXER) else 1)} for part, value in learnt.items()]
+        rates = [{"params": [value], "lr": highest * (FASTER if f".{OWN}" in part else 1)} for part, value in learnt.items()]
         optimizer = torch.optim.AdamW(rates, betas=(0.9, 0.95), weight_decay=0.0)
         steps, draw = epochs * len(fitted), torch.Generator().manual_seed(layer.index)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_height, steps=steps))

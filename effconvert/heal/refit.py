@@ -1,4 +1,4 @@
-"""Refit a converted model to what the original computed."""
+"""Recover quality without training: least squares on q, v and o."""
 
 from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
 
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from effconvert.heal._healing import Healing
 
 if TYPE_CHECKING:
-    from effconvert.convert.config import Config
-    from effconvert.convert.layer import Layer
+    from effconvert.checkpoint.config import Config
+    from effconvert.checkpoint.layer import Layer
 
 
 class Refit(Healing):
@@ -29,7 +29,7 @@ class Refit(Healing):
         """Say what norms and mixers forbid."""
         told = ["its queries go through a norm, so they are not refitted to scores; values and outputs are"] if config.normed else []
         told += ["a norm follows its MLP, so nothing makes up for layers that were dropped"] if "mlp_post_norm" in config.family.parts else []
-        told += ["where a mixer stands in place of attention only the output projection is refitted; transfer does more"] if config.mixers else []
+        told += ["where a mixer stands in place of attention only the output projection is refitted; transfer does more"] if config.replaced else []
         return "; ".join(told)
 
     def changes(self, layer: Layer, originals: range) -> list[str]:

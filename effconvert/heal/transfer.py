@@ -1,4 +1,4 @@
-"""Teach mixers to do what the attention did that they replace."""
+"""Train new layers to imitate the ones they replace, layer by layer."""
 
 from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
 
@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from effconvert.checkpoint.replaced import OWN
 from effconvert.errors import OptionError
 from effconvert.heal._healing import Healing
 
 if TYPE_CHECKING:
-    from effconvert.convert.config import Config
-    from effconvert.convert.layer import Layer
+    from effconvert.checkpoint.config import Config
+    from effconvert.checkpoint.layer import Layer
 
 
 class Transfer(Healing):
@@ -32,20 +33,22 @@ class Transfer(Healing):
 
     def check(self, config: Config) -> None:
         """Refuse models without mixers."""
-        if not config.mixers:
+        if not config.replaced:
             raise OptionError("none of its layers has a mixer, so there is nothing to teach; put one in first (effconvert linear, ...), or use refit")
 
     def remark(self, config: Config) -> str:
         """Say which layers."""
-        return f"teaches the {sum(mixer is not None for mixer in config.mixers)} layers that have a mixer"
+        return f"teaches the {len({index for record in config.replaced for index in record.layers})} layers that have a mixer"
 
     def changes(self, layer: Layer, originals: range) -> list[str]:
         """The mixer's parameters, and the projections around it."""
-        mixer = layer.config.mixer(layer.index)
-        if not mixer:
-            return []
-        own = [f"mixer.{name}" for name in mixer.parameters(layer.config) if name not in mixer.frozen]
-        return own + [part for stem in ("q", "k", "v", "o") for part in (stem, f"{stem}.bias") if part in layer]
+        from effconvert.surgery._placed import technique_of
+
+        own, records = [], layer.config.replaced_in(layer.index)
+        for record in records:
+            technique = technique_of(record)
+            own += [f"{record.place}.{OWN}{name}" for name in technique.parameters(layer.config, record.place) if name not in technique.frozen]
+        return own + [part for stem in ("q", "k", "v", "o") for part in (stem, f"{stem}.bias") if part in layer] if records else []
 
     def heal(self, layer: Layer, originals: range) -> None:
         """See `_teaching`."""

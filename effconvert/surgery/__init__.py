@@ -1,5 +1,1 @@
-"""One file here is one technique: its name is the command, its class holds the options."""
-
-import os
-
-HERE = os.path.dirname(__file__)
+"""One file in this folder or below is one technique: its name is the command, its class holds the options."""

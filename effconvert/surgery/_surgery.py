@@ -1,6 +1,6 @@
-"""What every technique is: frozen options, a refusal, a new config, and what happens inside a layer."""
+"""What every step of a conversion is: frozen options, a refusal, a new config, and what happens to the model."""
 
-from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
+from __future__ import annotations  # `--help` must not wait for torch, which only types need here
 
 import re
 from abc import abstractmethod
@@ -12,12 +12,13 @@ from effconvert.errors import OptionError
 from effconvert.options import Options
 
 if TYPE_CHECKING:
-    from effconvert.convert.config import Config
-    from effconvert.convert.layer import Layer
+    from effconvert.checkpoint.config import Config
+    from effconvert.checkpoint.layer import Layer, Model
+    from effconvert.checkpoint.outer import Outer
 
 
-class Surgery(Options):
-    """A change of architecture. Subclasses add options as fields, and say these few things."""
+class Step(Options):
+    """A step of a conversion: a surgery or a healing method. Subclasses add options as fields, and say these few things."""
 
     @property
     def name(self) -> str:
@@ -69,17 +70,27 @@ class Surgery(Options):
         """Say what is different for this model, where something is; one sentence of the plan."""
         return ""
 
-    def rewrite(self, layers: list[Layer]) -> list[Layer]:
-        """Return the layers of the converted model: fewer, in another order, or tied to each other; by default each changed for itself.
+    def rewrite(self, model: Model) -> None:
+        """Change the model: its list of layers, or what is in them and outside them.
 
-        Overridden by techniques that go across layers. What reads or assigns parts belongs into `Layer.later`: at most two layers fit in memory.
+        What reads or assigns parts belongs into `Parts.later`: at most two layers fit in memory. Runs on the meta device first, where there are shapes only.
         """
-        for layer in layers:
+
+
+class Surgery(Step):
+    """A change of architecture."""
+
+    def rewrite(self, model: Model) -> None:
+        """Change each layer for itself, and what is outside; techniques that go across layers (dropping, sharing) override this."""
+        for layer in model.layers:
             layer.later(self.layer)
-        return layers
+        model.outer.later(self.outer)
 
     def layer(self, layer: Layer) -> None:
-        """Change one layer: read parts, assign parts. Runs on the meta device first, where there are shapes only and nothing to look at."""
+        """Change one layer: read parts, assign parts."""
+
+    def outer(self, outer: Outer) -> None:
+        """Change what is outside the layers: read parts, assign parts."""
 
     @classmethod
     def unknown(cls, name: str) -> str:
@@ -132,10 +143,10 @@ class Layerwise(Surgery):
         """Refuse layers that are not there."""
         self.chosen(config)
 
-    def rewrite(self, layers: list[Layer]) -> list[Layer]:
-        """Change the chosen layers, each for itself."""
-        chosen = self.chosen(layers[0].config)
-        for index, layer in enumerate(layers):
+    def rewrite(self, model: Model) -> None:
+        """Change the chosen layers, each for itself, and what is outside."""
+        chosen = self.chosen(model.config)
+        for index, layer in enumerate(model.layers):
             if index in chosen:
                 layer.later(self.layer)
-        return layers
+        model.outer.later(self.outer)

@@ -16,8 +16,11 @@ from safetensors.torch import load_file, save_file
 
 import effconvert
 import effconvert.convert.run
-import effconvert.surgery.gqa  # before somebody becomes nobody, who may not even read Python's own files
+import effconvert.surgery.attention.gqa  # before somebody becomes nobody, who may not even read Python's own files
+from effconvert.checkpoint.families import FAMILIES
+from effconvert.checkpoint.shards import header
 from effconvert.cli import main
+from tests.models import save, tiny
 
 ASKER, MODEL = 2, 1  # exit codes: whose fault it is
 EASY = ("--tokens", "60", "--context", "20")
@@ -305,6 +308,14 @@ def test_a_tensor_that_no_index_names_is_named(refused: Check, model: Path) -> N
         ("hidden_size", 64, "hidden_size = 64"),
         ("num_hidden_layers", 2, "num_hidden_layers = 2"),
         ("num_hidden_layers", 4, "model.layers.3."),
+        ("num_hidden_layers", 3 * 10**7, "num_hidden_layers = 30000000, and no model has more"),
+        ("num_hidden_layers", 10**30, "num_hidden_layers = 1"),
+        ("num_attention_heads", 10**9, "num_attention_heads = 1000000000"),
+        ("num_key_value_heads", 10**9, "num_key_value_heads = 1000000000"),
+        ("head_dim", 10**9, "head_dim = 1000000000"),
+        ("hidden_size", 10**9, "hidden_size = 1000000000"),
+        ("intermediate_size", 10**9, "intermediate_size = 1000000000"),
+        ("vocab_size", 10**9, "vocab_size = 1000000000"),
         ("vocab_size", 300, "vocab_size = 300"),
     ],
 )
@@ -313,9 +324,70 @@ def test_tensors_that_contradict_the_config_are_refused_by_the_key(refused: Chec
     assert named in refused(MODEL, *gqa(model))
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "bert", "roberta", "distilbert"])
+def test_more_positions_than_the_table_has_are_refused(kind: str, refused: Check, tmp_path: Path) -> None:
+    """Loading would make a buffer as long as that."""
+    folder = save(tiny(kind), tmp_path / kind)
+    edit(folder / "config.json", **{FAMILIES[kind].positions_key: 10**12})
+    assert f"{FAMILIES[kind].positions_key} = {10**12}" in refused(MODEL, "inspect", folder)
+
+
 def test_a_width_of_the_mlp_that_contradicts_the_config_is_refused_at_the_latest_by_verification(refused_late: Check, model: Path) -> None:
     edit(model / "config.json", intermediate_size=64)
     assert "mlp" in refused_late(MODEL, "gqa", "--groups", "2", "--pool", "mean", model, "-o", "out", *EASY)
+
+
+COMMANDS = {
+    "gqa": ("--groups", "2", "-o", "out"),
+    "refit": ("--teacher", "model", "-o", "out"),
+    "streaming": ("--window", "8", "-o", "out"),
+    "inspect": (),
+    "eval": EASY,
+    "bench": ("--context", "12", "--new-tokens", "2"),
+}
+
+
+def retype(model: Path, part: str, dtype: torch.dtype) -> None:
+    """Store the tensors whose name holds `part` in another type."""
+    for file in model.glob("*.safetensors"):
+        tensors = {name: tensor.to(dtype) if part in name else tensor for name, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_weights_of_a_type_that_nobody_computes_in_are_refused_by_every_command(refused: Check, model: Path, name: str) -> None:
+    """Of those who quantise by hand: no quantization_config says so."""
+    retype(model, ".", torch.float8_e4m3fn)
+    assert "is stored as F8_E4M3" in refused(MODEL, name, *COMMANDS[name], model)
+
+
+@pytest.mark.parametrize("name", ["inspect", "gqa"])
+@pytest.mark.parametrize("part", ["embed_tokens", "lm_head", "norm", "0.self_attn.k_proj", "2.mlp.down_proj"])
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.int8], ids=str)
+def test_one_weight_of_a_type_that_nobody_computes_in_is_named(refused: Check, model: Path, name: str, part: str, dtype: torch.dtype) -> None:
+    retype(model, part, dtype)
+    told = refused(MODEL, name, *COMMANDS[name], model)
+    assert part in told
+    assert "give an unquantised checkpoint" in told
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_type_of_less_than_a_byte_is_named(refused: Check, model: Path, name: str) -> None:
+    file = shard_of(model, "model.layers.1.mlp.down_proj.weight")
+    file.write_bytes(file.read_bytes().replace(b'"BF16"', b'"F4"  '))
+    assert "is stored as F4" in refused(MODEL, name, *COMMANDS[name], model)
+
+
+def test_a_buffer_that_comes_first_may_be_of_any_type(command: Command, tmp_path: Path) -> None:
+    """As mergekit and MLX order tensors: by name, and gpt_neox had a mask in each layer, which nobody reads."""
+    folder = save(tiny("gpt_neox"), tmp_path / "neox")
+    masks = {f"gpt_neox.layers.{index}.attention.bias": torch.ones(1, 1, 64, 64, dtype=torch.uint8) for index in range(2)}
+    tensors = dict(sorted({**load_file(folder / "model.safetensors"), **masks}.items()))
+    head = header({name: ("U8" if name in masks else "F32", tuple(tensor.shape)) for name, tensor in tensors.items()})
+    (folder / "model.safetensors").write_bytes(head + b"".join(tensor.numpy().tobytes() for tensor in tensors.values()))
+    for name, options in (("inspect", ()), ("gqa", ("--groups", "2", "--pool", "mean", "-o", "out"))):
+        done = command(name, *options, folder)
+        assert done.exit_code == 0, done.output
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -546,7 +618,7 @@ def test_an_output_in_a_folder_that_may_not_be_entered_is_refused(command: Comma
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(refused: Check, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("effconvert.convert.stream.shutil.disk_usage", lambda _: SimpleNamespace(total=10**9, used=10**9 - 1000, free=1000))
+    monkeypatch.setattr("effconvert.convert.write.shutil.disk_usage", lambda _: SimpleNamespace(total=10**9, used=10**9 - 1000, free=1000))
     told = refused(ASKER, *gqa(model))
     assert "out needs" in told
     assert "make room" in told

@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
-from effconvert.convert import calibrate, output, stream
-from effconvert.convert.checkpoint import open_checkpoint
+from effconvert.checkpoint.checkpoint import open_checkpoint
+from effconvert.convert import calibrate, output
+from effconvert.convert import write as stream
 from effconvert.convert.plan import plan
 from effconvert.convert.run import convert
-from effconvert.convert.walk import Calibration
 from effconvert.errors import ModelError, OptionError
-from effconvert.eval.text import calibration_text, default_text
+from effconvert.eval.quality.text import calibration_text, default_text
+from effconvert.heal._layerwise import Calibration
 from effconvert.options import RunOptions
 from tests.convert.test_seam import Plain
 from tests.heal.healing import letters, put

@@ -9,14 +9,14 @@ import transformers
 import yaml
 from huggingface_hub import ModelCard
 
-from effconvert.convert.card import render
-from effconvert.convert.card_data import auto_class
-from effconvert.convert.families import FAMILIES
-from effconvert.convert.publishable import nameless, without_paths
-from effconvert.convert.verify import Report, Side
+from effconvert.checkpoint.families import FAMILIES
 from effconvert.errors import ModelError
-from effconvert.eval.quality import Quality
+from effconvert.eval.quality.perplexity import Quality
 from effconvert.eval.results import Benchmark, Cell, Evaluation, Row, Subject, Timing, Value
+from effconvert.eval.verification import Side, Verification
+from effconvert.hub.card import render
+from effconvert.hub.card_data import auto_class
+from effconvert.hub.publishable import nameless, without_paths
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 COMMIT = "a" * 40
@@ -44,14 +44,14 @@ model-index:
 """
 
 
-def report(**changes: Any) -> Report:
+def report(**changes: Any) -> Verification:
     before = Side(1000, 64, Quality(2.0, 4088, 512), "a sea")
     after = Side(900, 16, Quality(3.0, 4088, 512, 1.25, 0.375), "a | b ``` c")
     fields = {"before": before, "after": after, "difference": None, "text": "novels.txt", "dtype": "bfloat16", "device": "cpu", "unmeasured": ""}
-    return Report(**{**fields, **changes})
+    return Verification(**{**fields, **changes})
 
 
-def manifest(source: dict[str, Any] = HUB, measured: Report | None = None, **changes: Any) -> dict[str, Any]:
+def manifest(source: dict[str, Any] = HUB, measured: Verification | None = None, **changes: Any) -> dict[str, Any]:
     measured = measured or report()
     recipe = [{"gqa": {"groups": 2, "pool": "mean"}}]
     held = {"effconvert": "0.1.0", "recipe": recipe, "source": source, "verified": True, "report": asdict(measured), "files": {"tokenizer.json": 1}}

@@ -7,13 +7,16 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, DynamicCache
 
-from effconvert.convert.checkpoint import open_checkpoint
-from effconvert.convert.config import Config, read_config
-from effconvert.convert.families import FAMILIES
+from effconvert.checkpoint.checkpoint import open_checkpoint
+from effconvert.checkpoint.config import Config
+from effconvert.checkpoint.families import FAMILIES
+from effconvert.checkpoint.parts import Deferred
+from effconvert.checkpoint.reading import read_config
 from effconvert.convert.plan import plan
 from effconvert.errors import ModelError
+from effconvert.modeling.caches import kv_bytes
 from tests.mixers.mixing import with_cache
-from tests.models import DECODERS, GROUPING, SETTINGS, save, tiny
+from tests.models import DECODERS, GROUPING, SETTINGS, on_disk, save, tiny
 
 
 def bare(kind):
@@ -24,7 +27,8 @@ def bare(kind):
 def places(name, family, prefix):
     """Every (place, part) of the row that claims the parameter `name`."""
     base = rf"{re.escape(prefix)}{re.escape(family.layers)}\.\d+\."
-    found = [("layer", part) for part, module in family.parts.items() if re.fullmatch(base + re.escape(module) + r"\.(weight|bias)", name)]
+    modules = {part: re.escape(module).replace(r"\*", r"\d+") for part, module in family.parts.items()}
+    found = [("layer", part) for part, module in modules.items() if re.fullmatch(base + module + r"\.(weight|bias)", name)]
     found += [("outer", part) for part, module in family.outer.items() if name.startswith(f"{prefix}{module}.")]
     return found + [("head", part) for part, module in family.head.items() if name.startswith(f"{module}.")]
 
@@ -35,10 +39,12 @@ def fused_with(family, part):
 
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("whole", [True, False], ids=["lm", "base"])
-def test_every_parameter_has_exactly_one_place(kind, whole):
+def test_every_parameter_has_exactly_one_place(kind, whole, tmp_path):
     family = FAMILIES[kind]
     model, prefix = (tiny(kind), f"{family.prefix}.") if whole else (bare(kind), "")
-    for name, _ in model.named_parameters(remove_duplicate=False):
+    stored = on_disk(save(model, tmp_path))
+    assert sum(tensor.numel() for tensor in stored.values()) >= model.num_parameters()
+    for name in stored if family.experts_key else dict(model.named_parameters(remove_duplicate=False)):
         found = places(name, family, prefix)
         assert found, name
         place, part = found[0]
@@ -50,7 +56,7 @@ def test_every_parameter_has_exactly_one_place(kind, whole):
 def test_every_part_of_a_row_is_somewhere_in_a_layer(kind, tmp_path):
     checkpoint = open_checkpoint(save(tiny(kind), tmp_path))
     seen = {part for index in range(checkpoint.config.layers) for part in checkpoint.layer(index, "meta")}
-    assert {part for part in seen if not part.endswith(".bias")} == set(FAMILIES[kind].parts)
+    assert {re.sub(r"^experts\.\d+", "experts.*", part) for part in seen if not part.endswith(".bias")} == set(FAMILIES[kind].parts)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -79,7 +85,10 @@ def expected_parts(kind, state, module, part, config):
         tensor = state[f"{module}.{suffix}"]
         if kind == "gpt2" and suffix == "weight" and "ln" not in module:
             tensor = tensor.t()
-        fused = fused_with(config.family, part)
+        fused = fused_with(config.family, re.sub(r"^experts\.\d+", "experts.*", part))
+        if config.family.experts_stacked and part.startswith("experts."):
+            tensor = tensor[int(part.split(".")[1])]
+            fused = {other.removeprefix("experts.*.") for other in fused}
         if fused == {"q", "k", "v"}:
             if kind == "gpt_neox":
                 at = "qkv".index(part)
@@ -91,18 +100,19 @@ def expected_parts(kind, state, module, part, config):
             tensor = tensor[rows]
         elif fused == {"gate", "up"}:
             half = len(tensor) // 2
-            tensor = tensor[:half] if part == "gate" else tensor[half:]
+            tensor = tensor[:half] if part.endswith("gate") else tensor[half:]
         yield part + (".bias" if suffix == "bias" else ""), tensor
 
 
 @pytest.mark.parametrize(("kind", "kv_heads"), [(kind, 4) for kind in FAMILIES] + [(kind, 2) for kind in GROUPING])
 def test_a_layer_gives_every_part_as_a_plain_matrix(kind, kv_heads, tmp_path):
     model = tiny(kind, num_key_value_heads=kv_heads) if kind in GROUPING else tiny(kind)
-    checkpoint, state, family = open_checkpoint(save(model, tmp_path)), model.state_dict(), FAMILIES[kind]
+    checkpoint, family = open_checkpoint(save(model, tmp_path)), FAMILIES[kind]
+    state = on_disk(tmp_path)
     for index in range(checkpoint.config.layers):
         layer = checkpoint.layer(index, "cpu")
         expected = {}
-        for part, module in family.parts.items():
+        for part, module in checkpoint.config.parts.items():
             expected |= expected_parts(kind, state, f"{family.prefix}.{family.layers}.{index}.{module}", part, checkpoint.config)
         assert set(layer) == set(expected)
         assert len(layer) == len(expected)
@@ -118,7 +128,7 @@ def test_splitting_a_layer_and_joining_it_again_changes_no_bit(kind, tmp_path):
         layer = checkpoint.layer(index, "cpu")
         for part in layer:
             layer[part] = layer[part]
-        written = {name: (origin, tensor) for name, origin, tensor in layer.tensors(checkpoint.config.family)}
+        written = {name: (origin, tensor.compute() if isinstance(tensor, Deferred) else tensor) for name, origin, tensor in layer.tensors()}
         assert set(written) == set(checkpoint.layers[index])
         for name, (origin, tensor) in written.items():
             assert origin.name == checkpoint.layer_prefix(index) + name
@@ -128,7 +138,7 @@ def test_splitting_a_layer_and_joining_it_again_changes_no_bit(kind, tmp_path):
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_layer_that_nobody_touched_is_left_as_bytes(kind, tmp_path):
     checkpoint = open_checkpoint(save(tiny(kind), tmp_path))
-    assert all(tensor is None for _, _, tensor in checkpoint.layer(0, "cpu").tensors(checkpoint.config.family))
+    assert all(tensor is None for _, _, tensor in checkpoint.layer(0, "cpu").tensors())
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "phi3", "modernbert", "gpt_bigcode"])
@@ -137,7 +147,7 @@ def test_changing_one_part_of_a_fused_tensor_leaves_its_neighbours(kind, tmp_pat
     layer, original = checkpoint.layer(1, "cpu"), checkpoint.layer(1, "cpu")
     layer["k"] = layer["k"] + 1
     module = checkpoint.config.family.parts["k"]
-    changed = {name: tensor for name, _, tensor in layer.tensors(checkpoint.config.family) if tensor is not None}
+    changed = {name: tensor for name, _, tensor in layer.tensors() if tensor is not None}
     assert set(changed) == {f"{module}.weight"}
     difference = changed[f"{module}.weight"] - checkpoint.layers[1][f"{module}.weight"].read("cpu")
     assert (difference != 0).sum() == original["k"].numel()
@@ -148,7 +158,7 @@ def test_a_checkpoint_saved_without_the_prefix_of_the_base_model_opens(kind, tmp
     base = tiny(kind).base_model
     checkpoint = open_checkpoint(save(base, tmp_path))
     assert (checkpoint.prefix, checkpoint.config.architecture) == ("", FAMILIES[kind].base)
-    assert {tensor.name for tensor in checkpoint.stored} == set(base.state_dict())
+    assert {tensor.name for tensor in checkpoint.stored} == set(on_disk(tmp_path))
     assert plan(checkpoint, ()).before.parameters == base.num_parameters()
 
 
@@ -197,13 +207,13 @@ def test_the_planned_kv_bytes_are_those_of_the_real_cache(kind, changes, tmp_pat
         with torch.inference_mode():
             model(torch.arange(3, 3 + tokens)[None], use_cache=True, **with_cache(model, cache))
         measured[tokens] = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert {tokens: checkpoint.config.kv_bytes(4, tokens) for tokens in measured} == measured
+    assert {tokens: kv_bytes(checkpoint.config, 4, tokens) for tokens in measured} == measured
     assert plan(checkpoint, ()).before.kv_bytes == measured[1]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FAMILIES if not FAMILIES[kind].decoder])
 def test_an_encoder_has_no_kv_cache(kind, tmp_path):
-    assert read_config(save(tiny(kind), tmp_path)).kv_bytes(4, 20) == 0
+    assert kv_bytes(read_config(save(tiny(kind), tmp_path)), 4, 20) == 0
 
 
 WINDOWS = [
@@ -228,6 +238,13 @@ WINDOWS = [
     ("qwen3", {"sliding_window": 8, "use_sliding_window": False, "max_window_layers": 3}),
     ("phi3", {"sliding_window": 8}),
     ("phi3", {"sliding_window": None}),
+    ("mixtral", {"sliding_window": 8}),
+    ("mixtral", {}),
+    ("qwen2_moe", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 3}),
+    ("qwen2_moe", {"sliding_window": 8, "use_sliding_window": True}),
+    ("qwen2_moe", {"sliding_window": 8, "max_window_layers": 3}),
+    ("qwen3_moe", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 3}),
+    ("qwen3_moe", {"sliding_window": 8}),
 ]
 
 
@@ -251,7 +268,7 @@ def test_what_old_versions_stored_in_a_layer_is_carried_along_and_not_counted(ki
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     checkpoint = open_checkpoint(tmp_path)
     assert plan(checkpoint, ()).before.parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert set(family.buffers) <= {name for name, _, _ in checkpoint.layer(0, "cpu").tensors(family)}
+    assert set(family.buffers) <= {name for name, _, _ in checkpoint.layer(0, "cpu").tensors()}
 
 
 def test_a_part_that_a_layer_lacks_is_named_with_those_it_has(tmp_path):
@@ -266,7 +283,7 @@ def test_a_deleted_part_is_gone_and_an_assigned_one_is_back(tmp_path):
     bias = layer["k.bias"]
     del layer["k.bias"]
     assert "k.bias" not in layer
-    assert "self_attn.k_proj.bias" not in {name for name, _, _ in layer.tensors(FAMILIES["llama"])}
+    assert "self_attn.k_proj.bias" not in {name for name, _, _ in layer.tensors()}
     layer["k.bias"] = bias
     assert "k.bias" in layer
 
@@ -311,5 +328,7 @@ def test_the_defaults_of_a_row_are_those_of_transformers(kind):
     for key, value in FAMILIES[kind].defaults.items():
         if key == FAMILIES[kind].rotary_key:
             assert stock.rope_parameters["partial_rotary_factor"] == value, key
+        elif key == "rope_theta":
+            assert stock.rope_parameters[key] == value, key
         elif not key.startswith("sliding_window"):  # where each layer's window comes from is held above
             assert getattr(stock, key) == value, key

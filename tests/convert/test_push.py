@@ -18,7 +18,7 @@ from effconvert.convert.run import convert
 from effconvert.eval.results import Evaluation, Row, Value, save
 from effconvert.eval.subject import open_model
 from effconvert.options import RunOptions
-from effconvert.surgery.gqa import Gqa
+from effconvert.surgery.attention.gqa import Gqa
 from tests.convert.conftest import one_line
 from tests.hub import serve, variables
 from tests.hub_state import Hub, Repo

@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from effconvert.cli import main
 
-MANIFEST = "effconvert.convert.stream.save_manifest"  # once a shard
+MANIFEST = "effconvert.convert.write.save_manifest"  # once a shard
 FINAL = "effconvert.convert.output.save_manifest"  # once before the first shard, once before the move, once after it
 Command = Callable[..., Result]
 Contents = Callable[[Path], dict[str, str]]
@@ -74,7 +74,7 @@ def unbroken(model: Path, command: Command, contents: Contents) -> dict[str, str
 def nursery() -> multiprocessing.context.ForkServerContext:
     """A server that has imported what takes long, once, and gives birth to processes that may be killed."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.convert.test_resume", "torch._refs", "effconvert.console", "effconvert.surgery.gqa"])
+    context.set_forkserver_preload(["tests.convert.test_resume", "torch._refs", "effconvert.console", "effconvert.surgery.attention.gqa"])
     return context
 
 
@@ -99,7 +99,7 @@ def killed(nursery: multiprocessing.context.ForkServerContext) -> Kill:
         ("os.fsync", "before", 6, 2),  # the third shard is written whole, and not yet named; a manifest is flushed for each, and before them
         ("os.sendfile", "after", 4, None),  # in the middle of a shard
         (MANIFEST, "before", 3, 2),  # a shard is named, and not yet recorded
-        ("effconvert.convert.stream._write_others", "before", 1, 5),
+        ("effconvert.convert.write._write_others", "before", 1, 5),
         ("effconvert.convert.output.publish", "before", 1, 5),
         (FINAL, "before", 2, 5),
         (FINAL, "after", 2, 5),  # between the manifest and the move

@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from effconvert.convert.checkpoint import open_checkpoint
+from effconvert.checkpoint.checkpoint import open_checkpoint
+from effconvert.checkpoint.shards import Stored
 from effconvert.convert.run import convert
-from effconvert.convert.shards import Stored
 from effconvert.errors import ModelError
 from effconvert.options import RunOptions
 from effconvert.surgery._surgery import Surgery
-from effconvert.surgery.gqa import Gqa
+from effconvert.surgery.attention.gqa import Gqa
 from tests.models import logits, save, tiny
 
 
@@ -41,8 +41,9 @@ class DropFirst(Plain):
     def config(self, config):
         return dataclasses.replace(config, raw={**config.raw, "num_hidden_layers": config.layers - 1})
 
-    def rewrite(self, layers):
-        return super().rewrite(layers[1:])
+    def rewrite(self, model):
+        model.layers = model.layers[1:]
+        super().rewrite(model)
 
 
 class Flip(Plain):
@@ -136,10 +137,9 @@ def test_changes_are_put_off_until_asked_for_and_done_once_in_order(tmp_path):
 class Share(Plain):
     """Layer 1 gets the up projection of layer 0."""
 
-    def rewrite(self, layers):
-        first, second = layers[:2]
+    def rewrite(self, model):
+        first, second = model.layers[:2]
         second.later(lambda layer: layer.__setitem__("up", first["up"]))
-        return layers
 
 
 class Scale(Plain):
@@ -150,8 +150,9 @@ class Scale(Plain):
 
 
 class DropSecond(DropFirst):
-    def rewrite(self, layers):
-        return Plain.rewrite(self, [layers[0], *layers[2:]])
+    def rewrite(self, model):
+        model.layers = [model.layers[0], *model.layers[2:]]
+        Plain.rewrite(self, model)
 
 
 def up(folder):

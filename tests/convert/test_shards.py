@@ -6,7 +6,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from effconvert.convert.shards import FLOATS, ITEMSIZE, as_bytes, copy_run, header, read_header
+from effconvert.checkpoint.shards import FLOATS, ITEMSIZE, as_bytes, copy_run, header, read_header
 from effconvert.errors import ModelError
 
 TYPES = {
@@ -20,8 +20,12 @@ TYPES = {
     "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 SHAPES = {"matrix": (3, 5), "vector": (7,), "scalar": (), "empty": (0,), "flat": (4, 0, 2)}
 

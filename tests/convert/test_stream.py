@@ -5,11 +5,11 @@ import json
 import torch
 from safetensors.torch import load_file
 
-from effconvert.convert import stream
+from effconvert.checkpoint.shards import header
+from effconvert.convert import write as stream
 from effconvert.convert.run import convert
-from effconvert.convert.shards import header
 from effconvert.options import RunOptions
-from effconvert.surgery.gqa import Gqa
+from effconvert.surgery.attention.gqa import Gqa
 from tests.models import save, tiny
 
 

@@ -8,10 +8,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from effconvert.convert.checkpoint import open_checkpoint
-from effconvert.convert.families import FAMILIES
-from effconvert.convert.shards import read_header
-from effconvert.convert.walk import Look, Stage, embedding_rows, stored_tensors
+from effconvert.checkpoint.checkpoint import open_checkpoint
+from effconvert.checkpoint.families import FAMILIES
+from effconvert.checkpoint.shards import read_header
+from effconvert.errors import ModelError
+from effconvert.heal._layerwise import Look, Stage, embedding_rows, stored_tensors
 from tests.models import DECODERS, SETTINGS, save, tiny
 
 WINDOWS, BATCH, LENGTH = 5, 2, 20  # so the last batch is shorter
@@ -23,7 +24,7 @@ SEEN = []  # what attention of the whole model was called with, layer by layer
 def witness(module, query, key, value, attention_mask, **kwargs):
     """Attend as the family's eager implementation does, and remember what came in and what the weights were."""
     out, weights = sys.modules[type(module).__module__].eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    SEEN.append({"query": query, "key": key, "weights": weights})
+    SEEN.append({"query": query, "key": key, "weights": weights, "scaling": kwargs.get("scaling", query.shape[-1] ** -0.5)})
     return out, weights
 
 
@@ -39,6 +40,11 @@ def token_ids(seed=0):
     return ids
 
 
+def parts_of(kind):
+    """Parts to look at: experts are no modules of their own in memory."""
+    return tuple(part for part in PARTS if part != "down" or not FAMILIES[kind].experts_key)
+
+
 def stage_of(folder, ids):
     """A stage with the real weights outside the layers, and its checkpoint."""
     checkpoint = open_checkpoint(folder)
@@ -47,7 +53,7 @@ def stage_of(folder, ids):
 
 
 def weights_of(checkpoint, index):
-    return {name: numbers for name, (_, numbers, _) in stored_tensors(checkpoint.layer(index, "cpu"), checkpoint.config).items()}
+    return {name: numbers for name, (_, numbers, _) in stored_tensors(checkpoint.layer(index, "cpu")).items()}
 
 
 @torch.inference_mode()
@@ -60,7 +66,8 @@ def walked(folder, ids, parts=PARTS):
         states = [look.out for look in looks]
         together = {name: torch.cat([getattr(look, name) for look in looks]) for name in ("state", "out", "query", "key", "weights")}
         sides = {side: {part: torch.cat([getattr(look, side)[part] for look in looks]) for part in parts} for side in ("inputs", "outputs")}
-        layers.append(Look(**together, **sides))
+        [scaling] = {look.scaling for look in looks}
+        layers.append(Look(**together, **sides, scaling=scaling))
     return layers
 
 
@@ -93,22 +100,29 @@ def whole(model, ids, parts=PARTS):
     for handle in handles:
         handle.remove()
     for look, seen in zip(layers, SEEN, strict=True):
-        look.query, look.key, look.weights = seen["query"], seen["key"], seen["weights"]
+        look.query, look.key, look.weights, look.scaling = seen["query"], seen["key"], seen["weights"], seen["scaling"]
     return layers
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_each_family_computes_in_a_walk_what_the_whole_model_computes(kind, tmp_path):
     model, ids = tiny(kind), token_ids()
-    found, expected = walked(save(model, tmp_path / "model"), ids), whole(model, ids)
+    parts = parts_of(kind)
+    found, expected = walked(save(model, tmp_path / "model"), ids, parts), whole(model, ids, parts)
     assert len(found) == len(expected) == 2
     for mine, theirs in zip(found, expected, strict=True):
         assert theirs.out.std() > 0.05
+        assert mine.scaling == theirs.scaling
         for name in ("state", "out", "query", "key", "weights"):
             torch.testing.assert_close(getattr(mine, name), getattr(theirs, name), **CLOSE, msg=lambda told, name=name: f"{name}: {told}")
-        for part in PARTS:
+        for part in parts:
             torch.testing.assert_close(mine.inputs[part], theirs.inputs[part], **CLOSE)
             torch.testing.assert_close(mine.outputs[part], theirs.outputs[part], **CLOSE)
+
+
+@pytest.mark.parametrize(("kind", "changes", "scaling"), [("granite", {"attention_multiplier": 0.3}, 0.3), ("gemma2", {"query_pre_attn_scalar": 25}, 0.2)])
+def test_scores_may_be_scaled_by_what_a_config_says(kind, changes, scaling, tmp_path):
+    assert {look.scaling for look in walked(save(tiny(kind, **changes), tmp_path / "model"), token_ids())} == {scaling}
 
 
 def test_fewer_kv_heads_are_seen_as_they_are(tmp_path):
@@ -179,9 +193,22 @@ def test_the_weights_of_a_layer_are_gone_after_its_run(kind, tmp_path):
     assert on_meta(stage)
     list(stage.run(1, weights_of(checkpoint, 1), states, ("o",), until="o"))
     assert on_meta(stage)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ModelError, match=r"missing: .*; left over: .*nothing"):
         list(stage.run(0, {"nothing": torch.zeros(1)}, states))
     assert on_meta(stage)
+
+
+def test_a_layer_gets_all_of_its_tensors_and_no_other(tmp_path):
+    checkpoint, stage = stage_of(save(tiny("bert"), tmp_path / "model"), token_ids())
+    states, weights = stage.begin(), weights_of(checkpoint, 0)
+    old = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor for name, tensor in weights.items()}
+    expected, found = (next(stage.run(0, tensors, states)).out for tensors in (weights, old))
+    assert torch.equal(found, expected)  # the names of old files are those that from_pretrained takes, too
+    for change in (lambda held: held.pop("output.dense.bias"), lambda held: held.update(more=torch.zeros(1))):
+        changed = dict(weights)
+        change(changed)
+        with pytest.raises(ModelError, match=r"missing: .*output\.dense\.bias|left over: .*more"):
+            next(stage.run(0, changed, states))
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
@@ -189,14 +216,13 @@ def test_the_weights_of_a_layer_are_gone_after_its_run(kind, tmp_path):
 def test_a_run_goes_no_further_than_it_is_asked_to(kind, tmp_path):
     checkpoint, stage = stage_of(save(tiny(kind), tmp_path / "model"), token_ids())
     family, states, ran = checkpoint.config.family, stage.begin(), []
-    for part in ("q", "o", "down"):
+    for part in parts_of(kind):
         stage.layers[0].get_submodule(family.parts[part]).register_forward_hook(lambda *_, part=part: ran.append(part))
     list(stage.run(0, weights_of(checkpoint, 0), states[:1]))
-    order = {"q": ["q"], "o": ["q", "o"], "down": ["q", "o", "down"]}
-    for until, expected in order.items():
+    for until in parts_of(kind):
         ran.clear()
         [look] = stage.run(0, weights_of(checkpoint, 0), states[:1], (until,), until=until)
-        assert ran == expected
+        assert tuple(ran) == PARTS[: PARTS.index(until) + 1]
         assert set(look.inputs) == set(look.outputs) == {until}
         assert not look.out.numel()
         assert (look.query is None) == (until == "q")
@@ -232,8 +258,8 @@ def test_a_layer_rounds_what_is_new_to_what_is_stored(kind, tmp_path):
     layer = checkpoint.layer(0, "cpu")
     changed = layer["o"] + 1e-4 * torch.randn(layer["o"].shape)
     layer["o"] = changed
-    stored = stored_tensors(layer, checkpoint.config)
-    name = f"{checkpoint.config.family.parts['o']}.weight"
+    stored = stored_tensors(layer)
+    name = f"{checkpoint.config.parts['o']}.weight"
     assert [at for at, (_, _, new) in stored.items() if new] == [name]
     expected = changed.bfloat16().float()
     assert torch.equal(stored[name][1], expected.T if checkpoint.config.family.transposed else expected)

@@ -11,8 +11,8 @@ import yaml
 from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file, save_file
 
-from effconvert.eval.eval_options import EvalOptions
-from effconvert.eval.evaluate import evaluate
+from effconvert.eval.quality.eval_options import EvalOptions
+from effconvert.eval.quality.evaluate import evaluate
 
 assert HFLM  # and all that it imports
 gc.freeze()  # so that eval, which collects garbage after each model, does not look through the libraries each time

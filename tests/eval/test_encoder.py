@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertModel
 
 from effconvert.errors import ModelError, OptionError
-from effconvert.eval.encoder import mask, pooling_of, read_pairs
+from effconvert.eval.quality.encoder import mask, pooling_of, read_pairs
 from tests.eval.evaluating import WORDS, byte_tokenizer, measure, moved, put, row, wordpiece
 from tests.models import tiny
 

@@ -13,15 +13,17 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from effconvert.checkpoint.checkpoint import open_checkpoint
+from effconvert.checkpoint.digest import digest
 from effconvert.commands.eval import show
-from effconvert.convert.checkpoint import open_checkpoint
-from effconvert.convert.digest import digest
-from effconvert.convert.push_options import PushOptions
 from effconvert.errors import ModelError, OptionError
-from effconvert.eval import results, running
-from effconvert.eval.bench_options import BenchOptions
-from effconvert.eval.eval_options import EvalOptions
-from effconvert.eval.evaluate import evaluate
+from effconvert.eval import results
+from effconvert.eval.quality import running
+from effconvert.eval.quality.eval_options import EvalOptions
+from effconvert.eval.quality.evaluate import evaluate
+from effconvert.eval.speed import passes
+from effconvert.eval.speed.bench_options import BenchOptions
+from effconvert.hub.push_options import PushOptions
 from tests.eval.evaluating import byte_tokenizer, choices, measure, moved, prose, put, row, tiny_llama
 from tests.models import tiny
 
@@ -193,6 +195,21 @@ def refused(command, code, told, *arguments):
     assert re.search(told, lines[0]), lines[0]
     assert result.stdout == ""
     assert sorted(path for path in Path.cwd().rglob("*") if "cache" not in path.parts) == before
+
+
+BENCH = ("--batch", "1", "--context", "12", "--new-tokens", "2", "--rounds", "1", "--warmup", "0")
+
+
+@pytest.mark.parametrize("arguments", [("inspect",), ("eval", *EASY), ("bench", *BENCH)], ids=lambda arguments: arguments[0])
+def test_what_is_only_read_may_lie_beside_links(command, model, monkeypatch, arguments):
+    """As in a trainer's folder: a conversion would copy what a link leads to, and these copy nothing."""
+    monkeypatch.setattr(passes, "BUFFER", 2**20)
+    (model / "checkpoint-500").mkdir()
+    (model / "latest").symlink_to(model / "checkpoint-500")
+    (model / "log.txt").symlink_to("/dev/null")
+    done = command(arguments[0], model, *arguments[1:])
+    assert done.exit_code == 0, done.output
+    assert " is a link to " in command("gqa", "--groups", "2", "--pool", "mean", model, "-o", "out").stderr
 
 
 @pytest.fixture
@@ -413,7 +430,7 @@ def test_memory_that_is_full_is_an_error_of_one_line(command, llama, monkeypatch
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("effconvert.eval.language.text", full)
+    monkeypatch.setattr("effconvert.eval.quality.language.text", full)
     result = command("eval", llama, *EASY)
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: no memory left for reading the text; give a smaller --context")

@@ -15,7 +15,7 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from effconvert.errors import OptionError
-from effconvert.eval import running
+from effconvert.eval.quality import running
 from tests.eval.evaluating import WORDS, choices, measure, moved, prose, row, write_task
 
 EASY = ("--text", "prose.txt", "--tokens", "120", "--context", "30", "--no-generation", "--passkey", "")
@@ -186,7 +186,7 @@ def test_inputs_are_cut_short_as_in_lm_eval_and_counted(llama, tmp_path):
 @pytest.fixture
 def computed(monkeypatch):
     """How often a task was run."""
-    from effconvert.eval.harness import Harness
+    from effconvert.eval.quality.harness import Harness
 
     seen, run = [], Harness.run
     monkeypatch.setattr(Harness, "run", lambda self, name, *rest: seen.append(name) or run(self, name, *rest))
@@ -312,8 +312,8 @@ def test_a_task_with_python_beside_it_is_remembered_too(llama, scripted, compute
 KEY = """
 import sys
 from pathlib import Path
-from effconvert.eval.eval_options import EvalOptions
-from effconvert.eval.harness import Harness
+from effconvert.eval.quality.eval_options import EvalOptions
+from effconvert.eval.quality.harness import Harness
 print(Harness(EvalOptions(tasks="pick", include_path=Path(sys.argv[1])), talk=False).key("pick")["task"])
 """
 

@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from effconvert.convert.run import convert
 from effconvert.errors import OptionError
-from effconvert.eval.language import FILLER, KEYS, LENGTH, PERIOD, TAIL, distinct, hide, loops, passkey, shortest
+from effconvert.eval.quality.language import FILLER, KEYS, LENGTH, PERIOD, TAIL, distinct, hide, loops, passkey, shortest
 from effconvert.options import RunOptions
-from effconvert.surgery.gqa import Gqa
+from effconvert.surgery.attention.gqa import Gqa
 from tests.eval.evaluating import SMALL, byte_tokenizer, measure, metaspace_tokenizer, moved, put, row, tiny_llama
 
 PLAIN = "The quick brown fox jumps over the lazy dog. Where we go, nobody knows; there and back again, many times. " * 8
@@ -231,8 +231,10 @@ def test_models_of_other_types_are_compared_in_their_own(llama, tmp_path):
 
 def test_what_a_model_writes_is_looked_at(llama, tmp_path, monkeypatch):
     stuck = SimpleNamespace(generate=lambda ids, max_new_tokens, **_: torch.cat([ids, torch.full((1, max_new_tokens), 50)], 1), device="cpu")
-    monkeypatch.setattr("effconvert.eval.running.load_model", lambda *_: stuck)
-    monkeypatch.setattr("effconvert.eval.language.measure", lambda _, cut, *rest: [SimpleNamespace(loss=1.0, tokens=9, kl=None, same=None) for _ in cut])
+    monkeypatch.setattr("effconvert.eval.quality.running.load_model", lambda *_: stuck)
+    monkeypatch.setattr(
+        "effconvert.eval.quality.language.measure", lambda _, cut, *rest: [SimpleNamespace(loss=1.0, tokens=9, kl=None, same=None) for _ in cut]
+    )
     evaluation = measure(llama, **{**SMALL, "generation": True})
     values = {metric: row(evaluation, "generation", metric).values[0].value for metric in ("distinct_2", "repeated_4", "loops")}
     written = len(evaluation.continuations[0])  # letters, a token each: what the model has positions for beyond the prompt

@@ -9,8 +9,8 @@ import pytest
 from lm_eval.api.metrics import aggregate_subtask_metrics, unweighted_mean_stderr
 from scipy import stats
 
-from effconvert.eval.paired import compare, make, pooled, recovery
-from effconvert.eval.table import rows
+from effconvert.eval.quality.paired import compare, make, pooled, recovery
+from effconvert.eval.quality.table import rows
 
 
 def names(count, task="t"):

@@ -3,8 +3,8 @@
 import pytest
 
 from effconvert.errors import ModelError, OptionError
-from effconvert.eval.passages import cut, recut, same
-from effconvert.eval.text import Text
+from effconvert.eval.quality.passages import cut, recut, same
+from effconvert.eval.quality.text import Text
 from tests.eval.evaluating import byte_tokenizer, metaspace_tokenizer
 
 PLAIN = Text("plain", "The quick brown fox jumps over the lazy dog.\n    And back again,\n\n\nmany times, " * 30)

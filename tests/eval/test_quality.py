@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from effconvert.errors import ModelError, OptionError
-from effconvert.eval.quality import Recorded, kv_bytes, measure, summary, windows
-from effconvert.eval.text import EVALUATION_MODULES, Text, default_text, docstrings
+from effconvert.eval.quality.perplexity import Recorded, kv_bytes, measure, summary, windows
+from effconvert.eval.quality.text import EVALUATION_MODULES, Text, default_text, docstrings
 from tests.models import tiny
 
 

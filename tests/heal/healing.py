@@ -8,7 +8,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from effconvert.convert.families import FAMILIES
+from effconvert.checkpoint.families import FAMILIES
 from effconvert.convert.run import convert
 from effconvert.options import RunOptions
 from tests.models import tiny

@@ -10,16 +10,16 @@ import torch
 import yaml
 
 import effconvert
-from effconvert.convert.checkpoint import open_checkpoint
-from effconvert.convert.families import FAMILIES
+from effconvert.checkpoint.checkpoint import open_checkpoint
+from effconvert.checkpoint.families import FAMILIES
 from effconvert.convert.plan import plan, stand_for
 from effconvert.errors import ModelError, OptionError
 from effconvert.heal._layer import _held
 from effconvert.heal.refit import Refit
 from effconvert.recipe import read
 from effconvert.replay import replay
-from effconvert.surgery.gqa import Gqa
-from effconvert.surgery.mqa import Mqa
+from effconvert.surgery.attention.gqa import Gqa
+from effconvert.surgery.attention.mqa import Mqa
 from tests.convert.conftest import one_line
 from tests.convert.test_seam import Plain
 from tests.heal.healing import TOKENS, apart, heldout, load, put, run, tensors
@@ -208,15 +208,17 @@ class DropMiddle(Plain):
             raw["layer_types"] = [*raw["layer_types"][:2], *raw["layer_types"][4:]]
         return type(config)(raw, config.family)
 
-    def rewrite(self, layers):
-        return super().rewrite([*layers[:2], *layers[4:]])
+    def rewrite(self, model):
+        model.layers = [*model.layers[:2], *model.layers[4:]]
+        super().rewrite(model)
 
 
 class DropLast(DropMiddle):
     """Leaves the last two layers out."""
 
-    def rewrite(self, layers):
-        return Plain.rewrite(self, layers[:4])
+    def rewrite(self, model):
+        model.layers = model.layers[:4]
+        Plain.rewrite(self, model)
 
 
 DEEP = {"num_hidden_layers": 6}

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from effconvert.heal import _regression
-from effconvert.heal._regression import HELD_OUT, Attended, Moments, Queries, Turn, Values, by_head, mixtures, ridge, solve
+from effconvert.heal._regression import Attended, Queries, Turn, Values, by_head, mixtures, solve
+from effconvert.surgery._ridge import HELD_OUT, Moments, ridge
 
 WIDTH, HEADS, GROUPS, DIM = 6, 4, 2, 4  # M, H, G, D
 LENGTH = 12  # T

@@ -9,10 +9,10 @@ import torch
 import yaml
 
 import effconvert
+from effconvert.checkpoint.checkpoint import open_checkpoint
+from effconvert.checkpoint.families import FAMILIES
 from effconvert.convert import run as running
 from effconvert.convert.calibrate import prepare
-from effconvert.convert.checkpoint import open_checkpoint
-from effconvert.convert.families import FAMILIES
 from effconvert.convert.plan import plan
 from effconvert.errors import ModelError
 from effconvert.heal._layer import _held
@@ -23,9 +23,9 @@ from effconvert.heal.transfer import Transfer
 from effconvert.options import RunOptions
 from effconvert.recipe import read
 from effconvert.replay import replay
-from effconvert.surgery.gqa import Gqa
-from effconvert.surgery.linear import Linear
-from effconvert.surgery.streaming import Streaming
+from effconvert.surgery.attention.gqa import Gqa
+from effconvert.surgery.mixing.linear import Linear
+from effconvert.surgery.mixing.streaming import Streaming
 from tests.heal.healing import TOKENS, heldout, prose, put, run, tensors
 
 GROUPED = {"num_key_value_heads": 2}
@@ -113,10 +113,10 @@ def test_nothing_else_is_touched(taught, name):
     projections = {family.parts[part] for part in ("q", "k", "v", "o")}
     for tensor in tensors(place / "plain"):
         inside = tensor.partition(f"{family.layers}.")[2].partition(".")[2]
-        may = inside.rpartition(".")[0] in projections or ".mixer." in tensor
+        may = inside.rpartition(".")[0] in projections or ".effconvert." in tensor
         assert (tensor in changed(place / "plain", place / "taught")) <= may, tensor
     every = changed(place / "plain", place / "taught")
-    for part in (*sorted(projections), *([f"{family.attention}.mixer"] if mixer.parameters(open_checkpoint(place / "plain").config) else [])):
+    for part in (*sorted(projections), *([f"{family.attention}.effconvert"] if mixer.parameters(open_checkpoint(place / "plain").config) else [])):
         assert any(f"{part}." in tensor for tensor in every), part
 
 
@@ -124,7 +124,7 @@ def test_every_parameter_of_a_mixer_and_every_bias_is_taught(taught):
     place, _ = taught("llama-t2r")
     every = changed(place / "plain", place / "taught")
     for part in ("query_map", "key_map", "query_bias", "key_bias", "share"):
-        assert any(f"mixer.{part}" in name for name in every), part
+        assert any(f"effconvert.{part}" in name for name in every), part
     for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
         assert any(name.endswith(f"{part}.bias") for name in every), part
         assert any(name.endswith(f"{part}.weight") for name in every), part

@@ -6,10 +6,10 @@ from types import MappingProxyType
 
 import torch
 
-from effconvert.convert.config import Config
-from effconvert.convert.families import FAMILIES
-from effconvert.mixers.model import config_class, model_class
-from effconvert.mixers.transformers_internals import cache_among, cache_name
+from effconvert.checkpoint.config import Config
+from effconvert.checkpoint.families import FAMILIES
+from effconvert.modeling.model import config_class, model_class
+from effconvert.modeling.transformers_internals import cache_among, cache_name
 from effconvert.steps import load
 from tests.models import DECODERS, tiny
 
@@ -69,6 +69,11 @@ def wide(kind):
     return {"sliding_window": None} if kind == "mistral" else {}
 
 
+def names(config):
+    """The technique of each layer, None where it has none."""
+    return [next((record.technique for record in config.replaced_in(index)), None) for index in range(config.layers)]
+
+
 def stock_config(model):
     """A config of effconvert for a model of transformers."""
     kind = model.config.model_type
@@ -85,7 +90,7 @@ def converted(model, *steps):
     made = model_class(type(model).__name__)(config_class(model.config.model_type).from_dict(config.content)).eval()
     lacking = made.load_state_dict(model.state_dict(), strict=False)
     assert not lacking.unexpected_keys
-    assert all(".mixer." in name for name in lacking.missing_keys)
+    assert all(".effconvert." in name for name in lacking.missing_keys)
     return made
 
 

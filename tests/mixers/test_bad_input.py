@@ -8,18 +8,19 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from effconvert.convert.checkpoint import open_checkpoint
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError, OptionError
 from effconvert.heal.transfer import Transfer
 from effconvert.options import RunOptions
 from effconvert.steps import load
+from effconvert.surgery._placed import open_checked
+from effconvert.surgery.mixing._mixing import Mixing
 from tests.convert.conftest import one_line
-from tests.mixers.mixing import converted, pair
+from tests.mixers.mixing import converted, names, pair
 from tests.models import characters, save, tiny
 
-STREAMING = {"mixer": "streaming", "options": {"window": 6, "sinks": 2}, "layers": [0]}
-LINEAR = {"mixer": "linear", "options": {"feature": "hedgehog", "window": 5, "features": None}, "layers": [1]}
+STREAMING = {"technique": "streaming", "place": "scores", "options": {"window": 6, "sinks": 2}, "layers": [0]}
+LINEAR = {"technique": "linear", "place": "scores", "options": {"feature": "hedgehog", "window": 5, "features": None}, "layers": [1]}
 
 
 @pytest.fixture
@@ -38,42 +39,43 @@ def say(folder, change):
 
 
 def mixers(*entries):
-    return lambda said: said["effconvert"].update(mixers=[json.loads(json.dumps(entry)) for entry in entries])
+    return lambda said: said["effconvert"].update(replaced=[json.loads(json.dumps(entry)) for entry in entries])
 
 
 def test_what_was_not_touched_opens(folder):
-    config = open_checkpoint(folder).config
-    assert [mixer and mixer.name for mixer in config.mixers] == ["streaming", "linear", None]
+    config = open_checked(folder).config
+    assert names(config) == ["streaming", "linear", None]
     say(folder, mixers(STREAMING, LINEAR))
-    assert open_checkpoint(folder).config == config
+    assert open_checked(folder).config == config
 
 
 EDITED = {
-    "unknown mixer": (mixers({**STREAMING, "mixer": "nonsense"}, LINEAR), "no mixer 'nonsense'"),
-    "a technique that is no mixer": (mixers({"mixer": "gqa", "options": {"groups": 2}, "layers": [0]}, LINEAR), "gqa"),
-    "a name that is none": (mixers({**STREAMING, "mixer": ["streaming"]}, LINEAR), "effconvert wrote"),
+    "thirty million layers": (lambda said: said.update(num_hidden_layers=3 * 10**7), "num_hidden_layers = 30000000, and no model has more than 10000"),
+    "unknown mixer": (mixers({**STREAMING, "technique": "nonsense"}, LINEAR), "no technique 'nonsense'"),
+    "a technique that is no mixer": (mixers({**STREAMING, "technique": "gqa", "options": {"groups": 2}}, LINEAR), "gqa"),
+    "a name that is none": (mixers({**STREAMING, "technique": ["streaming"]}, LINEAR), "effconvert wrote"),
     "window 0": (mixers({**STREAMING, "options": {"window": 0}}, LINEAR), "--window is 0"),
     "window of letters": (mixers({**STREAMING, "options": {"window": "many"}}, LINEAR), "--window is 'many'"),
     "sinks beyond the window": (mixers({**STREAMING, "options": {"window": 2, "sinks": 4}}, LINEAR), "--window 2 is smaller than --sinks 4"),
     "an option missing": (mixers({**STREAMING, "options": {}}, LINEAR), "--window is needed"),
     "an option misspelt": (mixers({**STREAMING, "options": {"windows": 6}}, LINEAR), "no option --windows"),
     "options are a list": (mixers({**STREAMING, "options": [6]}, LINEAR), "effconvert wrote"),
-    "a layer twice in one": (mixers({**STREAMING, "layers": [0, 0]}, LINEAR), "layer 0 is not there, or has two"),
-    "a layer in both": (mixers(STREAMING, {**LINEAR, "layers": [0, 1]}), "layer 0 is not there, or has two"),
+    "a layer twice in one": (mixers({**STREAMING, "layers": [0, 0]}, LINEAR), "layer 0 has two techniques"),
+    "a layer in both": (mixers(STREAMING, {**LINEAR, "layers": [0, 1]}), "layer 0 has two techniques"),
     "a layer too far": (mixers({**STREAMING, "layers": [3]}, LINEAR), "layer 3"),
     "a layer before the first": (mixers({**STREAMING, "layers": [-1]}, LINEAR), "layer -1"),
     "a layer that is no number": (mixers({**STREAMING, "layers": ["0"]}, LINEAR), "effconvert wrote"),
     "a layer and a half": (mixers({**STREAMING, "layers": [0.5]}, LINEAR), "effconvert wrote"),
     "layers are no list": (mixers({**STREAMING, "layers": 0}, LINEAR), "effconvert wrote"),
-    "mixers are no list": (lambda said: said["effconvert"].update(mixers=5), "effconvert wrote"),
-    "mixers are a name": (lambda said: said["effconvert"].update(mixers="streaming"), "effconvert wrote"),
+    "mixers are no list": (lambda said: said["effconvert"].update(replaced=5), "effconvert wrote"),
+    "mixers are a name": (lambda said: said["effconvert"].update(replaced="streaming"), "effconvert wrote"),
     "no mixers at all": (lambda said: said.update(effconvert={}), "effconvert wrote"),
     "the block is a list": (lambda said: said.update(effconvert=[1]), "effconvert wrote"),
     "the block is a word": (lambda said: said.update(effconvert="yes"), "effconvert wrote"),
     "the block is gone": (lambda said: said.pop("effconvert"), "[Ee]ffconvert"),
     "the block is null": (lambda said: said.update(effconvert=None), "[Ee]ffconvert"),
     "an empty list": (mixers(), "effconvert wrote"),
-    "number of layers": (lambda said: said.update(num_hidden_layers=1), "layer 1 is not there"),
+    "number of layers": (lambda said: said.update(num_hidden_layers=1), "there is no layer 1"),
     "layers of letters": (lambda said: said.update(num_hidden_layers="three"), "effconvert wrote"),
     "another family": (lambda said: said.update(model_type="effconvert_gpt2"), "effconvert wrote"),
     "an encoder": (lambda said: said.update(model_type="effconvert_bert"), "effconvert|bert"),
@@ -85,7 +87,7 @@ def test_an_edited_config_is_refused_in_a_sentence(folder, name):
     change, told = EDITED[name]
     say(folder, change)
     with pytest.raises(ModelError, match=told) as refusal:
-        open_checkpoint(folder)
+        open_checked(folder)
     assert "\n" not in str(refusal.value)
     assert len(str(refusal.value)) < 1000
 
@@ -107,12 +109,18 @@ def put(folder, change):
     save_file(held, file, metadata={"format": "pt"})
 
 
-MIXER = "model.layers.1.self_attn.mixer."
+MIXER = "model.layers.1.self_attn.effconvert."
 TENSORS = {
-    "missing": (lambda held: held.pop(f"{MIXER}query_map"), f"has no {MIXER}query_map, which its mixer needs"),
+    "missing": (lambda held: held.pop(f"{MIXER}query_map"), f"has no {MIXER}query_map, which linear needs"),
     "another shape": (lambda held: held.update({f"{MIXER}query_map": torch.zeros(4, 3, 8)}), f"{MIXER}query_map is 4 x 3 x 8"),
-    "in a softmax layer": (lambda held: held.update({"model.layers.2.self_attn.mixer.share": torch.zeros(4)}), "layers.2.self_attn.mixer.share, for which"),
-    "of another mixer": (lambda held: held.update({"model.layers.0.self_attn.mixer.share": torch.zeros(4)}), "layers.0.self_attn.mixer.share, for which"),
+    "in a softmax layer": (
+        lambda held: held.update({"model.layers.2.self_attn.effconvert.share": torch.zeros(4)}),
+        "layers.2.self_attn.effconvert.share, for which",
+    ),
+    "of another mixer": (
+        lambda held: held.update({"model.layers.0.self_attn.effconvert.share": torch.zeros(4)}),
+        "layers.0.self_attn.effconvert.share, for which",
+    ),
     "of nobody": (lambda held: held.update({f"{MIXER}nonsense": torch.zeros(4)}), f"{MIXER}nonsense, for which"),
 }
 
@@ -122,7 +130,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(folder, name):
     change, told = TENSORS[name]
     put(folder, change)
     with pytest.raises(ModelError, match=told) as refusal:
-        open_checkpoint(folder)
+        open_checked(folder)
     assert "\n" not in str(refusal.value)
 
 
@@ -166,7 +174,7 @@ def test_options_that_make_no_sense_are_refused(tmp_path):
 
 
 def test_layers_are_chosen_kept_and_stepped_over(tmp_path):
-    config = open_checkpoint(save(tiny("llama", num_hidden_layers=6), tmp_path / "model")).config
+    config = open_checked(save(tiny("llama", num_hidden_layers=6), tmp_path / "model")).config
     for options, expected in (
         ({}, {0, 1, 2, 3, 4, 5}),
         ({"layers": "0"}, {0}),
@@ -180,7 +188,7 @@ def test_layers_are_chosen_kept_and_stepped_over(tmp_path):
         made = step("linear", window=5, **options)
         made.check(config)
         assert made.chosen(config) == expected
-        assert {index for index, mixer in enumerate(made.config(config).mixers) if mixer} == expected
+        assert {index for index, name in enumerate(names(made.config(config))) if name} == expected
 
 
 def test_layers_that_are_not_there_and_none_at_all_are_refused(tmp_path):
@@ -192,7 +200,7 @@ def test_layers_that_are_not_there_and_none_at_all_are_refused(tmp_path):
 
 
 def test_layers_with_a_window_of_their_own_that_is_no_longer_are_left_alone(tmp_path):
-    alternating = open_checkpoint(save(tiny("gemma3_text"), tmp_path / "model")).config  # a window of 8, and none
+    alternating = open_checked(save(tiny("gemma3_text"), tmp_path / "model")).config  # a window of 8, and none
     for window, expected in ((7, {0, 1}), (8, {1}), (9, {1})):
         assert step("streaming", window=window).chosen(alternating) == expected
     assert step("linear", window=0).chosen(alternating) == {0, 1}
@@ -200,19 +208,37 @@ def test_layers_with_a_window_of_their_own_that_is_no_longer_are_left_alone(tmp_
     refused(everywhere, OptionError, "a window that is no longer", step("streaming", window=8))
 
 
+class Smoothed(Mixing):
+    """A mixer whose window is of something else than softmax."""
+
+    window: int = 1000
+
+    def parameters(self, config, place=""):
+        return {}
+
+    def mix(self, weights, call):
+        return call.query
+
+
+def test_an_option_of_that_name_alone_leaves_no_layer_alone(tmp_path):
+    config = open_checked(save(tiny("gemma2"), tmp_path)).config
+    assert any(config.windows())
+    assert Smoothed().chosen(config) == {0, 1}
+
+
 def test_a_layer_that_has_a_mixer_gets_no_other(folder):
     for name in ("streaming", "linear"):
-        told = refused(folder, OptionError, "layer 0 has the mixer streaming already", step(name, window=6))
+        told = refused(folder, OptionError, "layer 0 has streaming in place of its scores already", step(name, window=6))
         assert "--layers" in told
-    refused(folder, OptionError, "layer 1 has the mixer linear already", step("linear", layers="1,2"))
+    refused(folder, OptionError, "layer 1 has linear in place of its scores already", step("linear", layers="1,2"))
     model = save(tiny("llama"), folder.parent / "plain")
-    refused(model, OptionError, "layer 0 has the mixer linear already", step("linear"), step("streaming", window=6))
+    refused(model, OptionError, "layer 0 has linear in place of its scores already", step("linear"), step("streaming", window=6))
 
 
 def test_a_layer_without_one_gets_one(folder):
     out = convert(str(folder), (step("linear", feature="elu", layers="-1"),), RunOptions(output=Path("out"))).output
-    config = open_checkpoint(out).config
-    assert [mixer and mixer.name for mixer in config.mixers] == ["streaming", "linear", "linear"]
+    config = open_checked(out).config
+    assert names(config) == ["streaming", "linear", "linear"]
     before, after = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -227,14 +253,14 @@ def test_the_number_of_heads_is_changed_before_mixers_are_put_in(folder):
     characters(model)
     refused(model, ModelError, "its mixers are made for 4 KV heads", step("linear"), step("gqa", groups=2))
     convert(str(model), (step("gqa", groups=2, pool="mean"), step("linear", window=5)), RunOptions(output=Path("out"), tokens=32, context=16))
-    assert open_checkpoint(Path("out")).config.kv_heads == 2
+    assert open_checked(Path("out")).config.kv_heads == 2
 
 
 def test_capped_scores_are_refused_where_no_feature_map_can_follow_them(tmp_path):
     model = save(tiny("gemma2"), tmp_path / "model")
     assert "streaming" in refused(model, ModelError, "^gemma2 caps its scores", step("linear"))
     convert(str(model), (step("streaming", window=6, sinks=2),), RunOptions(output=Path("out"), dry_run=True))
-    uncapped = open_checkpoint(save(tiny("gemma2", attn_logit_softcapping=None), tmp_path / "uncapped")).config
+    uncapped = open_checked(save(tiny("gemma2", attn_logit_softcapping=None), tmp_path / "uncapped")).config
     step("linear").check(uncapped)
 
 
@@ -260,7 +286,7 @@ def test_the_command_line_says_the_same(command, folder):
         return told
 
     assert "--window 3 is smaller than --sinks 4" in fails(2, "streaming", "--window", 3, folder)
-    assert "layer 0 has the mixer streaming already" in fails(2, "linear", folder)
+    assert "layer 0 has streaming in place of its scores already" in fails(2, "linear", folder)
     assert "its mixers are made for 4 KV heads" in fails(1, "gqa", "--groups", 2, folder)
     say(folder, mixers({**STREAMING, "options": {"window": 0}}, LINEAR))
     assert "--window is 0" in fails(1, "linear", "--layers", 2, folder)
@@ -274,12 +300,20 @@ def test_what_the_table_says_of_a_model_names_its_mixers(command, folder):
     assert "linear" in told.stdout
 
 
-@pytest.mark.parametrize("options", [{"mixer": "retnet", "options": {}}, {"mixer": "linear", "options": {"feature": "elu", "window": 3}}], ids=str)
-def test_a_config_that_cannot_be_is_refused_at_transformers_own_door_too(options, tmp_path):
+def test_what_no_memory_holds_of_earlier_tokens_is_refused_before_it_is_asked_for(command, folder, tmp_path):
+    plain = save(tiny("llama"), tmp_path / "plain")
+    assert "GB are free" in one_line(command("streaming", "--window", 10**12, plain, "-o", "out"))
+    say(folder, mixers({**STREAMING, "options": {"window": 10**12}}, LINEAR))
+    characters(folder)
+    assert "GB are free" in one_line(command("eval", folder, "--tokens", "60", "--context", "20"))
+
+
+@pytest.mark.parametrize("changes", [{"technique": "retnet", "options": {}}, {"options": {"feature": "elu", "window": 3}}], ids=str)
+def test_a_config_that_cannot_be_is_refused_at_transformers_own_door_too(changes, tmp_path):
     _, model = pair("bert", ("linear", {"feature": "elu"}))
     file = save(model, tmp_path) / "config.json"
     written = json.loads(file.read_text())
-    written["effconvert"]["mixers"][0].update(options)
+    written["effconvert"]["replaced"][0].update(changes)
     file.write_text(json.dumps(written))
     with pytest.raises((ModelError, OptionError), match=r"retnet|--window 3"):
         transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)

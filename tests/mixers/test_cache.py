@@ -8,8 +8,8 @@ import torch
 import transformers
 from transformers import DynamicCache
 
-from effconvert.mixers import cache_for
-from effconvert.mixers._call import State
+from effconvert.modeling import cache_for
+from effconvert.modeling.state import State
 from tests.mixers.mixing import ROWS, SAME, cache_of, converted, far, in_pieces, keep_no_activations, pair, positions, run, small, tokens, with_cache
 from tests.models import tiny
 
@@ -35,7 +35,7 @@ def llama():
 
 
 def test_each_layer_has_what_it_was_given(mixed):
-    placed = [getattr(layer.get_submodule(at), "mixer", None) for layer, at in attentions(mixed)]
+    placed = [getattr(layer.get_submodule(at), "effconvert", None) for layer, at in attentions(mixed)]
     assert [mixer and mixer.technique.name for mixer in placed] == [None, "streaming", "linear", "streaming", None, "linear"]
     assert [mixer.technique.window for mixer in placed if mixer] == [6, 5, 6, 0]
     cache = cache_for(mixed.config)
@@ -278,10 +278,11 @@ def test_layers_without_a_mixer_run_what_was_asked_for(kind, monkeypatch):
     for refused in ("flash_attention_2", "flex_attention", "nonsense"):
         with pytest.raises(ValueError, match=f"sdpa or eager.*{refused}"):
             other.set_attn_implementation(refused)
-    other.set_attn_implementation({"": "eager"})
-    calls.clear()
-    run(other, ids)
-    assert len(calls) == 1
+    for chosen, expected in (({"": "eager"}, 1), ({"text_config": "sdpa"}, 1), ({}, 1), ({"": "sdpa", "text_config": "eager"}, 1 if kind == "gemma2" else 0)):
+        other.set_attn_implementation(chosen)  # as transformers takes it: parts of a model by name, this one by none
+        calls.clear()
+        run(other, ids)
+        assert len(calls) == expected, chosen
 
 
 def test_soft_capped_layers_without_a_mixer_are_those_of_the_original():
@@ -346,7 +347,7 @@ def test_a_prompt_in_slices_is_the_prompt_at_once(name, cached, monkeypatch):
     mask[0, :5] = 0
     with torch.no_grad():
         whole = [model(ids, use_cache=cached).logits, model(ids, attention_mask=mask, use_cache=cached).logits[:, 5:]]
-        monkeypatch.setattr("effconvert.mixers.attention.SLICE", 6)
+        monkeypatch.setattr("effconvert.modeling.attention.SLICE", 6)
         sliced = [model(ids, use_cache=cached).logits, model(ids, attention_mask=mask, use_cache=cached).logits[:, 5:]]
     for one, other in zip(whole, sliced, strict=True):
         assert (one - other).abs().max() <= 1e-5 * one.abs().max()

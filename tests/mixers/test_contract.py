@@ -5,11 +5,15 @@ import copy
 import pytest
 import torch
 
-from effconvert.convert.families import FAMILIES
+from effconvert.checkpoint.families import FAMILIES
 from effconvert.errors import ModelError
-from effconvert.mixers.model import model_class
+from effconvert.modeling.attention import Mixer
+from effconvert.modeling.caches import growth_bytes, state_bytes
+from effconvert.modeling.model import model_class
+from effconvert.modeling.state import State
 from effconvert.steps import load, techniques
-from effconvert.surgery._mixing import Mixing
+from effconvert.surgery.mixing._call import Call
+from effconvert.surgery.mixing._mixing import Mixing
 from tests.mixers.mixing import (
     MATRIX,
     NEUTRAL,
@@ -20,6 +24,7 @@ from tests.mixers.mixing import (
     far,
     in_pieces,
     keep_no_activations,
+    names,
     neutral,
     pair,
     positions,
@@ -75,7 +80,7 @@ def layers(model):
 
 
 def has_mixer(layer):
-    return any(name.endswith("mixer") for name, _ in layer.named_modules())
+    return any(name.endswith("effconvert") for name, _ in layer.named_modules())
 
 
 @pytest.mark.parametrize(("name", "kind"), MATRIX, ids=map("-".join, MATRIX))
@@ -186,9 +191,9 @@ def test_the_state_has_the_size_that_was_planned_however_long_the_text(models, n
     for length in (1, 20, 60):
         _, cache = in_pieces(other, tokens(1, length), [length])
         states = [layer for layer in cache.layers if hasattr(layer, "held")]
-        assert sum(state.nbytes for state in states) == config.state_bytes(4, length) > 0
-        assert 0 <= config.state_bytes(4, length) - config.state_bytes(4) <= length * config.growth_bytes(4)
-        assert len(states) == sum(mixer is not None for mixer in config.mixers)
+        assert sum(state.nbytes for state in states) == state_bytes(config, 4, length) > 0
+        assert 0 <= state_bytes(config, 4, length) - state_bytes(config, 4) <= length * growth_bytes(config, 4)
+        assert len(states) == sum(name is not None for name in names(config))
         for state in states:  # a part of something larger would keep all of it
             for slot, tensor in state.held.items():
                 assert tensor.untyped_storage().nbytes() == tensor.nbytes, slot
@@ -222,7 +227,7 @@ def shaken(model):
     made, draw = copy.deepcopy(model), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
-            if ".mixer." in name:
+            if ".effconvert." in name:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=draw)
     return made
 
@@ -235,11 +240,11 @@ def test_gradients_reach_every_new_parameter_under_checkpointing(models, name, k
     model(tokens(), labels=tokens()).loss.backward()
     frozen = load(name)(**small(name, kind)).frozen
     for parameter, value in model.named_parameters():
-        if ".mixer." in parameter and parameter.rpartition(".")[2] in frozen:
+        if ".effconvert." in parameter and parameter.rpartition(".")[2] in frozen:
             assert not value.requires_grad, parameter
         else:
             assert value.requires_grad, parameter
-        if ".mixer." in parameter and value.requires_grad:
+        if ".effconvert." in parameter and value.requires_grad:
             assert value.grad is not None, parameter
             assert value.grad.isfinite().all(), parameter
             assert value.grad.abs().sum() > 0, parameter
@@ -285,3 +290,31 @@ def test_a_family_that_can_have_it_is_told_the_options_that_are_needed(name):
         needed = [f"--{field}" for field, about in load(name).model_fields.items() if about.is_required()]
         assert all(option in told for option in needed)
         assert needed or told == "as it is"
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_float16_holds_scores_that_only_their_scaling_brings_into_its_range(name):
+    """Products of queries and keys beyond 65504, as large key biases make them, and scores within it: where an original is finite, so is a mixer."""
+    kind = ROWS[name].kinds[0]
+    config, technique = stock_config(tiny(kind, **wide(kind))), load(name)(**small(name, kind))
+    draw = torch.Generator().manual_seed(0)
+    rows = [size * torch.randn(1, 4, 20, config.head_dim, generator=draw).half() for size in (115, 115, 1)]
+    products = (rows[0].float() @ rows[1].float().mT).abs().max()
+    assert 65504 < products < 65504 * config.head_dim**0.5
+    with torch.no_grad():
+        for split in ([20], [1] * 20) if config.family.decoder else ([20],):
+            expected, made = (mixed(technique, config, [tensor.to(dtype) for tensor in rows], split) for dtype in (torch.float32, torch.float16))
+            assert far(made, expected) < 2**-8, split
+
+
+def mixed(technique, config, rows, split):
+    """What a mixer gives of queries, keys and values in parts, in their type."""
+    mixer = Mixer(technique, config, 0).to(rows[0].dtype)
+    mixer.begin()
+    state, made = State(mixer.slots) if len(split) > 1 else None, []
+    for query, key, value in zip(*(tensor.split(split, 2) for tensor in rows), strict=True):
+        if state:
+            state.update(key, value)
+        live, hidden = torch.ones(1, key.shape[2], dtype=torch.bool), key.new_zeros(1, key.shape[2], config.hidden)
+        made.append(mixer(Call(query, key, value, config.head_dim**-0.5, live, config.family.decoder, state, hidden, None)))
+    return torch.cat(made, 2).float()

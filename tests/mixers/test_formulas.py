@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from effconvert.convert.families import FAMILIES
-from effconvert.mixers.model import config_class, model_class
-from effconvert.steps import load
+from effconvert.checkpoint.families import FAMILIES
+from effconvert.checkpoint.replaced import Replaced
+from effconvert.modeling.model import config_class, model_class
 from tests.mixers.mixing import SAME, far, in_pieces, pair, run, stock_config, tokens
 from tests.models import tiny
 
@@ -47,7 +47,7 @@ def test_streaming_is_the_original_on_the_first_and_the_last_tokens(case, window
 def with_mixer(kind, window, changes):
     """Without sinks some families are written with a window of their own; the mixer is to be tried."""
     model = tiny(kind, **changes)
-    config = stock_config(model).with_mixer(load("streaming")(window=window, sinks=0), {0})
+    config = stock_config(model).with_replaced(Replaced("streaming", {"window": window, "sinks": 0}, "scores", (0,)))
     made = model_class(type(model).__name__)(config_class(kind).from_dict(config.content)).eval()
     made.load_state_dict(model.state_dict())
     return model, made
@@ -56,7 +56,7 @@ def with_mixer(kind, window, changes):
 def seen_by_mixer(model, ids):
     """What the only layer's mixer was called with, and what it gave."""
     found = []
-    mixer = next(module for name, module in model.named_modules() if name.endswith("mixer"))
+    mixer = next(module for name, module in model.named_modules() if name.endswith("effconvert"))
     handle = mixer.register_forward_hook(lambda _, args, out: found.append((args[0], out)))
     run(model, ids)
     handle.remove()
@@ -81,7 +81,7 @@ def test_linear_is_its_formula(kind, options, window):
     draw = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, value in model.named_parameters():
-            if ".mixer." in name:
+            if ".effconvert." in name:
                 value += 0.5 * torch.randn(value.shape, generator=draw)
     mixer, call, made = seen_by_mixer(model, tokens(2, TEXT))
     weights = {name: value.detach().double() for name, value in mixer.named_parameters()}
@@ -114,15 +114,15 @@ def test_what_nothing_is_left_of_is_zero_and_no_number_is_lost():
 
 def test_a_linear_mixer_begins_as_its_papers_say():
     _, model = pair("llama", ("linear", {"window": 6}), **LONG)
-    weights = {name.rpartition(".")[2]: value.detach() for name, value in model.named_parameters() if ".mixer." in name}
+    weights = {name.rpartition(".")[2]: value.detach() for name, value in model.named_parameters() if ".effconvert." in name}
     assert all(torch.equal(weights[f"{which}_map"], torch.eye(8).expand(4, 8, 8)) for which in ("query", "key"))
     assert torch.allclose(weights["share"].sigmoid(), torch.tensor(0.1), atol=1e-4)
     _, model = pair("llama", ("linear", {"feature": "t2r"}), **{**LONG, "num_hidden_layers": 2})
-    weights = {name: value.detach() for name, value in model.named_parameters() if ".mixer." in name}
+    weights = {name: value.detach() for name, value in model.named_parameters() if ".effconvert." in name}
     for name, value in weights.items():
         if name.endswith("_map"):
             assert value.shape == (4, 32, 8)
             assert torch.allclose(value.norm(dim=-1), torch.ones(4, 32))
         else:
             assert not value.any()
-    assert not torch.equal(*(weights[f"model.layers.{index}.self_attn.mixer.query_map"] for index in (0, 1)))
+    assert not torch.equal(*(weights[f"model.layers.{index}.self_attn.effconvert.query_map"] for index in (0, 1)))

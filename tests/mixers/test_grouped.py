@@ -9,27 +9,36 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
 
-from effconvert.convert.checkpoint import open_checkpoint
-from effconvert.convert.config import read_config
-from effconvert.convert.families import FAMILIES
+from effconvert.checkpoint.checkpoint import open_checkpoint
+from effconvert.checkpoint.config import Config
+from effconvert.checkpoint.families import FAMILIES
+from effconvert.checkpoint.reading import read_config
 from effconvert.convert.inspection import inspect
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError, OptionError
-from effconvert.eval.quality import cache_bytes
+from effconvert.eval.quality.perplexity import cache_bytes
 from effconvert.heal.refit import Refit
 from effconvert.heal.transfer import Transfer
-from effconvert.mixers import cache_for
+from effconvert.modeling import cache_for
+from effconvert.modeling.caches import state_bytes
 from effconvert.options import RunOptions
 from effconvert.steps import load
-from effconvert.surgery.expand_kv import ExpandKv
-from effconvert.surgery.gqa import Gqa
-from effconvert.surgery.mqa import Mqa
+from effconvert.surgery.attention.expand_kv import ExpandKv
+from effconvert.surgery.attention.gqa import Gqa
+from effconvert.surgery.attention.mqa import Mqa
 from tests.mixers.mixing import PIECES, SAME, far, in_pieces, keep_no_activations, positions, run, tokens
 from tests.models import DECODERS, SETTINGS, alike, attention, characters, hide, save, tiny
 
 KINDS = [kind for kind, family in FAMILIES.items() if not family.kv_heads_key and not family.fixed_kv_heads]
 CACHING = [kind for kind in KINDS if kind in DECODERS]
 MIXED = [(name, kind) for name in ("streaming", "linear") for kind in KINDS if name == "linear" or kind in DECODERS]
+
+
+def modules(family):
+    """Map each module of a layer to the parts in it."""
+    return Config({}, family).modules
+
+
 MIXERS = {"streaming": {"window": 6, "sinks": 2}, "linear": {"window": 6}}
 
 
@@ -108,7 +117,7 @@ def test_only_half_of_keys_and_values_lie_on_disk(models, kind, tmp_path):
     assert before.keys() == after.keys()
     family = FAMILIES[kind]
     for name in before:
-        fused = next((parts for module, parts in family.modules.items() if f".{module}." in name), ())
+        fused = next((parts for module, parts in modules(family).items() if f".{module}." in name), ())
         share = sum(0.5 if part in "kv" else 1 for part in fused) / len(fused) if fused else 1
         assert after[name].numel() == share * before[name].numel(), name
 
@@ -120,7 +129,7 @@ def test_it_survives_being_saved_and_loaded(models, kind, tmp_path):
     assert type(again).__name__ == f"Effconvert{FAMILIES[kind].lm}"
     assert torch.equal(run(again, tokens()), run(grouped, tokens()))
     config = read_config(tmp_path)
-    assert (config.kind, config.heads, config.kv_heads, config.mixers) == (kind, 4, 2, ())
+    assert (config.kind, config.heads, config.kv_heads, config.replaced) == (kind, 4, 2, ())
     assert AutoConfig.from_pretrained(tmp_path).num_key_value_heads == 2
     fresh = type(again)(again.config)
     assert {name: each.shape for name, each in fresh.state_dict().items()} == {name: each.shape for name, each in again.state_dict().items()}
@@ -211,7 +220,7 @@ def test_mixers_see_each_head_once(models, name, kind, tmp_path):
     assert far(run(mixed, tokens()), run(grouped, tokens())) > 1e-3
     if kind in DECODERS:
         assert far(in_pieces(mixed, tokens(), PIECES)[0], run(mixed, tokens())) <= SAME
-        assert outcome.plan.after.state_bytes < read_config(tmp_path / "wide-out").state_bytes(4)
+        assert outcome.plan.after.state_bytes < state_bytes(read_config(tmp_path / "wide-out"), 4)
     at_once, _ = convert_to(tmp_path / "at-once", save(model, tmp_path / "first"), Gqa(groups=2, pool="mean"), mixer(name, kind))
     assert torch.equal(run(at_once, tokens()), run(mixed, tokens()))
 
@@ -256,7 +265,7 @@ def alike_again(grouped):
         for module in {family.parts["k"], family.parts["v"]}:
             for _, tensor in layer.get_submodule(module).named_parameters():
                 rows = (tensor.data.T if family.transposed and tensor.ndim == 2 else tensor.data).unflatten(0, (-1, 8))
-                for first in range(4 if family.modules[module][0] == "q" else 0, len(rows), 2):
+                for first in range(4 if modules(family)[module][0] == "q" else 0, len(rows), 2):
                     rows[first + 1] = rows[first]
     return model
 
@@ -311,7 +320,7 @@ def test_a_number_of_heads_that_makes_no_sense_is_refused(models, count, tmp_pat
 
 def test_a_key_that_a_stock_config_has_for_nothing_counts_for_nothing(tmp_path):
     folder = save(tiny("gpt2", num_key_value_heads=2), tmp_path)
-    assert (read_config(folder).kv_heads, read_config(folder).grouped) == (4, False)
+    assert (read_config(folder).kv_heads, read_config(folder).family.shares_kv_in_our_class) == (4, False)
 
 
 def test_more_groups_than_heads_are_refused(tmp_path):
@@ -341,7 +350,7 @@ class Adapted(torch.nn.Module):
 def test_adapters_may_be_put_around_projections_and_merged(models, kind):
     model, family = copy.deepcopy(models(kind)[1]), FAMILIES[kind]
     before = run(model, tokens())
-    names = [name for name, parts in family.modules.items() if {"k", "v"} & {*parts}]
+    names = [name for name, parts in modules(family).items() if {"k", "v"} & {*parts}]
     layers = model.get_submodule(f"{family.prefix}.{family.layers}")
     for layer in layers:
         for name in names:

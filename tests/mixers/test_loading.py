@@ -13,8 +13,8 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 
 import effconvert
-from effconvert.convert.families import FAMILIES
-from effconvert.convert.mixed import STUB_FILE, decode
+from effconvert.checkpoint.families import FAMILIES
+from effconvert.checkpoint.replaced import STUB_FILE, decode
 from effconvert.convert.run import convert
 from effconvert.options import RunOptions
 from effconvert.steps import load
@@ -262,11 +262,11 @@ def test_a_config_without_its_mixers_is_the_one_it_was(kind):
     config = stock_config(model)
     for step in (load(NAME[kind])(**small(NAME[kind], kind), layers="0"), load(NAME[kind])(**small(NAME[kind], kind), layers="1")):
         config = step.config(config)
-    raw, mixers, *_ = decode(json.loads(json.dumps(config.content)))
+    raw, _, replaced = decode(json.loads(json.dumps(config.content)))
     assert raw == json.loads(json.dumps(stock_config(model).raw))
-    assert mixers == config.mixers
-    assert [entry["layers"] for entry in config.content["effconvert"]["mixers"]] == [[0, 1]]  # the same in both
-    assert not {"layers", "keep_softmax"} & config.content["effconvert"]["mixers"][0]["options"].keys()
+    assert replaced == config.replaced
+    assert [entry["layers"] for entry in config.content["effconvert"]["replaced"]] == [[0, 1]]  # the same in both
+    assert not {"layers", "keep_softmax"} & config.content["effconvert"]["replaced"][0]["options"].keys()
 
 
 def test_mixers_named_in_a_config_survive_being_copied_and_printed(folders):
@@ -322,9 +322,9 @@ def test_a_model_begun_from_its_config_has_mixers_as_they_begin(folders):
     _, model = folders("llama")
     made = type(model)(model.config)
     for name, parameter in made.named_parameters():
-        if ".mixer." in name:
+        if ".effconvert." in name:
             index = int(name.split(".")[2])
-            begun = load("linear")(window=6).begin(made.model.layers[index].self_attn.mixer.config, index)
+            begun = load("linear")(window=6).begin(made.model.layers[index].self_attn.effconvert.config, index)
             assert torch.equal(parameter.detach(), begun[name.rpartition(".")[2]]), name
 
 
@@ -335,7 +335,7 @@ def test_copies_in_another_folder_open(folders, tmp_path):
 
 
 def test_effconvert_mixers_has_the_classes_and_nothing_else(folders):
-    from effconvert import mixers
+    from effconvert import modeling as mixers
 
     _, model = folders("llama")
     assert mixers.EffconvertLlamaForCausalLM is type(model)

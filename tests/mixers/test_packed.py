@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from effconvert.mixers.model import cache_for
-from effconvert.mixers.packed import Packing
+from effconvert.modeling.model import cache_for
+from effconvert.modeling.packed import Packing
 from tests.mixers.mixing import MATRIX, ROWS, SAME, cache_of, far, pair, run, small, stock_config, tokens, wide, with_cache
 from tests.models import DECODERS, tiny
 

@@ -17,11 +17,11 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from transformers import GenerationMixin, cache_utils, masking_utils, modeling_utils
 
-from effconvert.convert.families import FAMILIES
+from effconvert.checkpoint.families import FAMILIES
 from effconvert.errors import EffconvertError
-from effconvert.mixers import transformers_internals as internals
-from effconvert.mixers._call import State
-from effconvert.mixers.model import model_class
+from effconvert.modeling import transformers_internals as internals
+from effconvert.modeling.model import model_class
+from effconvert.modeling.state import State
 from tests.mixers.mixing import keep_no_activations, tokens, with_cache
 from tests.models import DECODERS, tiny
 

@@ -4,8 +4,8 @@ import dataclasses
 
 import torch
 
-from effconvert.convert.config import Config
-from effconvert.convert.families import FAMILIES
+from effconvert.checkpoint.config import Config
+from effconvert.checkpoint.families import FAMILIES
 
 HEADS, GROUPS, WIDTH = 4, 2, 8
 

@@ -9,17 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import effconvert.mixers
-from effconvert.convert.config import read_config
-from effconvert.convert.families import FAMILIES
-from effconvert.convert.mixed import KIND
+import effconvert.modeling
+from effconvert.checkpoint.checkpoint import open_checkpoint
+from effconvert.checkpoint.families import FAMILIES
+from effconvert.checkpoint.reading import read_config
+from effconvert.checkpoint.replaced import KIND
 from effconvert.convert.run import convert
-from effconvert.convert.stock import class_of
 from effconvert.errors import ModelError
-from effconvert.mixers.model import own_config
+from effconvert.modeling.loading import class_of
+from effconvert.modeling.model import own_config
 from effconvert.options import RunOptions
 from effconvert.steps import load
 from effconvert.steps import techniques as catalogue
+from effconvert.surgery._placed import techniques_of
 from tests.mixers import mixing
 from tests.models import DECODERS, GROUPING, characters, heed_caps, logits, save, tiny
 
@@ -38,13 +40,31 @@ class Case:
     cache: bool = True  # whether the KV cache changes its size
     encoder: dict = field(default_factory=dict)  # in place of `small` for encoders
     mixer: bool = False  # whether it brings parameters of its own, and leaves those that are there alone
+    replaces: tuple = ()  # parts of a layer that are gone, and others in their place
 
 
 MULTI_HEAD = [kind for kind, family in FAMILIES.items() if not family.fixed_kv_heads]
+DENSE = [kind for kind, family in FAMILIES.items() if family.upcycled]
 HEADS = {count: {"num_key_value_heads": count} for count in (1, 2, 4)}
 CASES = {
     "gqa": Case({"groups": 4}, HEADS[4], True, {"groups": 2}, HEADS[4], MULTI_HEAD, parts=("q", "q.bias", "o")),
     "mqa": Case({}, HEADS[1], True, {}, HEADS[4], MULTI_HEAD, parts=("q", "q.bias", "o")),
+    "moe": Case(
+        {"experts": 4},
+        {"mlp_bias": False},
+        False,
+        {"experts": 4, "noise": 0.5},
+        {"mlp_bias": False},
+        DENSE,
+        "has no gate in its FFN|has experts already|computes what no family",
+        keys=(
+            *("num_local_experts", "num_experts", "num_experts_per_tok", "norm_topk_prob", "output_router_logits", "router_aux_loss_coef"),
+            *("moe_intermediate_size", "shared_expert_intermediate_size", "mlp_only_layers", "qkv_bias", "attention_multiplier"),
+            *("head_dim", "layer_types", "max_window_layers", "sliding_window", "use_sliding_window"),
+        ),
+        cache=False,
+        replaces=("gate", "up", "down"),
+    ),
     "expand-kv": Case({"groups": 4}, HEADS[2], False, {"groups": 2}, HEADS[1], GROUPING, "has a KV head for each|cannot be written with another number"),
 }
 MIXED = ("model_type", "architectures", "auto_map", "layer_types", "effconvert")
@@ -110,7 +130,7 @@ def kv_bytes(model):
 
 def held(model, length):
     """Bytes of the cache in layers of softmax and in those of mixers."""
-    cache = effconvert.mixers.cache_for(model.config)
+    cache = effconvert.modeling.cache_for(model.config)
     with torch.inference_mode():
         model(torch.tensor([[3] * length]), use_cache=True, **mixing.with_cache(model, cache))
     softmax = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if not hasattr(layer, "nbytes")]
@@ -168,24 +188,40 @@ def test_a_conversion_that_changes_something_changes_what_it_should_and_no_other
     family, checkpoint = config.family, outcome.plan.checkpoint
     allowed = set() if CASES[name].mixer else {*family.per_kv_head, *(f"{part}.bias" for part in family.per_kv_head), *CASES[name].parts}
     before, after = tensors(source), tensors(outcome.output)
+    if CASES[name].replaces:
+        hold_what_stays(checkpoint, open_checkpoint(outcome.output), CASES[name].replaces)
+        return
     new = {
-        f"{checkpoint.layer_prefix(index)}{family.attention}.mixer.{parameter}": shape
-        for index, mixer in enumerate(outcome.plan.config.mixers)
-        if mixer
-        for parameter, shape in mixer.parameters(config).items()
+        f"{checkpoint.layer_prefix(index)}{family.attention}.effconvert.{parameter}": shape
+        for record, technique in techniques_of(outcome.plan.config)
+        for index in record.layers
+        for parameter, shape in technique.parameters(config).items()
     }
     assert after.keys() == before.keys() | new.keys()
     assert {tensor: tuple(after[tensor].shape) for tensor in new} == new
     for tensor, value in before.items():
         inside = tensor.removeprefix(checkpoint.prefix).removeprefix(f"{family.layers}.").partition(".")[2].rpartition(".")[0]
         suffix = ".bias" if tensor.endswith(".bias") else ""
-        parts = {part + suffix for part in family.modules.get(inside, ())} if tensor not in checkpoint.outer else set()
+        parts = {part + suffix for part in config.modules.get(inside, ())} if tensor not in checkpoint.outer else set()
         if parts & allowed:
             assert bits(after[tensor]) != bits(value), tensor
         elif family.transposed and parts and tensor.endswith(".weight") and value.ndim == 2 and not outcome.plan.config.family.transposed:
             assert bits(after[tensor].T) == bits(value), tensor
         else:
             assert bits(after[tensor]) == bits(value), tensor
+
+
+def hold_what_stays(before, after, gone):
+    """Every part that is not replaced is what it was, whatever its name is in the other family."""
+    assert {name: tensor.read("cpu").tolist() for name, tensor in after.outer.items()} == {
+        name: tensor.read("cpu").tolist() for name, tensor in before.outer.items()
+    }
+    for index in range(before.config.layers):
+        one, other = before.layer(index, "cpu"), after.layer(index, "cpu")
+        stays = {part for part in one if part not in gone}
+        assert stays == {part for part in other if part in one}
+        assert all(torch.equal(other[part], one[part]) for part in stays)
+        assert set(other) > stays
 
 
 def test_a_conversion_leaves_the_other_files_and_config_keys_alone(done):
@@ -206,7 +242,7 @@ def test_a_conversion_leaves_the_other_files_and_config_keys_alone(done):
         assert changed == ours | set(CASES[name].keys)
     else:
         assert after["model_type"] == outcome.plan.config.kind
-        assert changed <= {"model_type", "architectures", *outcome.plan.config.family.constants, *outcome.plan.config.family.absent}
+        assert changed <= {"model_type", "architectures", *outcome.plan.config.family.constants, *outcome.plan.config.family.absent, *CASES[name].keys}
 
 
 def test_what_was_planned_is_what_transformers_loads(done):

@@ -5,11 +5,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from effconvert.convert.config import read_config
+from effconvert.checkpoint.reading import read_config
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError, OptionError
 from effconvert.options import RunOptions
-from effconvert.surgery.expand_kv import ExpandKv
+from effconvert.surgery.attention.expand_kv import ExpandKv
 from tests.models import GROUPING, logits, save, tiny
 
 

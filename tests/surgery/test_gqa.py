@@ -6,13 +6,13 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from effconvert.convert.config import read_config
+from effconvert.checkpoint.reading import read_config
 from effconvert.convert.run import convert
 from effconvert.errors import OptionError
 from effconvert.options import RunOptions
-from effconvert.surgery.expand_kv import ExpandKv
-from effconvert.surgery.gqa import Gqa
-from effconvert.surgery.mqa import Mqa
+from effconvert.surgery.attention.expand_kv import ExpandKv
+from effconvert.surgery.attention.gqa import Gqa
+from effconvert.surgery.attention.mqa import Mqa
 from tests.models import GROUPING, characters, logits, save, tiny
 
 RULES = {"mean": lambda heads: heads.mean(1, dtype=np.float64), "first": lambda heads: heads[:, 0]}
@@ -149,7 +149,7 @@ def test_a_gpt2_whose_heads_differ_does_not_compute_the_same(tmp_path):
 def test_a_gpt2_with_a_switch_that_gpt_bigcode_lacks_stays_what_it_is(key, tmp_path):
     run(tiny("gpt2", **{key: True}), Mqa(pool="mean"), tmp_path)
     config = read_config(tmp_path / "out")
-    assert (config.kind, config.grouped, config.kv_heads, config.raw[key]) == ("gpt2", True, 1, True)
+    assert (config.kind, config.family.shares_kv_in_our_class, config.kv_heads, config.raw[key]) == ("gpt2", True, 1, True)
 
 
 @pytest.mark.parametrize("key", ["scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"])

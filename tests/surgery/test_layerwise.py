@@ -9,14 +9,14 @@ from safetensors.torch import load_file
 
 import effconvert.steps
 import effconvert.surgery
-from effconvert.convert.checkpoint import open_checkpoint
+from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.convert.run import convert
 from effconvert.errors import OptionError
 from effconvert.options import RunOptions
 from effconvert.recipe import step
 from effconvert.surgery._surgery import Layerwise
-from effconvert.surgery.gqa import Gqa
-from effconvert.surgery.mqa import Mqa
+from effconvert.surgery.attention.gqa import Gqa
+from effconvert.surgery.attention.mqa import Mqa
 from tests.models import save, tiny
 
 LAYERS = 6
@@ -48,8 +48,6 @@ def file_of_its_own(folder, monkeypatch):
     """Put the technique `third` into a file beside those that there are, and return its class."""
     folder.mkdir()
     (folder / "third.py").write_text(FILE)
-    real = effconvert.steps.techniques
-    monkeypatch.setattr(effconvert.steps, "techniques", lambda: dict(sorted({**real(), **effconvert.steps.summaries(str(folder))}.items())))
     monkeypatch.setattr(effconvert.surgery, "__path__", [*effconvert.surgery.__path__, str(folder)])
     monkeypatch.delitem(sys.modules, "effconvert.surgery.third", raising=False)
     monkeypatch.delattr(effconvert.surgery, "third", raising=False)

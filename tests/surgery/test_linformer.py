@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from effconvert.convert.walk import Look
 from effconvert.errors import ModelError, OptionError
-from effconvert.mixers._call import Call
-from effconvert.surgery.linformer import Linformer, attended, columns
+from effconvert.heal._layerwise import Look
+from effconvert.surgery.mixing._call import Call
+from effconvert.surgery.mixing.linformer import Linformer, attended, columns
 from tests.surgery.rows import GROUPS, HEADS, WIDTH, random
 from tests.surgery.rows import config as shape
 from tests.surgery.rows import rows as any_rows
@@ -197,19 +197,19 @@ def test_where_no_key_is_alive_all_are_seen():
 # Fitting F
 
 
-def looks(planted, tokens=LONGEST):
+def looks(planted, tokens=LONGEST, scaling=WIDTH**-0.5):
     """What is seen of a layer whose attention is exactly that to the mixtures of the means, times matrices [Hk or 1, K, T] that are to be found."""
     means = Linformer(rank=RANK).begin(GROUPED, 0)["key_map"]
     made, alive = columns(means, torch.ones(2, tokens, dtype=torch.bool))
     for at in range(8):
         query, key = (3 * random(2, heads, tokens, WIDTH, seed=2 * at + place) for place, heads in enumerate((HEADS, GROUPS)))
-        scores = query.unflatten(1, (GROUPS, -1)) @ (made @ key)[:, :, None].mT * WIDTH**-0.5
+        scores = query.unflatten(1, (GROUPS, -1)) @ (made @ key)[:, :, None].mT * scaling
         few = scores.masked_fill(~alive[:, :, None, None], -torch.inf).softmax(-1)  # [B, Hk, R, T, K]
-        yield Look(torch.zeros(2, tokens, 1), query=query, key=key, weights=(few @ planted[:, None]).flatten(1, 2))
+        yield Look(torch.zeros(2, tokens, 1), query=query, key=key, scaling=scaling, weights=(few @ planted[:, None]).flatten(1, 2))
 
 
-def fitted(technique, planted, tokens=LONGEST):
-    walk = SimpleNamespace(look=lambda *_, **__: looks(planted, tokens), ids=[torch.zeros(2, tokens)])
+def fitted(technique, planted, tokens=LONGEST, **given):
+    walk = SimpleNamespace(look=lambda *_, **__: looks(planted, tokens, **given), ids=[torch.zeros(2, tokens)])
     return technique.fit(SimpleNamespace(config=GROUPED, index=0, walk=walk), technique.begin(GROUPED, 0))
 
 
@@ -224,11 +224,17 @@ def test_the_matrix_that_gives_the_attention_is_found(share, units):
     assert (found["value_map"] - planted).norm() < 1e-3 * (begun["value_map"] - planted).norm()
 
 
+def test_scores_are_scaled_as_the_layer_scales_them():
+    technique, planted = Linformer(rank=RANK), random(1, RANK, LONGEST).softmax(-1)
+    begun = technique.begin(GROUPED, 0)["value_map"]
+    assert (fitted(technique, planted, scaling=0.1)["value_map"] - planted).norm() < 1e-3 * (begun - planted).norm()
+
+
 def test_one_matrix_for_all_heads_is_the_ridge_regression_on_all_of_them():
     """In float64, of attention that no single matrix gives; with all windows the same, those held out want the weakest ridge, of 1e-5."""
     planted = random(GROUPS, RANK, LONGEST).softmax(-1)
     look = next(looks(planted))
-    look = Look(look.state[:1], query=look.query[:1], key=look.key[:1], weights=look.weights[:1])
+    look = Look(look.state[:1], query=look.query[:1], key=look.key[:1], scaling=look.scaling, weights=look.weights[:1])
     layer = SimpleNamespace(config=GROUPED, index=0, walk=SimpleNamespace(look=lambda *_, **__: iter([look] * 8), ids=[torch.zeros(1, LONGEST)]))
     technique = Linformer(rank=RANK, projections="data")
     found = technique.fit(layer, technique.begin(GROUPED, 0))["value_map"][0]
@@ -278,7 +284,7 @@ def test_a_text_that_ends_within_a_segment_is_fitted_as_it_will_be_mixed(tokens)
 def test_too_few_texts_to_hold_one_out_leave_the_means():
     planted = random(1, RANK, LONGEST).softmax(-1)
     look = next(looks(planted))
-    one = Look(look.state[:1], query=look.query[:1], key=look.key[:1], weights=look.weights[:1])
+    one = Look(look.state[:1], query=look.query[:1], key=look.key[:1], scaling=look.scaling, weights=look.weights[:1])
     walk = SimpleNamespace(look=lambda *_, **__: iter([one]), ids=[torch.zeros(1, LONGEST)])
     technique = Linformer(rank=RANK)
     begun = technique.begin(GROUPED, 0)

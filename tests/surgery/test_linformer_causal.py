@@ -9,18 +9,21 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from effconvert.convert.checkpoint import open_checkpoint
+from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.convert.inspection import inspect
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError, OptionError
-from effconvert.eval.quality import cache_bytes
+from effconvert.eval.quality.perplexity import cache_bytes
 from effconvert.eval.report.tables import held
 from effconvert.eval.subject import open_model
-from effconvert.mixers import cache_for
-from effconvert.mixers._call import Call, State
+from effconvert.modeling import cache_for
+from effconvert.modeling.caches import growth_bytes, kv_bytes, state_bytes
+from effconvert.modeling.state import State
 from effconvert.options import RunOptions
-from effconvert.surgery._mixing import Mixing
-from effconvert.surgery.linformer_causal import LinformerCausal
+from effconvert.surgery._placed import open_checked
+from effconvert.surgery.mixing._call import Call
+from effconvert.surgery.mixing._mixing import Mixing
+from effconvert.surgery.mixing.linformer_causal import LinformerCausal
 from tests.mixers.mixing import SAME, far, in_pieces, pair, run, tokens, with_cache
 from tests.models import characters, save, tiny
 from tests.surgery.rows import GROUPS, HEADS, WIDTH, random
@@ -240,9 +243,9 @@ def test_the_cache_has_the_size_that_was_planned(where, tmp_path):
     config = open_checkpoint(save(model, tmp_path)).config
     for count in (1, 5, 6, 7, 12, 59, 60):
         for sizes in ([count], [1] * count):
-            assert cache_bytes(in_pieces(model, tokens(1, count), sizes)[1]) == config.kv_bytes(4, count)
-    assert config.state_bytes(4, 60) - config.state_bytes(4) == 10 * (config.state_bytes(4, 6) - config.state_bytes(4, 5))
-    assert 0 <= 60 * config.growth_bytes(4) - (config.state_bytes(4, 60) - config.state_bytes(4)) < 60  # a token's share is rounded up
+            assert cache_bytes(in_pieces(model, tokens(1, count), sizes)[1]) == kv_bytes(config, 4, count)
+    assert state_bytes(config, 4, 60) - state_bytes(config, 4) == 10 * (state_bytes(config, 4, 6) - state_bytes(config, 4, 5))
+    assert 0 <= 60 * growth_bytes(config, 4) - (state_bytes(config, 4, 60) - state_bytes(config, 4)) < 60  # a token's share is rounded up
 
 
 def test_reports_say_so(tmp_path):
@@ -250,11 +253,11 @@ def test_reports_say_so(tmp_path):
     folder = save(model, tmp_path)
     characters(folder)
     config, subject = open_checkpoint(folder).config, open_model(str(folder)).subject
-    assert subject.growth_bytes == config.growth_bytes(4) == 2 * config.kv_heads * 2 * config.head_dim * 4 // 8
+    assert subject.growth_bytes == growth_bytes(config, 4) == 2 * config.kv_heads * 2 * config.head_dim * 4 // 8
     assert subject.kv_bytes == subject.growth_bytes + 2 * config.kv_heads * config.head_dim * 4
-    assert [held(subject, context) for context in (8, 16, 64)] == [config.kv_bytes(4, context) for context in (8, 16, 64)]
+    assert [held(subject, context) for context in (8, 16, 64)] == [kv_bytes(config, 4, context) for context in (8, 16, 64)]
     seen = inspect(open_checkpoint(folder))
-    assert seen.kv_bytes == {context: config.kv_bytes(4, context) for context in seen.kv_bytes}
+    assert seen.kv_bytes == {context: kv_bytes(config, 4, context) for context in seen.kv_bytes}
     assert all(size == held(subject, context) for context, size in seen.kv_bytes.items())
 
 
@@ -268,7 +271,7 @@ def test_a_state_that_grows_otherwise_than_planned_is_a_fault(tmp_path, monkeypa
     step = LinformerCausal(block=32, rank=4)
     side = convert(str(source), (step,), RunOptions(output=tmp_path / "out", **how)).report.after
     config = open_checkpoint(tmp_path / "out").config
-    assert (side.kv_bytes, side.state_bytes) == (config.growth_bytes(4), config.state_bytes(4))
+    assert (side.kv_bytes, side.state_bytes) == (growth_bytes(config, 4), state_bytes(config, 4))
     monkeypatch.setattr(LinformerCausal, "cache_bytes", Mixing.cache_bytes)
     with pytest.raises(ModelError, match=r"its mixers hold \d+ bytes after 48 tokens, and the plan said \d+: a fault of effconvert"):
         convert(str(source), (step,), RunOptions(output=tmp_path / "other", **how))
@@ -348,10 +351,10 @@ def test_options_that_cannot_be(options, said, llama, tmp_path):
         LinformerCausal(**options)
     file = save(llama, tmp_path) / "config.json"
     written = json.loads(file.read_text())
-    written["effconvert"]["mixers"][0]["options"] = options
+    written["effconvert"]["replaced"][0]["options"] = options
     file.write_text(json.dumps(written))
     with pytest.raises(ModelError, match=said):
-        open_checkpoint(tmp_path)
+        open_checked(tmp_path)
 
 
 def test_encoders_are_refused_with_what_fits_them():

@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from effconvert.errors import ModelError, OptionError
-from effconvert.mixers._call import Call
-from effconvert.surgery.nystrom import Nystrom, pseudo_inverse, segments
+from effconvert.surgery.mixing._call import Call
+from effconvert.surgery.mixing.nystrom import Nystrom, pseudo_inverse, segments
 from tests.surgery.rows import GROUPS, HEADS, WIDTH, random
 from tests.surgery.rows import config as shape
 from tests.surgery.rows import rows as any_rows

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from effconvert.convert.config import Config
-from effconvert.convert.families import FAMILIES
+from effconvert.checkpoint.config import Config
+from effconvert.checkpoint.families import FAMILIES
 from effconvert.kernels.linear_attention import linear_attention
-from effconvert.mixers._call import Call, State
-from effconvert.mixers.attention import Mixer
-from effconvert.surgery.performer import Performer, exponents, orthogonal
+from effconvert.modeling.attention import Mixer
+from effconvert.modeling.state import State
+from effconvert.surgery.mixing._call import Call
+from effconvert.surgery.mixing.performer import Performer, exponents, orthogonal
 
 HEADS, GROUPS, WIDTH, FEATURES, TOKENS = 4, 2, 8, 24, 150  # more tokens than two chunks
 SPLITS = [[TOKENS], [64, 86], [7, 1, 100, 42], [1] * TOKENS]

@@ -7,19 +7,20 @@ import pytest
 import torch
 import transformers
 
-from effconvert.convert.calibrate import Walk
-from effconvert.convert.checkpoint import open_checkpoint
-from effconvert.convert.config import Config, read_config
-from effconvert.convert.families import FAMILIES
+from effconvert.checkpoint.checkpoint import open_checkpoint
+from effconvert.checkpoint.config import Config
+from effconvert.checkpoint.families import FAMILIES
+from effconvert.checkpoint.reading import read_config
 from effconvert.convert.plan import plan
 from effconvert.convert.run import convert
-from effconvert.convert.walk import Stage
+from effconvert.heal._activations import Activations
+from effconvert.heal._layerwise import Stage
 from effconvert.options import RunOptions
-from effconvert.surgery._heads import Heads, gather
-from effconvert.surgery._pooling import align, order, pca_values, pool
-from effconvert.surgery.expand_kv import ExpandKv
-from effconvert.surgery.gqa import Gqa
-from effconvert.surgery.mqa import Mqa
+from effconvert.surgery.attention._heads import Heads, gather
+from effconvert.surgery.attention._pooling import align, order, pca_values, pool
+from effconvert.surgery.attention.expand_kv import ExpandKv
+from effconvert.surgery.attention.gqa import Gqa
+from effconvert.surgery.attention.mqa import Mqa
 from tests.models import GROUPING, SETTINGS, alike, characters, hide, logits, orthogonal, save, tiny, turn
 
 HIDDEN, HEADS, KV, WIDTH = 20, 8, 4, 6
@@ -306,7 +307,9 @@ def test_what_is_weighed_is_the_mean_square_of_what_the_projections_read(kind, t
     model(ids)
     biased = model.config.to_dict().get("attention_bias", False)
     states = torch.cat([read[0], torch.ones(len(read[0]), biased)], 1)
-    found = gather(planned.operate("cpu", Walk(planned, ids.split(2)))[0])
+    outer = [model.outer for model in planned.models("cpu")]
+    walk = Activations(planned.checkpoint, planned.teacher, outer, ids.split(2))
+    found = gather(planned.models("cpu", walk)[-1].layers[0])
     assert close(found.second, states.T @ states / len(states), 1e-5)
     projected = torch.einsum("hdm,nm->nhd", found.q, states).flatten(1)
     assert close(projected, model.model.layers[0].self_attn.q_proj(read[0].float()).double(), 1e-5)

@@ -7,14 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from effconvert.convert.config import Config
-from effconvert.convert.families import FAMILIES
-from effconvert.convert.walk import Look
+from effconvert.checkpoint.config import Config
+from effconvert.checkpoint.families import FAMILIES
 from effconvert.errors import ModelError, OptionError
+from effconvert.heal._layerwise import Look
 from effconvert.kernels.linear_attention import linear_attention
-from effconvert.mixers._call import Call, State
-from effconvert.mixers.attention import Mixer
-from effconvert.surgery.retnet import EPSILON, Retnet, by_distance, fitted_decay
+from effconvert.modeling.attention import Mixer
+from effconvert.modeling.state import State
+from effconvert.surgery.mixing._call import Call
+from effconvert.surgery.mixing.retnet import EPSILON, Retnet, by_distance, fitted_decay
 
 HEADS, GROUPS, WIDTH, HIDDEN, TOKENS = 4, 2, 8, 24, 150  # more tokens than two chunks
 SPLITS = [[TOKENS], [64, 86], [7, 1, 100, 42], [1] * TOKENS]
@@ -240,18 +241,18 @@ def test_a_conversion_fits_each_layer(model, command):
     assert done.exit_code == 0, done.output
     assert command("retnet", "--decay", "paper", model, "-o", "plain", "--no-verify").exit_code == 0
     fitted, plain = (
-        {name: tensor for file in folder for name, tensor in load_file(file).items() if ".mixer." in name}
+        {name: tensor for file in folder for name, tensor in load_file(file).items() if ".effconvert." in name}
         for folder in (sorted(model.parent.glob("fitted/*.safetensors")), sorted(model.parent.glob("plain/*.safetensors")))
     )
     for index in range(3):
-        part = f"model.layers.{index}.self_attn.mixer."
+        part = f"model.layers.{index}.self_attn.effconvert."
         assert torch.equal(plain[f"{part}decay"], TECHNIQUE.begin(config(), index)["decay"].bfloat16())
         assert (plain[f"{part}gain"] == 1).all()
         assert torch.allclose(fitted[f"{part}decay"].double().sigmoid().log2(), torch.tensor(-12.0).double(), atol=0.1)
     gains = torch.stack([tensor for name, tensor in sorted(fitted.items()) if name.endswith("gain")])
     assert len({tuple(gain.flatten().tolist()) for gain in gains}) == 3
     assert torch.equal(gains, gains[..., :1].expand_as(gains))
-    assert json.loads((model.parent / "plain/config.json").read_text())["effconvert"]["mixers"][0]["options"] == {"decay": "paper"}
+    assert json.loads((model.parent / "plain/config.json").read_text())["effconvert"]["replaced"][0]["options"] == {"decay": "paper"}
 
 
 def test_encoders_are_refused():

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from effconvert.convert.digest import matters
+from effconvert.checkpoint.digest import matters
 from effconvert.eval.report.facts import Report, beside_original, better
 from effconvert.eval.results import Evaluation, Timing
 

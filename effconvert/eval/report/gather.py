@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from effconvert.convert.verify import Report as Verification
 from effconvert.errors import OptionError
 from effconvert.eval.report.doubts import doubts
 from effconvert.eval.report.facts import Card, Report, beside_original, better, lineage, spelt
@@ -13,6 +12,7 @@ from effconvert.eval.report.inputs import Manifest, names, read_manifest, read_r
 from effconvert.eval.report.tables import measured, number
 from effconvert.eval.results import Benchmark, Evaluation, Row, Subject, Value
 from effconvert.eval.subject import open_model
+from effconvert.eval.verification import Verification
 from effconvert.quantities import count, perplexity, size
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from effconvert.convert import verify
-from effconvert.convert.output import MANIFEST
+from effconvert.checkpoint.manifest import MANIFEST
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.results import Benchmark, Evaluation, read
+from effconvert.eval.verification import Verification
 
 DIGITS = 18  # of a whole number that counts something; more overflow a float or an axis
 
@@ -42,7 +42,7 @@ class Manifest:
     recipe: tuple[dict[str, dict[str, Any]], ...]
     source: Source
     verified: bool
-    report: verify.Report | None
+    report: Verification | None
     files: dict[str, int]  # name -> bytes
     versions: dict[str, str] = field(default_factory=dict)  # of what converted and verified it
 

@@ -6,7 +6,7 @@ from effconvert.convert.run import convert
 from effconvert.eval.results import save
 from effconvert.eval.subject import open_model
 from effconvert.options import RunOptions
-from effconvert.surgery.gqa import Gqa
+from effconvert.surgery.attention.gqa import Gqa
 from tests.eval.report.examples import benchmark, evaluation
 
 

@@ -15,7 +15,7 @@ from effconvert.eval.report import report
 from effconvert.eval.results import save
 from effconvert.eval.subject import open_model
 from effconvert.options import RunOptions
-from effconvert.surgery.gqa import Gqa
+from effconvert.surgery.attention.gqa import Gqa
 from tests.eval.report.examples import HOSTILE, benchmark, evaluation
 from tests.models import save as save_model
 from tests.models import tiny

@@ -1,0 +1,1 @@
+"""What lies on disk: a checkpoint's config, its tensors as lazy layers, and where it came from."""

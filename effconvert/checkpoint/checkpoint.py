@@ -1,0 +1,207 @@
+"""A checkpoint as a sequence of lazy layers: `Checkpoint(config, outer, layers)` is what a folder holds, sorted by the family's row.
+
+Opening reads the config and the headers, kilobytes whatever the model's size, and refuses what is damaged or contradicts itself.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from effconvert.checkpoint.config import Config
+from effconvert.checkpoint.layer import Activations, Layer, Model
+from effconvert.checkpoint.outer import Outer
+from effconvert.checkpoint.reading import read_config
+from effconvert.checkpoint.replaced import OWN
+from effconvert.checkpoint.shards import FLOATS, Stored, read_header
+from effconvert.errors import ModelError, OptionError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a folder holds: a config, the tensors outside the layers, and those of each layer (name inside the layer -> tensor)."""
+
+    folder: Path
+    config: Config
+    prefix: str  # of the base model in the names on disk, with its dot; may be empty
+    outer: Mapping[str, Stored]  # full name -> tensor
+    layers: tuple[Mapping[str, Stored], ...]
+
+    def layer(self, index: int, device: str, originals: range | None = None, walk: Activations | None = None) -> Layer:
+        """Return layer `index`, its tensors on `device` (cpu, or meta for shapes alone); see `Layer` for the rest."""
+        return Layer(index, self.config, self.layers[index], device, originals=originals, walk=walk)
+
+    def model(self, device: str, originals: Sequence[range] | None = None, walk: Activations | None = None) -> Model:
+        """Return all of it as a surgery finds it, its tensors on `device`."""
+        stand_for = originals or [range(index, index + 1) for index in range(self.config.layers)]
+        layers = [self.layer(index, device, stands, walk) for index, stands in enumerate(stand_for)]
+        return Model(self.config, layers, Outer(self.config, self.prefix, self.outer, device), stand_for[-1].stop)
+
+    def layer_prefix(self, index: int) -> str:
+        """Return what stands before the names of layer `index`, in the family's layout."""
+        return f"{self.prefix}{self.config.family.layers}.{index}."
+
+    @property
+    def dtype(self) -> str:
+        """The type of the attention weights, and so of the KV cache (safetensors' code); where nothing attends, that of most weights."""
+        key = f"{self.config.parts.get('k')}.weight"
+        keys = [layer[key].dtype for layer in self.layers if key in layer]
+        return Counter(keys or [tensor.dtype for layer in self.layers for tensor in layer.values() if tensor.dtype in FLOATS]).most_common(1)[0][0]
+
+    @property
+    def stored(self) -> Iterator[Stored]:
+        """Every tensor on disk."""
+        yield from self.outer.values()
+        for layer in self.layers:
+            yield from layer.values()
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read the config and the headers of a model folder: kilobytes, whatever the model's size.
+
+    Raises:
+        OptionError: there is no such folder, or no model in it.
+        ModelError: the model is damaged, contradicts its config, or is of a kind that cannot be operated on.
+    """
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise OptionError(f"{folder} {what}; give a folder with config.json and safetensors, a Hub id such as HuggingFaceTB/SmolLM2-135M, or a .gguf file")
+    config = read_config(folder)
+    family = config.family
+    tensors = read_tensors(folder)
+    pattern = re.compile(rf"^({re.escape(family.prefix)}\.)?{re.escape(family.layers)}\.(\d+)\.(.+)$")
+    outer: dict[str, Stored] = {}
+    layers: list[dict[str, Stored]] = [{} for _ in range(config.layers)]
+    prefixes: set[str] = set()
+    for name, tensor in tensors.items():
+        if not (match := pattern.match(name)):
+            outer[name] = tensor
+            continue
+        prefix, index, inside = match[1] or "", int(match[2]), match[3]
+        if index >= config.layers:
+            raise ModelError(f"{folder} holds {name}, and its config.json says {family.layers_key} = {config.layers}; one of the two is wrong")
+        own = any(inside.startswith(_inside(config, record.place)) for record in config.replaced_in(index))
+        if not own and inside not in family.buffers and inside.rpartition(".")[0] not in config.modules:
+            raise ModelError(f"{folder} holds {name}, for which {config.kind} has no place; is it a plain {config.kind}, without adapters or quantisation?")
+        layers[index][inside] = tensor
+        prefixes.add(prefix)
+    if len(prefixes) != 1:
+        raise ModelError(
+            f"{folder} has no tensors named {family.prefix}.{family.layers}.0.… as {config.kind} has; its first are {', '.join(list(tensors)[:3])}"
+        )
+    checkpoint = Checkpoint(folder, config, prefixes.pop(), outer, tuple(layers))
+    check_types(checkpoint)
+    check_shapes(checkpoint)
+    return checkpoint
+
+
+def read_tensors(folder: Path) -> dict[str, Stored]:
+    """Return all tensors of `folder` from its index and shards, each shard's in the order of its bytes."""
+    index = folder / INDEX
+    if (folder / SINGLE).is_file() or not index.is_file():  # where there are both, transformers takes the single file
+        if not (folder / SINGLE).is_file():
+            pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
+            if pickles:
+                raise ModelError(
+                    f"{folder} has its weights only as pickle ({pickles[0]}), which can run code when opened; "
+                    "save it as safetensors first (from_pretrained, then save_pretrained), or take a revision that has them"
+                )
+            raise ModelError(f"{folder} has a config.json and no weights: neither {SINGLE} nor {INDEX} is there; fetch them")
+        return read_header(folder / SINGLE)
+    try:
+        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(where.values()))
+        if not shards or not all(isinstance(shard, str) for shard in shards):
+            raise ValueError("no names of shards")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{index} is no index of shards ({error}); fetch the file again") from None
+    tensors: dict[str, Stored] = {}
+    for shard in shards:
+        path = PurePosixPath(shard)
+        if path.is_absolute() or ".." in path.parts or "\\" in shard:
+            raise ModelError(f"{index} names the shard {shard!r}, which is outside the folder; that is no sound checkpoint")
+        if not (folder / path).is_file():
+            raise ModelError(f"{index} names the shard {shard!r}, which is missing; fetch it")
+        inside = read_header(folder / path)
+        if unnamed := inside.keys() - where.keys():
+            raise ModelError(f"{folder / path} holds {min(unnamed)}, which {INDEX} does not name; fetch both again")
+        tensors |= {name: tensor for name, tensor in inside.items() if where[name] == shard}
+    if lost := where.keys() - tensors.keys():
+        name = min(lost)
+        raise ModelError(f"{index} says that {name} is in {where[name]!r}, which does not hold it; fetch both again")
+    return tensors
+
+
+def _inside(config: Config, place: str) -> str:
+    """Return what begins the names of a technique's own tensors in a layer."""
+    return ".".join(filter(None, [config.place(place), OWN]))
+
+
+def check_types(checkpoint: Checkpoint) -> None:
+    """Refuse weights that nobody can compute with, wherever they are; buffers, which nobody reads, may be of any type."""
+    family = checkpoint.config.family
+    places = (*(checkpoint.prefix + module for module in family.outer.values()), *family.head.values())
+    for name, tensor in checkpoint.outer.items():
+        if name.startswith(tuple(f"{place}." for place in places)):
+            tensor.check_float()
+    for layer in checkpoint.layers:
+        for name, tensor in layer.items():
+            if name not in family.buffers:
+                tensor.check_float()
+
+
+def check_shapes(checkpoint: Checkpoint) -> None:
+    """Check every matrix against the config, and all layers against the first."""
+    config, family, width = checkpoint.config, checkpoint.config.family, checkpoint.config.hidden
+    first: dict[str, tuple[int, ...]] = {}  # of the first layer that has such a tensor
+    for index, stored in enumerate(checkpoint.layers):
+        at, lacks = checkpoint.layer_prefix(index), config.lacks(index)
+        for module, parts in config.modules.items():
+            if f"{module}.weight" not in stored and not family.optional.intersection(parts) and not lacks.issuperset(parts):
+                raise ModelError(f"{checkpoint.folder} has no {at}{module}.weight, which {config.kind} needs; fetch the missing shard")
+            if lacks.intersection(parts) and f"{module}.weight" in stored:
+                raise ModelError(f"{checkpoint.folder} holds {at}{module}.weight, which its config.json says was dropped; one of the two is wrong")
+        for name, tensor in stored.items():
+            module, _, kind = name.rpartition(".")
+            parts = config.modules.get(module, ())
+            if not parts:
+                continue  # of a technique, which knows the shape
+            want = first.setdefault(name, tensor.shape)
+            if kind == "weight" and parts[0] in config.matrices:
+                want = config.stored_shape(parts)
+            _hold(at + name, tensor.shape, want, config)
+    # OPT may have embeddings narrower than its layers, with a projection between them.
+    narrow = f"{checkpoint.prefix}{family.outer.get('project_in')}.weight" in checkpoint.outer
+    table = (config.get("vocab_size"), config.get("word_embed_proj_dim") if narrow else width)
+    places: dict[str, tuple[Any, ...]] = {f"{checkpoint.prefix}{family.outer['embed']}.weight": table}
+    if "final_norm" in family.outer:
+        places[f"{checkpoint.prefix}{family.outer['final_norm']}.weight"] = (width,)
+    for name in places:
+        if name not in checkpoint.outer and not ("norm" in name and "final_norm" in family.optional):
+            raise ModelError(f"{checkpoint.folder} has no {name}, which {config.kind} needs; fetch the missing shard")
+    for name, tensor in checkpoint.outer.items():
+        want = places.get(name, table if name == f"{family.head['head']}.weight" else tensor.shape)
+        if None not in want:
+            _hold(name, tensor.shape, want, config)
+    positions = checkpoint.outer.get(f"{checkpoint.prefix}{family.outer.get('positions')}.weight")
+    if positions and positions.shape[:1] < ((said := config.get(family.positions_key) or 0),):  # transformers makes buffers as long as that
+        raise ModelError(f"{positions.name} is {_times(positions.shape)}, but config.json says {family.positions_key} = {said}; one is wrong")
+
+
+def _hold(name: str, shape: tuple[int, ...], want: tuple[int, ...], config: Config) -> None:
+    if shape != want:
+        family = config.family
+        keys = (family.hidden_key, family.heads_key, family.kv_heads_key, "head_dim", family.ffn_key, "vocab_size")
+        said = ", ".join(f"{key} = {config.get(key)}" for key in keys if config.get(key) is not None)
+        raise ModelError(f"{name} is {_times(shape)}, but config.json ({said}) makes it {_times(want)}; one is wrong")
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))

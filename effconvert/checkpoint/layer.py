@@ -1,0 +1,202 @@
+"""A layer of a model as lazy parts, and the model that surgeries rewrite.
+
+A surgery sees plain [out, in] matrices named by what they do; how a family fuses or transposes them is undone and done again here.
+"""
+# M = hidden width, H = query heads, Hk = KV heads, D = head width, E = experts.
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from effconvert.checkpoint.config import Config
+from effconvert.checkpoint.outer import Outer
+from effconvert.checkpoint.parts import Deferred, Parts
+from effconvert.checkpoint.replaced import OWN
+from effconvert.checkpoint.shards import Stored
+from effconvert.errors import ModelError
+
+
+class Activations(Protocol):
+    """What layers compute on the calibration text: `effconvert.heal._activations.Activations`."""
+
+    @property
+    def ids(self) -> Sequence[torch.Tensor]:
+        """Token ids of each batch, [B, T]."""
+
+    @property
+    def states(self) -> Sequence[torch.Tensor]:
+        """What arrives at the layer at work, [B, T, M] for each batch."""
+
+    @property
+    def scores(self) -> int:
+        """How many numbers the weights of one head's attention are, over all texts."""
+
+    def look(self, layer: Layer, parts: Sequence[str] = (), until: str = "") -> Iterator[Any]:
+        """Run a layer as it stands, and yield what each batch was in it."""
+
+    def original(self, layers: Sequence[int], parts: Sequence[str] = (), until: str = "") -> Iterator[Any]:
+        """Run layers of the original on what arrives here, and yield what each batch was in the last of them."""
+
+    def stored(self, layer: Layer) -> dict[str, torch.Tensor]:
+        """Return a layer as it will lie on disk: name in the layer -> numbers."""
+
+    def attended(self, layer: Layer, learnt: Mapping[str, torch.Tensor], fixed: Mapping[str, torch.Tensor], batch: int) -> torch.Tensor:
+        """Return what the place at work gives on one batch if some parts were others, with gradients for these."""
+
+    def note(self, index: int, said: dict[str, float]) -> None:
+        """Keep what is to be told of a layer."""
+
+
+class Layer(Parts):
+    """One layer as a surgery finds it: `layer["k"]` is its key projection [Hk*D, M] in float32; of a technique's own parts, `layer["ffn.effconvert.NAME"]`.
+
+    Attributes:
+        index: which layer of the model this is, from 0.
+        originals: which layers of the model that healing goes towards it stands for; of several, the later ones were dropped.
+        walk: what the model computes on a text, where a surgery asked to look at it; None while only shapes count.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        config: Config,
+        stored: Mapping[str, Stored],
+        device: str,
+        below: Layer | None = None,
+        originals: range | None = None,
+        walk: Activations | None = None,
+    ) -> None:
+        super().__init__(config, stored, device, below)
+        self.index, self.walk = index, walk
+        self.originals = range(index, index + 1) if originals is None else originals
+        self._source_index: int = index if below is None else below._source_index
+
+    def on_top(self, index: int, config: Config) -> Layer:
+        """Return this layer as the next surgery finds it."""
+        return Layer(index, config, self._stored, self._device, self, self.originals, self.walk)
+
+    @property
+    def per_kv_head(self) -> list[str]:
+        """The parts of this layer, biases among them, whose rows come KV head by KV head: [Hk*D, ...]."""
+        names = self.config.family.per_kv_head
+        return [part for stem in names for part in (stem, f"{stem}.bias") if part in self]
+
+    def tensors(self) -> Iterator[tuple[str, Stored, torch.Tensor | Deferred | None]]:
+        """Yield the layer in the layout of its config: see `Parts.tensors`; names are relative to the layer."""
+        config, source = self.config, self._source
+        own = [part for part in self if f".{OWN}" in part and config.replaced_at(self.index, part.partition(".")[0])]
+        known = config.parts.keys() - config.lacks(self.index)
+        if lost := [part for part in self if part.removesuffix(".bias") not in known and part not in own]:
+            raise ModelError(f"layer {self.index} became one with {', '.join(lost)}, for which {config.family.lm} has no place; it has {', '.join(known)}")
+        for module, parts in config.modules.items():
+            for suffix in ("", ".bias"):
+                present = [part + suffix for part in parts if part + suffix in self]
+                if not present:
+                    continue
+                if len(present) != len(parts):
+                    raise ModelError(f"layer {self.index}: {module} holds {', '.join(parts)} in one tensor, and only {', '.join(present)} is there")
+                name = f"{module}.bias" if suffix else f"{module}.weight"
+                if copied := self._same_bytes(present):
+                    yield name, copied, None
+                elif config.stacked(present) or (len(present) == 1 and self._late(present[0])):
+                    yield name, self._origin((present[0], *parts)), self._deferred(present)
+                else:
+                    yield name, self._origin((present[0], *parts)), join([self[part] for part in present], present, config)
+        for part in own:
+            yield self._name(part, config), self._origin([part]), self[part] if self._changed(part) else None
+        if config.family == source.family:
+            yield from ((name, self._stored[name], None) for name in config.family.buffers if name in self._stored)
+
+    def _where(self) -> str:
+        return f"layer {self.index}"
+
+    def _late(self, part: str) -> bool:
+        """Whether a part is to be computed when it is written: somebody said so, or it is a copy, of which there may be many."""
+        if part in self._assigned:
+            return isinstance(self._assigned[part], Deferred)
+        return part in self._copies or (self._below is not None and part not in self._deleted and self._below._late(part))
+
+    def _deferred(self, parts: list[str]) -> torch.Tensor | Deferred:
+        """Return what is fused of these parts, to be computed when it is written."""
+        stacked = self.config.stacked(parts)
+        if self.shapes_only:
+            return torch.empty(self.config.stored_shape(parts), device="meta") if stacked else join([self[parts[0]]], parts, self.config)
+        return Deferred(lambda: join([self[part] for part in parts], parts, self.config), (lambda: (self[part] for part in parts)) if stacked else None)
+
+    def _same_bytes(self, parts: list[str]) -> Stored | None:
+        """Return the tensor on disk that holds these parts just as the target lays them out, None where they are computed or laid out anew."""
+        on_disk = [self._on_disk(part) for part in parts]
+        if None in on_disk:
+            return None
+        names = {self._name(part, self._source) for part in on_disk if part}
+        family, source = self.config.family, self._source.family
+        stems = tuple(part.removesuffix(".bias") for part in on_disk if part)
+        together = self._source.modules[self._source.parts[stems[0]]] == stems
+        laid_out = family.transposed == source.transposed and (len(parts) == 1 or family.per_head == source.per_head)
+        return self._stored[names.pop()] if together and laid_out and len(names) == 1 else None
+
+    def _name(self, part: str, config: Config) -> str:
+        place, inside, name = part.partition(f".{OWN}")
+        if inside:
+            return ".".join(filter(None, [config.place(place), OWN + name]))
+        stem = part.removesuffix(".bias")
+        return f"{config.parts.get(stem, stem)}.{'bias' if part != stem else 'weight'}"
+
+    def _stored_parts(self) -> list[str]:
+        parts = [part for stem in self._source.parts for part in (stem, f"{stem}.bias")]
+        for record in self._source.replaced_in(self._source_index):
+            inside = ".".join(filter(None, [self._source.place(record.place), OWN]))
+            parts += [f"{record.place}.{OWN}{name.removeprefix(inside)}" for name in self._stored if name.startswith(inside)]
+        return parts
+
+    def _read(self, part: str) -> torch.Tensor:
+        tensor = self._stored[self._name(part, self._source)].read(self._device)
+        if f".{OWN}" in part:
+            return tensor
+        family, stem = self._source.family, part.removesuffix(".bias")
+        fused = self._source.modules[self._source.parts[stem]]
+        if family.transposed and tensor.ndim == 2:
+            tensor = tensor.T
+        return split(tensor, fused, self._source)[fused.index(stem)]
+
+
+@dataclass
+class Model:
+    """A model as a surgery finds it; layers can be dropped or reordered by assigning `layers`."""
+
+    config: Config
+    layers: list[Layer]
+    outer: Outer
+    originals: int  # layers of the model that healing goes towards
+
+    def on_top(self, config: Config) -> Model:
+        """Return the model as the next surgery finds it."""
+        return Model(config, [layer.on_top(index, config) for index, layer in enumerate(self.layers)], self.outer.on_top(config), self.originals)
+
+
+def split(tensor: torch.Tensor, parts: tuple[str, ...], config: Config) -> tuple[torch.Tensor, ...]:
+    """Take a tensor [out, ...] apart into the `parts` that are fused in it."""
+    if config.stacked(parts):
+        tensor = tensor.flatten(0, 1)  # [E, out, in]
+    if "q" not in parts:
+        return tuple(tensor.chunk(len(parts)))
+    if config.family.per_head:
+        by_head = tensor.unflatten(0, (config.heads, len(parts), config.head_dim))  # [H, 3, D, ...]
+        return tuple(by_head[:, i].flatten(0, 1) for i in range(len(parts)))
+    heads = {"q": config.heads, "k": config.kv_heads, "v": config.kv_heads}
+    return tuple(tensor.split([heads[part] * config.head_dim for part in parts])) if len(parts) > 1 else (tensor,)
+
+
+def join(tensors: list[torch.Tensor], parts: Sequence[str], config: Config) -> torch.Tensor:
+    """Undo `split`, and store [in, out] where the family does."""
+    if config.family.per_head and len(tensors) == 3:
+        tensor = torch.stack([part.unflatten(0, (config.heads, config.head_dim)) for part in tensors], 1).flatten(0, 2)
+    else:
+        tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+    if config.stacked(parts):
+        return tensor.view(config.experts, -1, tensor.shape[1])
+    return tensor.T if config.family.transposed and tensor.ndim == 2 else tensor

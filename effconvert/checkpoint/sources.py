@@ -1,0 +1,150 @@
+"""Find the model that the asker means: a folder, a model on the Hub, or a GGUF file; always ends in a folder of safetensors."""
+
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stderr
+from io import StringIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from effconvert.checkpoint.checkpoint import INDEX, PICKLES, SINGLE
+from effconvert.checkpoint.config import CONFIG
+from effconvert.errors import EffconvertError, ModelError, OptionError
+from effconvert.options import shown
+from effconvert.paths import expand
+from effconvert.quiet import quiet_hub
+
+HUB_ID = re.compile(r"^[\w][\w.-]*(/[\w][\w.-]*)?$")
+BESIDE_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*"]
+
+
+def locate(model: str, revision: str | None = None, step: Callable[[str], None] = lambda _: None) -> Path:
+    """Return a folder that holds `model`, downloading or unpacking it first where needed.
+
+    Raises:
+        OptionError: there is no such model.
+        ModelError: it is there and cannot be had: gated, without safetensors, a damaged GGUF file.
+    """
+    path = expand(model)
+    try:
+        path.exists()
+    except OSError as error:
+        raise OptionError(f"{shown(model)} is no name of a model ({error.strerror}); give a folder, a Hub id or a .gguf file") from None
+    if revision is not None and (path.exists() or path.suffix == ".gguf" or not HUB_ID.match(model)):
+        raise OptionError(f"--revision is for models on the Hub, and {model} is a path; leave it out")
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise OptionError(f"there is no file {path}; give a .gguf file, a folder or a Hub id")
+        step(f"unpacking {path.name}")
+        return unpack_gguf(path)
+    if path.exists() or not HUB_ID.match(model):
+        return path  # opening it says what is wrong with it
+    step(f"fetching {model}")
+    return fetch(model, revision)
+
+
+def fetch(model: str, revision: str | None) -> Path:
+    """Return the Hub's snapshot of `model` in huggingface_hub's cache, with the token that is logged in, if any."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return _snapshot(model, revision)
+    except GatedRepoError:
+        raise ModelError(f"{model} is gated: ask for access on its page on the Hub, then run `hf auth login`") from None
+    except RevisionNotFoundError:
+        raise OptionError(f"{model} has no revision {revision!r} on the Hub; look at its branches and tags there") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise OptionError(f"there is no folder {model!r} here and no such model on the Hub; if it is private, run `hf auth login` first") from None
+    except LocalEntryNotFoundError:
+        raise OptionError(f"there is no folder {model!r} here, and the Hub cannot be reached to look for it there; check the path, or the network") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{INDEX} of {model} is no index of shards ({error}); tell its author") from None
+    except (HfHubHTTPError, OSError) as error:
+        raise EffconvertError(f"fetching {model} broke off ({type(error).__name__}: {error}); the same command goes on where it stopped") from None
+
+
+def _snapshot(model: str, revision: str | None) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+
+    with quiet_hub(bars=sys.stderr.isatty()):
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=BESIDE_WEIGHTS))
+        # Only the weights that the index names: some repositories hold them a second time in one file.
+        shards = list(json.loads((folder / INDEX).read_text())["weight_map"].values()) if (folder / INDEX).is_file() else [SINGLE]
+        folder = Path(snapshot_download(model, revision=folder.name, allow_patterns=sorted(set(shards))))
+        if not any((folder / shard).is_file() for shard in shards):
+            pickles = [file for file in HfApi().list_repo_files(model, revision=folder.name) if file.endswith(PICKLES)]
+            instead = f", only pickle ({pickles[0]}), which can run code when opened" if pickles else ""
+            raise ModelError(f"{model} has no safetensors on the Hub{instead}; take a revision that has them")
+        return folder
+
+
+def unpack_gguf(path: Path) -> Path:
+    """Return a folder with the model of a GGUF file in bfloat16, kept in the cache for the next time.
+
+    The numbers are those of the quantised file, written out: what quantisation lost stays lost. Needs the model's size in memory, in float32.
+    """
+    status = path.stat()
+    key = hashlib.sha256(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = cache() / "gguf" / f"{path.stem}-{key}"
+    if (folder / CONFIG).is_file():
+        return folder
+
+    import torch
+    import transformers
+
+    from effconvert.quiet import quiet_transformers
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    hidden = nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO())  # its progress bar is for people
+    with quiet_transformers(), TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as scratch:
+        draft = Path(scratch) / "model"
+        try:
+            with hidden:
+                model = transformers.AutoModelForCausalLM.from_pretrained(
+                    path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=transformers.GgufConfig(dequantize=True)
+                )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            repair_digits(tokenizer, path)
+        except Exception as error:  # what readers of a damaged file raise is anybody's guess: struct.error, a bare Exception, ...
+            raise ModelError(f"{path} cannot be unpacked by transformers {transformers.__version__}: {error}") from error
+        model.to(torch.bfloat16).save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+        try:
+            draft.rename(folder)
+        except OSError as error:
+            if not (folder / CONFIG).is_file():  # else somebody unpacked it meanwhile, and theirs stays
+                raise EffconvertError(f"{path} was unpacked, and {folder} is in the way ({error.strerror}); remove that, and give the same command") from None
+    return folder
+
+
+def repair_digits(tokenizer: Any, path: Path) -> None:
+    """Put back the digit-by-digit split of SmolLM's tokenizer, which transformers' GGUF converter drops and llama.cpp keeps."""
+    from gguf import GGUFReader
+    from tokenizers import pre_tokenizers
+
+    field = GGUFReader(path).fields.get("tokenizer.ggml.pre")
+    if field is not None and field.contents() == "smollm":
+        digits, words = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
+
+
+def commit(folder: Path) -> str | None:
+    """Return the commit of a Hub snapshot, which names its folder in huggingface_hub's cache; None for other folders."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def cache() -> Path:
+    """Return where effconvert keeps what it can make again: $EFFCONVERT_CACHE, or ~/.cache/effconvert."""
+    return expand(os.environ.get("EFFCONVERT_CACHE", "~/.cache/effconvert"))

@@ -1,0 +1,166 @@
+"""Write a planned conversion, a tensor at a time, so that a kill at any moment loses one shard at most.
+
+A finished shard is flushed to disk, renamed and recorded in the manifest, and the same command finds it again. Memory is two layers,
+whatever the model's size.
+"""
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO, Self
+
+from torch import Tensor
+
+from effconvert.checkpoint.checkpoint import INDEX
+from effconvert.checkpoint.config import CONFIG
+from effconvert.checkpoint.manifest import DRAFT, read_manifest, save_manifest, to_disk
+from effconvert.checkpoint.parts import Deferred
+from effconvert.checkpoint.replaced import STUB, STUB_FILE
+from effconvert.checkpoint.shards import as_bytes, copy_run, header
+from effconvert.convert.calibrate import computed
+from effconvert.convert.plan import OUTER, Plan, Target
+from effconvert.progress import Advance
+
+
+def write(plan: Plan, partial: Path, advance: Advance) -> int:
+    """Write what is missing of `plan` to `partial`, and return how many shards were there already."""
+    manifest = read_manifest(partial)
+    done: dict[str, list[int]] = manifest["shards"]
+    kept = 0
+    with _Layers(plan, partial) as layers:
+        for name, targets in plan.shards.items():
+            path = partial / name
+            if path.is_file() and done.get(name) == _stamp(path):
+                kept += 1
+                layers.forget(targets)
+                advance(sum(target.bytes for target in targets))
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_shard(path, targets, layers, advance)
+            done[name] = _stamp(path)
+            save_manifest(partial, manifest)
+    _write_others(plan, partial)
+    return kept
+
+
+def left(plan: Plan, partial: Path) -> bool:
+    """Whether anything of `plan` is still to be written to `partial`."""
+    done: dict[str, list[int]] = read_manifest(partial)["shards"]
+    return not all((partial / name).is_file() and done.get(name) == _stamp(partial / name) for name in plan.shards)
+
+
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+class _Layers:
+    """The converted tensors of the layer at work, and of the next one, which is computed while this one and what lies between is copied."""
+
+    def __init__(self, plan: Plan, partial: Path) -> None:
+        self.plan, self.partial = plan, partial
+        needed = (target.unit for shard in plan.shards.values() for target in shard)
+        self.left = Counter(index for index in needed if index is not None)  # layer -> its tensors still to be written
+        self.ready: dict[int, dict[str, Tensor | Deferred]] = {}
+        self.ahead: dict[int, Future[dict[str, Tensor | Deferred]]] = {}
+        self.order = list(self.left)
+        self.worker = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.worker.shutdown(cancel_futures=True)
+
+    def take(self, target: Target) -> Iterator[Tensor]:
+        """Yield the converted tensor, in pieces where it is large."""
+        index = target.unit
+        assert index is not None
+        if index not in self.ready:
+            self._begin(index)
+            self.ready[index] = self.ahead.pop(index).result()
+            if len(self.ready) > 2:  # a file that holds its tensors kind by kind: rather compute a layer again than keep them all
+                del self.ready[next(iter(self.ready))]
+            if following := [other for other in self.order[self.order.index(index) + 1 :] if self.left[other]]:
+                self._begin(following[0])
+        value = self.ready[index].pop(target.name)
+        self.forget([target])
+        yield from value.pieces() if isinstance(value, Deferred) else [value]
+
+    def forget(self, targets: list[Target]) -> None:
+        """Count `targets` as written."""
+        for target in targets:
+            if target.unit is not None:
+                self.left[target.unit] -= 1
+                if not self.left[target.unit]:
+                    self.ready.pop(target.unit, None)
+
+    def _begin(self, index: int) -> None:
+        if index not in self.ahead and index not in self.ready:
+            self.ahead[index] = self.worker.submit(self._compute, index)
+
+    def _compute(self, unit: int) -> dict[str, Tensor | Deferred]:
+        if self.plan.looks and unit != OUTER:
+            prefix = self.plan.layer_prefix(unit)
+            return {prefix + name: tensor for name, tensor in computed(self.plan, unit, self.partial).items()}
+        prefix, parts = self.plan.parts(unit)
+        return {prefix + name: value for name, _, value in parts.tensors() if value is not None}
+
+
+def _write_shard(path: Path, targets: list[Target], layers: _Layers, advance: Advance) -> None:
+    draft = path.with_name(path.name + DRAFT)
+    source = targets[0].origin.file  # a shard is written from the one it replaces, but for what layers compute
+    try:
+        with draft.open("wb") as file, source.open("rb", buffering=0) as original:
+            file.write(header({target.name: (target.dtype, target.shape) for target in targets}))
+            for target in _runs(targets, file, original, advance):
+                for piece in layers.take(target):
+                    file.write(as_bytes(piece, target.dtype, target.name))
+                advance(target.bytes)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _runs(targets: list[Target], file: BinaryIO, original: BinaryIO, advance: Advance) -> Iterator[Target]:
+    """Copy untouched neighbours together; yield, between the runs, what has to be computed."""
+    start = stop = 0
+    for target in [*targets, None]:
+        if target is not None and target.unit is None and target.origin.start == stop:
+            stop = target.origin.stop
+            continue
+        if stop > start:
+            copy_run(original, file, start, stop, advance)
+        start = stop = 0
+        if target is not None and target.unit is None:
+            start, stop = target.origin.start, target.origin.stop
+        elif target is not None:
+            yield target
+
+
+def _write_others(plan: Plan, partial: Path) -> None:
+    folder = plan.checkpoint.folder
+    for name in plan.files:
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, partial / name)
+    if plan.config == plan.checkpoint.config:
+        shutil.copyfile(folder / CONFIG, partial / CONFIG)
+    else:
+        (partial / CONFIG).write_text(json.dumps(plan.config.content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if plan.config.ours:
+        (partial / STUB_FILE).write_text(STUB.format(kind=plan.config.kind), encoding="utf-8")
+    if plan.indexed:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8")) if (folder / INDEX).is_file() else {}
+        index["metadata"] = {**(index.get("metadata") or {}), "total_size": plan.after.bytes}
+        if "total_parameters" in index["metadata"]:
+            index["metadata"]["total_parameters"] = plan.after.parameters
+        index["weight_map"] = {target.name: shard for shard, targets in plan.shards.items() for target in targets}
+        (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for name in (*plan.files, CONFIG, *plan.code, *([INDEX] if plan.indexed else [])):
+        to_disk(partial / name)

@@ -1,0 +1,58 @@
+"""Find what one file each holds, techniques, healing methods and commands: a file's name is the command.
+
+The first line of a file is what the list of commands says, read without importing the file, so that listing costs nothing.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from types import ModuleType
+from typing import Any
+
+
+def summaries(folders: Iterable[str]) -> dict[str, str]:
+    """Map each file of Python in `folders` and the folders inside, as a command is spelt, to its first line; sorted."""
+    return dict(sorted((_command(file), _summary(file)) for file, _ in _files(folders)))
+
+
+def load(package: ModuleType, name: str) -> Any:
+    """Import the file that is `name` in `package`, and return the class of its options: expand-kv is the one in surgery/attention/expand_kv.py.
+
+    Raises:
+        KeyError: there is none.
+    """
+    from importlib import import_module
+
+    for file, module in _files(package.__path__):
+        if _command(file) == name:
+            return _options_of(import_module(f"{package.__name__}.{module}"))
+    raise KeyError(name)
+
+
+def _files(folders: Iterable[str], above: str = "") -> Iterator[tuple[str, str]]:
+    """Yield path and module (relative to its package) of each file that is a command: names that begin with _ are none."""
+    for folder in folders:
+        for name in os.listdir(folder):
+            path = os.path.join(folder, name)
+            if name.startswith(("_", ".")):
+                continue
+            if name.endswith(".py"):
+                yield path, above + name.removesuffix(".py")
+            elif os.path.isdir(path):
+                yield from _files([path], f"{above}{name}.")
+
+
+def _command(file: str) -> str:
+    return os.path.basename(file).removesuffix(".py").replace("_", "-")
+
+
+def _summary(path: str) -> str:
+    with open(path, encoding="utf-8") as file:
+        return file.readline().strip().strip('"')
+
+
+def _options_of(module: ModuleType) -> Any:
+    """Return the class of a step's options: the one class of the file that is a step."""
+    own = [cls for cls in vars(module).values() if isinstance(cls, type) and cls.__module__ == module.__name__ and hasattr(cls, "rewrite")]
+    if len(own) != 1:
+        raise TypeError(f"{module.__name__} must define one class derived from Surgery or Healing, and defines {len(own)}")
+    return own[0]

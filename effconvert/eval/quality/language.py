@@ -1,0 +1,113 @@
+"""What a decoder is measured on beside lm-eval's tasks: how well it predicts a text, whether it falls into loops, whether it finds what it read."""
+# N = documents, T = tokens.
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from effconvert.eval.quality.paired import make
+from effconvert.eval.quality.passages import Passages
+from effconvert.eval.quality.perplexity import Recorded, greedy, logits_of, measure
+from effconvert.eval.quality.store import Measured
+from effconvert.progress import Advance
+
+PROMPTS, PROMPT, LENGTH = 8, 32, 64  # continuations, tokens given and tokens asked for in each
+PERIOD, TAIL = 16, 24  # a loop repeats at most so many tokens, for at least so many at the end
+KEYS = 10  # passkeys at each length
+
+# The filler of Mohtashami and Jaggi 2023 (arXiv 2305.16300, section 4.2), which the passkey task is known by.
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+TASK = "There is an important piece of information hidden inside a lot of irrelevant text. Find it and memorize it. "
+KEY, QUESTION = "The pass key is {0}. Remember it. {0} is the pass key. ", "What is the pass key? The pass key is"
+
+
+def text(model: Any, passages: Passages, record: Path | None, reference: Recorded | None, advance: Advance) -> Measured:
+    """Measure how well `model` predicts `passages`, and how far it is from the model whose logits are the `reference`."""
+    found = measure(model, passages.windows, record, reference, advance)
+    names = [str(index) for index in range(len(found))]
+    logs = [(-window.loss, size) for window, size in zip(found, passages.bytes, strict=True)]
+    samples = [make("text", "bits_per_byte", "bits_per_byte", logs, names, "lower")]
+    if passages.alike:
+        samples.insert(0, make("text", "perplexity", "perplexity", [-window.loss / window.tokens for window in found], names, "lower"))
+    if reference and not record:
+        samples.append(make("text", "kl", "mean", [(window.kl or 0.0) / window.tokens for window in found], names, "lower"))
+        samples.append(make("text", "same_top_token", "mean", [(window.same or 0) / window.tokens for window in found], names, "higher"))
+    return Measured(tuple(samples))
+
+
+def generation(model: Any, tokenizer: Any, passages: Passages, length: int, advance: Advance) -> Measured:
+    """Have `model` go on with the first tokens of some passages for `length` tokens, always by the most likely one, and look for repetition."""
+    chosen = passages.windows[:: max(1, len(passages.windows) // PROMPTS)][:PROMPTS]
+    prompts = [window[: prompt_length(len(window))] for window in chosen]
+    written = []
+    for prompt in prompts:
+        written.append(greedy(model, tokenizer, prompt, length))
+        advance(1)
+    names = [str(index) for index in range(len(written))]
+    samples = (  # none is better for being high or low: a model in ruins writes noise that never repeats
+        make("generation", "distinct_2", "mean", [distinct(tokens, 2) for tokens in written], names, None),
+        make("generation", "repeated_4", "mean", [1 - distinct(tokens, 4) for tokens in written], names, None),
+        make("generation", "loops", "mean", [float(loops(tokens)) for tokens in written], names, None),
+    )
+    shown = (tokenizer.decode(prompts[0], skip_special_tokens=True), tokenizer.decode(written[0], skip_special_tokens=True))
+    return Measured(samples, texts=shown)
+
+
+def prompt_length(window: int) -> int:
+    """Return how many tokens of a window are given."""
+    return min(PROMPT, window // 2 + 1)
+
+
+def distinct(tokens: Sequence[int], n: int) -> float:
+    """Return the share of n-grams that are different (distinct-n of Li et al. 2016, arXiv 1510.03055); 1 where there is no n-gram."""
+    grams = [tuple(tokens[at : at + n]) for at in range(len(tokens) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def loops(tokens: Sequence[int]) -> bool:
+    """Whether `tokens` end in a cycle: the last `TAIL`, or three rounds if that is more, repeat with a period of at most `PERIOD`."""
+    return any(
+        len(tokens) >= need + period and all(tokens[-at] == tokens[-at - period] for at in range(1, need + 1))
+        for period in range(1, PERIOD + 1)
+        for need in [max(TAIL, 3 * period) - period]
+    )
+
+
+def passkey(model: Any, tokenizer: Any, length: int, advance: Advance) -> Measured:
+    """Hide a number at `KEYS` depths of a text of about `length` tokens, and see whether the answer is what `model` finds most likely."""
+    draw = random.Random(length)
+    found = []
+    for index in range(KEYS):
+        key = draw.randint(10000, 99999)
+        ids, answer = hide(tokenizer, key, (index + 0.5) / KEYS, length)
+        logits = logits_of(model, torch.tensor(ids + answer))[-len(answer) - 1 : -1]  # [answer, V]
+        found.append(float(logits.argmax(-1).tolist() == answer))
+        advance(length)
+    return Measured((make("passkey", f"{length}_tokens", "mean", found, [str(index) for index in range(KEYS)], "higher", chance=0.0),))
+
+
+def hide(tokenizer: Any, key: int, depth: float, length: int) -> tuple[list[int], list[int]]:
+    """Return the tokens of a text that hides `key` at `depth` (0 first, 1 last), no longer than `length` with its answer, and the tokens of the answer."""
+
+    def prompt(fillers: int) -> str:
+        before = round(depth * fillers)
+        return f"{TASK}{FILLER * before}{KEY.format(key)}{FILLER * (fillers - before)}{QUESTION}"
+
+    def tokens(fillers: int) -> tuple[list[int], list[int]]:
+        given: list[int] = tokenizer(prompt(fillers), verbose=False).input_ids
+        whole: list[int] = tokenizer(f"{prompt(fillers)} {key}", verbose=False).input_ids
+        return given, whole[len(given) :]
+
+    empty, one = (sum(map(len, tokens(fillers))) for fillers in (0, 1))
+    fillers = max(0, (length - empty) // max(1, one - empty))
+    while fillers and sum(map(len, tokens(fillers))) > length:
+        fillers -= 1
+    return tokens(fillers)
+
+
+def shortest(tokenizer: Any) -> int:
+    """Return the tokens of the shortest text that hides a key, with its answer."""
+    return max(sum(map(len, hide(tokenizer, key, 0.5, 0))) for key in (10000, 71432, 99999))

@@ -1,0 +1,85 @@
+"""The same stretches of text for every model, whatever its tokenizer.
+
+The first model's tokenizer cuts the text into windows. A model with the same tokenizer gets those tokens; another one gets the same stretches as its own
+tokens, and then only what is counted in bytes can be compared.
+"""
+# N = windows, T = tokens in a window.
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effconvert.errors import ModelError, OptionError
+from effconvert.eval.quality.perplexity import beginning, windows
+from effconvert.eval.quality.text import Text
+
+
+@dataclass(frozen=True)
+class Passages:
+    """Windows of text in the tokens of one model."""
+
+    windows: tuple[Tensor, ...]  # token ids, N of [T]
+    bytes: tuple[int, ...]  # UTF-8 bytes of the tokens that are predicted: all but the first
+    content: tuple[str, ...]  # the stretches of text themselves
+    alike: bool  # whether these are the first model's own tokens
+
+
+def cut(tokenizer: Any, text: Text, context: int, tokens: int, vocabulary: int) -> Passages:
+    """Cut the first `tokens` tokens of `text` into windows of `context`, as `quality.windows` does.
+
+    Raises:
+        OptionError: the text is too short.
+        ModelError: the tokenizer does not belong to the model, or cannot tell where in the text its tokens are.
+    """
+    ids = windows(tokenizer, text, context, tokens, vocabulary)  # [N, T]
+    spans, start = offsets(tokenizer, text.content), len(beginning(tokenizer, text.content))
+    body = ids.shape[1] - start
+    content, sizes = [], []
+    for first in range(0, len(ids) * body, body):
+        stop = spans[first + body][0] if first + body < len(spans) else spans[-1][1]  # where the next token begins: a letter in two tokens counts once
+        content.append(text.content[spans[first][0] : stop])
+        sizes.append(len(text.content[spans[first + (not start)][0] : stop].encode()))
+    return Passages(tuple(ids), tuple(sizes), tuple(content), alike=True)
+
+
+def recut(tokenizer: Any, first: Passages, other: Any, vocabulary: int, longest: int | None, name: str) -> Passages:
+    """Return the passages of `first`, which `tokenizer` cut, in the tokens of tokenizer `other`.
+
+    Raises:
+        OptionError: they are longer than that model can read.
+        ModelError: the tokenizer does not belong to the model.
+    """
+    if same(tokenizer, other, first.content):
+        return first
+    made, sizes = [], []
+    for content in first.content:
+        start = beginning(other, content)
+        ids = torch.tensor(start + other(content, add_special_tokens=False, verbose=False).input_ids)
+        if longest is not None and len(ids) > longest:
+            raise OptionError(f"a window is {len(ids)} tokens to {name}, which reads {longest}; give a smaller --context")
+        if ids.max() >= vocabulary:
+            raise ModelError(f"the tokenizer of {name} gives the token {int(ids.max())} and the model has {vocabulary}: they do not belong together")
+        made.append(ids)
+        sizes.append(len(content[offsets(other, content)[not start][0] :].encode()))
+    return Passages(tuple(made), tuple(sizes), first.content, alike=False)
+
+
+def same(one: Any, other: Any, content: tuple[str, ...]) -> bool:
+    """Whether two tokenizers make the same tokens of these texts."""
+    return all(one(text, verbose=False).input_ids == other(text, verbose=False).input_ids for text in content)
+
+
+def offsets(tokenizer: Any, content: str) -> list[tuple[int, int]]:
+    """Return where in `content` each token is.
+
+    Raises:
+        ModelError: this kind of tokenizer cannot tell.
+    """
+    if not tokenizer.is_fast:
+        raise ModelError(
+            "the tokenizer cannot tell where in the text its tokens are, so nothing can be counted in bytes; save a fast one (tokenizer.json) beside the model"
+        )
+    spans: list[tuple[int, int]] = tokenizer(content, add_special_tokens=False, return_offsets_mapping=True, verbose=False).offset_mapping
+    return spans

@@ -1,0 +1,201 @@
+"""How well a language model predicts a text, and how far it has moved from the original.
+
+Perplexity is that of consecutive windows of fixed length, each predicted from its own beginning only; KL and top-1 agreement compare the
+next-token distributions at the same positions. The original's logits wait in a file, so that only one model is in memory at a time.
+"""
+# N = windows, T = tokens in a window, V = vocabulary.
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, nll_loss
+
+from effconvert.errors import ModelError, OptionError
+from effconvert.eval.quality.text import Text
+
+ROWS = 64  # positions whose distributions are in float32 at a time
+
+
+@dataclass(frozen=True)
+class Window:
+    """What was measured on one window of text."""
+
+    loss: float  # cross-entropy, nats, summed
+    tokens: int  # predicted
+    kl: float | None = None  # KL(original || this), nats, summed
+    same: int | None = None  # positions where both have the same most likely token
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well a model predicts a text."""
+
+    loss: float  # cross-entropy, nats a token
+    tokens: int  # predicted
+    context: int  # tokens in a window
+    kl: float | None = None  # KL(original || this), nats a token
+    agreement: float | None = None  # share of positions where both have the same most likely token
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the loss."""
+        return math.exp(self.loss)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A file with the logits [rows, V] of one model, for others to be compared with."""
+
+    file: Path
+    dtype: torch.dtype
+    vocabulary: int  # V
+
+    def rows(self, count: int) -> Tensor:
+        """Map the file into memory."""
+        return torch.from_file(str(self.file), shared=True, size=count * self.vocabulary, dtype=self.dtype).view(count, self.vocabulary)
+
+
+def windows(tokenizer: Any, text: Text, context: int, tokens: int, vocabulary: int) -> Tensor:
+    """Cut the first `tokens` tokens of `text` into windows [N, T], each begun as the tokenizer begins a text.
+
+    Raises:
+        OptionError: the text is too short for a window.
+        ModelError: the tokenizer gives tokens that the model does not have.
+    """
+    plain = tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids
+    start = beginning(tokenizer, text.content)
+    body = context - len(start)
+    body = min(body, tokens, len(plain))
+    count = min(tokens, len(plain)) // max(body, 1)
+    if body < 2:
+        raise OptionError(f"{text.name} has {len(plain)} tokens, and at least {context} are needed to measure at --context {context}; give a longer --text")
+    cut = torch.tensor(plain[: count * body]).view(count, body)  # [N, T]
+    if start:
+        cut = torch.cat([torch.full((count, 1), start[0]), cut], 1)
+    if cut.max() >= vocabulary:
+        raise ModelError(f"the tokenizer gives the token {int(cut.max())} and the model has {vocabulary}: they do not belong together")
+    return cut
+
+
+def beginning(tokenizer: Any, content: str) -> list[int]:
+    """Return the token that the tokenizer begins a text with, if any: Gemma is lost without its <bos>."""
+    begun: list[int] = tokenizer(content[:64], verbose=False).input_ids
+    return begun[:1] if begun[:1] == [tokenizer.bos_token_id] else []
+
+
+def measure(
+    model: Any, cut: Sequence[Tensor], record: Path | None = None, reference: Recorded | None = None, advance: Callable[[int], None] = lambda _: None
+) -> list[Window]:
+    """Measure `model` on each window of `cut`, token ids [T].
+
+    Args:
+        model: a causal language model of transformers.
+        cut: windows, which need not be equally long.
+        record: where to leave the logits, for another model to be compared with.
+        reference: logits that another model left, on the same windows.
+        advance: told how many more tokens are done.
+
+    Raises:
+        ModelError: a logit is NaN or infinite.
+    """
+    count = sum(len(window) - 1 for window in cut)
+    if record:
+        reserve(record, count * vocabulary(model) * model.dtype.itemsize)
+        reference = Recorded(record, model.dtype, vocabulary(model))
+    held = reference.rows(count) if reference else None  # [rows, V]
+    measured, start = [], 0
+    for window in cut:
+        logits, targets = logits_of(model, window)[:-1], window[1:]  # [T-1, V], [T-1]
+        kept = held[start : start + len(logits)] if held is not None else None
+        if record and kept is not None:
+            kept.copy_(logits)
+        measured.append(_window(logits, targets, None if record else kept))
+        start += len(logits)
+        advance(len(window))
+    return measured
+
+
+def _window(logits: Tensor, targets: Tensor, reference: Tensor | None) -> Window:
+    loss = kl = same = 0.0
+    for at in range(0, len(logits), ROWS):
+        rows = slice(at, at + ROWS)
+        mine = logits[rows].float().log_softmax(-1)
+        loss += nll_loss(mine, targets[rows].to(logits.device), reduction="sum").item()
+        if reference is not None:
+            theirs = reference[rows].to(logits.device).float().log_softmax(-1)
+            kl += kl_div(mine, theirs, log_target=True, reduction="sum").item()
+            same += (mine.argmax(-1) == theirs.argmax(-1)).sum().item()
+    return Window(loss, len(logits)) if reference is None else Window(loss, len(logits), max(kl, 0.0), int(same))
+
+
+def summary(measured: Sequence[Window], context: int) -> Quality:
+    """Sum windows up."""
+    tokens = sum(window.tokens for window in measured)
+    kl = [window.kl for window in measured if window.kl is not None]
+    same = [window.same for window in measured if window.same is not None]
+    return Quality(sum(window.loss for window in measured) / tokens, tokens, context, sum(kl) / tokens if kl else None, sum(same) / tokens if same else None)
+
+
+def vocabulary(model: Any) -> int:
+    """Return how many tokens `model` gives a logit."""
+    return int(model.config.get_text_config().vocab_size)
+
+
+def reserve(file: Path, size: int) -> None:
+    """Make `file` of `size` bytes on disk, not as a hole: a full disk is an OSError here and a fatal signal in mapped memory."""
+    with file.open("wb") as opened:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(opened.fileno(), 0, size)
+        else:
+            for start in range(0, size, 1 << 20):
+                opened.write(bytes(min(size - start, 1 << 20)))
+
+
+@torch.inference_mode()
+def logits_of(model: Any, window: Tensor) -> Tensor:
+    """Return what `model` makes of one sequence [T]: logits [T, V], or hidden states where it has no head.
+
+    Raises:
+        ModelError: something in it is NaN or infinite.
+    """
+    output = model(window[None].to(model.device), use_cache=False)
+    values: Tensor = (output.logits if "logits" in output else output.last_hidden_state)[0]
+    if not torch.isfinite(values).all():
+        raise ModelError("the model computes NaN or infinity")
+    return values
+
+
+@torch.inference_mode()
+def kv_bytes(model: Any, window: Tensor) -> tuple[int, int]:
+    """Measure the bytes of the cache object after one sequence [T]: of layers whose cache grows with it, and of mixers."""
+    from effconvert.modeling.transformers_internals import cache_among
+
+    cache = cache_among(model(window[None].to(model.device), use_cache=True).values())
+    fixed = sum(layer.nbytes for layer in cache.layers if hasattr(layer, "nbytes"))
+    return cache_bytes(cache) - fixed, fixed
+
+
+def cache_bytes(cache: Any) -> int:
+    """Return the bytes of a cache object of transformers, every layer of it."""
+    return sum(layer.nbytes if hasattr(layer, "nbytes") else layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def continuation(model: Any, tokenizer: Any, prompt: Tensor, length: int) -> str:
+    """Return what `model` writes after `prompt` [T], always taking the most likely token."""
+    return str(tokenizer.decode(greedy(model, tokenizer, prompt, length), skip_special_tokens=True))
+
+
+@torch.inference_mode()
+def greedy(model: Any, tokenizer: Any, prompt: Tensor, length: int) -> list[int]:
+    """Return the tokens, at most `length`, that `model` finds most likely after `prompt` [T], one after the other."""
+    ids = prompt[None].to(model.device)
+    silent = {"temperature": None, "top_p": None, "top_k": None, "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=length, **silent)
+    tokens: list[int] = out[0, ids.shape[1] :].tolist()
+    return tokens

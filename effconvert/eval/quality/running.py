@@ -1,0 +1,44 @@
+"""A model while it is measured: loaded when something has to be computed, and not before."""
+
+import gc
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from effconvert.eval.subject import Opened, load_model, pick_dtype
+from effconvert.modeling.loading import load_tokenizer
+
+
+class Running:
+    """One of the models that are compared."""
+
+    def __init__(self, opened: Opened, dtype: str, device: str) -> None:
+        self.opened, self.dtype, self.device = opened, dtype, device
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return self.opened.subject.name
+
+    @property
+    def key(self) -> dict[str, str]:
+        """What its numbers depend on."""
+        return {"model": self.opened.subject.digest, "dtype": str(pick_dtype(self.dtype, self.opened)), "device": torch.device(self.device).type}
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        return load_tokenizer(self.opened.folder)
+
+    @cached_property
+    def model(self) -> Any:
+        """The model itself, on its device."""
+        return load_model(self.opened, self.dtype, self.device)
+
+    def close(self) -> None:
+        """Free the memory: the next model may need it."""
+        if self.__dict__.pop("model", None) is not None:
+            gc.collect()
+            if self.device.startswith("cuda"):
+                torch.cuda.empty_cache()

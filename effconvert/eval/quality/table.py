@@ -1,0 +1,35 @@
+"""From each model's samples to one row a metric, every model beside the original."""
+
+import math
+from collections.abc import Sequence
+
+from effconvert.eval.quality.paired import Samples, compare, recovery
+from effconvert.eval.results import Row, Value
+
+
+def rows(by_model: Sequence[Sequence[Samples]], names: Sequence[str]) -> tuple[tuple[Row, ...], tuple[str, ...]]:
+    """Return the rows, and what is to be doubted about them."""
+    made, notes = [], []
+    known = [{(sample.task, sample.metric): sample for sample in samples} for samples in by_model]
+    for task, metric in dict.fromkeys(key for samples in sorted(known, key=len, reverse=True) for key in samples):
+        held = [samples.get((task, metric)) for samples in known]
+        original, any_of = held[0], next(sample for sample in held if sample)
+        values = []
+        for sample, name in zip(held, names, strict=True):
+            if sample is not None and not math.isfinite(sample.value):
+                notes.append(f"{task} {metric} of {name} is {sample.value}")
+                sample = None
+            values.append(_value(original if sample is not original else None, sample))
+        made.append(Row(task, metric, any_of.better, any_of.chance, len(any_of.documents), any_of.version, tuple(values)))
+        if original and original.chance is not None and original.better == "higher" and recovery(original, original) is None:
+            guess = f"{original.value:.3g}, chance is {original.chance:.3g}"
+            notes.append(f"{task} {metric}: {names[0]} is not above guessing ({guess}), so nothing can be lost or recovered")
+    return tuple(made), tuple(notes)
+
+
+def _value(original: Samples | None, sample: Samples | None) -> Value | None:
+    if sample is None:
+        return None
+    if original is None or not math.isfinite(original.value) or original.documents != sample.documents:
+        return Value(sample.value, sample.error)
+    return compare(original, sample)

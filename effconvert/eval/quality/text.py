@@ -1,0 +1,130 @@
+"""Text to measure on: a file, or the docstrings of the Python that is running.
+
+The default text ships with nobody: it is gathered from the standard library's own source, so it exists wherever
+effconvert runs. It differs a little from one Python version to the next, which is why `Text.name` states the version.
+"""
+
+import ast
+import importlib.util
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from effconvert.errors import OptionError
+from effconvert.paths import expand
+from effconvert.quiet import quiet_datasets
+
+# Held out: the embedded model was not trained on these, and nothing may be calibrated on them.
+EVALUATION_MODULES = (
+    "statistics",
+    "difflib",
+    "argparse",
+    "heapq",
+    "random",
+    "typing",
+    "fractions",
+    "textwrap",
+    "subprocess",
+    "optparse",
+)
+
+FILES = (".txt", ".md", ".json", ".jsonl", ".gz", ".csv", ".parquet")  # what no dataset's name ends in
+MOST = 20_000_000  # characters of a dataset that are read
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text and what to call it in a table."""
+
+    name: str
+    content: str
+
+
+def default_text() -> Text:
+    """Return the docstrings of `EVALUATION_MODULES`, in that order."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    content = "\n\n".join(doc for module in EVALUATION_MODULES for doc in docstrings(module))
+    return Text(f"docstrings of {len(EVALUATION_MODULES)} standard-library modules, Python {version}", content)
+
+
+def calibration_text() -> Text:
+    """Return the docstrings of all other modules of the standard library that carry their source, in alphabetical order."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    modules = sorted(sys.stdlib_module_names - {*EVALUATION_MODULES} - {"this", "antigravity"})
+    docs = [doc for module in modules if _has_source(module) for doc in docstrings(module)]
+    if not docs:
+        raise OptionError("this Python carries no source of its standard library, so there is no default text to calibrate on; give --calibrate FILE")
+    return Text(f"docstrings of the standard library, without the {len(EVALUATION_MODULES)} modules that are measured on, Python {version}", "\n\n".join(docs))
+
+
+def read_calibration(given: str) -> Text:
+    """Return what `--calibrate` names: a text file, a JSON-lines file with a `text` in each line, or the training texts of a dataset on the Hub.
+
+    Raises:
+        OptionError: it is none of these, or holds no text.
+    """
+    path = expand(given)
+    if path.is_file() and not path.name.endswith((".jsonl", ".jsonl.gz")):
+        return read_text(path, "--calibrate")
+    import datasets
+
+    name, _, config = given.partition(":")
+    hub = not path.exists() and name.count("/") == 1 and path.suffix not in FILES
+    if not path.is_file() and not hub:
+        raise OptionError(f"--calibrate {given} is neither a file nor the name of a dataset on the Hub (owner/name, owner/name:config); give one")
+    try:
+        with quiet_datasets():
+            rows = (
+                datasets.load_dataset(name, config or None, split="train", streaming=True)
+                if hub
+                else datasets.load_dataset("json", data_files=str(path), split="train", streaming=True)
+            )
+            texts, size = [], 0
+            for row in rows:
+                if not isinstance(row["text"], str):
+                    raise KeyError("text")
+                texts.append(row["text"])
+                size += len(texts[-1])
+                if size > MOST:
+                    break
+    except KeyError:
+        raise OptionError(f"--calibrate {given} has no column `text` with a text in each row; give a dataset that has one, or a text file") from None
+    except Exception as error:  # whatever a library makes of a damaged file, a missing dataset or no network
+        raise OptionError(f"--calibrate {given} cannot be read ({type(error).__name__}: {error}); give a text file") from None
+    return Text(path.name if not hub else given, "\n\n".join(texts))
+
+
+def read_text(path: Path, option: str = "--text") -> Text:
+    """Return the UTF-8 file `path`, given by `option`, as a text.
+
+    Raises:
+        OptionError: there is no such file, or it is not UTF-8 text, or it is empty.
+    """
+    try:
+        content = expand(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{option} {path} is not UTF-8 text ({error.reason} at byte {error.start}); give a plain text file") from None
+    except OSError as error:
+        raise OptionError(f"{option} {path} cannot be read ({error.strerror}); give a plain text file") from None
+    if not content.strip():
+        raise OptionError(f"{option} {path} is empty; give a plain text file")
+    return Text(path.name, content)
+
+
+def _has_source(module: str) -> bool:
+    spec = importlib.util.find_spec(module) if module != "__main__" else None
+    return spec is not None and spec.origin is not None and spec.origin.endswith(".py")
+
+
+def docstrings(module: str) -> Iterator[str]:
+    """Yield the docstrings in the source of `module`, outermost first, without importing it."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        raise OptionError(f"this Python carries no source for its module {module!r}, so there is no default text; give --text FILE")
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            doc = ast.get_docstring(node)
+            if doc:
+                yield doc

@@ -1,0 +1,100 @@
+"""Memory of a device: what is free, what a pass would need, what it held at most, and how it looks when there is none left."""
+
+import ctypes
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from effconvert.errors import EffconvertError
+from effconvert.eval.subject import Opened
+from effconvert.modeling.caches import kv_bytes
+
+SELF = Path("/proc/self")  # what Linux says of this process
+FRAGMENTS = 3  # times what a layer makes, as malloc keeps what was freed; measured on SmolLM2: 1.2 to 2.2
+
+
+def free(device: str) -> int:
+    """Return the bytes that are free on `device`."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(device)[0])
+    return psutil.virtual_memory().available
+
+
+def release(device: str) -> None:
+    """Give back what nobody holds any more."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+
+
+def needed(opened: Opened, model: Any, batch: int, context: int, new_tokens: int) -> int:
+    """Estimate the bytes that a pass of `model` takes beside its weights: cache, activations of a layer, logits.
+
+    Rather too much: what one layer makes is added up as if none of it were freed, with norms and softmax in float32.
+    """
+    from effconvert.modeling.transformers_internals import implementation
+
+    config, subject, itemsize = opened.checkpoint.config, opened.subject, int(model.dtype.itemsize)
+    rows = batch * context
+    cache = batch * kv_bytes(config, itemsize, context + new_tokens)
+    layer = rows * itemsize * (4 * subject.hidden + (3 * subject.heads + 2 * subject.kv_heads) * subject.head_dim + 4 * subject.ffn) + rows * 8 * subject.hidden
+    logits = (batch if opened.decoder else rows) * subject.vocabulary * itemsize
+    scores = rows * context * subject.heads * (4 + 2 * itemsize) if implementation(model.config) == "eager" else 0
+    return cache + 2 * cache // subject.layers + FRAGMENTS * layer + scores + logits
+
+
+def check(opened: Opened, model: Any, batch: int, context: int, new_tokens: int) -> None:
+    """Refuse a pass that needs more of the computer's memory than is free: the kernel would end the process, where a GPU raises an error.
+
+    Raises:
+        EffconvertError: there is not enough.
+    """
+    need, left = needed(opened, model, batch, context, new_tokens), free("cpu")
+    if need > left:
+        raise EffconvertError(f"needs about {need / 1e9:.1f} GB of memory and {left / 1e9:.1f} GB are free; give a smaller --batch or --context")
+
+
+def peak(device: str, run: Callable[[], object]) -> int | None:
+    """Run something, and return the bytes that it held at most beyond what was held before; None where nobody counts them.
+
+    On CUDA those are the bytes of torch's tensors. On a CPU they are the pages of this process, which Linux counts: memory that was freed and not
+    given back is given back first, as far as the C library can do it.
+    """
+    if device.startswith("cuda"):
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    counted = device == "cpu" and _reset_peak()
+    before = _status("VmRSS") if counted else 0
+    run()
+    return max(0, _status("VmHWM") - before) if counted else None
+
+
+def _reset_peak() -> bool:
+    """Have Linux forget how much memory this process once held; return whether it did."""
+    try:
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)  # of glibc
+        (SELF / "clear_refs").write_text("5")
+    except (OSError, TypeError):  # another system, or a container without it
+        return False
+    return True
+
+
+def _status(key: str) -> int:
+    line = next(line for line in (SELF / "status").read_text().splitlines() if line.startswith(f"{key}:"))
+    return int(line.split()[1]) * 1024
+
+
+def explain(error: Exception) -> str:
+    """Say in a sentence why a pass failed."""
+    if isinstance(error, EffconvertError):
+        return str(error)
+    text = str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in text or "can't allocate memory" in text:
+        return "out of memory; give a smaller --batch or --context"
+    return f"transformers or torch refused ({type(error).__name__}: {text.strip().splitlines()[0][:200] if text.strip() else 'no reason given'})"

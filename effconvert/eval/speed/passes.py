@@ -1,0 +1,159 @@
+"""One pass of one model: read prompts, then write tokens, with a clock beside it. And what a pass would take if it only moved memory."""
+# B = batch, T = context.
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import nn
+
+from effconvert.errors import OptionError
+from effconvert.eval.quality.perplexity import cache_bytes
+from effconvert.eval.speed import memory
+from effconvert.eval.speed.bench_options import BenchOptions
+from effconvert.eval.speed.graphs import capture
+from effconvert.eval.subject import Opened
+
+SEED = 0  # of the prompts: speed does not depend on what they say
+BUFFER = 512 * 2**20  # bytes that the memory's bandwidth is measured on: far more than caches hold
+SWEEPS = 7  # over it
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory."""
+
+    index: int  # among the models
+    opened: Opened
+    model: Any
+
+    @property
+    def held(self) -> int:
+        """Bytes of its parameters and buffers."""
+        return sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
+
+    def read(self, batch: int) -> int:
+        """Bytes of weights that a step of decoding reads for so many sequences: all but tables of which it looks up a few rows, unless one is also the head.
+
+        What modules share counts once: it may still be in a cache when the next of them needs it. Of experts those count that the tokens are sent to.
+        """
+        chosen = getattr(self.model.config.get_text_config(), "num_experts_per_tok", None)
+        found: dict[int, int] = {}  # where a tensor lies -> bytes read of it
+        for module in self.model.modules():
+            share = _share_of_experts(module, chosen, batch)
+            for parameter in () if isinstance(module, nn.Embedding) else module.parameters(recurse=False):
+                found[parameter.data_ptr()] = round(share * parameter.nbytes)
+        return sum(found.values())
+
+
+def _share_of_experts(module: nn.Module, chosen: int | None, batch: int) -> float:
+    """Return how much of a module `batch` tokens need that are each sent to `chosen` of its experts; of what holds none, all.
+
+    Nobody knows which before the model runs: as many count as are reached if all are as likely.
+    """
+    count = getattr(module, "num_experts", None)  # as transformers' classes say that hold them stacked, [E, out, in]; a router says so too, and is a matrix
+    stacked = count and any(parameter.ndim == 3 and len(parameter) == count for parameter in module.parameters(recurse=False))
+    return 1 - (1 - chosen / count) ** batch if chosen and count and stacked else 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a model has to do in a cell."""
+
+    batch: int
+    context: int
+    vocabulary: int  # tokens that all models know
+    options: BenchOptions
+    device: str
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """What one pass took."""
+
+    prefill: float
+    first: float | None = None
+    decode: float | None = None  # one step
+
+
+class Runner:
+    """A model and prompts, to be run again and again: each time from an empty cache."""
+
+    @torch.inference_mode()
+    def __init__(self, loaded: Loaded, job: Job) -> None:
+        from transformers import StaticCache
+
+        from effconvert.modeling.transformers_internals import cache_name
+
+        self.model, self.job, self.wait, self.writes = loaded.model, job, _waiter(job.device), writes(loaded.opened)
+        prompts = torch.randint(job.vocabulary, (job.batch, job.context), generator=torch.Generator().manual_seed(SEED))
+        self.prompts = prompts.to(job.device)  # [B, T]; there is no padding, so no mask
+        self.last = {"logits_to_keep": 1} if "logits_to_keep" in signature(self.model.forward).parameters else {}  # as serving does: not [B, T, V]
+        static = self.writes and job.options.cache == "static"
+        if static and loaded.opened.checkpoint.config.replaced:
+            raise OptionError(f"--cache static has no room for what the mixers of {loaded.opened.subject.name} remember; leave it out")
+        if static and loaded.opened.checkpoint.config.family.shares_kv_in_our_class:
+            raise OptionError(f"--cache static would hold the KV heads that {loaded.opened.subject.name} shares as often as they are used; leave it out")
+        self.cache_name = cache_name(self.model) if self.writes else ""
+        self.room = StaticCache(config=self.model.config, max_cache_len=job.context + job.options.new_tokens) if static else None
+        self.replay = capture(self.model, self.prompts[:, :1].clone(), self.room) if job.options.graphs and static else None
+        self.cache_bytes: int | None = None
+
+    @torch.inference_mode()
+    def run(self) -> Seconds:
+        """Read the prompts, then write tokens one by one."""
+        from effconvert.modeling.transformers_internals import cache_among
+
+        if self.room is not None:
+            self.room.reset()
+        options = {self.cache_name: self.room, "use_cache": True, **self.last} if self.writes else {}
+        self.wait()
+        start = time.perf_counter()
+        output = self.model(self.prompts, **options)
+        self.wait()
+        prefill = time.perf_counter() - start
+        if not self.writes:
+            return Seconds(prefill)
+        tokens = output.logits[:, -1:].argmax(-1)  # [B, 1]
+        self.wait()
+        first = time.perf_counter() - start
+        cache = cache_among(output.values())
+        del output
+        self.cache_bytes = cache_bytes(cache)
+        start = time.perf_counter()
+        for _ in range(self.job.options.new_tokens):
+            tokens = self.replay(tokens) if self.replay else self.model(tokens, **{self.cache_name: cache}, use_cache=True).logits[:, -1:].argmax(-1)
+        self.wait()
+        return Seconds(prefill, first, (time.perf_counter() - start) / self.job.options.new_tokens)
+
+
+def writes(opened: Opened) -> bool:
+    """Whether a model can be asked for the next token."""
+    return opened.decoder and opened.head
+
+
+def bandwidth(device: str) -> float:
+    """Measure how many bytes a second `device` reads from its memory, with as many threads as models have.
+
+    A sum reads everything and writes nothing, as decoding nearly does. (A matrix times a vector would be closer to it, but on CPUs MKL reaches
+    half of what a sum does, and then a model faster than its prediction would be no news.) The best sweep counts: the rest was disturbed.
+    """
+    size = min(BUFFER, memory.free(device) // 4)
+    buffer, wait, seconds = torch.ones(size // 4, device=device), _waiter(device), []
+    buffer.sum()
+    for _ in range(SWEEPS):
+        wait()
+        start = time.perf_counter()
+        buffer.sum()
+        wait()
+        seconds.append(time.perf_counter() - start)
+    return buffer.nbytes / min(seconds)
+
+
+def _waiter(device: str) -> Callable[[], None]:
+    """Return what waits until `device` has done all that it was given."""
+    return (lambda: None) if device == "cpu" else partial(torch.accelerator.synchronize, device)

@@ -1,0 +1,120 @@
+"""What a model computes on a text while it is converted, layer by layer: each is fed by the *converted* layers below it, which is what it will see."""
+# B = windows run at a time, T = tokens in a window, M = hidden width.
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from effconvert.checkpoint.checkpoint import Checkpoint
+from effconvert.checkpoint.config import Config
+from effconvert.checkpoint.layer import Layer
+from effconvert.checkpoint.outer import Outer
+from effconvert.checkpoint.parts import Deferred
+from effconvert.checkpoint.shards import FLOATS, finite
+from effconvert.errors import ModelError
+from effconvert.heal._layerwise import Look, Stage, embedding_rows, stored_tensors
+
+
+class Activations:
+    """Where a conversion stands: what arrives at the layer that is at work, and what it and the original make of that.
+
+    Attributes:
+        states: what arrives there, [B, T, M] for each batch.
+    """
+
+    def __init__(self, source: Checkpoint, teacher: Checkpoint, outer: Sequence[Outer], batches: Sequence[Tensor]) -> None:
+        """Begin before the first layer.
+
+        Args:
+            source: the model that is converted.
+            teacher: what healing goes towards.
+            outer: what is outside the layers before the first step, and after each.
+            batches: token ids, [B, T] each.
+        """
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        self.device = found or torch.device("cpu")
+        self.source, self.teacher, self.ids = source, teacher, [batch.to(self.device) for batch in batches]
+        self.outer = outer
+        self._original = outer[0] if teacher is source else teacher.model("cpu").outer
+        self.stages: dict[int, Stage] = {}
+        self.notes: dict[int, dict[str, float]] = {}
+        self.states = self._stage(outer[-1]).begin()
+        _check_finite(self.states, "the embedding")
+
+    @property
+    def scores(self) -> int:
+        """How many numbers the weights of one head's attention are, over all texts."""
+        return sum(len(batch) * batch.shape[1] ** 2 for batch in self.ids)
+
+    def look(self, layer: Layer, parts: Sequence[str] = (), until: str = "") -> Iterator[Look]:
+        """Run a layer as it stands, and yield what each batch was in it: see `Stage.run`."""
+        return self._run(self._outer_of(layer.config), layer, layer.index, self.states, parts, until)
+
+    def original(self, layers: Sequence[int], parts: Sequence[str] = (), until: str = "") -> Iterator[Look]:
+        """Run layers of the original, one after the other, on what arrives here; yield of each batch what the last of them was."""
+        states = self.states
+        for index in layers[:-1]:
+            states = [look.out for look in self._run(self._original, self.teacher.layer(index, "cpu"), index, states)]
+        return self._run(self._original, self.teacher.layer(layers[-1], "cpu"), layers[-1], states, parts, until)
+
+    def stored(self, layer: Layer) -> dict[str, Tensor]:
+        """Return a layer as it will lie on disk: name in the layer -> numbers."""
+        return {name: numbers.to(self.device) for name, (_, numbers, _) in stored_tensors(layer).items()}
+
+    def attended(self, layer: Layer, learnt: Mapping[str, Tensor], fixed: Mapping[str, Tensor], batch: int) -> Tensor:
+        """Return what the attention of a layer, `fixed` on disk, gives on one batch, [B, T, M], if some parts were others; with gradients for these."""
+        tried = layer.on_top(layer.index, layer.config)
+        for part, tensor in learnt.items():
+            tried[part] = tensor
+        changed = {name: tensor.to(FLOATS[origin.dtype]).to(fixed[name]) for name, origin, tensor in tried.tensors() if isinstance(tensor, Tensor)}
+        stage = self._stage(self._outer_of(layer.config))
+        return stage.attended(layer.index, {**fixed, **changed}, self.states[batch], "o")
+
+    def note(self, index: int, said: dict[str, float]) -> None:
+        """Keep what is to be told of the layer at work."""
+        self.notes[index] = said
+
+    def advance(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Go on to the next layer, by what layer `index`, which has become `tensors`, makes of what arrived.
+
+        Raises:
+            ModelError: that is NaN or infinite.
+        """
+        stage = self._stage(self.outer[-1])
+        tensors = {name: numbers.to(self.device) for name, numbers in tensors.items()}
+        self.states = [look.out for look in stage.run(index, tensors, self.states)]
+        _check_finite(self.states, f"layer {index}")
+
+    def _run(self, outer: Outer, layer: Layer, index: int, states: Sequence[Tensor], parts: Sequence[str] = (), until: str = "") -> Iterator[Look]:
+        tensors = self.stored(layer)
+        for look in self._stage(outer).run(index, tensors, states, parts, until):
+            _check_finite([look.out, *look.outputs.values()], f"layer {index}")
+            yield look
+
+    def _outer_of(self, config: Config) -> Outer:
+        """Return what is outside the layers at the step whose layers have this config."""
+        return next(outer for outer in self.outer if outer.config == config)
+
+    def _stage(self, outer: Outer) -> Stage:
+        outer = self._outer_of(outer.config) if outer is not self._original else outer
+        if id(outer) not in self.stages:
+            self.stages[id(outer)] = Stage(outer.config, self._inside(outer), self.ids, self.device)
+        return self.stages[id(outer)]
+
+    def _inside(self, outer: Outer) -> dict[str, Tensor]:
+        """Return what lies outside the layers and inside the bare model, in its names there."""
+        used = torch.cat([batch.flatten() for batch in self.ids]).cpu()
+        inside: dict[str, Tensor] = {}
+        for part, name, origin, value in outer.bare():
+            if value is None:
+                value = embedding_rows(origin, used) if part == "embed" else origin.read("cpu")
+            numbers = value.compute() if isinstance(value, Deferred) else value
+            inside[name] = numbers.to(self.device)
+        return inside
+
+
+def _check_finite(tensors: Sequence[Tensor], where: str) -> None:
+    """Refuse what no statistics can be made of, before linear algebra fails on it."""
+    if not all(map(finite, tensors)):
+        raise ModelError(f"{where} computes NaN or infinity on the calibration text; give another --calibrate, or ask the model's author")

@@ -1,0 +1,312 @@
+"""Run a model's layers one after the other, with the weights of one in memory: what calibration looks at, and what refits solve for.
+
+The family's own class of transformers runs, built without weights; a layer gets them just before its turn. Masks, positions and whatever else a
+family hands its layers are its own, and no family needs code here. So a model of any size is looked at on a small machine (decision 10).
+"""
+# N = windows, B = windows run at a time, T = tokens, M = hidden width, H = query heads, Hk = KV heads, D = head width.
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import cycle
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from effconvert.checkpoint.config import Config
+from effconvert.checkpoint.layer import Layer
+from effconvert.checkpoint.parts import Deferred
+from effconvert.checkpoint.shards import FLOATS, Stored
+from effconvert.modeling.attention import attend
+from effconvert.modeling.loading import class_of
+from effconvert.modeling.transformers_internals import names_at_run_time
+from effconvert.quiet import quiet_transformers
+
+BATCH, TOGETHER = 2, 1024  # windows that are run at a time at most, and tokens where more than one is
+PROBE = "effconvert_probe"  # the name of our attention function in transformers' registry
+Tensors = Mapping[str, Tensor]  # name in a layer -> tensor, as the family stores it
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a model is calibrated on."""
+
+    name: str  # of the text
+    ids: Tensor  # token ids, [N, T]
+    pieces: tuple[int, ...] = (1,)  # into how many texts each window is cut, a batch after the other in turn
+    ends: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # tokens that begin and end a text, in place of its own
+
+    @property
+    def batches(self) -> list[Tensor]:
+        """The texts that are run at a time, [B, T]; all batches have about as many tokens, the first one the longest texts."""
+        made = []
+        for batch, pieces in zip(self.ids.split(at_a_time(self.ids.shape[1])), cycle(self.pieces), strict=False):
+            length = batch.shape[1] // pieces
+            texts = batch[:, : length * pieces].reshape(-1, length).clone()
+            for place, token in enumerate(self.ends[0]):
+                texts[:, place] = token
+            for place, token in enumerate(reversed(self.ends[1])):
+                texts[:, -1 - place] = token
+            made.append(texts)
+        return made
+
+    @property
+    def sha256(self) -> str:
+        """Identify the texts."""
+        return hashlib.sha256(b"".join(f"{[*batch.shape]}".encode() + batch.numpy().tobytes() for batch in self.batches)).hexdigest()
+
+    def remark(self, config: Config) -> str:
+        """Say where there are fewer tokens than numbers to find for each output of a projection."""
+        tokens, inputs = self.ids.numel(), max(config.hidden, config.heads * config.head_dim)
+        return f"{tokens} tokens for {inputs} inputs: the statistics are singular, and regularised; give more --calibration-tokens" if tokens < inputs else ""
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        window = self.ids.shape[1]
+        return {"text": self.name, "tokens": self.ids.numel(), "windows": [window // pieces for pieces in self.pieces], "sha256": self.sha256}
+
+
+def at_a_time(window: int) -> int:
+    """Return how many windows of so many tokens are run at a time."""
+    return max(1, min(BATCH, TOGETHER // window))
+
+
+@dataclass
+class Look:
+    """What one batch of windows was inside a layer."""
+
+    state: Tensor  # what arrived, [B, T, M]
+    out: Tensor = field(default_factory=lambda: torch.empty(0))  # what the layer made of it, [B, T, M]
+    inputs: dict[str, Tensor] = field(default_factory=dict)  # part -> what its module read, [B, T, ...]
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # part -> what its module made of it
+    query: Tensor | None = None  # after RoPE and norms, [B, H, T, D]
+    key: Tensor | None = None  # likewise, [B, Hk, T, D]
+    scaling: float | None = None  # of their scores
+    weights: Tensor | None = None  # of attention, [B, H, T, T]
+
+
+class _EnoughError(Exception):
+    """Every layer was reached; what comes after them is not run."""
+
+
+class Stage:
+    """A model of one shape without weights, and what it hands to its layers beside the hidden states."""
+
+    def __init__(self, config: Config, outer: Tensors, ids: Sequence[Tensor], device: torch.device) -> None:
+        self.config = config
+        self.model = skeleton(config, device)
+        self.layers: list[nn.Module] = list(self.model.get_submodule(config.family.layers))
+        self.ids = ids
+        self._fill_outer(outer)
+        self.calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}  # tokens in a text -> what each layer is called with
+
+    def _fill_outer(self, outer: Tensors) -> None:
+        """Give what is outside the layers its weights; what no layer reads, such as a pooler, may be missing."""
+        outside = {name: parameter for name, parameter in self.model.named_parameters() if not name.startswith(f"{self.config.family.layers}.")}
+        fill(self.model, self._named(outer, outside, partial=True))
+
+    def _inside(self, index: int, tensors: Tensors) -> dict[str, Tensor]:
+        """Return the tensors of a layer as its module calls them: name in the layer -> tensor."""
+        at = f"{self.config.family.layers}.{index}."
+        expected = {at + name: parameter for name, parameter in self.layers[index].named_parameters()}
+        named = self._named({at + name: tensor for name, tensor in tensors.items()}, expected)
+        return {name.removeprefix(at): tensor for name, tensor in named.items()}
+
+    def _named(self, tensors: Tensors, expected: Tensors, partial: bool = False) -> dict[str, Tensor]:
+        return names_at_run_time(tensors, self.config.family.base, self.config.kind, expected, partial)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the bare model is called with beside token ids."""
+        return {"use_cache": False} if self.config.family.decoder else {}
+
+    def begin(self) -> list[Tensor]:
+        """Return what arrives at the first layer, [B, T, M] for each batch."""
+        arrived: list[Tensor] = []
+
+        def note(state: Tensor, *_: Any, **__: Any) -> None:
+            arrived.append(state)
+            raise _EnoughError
+
+        with _instead(self.layers[:1], [note]):
+            for batch in self.ids:
+                self._until_enough(batch)
+        return arrived
+
+    def learn(self, tokens: int) -> None:
+        """Note what every layer is called with for texts of so many tokens: no layer is run, and none needs weights."""
+        batch = next(batch for batch in self.ids if batch.shape[1] == tokens)
+        self.calls[tokens] = self._passed_through(batch, lambda state: state) or self._passed_through(batch, lambda state: (state,))
+
+    def _passed_through(self, batch: Tensor, answer: Callable[[Tensor], Any]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Return what layers are called with if they give back what they get as `answer`; nothing where the family's layers answer in another form."""
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        shapes: set[torch.Size] = set()
+
+        def note(state: Tensor, *args: Any, **kwargs: Any) -> Any:
+            calls.append((args, kwargs))
+            shapes.add(state.shape)
+            if len(calls) == len(self.layers) or len(shapes) > 1:
+                raise _EnoughError
+            return answer(state)
+
+        with _instead(self.layers, [note] * len(self.layers)):
+            self._until_enough(batch)
+        return calls if len(shapes) == 1 else []
+
+    def run(self, index: int, tensors: Tensors, states: Sequence[Tensor], parts: Sequence[str] = (), until: str = "") -> Iterator[Look]:
+        """Run layer `index` with the weights `tensors` on each batch, and yield what was seen of the modules that hold `parts`, and of attention.
+
+        With `until` it is run up to the module of that part, and no further.
+        """
+        module, tensors = self.layers[index], self._inside(index, tensors)
+        try:
+            for state in states:
+                if state.shape[1] not in self.calls:
+                    self.learn(state.shape[1])
+                args, kwargs = self.calls[state.shape[1]][index]
+                look = Look(state)
+                fill(module, tensors)  # each time: meanwhile somebody may have run the same layer with other weights
+                with _watching(module, {part: self.config.parts[part] for part in parts}, look, until):
+                    out = module(state, *_fitting(args, state), **_fitting(kwargs, state))
+                    look.out = out[0] if isinstance(out, tuple) else out
+                yield look
+        finally:
+            empty(module)
+
+    def attended(self, index: int, tensors: Tensors, state: Tensor, until: str) -> Tensor:
+        """Run layer `index` on one batch up to the module of part `until`, and return what that made, with gradients for `tensors`."""
+        if state.shape[1] not in self.calls:
+            self.learn(state.shape[1])
+        module, (args, kwargs) = self.layers[index], self.calls[state.shape[1]][index]
+        look = Look(state)
+        with _watching(module, {until: self.config.parts[until]}, look, until):
+            functional_call(module, self._inside(index, tensors), (state, *_fitting(args, state)), _fitting(kwargs, state))
+        return look.outputs[until]
+
+    def _until_enough(self, batch: Tensor) -> None:
+        try:
+            self.model(input_ids=batch, **self.arguments)
+        except _EnoughError:
+            return
+
+
+def _fitting(given: Any, state: Tensor) -> Any:
+    """Cut what the first batch of such texts was called with to a last one that has fewer."""
+    if isinstance(given, Tensor):
+        return given[: len(state)] if given.ndim > 1 and len(given) > len(state) else given
+    if isinstance(given, dict):
+        return {key: _fitting(value, state) for key, value in given.items()}
+    return type(given)(_fitting(value, state) for value in given) if isinstance(given, tuple) else given
+
+
+def skeleton(config: Config, device: torch.device) -> Any:
+    """Build the bare model of `config` without weights: its buffers alone hold numbers."""
+    from accelerate import init_empty_weights
+
+    from effconvert.modeling.transformers_internals import attend_by
+
+    _register()
+    with quiet_transformers(), init_empty_weights(include_buffers=False), torch.device(device):
+        made = class_of(replace(config, raw={**config.raw, "architectures": [config.family.base]}))
+        model = made(made.config_class.from_dict(config.content)).eval()
+    attend_by(model.config, PROBE)
+    return model
+
+
+def fill(module: nn.Module, tensors: Tensors) -> None:
+    """Give a module its weights."""
+    module.load_state_dict(dict(tensors), strict=False, assign=True)
+
+
+def empty(module: nn.Module) -> None:
+    """Take them away again; buffers stay."""
+    for inner in module.modules():
+        for name, parameter in inner._parameters.items():
+            if parameter is not None:
+                inner._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+
+
+def stored_tensors(layer: Layer) -> dict[str, tuple[Stored, Tensor, bool]]:
+    """Return a layer as it will lie on disk: name in the layer -> where it comes from, the numbers rounded to what is stored there, whether they are new."""
+    made: dict[str, tuple[Stored, Tensor, bool]] = {}
+    for name, origin, tensor in layer.tensors():
+        if name in layer.config.family.buffers:
+            continue
+        numbers = tensor.compute() if isinstance(tensor, Deferred) else tensor
+        rounded = origin.read("cpu") if numbers is None else numbers.to(FLOATS[origin.dtype]).float()
+        made[name] = (origin, rounded, numbers is not None)
+    return made
+
+
+def embedding_rows(stored: Stored, ids: Tensor) -> Tensor:
+    """Return an embedding table [V, M] that has only the rows of `ids`: of the others no memory is touched."""
+    table, used = torch.from_numpy(numpy.zeros(stored.shape, numpy.float32)), ids.unique()  # torch.zeros would write every page
+    table[used] = stored.mapped()[used].float()
+    return table
+
+
+@contextmanager
+def _instead(modules: Sequence[nn.Module], functions: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Have functions called in place of modules."""
+    for module, function in zip(modules, functions, strict=True):
+        module.__dict__["forward"] = function
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.__dict__["forward"]
+
+
+@contextmanager
+def _watching(module: nn.Module, parts: Mapping[str, str], look: Look, until: str) -> Iterator[None]:
+    """Note in `look` what goes in and out of submodules (part -> name), and what attention does; go on after the submodule of part `until`."""
+
+    def note(part: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            look.inputs[part], look.outputs[part] = args[0], out
+            if part == until:
+                raise _EnoughError
+
+        return hook
+
+    handles = [module.get_submodule(name).register_forward_hook(note(part)) for part, name in parts.items()]
+    _LOOKS.append(look)
+    try:
+        yield
+    except _EnoughError:
+        return
+    finally:
+        _LOOKS.pop()
+        for handle in handles:
+            handle.remove()
+
+
+_LOOKS: list[Look] = []
+
+
+def _probe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+    """Attend as the family's own eager implementation does, and note the queries, the keys, their scaling and the weights."""
+    if "mixing" in kwargs:
+        out, weights = attend(module, query, key, value, attention_mask, **kwargs)
+    else:
+        from effconvert.modeling.transformers_internals import eager
+
+        out, weights = eager(module)(module, query, key, value, attention_mask, **kwargs)
+    if _LOOKS:
+        look, scaling = _LOOKS[-1], kwargs.get("scaling")
+        look.query, look.key, look.weights = query, key[:, :: getattr(module, "repeats", 1)], weights
+        look.scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return out, weights
+
+
+def _register() -> None:
+    from effconvert.modeling.transformers_internals import AttentionInterface, AttentionMaskInterface, eager_mask
+
+    AttentionInterface.register(PROBE, _probe)
+    AttentionMaskInterface.register(PROBE, eager_mask)

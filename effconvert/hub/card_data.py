@@ -1,0 +1,159 @@
+"""What a model card says to the Hub: base model, licence, tags, task, evaluation results; and how the model came about."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from pydantic import TypeAdapter, ValidationError
+
+from effconvert import steps
+from effconvert.checkpoint.sources import HUB_ID
+from effconvert.errors import ModelError
+from effconvert.eval.results import Benchmark, Evaluation
+from effconvert.eval.verification import Verification
+
+# What is true of a converted model if it was true of its source. Evaluation results are not: the model is another.
+CARRIED = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag", "datasets")
+# Tags of files that a conversion leaves behind.
+FORMATS = {"coreml", "exl2", "gguf", "jax", "mlx", "onnx", "openvino", "pytorch", "tf", "tflite", "transformers.js"}
+# How a class of transformers ends -> the class that opens it whatever its family, and what the Hub calls its task.
+TASKS = {
+    "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
+    "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),
+    "ForMaskedLM": ("AutoModelForMaskedLM", "fill-mask"),
+    "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
+    "ForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
+    "ForQuestionAnswering": ("AutoModelForQuestionAnswering", "question-answering"),
+    "Model": ("AutoModel", "feature-extraction"),
+}
+
+
+@dataclass(frozen=True)
+class History:
+    """How a model came about, from the first model that effconvert was given to this one."""
+
+    source: str  # Hub id or folder name of that first model
+    hub: bool  # whether it is on the Hub
+    revision: str | None  # its commit, where it is known
+    recipe: tuple[Mapping[str, Mapping[str, Any]], ...]  # every step since
+    last: int  # how many of them are of the last conversion: what was verified is the difference that these made
+
+    @property
+    def techniques(self) -> list[str]:
+        """The name of each step, once."""
+        return list(dict.fromkeys(name for step in self.recipe for name in step))
+
+    @property
+    def healed(self) -> bool:
+        """Whether anything but surgery was done."""
+        return not set(self.techniques) <= set(steps.techniques())
+
+
+def history(manifest: Mapping[str, Any]) -> History:
+    """Follow a manifest back to the first model.
+
+    Raises:
+        ModelError: the manifest is damaged.
+    """
+    steps: list[Mapping[str, Mapping[str, Any]]] = []
+    try:
+        last = len(manifest["recipe"])
+        while True:
+            steps = [*manifest["recipe"], *steps]
+            source = manifest["source"]
+            if not source.get("made_by"):
+                break
+            manifest = source["made_by"]
+        model, commit = str(source["model"]), source.get("commit")
+        for step in steps:
+            if not all(isinstance(options, dict) for options in step.values()):
+                raise TypeError(step)
+    except (AttributeError, KeyError, TypeError):
+        raise ModelError("effconvert.json is damaged: it does not say what was converted, and how; convert again") from None
+    # A snapshot in huggingface_hub's cache that was given as a folder is called like its commit.
+    hub = bool(commit and commit != model and HUB_ID.match(model))
+    return History(model, hub, commit or source.get("revision"), tuple(steps), last)
+
+
+def verification(manifest: Mapping[str, Any]) -> Verification | None:
+    """Return what the conversion measured, None where nothing was verified.
+
+    Raises:
+        ModelError: the manifest is damaged, or another version wrote it.
+    """
+    if manifest.get("report") is None:
+        return None
+    try:
+        return TypeAdapter(Verification).validate_python(manifest["report"])
+    except ValidationError:
+        raise ModelError("effconvert.json is damaged, or another version of effconvert wrote it: its report cannot be read; convert again") from None
+
+
+def front_matter(readme: str) -> dict[str, Any]:
+    """Return the metadata of a README.md, empty where there is none that can be read."""
+    found = REGEX_YAML_BLOCK.search(readme.removeprefix("\ufeff"))
+    try:
+        held = yaml.load(found[2], yaml.BaseLoader) if found else {}  # every value as text, so that Norwegian (no) is not False
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    return held if isinstance(held, dict) else {}
+
+
+def metadata(
+    past: History, report: Verification | None, config: Mapping[str, Any], before: Mapping[str, Any], results: Sequence[Evaluation | Benchmark], name: str
+) -> ModelCardData:
+    """Return what the Hub is told of the model: where it comes from, its licence, what it is for, what it scored."""
+    kept: dict[str, Any] = {key: words for key in CARRIED if (words := _words(before.get(key)))}
+    task = auto_class(config)[1]
+    tags = _words(before.get("tags")) or []
+    scores = [*_verified(report, task), *(score for held in results if isinstance(held, Evaluation) for score in _scores(held, task))]
+    return ModelCardData(
+        base_model=past.source if past.hub else _words(before.get("base_model")),
+        # Of the Hub's four relations (finetune, adapter, merge, quantized) none is true of surgery alone.
+        base_model_relation="finetune" if past.healed else None,
+        tags=[*(tag for tag in ([tags] if isinstance(tags, str) else tags) if tag.lower() not in FORMATS), "effconvert", *past.techniques],
+        model_name=name.rpartition("/")[2] if scores else None,
+        eval_results=scores or None,
+        **{"library_name": "transformers", "pipeline_tag": task, **kept},
+    )
+
+
+def _words(held: Any) -> str | list[str] | None:
+    """Return a word or a list of words; None for anything else, which the Hub would refuse."""
+    if isinstance(held, list):
+        return [word for word in held if isinstance(word, str)] or None
+    return held if isinstance(held, str) and held else None
+
+
+def _verified(report: Verification | None, task: str | None) -> list[EvalResult]:
+    quality = report and report.after.quality
+    if not report or not quality:
+        return []
+    about: dict[str, Any] = {"dataset_type": "text", "dataset_name": report.text, "dataset_args": {"tokens": quality.tokens, "context": quality.context}}
+    found = {"perplexity": quality.perplexity, "kl_from_source": quality.kl, "same_top_token_as_source": quality.agreement}
+    return [EvalResult(task or "other", metric_type=metric, metric_value=value, **about) for metric, value in found.items() if value is not None]
+
+
+def _scores(evaluation: Evaluation, task: str | None) -> list[EvalResult]:
+    fewshot = evaluation.settings.get("num_fewshot")
+    return [
+        EvalResult(
+            task_type=task or "other",
+            dataset_type=row.task,
+            dataset_name=row.task,
+            dataset_args={"documents": row.documents, "version": row.version} | ({"num_few_shot": fewshot} if fewshot is not None else {}),
+            metric_type=row.metric,
+            metric_value=value.value,
+        )
+        for row in evaluation.rows
+        if (value := row.values[-1]) is not None
+    ]
+
+
+def auto_class(config: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Return the class of transformers to open a model with, and the Hub's word for its task, where it has one."""
+    architecture = str((config.get("architectures") or ["AutoModel"])[0])
+    return next((found for ending, found in TASKS.items() if architecture.endswith(ending)), (architecture, None))

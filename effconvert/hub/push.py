@@ -1,0 +1,250 @@
+"""Put a converted model on the Hub: the files that effconvert wrote and no other, with a fresh card, in one commit.
+
+Whatever can be refused is refused before the Hub is asked. Large files go first, each for itself, and one commit at the end names them all: what was
+cut off is never seen, and what has arrived is not sent again.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.hf_api import ModelInfo, RepoFile
+from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id  # type: ignore[attr-defined]
+
+from effconvert.checkpoint.checkpoint import PICKLES
+from effconvert.checkpoint.config import CONFIG
+from effconvert.checkpoint.digest import digest, file_hash
+from effconvert.checkpoint.manifest import CARD, MANIFEST, RECIPE, foreign_files, read_manifest
+from effconvert.errors import EffconvertError, ModelError, OptionError
+from effconvert.eval.report.inputs import read_results
+from effconvert.eval.results import Benchmark, Evaluation
+from effconvert.hub.card import render
+from effconvert.hub.hub_errors import explained
+from effconvert.hub.publishable import last_name, without_paths
+from effconvert.hub.push_options import PushOptions
+from effconvert.progress import Silent, Watcher
+from effconvert.quiet import quiet_hub
+from effconvert.surgery._placed import open_checked
+
+WEIGHTS = (".safetensors", ".safetensors.index.json")  # of which a model's folder may hold one set only
+Content = Path | bytes
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What was sent, or in a dry run what would be."""
+
+    repo: str
+    url: str | None  # of the commit or the pull request; None in a dry run
+    commit: str | None  # None in a dry run
+    revision: str
+    files: dict[str, int]  # name -> bytes
+    left_alone: tuple[str, ...]  # in the folder, and not part of the checkpoint
+    stayed: tuple[str, ...] = ()  # in the repository before, and still there
+    changed: bool = True  # False: the repository held all of it already
+    card_edited: bool = False  # the README.md in the folder was changed by hand, which is not what was sent
+
+
+def push(folder: Path, repo: str, options: PushOptions | None = None, watcher: Watcher | None = None) -> Pushed:
+    """Push the converted model in `folder` to `repo` on the Hub.
+
+    Args:
+        folder: what a conversion wrote, and verified.
+        repo: `owner/name`, or `name` for one of your own; made if it is not there.
+        options: where in it, and what goes with it.
+        watcher: who is told how it goes on; by default nobody.
+
+    Raises:
+        OptionError: there is no such folder, the Hub does not allow it, or a results file is about another model.
+        ModelError: the model was not verified, or is not what effconvert wrote.
+        EffconvertError: the network failed; the same call goes on from there.
+    """
+    options, watcher = options or PushOptions(), watcher or Silent()
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise OptionError(f"{repo!r} is no name for a repository ({str(error).rstrip('.')}); give one like owner/{folder.resolve().name}") from None
+    manifest = check(folder)
+    files = contents(folder, repo, manifest, measured(folder, options.results))
+    foreign = foreign_files(folder)
+    sizes = {name: len(content) if isinstance(content, bytes) else content.stat().st_size for name, content in files.items()}
+    left_alone = tuple(name for name in foreign if name not in files)
+    edited = CARD in manifest["files"] and manifest["sha256"].get(CARD) != file_hash(folder / CARD)
+    planned = Pushed(repo, None, None, options.revision or "main", sizes, left_alone, card_edited=edited)
+    return planned if options.dry_run else _send(planned, files, message(manifest, options), options, watcher)
+
+
+def check(folder: Path) -> dict[str, Any]:
+    """Return the manifest of `folder`, after holding that the folder is what it says.
+
+    Raises:
+        OptionError: effconvert did not write the folder.
+        ModelError: it was not verified, or a file of it was changed, replaced, lost, or is none that may be published.
+    """
+    if not folder.is_dir():
+        raise OptionError(f"there is no folder {folder}; give the output of a conversion")
+    manifest = read_manifest(folder)
+    if not manifest:
+        raise OptionError(f"{folder} holds no whole {MANIFEST}, so effconvert did not write it; give the output of a conversion")
+    if manifest.get("verified") is not True:
+        raise ModelError(f"{folder} was never verified, and what was never run is not published; convert again without --no-verify")
+    if not isinstance(hashes := manifest.get("sha256"), dict):
+        raise ModelError(f"{folder / MANIFEST} holds no hashes of what was verified, so nothing vouches for the files; convert again")
+    for name in manifest["files"]:
+        path = folder / name
+        parts = PurePosixPath(name).parts
+        if not parts or parts[0] == "/" or "\\" in name or any(part.startswith(".") for part in parts) or name.endswith(PICKLES):
+            raise ModelError(f"{folder / MANIFEST} names {name}, which no conversion writes; convert again")
+        if any((folder / Path(*parts[: depth + 1])).is_symlink() for depth in range(len(parts))):
+            raise ModelError(f"{path} is a link, and what it leads to would be published; put the file itself there, or convert again")
+        if not path.is_file():
+            raise ModelError(f"{path} is part of the model and not there; convert again")
+        if name != CARD and hashes.get(name) != file_hash(path):
+            raise ModelError(f"{path} is not what effconvert wrote and verified (its content is another), so nothing vouches for it; convert again")
+    if CONFIG not in manifest["files"]:
+        raise ModelError(f"{folder / MANIFEST} names no {CONFIG}; convert again")
+    return manifest
+
+
+def measured(folder: Path, paths: tuple[Path, ...]) -> list[Evaluation | Benchmark]:
+    """Read results of this model, beside those of the model that it was compared with.
+
+    Raises:
+        OptionError: a file is none of results, or is not about this model.
+    """
+    held = [read_results(path) for path in paths]
+    mine = digest(open_checked(folder)) if held else ""
+    found = []
+    for path, results in zip(paths, held, strict=True):
+        digests = [subject.digest for subject in results.subjects]
+        if mine not in digests:
+            others = ", ".join(subject.name for subject in results.subjects)
+            raise OptionError(f"{path} is about {others}, and none of them is {folder} as it is now; measure it again, or leave the file out")
+        found.append(_beside_the_first(results, digests.index(mine)))
+    return found
+
+
+def _beside_the_first(results: Evaluation | Benchmark, at: int) -> Evaluation | Benchmark:
+    kept = [0, at] if at else [0]
+    subjects = tuple(results.subjects[index] for index in kept)
+    if isinstance(results, Benchmark):
+        return replace(
+            results, subjects=subjects, cells=tuple(replace(cell, subject=kept.index(cell.subject)) for cell in results.cells if cell.subject in kept)
+        )
+    rows = tuple(replace(row, values=tuple(row.values[index] for index in kept)) for row in results.rows)
+    return replace(results, subjects=subjects, rows=rows)
+
+
+def contents(folder: Path, repo: str, manifest: dict[str, Any], results: list[Evaluation | Benchmark]) -> dict[str, Content]:
+    """Return what is to be sent: files as they are, but for the card, and for records that could name a path of this machine.
+
+    Raises:
+        ModelError: a record is damaged.
+    """
+    files: dict[str, Content] = {name: folder / name for name in manifest["files"]}
+    try:
+        before = (folder / CARD).read_text(encoding="utf-8", errors="replace") if CARD in files else ""
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        files[CARD] = render(manifest, config, before, results, repo).encode()
+        if RECIPE in files:
+            files[RECIPE] = _recipe((folder / RECIPE).read_text(encoding="utf-8"), manifest).encode()
+    except (ValueError, yaml.YAMLError) as error:
+        raise ModelError(f"a file in {folder} is damaged ({' '.join(str(error).split())}); convert again") from None
+    sizes = {name: len(content) if isinstance(content, bytes) else manifest["files"][name] for name, content in files.items()}
+    hashes = {name: sha256(content).hexdigest() if isinstance(content, bytes) else manifest["sha256"][name] for name, content in files.items()}
+    files[MANIFEST] = (json.dumps({**without_paths(manifest), "files": sizes, "sha256": hashes}, indent=2) + "\n").encode()
+    return files
+
+
+def _recipe(text: str, manifest: dict[str, Any]) -> str:
+    """Return a recipe that names no path of this machine: unchanged, where it names none."""
+    recipe = yaml.safe_load(text)
+    named = without_paths(recipe)
+    if isinstance(named, dict) and isinstance(named.get("model"), str) and not manifest["source"].get("commit"):
+        named["model"] = last_name(named["model"])
+    if named == recipe:
+        return text
+    told = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
+    return told + yaml.safe_dump(named, sort_keys=False, allow_unicode=True)
+
+
+def message(manifest: dict[str, Any], options: PushOptions) -> str:
+    """Return the message of the commit."""
+    return options.message or f"{', '.join(name for step in manifest['recipe'] for name in step)} by effconvert {manifest['effconvert']}"
+
+
+def _send(planned: Pushed, files: dict[str, Content], text: str, options: PushOptions, watcher: Watcher) -> Pushed:
+    if not (token := get_token()):
+        raise OptionError("nobody is logged in to the Hub here; run `hf auth login` with a token that may write, or set HF_TOKEN")
+    api = HfApi(token=token)
+    with quiet_hub(bars=sys.stderr.isatty()), explained(api, token, planned.repo, options):
+        _check_card(api, files[CARD])
+        repo, there = _open(api, planned.repo, options)
+        _check_place(repo, there, files, options)
+        operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
+        _upload(api, repo, operations, options, watcher)
+        watcher.step("making the commit")
+        summary, _, description = text.strip().partition("\n")
+        commit = api.create_commit(
+            repo, operations, commit_message=summary, commit_description=description.strip(), revision=options.revision, create_pr=options.pr
+        )
+        _check_arrived(api, repo, commit.pr_revision or commit.oid, planned.files)
+    names = {sibling.rfilename for sibling in there.siblings or []}
+    return replace(
+        planned,
+        repo=repo,
+        url=commit.pr_url or commit.commit_url,
+        commit=commit.oid,
+        revision=commit.pr_revision or planned.revision,
+        stayed=tuple(sorted(names - set(files) - {".gitattributes"})),
+        changed=commit.oid != there.sha,
+    )
+
+
+def _open(api: HfApi, repo: str, options: PushOptions) -> tuple[str, ModelInfo]:
+    """Make the repository and the branch where they are not there; return the repository's whole name and what is in it."""
+    if not options.pr:
+        repo = api.create_repo(repo, private=options.private or None, exist_ok=True).repo_id
+        if options.revision and not options.revision.startswith("refs/"):
+            api.create_branch(repo, branch=options.revision, exist_ok=True)
+    return repo, api.model_info(repo, revision=options.revision)
+
+
+def _check_place(repo: str, there: ModelInfo, files: dict[str, Content], options: PushOptions) -> None:
+    if options.private and not there.private:
+        raise OptionError(f"{repo} exists and is public, which --private does not change; make it private in its settings first, or leave --private out")
+    for name in (sibling.rfilename for sibling in there.siblings or []):
+        if name.endswith(WEIGHTS) and name not in files:
+            raise OptionError(f"{repo} holds {name}, which would mix with this model's weights; remove it there, or push to another repository")
+
+
+def _check_card(api: HfApi, content: Content) -> None:
+    """Have the Hub look at the card before gigabytes are sent, and not after."""
+    assert isinstance(content, bytes)
+    # Not `ModelCard.validate`, which before huggingface_hub 2 asks huggingface.co whatever HF_ENDPOINT says.
+    asked = {"repoType": "model", "content": content.decode()}
+    answer = get_session().post(f"{api.endpoint}/api/validate-yaml", json=asked, headers={"Accept": "text/plain"})
+    if answer.status_code == 400:
+        raise ModelError(f"the Hub does not accept the card's metadata ({' '.join(answer.text.split())}); mend the beginning of {CARD}")
+    hf_raise_for_status(answer)
+
+
+def _upload(api: HfApi, repo: str, operations: list[CommitOperationAdd], options: PushOptions, watcher: Watcher) -> None:
+    shards = [operation for operation in operations if operation.path_in_repo.endswith(".safetensors")]
+    rest = [operation for operation in operations if operation not in shards]
+    for at, group in enumerate([*([shard] for shard in shards), rest], 1):
+        watcher.step(f"uploading {group[0].path_in_repo} ({at} of {len(shards)})" if group is not rest else "uploading what is small")
+        api.preupload_lfs_files(repo, group, revision=options.revision, create_pr=options.pr, free_memory=False)
+
+
+def _check_arrived(api: HfApi, repo: str, revision: str, files: dict[str, int]) -> None:
+    held = {file.path: file.size for file in api.list_repo_tree(repo, recursive=True, revision=revision) if isinstance(file, RepoFile)}
+    for name, size in files.items():
+        if held.get(name) != size:
+            raise EffconvertError(f"{repo} lacks {name} after the commit; does a .gitignore there keep it out? Change that, and push again")

@@ -1,0 +1,124 @@
+"""Attention function that runs a layer's mixer, registered with transformers' AttentionInterface; a pre-hook passes it the cache and hidden states."""
+# B = batch, H = query heads, Hk = KV heads, T = new tokens, N = tokens with those before, D = head width.
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effconvert.checkpoint.config import Config
+from effconvert.modeling.grouped import each
+from effconvert.modeling.packed import Packing
+from effconvert.modeling.places import NAME as OWN_NAME
+from effconvert.modeling.places import Own
+from effconvert.modeling.state import State
+from effconvert.modeling.transformers_internals import AttentionInterface, AttentionMaskInterface, attention_inputs, cache_among, eager, rotary, sdpa, sdpa_mask
+from effconvert.surgery.mixing._call import Call, Rotation, ordered, padding_first
+from effconvert.surgery.mixing._mixing import Mixing
+
+NAME = "effconvert"  # of our function in transformers' registry
+SLICE = 2048  # tokens that a mixer gets at a time, where it can be called again with the next: what it works on need not be as long as a prompt
+SOFTMAX = ("sdpa", "eager")  # what layers without a mixer may run
+
+
+class Mixer(Own):
+    """A technique's mixer inside a model: `self_attn.effconvert`, with its parameters."""
+
+    technique: Mixing
+
+    def __init__(self, technique: Mixing, config: Config, index: int) -> None:
+        super().__init__(technique, config, index, technique.place)
+        self.slots = technique.remembers(config)
+
+    def forward(self, call: Call) -> Tensor:
+        """Mix: [B, H, T, D]."""
+        weights, tokens = self.weights, call.query.shape[-2]
+        if not call.causal or tokens <= SLICE:
+            return self.technique.mix(weights, call)
+        if call.state is None:
+            state = State(self.slots)
+            state.update(call.key, call.value)  # as a model does before: all of a prompt
+            call = replace(call, state=state)
+        return torch.cat([self.technique.mix(weights, call.part(start, start + SLICE)) for start in range(0, tokens, SLICE)], 2)
+
+
+def install(module: nn.Module, technique: Mixing, config: Config, index: int) -> None:
+    """Put a mixer into an attention module."""
+    setattr(module, OWN_NAME, Mixer(technique, config, index))
+    module.register_forward_pre_hook(_hand_down, with_kwargs=True)
+
+
+def _hand_down(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Pass on to our attention function what a family's attention module is given and keeps to itself."""
+    cache = cache_among((*args, *kwargs.values()))
+    state = None
+    if cache is not None:
+        state = cache.layers[module.effconvert.index] if module.effconvert.index < len(cache.layers) else None
+        if not isinstance(state, State):
+            raise ValueError(
+                f"this cache has no place for what the mixer of layer {module.effconvert.index} remembers; leave it out, "
+                "or make one with effconvert.modeling.cache_for(model.config)"
+            )
+    return args, {**kwargs, "mixing": (state, *attention_inputs(args, kwargs))}
+
+
+def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, mixing: Any = None, **kwargs: Any) -> Any:
+    """Attend by the module's mixer, or by softmax where it has none: an attention function for transformers' registry."""
+    key, value = each(module, query, key), each(module, query, value)
+    if mixing is None:
+        return softmax(module, query, key, value, attention_mask, **kwargs)
+    state, hidden, angles = mixing
+    tokens, scaling = query.shape[-2], kwargs.get("scaling")
+    live = _visible(attention_mask, 0, tokens, len(query), query.device)
+    causal, order, packing = module.effconvert.config.family.decoder, None, None
+    if causal and attention_mask is not None and state is None and (packing := _packing(attention_mask, live)):
+        query, key, value, hidden = map(packing.apart, (query, key, value, hidden))
+        angles = angles and tuple(map(packing.apart, angles))
+        live = packing.live
+    if causal and attention_mask is not None and live.shape[1] > 1:  # wherever padding stood, live tokens are the last, and next to each other
+        order = padding_first(live)
+        query, key, value, hidden = (ordered(rows, order) for rows in (query, key, value, hidden))
+        live = live.gather(1, order)
+    rotation = None if angles is None else Rotation(rotary(module), angles, order)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    call = Call(query, key, value, scaling, live, causal, state, hidden, rotation, kwargs.get("softcap"), attention_mask is not None)
+    out = module.effconvert(call)
+    if order is not None:
+        out = ordered(out, order.argsort(1))
+    if packing:
+        out = packing.together(out)
+    return out.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+def softmax(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+    """Attend as the family does without us; soft-capped scores are only in its eager implementation."""
+    if kwargs.get("softcap") is None and getattr(module, "softmax", "sdpa") == "sdpa":
+        return sdpa(module, query, key, value, attention_mask, **kwargs)
+    key, value = (rows.repeat_interleave(getattr(module, "repeats", 1), 1) for rows in (key, value))  # as such a family expects them
+    tokens, known = query.shape[-2], key.shape[-2]
+    if attention_mask is None and getattr(module, "is_causal", False) and tokens > 1:
+        attention_mask = torch.ones(tokens, known, dtype=torch.bool, device=query.device).tril(known - tokens)[None, None]
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, torch.finfo(query.dtype).min)
+    return eager(module)(module, query, key, value, attention_mask, **kwargs)
+
+
+def _visible(mask: Tensor | None, back: int, tokens: int, batch: int, device: torch.device) -> Tensor:
+    """Return which of the new tokens may see the one so far back, [B, T - back]: one that may not even see itself is padding."""
+    if mask is None:
+        return torch.ones(batch, tokens - back, dtype=torch.bool, device=device)
+    diagonal = mask[:, 0].diagonal(mask.shape[-1] - tokens - back, -2, -1)
+    return (diagonal if mask.dtype == torch.bool else diagonal == 0).expand(batch, -1)
+
+
+def _packing(mask: Tensor, live: Tensor) -> Packing | None:
+    """Find texts that share a row: the first token of each may not see the one before it, though that is no padding (transformers packs without any)."""
+    if not bool(live.all()):
+        return None
+    follows = _visible(mask, 1, live.shape[1], len(live), live.device)
+    return Packing.seen(live & ~nn.functional.pad(follows, (1, 0)))
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)

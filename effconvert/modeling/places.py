@@ -1,0 +1,93 @@
+"""Techniques inside modules of transformers' models: the module of a place keeps its name, and runs what the technique says."""
+# B = batch, T = tokens, M = hidden width.
+
+from collections.abc import Callable
+from functools import lru_cache
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effconvert.checkpoint.config import Config
+from effconvert.checkpoint.replaced import OWN, Replaced
+from effconvert.surgery._placed import technique_of
+from effconvert.surgery._replacement import Around, Replacement
+
+NAME = OWN.removesuffix(".")  # of the child that holds a technique's parameters
+
+
+class Own(nn.Module):
+    """A technique's own parameters at a place of a layer."""
+
+    def __init__(self, technique: Replacement, config: Config, index: int, place: str) -> None:
+        super().__init__()
+        self.technique, self.config, self.index, self.place = technique, config, index, place
+        for name, shape in technique.parameters(config, place).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape), requires_grad=name not in technique.frozen))
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters by name."""
+        return dict(self.named_parameters())
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Give the parameters the values that they have before anything was fitted."""
+        begun = self.technique.begin(self.config, self.index)
+        for name, parameter in self.named_parameters():
+            if name in begun:
+                parameter.copy_(begun[name])
+
+
+def put(layer: nn.Module, record: Replaced, config: Config, index: int) -> None:
+    """Put a technique into the module of its place, and take away the parts that it drops."""
+    path = config.place(record.place)
+    module: Any = layer.get_submodule(path)
+    for part in record.drops:
+        _drop(layer, path, config.parts.get(part, ""))
+    setattr(module, NAME, Own(technique_of(record), config, index, record.place))
+    module.__class__ = _placed(type(module))  # type: ignore[arg-type]
+
+
+def _drop(layer: nn.Module, path: str, part: str) -> None:
+    parent, _, name = part.rpartition(".")
+    if part == path:  # a projection that is itself replaced
+        layer.get_submodule(path).register_parameter("weight", None)  # its bias stays
+    elif not part or not hasattr(layer.get_submodule(parent), name):
+        return  # this model does without it
+    elif path in ("", parent) or parent.startswith(f"{path}."):
+        delattr(layer.get_submodule(parent), name)
+    else:
+        setattr(layer.get_submodule(parent), name, nn.Identity())
+
+
+@lru_cache(None)
+def _placed(family: type[nn.Module]) -> type[nn.Module]:
+    """Return the class of a family's module with a technique in it: what it is asked and how it answers stay the same."""
+    takes = next(name for name in signature(family.forward).parameters if name != "self")  # hidden states
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        hidden: Tensor = args[0] if args else kwargs.pop(takes)
+
+        def original(rows: Tensor) -> Tensor:
+            out = family.forward(self, rows, *args[1:], **kwargs)
+            first: Tensor = out[0] if isinstance(out, tuple) else out
+            return first
+
+        own: Own = getattr(self, NAME)
+        made = own.technique.forward(own.weights, hidden, _around(original, hidden, kwargs))
+        if getattr(self, "weight", made) is None and self.bias is not None:  # a projection without its matrix
+            made = made + self.bias
+        return (made, None) if own.place == "attention" else made  # attention answers with its weights as well, which nobody asks for
+
+    return type(family.__name__, (family,), {"forward": forward, "__module__": family.__module__})
+
+
+def _around(original: Callable[[Tensor], Tensor], hidden: Tensor, given: dict[str, Any]) -> Around:
+    mask = given.get("attention_mask")
+    live = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+    if mask is not None and mask.ndim == 4:  # a token that may not even see itself is padding
+        diagonal = mask[:, 0].diagonal(0, -2, -1)
+        live = (diagonal if mask.dtype == torch.bool else diagonal == 0).expand(len(hidden), -1)
+    return Around(original, live)

@@ -1,0 +1,1 @@
+"""Techniques that keep softmax attention and change its heads."""

@@ -1,0 +1,108 @@
+"""The heads of a layer's attention in float64: taken out with what they read, and put back."""
+# M = hidden width (one more with a bias), H = query heads, Hk = KV heads, R = H/Hk, D = head width, P = rotary pairs, D' = D - 2P.
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from effconvert.checkpoint.layer import Layer
+
+RIDGE = 1e-6  # of the mean of the moments' diagonal: in directions that the text never showed, the weights themselves decide
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The four projections of attention in float64, their biases as a last column of q, k and v, and the second moments of what they read."""
+
+    q: Tensor  # [H, D, M]
+    k: Tensor  # [Hk, D, M]
+    v: Tensor  # [Hk, D, M]
+    o: Tensor  # [M, H, D]
+    second: Tensor  # E[x x^T], [M, M]; with biases x ends in 1
+    rotary: int  # of the D dimensions of a head, so many are rotated, in pairs
+    layout: str  # which two make a pair: (j, j + rotary/2), or (2j, 2j+1)
+    normed: bool  # queries and keys go through a norm, so of their bases only signs are free
+
+    @property
+    def shared(self) -> int:
+        """Query heads for each KV head, R."""
+        return len(self.q) // len(self.k)
+
+    def reordered(self, chosen: Sequence[int] | None) -> "Heads":
+        """Put KV heads, and the query heads of each, into the order `chosen`."""
+        if chosen is None:
+            return self
+        kv, own = list(chosen), owned(chosen, self.shared)
+        return replace(self, q=self.q[own], k=self.k[kv], v=self.v[kv], o=self.o[:, own])
+
+    def pairs(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Take rows [..., D, M] apart: what RoPE turns, as complex numbers [..., P, M], and what it leaves alone [..., D', M]."""
+        turned, still = rows[..., : self.rotary, :], rows[..., self.rotary :, :]
+        real, imaginary = turned.chunk(2, -2) if self.layout == "halves" else (turned[..., ::2, :], turned[..., 1::2, :])
+        return torch.complex(real, imaginary), still
+
+    def rows(self, pairs: Tensor, still: Tensor) -> Tensor:
+        """Undo `pairs`."""
+        parts = (pairs.real, pairs.imag)
+        turned = torch.cat(parts, -2) if self.layout == "halves" else torch.stack(parts, -2).flatten(-3, -2)
+        return torch.cat([turned, still], -2)
+
+
+def gather(layer: Layer) -> Heads:
+    """Take the heads out of a layer, and look at what they read."""
+    config, biased = layer.config, any(f"{part}.bias" in layer for part in "qkv")
+
+    def rows(part: str, count: int) -> Tensor:
+        weight = layer[part].double()
+        if biased:
+            bias = layer[f"{part}.bias"].double() if f"{part}.bias" in layer else weight.new_zeros(len(weight))
+            weight = torch.cat([weight, bias[:, None]], 1)
+        heads: Tensor = weight.unflatten(0, (count, config.head_dim))
+        return heads
+
+    q, k, v = rows("q", config.heads), rows("k", config.kv_heads), rows("v", config.kv_heads)
+    o = layer["o"].double().unflatten(1, (config.heads, config.head_dim))
+    second = second_moment(layer, "q", biased)
+    second += RIDGE * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype)
+    return Heads(q, k, v, o, second, config.rotary, config.family.rope, config.normed)
+
+
+def second_moment(layer: Layer, part: str, biased: bool) -> Tensor:
+    """Return E[x x^T] of what a part reads, [M, M] in float64; with a bias x ends in 1."""
+    assert layer.walk
+    total, count = torch.zeros(0), 0
+    for look in layer.walk.look(layer, (part,), until=part):
+        read = look.inputs[part].flatten(0, -2)  # [B*T, M]
+        read = torch.cat([read, read.new_ones(len(read), 1)], 1) if biased else read
+        total = (read.T @ read).double().cpu() + (total if count else 0)
+        count += len(read)
+    return total / count
+
+
+def spread(heads: Heads, layer: Layer, chosen: Sequence[int] | None) -> None:
+    """Put the heads back into their layer; what has a number for each channel of a KV head, and is no projection, is averaged over those that were pooled."""
+    config, groups = layer.config, len(heads.k)
+    for part, rows in (("q", heads.q), ("k", heads.k), ("v", heads.v)):
+        flat, width = rows.flatten(0, 1), layer[part].shape[1]
+        layer[part] = flat[:, :width].float()
+        if f"{part}.bias" in layer:
+            layer[f"{part}.bias"] = flat[:, width].float()
+    layer["o"] = heads.o.flatten(1).float()
+    order = list(range(config.kv_heads)) if chosen is None else list(chosen)
+    for part in set(layer.per_kv_head) - {"k", "v", "k.bias", "v.bias"}:
+        layer[part] = layer[part].unflatten(0, (config.kv_heads, -1))[order].unflatten(0, (groups, -1)).mean(1).flatten(0, 1)
+    if chosen is not None and norms_heads(layer):
+        own = owned(order, config.heads // config.kv_heads)
+        layer["q_norm"] = layer["q_norm"].unflatten(0, (config.heads, -1))[own].flatten(0, 1)
+
+
+def norms_heads(layer: Layer) -> bool:
+    """Whether a norm of queries has gains for each head: they go where their head goes."""
+    return "q_norm" in layer and len(layer["q_norm"]) == layer.config.heads * layer.config.head_dim
+
+
+def owned(kv_heads: Sequence[int], shared: int) -> list[int]:
+    """Return the query heads of KV heads, `shared` each."""
+    return [head * shared + each for head in kv_heads for each in range(shared)]

@@ -1,0 +1,118 @@
+"""Share each key and value head among a group of query heads (GQA)."""
+# M = hidden width, H = query heads, Hk = KV heads, G = KV heads after, D = head width.
+
+from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from effconvert.errors import OptionError
+from effconvert.surgery._surgery import Surgery
+
+if TYPE_CHECKING:
+    from effconvert.checkpoint.config import Config
+    from effconvert.checkpoint.layer import Layer
+
+Pool = Literal["pca", "aligned", "mean", "first"]
+Grouping = Literal["adjacent", "similar"]
+POOL: Any = Field(
+    "pca",
+    description="How a group's heads become one: by what most of their outputs and scores need (pca), their mean in a common basis (aligned), both after "
+    "calibration; their mean as they are (the paper's rule), or the first of them.",
+)
+LOOKING = ("pca", "aligned")  # rules that look at what heads compute
+NORMED = "its queries and keys go through a norm, which leaves their heads' bases fixed but for signs: keys are averaged, and --pool counts for values alone"
+
+
+class Gqa(Surgery):
+    """Share each key and value head among a group of query heads (GQA).
+
+    The KV cache shrinks to G/Hk of its size, from multi-head models and from those that share heads already. The model is run on a text first, a layer at a
+    time, to see what its heads share; --refit then brings more back than any choice of --pool. Neutral where G is the model's own number of KV heads.
+    Ainslie et al. 2023, arXiv 2305.13245; the rules are measured in docs/gqa.md.
+
+    \b
+    Examples:
+      effconvert gqa --groups 8 --refit meta-llama/Llama-2-7b-hf
+      effconvert gqa --groups 1 --calibrate mine.txt ./SmolLM2-135M -o ./mqa
+    """
+
+    groups: int = Field(ge=1, description="KV heads to keep, G: a divisor of the model's.", json_schema_extra={"metavar": "G"})
+    pool: Pool = POOL
+    grouping: Grouping = Field("adjacent", description="Which heads become one: neighbours, or those that lose least by it (after calibration).")
+
+    @classmethod
+    def suits(cls, config: Config) -> str:
+        """Name the numbers of groups that divide the model's KV heads."""
+        return f"--groups {', '.join(map(str, choices(config)))}"
+
+    def check(self, config: Config) -> None:
+        """Refuse a number of groups that the heads or the family do not allow."""
+        possible = choices(config)
+        if self.groups > config.kv_heads:
+            more = f"; effconvert expand-kv makes more of them, up to the {config.heads} query heads" if config.family.kv_heads_key else ""
+            raise OptionError(f"--groups {self.groups} is more than this model's {config.kv_heads} KV heads; give {_either(possible)}{more}")
+        if config.kv_heads % self.groups:
+            raise OptionError(f"--groups {self.groups} does not divide this model's {config.kv_heads} KV heads; give {_either(possible)}")
+        config.with_kv_heads(self.groups)  # says why, where this number cannot be written
+
+    def exact(self, config: Config) -> bool:
+        """Only with as many groups as heads."""
+        return self.groups == config.kv_heads
+
+    def config(self, config: Config) -> Config:
+        """Write the new number of KV heads."""
+        return config.with_kv_heads(self.groups)
+
+    def looks(self, config: Config) -> bool:
+        """If a rule does, and there is something to pool."""
+        return not self.exact(config) and (self.pool in LOOKING or self._reorders)
+
+    def remark(self, config: Config) -> str:
+        """Say what norms of queries and keys forbid."""
+        return NORMED if config.normed and self.pool in LOOKING and not self.exact(config) else ""
+
+    def layer(self, layer: Layer) -> None:
+        """Make one head of each group of KV heads, in k and v and what goes with them, and fit q and o to it."""
+        if self.groups == layer.config.kv_heads:
+            return  # not even through float32: a mean over one turns -0.0 into 0.0
+        if not self.looks(layer.config):
+            self._plain(layer, self.pool)
+        elif layer.walk:
+            from effconvert.surgery.attention._heads import gather, spread
+            from effconvert.surgery.attention._pooling import order, pool
+
+            heads = gather(layer)
+            chosen = order(heads, self.groups) if self._reorders else None
+            spread(pool(heads.reordered(chosen), self.groups, self.pool), layer, chosen)
+        else:
+            self._shapes(layer)
+
+    @property
+    def _reorders(self) -> bool:
+        return self.grouping == "similar" and self.groups > 1
+
+    def _shapes(self, layer: Layer) -> None:
+        """Say what will change, and how large it becomes."""
+        from effconvert.surgery.attention._heads import norms_heads
+
+        for part in ("q", "q.bias", "o", *(["q_norm"] if self._reorders and norms_heads(layer) else [])):
+            if part in layer:
+                layer[part] = layer[part]
+        self._plain(layer, "first")
+
+    def _plain(self, layer: Layer, rule: str) -> None:
+        for part in layer.per_kv_head:
+            heads = layer[part].unflatten(0, (self.groups, -1, layer.config.head_dim))  # [G, Hk/G, D, ...]
+            # On the meta device only the shape counts, and `mean` there would import torch's compiler: 1.5 s and 150 MB for every plan.
+            layer[part] = (heads[:, 0] if rule == "first" or heads.is_meta else heads.mean(1)).flatten(0, 1)
+
+
+def choices(config: Config) -> list[int]:
+    """Return every number of KV heads that pooling this model can give."""
+    return [count for count in range(1, config.kv_heads + 1) if config.kv_heads % count == 0]
+
+
+def _either(numbers: list[int]) -> str:
+    return " or ".join(map(str, numbers))

@@ -1,0 +1,1 @@
+"""Techniques that change the FFN of a layer."""

@@ -1,0 +1,1 @@
+"""Techniques that replace softmax attention by another mixer of tokens."""

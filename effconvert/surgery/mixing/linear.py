@@ -1,0 +1,150 @@
+"""Linear attention by feature maps, with or without a softmax window."""
+# B = batch, H = query heads, Hk = KV heads, R = query heads that share one, T = tokens, D = head width, m = features, W = window.
+
+from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, model_validator
+
+from effconvert.errors import OptionError
+from effconvert.surgery.mixing._mixing import Mixing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from effconvert.checkpoint.config import Config
+    from effconvert.surgery.mixing._call import Call, Slots
+
+SHARE = -2.197  # logit of 0.1, the weight of the window when nothing was trained, as LoLCATs begin
+
+
+class Linear(Mixing):
+    """Linear attention by feature maps, with or without a softmax window.
+
+    What a token knows of all that is older than the window is a matrix of fixed size a head, so a long context costs no more than a short one. Without
+    a window, or before `transfer` trained the feature maps, little of the model is left. Neutral where the window is as long as the longest context.
+    Katharopoulos et al. 2020, arXiv 2006.16236; Kasai et al. 2021, arXiv 2103.13076; Zhang et al. 2024, arXiv 2402.04347 and arXiv 2410.10254.
+
+    \b
+    Examples:
+      effconvert linear --window 64 ./SmolLM2-135M -o ./lolcats
+      effconvert linear --feature elu google-bert/bert-base-uncased
+    """
+
+    feature: Literal["hedgehog", "t2r", "elu"] = Field(
+        "hedgehog",
+        description="What makes features of queries and keys: softmax of W x and of -W x, W to be trained, 2 D features (hedgehog); relu of W x + b, "
+        "likewise, --features of them (t2r); elu(x) + 1, nothing to train, D features (elu).",
+    )
+    window: int = Field(0, ge=0, description="Tokens that go through softmax, itself and those before it, W (decoders).", json_schema_extra={"metavar": "W"})
+    features: int | None = Field(None, ge=1, description="Features of t2r, m. Default: 32, as in its paper.", json_schema_extra={"metavar": "M"})
+
+    @model_validator(mode="after")
+    def _sound(self) -> Linear:
+        if self.features is not None and self.feature != "t2r":
+            raise ValueError(f"--features belongs to --feature t2r; --feature {self.feature} has as many as the heads' width gives")
+        return self
+
+    def check(self, config: Config) -> None:
+        """Refuse a window in an encoder."""
+        super().check(config)
+        if self.window and not config.family.decoder:
+            raise OptionError(f"--window {self.window} is for decoders, whose older tokens are what is left for linear attention; leave it out")
+
+    @property
+    def softmax_tokens(self) -> int:
+        """Those of the window."""
+        return self.window
+
+    def exact(self, config: Config) -> bool:
+        """Where no text is longer than the window."""
+        return config.longest is not None and self.window >= config.longest
+
+    def parameters(self, config: Config, place: str = "") -> Mapping[str, tuple[int, ...]]:
+        """The maps of queries and of keys, a head each, and how much the window counts."""
+        width, count = config.head_dim, self._made(config)
+        maps: dict[str, tuple[int, ...]] = {}
+        if self.feature != "elu":
+            rows = width if self.feature == "hedgehog" else count
+            maps |= {"query_map": (config.heads, rows, width), "key_map": (config.kv_heads, rows, width)}
+        if self.feature == "t2r":
+            maps |= {"query_bias": (config.heads, count), "key_bias": (config.kv_heads, count)}
+        return {**maps, **({"share": (config.heads,)} if self.window else {})}
+
+    def begin(self, config: Config, index: int) -> Mapping[str, Tensor]:
+        """Identity for Hedgehog; random rows of length 1 for T2R; a window that counts a tenth."""
+        import torch
+
+        values: dict[str, Tensor] = {}
+        draw = torch.Generator().manual_seed(index)
+        for name, shape in self.parameters(config).items():
+            if name == "share":
+                values[name] = torch.full(shape, SHARE)
+            elif name.endswith("bias"):
+                values[name] = torch.zeros(shape)
+            elif self.feature == "hedgehog":
+                values[name] = torch.eye(shape[-1]).expand(shape).clone()
+            else:
+                values[name] = torch.nn.functional.normalize(torch.randn(shape, generator=draw), dim=-1)
+        return values
+
+    def remembers(self, config: Config) -> Slots:
+        """The sum over all older tokens, and the window."""
+        from effconvert.surgery.mixing._call import past
+
+        if not config.family.decoder:
+            return {}
+        state: Slots = {"state": ((config.kv_heads, 1, self._made(config), config.head_dim + 1), "float32")}
+        return {**state, **(past(self.window, config.kv_heads, config.head_dim) if self.window else {})}
+
+    def mix(self, weights: Mapping[str, Tensor], call: Call) -> Tensor:
+        """Divide what window and features give of the values by what they give of ones: one normaliser for both."""
+        import torch
+        from torch.nn import functional
+
+        from effconvert.kernels.linear_attention import linear_attention
+        from effconvert.kernels.window import window_scores, window_values
+
+        groups = call.key.shape[1]
+        query = self._features(call.query, weights, "query").unflatten(1, (groups, -1))  # [B, Hk, R, T, m]
+        key, value, live = call.with_past(self.window) if self.window else (call.key, call.value, call.live)
+        tokens = call.query.shape[-2]
+        known = functional.pad(value.float(), (0, 1), value=1.0)  # [B, Hk, P + T, D + 1]: of ones the normaliser
+        # A token leaves the window W tokens after it came: what the features see is the same sequence, W tokens later.
+        back = self.window + tokens - key.shape[-2]  # without a state the sequence begins with the first token, not W before it
+        old_key, old_value, old_live = (functional.pad(rows, (0, 0, back, 0))[..., :tokens, :] for rows in (key, known, live[:, None, :, None].float()))
+        features = (self._features(old_key, weights, "key") * old_live)[:, :, None]
+        if not call.causal:
+            state = features.mT @ old_value[:, :, None]
+            made = query @ state
+        else:
+            shape = (groups, 1, query.shape[-1], known.shape[-1])
+            made, state = linear_attention(query, features, old_value, call.held("state", {"state": (shape, "float32")}))
+            call.keep(state=state)
+        if self.window:
+            soft = call.prescaled
+            scores, counted = window_scores(soft.grouped, key, live, self.window)
+            scores = (scores.float() * soft.scaling).masked_fill(~counted, torch.finfo(torch.float32).min)
+            highest = scores.amax(-1, keepdim=True)
+            share = weights["share"].float().sigmoid().unflatten(0, (groups, -1))[..., None, None]
+            made = made + share * window_values((scores - highest).exp() * counted, known)
+        mixed: Tensor = made[..., :-1] / made[..., -1:].clamp_min(1e-30)
+        return mixed.flatten(1, 2)
+
+    def _made(self, config: Config) -> int:
+        return {"hedgehog": 2 * config.head_dim, "elu": config.head_dim, "t2r": self.features or 32}[self.feature]
+
+    def _features(self, rows: Tensor, weights: Mapping[str, Tensor], which: str) -> Tensor:
+        """Make features [B, H, T, m] of rows [B, H, T, D]; none is negative."""
+        import torch
+        from torch.nn import functional
+
+        rows = rows.float()
+        if self.feature == "elu":
+            return functional.elu(rows) + 1
+        mapped = rows @ weights[f"{which}_map"].float().mT
+        if self.feature == "t2r":
+            return (mapped + weights[f"{which}_bias"].float()[:, None]).relu()
+        return torch.cat([mapped.softmax(-1), (-mapped).softmax(-1)], -1)

@@ -1,0 +1,190 @@
+"""Project keys and values block by block (block-causal Linformer)."""
+# B = batch, H = query heads, Hk = KV heads, R = query heads that share one, T = tokens, D = head width, P = tokens before these, S = block, K = rank,
+# N = sinks, U = Hk, or 1 where shared, G = blocks that a call can reach into, C = blocks that can be finished by now,
+# Q = queries of a block: S, or 1 while decoding.
+
+from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
+
+from effconvert.surgery.mixing._mixing import Mixing
+from effconvert.surgery.mixing.linformer import MEANS_OF_ROTATED, segment_means
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from effconvert.checkpoint.config import Config
+    from effconvert.surgery.mixing._call import Call, Slots
+
+
+class LinformerCausal(Mixing):
+    """Project keys and values block by block (block-causal Linformer).
+
+    An extension of Linformer to decoders that is not in its paper. A token attends, in one softmax, to the tokens of its own block of S, up to itself,
+    to the first tokens of the text, and to K mixtures of the other keys and values of each finished block before that, made by two matrices of K x S. So
+    the cache grows by K in S tokens. A learnt number is added to a head's scores of mixtures: at first log(S / K), as each stands for S / K tokens.
+    Neutral where K is S. Layers that see no more than a window are left alone. After Wang et al. 2020, arXiv 2006.04768, and for the first tokens Xiao et
+    al. 2023, arXiv 2309.17453.
+
+    \b
+    Examples:
+      effconvert linformer-causal --rank 16 ./SmolLM2-135M -o ./linformer
+      effconvert linformer-causal --block 128 --rank 16 --keep-softmax 0,-1 ./SmolLM2-135M
+    """
+
+    no_encoders = "keeps what was before a token from what comes after it; encoders see all of a text at once: linformer and nystrom are for them"
+    softcaps = True
+
+    block: int = Field(64, ge=2, description="Tokens of a block, S.", json_schema_extra={"metavar": "S"})
+    rank: int = Field(ge=1, description="Keys and values that later tokens see of a finished block, K.", json_schema_extra={"metavar": "K"})
+    sinks: int = Field(4, ge=0, description="First tokens of the text that all tokens see as they are.", json_schema_extra={"metavar": "N"})
+    share: Literal["none", "headwise", "key-value"] = Field(
+        "headwise",
+        description="Matrices: for keys and for values, of each KV head (none) or of all heads of a layer (headwise), or one for both (key-value).",
+    )
+
+    @model_validator(mode="after")
+    def _sound(self) -> LinformerCausal:
+        if self.rank > self.block:
+            raise ValueError(f"--rank {self.rank} is more than the {self.block} tokens of a block; give at most {self.block}, which is exact")
+        if self.sinks > self.block:
+            raise ValueError(f"--sinks {self.sinks} are more than the {self.block} tokens of a block; give at most {self.block}")
+        return self
+
+    def chosen(self, config: Config) -> set[int]:
+        """Return the layers to change: not those that see no more than a window, whose cache does not grow."""
+        return super().chosen(config) - {index for index, window in enumerate(config.windows()) if window}
+
+    def exact(self, config: Config) -> bool:
+        """Where nothing is mixed: a mean of one token is that token, and counts once."""
+        return self.rank == self.block
+
+    def remark(self, config: Config) -> str:
+        """Say what becomes of rotated keys."""
+        return MEANS_OF_ROTATED if config.family.rope and self.rank < self.block else ""
+
+    def parameters(self, config: Config, place: str = "") -> Mapping[str, tuple[int, ...]]:
+        """The matrices of a block, E for keys and F for values, and what is added to scores of mixtures."""
+        shape = (config.kv_heads if self.share == "none" else 1, self.rank, self.block)
+        maps = {"key_map": shape} if self.share == "key-value" else {"key_map": shape, "value_map": shape}
+        return {**maps, "weight": (config.heads,)}
+
+    def begin(self, config: Config, index: int) -> Mapping[str, Tensor]:
+        """Means of consecutive tokens, each of which counts as often as it has tokens."""
+        import torch
+
+        means, often = segment_means(self.rank, self.block), math.log(self.block / self.rank)
+        shapes = self.parameters(config)
+        return {name: torch.full(shape, often) if name == "weight" else means.expand(shape).clone() for name, shape in shapes.items()}
+
+    def remembers(self, config: Config) -> Slots:
+        """The tokens of the block that is not finished, the first ones, how many there were, and the mixtures, which grow from none."""
+        from effconvert.surgery.mixing._call import past, sinks
+
+        heads = config.kv_heads, config.head_dim
+        mixed = ((config.kv_heads, 0, config.head_dim), "model")
+        return {**past(self.block - 1, *heads), **sinks(self.sinks, *heads), "count": ((), "int64"), "mixed_key": mixed, "mixed_value": mixed}
+
+    def cache_bytes(self, config: Config, itemsize: int, context: int = 0) -> int:
+        """Return those of the slots, and K keys and values of each block that is finished."""
+        return super().cache_bytes(config, itemsize) + context // self.block * self._block_bytes(config, itemsize)
+
+    def token_bytes(self, config: Config, itemsize: int) -> float:
+        """Return a token's share of what its block leaves."""
+        return self._block_bytes(config, itemsize) / self.block
+
+    def _block_bytes(self, config: Config, itemsize: int) -> int:
+        return 2 * config.kv_heads * self.rank * config.head_dim * itemsize
+
+    def mix(self, weights: Mapping[str, Tensor], call: Call) -> Tensor:
+        """One softmax over the tokens of a query's own block, and over the sinks and the mixtures of the blocks before it.
+
+        Blocks go by a token's rank among those that are no padding. These stand last in the call, next to each other, so that a rank says where a token is.
+        """
+        import torch
+
+        from effconvert.surgery.mixing._call import ordered
+
+        size, tokens, device, least = self.block, call.query.shape[-2], call.key.device, torch.finfo(torch.float32).min
+        call = call.prescaled
+        ranks = call.ranks()  # [B, T]
+        key, value, _ = call.with_past(size - 1)  # [B, Hk, P + T, D]
+        count = ranks[:, -1:] + 1  # [B, 1], of live tokens so far
+        first = (count - call.live.sum(1, keepdim=True)) // size  # [B, 1], the block in which the first of these is
+        reach = -(-(tokens + size - 1) // size)  # G
+        cells = size * first + torch.arange(reach * size, device=device) - count  # [B, G S]: the cells of these blocks, from -1 back the tokens there are
+        near_key, near_value = (ordered(rows, (cells + rows.shape[-2]).clamp(0, rows.shape[-2] - 1)).unflatten(2, (reach, size)) for rows in (key, value))
+        if tokens == 1:
+            query, place = call.grouped[:, :, :, None], ranks - size * first  # [B, Hk, R, G, Q, D], [B, Q]: where queries stand in their block
+        else:
+            query = ordered(call.grouped, (cells + tokens).clamp(0, tokens - 1)).unflatten(3, (reach, size))
+            place = torch.arange(size, device=device)[None]
+        own = first + torch.arange(reach, device=device)  # [B, G]
+        mixed_key = self._grown(call, "mixed_key", weights["key_map"], near_key, own)  # [B, Hk, C K, D]
+        mixed_value = self._grown(call, "mixed_value", weights.get("value_map", weights["key_map"]), near_value, own)
+        far_key, far_value = (torch.cat(both, 2) for both in zip(call.first(self.sinks, ranks), (mixed_key, mixed_value), strict=True))  # [B, Hk, N + C K, D]
+        seen = torch.arange(size, device=device) <= place[..., None]  # [B or 1, Q, S]
+        number = torch.arange(mixed_key.shape[2], device=device)  # [C K], of each mixture
+        over = number // self.rank < own[..., None]  # [B, G, C K]: the mixture is of a block before
+        fewer = self._left(device).log().clamp_min(least)[number.clamp_max(self.rank - 1)]  # of the first block not all tokens are mixed
+        weight = weights["weight"].float().unflatten(0, (key.shape[1], 1, -1, 1, 1)) + torch.where(number < self.rank, fewer, 0.0)  # [Hk, 1, R, 1, C K]
+        near_bias = torch.where(seen[:, None, None, None], 0.0, least)  # [B or 1, 1, 1, 1, Q, S]
+        far_bias = torch.where(over[:, None, :, None, None], weight, least)  # [B, Hk, G, R, 1, C K]
+        sink_bias = torch.where(own > 0, 0.0, least)[:, None, :, None, None, None].expand(*far_bias.shape[:-1], self.sinks)
+        far_bias = torch.cat([sink_bias, far_bias], -1)
+
+        view = (query.shape[2], query.shape[4])  # R, Q
+        rows = query.transpose(2, 3).flatten(3, 4)  # [B, Hk, G, R Q, D]
+        near = _scores((rows @ near_key.mT).unflatten(3, view), near_bias, call)
+        far = _scores((rows.flatten(2, 3) @ far_key.mT).unflatten(2, (reach, *view)), far_bias, call)
+        near, far = torch.cat([near, far], -1).softmax(-1).to(value.dtype).flatten(3, 4).split([size, far.shape[-1]], -1)  # [B, Hk, G, R Q, S or N + C K]
+        mixed = near @ near_value + (far.flatten(2, 3) @ far_value).unflatten(2, rows.shape[2:4])  # [B, Hk, G, R Q, D]
+        mixed = mixed.unflatten(3, view).transpose(2, 3).flatten(3, 4).flatten(1, 2)  # [B, H, G Q, D]
+        out: Tensor = mixed if tokens == 1 else ordered(mixed, (ranks - size * first).clamp_min(0))
+        return out
+
+    def _left(self, device: Any) -> Tensor:
+        """Return what part of each mixture's tokens is left in the first block, [K]: sinks are not mixed."""
+        own = segment_means(self.rank, self.block).to(device) > 0
+        left: Tensor = own[:, self.sinks :].sum(-1) / own.sum(-1)
+        return left
+
+    def _grown(self, call: Call, name: str, matrix: Tensor, near: Tensor, own: Tensor) -> Tensor:
+        """Return the mixtures of all blocks [B, Hk, C K, D], those of the blocks `near` [B, Hk, G, S, D], which are `own` [B, G], anew.
+
+        A block that is not finished has some too, which are overwritten when it is; nobody sees them before.
+        """
+        import torch
+        from torch.nn import functional
+
+        from effconvert.surgery.mixing._call import ordered
+
+        old = call.held(name, {name: ((near.shape[1], 0, near.shape[-1]), "model")})
+        blocks, reach = call.most // self.block, near.shape[2]  # C, G
+        if room := blocks * self.rank - old.shape[2]:
+            old = functional.pad(old, (0, 0, 0, room))
+        begins = (own == 0)[:, None, :, None, None]  # [B, 1, G, 1, 1]
+        sink = (torch.arange(self.block, device=old.device) < self.sinks)[:, None]
+        left = self._left(old.device)[:, None]  # [K, 1]
+        made = matrix.float()[:, None] @ near.float().masked_fill(begins & sink, 0)
+        made = torch.where(begins, made / left.clamp_min(1 / self.block), made).to(old.dtype).flatten(3)  # [B, Hk, G, K D]
+        place = torch.arange(blocks, device=old.device) - own[:, :1]  # [B, C], among those made
+        new = made if reach == 1 else ordered(made, place.clamp(0, reach - 1))
+        here = (place >= 0) & (place < reach)
+        rows = torch.where(here[:, None, :, None], new, old.unflatten(2, (blocks, self.rank)).flatten(3))  # [B, Hk, C, K D]
+        mixed: Tensor = rows.unflatten(3, (self.rank, near.shape[-1])).flatten(2, 3)
+        call.keep(**{name: mixed})
+        return mixed
+
+
+def _scores(products: Tensor, bias: Tensor, call: Call) -> Tensor:
+    """Return scores of products of queries and keys, in float32, and what is added to them."""
+    import torch
+
+    if call.softcap is None:
+        return torch.add(bias, products.float(), alpha=call.scaling)
+    return bias + call.softcap * torch.tanh(products.float() * (call.scaling / call.softcap))
