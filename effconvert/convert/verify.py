@@ -28,7 +28,7 @@ PROMPT = 24  # tokens given, and tokens asked for
 
 def measuring_dtype(plan: Plan) -> torch.dtype:
     """Return the type to run both models in: their own, or float32 where equality is to be shown."""
-    return torch.float32 if plan.exact else FLOATS[plan.checkpoint.dtype]
+    return torch.float32 if plan.is_exact else FLOATS[plan.checkpoint.dtype]
 
 
 def scratch_bytes(plan: Plan, options: RunOptions) -> int:
@@ -91,7 +91,7 @@ def prepare(plan: Plan, text: Text, options: RunOptions) -> Material:
     config, folder = plan.checkpoint.config, plan.checkpoint.folder
     context = min(options.context, config.longest or options.context)
     random = torch.randint(config.vocabulary, (1, min(context, 2 * PROMPT)), generator=torch.Generator().manual_seed(0))
-    texts = tuple(exact.texts(config, options.tokens, psutil.virtual_memory().available - check_memory(plan, options))) if plan.exact else ()
+    texts = tuple(exact.texts(config, options.tokens, psutil.virtual_memory().available - check_memory(plan, options))) if plan.is_exact else ()
     if not config.family.decoder:
         return Material(None, random, text.name, f"{config.kind} is an encoder and predicts no next token", texts)
     if config.architecture != config.family.lm:
@@ -125,7 +125,7 @@ def verify(plan: Plan, folder: Path, material: Material, scratch: Path, watcher:
         scratch.unlink(missing_ok=True)
     _check(plan.before, before, "the original")
     _check(plan.after, after, "the converted model")
-    difference, compared = exact.compare([_head(material), *material.texts], expected, found) if plan.exact else (None, 0)
+    difference, compared = exact.compare([_head(material), *material.texts], expected, found) if plan.is_exact else (None, 0)
     dtype = str(measuring_dtype(plan)).removeprefix("torch.")
     return Verification(before, after, difference, material.text, dtype, device, material.unmeasured, compared)
 

@@ -21,19 +21,19 @@ def teach(layer: Layer, original: int, parts: list[str], epochs: int, rate: floa
 
     The error is the squared one of what attention gives, [B, T, M], relative to the size of that.
     """
-    walk = layer.walk
-    assert walk
-    wanted = [look.outputs["o"] for look in walk.original([original], ("o",), until="o")]
+    activations = layer.activations
+    assert activations
+    wanted = [look.outputs["o"] for look in activations.original([original], ("o",), until="o")]
     size = sum(float(want.square().mean()) for want in wanted) / len(wanted)
     held = _held([want.shape[1] for want in wanted])
     fitted = [index for index in range(len(wanted)) if index not in held]
     if not fitted or not size:
         return
-    fixed = walk.stored(layer)
+    fixed = activations.stored(layer)
     learnt: dict[str, nn.Parameter] = {}
 
     def error(index: int) -> Tensor:
-        off: Tensor = (walk.attended(layer, learnt, fixed, index) - wanted[index]).square().mean() / size
+        off: Tensor = (activations.attended(layer, learnt, fixed, index) - wanted[index]).square().mean() / size
         return off
 
     def judged() -> float:
@@ -62,7 +62,7 @@ def teach(layer: Layer, original: int, parts: list[str], epochs: int, rate: floa
             break
     for part, value in best.items():
         layer[part] = value.cpu()
-    walk.note(layer.index, {"before": before, "after": least})
+    activations.note(layer.index, {"before": before, "after": least})
 
 
 def _held(lengths: list[int]) -> list[int]:

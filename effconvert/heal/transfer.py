@@ -36,7 +36,7 @@ class Transfer(Healing):
         if not config.replaced:
             raise OptionError("none of its layers has a mixer, so there is nothing to teach; put one in first (effconvert linear, ...), or use refit")
 
-    def remark(self, config: Config) -> str:
+    def notes(self, config: Config) -> str:
         """Say which layers."""
         return f"teaches the {len({index for record in config.replaced for index in record.layers})} layers that have a mixer"
 
