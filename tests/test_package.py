@@ -8,6 +8,7 @@ import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +44,27 @@ def imported():
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     assert imported() == {*DECLARED, *REPORT}
+
+
+def pins(file):
+    """Name -> version, of the lines of a constraints file that pin one."""
+    lines = [Requirement(line.partition("#")[0]) for line in (ROOT / file).read_text(encoding="utf-8").splitlines() if line.partition("#")[0].strip()]
+    return {re.sub(r"[-_.]+", "-", line.name).lower(): str(line.specifier).removeprefix("==") for line in lines}
+
+
+def test_the_oldest_set_is_that_of_the_lower_bounds():
+    optional = [Requirement(line) for lines in PROJECT["optional-dependencies"].values() for line in lines if not line.startswith("effconvert")]
+    for line in [*DECLARED.values(), *optional]:
+        (lowest,) = [bound.version for bound in line.specifier if bound.operator == ">="]
+        pinned = pins("constraints-oldest.txt")[line.name.lower()]
+        assert re.fullmatch(rf"{re.escape(lowest)}(\.0|\.\d{{8}})*", pinned) or line.name == "torch", (line.name, lowest, pinned)
+
+
+@pytest.mark.parametrize("file", ["constraints.txt", "constraints-oldest.txt", "constraints-newest.txt"])
+def test_the_tested_sets_are_within_the_bounds_and_name_no_addresses(file):
+    for name, version in pins(file).items():
+        assert name not in DECLARED or version in DECLARED[name].specifier, (name, version)
+    assert "://" not in (ROOT / file).read_text(encoding="utf-8")
 
 
 def without_matplotlib(python, environment, *arguments):
