@@ -62,13 +62,13 @@ class Terminal:
         if plan.calibration:
             tokens = f"{plan.calibration.ids.numel():,} tokens of {plan.calibration.name}"
             self.out.print(f"calibrates on {escape(tokens)}, which takes about {size(calibration_bytes(plan))} of memory", soft_wrap=True)
-        for remark in plan.remarks:
+        for remark in plan.notes:
             self.out.print(f"[bold]note[/]  {escape(remark)}", soft_wrap=True)
         need = f"needs about {size(plan.peak)} of memory to write and {size(plan.disk + plan.draft_bytes)} of disk"
         self.out.print(need + (f", {size(verify_bytes)} of memory to verify" if verify_bytes else ""))
         name = plan.config.architecture
-        opens = f"{CLASS}{name}, where effconvert is installed" if plan.config.ours else f"{name} in stock transformers"
-        self.out.print(f"loads as {escape(opens)}" + ("; no logit may change" if plan.exact else ""))
+        opens = f"{CLASS}{name}, where effconvert is installed" if plan.config.needs_effconvert else f"{name} in stock transformers"
+        self.out.print(f"loads as {escape(opens)}" + ("; no logit may change" if plan.is_exact else ""))
 
     def step(self, what: str) -> None:
         """Say what begins."""
@@ -158,7 +158,7 @@ class Terminal:
             self.out.print(f"\nKV cache: {size(seen.size.kv_bytes)} a token, {at}")
         self.out.print()
         table = Table("technique", "", box=None, pad_edge=False, header_style="bold")
-        for name, options in seen.suits.items():
+        for name, options in seen.allowed_options.items():
             table.add_row(name, f"applies: {escape(options)}")
         for name, reason in seen.refusals.items():
             table.add_row(name, f"does not apply: {escape(reason.split('; ')[0])}")

@@ -36,14 +36,14 @@ class Checkpoint:
     outer: Mapping[str, Stored]  # full name -> tensor
     layers: tuple[Mapping[str, Stored], ...]
 
-    def layer(self, index: int, device: str, originals: range | None = None, walk: Activations | None = None) -> Layer:
+    def layer(self, index: int, device: str, originals: range | None = None, activations: Activations | None = None) -> Layer:
         """Return layer `index`, its tensors on `device` (cpu, or meta for shapes alone); see `Layer` for the rest."""
-        return Layer(index, self.config, self.layers[index], device, originals=originals, walk=walk)
+        return Layer(index, self.config, self.layers[index], device, originals=originals, activations=activations)
 
-    def model(self, device: str, originals: Sequence[range] | None = None, walk: Activations | None = None) -> Model:
+    def model(self, device: str, originals: Sequence[range] | None = None, activations: Activations | None = None) -> Model:
         """Return all of it as a surgery finds it, its tensors on `device`."""
         stand_for = originals or [range(index, index + 1) for index in range(self.config.layers)]
-        layers = [self.layer(index, device, stands, walk) for index, stands in enumerate(stand_for)]
+        layers = [self.layer(index, device, stands, activations) for index, stands in enumerate(stand_for)]
         return Model(self.config, layers, Outer(self.config, self.prefix, self.outer, device), stand_for[-1].stop)
 
     def layer_prefix(self, index: int) -> str:
@@ -183,7 +183,7 @@ def check_shapes(checkpoint: Checkpoint) -> None:
             want = first.setdefault(name, tensor.shape)
             if kind == "weight" and parts[0] in config.matrices:
                 want = config.stored_shape(parts)
-            _hold(at + name, tensor.shape, want, config)
+            _check_shape(at + name, tensor.shape, want, config)
     # OPT may have embeddings narrower than its layers, with a projection between them.
     narrow = f"{checkpoint.prefix}{family.outer.get('project_in')}.weight" in checkpoint.outer
     table = (config.get("vocab_size"), config.get("word_embed_proj_dim") if narrow else width)
@@ -196,13 +196,13 @@ def check_shapes(checkpoint: Checkpoint) -> None:
     for name, tensor in checkpoint.outer.items():
         want = places.get(name, table if name == f"{family.head['head']}.weight" else tensor.shape)
         if None not in want:
-            _hold(name, tensor.shape, want, config)
+            _check_shape(name, tensor.shape, want, config)
     positions = checkpoint.outer.get(f"{checkpoint.prefix}{family.outer.get('positions')}.weight")
     if positions and positions.shape[:1] < ((said := config.get(family.positions_key) or 0),):  # transformers makes buffers as long as that
         raise ModelError(f"{positions.name} is {_times(positions.shape)}, but config.json says {family.positions_key} = {said}; one is wrong")
 
 
-def _hold(name: str, shape: tuple[int, ...], want: tuple[int, ...], config: Config) -> None:
+def _check_shape(name: str, shape: tuple[int, ...], want: tuple[int, ...], config: Config) -> None:
     if shape != want:
         family = config.family
         keys = (family.hidden_key, family.heads_key, family.kv_heads_key, "head_dim", family.ffn_key, "vocab_size")

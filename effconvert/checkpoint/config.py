@@ -34,7 +34,7 @@ class Config:
         return encode(self.raw, self.family, self.replaced)
 
     @property
-    def ours(self) -> bool:
+    def needs_effconvert(self) -> bool:
         """Whether the model is opened with a class of effconvert, since transformers has none."""
         return self.family.shares_kv_in_our_class or bool(self.replaced)
 

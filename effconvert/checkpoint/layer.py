@@ -35,7 +35,7 @@ class Activations(Protocol):
     def scores(self) -> int:
         """How many numbers the weights of one head's attention are, over all texts."""
 
-    def look(self, layer: Layer, parts: Sequence[str] = (), until: str = "") -> Iterator[Any]:
+    def capture(self, layer: Layer, parts: Sequence[str] = (), until: str = "") -> Iterator[Any]:
         """Run a layer as it stands, and yield what each batch was in it."""
 
     def original(self, layers: Sequence[int], parts: Sequence[str] = (), until: str = "") -> Iterator[Any]:
@@ -57,7 +57,7 @@ class Layer(Parts):
     Attributes:
         index: which layer of the model this is, from 0.
         originals: which layers of the model that healing goes towards it stands for; of several, the later ones were dropped.
-        walk: what the model computes on a text, where a surgery asked to look at it; None while only shapes count.
+        activations: what the model computes on a text, where a surgery asked to look at it; None while only shapes count.
     """
 
     def __init__(
@@ -68,16 +68,16 @@ class Layer(Parts):
         device: str,
         below: Layer | None = None,
         originals: range | None = None,
-        walk: Activations | None = None,
+        activations: Activations | None = None,
     ) -> None:
         super().__init__(config, stored, device, below)
-        self.index, self.walk = index, walk
+        self.index, self.activations = index, activations
         self.originals = range(index, index + 1) if originals is None else originals
         self._source_index: int = index if below is None else below._source_index
 
     def on_top(self, index: int, config: Config) -> Layer:
         """Return this layer as the next surgery finds it."""
-        return Layer(index, config, self._stored, self._device, self, self.originals, self.walk)
+        return Layer(index, config, self._stored, self._device, self, self.originals, self.activations)
 
     @property
     def per_kv_head(self) -> list[str]:

@@ -115,15 +115,15 @@ def calibrate(plan: Plan, folder: Path, watcher: Watcher) -> None:
     ids = plan.calibration.ids
     after = [model.outer.on_top(config) for model, config in zip(plan.models("cpu"), plan.configs[1:], strict=False)]
     outer = [plan.checkpoint.model("cpu").outer, *after]  # none has changes in it that its config knows nothing of
-    walk = Activations(plan.checkpoint, plan.teacher, outer, plan.calibration.batches)
-    layers: list[Layer | None] = [*plan.models("cpu", walk)[-1].layers]
+    activations = Activations(plan.checkpoint, plan.teacher, outer, plan.calibration.batches)
+    layers: list[Layer | None] = [*plan.models("cpu", activations)[-1].layers]
     with watcher.bar("calibrating", len(layers) * ids.numel(), "tokens") as advance:
         for index in range(len(layers)):
             layer, file = layers[index], folder / drafts(plan)[index]
             if layer is not None and not file.is_file():  # a layer's truth value would be its number of parts, and compute it
                 made = {name: numbers.to(FLOATS[origin.dtype]) for name, (origin, numbers, new) in stored_tensors(layer).items() if new}
-                _save(file, made, walk.notes.get(index, {}))
-            walk.advance(index, _finished(plan, index, file))
+                _save(file, made, activations.notes.get(index, {}))
+            activations.advance(index, _finished(plan, index, file))
             layers[index] = None  # what it computed is on disk
             _return_memory()
             advance(ids.numel())
@@ -148,7 +148,7 @@ def _finished(plan: Plan, index: int, file: Path) -> dict[str, Tensor]:
     return {name: target.origin.read("cpu") if target.unit is None else made[name].float() for name, target in inside.items() if name not in buffers}
 
 
-def notes(plan: Plan, folder: Path) -> dict[str, dict[str, float]]:
+def layer_notes(plan: Plan, folder: Path) -> dict[str, dict[str, float]]:
     """Return what steps had to tell of the layers they looked at, as it lies in `folder`: layer -> what."""
     found = {}
     for index, name in enumerate(drafts(plan)):

@@ -149,7 +149,7 @@ def describe(partial: Path, texts: dict[str, str]) -> None:
 
 def drafts(plan: Plan) -> list[str]:
     """Return the names under which converted layers wait in the working folder, where they have to be computed in order."""
-    return [f"layer-{index:05}{DRAFT}" for index in range(plan.config.layers)] if plan.looks else []
+    return [f"layer-{index:05}{DRAFT}" for index in range(plan.config.layers)] if plan.needs_calibration else []
 
 
 def discard_drafts(plan: Plan, partial: Path) -> None:

@@ -28,7 +28,7 @@ PROMPT = 24  # tokens given, and tokens asked for
 
 def measuring_dtype(plan: Plan) -> torch.dtype:
     """Return the type to run both models in: their own, or float32 where equality is to be shown or one of them can no other."""
-    return torch.float32 if plan.exact or plan.config.family.float32_only else plan.checkpoint.computing
+    return torch.float32 if plan.is_exact or plan.config.family.float32_only else plan.checkpoint.computing
 
 
 def scratch_bytes(plan: Plan, options: RunOptions) -> int:
@@ -122,7 +122,7 @@ def verify(plan: Plan, folder: Path, material: Material, scratch: Path, watcher:
         scratch.unlink(missing_ok=True)
     _check(plan.before, before, "the original")
     _check(plan.after, after, "the converted model")
-    difference = (found - expected).abs().max().item() if plan.exact else None
+    difference = (found - expected).abs().max().item() if plan.is_exact else None
     if difference is not None and difference > TOLERANCE * expected.abs().max().item():
         raise ModelError(f"a logit changed by {difference:.3g}, and this conversion must not change any: a fault of effconvert, please report it")
     return Verification(before, after, difference, material.text, str(measuring_dtype(plan)).removeprefix("torch."), device, material.unmeasured)

@@ -104,7 +104,7 @@ class _Layers:
             self.ahead[index] = self.worker.submit(self._compute, index)
 
     def _compute(self, unit: int) -> dict[str, Tensor | Deferred]:
-        if self.plan.looks and unit != OUTER:
+        if self.plan.needs_calibration and unit != OUTER:
             prefix = self.plan.layer_prefix(unit)
             return {prefix + name: tensor for name, tensor in computed(self.plan, unit, self.partial).items()}
         prefix, parts = self.plan.parts(unit)
@@ -155,7 +155,7 @@ def _write_others(plan: Plan, partial: Path) -> None:
         shutil.copyfile(folder / CONFIG, partial / CONFIG)
     else:
         (partial / CONFIG).write_text(json.dumps(plan.config.content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if plan.config.ours:
+    if plan.config.needs_effconvert:
         (partial / STUB_FILE).write_text(STUB.format(kind=plan.config.kind), encoding="utf-8")
     if plan.indexed:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8")) if (folder / INDEX).is_file() else {}

@@ -13,7 +13,7 @@ from effconvert.checkpoint.outer import Outer
 from effconvert.checkpoint.parts import Deferred
 from effconvert.checkpoint.shards import FLOATS, finite
 from effconvert.errors import ModelError
-from effconvert.heal._layerwise import Look, Stage, embedding_rows, stored_tensors
+from effconvert.heal._layerwise import Capture, LayerRunner, embedding_rows, stored_tensors
 
 
 class Activations:
@@ -37,9 +37,9 @@ class Activations:
         self.source, self.teacher, self.ids = source, teacher, [batch.to(self.device) for batch in batches]
         self.outer = outer
         self._original = outer[0] if teacher is source else teacher.model("cpu").outer
-        self.stages: dict[int, Stage] = {}
+        self.runners: dict[int, LayerRunner] = {}
         self.notes: dict[int, dict[str, float]] = {}
-        self.states = self._stage(outer[-1]).begin()
+        self.states = self._runner(outer[-1]).begin()
         _check_finite(self.states, "the embedding")
 
     @property
@@ -47,11 +47,11 @@ class Activations:
         """How many numbers the weights of one head's attention are, over all texts."""
         return sum(len(batch) * batch.shape[1] ** 2 for batch in self.ids)
 
-    def look(self, layer: Layer, parts: Sequence[str] = (), until: str = "") -> Iterator[Look]:
-        """Run a layer as it stands, and yield what each batch was in it: see `Stage.run`."""
+    def capture(self, layer: Layer, parts: Sequence[str] = (), until: str = "") -> Iterator[Capture]:
+        """Run a layer as it stands, and yield what each batch was in it: see `LayerRunner.run`."""
         return self._run(self._outer_of(layer.config), layer, layer.index, self.states, parts, until)
 
-    def original(self, layers: Sequence[int], parts: Sequence[str] = (), until: str = "") -> Iterator[Look]:
+    def original(self, layers: Sequence[int], parts: Sequence[str] = (), until: str = "") -> Iterator[Capture]:
         """Run layers of the original, one after the other, on what arrives here; yield of each batch what the last of them was."""
         states = self.states
         for index in layers[:-1]:
@@ -68,8 +68,8 @@ class Activations:
         for part, tensor in learnt.items():
             tried[part] = tensor
         changed = {name: tensor.to(FLOATS[origin.dtype]).to(fixed[name]) for name, origin, tensor in tried.tensors() if isinstance(tensor, Tensor)}
-        stage = self._stage(self._outer_of(layer.config))
-        return stage.given(layer.index, {**fixed, **changed}, self.states[batch], place)
+        runner = self._runner(self._outer_of(layer.config))
+        return runner.given(layer.index, {**fixed, **changed}, self.states[batch], place)
 
     def note(self, index: int, said: dict[str, float]) -> None:
         """Keep what is to be told of the layer at work."""
@@ -81,14 +81,14 @@ class Activations:
         Raises:
             ModelError: that is NaN or infinite.
         """
-        stage = self._stage(self.outer[-1])
+        runner = self._runner(self.outer[-1])
         tensors = {name: numbers.to(self.device) for name, numbers in tensors.items()}
-        self.states = [look.out for look in stage.run(index, tensors, self.states)]
+        self.states = [look.out for look in runner.run(index, tensors, self.states)]
         _check_finite(self.states, f"layer {index}")
 
-    def _run(self, outer: Outer, layer: Layer, index: int, states: Sequence[Tensor], parts: Sequence[str] = (), until: str = "") -> Iterator[Look]:
+    def _run(self, outer: Outer, layer: Layer, index: int, states: Sequence[Tensor], parts: Sequence[str] = (), until: str = "") -> Iterator[Capture]:
         tensors = self.stored(layer)
-        for look in self._stage(outer).run(index, tensors, states, parts, until):
+        for look in self._runner(outer).run(index, tensors, states, parts, until):
             _check_finite([look.out, *look.outputs.values()], f"layer {index}")
             yield look
 
@@ -96,11 +96,11 @@ class Activations:
         """Return what is outside the layers at the step whose layers have this config."""
         return next(outer for outer in self.outer if outer.config == config)
 
-    def _stage(self, outer: Outer) -> Stage:
+    def _runner(self, outer: Outer) -> LayerRunner:
         outer = self._outer_of(outer.config) if outer is not self._original else outer
-        if id(outer) not in self.stages:
-            self.stages[id(outer)] = Stage(outer.config, self._inside(outer), self.ids, self.device)
-        return self.stages[id(outer)]
+        if id(outer) not in self.runners:
+            self.runners[id(outer)] = LayerRunner(outer.config, self._inside(outer), self.ids, self.device)
+        return self.runners[id(outer)]
 
     def _inside(self, outer: Outer) -> dict[str, Tensor]:
         """Return what lies outside the layers and inside the bare model, in its names there."""

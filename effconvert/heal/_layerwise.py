@@ -60,7 +60,7 @@ class Calibration:
         """Identify the texts."""
         return hashlib.sha256(b"".join(f"{[*batch.shape]}".encode() + batch.numpy().tobytes() for batch in self.batches)).hexdigest()
 
-    def remark(self, config: Config) -> str:
+    def notes(self, config: Config) -> str:
         """Say where there are fewer tokens than numbers to find for each output of a projection."""
         tokens, inputs = self.ids.numel(), max(config.hidden, config.heads * config.head_dim)
         return f"{tokens} tokens for {inputs} inputs: the statistics are singular, and regularised; give more --calibration-tokens" if tokens < inputs else ""
@@ -78,7 +78,7 @@ def at_a_time(window: int) -> int:
 
 
 @dataclass
-class Look:
+class Capture:
     """What one batch of windows was inside a layer."""
 
     state: Tensor  # what arrived, [B, T, M]
@@ -95,7 +95,7 @@ class _EnoughError(Exception):
     """Every layer was reached; what comes after them is not run."""
 
 
-class Stage:
+class LayerRunner:
     """A model of one shape without weights, and what it hands to its layers beside the hidden states."""
 
     def __init__(self, config: Config, outer: Tensors, ids: Sequence[Tensor], device: torch.device) -> None:
@@ -160,7 +160,7 @@ class Stage:
             self._until_enough(batch)
         return calls if len(shapes) == 1 else []
 
-    def run(self, index: int, tensors: Tensors, states: Sequence[Tensor], parts: Sequence[str] = (), until: str = "") -> Iterator[Look]:
+    def run(self, index: int, tensors: Tensors, states: Sequence[Tensor], parts: Sequence[str] = (), until: str = "") -> Iterator[Capture]:
         """Run layer `index` with the weights `tensors` on each batch, and yield what was seen of the modules of `parts` and places, and of attention.
 
         With `until` it is run up to the module of that part or place, and no further.
@@ -171,7 +171,7 @@ class Stage:
                 if state.shape[1] not in self.calls:
                     self.learn(state.shape[1])
                 args, kwargs = self.calls[state.shape[1]][index]
-                look = Look(state)
+                look = Capture(state)
                 fill(module, tensors)  # each time: meanwhile somebody may have run the same layer with other weights
                 with _watching(module, {part: self._module(module, part) for part in parts}, look, until):
                     out = module(state, *_fitting(args, state), **_fitting(kwargs, state))
@@ -185,7 +185,7 @@ class Stage:
         if state.shape[1] not in self.calls:
             self.learn(state.shape[1])
         module, (args, kwargs) = self.layers[index], self.calls[state.shape[1]][index]
-        look = Look(state)
+        look = Capture(state)
         with _watching(module, {place: self._module(module, place)}, look, place):
             functional_call(module, self._inside(index, tensors), (state, *_fitting(args, state)), _fitting(kwargs, state))
         return look.outputs[place]
@@ -271,7 +271,7 @@ def _instead(modules: Sequence[nn.Module], functions: Sequence[Callable[..., Any
 
 
 @contextmanager
-def _watching(module: nn.Module, parts: Mapping[str, str], look: Look, until: str) -> Iterator[None]:
+def _watching(module: nn.Module, parts: Mapping[str, str], look: Capture, until: str) -> Iterator[None]:
     """Note in `look` what goes in and out of submodules (part -> name), and what attention does; go on after the submodule of part `until`."""
 
     def note(part: str) -> Callable[..., None]:
@@ -294,7 +294,7 @@ def _watching(module: nn.Module, parts: Mapping[str, str], look: Look, until: st
             handle.remove()
 
 
-_LOOKS: list[Look] = []
+_LOOKS: list[Capture] = []
 
 
 def _probe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:

@@ -22,19 +22,19 @@ def teach(layer: Layer, originals: Sequence[int], place: str, parts: list[str], 
 
     The error is the squared one of what the place gives, [B, T, M], relative to the size of that. Nothing is returned where nothing can be learnt.
     """
-    walk = layer.walk
-    assert walk
-    wanted = [look.outputs[place] for look in walk.original(originals, (place,), until=place)]
+    activations = layer.activations
+    assert activations
+    wanted = [look.outputs[place] for look in activations.original(originals, (place,), until=place)]
     size = sum(float(want.square().mean()) for want in wanted) / len(wanted)
     held = _held([want.shape[1] for want in wanted])
     fitted = [index for index in range(len(wanted)) if index not in held]
     if not fitted or not size:
         return {}
-    fixed = walk.stored(layer)
+    fixed = activations.stored(layer)
     learnt: dict[str, nn.Parameter] = {}
 
     def error(index: int) -> Tensor:
-        off: Tensor = (walk.given(layer, place, learnt, fixed, index) - wanted[index]).square().mean() / size
+        off: Tensor = (activations.given(layer, place, learnt, fixed, index) - wanted[index]).square().mean() / size
         return off
 
     def judged() -> float:

@@ -25,7 +25,7 @@ class Refit(Healing):
       effconvert refit --calibrate mine.txt --calibration-tokens 65536 ./mqa --teacher HuggingFaceTB/SmolLM2-135M
     """
 
-    def remark(self, config: Config) -> str:
+    def notes(self, config: Config) -> str:
         """Say what norms and mixers forbid."""
         told = ["its queries go through a norm, so they are not refitted to scores; values and outputs are"] if config.normed else []
         told += ["a norm follows its MLP, so nothing makes up for layers or attention that were dropped"] if "mlp_post_norm" in config.family.parts else []

@@ -41,7 +41,7 @@ class Transfer(Healing):
         if config.attention and not config.replaced:
             raise OptionError("none of its layers has a mixer, so there is nothing to teach; put one in first (effconvert linear, ...), or use refit")
 
-    def remark(self, config: Config) -> str:
+    def notes(self, config: Config) -> str:
         """Say which layers."""
         count = len({index for record in config.replaced for index in record.layers}) if config.attention else config.layers
         return f"teaches the {count} layers that have a mixer"
@@ -58,8 +58,8 @@ class Transfer(Healing):
         for place, parts in self._lessons(layer).items():
             towards = originals if place == "layer" else originals[:1]
             said += [done] if parts and (done := teach(layer, towards, place, parts, self.epochs, self.rate)) else []
-        if said and layer.walk:
-            layer.walk.note(layer.index, {when: sum(each[when] for each in said) / len(said) for when in said[0]})
+        if said and layer.activations:
+            layer.activations.note(layer.index, {when: sum(each[when] for each in said) / len(said) for when in said[0]})
 
     def _lessons(self, layer: Layer) -> dict[str, list[str]]:
         """Return the places of a layer that are taught, smaller ones first, and the parts that learn there: a technique's own, and what stands beside them."""

@@ -39,7 +39,7 @@ def class_of(config: Config) -> Any:
     """Return the class that a checkpoint with this config is loaded with."""
     import transformers
 
-    if not config.ours:
+    if not config.needs_effconvert:
         return getattr(transformers, config.architecture)
     from effconvert.modeling.model import model_class
 

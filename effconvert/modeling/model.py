@@ -27,8 +27,8 @@ from effconvert.modeling.transformers_internals import (
     auto_classes,
     cache_among,
     cache_name,
+    check_overridden,
     checkpoints,
-    hold_overridden,
     implementation,
     keep_names,
 )
@@ -216,7 +216,7 @@ def model_class(architecture: str) -> Any:
     kind = next((kind for kind, family in FAMILIES.items() if _is_of(stock, family, kind)), None)
     if stock is None or kind is None:
         raise ModelError(f"{architecture} is no class of a family that effconvert knows; it knows {', '.join(FAMILIES)}")
-    hold_overridden(stock)
+    check_overridden(stock)
     keep_names(architecture, kind, CLASS + architecture)
 
     @wraps(stock.forward)

@@ -58,7 +58,7 @@ class Replacement(Layerwise):
         return {}
 
     def fit(self, layer: Layer, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return what they are for this layer, after a look at what it computes; asked where `looks` says so."""
+        """Return what they are for this layer, after a look at what it computes; asked where `needs_calibration` says so."""
         return values
 
     def remembers(self, config: Config) -> Slots:
@@ -78,7 +78,7 @@ class Replacement(Layerwise):
         raise NotImplementedError(f"{self.name} has nothing that runs at a module")
 
     @classmethod
-    def suits(cls, config: Config) -> str:
+    def allowed_options(cls, config: Config) -> str:
         """Any options, or a reason why none."""
         cls.check_family(config)
         needed = [(name, field) for name, field in cls.model_fields.items() if field.is_required()]
@@ -110,7 +110,7 @@ class Replacement(Layerwise):
         """Why no layer may be left to change."""
         return "no layer is left to change: --layers names none"
 
-    def exact(self, config: Config) -> bool:
+    def is_exact(self, config: Config) -> bool:
         """Only with options that say so: see the techniques."""
         return False
 
@@ -145,8 +145,8 @@ class Replacement(Layerwise):
         import torch
 
         shapes = self.parameters(layer.config, place)
-        if layer.shapes_only or (self.looks(layer.config) and not layer.walk):
+        if layer.shapes_only or (self.needs_calibration(layer.config) and not layer.activations):
             return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         begun = self.begin(layer.config, layer.index)
-        fitted = self.fit(layer, begun) if layer.walk and self.looks(layer.config) else begun
+        fitted = self.fit(layer, begun) if layer.activations and self.needs_calibration(layer.config) else begun
         return {name: fitted[name] for name in shapes}

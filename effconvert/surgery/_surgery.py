@@ -38,7 +38,7 @@ class Step(Options):
 
     @classmethod
     @abstractmethod
-    def suits(cls, config: Config) -> str:
+    def allowed_options(cls, config: Config) -> str:
         """Say in a few words which options this model allows.
 
         Raises:
@@ -55,18 +55,18 @@ class Step(Options):
         """
 
     @abstractmethod
-    def exact(self, config: Config) -> bool:
+    def is_exact(self, config: Config) -> bool:
         """Whether the converted model must compute the same logits: then this is verified."""
 
     @abstractmethod
     def config(self, config: Config) -> Config:
         """Return the config of the converted model."""
 
-    def looks(self, config: Config) -> bool:
-        """Whether `layer` looks at what the model computes on a text (`Layer.walk`): then it is run, layer by layer, before anything is written."""
+    def needs_calibration(self, config: Config) -> bool:
+        """Whether `layer` looks at what the model computes on a text (`Layer.activations`): then it is run, layer by layer, before anything is written."""
         return False
 
-    def remark(self, config: Config) -> str:
+    def notes(self, config: Config) -> str:
         """Say what is different for this model, where something is; one sentence of the plan."""
         return ""
 

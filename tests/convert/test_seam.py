@@ -24,13 +24,13 @@ class Plain(Surgery):
         return "plain"
 
     @classmethod
-    def suits(cls, config):
+    def allowed_options(cls, config):
         return ""
 
     def check(self, config):
         pass
 
-    def exact(self, config):
+    def is_exact(self, config):
         return False
 
     def config(self, config):
@@ -49,7 +49,7 @@ class DropFirst(Plain):
 class Flip(Plain):
     """Turns v and o round: nothing changes."""
 
-    def exact(self, config):
+    def is_exact(self, config):
         return True
 
     def layer(self, layer):

@@ -143,15 +143,15 @@ def test_queries_that_go_through_a_norm_are_left_alone_and_it_is_said(kind):
     parts = FAMILIES[kind].parts
     touched = {name.split(".layers.")[1].split(".", 1)[1].rsplit(".", 1)[0] for name in changed("plain", "refitted")}
     assert touched == {parts["v"], parts["o"]}
-    assert any(remark.startswith("refit:") and "norm" in remark for remark in outcome.plan.remarks)
+    assert any(remark.startswith("refit:") and "norm" in remark for remark in outcome.plan.notes)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
 def test_where_queries_go_through_no_norm_nothing_is_said_of_it(kind):
     source = put(Path("model"), kind)
     planned = plan(open_checkpoint(source), (Refit(teacher=str(source)),), open_checkpoint(source))
-    assert not any("queries" in remark for remark in planned.remarks)
-    assert bool(planned.remarks) == ("mlp_post_norm" in FAMILIES[kind].parts)  # of which another sentence speaks
+    assert not any("queries" in remark for remark in planned.notes)
+    assert bool(planned.notes) == ("mlp_post_norm" in FAMILIES[kind].parts)  # of which another sentence speaks
 
 
 def test_what_was_refitted_is_only_q_v_and_o():
@@ -187,9 +187,9 @@ def test_fewer_tokens_than_inputs_are_regularised_and_it_is_said():
     wide = {"hidden_size": 96, "num_key_value_heads": 4}
     source = put(Path("model"), **wide)
     outcome = run(source, Gqa(groups=2, pool="mean"), Refit(), calibration_tokens=64)
-    assert any("64 tokens for 96 inputs" in remark and "regularised" in remark for remark in outcome.plan.remarks)
+    assert any("64 tokens for 96 inputs" in remark and "regularised" in remark for remark in outcome.plan.notes)
     assert all(torch.isfinite(tensor).all() for tensor in tensors(Path("out")).values())
-    assert not any("regularised" in remark for remark in run(source, Gqa(groups=2), Refit(), place="more", calibration_tokens=96).plan.remarks)
+    assert not any("regularised" in remark for remark in run(source, Gqa(groups=2), Refit(), place="more", calibration_tokens=96).plan.notes)
 
 
 # Fewer layers

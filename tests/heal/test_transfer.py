@@ -138,7 +138,7 @@ def test_layers_without_a_mixer_keep_their_bytes():
     every = changed("plain", "out")
     assert {name.split(".")[2] for name in every} == {"1", "2"}
     assert set(outcome.told) == {"1", "2"}
-    assert outcome.plan.remarks == ["transfer: teaches the 2 layers that have a mixer"]
+    assert outcome.plan.notes == ["transfer: teaches the 2 layers that have a mixer"]
 
 
 def test_what_was_said_is_the_error_on_held_out_windows(taught):
@@ -305,8 +305,8 @@ class Measured(Refit):
         ERRORS.append((before, self.error(layer, originals)))
 
     def error(self, layer, originals):
-        wanted = [look.outputs["o"] for look in layer.walk.original([originals[0]], ("o",), until="o")]
-        found = [look.outputs["o"] for look in layer.walk.look(layer, ("o",), until="o")]
+        wanted = [look.outputs["o"] for look in layer.activations.original([originals[0]], ("o",), until="o")]
+        found = [look.outputs["o"] for look in layer.activations.capture(layer, ("o",), until="o")]
         off = [
             (one[row] - other[row]).square().mean()
             for index, (one, other) in enumerate(zip(found, wanted, strict=True))

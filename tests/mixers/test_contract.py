@@ -67,7 +67,7 @@ def test_neutral_options_change_no_logit(name, kind):
     model, other = pair(kind, (name, neutral(name, kind)))
     mixing = [index for index, module in enumerate(layers(other)) if has_mixer(module)]
     assert mixing
-    assert load(name)(**neutral(name, kind)).exact(stock_config(model))
+    assert load(name)(**neutral(name, kind)).is_exact(stock_config(model))
     assert far(run(other, tokens(length=60)), run(model, tokens(length=60))) <= SAME
     if kind in DECODERS:
         assert far(in_pieces(other, tokens(), PIECES)[0], run(model, tokens())) <= SAME
@@ -86,7 +86,7 @@ def has_mixer(layer):
 def test_small_options_change_what_is_computed_and_are_not_called_exact(models, name, kind):
     model, other = models(name, kind)
     assert far(run(other, tokens()), run(model, tokens())) > 1e-3
-    assert not load(name)(**small(name, kind)).exact(stock_config(model))
+    assert not load(name)(**small(name, kind)).is_exact(stock_config(model))
 
 
 @pytest.mark.parametrize(("name", "kind"), MATRIX, ids=map("-".join, MATRIX))
@@ -277,7 +277,7 @@ def test_what_begins_is_the_same_each_time(name):
 @pytest.mark.parametrize(("name", "kind"), REFUSED, ids=map("-".join, REFUSED))
 def test_a_family_that_cannot_have_it_is_refused_with_the_reason(name, kind):
     config, step = stock_config(tiny(kind)), load(name)(**(ROWS[name].small or ROWS[name].encoder))
-    for refuse in (step.check, type(step).suits):
+    for refuse in (step.check, type(step).allowed_options):
         with pytest.raises(ModelError, match=f"^{kind} .*{ROWS[name].refused[kind]}"):
             refuse(config)
 
@@ -285,7 +285,7 @@ def test_a_family_that_cannot_have_it_is_refused_with_the_reason(name, kind):
 @pytest.mark.parametrize("name", ROWS)
 def test_a_family_that_can_have_it_is_told_the_options_that_are_needed(name):
     for kind in ROWS[name].kinds:
-        told = load(name).suits(stock_config(tiny(kind)))
+        told = load(name).allowed_options(stock_config(tiny(kind)))
         needed = [f"--{field}" for field, about in load(name).model_fields.items() if about.is_required()]
         assert all(option in told for option in needed)
         assert needed or told == "as it is"

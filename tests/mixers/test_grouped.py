@@ -254,7 +254,7 @@ def test_two_heads_become_one(models, kind, tmp_path):
     single, outcome = convert_to(tmp_path / "out", save(alike_again(grouped), tmp_path / "source"), Mqa(pool="mean"), verify=True, context=16, tokens=32)
     assert far(run(single, tokens()), run(alike_again(grouped), tokens())) <= SAME
     assert outcome.plan.config.kind == ("gpt_bigcode" if kind == "gpt2" else kind)
-    assert outcome.plan.config.ours == (kind != "gpt2")
+    assert outcome.plan.config.needs_effconvert == (kind != "gpt2")
 
 
 def alike_again(grouped):
@@ -302,10 +302,10 @@ def test_a_head_of_ones_own_comes_along(tmp_path):
 def test_inspect_says_that_it_can_be_done(models, kind, tmp_path):
     model, grouped = models(kind)
     told = inspect(open_checkpoint(save(model, tmp_path / "before")))
-    assert (told.suits["gqa"], told.suits["mqa"]) == ("--groups 1, 2, 4", "as it is")
+    assert (told.allowed_options["gqa"], told.allowed_options["mqa"]) == ("--groups 1, 2, 4", "as it is")
     assert "has a KV head for each" in told.refusals["expand-kv"]
     told = inspect(open_checkpoint(save(grouped, tmp_path / "after")))
-    assert (told.suits["gqa"], told.suits["expand-kv"]) == ("--groups 1, 2", "--groups 4")
+    assert (told.allowed_options["gqa"], told.allowed_options["expand-kv"]) == ("--groups 1, 2", "--groups 4")
     assert told.kv_bytes[4096] == (4096 * 2 * 2 * 2 * 8 * 4 if kind in DECODERS else 0)
 
 

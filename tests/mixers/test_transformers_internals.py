@@ -300,12 +300,12 @@ def test_generation_asks_for_the_cache_by_our_method(monkeypatch):
 @pytest.mark.parametrize("name", internals.OVERRIDDEN)
 def test_a_model_without_a_method_that_ours_replace_is_told(name):
     stock = transformers.LlamaForCausalLM
-    internals.hold_overridden(stock)
+    internals.check_overridden(stock)
     members = {other: getattr(stock, other) for other in (*internals.OVERRIDDEN, "generate") if other != name}
     with pytest.raises(EffconvertError) as refusal:
-        internals.hold_overridden(type("Llama", (), members))
+        internals.check_overridden(type("Llama", (), members))
     assert told(refusal) == f"{name} of Llama"
-    internals.hold_overridden(transformers.LlamaModel)  # which does not generate
+    internals.check_overridden(transformers.LlamaModel)  # which does not generate
 
 
 def test_new_modules_are_begun_by_our_method(monkeypatch):

@@ -181,7 +181,7 @@ def test_neutral_options_change_no_logit(name, kind, tmp_path):
             parameter.view(-1)[::3] = -0.0  # a sum or a mean would make it 0.0
     source = save(model, tmp_path / "source", max_shard_size="40KB")
     outcome = run(source, tmp_path / "out", name, mixing.neutral(name, kind) if case.mixer else case.neutral)
-    assert outcome.plan.exact
+    assert outcome.plan.is_exact
     expected, found = logits(model), logits(read_back(tmp_path / "out"))
     assert expected.std() > 0.1
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -298,7 +298,7 @@ def test_the_report_holds_what_was_measured(done):
     if outcome.plan.config.family.decoder:
         assert not report.unmeasured
         assert report.before.quality.perplexity > 1
-        assert (report.after.quality.kl > 1e-3) == (not outcome.plan.exact)
+        assert (report.after.quality.kl > 1e-3) == (not outcome.plan.is_exact)
     manifest = json.loads((outcome.output / "effconvert.json").read_text())
     assert manifest["recipe"] == outcome.plan.recipe
     assert manifest["verified"]

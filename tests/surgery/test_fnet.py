@@ -303,7 +303,7 @@ def test_nothing_depends_on_what_a_batch_is_padded_with(kind, filter):
 
 def test_the_native_class_ignores_padding_and_the_plan_says_so():
     outcome = run("bert", Fnet())
-    assert "ignores attention_mask" in " ".join(outcome.plan.remarks)
+    assert "ignores attention_mask" in " ".join(outcome.plan.notes)
     model, ids, mask = opened("out"), tokens(1, 24), torch.ones(1, 24, dtype=torch.long)
     mask[:, 16:] = 0
     with torch.inference_mode():
@@ -353,7 +353,7 @@ def test_what_is_learnable_comes_nearer_to_the_attention_than_nothing(kind, filt
     class Spy(Fnet):
         def fit(self, layer, values):
             found = super().fit(layer, values)
-            for look in layer.walk.look(layer, ("q", "o"), until="o"):
+            for look in layer.activations.capture(layer, ("q", "o"), until="o"):
                 rows, given = look.inputs["q"], look.outputs["o"]
                 made = self.forward(found, rows, Around(None, every(rows)))
                 seen.append((float((made - given).square().sum()), float(given.square().sum())))
@@ -382,13 +382,13 @@ def test_a_model_that_shares_kv_heads_can_have_it():
 
 
 def test_where_positions_were_rotations_of_attention_the_plan_says_what_is_left():
-    assert "phases of the transform" in " ".join(run("modernbert", Fnet()).plan.remarks)
-    assert "phases of the transform" not in " ".join(run("roberta", Fnet(), place="other").plan.remarks)
+    assert "phases of the transform" in " ".join(run("modernbert", Fnet()).plan.notes)
+    assert "phases of the transform" not in " ".join(run("roberta", Fnet(), place="other").plan.notes)
 
 
 def test_a_fitted_model_has_no_loud_transform():
     source = save(tiny("bert"), Path("bert"))
-    told = [" ".join(run(source, Fnet(filter=filter), place=filter).plan.remarks) for filter in FILTERS]
+    told = [" ".join(run(source, Fnet(filter=filter), place=filter).plan.notes) for filter in FILTERS]
     assert ["times larger" in said for said in told] == [True, False, False]
     assert ["ignores attention_mask" in said for said in told] == [True, False, False]
 
@@ -483,7 +483,7 @@ def test_a_refit_changes_nothing_where_a_norm_follows_and_says_so(step):
     run(source, step, place="plain")
     outcome = run(source, step, Refit())
     assert Path("plain/model.safetensors").read_bytes() == Path("out/model.safetensors").read_bytes()
-    assert "a norm follows its MLP" in " ".join(outcome.plan.remarks)
+    assert "a norm follows its MLP" in " ".join(outcome.plan.notes)
 
 
 def test_options_are_frozen_and_a_filter_that_is_none_is_refused():

@@ -29,10 +29,10 @@ class Third(Layerwise):
     """Divide keys, values and what goes up by three."""
 
     @classmethod
-    def suits(cls, config):
+    def allowed_options(cls, config):
         return "any layers"
 
-    def exact(self, config):
+    def is_exact(self, config):
         return False
 
     def config(self, config):

@@ -141,14 +141,14 @@ def test_scores_are_capped_before_mixtures_get_their_weight():
 @pytest.mark.parametrize("count", [1, 5, TEXT])
 def test_as_many_mixtures_as_tokens_are_softmax(share, count):
     technique = LinformerCausal(block=5, rank=5, sinks=2, share=share)
-    assert technique.exact(config("llama"))
+    assert technique.is_exact(config("llama"))
     for sizes in (None, [1] * count):  # sinks are seen once, not in a mixture too
         assert torch.allclose(mixed(technique, technique.begin(config("llama"), 0), *rows(count), sizes), softmax(*rows(count)), atol=EXACT)
 
 
 def test_fewer_are_not():
     technique = LinformerCausal(block=5, rank=4)
-    assert not technique.exact(config("llama"))
+    assert not technique.is_exact(config("llama"))
     assert (mixed(technique, technique.begin(config("llama"), 0), *rows()) - softmax(*rows())).abs().max() > 1e-2
 
 
@@ -371,6 +371,6 @@ def test_layers_with_a_window_are_left_alone():
 
 
 def test_rotated_keys_are_remarked_on_where_they_are_mixed():
-    assert "after RoPE" in LinformerCausal(rank=4).remark(config("llama"))
-    assert LinformerCausal(block=4, rank=4).remark(config("llama")) == ""
-    assert LinformerCausal(rank=4).remark(config("gpt2")) == ""
+    assert "after RoPE" in LinformerCausal(rank=4).notes(config("llama"))
+    assert LinformerCausal(block=4, rank=4).notes(config("llama")) == ""
+    assert LinformerCausal(rank=4).notes(config("gpt2")) == ""

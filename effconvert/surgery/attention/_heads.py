@@ -20,7 +20,7 @@ class Heads:
     k: Tensor  # [Hk, D, M]
     v: Tensor  # [Hk, D, M]
     o: Tensor  # [M, H, D]
-    second: Tensor  # E[x x^T], [M, M]; with biases x ends in 1
+    moment: Tensor  # E[x x^T], [M, M]; with biases x ends in 1
     rotary: int  # of the D dimensions of a head, so many are rotated, in pairs
     layout: str  # which two make a pair: (j, j + rotary/2), or (2j, 2j+1)
     normed: bool  # queries and keys go through a norm, so of their bases only signs are free
@@ -50,7 +50,7 @@ class Heads:
         return torch.cat([turned, still], -2)
 
 
-def gather(layer: Layer) -> Heads:
+def read_heads(layer: Layer) -> Heads:
     """Take the heads out of a layer, and look at what they read."""
     config, biased = layer.config, any(f"{part}.bias" in layer for part in "qkv")
 
@@ -71,9 +71,9 @@ def gather(layer: Layer) -> Heads:
 
 def second_moment(layer: Layer, part: str, biased: bool) -> Tensor:
     """Return E[x x^T] of what a part reads, [M, M] in float64; with a bias x ends in 1."""
-    assert layer.walk
+    assert layer.activations
     total, count = torch.zeros(0), 0
-    for look in layer.walk.look(layer, (part,), until=part):
+    for look in layer.activations.capture(layer, (part,), until=part):
         read = look.inputs[part].flatten(0, -2)  # [B*T, M]
         read = torch.cat([read, read.new_ones(len(read), 1)], 1) if biased else read
         total = (read.T @ read).double().cpu() + (total if count else 0)
@@ -81,7 +81,7 @@ def second_moment(layer: Layer, part: str, biased: bool) -> Tensor:
     return total / count
 
 
-def spread(heads: Heads, layer: Layer, chosen: Sequence[int] | None) -> None:
+def write_heads(heads: Heads, layer: Layer, chosen: Sequence[int] | None) -> None:
     """Put the heads back into their layer; what has a number for each channel of a KV head, and is no projection, is averaged over those that were pooled."""
     config, groups = layer.config, len(heads.k)
     for part, rows in (("q", heads.q), ("k", heads.k), ("v", heads.v)):

@@ -26,7 +26,7 @@ class Mqa(Surgery):
     pool: Pool = POOL
 
     @classmethod
-    def suits(cls, config: Config) -> str:
+    def allowed_options(cls, config: Config) -> str:
         """Nothing to choose."""
         choices(config)
         return "as it is"
@@ -35,21 +35,21 @@ class Mqa(Surgery):
         """As `Gqa` with one group."""
         self._gqa.check(config)
 
-    def exact(self, config: Config) -> bool:
+    def is_exact(self, config: Config) -> bool:
         """As `Gqa` with one group."""
-        return self._gqa.exact(config)
+        return self._gqa.is_exact(config)
 
     def config(self, config: Config) -> Config:
         """As `Gqa` with one group."""
         return self._gqa.config(config)
 
-    def looks(self, config: Config) -> bool:
+    def needs_calibration(self, config: Config) -> bool:
         """As `Gqa` with one group."""
-        return self._gqa.looks(config)
+        return self._gqa.needs_calibration(config)
 
-    def remark(self, config: Config) -> str:
+    def notes(self, config: Config) -> str:
         """As `Gqa` with one group."""
-        return self._gqa.remark(config)
+        return self._gqa.notes(config)
 
     def layer(self, layer: Layer) -> None:
         """As `Gqa` with one group."""

@@ -78,11 +78,11 @@ class Fnet(TokenMixing):
         """Become the native family, or put it into the chosen layers."""
         return self.native(config) or super().config(config)
 
-    def looks(self, config: Config) -> bool:
+    def needs_calibration(self, config: Config) -> bool:
         """Where something is learnable."""
         return self.filter != "none"
 
-    def remark(self, config: Config) -> str:
+    def notes(self, config: Config) -> str:
         """Say what is lost."""
         told = [LOUD] if self.filter == "none" else []
         told += [NATIVE] if self.native(config) else []
@@ -102,8 +102,8 @@ class Fnet(TokenMixing):
 
     def fit(self, layer: Layer, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Fit what is learnable to what the attention gives of the same inputs, by least squares."""
-        assert layer.walk
-        seen = ((look.inputs["q"].float(), look.outputs["o"].float()) for look in layer.walk.look(layer, ("q", "o"), until="o"))
+        assert layer.activations
+        seen = ((look.inputs["q"].float(), look.outputs["o"].float()) for look in layer.activations.capture(layer, ("q", "o"), until="o"))
         return {"filter": fitted_filter(seen, frequencies(layer.config))} if self.filter == "gfnet" else {"scale": fitted_scale(seen)}
 
     def outer(self, outer: Outer) -> None:

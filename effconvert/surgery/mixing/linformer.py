@@ -61,11 +61,11 @@ class Linformer(Mixing):
         """Return the layers to change: not those that see no more than a window, and are linear in the length already."""
         return {index for index in super().chosen(config) if not config.windows()[index]}
 
-    def exact(self, config: Config) -> bool:
+    def is_exact(self, config: Config) -> bool:
         """Where nothing is mixed: a mean of one token is that token."""
         return self.rank == config.longest
 
-    def remark(self, config: Config) -> str:
+    def notes(self, config: Config) -> str:
         """Say what becomes of rotated keys."""
         return MEANS_OF_ROTATED if config.family.rope else ""
 
@@ -79,7 +79,7 @@ class Linformer(Mixing):
         means = segment_means(self.rank, longest(config))
         return {name: means.expand(shape).clone() for name, shape in self.parameters(config).items()}
 
-    def looks(self, config: Config) -> bool:
+    def needs_calibration(self, config: Config) -> bool:
         """Where the matrix for values is fitted, and is not the identity."""
         return self.projections == "data" and self.share != "key-value" and self.rank < longest(config)
 
@@ -93,13 +93,13 @@ class Linformer(Mixing):
 
         from effconvert.surgery._ridge import HELD_OUT, Moments, ridge
 
-        assert layer.walk
+        assert layer.activations
         value_map = values["value_map"].clone()
-        ends = sorted({batch.shape[1] for batch in layer.walk.ids})
+        ends = sorted({batch.shape[1] for batch in layer.activations.ids})
         parts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]  # columns that the same texts have
         texts = [0] * len(parts)
         found = [[(Moments(), Moments()) for _ in parts] for _ in value_map]  # of the texts that count, and of those held out
-        for look in layer.walk.look(layer, ("o",), until="o"):
+        for look in layer.activations.capture(layer, ("o",), until="o"):
             assert look.query is not None
             assert look.key is not None
             assert look.scaling is not None

@@ -54,11 +54,11 @@ class Nystrom(Mixing):
         """Return the layers to change: not those that see no more than a window, and are linear in the length already."""
         return {index for index in super().chosen(config) if not config.windows()[index]}
 
-    def exact(self, config: Config) -> bool:
+    def is_exact(self, config: Config) -> bool:
         """Where every token is a landmark, and the pseudo-inverse is exact."""
         return config.longest is not None and self.landmarks >= config.longest and self.iterations == 0
 
-    def remark(self, config: Config) -> str:
+    def notes(self, config: Config) -> str:
         """Say what becomes of rotated keys."""
         return MEANS_OF_ROTATED if config.family.rope else ""
 

@@ -7,13 +7,13 @@ class AsMistral(Surgery):
     """Write a llama as a mistral without a window."""
 
     @classmethod
-    def suits(cls, config):
+    def allowed_options(cls, config):
         return "as it is"
 
     def check(self, config):
         config.become("mistral")
 
-    def exact(self, config):
+    def is_exact(self, config):
         return True
 
     def config(self, config):

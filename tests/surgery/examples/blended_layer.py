@@ -16,7 +16,7 @@ class BlendedLayer(Replacement):
     def begin(self, config, index):
         return {"share": torch.ones(1)}
 
-    def exact(self, config):
+    def is_exact(self, config):
         return True
 
     def forward(self, weights, hidden, around):

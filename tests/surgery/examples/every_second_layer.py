@@ -7,13 +7,13 @@ class EverySecondLayer(Surgery):
     """Drop every second layer."""
 
     @classmethod
-    def suits(cls, config):
+    def allowed_options(cls, config):
         return "as it is"
 
     def check(self, config):
         pass
 
-    def exact(self, config):
+    def is_exact(self, config):
         return False
 
     def config(self, config):

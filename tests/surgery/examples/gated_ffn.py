@@ -16,7 +16,7 @@ class GatedFfn(Replacement):
     def begin(self, config, index):
         return {"gain": torch.ones(config.hidden)}
 
-    def exact(self, config):
+    def is_exact(self, config):
         return True
 
     def forward(self, weights, hidden, around):

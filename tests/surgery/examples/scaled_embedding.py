@@ -7,13 +7,13 @@ class ScaledEmbedding(Surgery):
     """Double the embedding of a model with RMSNorm and an untied head: only sums with what layers add would see it."""
 
     @classmethod
-    def suits(cls, config):
+    def allowed_options(cls, config):
         return "as it is"
 
     def check(self, config):
         pass
 
-    def exact(self, config):
+    def is_exact(self, config):
         return False
 
     def config(self, config):

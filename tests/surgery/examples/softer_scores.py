@@ -22,11 +22,11 @@ class SofterScores(Mixing):
     def remembers(self, config):
         return past(self.window - 1, config.kv_heads, config.head_dim)
 
-    def exact(self, config):
+    def is_exact(self, config):
         return True
 
     def mix(self, weights, call):
-        key, value, live = call.with_past(self.window - 1)  # [B, Hk, P + T, D]
+        key, value, live = call.with_window(self.window - 1)  # [B, Hk, P + T, D]
         scores = call.grouped @ key[:, :, None].mT * call.scaling / weights["temperature"].view(1, key.shape[1], -1, 1, 1)
         tokens, known = scores.shape[-2:]
         seen = torch.ones(tokens, known, dtype=torch.bool).tril(known - tokens).triu(known - tokens - self.window + 1) & live[:, None, None, None]

@@ -19,7 +19,7 @@ class ThinProjection(Replacement):
         out, inner = (config.ffn, config.hidden) if place == "up" else (config.hidden, config.ffn)
         return {"left": (out, self.rank), "right": (self.rank, inner)}
 
-    def exact(self, config):
+    def is_exact(self, config):
         return self.rank == min(config.ffn, config.hidden)
 
     def values(self, layer, place):
