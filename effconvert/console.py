@@ -202,7 +202,8 @@ class Demonstration(Terminal):
 
 
 def _shape(config: Config) -> str:
-    return f"{config.layers} layers, {config.heads} query and {config.kv_heads} KV heads of {config.head_dim}"
+    attention = f"{config.heads} query and {config.kv_heads} KV heads of {config.head_dim}" if config.attention else "none of which attends"
+    return f"{config.layers} layers, {attention}"
 
 
 def _mixing(config: Config) -> Iterator[str]:

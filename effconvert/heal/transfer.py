@@ -20,7 +20,7 @@ ORDER = ("attention", "ffn", "layer")
 
 
 class Transfer(Healing):
-    """Teach what was put into layers to do what the original did there.
+    """Train what was put into layers to imitate the original, layer by layer.
 
     Gradients, a layer at a time: a mixer's parameters and the projections around it learn to give what the original's attention gives on the same
     inputs, which are those of the converted layers below. Where nothing of attention is left, all that the layer still has learns to give what the
@@ -69,9 +69,9 @@ class Transfer(Healing):
         own: dict[str, list[str]] = {} if config.attention else {"layer": []}
         for record in config.replaced_in(layer.index):
             technique = technique_of(record)
-            place = technique.taught_by or record.place
-            names = (name for name in technique.parameters(config, record.place) if name not in technique.frozen)
-            own.setdefault(WHOLE.get(place, place), []).extend(f"{record.place}.{OWN}{name}" for name in names)
+            place = technique.taught_by or WHOLE.get(record.place, record.place)
+            names = [f"{record.place}.{OWN}{name}" for name in technique.parameters(config, record.place) if name not in technique.frozen]
+            own.setdefault(place if names or _beside(layer, place) else "layer", []).extend(names)  # the layer, where nothing at the place can learn
         return {place: [*own[place], *_beside(layer, place)] for place in ORDER if place in own}
 
 
