@@ -103,7 +103,7 @@ def test_what_is_exact_is_compared_on_as_long_a_text_as_the_model_reads(source, 
 
 
 def test_a_window_that_is_shorter_than_it_claims_is_caught_beyond_it(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(Streaming, "exact", lambda *_: True)
+    monkeypatch.setattr(Streaming, "is_exact", lambda *_: True)
     with pytest.raises(ModelError, match="on a text of 512 tokens, and this conversion must not change any"):
         convert(str(source), (Streaming(window=300, sinks=4),), RunOptions(output=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
