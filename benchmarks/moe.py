@@ -30,8 +30,8 @@ text = AutoTokenizer.from_pretrained(sys.argv[1])(open(sys.argv[3]).read(), retu
 with torch.inference_mode():
     models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for folder in sys.argv[1:3]]
     before, after = (model(text).logits for model in models)
-same = (after.argmax(-1) == before.argmax(-1)).float().mean()
-print(f"{type(models[1]).__name__}, {text.shape[1]} tokens: largest change of a logit {(after - before).abs().max():.2e} of {before.abs().max():.1f}, same top token {same:.1%}")
+far, largest, same = (after - before).abs().max(), before.abs().max(), (after.argmax(-1) == before.argmax(-1)).float().mean()
+print(f"{type(models[1]).__name__}, {text.shape[1]} tokens: largest change of a logit {far:.2e} of {largest:.1f}, same top token {same:.1%}")
 """
 
 
@@ -125,9 +125,7 @@ def main(small: Path, work: Path, mergekit: Path | None, layers: int, experts: i
                 told = subprocess.run(
                     [sys.executable, "-W", "ignore", "-c", LOGITS, small, out, Path(__file__)], capture_output=True, text=True, check=True, cwd=work
                 )
-                click.echo(
-                    f"small, {count} experts, in a process without effconvert: class, tokens, largest change of a logit, largest logit, same top token: {told.stdout.strip()}"
-                )
+                click.echo(f"small, {count} experts, in a process without effconvert: {told.stdout.strip()}")
             shutil.rmtree(theirs, ignore_errors=True)
             apart(generate, source, layers)
             for turn in range(rounds):

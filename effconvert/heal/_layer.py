@@ -32,8 +32,8 @@ def refit_attention(layer: Layer, original: int) -> None:
 def refit_output(layer: Layer, originals: Sequence[int]) -> None:
     """Fit the MLP's output to what layers of the original, of which this one alone is left, would have made of the same inputs."""
     assert layer.walk
-    if "mlp_post_norm" in layer:
-        return  # what comes after the norm is not linear in the weights before it
+    if "mlp_post_norm" in layer or "down" not in layer:
+        return  # what comes after the norm is not linear in the weights before it, nor what experts give in all of theirs
     wanted = [look.out for look in layer.walk.original(originals)]
     factor, moments = _factor(layer), (Moments(), Moments())
     for index, (look, want) in enumerate(zip(layer.walk.look(layer, ("down",)), wanted, strict=True)):

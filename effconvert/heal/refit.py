@@ -29,6 +29,7 @@ class Refit(Healing):
         """Say what norms and mixers forbid."""
         told = ["its queries go through a norm, so they are not refitted to scores; values and outputs are"] if config.normed else []
         told += ["a norm follows its MLP, so nothing makes up for layers that were dropped"] if "mlp_post_norm" in config.family.parts else []
+        told += ["it has experts, which do not make up for layers that were dropped"] if config.experts else []
         told += ["where a mixer stands in place of attention only the output projection is refitted; transfer does more"] if config.replaced else []
         return "; ".join(told)
 
