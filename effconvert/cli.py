@@ -5,9 +5,10 @@ from typing import Any
 
 import click
 
-from effconvert import __version__, commands, steps
+from effconvert import commands, steps
 from effconvert.errors import EffconvertError
 from effconvert.overview import page
+from effconvert.version import __version__
 
 
 class Commands(click.Group):

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 from rich.table import Table
 
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.replaced import CLASS
+from effconvert.checkpoint.replaced import CLASS, SKIPS
 from effconvert.convert.calibrate import calibration_bytes
 from effconvert.convert.inspection import Inspection
 from effconvert.convert.plan import Plan
@@ -62,13 +62,13 @@ class Terminal:
         if plan.calibration:
             tokens = f"{plan.calibration.ids.numel():,} tokens of {plan.calibration.name}"
             self.out.print(f"calibrates on {escape(tokens)}, which takes about {size(calibration_bytes(plan))} of memory", soft_wrap=True)
-        for remark in plan.remarks:
+        for remark in plan.notes:
             self.out.print(f"[bold]note[/]  {escape(remark)}", soft_wrap=True)
         need = f"needs about {size(plan.peak)} of memory to write and {size(plan.disk + plan.draft_bytes)} of disk"
         self.out.print(need + (f", {size(verify_bytes)} of memory to verify" if verify_bytes else ""))
         name = plan.config.architecture
-        opens = f"{CLASS}{name}, where effconvert is installed" if plan.config.ours else f"{name} in stock transformers"
-        self.out.print(f"loads as {escape(opens)}" + ("; no logit may change" if plan.exact else ""))
+        opens = f"{CLASS}{name}, where effconvert is installed" if plan.config.needs_effconvert else f"{name} in stock transformers"
+        self.out.print(f"loads as {escape(opens)}" + ("; no logit may change" if plan.is_exact else ""))
 
     def step(self, what: str) -> None:
         """Say what begins."""
@@ -100,7 +100,7 @@ class Terminal:
         self.out.print(f"verified, and {'still in' if outcome.found else 'written to'} [bold]{escape(str(outcome.output))}[/]", soft_wrap=True)
 
     def transfer(self, told: Mapping[str, Mapping[str, float]]) -> None:
-        """Print how far the attention of each layer was from the original's, and is."""
+        """Print how far what was taught of each layer was from the original's, and is."""
         table = Table("layer", "error before transfer", "after", box=None, pad_edge=False, header_style="bold")
         for layer, said in told.items():
             table.add_row(layer, f"{said['before']:.3g}", f"{said['after']:.3g}")
@@ -130,7 +130,7 @@ class Terminal:
         else:
             self.out.print(f"no quality was measured: {escape(report.unmeasured)}")
         if report.difference is not None:
-            self.out.print(f"largest change of a logit: {report.difference:.2g} (nothing may change)")
+            self.out.print(f"largest change of a logit: {report.difference:.2g}, on up to {report.compared} tokens (nothing may change)")
 
     def inspection(self, seen: Inspection) -> None:
         """Print what a model is."""
@@ -160,7 +160,7 @@ class Terminal:
             self.out.print(f"\nKV cache: {size(seen.size.kv_bytes)} a token, {at}")
         self.out.print()
         table = Table("technique", "", box=None, pad_edge=False, header_style="bold")
-        for name, options in seen.suits.items():
+        for name, options in seen.allowed_options.items():
             table.add_row(name, f"applies: {escape(options)}")
         for name, reason in seen.refusals.items():
             table.add_row(name, f"does not apply: {escape(reason.split('; ')[0])}")
@@ -204,13 +204,17 @@ class Demonstration(Terminal):
 
 
 def _shape(config: Config) -> str:
-    return f"{config.layers} layers, {config.heads} query and {config.kv_heads} KV heads of {config.head_dim}"
+    attention = f"{config.heads} query and {config.kv_heads} KV heads of {config.head_dim}" if config.attention else "none of which attends"
+    return f"{config.layers} layers, {attention}"
 
 
 def _mixing(config: Config) -> Iterator[str]:
     for record in config.replaced:
         spelt = f"{record.technique} {_spelt(dict(record.options))}".strip()
         yield f"{len(record.layers)} of {config.layers} layers have {spelt} in place of {PLACES.get(record.place, record.place)}"
+    for word, place in SKIPS.items():
+        if gone := sum(place in config.skips(index) for index in range(config.layers)):
+            yield f"{gone} of {config.layers} layers have no {word}"
 
 
 def _spelt(options: dict[str, object]) -> str:

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from effconvert.errors import OptionError
 from effconvert.paths import expand
@@ -23,6 +23,7 @@ def _listed(given: Any) -> Any:
 
 Listed = BeforeValidator(_listed)
 Names = Annotated[tuple[str, ...], Listed]
+HomePath = Annotated[Path, AfterValidator(expand)]  # in which `~` is somebody's home folder
 
 
 SHORT = reprlib.Repr()
@@ -47,22 +48,10 @@ class Options(BaseModel):
         """
         if strange := [sentence for name, value in given.items() if (sentence := self._strange(name, value))]:
             raise OptionError("; ".join(strange))
-        given = {name: self._at_home(name, value) for name, value in given.items()}
         try:
             super().__init__(**given)
         except ValidationError as error:
             raise OptionError("; ".join(self._sentence(dict(mistake)) for mistake in error.errors())) from None
-
-    @classmethod
-    def _at_home(cls, name: str, value: Any) -> Any:
-        """Put the home folder for `~` into a path."""
-        field = cls.model_fields.get(name)
-        if field is None or "Path" not in str(field.annotation):
-            return value
-        parts = _listed(value) if "tuple" in str(field.annotation) else value
-        if isinstance(parts, list | tuple):
-            return [expand(part) if isinstance(part, str | Path) else part for part in parts]
-        return expand(parts) if isinstance(parts, str | Path) else parts
 
     @classmethod
     def unknown(cls, name: str) -> str:
@@ -115,13 +104,13 @@ CONTEXT: Any = Field(512, ge=2, le=10**9, description="Tokens in each window: a 
 class Conversion(Options):
     """What every conversion understands, whatever its surgeries."""
 
-    output: Path | None = Field(
+    output: HomePath | None = Field(
         None, description="Folder to write. Default: the model's name and the technique's, here.", json_schema_extra={"short": "-o", "metavar": "DIR"}
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a model on the Hub.")
     overwrite: bool = Field(False, description="Replace the output folder if effconvert wrote it.")
     verify: bool = Field(True, description="Reload from disk, run, measure; otherwise only write.")
-    text: Path | None = TEXT
+    text: HomePath | None = TEXT
     tokens: int = TOKENS
     context: int = CONTEXT
     calibrate: str | None = Field(

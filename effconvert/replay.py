@@ -11,7 +11,7 @@ from effconvert.convert.run import Outcome, convert
 from effconvert.errors import EffconvertError, OptionError
 from effconvert.eval.quality.evaluate import evaluate, prepare
 from effconvert.eval.report import report
-from effconvert.eval.report.page import FORMS
+from effconvert.eval.report.page import FORMS, check_drawing
 from effconvert.eval.results import Benchmark, Evaluation, check_output, machine, read, save, versions
 from effconvert.eval.speed.bench import bench, contexts_of, device_of
 from effconvert.eval.subject import open_model
@@ -67,6 +67,8 @@ def _foresee(recipe: Recipe, recipes: Sequence[Recipe], watcher: Watcher) -> tup
         stage = [real(folder) for folder in outputs(writer)].index(real(model))
         model, revision, before = writer.model, writer.revision, (*_stages(writer)[stage], *before)
     _check_files(recipe, recipes)
+    if recipe.report:
+        check_drawing()
     outcomes = [
         convert(model, (*before, *steps), _options(recipe, folder, revision=revision, dry_run=True), watcher, reuse=True)
         for steps, folder in zip(_stages(recipe), outputs(recipe), strict=True)

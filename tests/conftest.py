@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -76,6 +77,20 @@ def environment() -> dict[str, str]:
     """What a subprocess needs to find the effconvert that is tested."""
     package = str(Path(effconvert.__file__).parents[1])
     return {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+@pytest.fixture
+def with_technique(tmp_path: Path, environment: dict[str, str], python: str) -> Callable[..., Callable[..., subprocess.CompletedProcess[str]]]:
+    """Return the command line of the package with one file more among its techniques, and nothing else changed."""
+
+    def added(name: str, text: str) -> Callable[..., subprocess.CompletedProcess[str]]:
+        site = tmp_path / "site"
+        shutil.copytree(Path(effconvert.__file__).parent, site / "effconvert", ignore=shutil.ignore_patterns("__pycache__"))
+        (site / f"effconvert/surgery/{name}.py").write_text(text)
+        held = {"env": {**environment, "PYTHONPATH": str(site)}, "capture_output": True, "text": True, "timeout": 100}
+        return lambda *arguments: subprocess.run([python, "-m", "effconvert", *map(str, arguments)], **held)
+
+    return added
 
 
 @pytest.fixture

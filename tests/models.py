@@ -40,10 +40,12 @@ SETTINGS = {
     "opt": {**{key: value for key, value in SHAPE.items() if key != "intermediate_size"}, "ffn_dim": 48, "word_embed_proj_dim": 16},
     "bert": SHAPE,
     "roberta": {**SHAPE, "type_vocab_size": 1},
+    "fnet": {**{key: value for key, value in SHAPE.items() if key != "num_attention_heads"}, "type_vocab_size": 2},
     "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64},
     "modernbert": {**SHAPE, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 8, "layer_types": ["full_attention", "sliding_attention"]},
 }
 GROUPING = [kind for kind, family in FAMILIES.items() if family.kv_heads_key]
+ATTENDING = [kind for kind, family in FAMILIES.items() if family.attention]
 DECODERS = [kind for kind, family in FAMILIES.items() if family.decoder]
 
 
@@ -52,11 +54,19 @@ def tiny(kind, **changes):
     settings = {**BASIC, **SETTINGS[kind], **changes}
     model_class = getattr(transformers, FAMILIES[kind].lm)
     model = model_class(model_class.config_class(**settings)).eval()
+    heed_caps(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters()):
             noise = 0.2 * torch.randn(parameter.shape, generator=generator)
             parameter.copy_(parameter + noise if parameter.ndim == 1 else noise)
+    return model
+
+
+def heed_caps(model):
+    """Have a model cap its scores, if it should: before 5.21 transformers took sdpa, which leaves caps out."""
+    if getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")
     return model
 
 

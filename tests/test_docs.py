@@ -17,7 +17,7 @@ def applies(name, kind):
     raw = {"model_type": kind, family.heads_key: 4, family.hidden_key: 64, family.layers_key: 2}
     config = Config(raw | ({family.kv_heads_key: 2} if family.kv_heads_key else {}), family)
     try:
-        steps.load(name).suits(config)
+        steps.load(name).allowed_options(config)
     except ModelError:
         return False
     return True

@@ -24,7 +24,7 @@ from effconvert.surgery.attention.mqa import Mqa
 from tests.convert.conftest import one_line
 from tests.convert.test_sources import gguf  # noqa: F401 (a fixture)
 from tests.models import save, tiny
-from tests.surgery.test_layerwise import Third, file_of_its_own
+from tests.surgery.test_layerwise import FILE, Third
 
 EASY = {"tokens": 60, "context": 20}
 RECORDS = {"effconvert.json", "README.md"}  # which say what was measured, and from what
@@ -847,16 +847,18 @@ def test_what_a_conversion_writes_beside_the_weights_fits_the_schema(model, run,
     assert fits(yaml.safe_load(Path("out/effconvert.yaml").read_text()), made, made)
 
 
-def test_a_new_technique_is_in_the_schema_and_in_recipes_by_its_file_alone(tmp_path, model, monkeypatch, command, run, same):
-    file_of_its_own(tmp_path / "techniques", monkeypatch)
-    made = printed(command)
+def test_a_new_technique_is_in_the_schema_and_in_recipes_by_its_file_alone(model, with_technique, same):
+    run = with_technique("third", FILE)
+    made = json.loads(run("schema").stdout)
     assert set(made["$defs"]["third"]["properties"]) == {"layers"}
     held = recipe(steps=["third", {"third": {"layers": "0,-1"}}])
     assert fits(held, made, made)
     assert not fits(recipe(steps=[{"third": {"layer": "0"}}]), made, made)
-    run(held)
+    done = run("run", write(held))
+    assert done.returncode == 0, done.stderr
     assert yaml.safe_load(Path("out/effconvert.yaml").read_text())["steps"] == [{"third": {"layers": None}}, {"third": {"layers": "0,-1"}}]
-    run(yaml.safe_load(Path("out/effconvert.yaml").read_text()), more=["-o", "again"])
+    done = run("run", "out/effconvert.yaml", "-o", "again")
+    assert done.returncode == 0, done.stderr
     same("out", "again")
 
 

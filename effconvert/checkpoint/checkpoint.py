@@ -11,8 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from effconvert.checkpoint.config import Config, read_config
-from effconvert.checkpoint.layer import Activations, Layer, Model, Outer
+import torch
+
+from effconvert.checkpoint.config import Config
+from effconvert.checkpoint.layer import Activations, Layer, Model
+from effconvert.checkpoint.outer import Outer
+from effconvert.checkpoint.reading import read_config
 from effconvert.checkpoint.replaced import OWN
 from effconvert.checkpoint.shards import FLOATS, Stored, read_header
 from effconvert.errors import ModelError, OptionError
@@ -32,15 +36,15 @@ class Checkpoint:
     outer: Mapping[str, Stored]  # full name -> tensor
     layers: tuple[Mapping[str, Stored], ...]
 
-    def layer(self, index: int, device: str, originals: range | None = None, walk: Activations | None = None) -> Layer:
+    def layer(self, index: int, device: str, originals: range | None = None, activations: Activations | None = None) -> Layer:
         """Return layer `index`, its tensors on `device` (cpu, or meta for shapes alone); see `Layer` for the rest."""
-        return Layer(index, self.config, self.layers[index], device, originals=originals, walk=walk)
+        return Layer(index, self.config, self.layers[index], device, originals=originals, activations=activations)
 
-    def model(self, device: str, originals: Sequence[range] | None = None, walk: Activations | None = None) -> Model:
-        """Return all of it as a surgery finds it, its tensors on `device`."""
+    def model(self, device: str, originals: Sequence[range] | None = None, activations: Activations | None = None, teacher: Config | None = None) -> Model:
+        """Return all of it as a surgery finds it, its tensors on `device`; healing goes towards `teacher`, or else this model itself."""
         stand_for = originals or [range(index, index + 1) for index in range(self.config.layers)]
-        layers = [self.layer(index, device, stands, walk) for index, stands in enumerate(stand_for)]
-        return Model(self.config, layers, Outer(self.config, self.prefix, self.outer, device), stand_for[-1].stop)
+        layers = [self.layer(index, device, stands, activations) for index, stands in enumerate(stand_for)]
+        return Model(self.config, layers, Outer(self.config, self.prefix, self.outer, device), teacher or self.config)
 
     def layer_prefix(self, index: int) -> str:
         """Return what stands before the names of layer `index`, in the family's layout."""
@@ -52,6 +56,11 @@ class Checkpoint:
         key = f"{self.config.parts.get('k')}.weight"
         keys = [layer[key].dtype for layer in self.layers if key in layer]
         return Counter(keys or [tensor.dtype for layer in self.layers for tensor in layer.values() if tensor.dtype in FLOATS]).most_common(1)[0][0]
+
+    @property
+    def computing(self) -> torch.dtype:
+        """The type that the model computes in where nobody asks for another: that of its weights, if its class can."""
+        return torch.float32 if self.config.family.float32_only else FLOATS[self.dtype]
 
     @property
     def stored(self) -> Iterator[Stored]:
@@ -174,7 +183,7 @@ def check_shapes(checkpoint: Checkpoint) -> None:
             want = first.setdefault(name, tensor.shape)
             if kind == "weight" and parts[0] in config.matrices:
                 want = config.stored_shape(parts)
-            _hold(at + name, tensor.shape, want, config)
+            _check_shape(at + name, tensor.shape, want, config)
     # OPT may have embeddings narrower than its layers, with a projection between them.
     narrow = f"{checkpoint.prefix}{family.outer.get('project_in')}.weight" in checkpoint.outer
     table = (config.get("vocab_size"), config.get("word_embed_proj_dim") if narrow else width)
@@ -187,13 +196,13 @@ def check_shapes(checkpoint: Checkpoint) -> None:
     for name, tensor in checkpoint.outer.items():
         want = places.get(name, table if name == f"{family.head['head']}.weight" else tensor.shape)
         if None not in want:
-            _hold(name, tensor.shape, want, config)
+            _check_shape(name, tensor.shape, want, config)
     positions = checkpoint.outer.get(f"{checkpoint.prefix}{family.outer.get('positions')}.weight")
     if positions and positions.shape[:1] < ((said := config.get(family.positions_key) or 0),):  # transformers makes buffers as long as that
         raise ModelError(f"{positions.name} is {_times(positions.shape)}, but config.json says {family.positions_key} = {said}; one is wrong")
 
 
-def _hold(name: str, shape: tuple[int, ...], want: tuple[int, ...], config: Config) -> None:
+def _check_shape(name: str, shape: tuple[int, ...], want: tuple[int, ...], config: Config) -> None:
     if shape != want:
         family = config.family
         keys = (family.hidden_key, family.heads_key, family.kv_heads_key, "head_dim", family.ffn_key, "vocab_size")

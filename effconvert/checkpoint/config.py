@@ -3,24 +3,20 @@
 Read as JSON and not by transformers, so that a plan needs no import of it, and keys that nobody knows survive.
 """
 
-import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from effconvert.checkpoint.families import EXPERTS_KEYS, FAMILIES, Family
-from effconvert.checkpoint.replaced import KIND, Replaced, check_depth, encode, overlap, read
+from effconvert.checkpoint.replaced import SKIPS, Replaced, by_layer, encode, overlap, skipped
 from effconvert.errors import ModelError, OptionError
 
 CONFIG = "config.json"
 BY_LAYER = ("layer_types", "mlp_layer_types")  # keys of config.json that hold a list with an entry for each layer
-SKIPS = {"attention": "attention", "mlp": "ffn"}  # what `per_layer_config` calls a place
 LAYER_NUMBERS = ("mlp_only_layers",)  # keys that hold numbers of layers
+ATTENDING = ("q", "k", "v", "o", "q_norm", "k_norm", "attn_norm", "attn_post_norm")  # the parts of attention, with the norms that are its own
 TOP_K_KEY = "num_experts_per_tok"
 
 
@@ -38,9 +34,9 @@ class Config:
         return encode(self.raw, self.family, self.replaced)
 
     @property
-    def ours(self) -> bool:
+    def needs_effconvert(self) -> bool:
         """Whether the model is opened with a class of effconvert, since transformers has none."""
-        return self.family.shares_kv_in_our_class or bool(self.replaced)
+        return self.family.shares_kv_in_our_class or bool(self.replaced) or bool(self._skipped)
 
     def replaced_in(self, layer: int) -> list[Replaced]:
         """Return what techniques put into a layer."""
@@ -58,6 +54,8 @@ class Config:
             ModelError: the family has no such place.
         """
         for layer in record.layers:
+            if gone := [place for place in self.skips(layer) if overlap(place, record.place)]:
+                raise OptionError(f"layer {layer} has no {gone[0]}, so nothing can be put in its place; leave it out of --layers")
             for other in self.replaced_in(layer):
                 if overlap(other.place, record.place):
                     raise OptionError(
@@ -78,6 +76,8 @@ class Config:
         if name == "layer":
             return ""
         if name in ("scores", "attention"):
+            if not self.attention:
+                raise ModelError(f"{self.kind} does not attend, so nothing can be put in the place of its attention")
             return self.attention
         module = self.family.ffn if name == "ffn" else self.parts.get(name, "")
         if not module:
@@ -126,7 +126,7 @@ class Config:
 
     @property
     def attention(self) -> str:
-        """The module of a layer that attends."""
+        """The module of a layer that attends; empty where nothing does."""
         return self.family.attention
 
     @property
@@ -155,12 +155,29 @@ class Config:
 
     def skips(self, layer: int) -> set[str]:
         """Return the places of a layer where nothing is computed: attention, ffn (transformers' `per_layer_config`)."""
-        said = (self.get("per_layer_config") or {}).get(str(layer)) or {}
-        return {SKIPS[name] for name in said.get("skip") or ()}
+        return self._skipped.get(layer, set())
+
+    @cached_property
+    def _skipped(self) -> dict[int, set[str]]:
+        return skipped(self.raw, self.family)
+
+    def sublayer(self, place: str) -> set[str]:
+        """Return the parts of a layer that are its attention or its ffn, with the norms that are that one's alone."""
+        attention = self.parts.keys() & ATTENDING
+        if not any(part.startswith("mlp_") for part in self.parts):
+            attention -= {"attn_norm"}  # what goes into attention and FFN alike, side by side
+        return attention if place == "attention" else self.parts.keys() - attention - {"attn_norm"}
+
+    @property
+    def norms_stream(self) -> bool:
+        """Whether layers normalise what they add to, and not only what they read: then none of them is the identity where it adds nothing."""
+        return self.family.norms_stream or self.get("do_layer_norm_before") is False
 
     def lacks(self, layer: int) -> set[str]:
-        """Return the parts that a layer does without: what techniques dropped, and either the experts or the dense FFN where the family has both."""
+        """Return the parts that a layer does without: what is skipped or was dropped, and either the experts or the dense FFN where the family has both."""
         gone = {part for record in self.replaced_in(layer) for part in record.drops}
+        gone |= {part for place in self.skips(layer) for part in self.sublayer(place)}
+        gone |= self.family.first_lacks if layer == 0 else set()
         if self.experts:
             experts = {part for part in self.parts if part.startswith(("experts.", "shared_")) or part == "router"}
             gone |= {"gate", "up", "down"} if self.sparse(layer) else experts
@@ -278,11 +295,24 @@ class Config:
                 raw[key] = [raw[key][layer] for layer in kept]
         if self.family.experts_key and (self.get("decoder_sparse_step") or 1) > 1:
             raw |= {"decoder_sparse_step": 1, "mlp_only_layers": [layer for layer in range(self.layers) if not self.sparse(layer)]}
+        if said := by_layer(raw):
+            raw["per_layer_config"] = {str(new): said[old] for new, old in enumerate(kept) if old in said}
+            if not raw["per_layer_config"]:
+                del raw["per_layer_config"]
         for key in LAYER_NUMBERS:
             if raw.get(key):
                 raw[key] = [new for new, old in enumerate(kept) if old in raw[key]]
         moved = (replace(record, layers=tuple(new for new, old in enumerate(kept) if old in record.layers)) for record in self.replaced)
         return replace(self, raw=raw, replaced=tuple(record for record in moved if record.layers))
+
+    def with_skips(self, place: str, layers: Iterable[int]) -> "Config":
+        """Return the config of this model without the attention or the ffn of these layers, in transformers' words."""
+        said = by_layer(self.raw)
+        word = next(word for word, skips in SKIPS.items() if skips == place)
+        for layer in layers:
+            entry = dict(said.get(layer) or {})
+            said[layer] = {**entry, "skip": sorted({*(entry.get("skip") or ()), word})}
+        return replace(self, raw={**self.raw, "per_layer_config": {str(layer): said[layer] for layer in sorted(said)}})
 
     def with_kv_heads(self, count: int) -> "Config":
         """Return the config of the same model with `count` KV heads: as its family says it, or a related one, or else in a class of ours.
@@ -355,85 +385,3 @@ class Config:
         if type(value) is not int or value < 1:
             raise ModelError(f"config.json of this {self.kind} says {key} = {value!r}, where a whole number of at least 1 is needed; mend the file")
         return value
-
-
-def read_config(folder: Path) -> Config:
-    """Read and recognise `folder`/config.json.
-
-    Raises:
-        OptionError: the folder holds no model.
-        ModelError: it holds one that cannot be operated on: unknown family, quantised, an adapter.
-    """
-    path = folder / CONFIG
-    if not path.is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise ModelError(f"{folder} is a PEFT adapter, not a model; merge it into its base first (PeftModel.merge_and_unload, then save_pretrained)")
-        raise OptionError(f"{folder} holds no model: there is no config.json in it; give a folder written by save_pretrained, a Hub id or a .gguf file")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not JSON ({error}); fetch the file again") from None
-    kind = raw.get("model_type") if isinstance(raw, dict) else None
-    replaced: tuple[Replaced, ...] = ()
-    family = FAMILIES.get(str(kind))
-    if isinstance(kind, str) and kind.removeprefix(KIND) in FAMILIES and kind.startswith(KIND):
-        raw, family, replaced = read(raw)
-        kind = raw["model_type"]
-    if not isinstance(kind, str) or family is None:
-        near = get_close_matches(str(kind), FAMILIES, n=1)
-        hint = f"the nearest is {near[0]!r}; " if near else ""
-        raise ModelError(f"{path} names the family {kind!r}, which effconvert does not know; {hint}it knows {', '.join(FAMILIES)}")
-    if raw.get("quantization_config"):
-        quantization = raw["quantization_config"]
-        method = quantization.get("quant_method", "an unnamed method") if isinstance(quantization, dict) else quantization
-        raise ModelError(f"{folder} is quantised ({method}), and surgery needs the numbers themselves; give the checkpoint that it was made from")
-    check_depth(raw, family)
-    config = Config(raw, family, replaced)
-    for key, needed in family.constants.items():
-        if raw.get(key, needed) != needed:
-            raise ModelError(f"{kind} with {key} = {raw[key]!r} is laid out differently from the {kind} that effconvert knows, which needs {needed!r}")
-    for key, (fits, needed) in SOUND.items():
-        unused = key == family.window_key and config.get("use_sliding_window") is False  # qwen2_moe's own class writes 0 then
-        if config.get(key) is not None and not unused and not fits(config.get(key)):
-            raise ModelError(f"{path} says {key} = {config.get(key)!r}, where {needed} is needed; mend the file")
-    stem = family.base.removesuffix("Model")
-    if config.architecture not in (family.base, family.lm) and not re.fullmatch(rf"{stem}For[A-Za-z]+", config.architecture):
-        raise ModelError(f"{path} names the class {config.architecture!r}, which is none of {kind}'s ({family.base}, {family.lm}, {stem}For…); mend the file")
-    for key in ("attn_implementation", "_attn_implementation"):
-        if "/" in str(raw.get(key)):
-            raise ModelError(f"{path} asks for the attention kernel {raw[key]!r} from the Hub, which is somebody's code; remove {key} from it")
-    if config.get("layer_types") is not None and len(config.get("layer_types")) != config.layers:
-        raise ModelError(f"{path} has {len(config.get('layer_types'))} layer_types for {config.layers} layers; mend the file")
-    return config
-
-
-def _whole(least: int) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: type(value) is int and value >= least, f"a whole number of at least {least}, or null,"
-
-
-def _numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)
-
-
-def _names(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 0 and all(isinstance(name, str) for name in value)
-
-
-# What a key may hold beside null, for those that are looked at: a config is somebody else's file.
-SOUND: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "architectures": (_names, "a list of names"),
-    "layer_types": (_names, "a list of names"),
-    "sliding_window": _whole(2),
-    "sliding_window_pattern": _whole(1),
-    "local_attention": _whole(2),
-    "global_attn_every_n_layers": _whole(1),
-    "max_window_layers": _whole(0),
-    "max_position_embeddings": _whole(1),
-    "n_positions": _whole(1),
-    "vocab_size": _whole(1),
-    "num_experts_per_tok": _whole(1),
-    "decoder_sparse_step": _whole(1),
-    "mlp_only_layers": (_numbers, "a list of the numbers of layers"),
-    "tie_word_embeddings": (lambda value: isinstance(value, bool), "true or false"),
-    "use_sliding_window": (lambda value: isinstance(value, bool), "true or false"),
-}

@@ -1,27 +1,23 @@
-"""A model as lazy mappings, one for each layer and one for what is outside: nothing is read from disk until a surgery asks for a part, and what nobody
-assigns stays where it lies.
+"""A layer of a model as lazy parts, and the model that surgeries rewrite.
 
 A surgery sees plain [out, in] matrices named by what they do; how a family fuses or transposes them is undone and done again here.
 """
-# M = hidden width, H = query heads, Hk = KV heads, D = head width.
+# M = hidden width, H = query heads, Hk = KV heads, D = head width, E = experts.
 
 from __future__ import annotations
 
-import math
-from abc import abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import torch
 
 from effconvert.checkpoint.config import Config
+from effconvert.checkpoint.outer import Outer
+from effconvert.checkpoint.parts import Deferred, Parts
 from effconvert.checkpoint.replaced import OWN
-from effconvert.checkpoint.shards import FLOATS, Stored
+from effconvert.checkpoint.shards import Stored
 from effconvert.errors import ModelError
-
-OTHER = "other:"  # begins the part of a tensor outside the layers for which the family's row has no name, such as a classifier
 
 
 class Activations(Protocol):
@@ -39,205 +35,23 @@ class Activations(Protocol):
     def scores(self) -> int:
         """How many numbers the weights of one head's attention are, over all texts."""
 
-    def look(self, layer: Layer, parts: Sequence[str] = (), until: str = "") -> Iterator[Any]:
+    def capture(self, layer: Layer, parts: Sequence[str] = (), until: str = "") -> Iterator[Any]:
         """Run a layer as it stands, and yield what each batch was in it."""
 
     def original(self, layers: Sequence[int], parts: Sequence[str] = (), until: str = "") -> Iterator[Any]:
         """Run layers of the original on what arrives here, and yield what each batch was in the last of them."""
 
+    def own(self, step: int) -> Sequence[torch.Tensor]:
+        """Return the stream of the original where nothing was converted: before its layer l for 2 l, between that one's halves for 2 l + 1."""
+
     def stored(self, layer: Layer) -> dict[str, torch.Tensor]:
         """Return a layer as it will lie on disk: name in the layer -> numbers."""
 
-    def attended(self, layer: Layer, learnt: Mapping[str, torch.Tensor], fixed: Mapping[str, torch.Tensor], batch: int) -> torch.Tensor:
-        """Return what the place at work gives on one batch if some parts were others, with gradients for these."""
+    def given(self, layer: Layer, place: str, learnt: Mapping[str, torch.Tensor], fixed: Mapping[str, torch.Tensor], batch: int) -> torch.Tensor:
+        """Return what a place of a layer gives on one batch if some parts were others, with gradients for these."""
 
     def note(self, index: int, said: dict[str, float]) -> None:
         """Keep what is to be told of a layer."""
-
-
-@dataclass(frozen=True)
-class Deferred:
-    """A tensor that is computed when it is written, so that a layer of many large ones need not be in memory whole."""
-
-    compute: Callable[[], torch.Tensor]  # float32, on the CPU
-    in_pieces: Callable[[], Iterator[torch.Tensor]] | None = None  # the same numbers in the same order, where the whole is large
-
-    def pieces(self) -> Iterator[torch.Tensor]:
-        """Yield it a piece at a time."""
-        yield from self.in_pieces() if self.in_pieces else [self.compute()]
-
-
-class Parts(MutableMapping[str, torch.Tensor]):
-    """Named tensors in float32 on the CPU, or of shapes only on the meta device; `parts["k.bias"]` is the bias of part k; assigning replaces them.
-
-    What is read is a copy: to change a part, assign it. Each surgery gets parts of its own on top of those before, so that what is kept for later stays
-    what it was.
-
-    Attributes:
-        config: the shape of the model.
-    """
-
-    def __init__(self, config: Config, stored: Mapping[str, Stored], device: str, below: Self | None = None) -> None:
-        self.config = config
-        self._source: Config = config if below is None else below._source
-        self._stored, self._device, self._below = stored, device, below
-        self._assigned: dict[str, torch.Tensor | Deferred] = {}
-        self._copies: dict[str, str] = {}  # part -> the part that it is a copy of, as that was before this surgery
-        self._deleted: set[str] = set()
-        self._waiting: list[Callable[[Any], None]] = []
-        self._touched: dict[str, int] = {}  # part that was read, or assigned -> bytes in float32
-
-    @property
-    def shapes_only(self) -> bool:
-        """Whether tensors have no numbers in them: a plan is being made."""
-        return self._device == "meta"
-
-    @property
-    def touched(self) -> int:
-        """Bytes in float32 of all that was read or assigned so far, for the estimate of peak memory."""
-        return sum(self._touched.values()) + (0 if self._below is None else self._below.touched)
-
-    def later(self, change: Callable[[Self], None]) -> None:
-        """Have `change` called with these parts before anything is asked of them."""
-        self._waiting.append(change)
-
-    def copy(self, part: str, to: str) -> None:
-        """Make `to` the same as `part`, which may be changed or deleted afterwards; what lies on disk unchanged is copied as bytes."""
-        self._catch_up()
-        if part in self._assigned or part in self._copies:
-            self[to] = self[part]
-        else:
-            self._forget(to)
-            self._copies[to] = part
-
-    def defer(self, part: str, shape: tuple[int, ...], compute: Callable[[], torch.Tensor]) -> None:
-        """Assign what `compute` returns, when it is written; `shape` is known before."""
-        self._catch_up()
-        self._forget(part)
-        self._assigned[part] = torch.empty(shape, device="meta") if self.shapes_only else Deferred(compute)
-        self._touched["deferred"] = max(self._touched.get("deferred", 0), 4 * math.prod(shape))
-
-    def before(self, part: str) -> torch.Tensor:
-        """Return a part as it was before this surgery, whatever has become of it since."""
-        if self._below is not None:
-            return self._below._rounded(part)
-        tensor = self._read(part)
-        self._touched[part] = 4 * tensor.numel()
-        return tensor
-
-    def __getitem__(self, part: str) -> torch.Tensor:
-        if part not in self:
-            raise ModelError(f"{self._where()} of this {self._source.kind} has no part {part!r}; it has {', '.join(self)}")
-        if part in self._assigned:
-            value = self._assigned[part]
-            return value.compute() if isinstance(value, Deferred) else value
-        return self.before(self._copies.get(part, part))
-
-    def __setitem__(self, part: str, tensor: torch.Tensor) -> None:
-        self._catch_up()
-        self._forget(part)
-        self._assigned[part] = tensor
-        self._touched[f"assigned {part}"] = 4 * tensor.numel()
-
-    def __delitem__(self, part: str) -> None:
-        self._catch_up()
-        self._forget(part)
-        self._deleted.add(part)
-
-    def __iter__(self) -> Iterator[str]:
-        self._catch_up()
-        known = self._stored_parts() if self._below is None else list(self._below)
-        yield from (part for part in dict.fromkeys([*known, *self._copies, *self._assigned]) if part in self)
-
-    def __contains__(self, part: object) -> bool:
-        self._catch_up()
-        if part in self._assigned or part in self._copies or part in self._deleted or not isinstance(part, str):
-            return part in self._assigned or part in self._copies
-        return self._name(part, self._source) in self._stored if self._below is None else part in self._below
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    @abstractmethod
-    def tensors(self) -> Iterator[tuple[str, Stored, torch.Tensor | Deferred | None]]:
-        """Yield these parts in the layout of their config: a name, the tensor on disk that it comes from, and what it became.
-
-        None: it did not change, and its bytes on disk can be copied.
-
-        Raises:
-            ModelError: the layout has no place for a part.
-        """
-
-    @abstractmethod
-    def _where(self) -> str:
-        """Name these parts in a message."""
-
-    @abstractmethod
-    def _name(self, part: str, config: Config) -> str:
-        """Return what a part is called on disk in the layout of `config`."""
-
-    @abstractmethod
-    def _stored_parts(self) -> list[str]:
-        """Name the parts on disk."""
-
-    @abstractmethod
-    def _read(self, part: str) -> torch.Tensor:
-        """Return a part that is on disk."""
-
-    def _forget(self, part: str) -> None:
-        self._assigned.pop(part, None)
-        self._copies.pop(part, None)
-        self._deleted.discard(part)
-
-    def _catch_up(self) -> None:
-        """Do what was put off, in order; what a change asks of its own parts meanwhile finds nothing waiting."""
-        waiting, self._waiting = self._waiting, []
-        for change in waiting:
-            change(self)
-
-    def _changed(self, part: str) -> bool:
-        """Whether any surgery assigned or deleted `part`."""
-        self._catch_up()
-        own = part in self._assigned or part in self._copies or part in self._deleted
-        return own or (self._below is not None and self._below._changed(part))
-
-    def _on_disk(self, part: str) -> str | None:
-        """Return the part on disk whose unchanged bytes this part is, None where it is computed."""
-        self._catch_up()
-        if part in self._assigned or part in self._deleted:
-            return None
-        part = self._copies.get(part, part)
-        return part if self._below is None else self._below._on_disk(part)
-
-    def _rounded(self, part: str) -> torch.Tensor:
-        """Return `part` as it would be read from disk, had the surgery of these parts been the last.
-
-        So a chain gives the bytes of the commands one after the other, where no step looks at what layers compute: what looks is fed by the layers below
-        after all steps.
-        """
-        tensor = self[part]
-        if not self._changed(part) or tensor.is_meta:
-            return tensor
-        return tensor.to(FLOATS[self._origin([part]).dtype]).float()
-
-    def _origin(self, parts: Sequence[str]) -> Stored:
-        """Return the tensor on disk that these parts, fused in one, come from; of what is new, one that it stands beside: the first that attends."""
-        names = [self._name(part, self._source) for part in (*parts, *filter(None, map(self._copied, parts)))]
-        return next((self._stored[name] for name in names if name in self._stored), self._neighbour)
-
-    def _copied(self, part: str) -> str:
-        """Return the part that this one was copied from."""
-        return self._copies.get(part) or ("" if self._below is None else self._below._copied(part))
-
-    @property
-    def _neighbour(self) -> Stored:
-        """A tensor on disk of the type that new ones are stored in: that of the queries, or else the most common."""
-        floats = {name: stored for name, stored in self._stored.items() if stored.dtype in FLOATS and name not in self._source.family.buffers}
-        if not floats:
-            raise ModelError(f"{self._where()} of this {self._source.kind} has no tensor of floating-point numbers on disk")
-        usual = Counter(stored.dtype for stored in floats.values()).most_common(1)[0][0]
-        first = floats.get(self._name("q", self._source))
-        return first or next(stored for stored in floats.values() if stored.dtype == usual)
 
 
 class Layer(Parts):
@@ -246,7 +60,7 @@ class Layer(Parts):
     Attributes:
         index: which layer of the model this is, from 0.
         originals: which layers of the model that healing goes towards it stands for; of several, the later ones were dropped.
-        walk: what the model computes on a text, where a surgery asked to look at it; None while only shapes count.
+        activations: what the model computes on a text, where a surgery asked to look at it; None while only shapes count.
     """
 
     def __init__(
@@ -257,16 +71,16 @@ class Layer(Parts):
         device: str,
         below: Layer | None = None,
         originals: range | None = None,
-        walk: Activations | None = None,
+        activations: Activations | None = None,
     ) -> None:
         super().__init__(config, stored, device, below)
-        self.index, self.walk = index, walk
+        self.index, self.activations = index, activations
         self.originals = range(index, index + 1) if originals is None else originals
         self._source_index: int = index if below is None else below._source_index
 
     def on_top(self, index: int, config: Config) -> Layer:
         """Return this layer as the next surgery finds it."""
-        return Layer(index, config, self._stored, self._device, self, self.originals, self.walk)
+        return Layer(index, config, self._stored, self._device, self, self.originals, self.activations)
 
     @property
     def per_kv_head(self) -> list[str]:
@@ -279,7 +93,8 @@ class Layer(Parts):
         config, source = self.config, self._source
         own = [part for part in self if f".{OWN}" in part and config.replaced_at(self.index, part.partition(".")[0])]
         known = config.parts.keys() - config.lacks(self.index)
-        if lost := [part for part in self if part.removesuffix(".bias") not in known and part not in own]:
+        known |= {f"{record.place}.bias" for record in config.replaced_in(self.index)}
+        if lost := [part for part in self if part not in known and part.removesuffix(".bias") not in known and part not in own]:
             raise ModelError(f"layer {self.index} became one with {', '.join(lost)}, for which {config.family.lm} has no place; it has {', '.join(known)}")
         for module, parts in config.modules.items():
             for suffix in ("", ".bias"):
@@ -353,80 +168,6 @@ class Layer(Parts):
         return split(tensor, fused, self._source)[fused.index(stem)]
 
 
-class Outer(Parts):
-    """What is outside the layers: `outer["embed"]` is the embedding table [V, M], `outer["final_norm.bias"]` a bias.
-
-    What a family keeps under a module of several, such as BERT's head, is `outer["head.NAME"]`, where NAME is its name inside.
-
-    A tensor that the family's row does not know, such as a classifier of the user's own, is the part `other:NAME`.
-    """
-
-    def __init__(self, config: Config, prefix: str, stored: Mapping[str, Stored], device: str, below: Outer | None = None) -> None:
-        super().__init__(config, stored, device, below)
-        self._prefix = prefix  # of the base model's names in the source, with its dot; may be empty
-
-    def on_top(self, config: Config) -> Outer:
-        """Return these parts as the next surgery finds them."""
-        return Outer(config, self._prefix, self._stored, self._device, self)
-
-    def tensors(self) -> Iterator[tuple[str, Stored, torch.Tensor | Deferred | None]]:
-        """Yield the parts in the layout of their config: see `Parts.tensors`; names are whole."""
-        for part in filter(self._written, self):
-            on_disk = self._on_disk(part)
-            name = self.place(part)
-            if on_disk is not None:
-                yield name, self._stored[self._name(on_disk, self._source)], None
-            else:
-                yield name, self._origin([part]), self[part]
-
-    def bare(self) -> Iterator[tuple[str, str, Stored, torch.Tensor | Deferred | None]]:
-        """Yield what is inside the bare model: the part, its name there, the tensor on disk that it comes from, and what it became; no buffers."""
-        prefix = outer_prefix(self._source, self._prefix, self.config)
-        for part, (name, origin, value) in zip([part for part in self if self._written(part)], self.tensors(), strict=True):
-            if _stem(part, tuple(self.config.family.outer)) and origin.dtype in FLOATS:
-                yield part, name.removeprefix(prefix), origin, value
-
-    def place(self, part: str) -> str:
-        """Return what a part is called in the model of this config.
-
-        Raises:
-            ModelError: it has no such part.
-        """
-        family, source = self.config.family, self._source.family
-        if part.startswith(OTHER):
-            if family.base == source.base:
-                return part.removeprefix(OTHER)
-            raise ModelError(f"{part.removeprefix(OTHER)} has no counterpart in {family.lm}; remove it, or save the model from {source.lm}")
-        if _stem(part, (*family.outer, *family.head)) is None:
-            raise ModelError(f"{self._name(part, self._source)} has no counterpart in {family.lm}; remove it, or save the model from {source.lm}")
-        return self._name(part, self.config)
-
-    def _written(self, part: str) -> bool:
-        """Whether a part goes along: buffers of old files, such as position ids, stay behind where the family changes, as its class makes its own."""
-        on_disk = self._on_disk(part)
-        buffer = on_disk is not None and on_disk.startswith(OTHER) and self._stored[self._name(on_disk, self._source)].dtype not in FLOATS
-        return not buffer or self.config.family.base == self._source.family.base
-
-    def _where(self) -> str:
-        return "what is outside the layers"
-
-    def _name(self, part: str, config: Config) -> str:
-        if part.startswith(OTHER):
-            return part.removeprefix(OTHER)
-        family = config.family
-        stem = _stem(part, (*family.outer, *family.head))
-        if stem is None:
-            return part
-        inside = part.removeprefix(stem).removeprefix(".") or "weight"
-        return f"{outer_prefix(self._source, self._prefix, config)}{family.outer[stem]}.{inside}" if stem in family.outer else f"{family.head[stem]}.{inside}"
-
-    def _stored_parts(self) -> list[str]:
-        return [part_outside(name, self._prefix, self._source) for name in self._stored]
-
-    def _read(self, part: str) -> torch.Tensor:
-        return self._stored[self._name(part, self._source)].read(self._device)
-
-
 @dataclass
 class Model:
     """A model as a surgery finds it; layers can be dropped or reordered by assigning `layers`."""
@@ -434,33 +175,11 @@ class Model:
     config: Config
     layers: list[Layer]
     outer: Outer
-    originals: int  # layers of the model that healing goes towards
+    original: Config  # of the model that healing goes towards
 
     def on_top(self, config: Config) -> Model:
         """Return the model as the next surgery finds it."""
-        return Model(config, [layer.on_top(index, config) for index, layer in enumerate(self.layers)], self.outer.on_top(config), self.originals)
-
-
-def outer_prefix(source: Config, prefix: str, target: Config) -> str:
-    """Return what stands before the base model's names in `target`, where in `source` it is `prefix`: nothing where a base model was saved alone."""
-    return f"{target.family.prefix}." if prefix and target.family.prefix else "" if target.family != source.family else prefix
-
-
-def part_outside(name: str, prefix: str, config: Config) -> str:
-    """Return the part that a tensor outside the layers is."""
-    places = [(prefix + module, part) for part, module in config.family.outer.items()] + [(module, part) for part, module in config.family.head.items()]
-    inside = [(module, part) for module, part in places if name.startswith(f"{module}.")]
-    if not inside:
-        return OTHER + name
-    module, part = max(inside, key=lambda place: len(place[0]))
-    rest = name.removeprefix(f"{module}.")
-    return part if rest == "weight" else f"{part}.{rest}"
-
-
-def _stem(part: str, known: Sequence[str]) -> str | None:
-    """Return the name in a family's row with which a part outside the layers begins."""
-    stems = [stem for stem in known if part == stem or part.startswith(f"{stem}.")]
-    return max(stems, key=len, default=None)
+        return Model(config, [layer.on_top(index, config) for index, layer in enumerate(self.layers)], self.outer.on_top(config), self.original)
 
 
 def split(tensor: torch.Tensor, parts: tuple[str, ...], config: Config) -> tuple[torch.Tensor, ...]:

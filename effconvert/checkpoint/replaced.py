@@ -44,6 +44,7 @@ INSIDE: Mapping[str, tuple[str, ...]] = {
     "ffn": ("gate", "up", "down"),
 }
 DEEPEST = 10_000  # layers, or experts
+SKIPS = {"attention": "attention", "mlp": "ffn"}  # what transformers' `per_layer_config` calls a place that a layer skips
 PLACES = (*INSIDE, "scores", "q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -54,12 +55,14 @@ def overlap(place: str, other: str) -> bool:
 
 def encode(raw: Mapping[str, Any], family: Family, replaced: tuple[Replaced, ...] = ()) -> dict[str, Any]:
     """Return config.json of the model `raw` with what was `replaced` in its layers, and KV heads shared as in `family`."""
-    grouped = family.shares_kv_in_our_class
-    if not replaced and not grouped:
+    grouped, skips = family.shares_kv_in_our_class, skipped(raw, family)
+    if not replaced and not grouped and not skips:
         return dict(raw)
     count = raw[family.layers_key]
     usual = raw.get("layer_types")
     names = [f"{KIND}gqa"] * count if grouped else list(usual or ["full_attention"] * count)
+    for index in skips:
+        names[index] = f"{KIND}skip"
     for record in replaced:
         for index in record.layers:
             names[index] = f"{KIND}{record.technique}"
@@ -84,8 +87,8 @@ def read(given: Mapping[str, Any]) -> tuple[dict[str, Any], Family, tuple[Replac
         ModelError: its records make no sense, or there are none.
     """
     raw, family, replaced = decode(given)
-    if not replaced and not family.shares_kv_in_our_class:
-        raise ModelError(f"config.json is of a {given['model_type']} and says nothing of what was replaced; take the file that effconvert wrote")
+    if not replaced and not family.shares_kv_in_our_class and not skipped(raw, family):
+        raise ModelError(f"config.json is of a {given['model_type']} and says nothing of what was replaced or is skipped; take the file that effconvert wrote")
     return raw, family, replaced
 
 
@@ -111,7 +114,7 @@ def decode(given: Mapping[str, Any]) -> tuple[dict[str, Any], Family, tuple[Repl
             if given[family.heads_key] % given[family.kv_heads_key]:
                 raise ValueError(f"{given[family.kv_heads_key]} KV heads cannot be shared by {given[family.heads_key]}")
         replaced = tuple(_record(entry) for entry in block["replaced"])
-        _check(replaced, given[family.layers_key])
+        _check(replaced, given[family.layers_key], skipped(given, family))
     except Exception as error:  # whatever Python says to a file that somebody edited
         raise ModelError(f"config.json says of what was replaced {shown(block)}, which makes no sense ({error}); take the file that effconvert wrote") from None
     kept = {key: value for key, value in given.items() if key not in ("effconvert", "auto_map", "layer_types")}
@@ -134,6 +137,31 @@ def check_depth(raw: Mapping[str, Any], family: Family) -> None:
             raise ModelError(f"config.json says {key} = {shown(count)}, and no model has more than {DEEPEST}; mend the file")
 
 
+def skipped(raw: Mapping[str, Any], family: Family) -> dict[int, set[str]]:
+    """Return which places (attention, ffn) the layers of a model skip, of those that skip any.
+
+    Raises:
+        ModelError: `per_layer_config` makes no sense.
+    """
+    found: dict[int, set[str]] = {}
+    try:
+        for layer, said in by_layer(raw).items():
+            words = said.get("skip") or []
+            if not isinstance(words, list) or not 0 <= layer < raw[family.layers_key]:
+                raise ValueError(f"of layer {layer}")
+            if words:
+                found[layer] = {SKIPS[word] for word in words}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        told = f"config.json says per_layer_config = {shown(raw.get('per_layer_config'))}, which makes no sense ({error})"
+        raise ModelError(f"{told}; layers of this model can skip {' and '.join(SKIPS)}: mend the file") from None
+    return found
+
+
+def by_layer(raw: Mapping[str, Any]) -> dict[int, Any]:
+    """Return what config.json says of single layers: transformers writes their numbers with zeros before them."""
+    return {int(layer): said for layer, said in (raw.get("per_layer_config") or {}).items()}
+
+
 def _record(entry: Mapping[str, Any]) -> Replaced:
     record = Replaced(**{**entry, "layers": tuple(entry["layers"]), "drops": tuple(entry.get("drops", ()))})
     if not isinstance(record.technique, str):
@@ -145,13 +173,15 @@ def _record(entry: Mapping[str, Any]) -> Replaced:
     return record
 
 
-def _check(replaced: tuple[Replaced, ...], layers: int) -> None:
-    """Refuse layers that are not there, and two techniques where there is room for one."""
+def _check(replaced: tuple[Replaced, ...], layers: int, skips: Mapping[int, set[str]]) -> None:
+    """Refuse layers that are not there, techniques in places that a layer skips, and two where there is room for one."""
     taken: dict[int, list[str]] = {}
     for record in replaced:
         for index in record.layers:
             if type(index) is not int or not 0 <= index < layers:
                 raise ValueError(f"there is no layer {index}")
+            if gone := [place for place in skips.get(index, ()) if overlap(place, record.place)]:
+                raise ValueError(f"layer {index} skips {gone[0]}, where {record.technique} would be")
             if both := [place for place in taken.get(index, ()) if overlap(place, record.place)]:
                 raise ValueError(f"layer {index} has two techniques for {record.place} and {both[0]}")
             taken.setdefault(index, []).append(record.place)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import os
 import re
 import sys
@@ -14,9 +13,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from effconvert.checkpoint.checkpoint import INDEX, PICKLES, SINGLE
+from effconvert.checkpoint.config import CONFIG
 from effconvert.errors import EffconvertError, ModelError, OptionError
 from effconvert.options import shown
 from effconvert.paths import expand
+from effconvert.quiet import quiet_hub
 
 HUB_ID = re.compile(r"^[\w][\w.-]*(/[\w][\w.-]*)?$")
 BESIDE_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*"]
@@ -76,14 +77,8 @@ def fetch(model: str, revision: str | None) -> Path:
 
 def _snapshot(model: str, revision: str | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.utils.logging import get_verbosity, set_verbosity
-    from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    verbosity = get_verbosity()
-    set_verbosity(logging.ERROR)  # what matters of its warnings is said here
-    try:
+    with quiet_hub(bars=sys.stderr.isatty()):
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=BESIDE_WEIGHTS))
         # Only the weights that the index names: some repositories hold them a second time in one file.
         shards = list(json.loads((folder / INDEX).read_text())["weight_map"].values()) if (folder / INDEX).is_file() else [SINGLE]
@@ -93,8 +88,6 @@ def _snapshot(model: str, revision: str | None) -> Path:
             instead = f", only pickle ({pickles[0]}), which can run code when opened" if pickles else ""
             raise ModelError(f"{model} has no safetensors on the Hub{instead}; take a revision that has them")
         return folder
-    finally:
-        set_verbosity(verbosity)
 
 
 def unpack_gguf(path: Path) -> Path:
@@ -105,21 +98,20 @@ def unpack_gguf(path: Path) -> Path:
     status = path.stat()
     key = hashlib.sha256(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:16]
     folder = cache() / "gguf" / f"{path.stem}-{key}"
-    if (folder / "config.json").is_file():
+    if (folder / CONFIG).is_file():
         return folder
 
     import torch
     import transformers
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    from effconvert.quiet import quiet_transformers
+
     folder.parent.mkdir(parents=True, exist_ok=True)
-    quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO())  # its progress bar is for people
-    with TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as scratch:
+    hidden = nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO())  # its progress bar is for people
+    with quiet_transformers(), TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as scratch:
         draft = Path(scratch) / "model"
         try:
-            with quiet:
+            with hidden:
                 model = transformers.AutoModelForCausalLM.from_pretrained(
                     path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=transformers.GgufConfig(dequantize=True)
                 )
@@ -129,8 +121,11 @@ def unpack_gguf(path: Path) -> Path:
             raise ModelError(f"{path} cannot be unpacked by transformers {transformers.__version__}: {error}") from error
         model.to(torch.bfloat16).save_pretrained(draft)
         tokenizer.save_pretrained(draft)
-        if not folder.exists():  # two at once: the first one stays
+        try:
             draft.rename(folder)
+        except OSError as error:
+            if not (folder / CONFIG).is_file():  # else somebody unpacked it meanwhile, and theirs stays
+                raise EffconvertError(f"{path} was unpacked, and {folder} is in the way ({error.strerror}); remove that, and give the same command") from None
     return folder
 
 

@@ -5,9 +5,7 @@ killed run takes the finished layers from there, and runs them, but for nothing 
 """
 # B = windows run at a time, T = tokens in a window, M = hidden width.
 
-import ctypes
 import json
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality.perplexity import windows
 from effconvert.eval.quality.text import MOST, calibration_text, read_calibration
 from effconvert.heal._activations import Activations
-from effconvert.heal._layerwise import Calibration, at_a_time, stored_tensors
+from effconvert.heal._layerwise import Calibration, at_a_time, return_memory, stored_tensors
 from effconvert.modeling import loading
 from effconvert.options import Conversion
 from effconvert.progress import Watcher
@@ -113,25 +111,20 @@ def calibrate(plan: Plan, folder: Path, watcher: Watcher) -> None:
     """
     assert plan.calibration
     ids = plan.calibration.ids
-    outer = [model.outer for model in plan.models("cpu")]
-    walk = Activations(plan.checkpoint, plan.teacher, outer, plan.calibration.batches)
-    layers: list[Layer | None] = [*plan.models("cpu", walk)[-1].layers]
+    after = [model.outer.on_top(config) for model, config in zip(plan.models("cpu"), plan.configs[1:], strict=False)]
+    outer = [plan.checkpoint.model("cpu").outer, *after]  # none has changes in it that its config knows nothing of
+    activations = Activations(plan.checkpoint, plan.teacher, outer, plan.calibration.batches)
+    layers: list[Layer | None] = [*plan.models("cpu", activations)[-1].layers]
     with watcher.bar("calibrating", len(layers) * ids.numel(), "tokens") as advance:
         for index in range(len(layers)):
             layer, file = layers[index], folder / drafts(plan)[index]
             if layer is not None and not file.is_file():  # a layer's truth value would be its number of parts, and compute it
                 made = {name: numbers.to(FLOATS[origin.dtype]) for name, (origin, numbers, new) in stored_tensors(layer).items() if new}
-                _save(file, made, walk.notes.get(index, {}))
-            walk.advance(index, _finished(plan, index, file))
+                _save(file, made, activations.notes.get(index, {}))
+            activations.advance(index, _finished(plan, index, file))
             layers[index] = None  # what it computed is on disk
-            _return_memory()
+            return_memory()
             advance(ids.numel())
-
-
-def _return_memory() -> None:
-    """Have glibc give back what was freed: of a layer's many blocks it keeps some hundred megabytes otherwise, and as many again of the next."""
-    with suppress(AttributeError, OSError, TypeError):  # other C libraries do so by themselves
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def computed(plan: Plan, index: int, folder: Path) -> dict[str, Tensor]:
@@ -147,7 +140,7 @@ def _finished(plan: Plan, index: int, file: Path) -> dict[str, Tensor]:
     return {name: target.origin.read("cpu") if target.unit is None else made[name].float() for name, target in inside.items() if name not in buffers}
 
 
-def notes(plan: Plan, folder: Path) -> dict[str, dict[str, float]]:
+def layer_notes(plan: Plan, folder: Path) -> dict[str, dict[str, float]]:
     """Return what steps had to tell of the layers they looked at, as it lies in `folder`: layer -> what."""
     found = {}
     for index, name in enumerate(drafts(plan)):

@@ -23,21 +23,21 @@ class Inspection:
     size: Size
     parts: dict[str, int]  # part -> parameters, over all layers
     kv_bytes: dict[int, int]  # tokens of context -> bytes of KV cache
-    suits: dict[str, str]  # technique -> the options that this model allows
+    allowed_options: dict[str, str]  # technique -> the options that this model allows
     refusals: dict[str, str]  # technique -> why it cannot be applied
 
 
 def inspect(checkpoint: Checkpoint) -> Inspection:
     """Look at `checkpoint` without reading a weight."""
     config = checkpoint.config
-    suits, refusals = {}, {}
+    allowed_options, refusals = {}, {}
     for name in steps.techniques():
         try:
-            suits[name] = steps.load(name).suits(config)
+            allowed_options[name] = steps.load(name).allowed_options(config)
         except ModelError as error:
             refusals[name] = str(error)
     cache = {context: kv_bytes(config, ITEMSIZE[checkpoint.dtype], context) for context in CONTEXTS}
-    return Inspection(checkpoint, size_of(checkpoint), parts(checkpoint), cache, suits, refusals)
+    return Inspection(checkpoint, size_of(checkpoint), parts(checkpoint), cache, allowed_options, refusals)
 
 
 def parts(checkpoint: Checkpoint) -> dict[str, int]:

@@ -26,7 +26,7 @@ def stand_for(student: Checkpoint, teacher: Checkpoint) -> list[range]:
     starts: list[int] = []
     for sign in signs[0]:
         later = range(starts[-1] + 1 if starts else 0, more.layers)
-        found = next((index for index in later if sign and signs[1][index] == sign), None)
+        found = next((index for index in later if sign and sign.items() <= signs[1][index].items()), None)
         if found is None:
             raise ModelError(
                 f"the teacher has {more.layers} layers and the student {less.layers}, and layer {len(starts)} of the student has the norms of none of them, "
@@ -36,7 +36,7 @@ def stand_for(student: Checkpoint, teacher: Checkpoint) -> list[range]:
     return [range(start, stop) for start, stop in pairwise([*starts, more.layers])]
 
 
-def _sign(checkpoint: Checkpoint, index: int) -> tuple[bytes, ...]:
-    """Return what tells a layer from others: its vectors that no technique changes."""
+def _sign(checkpoint: Checkpoint, index: int) -> dict[str, bytes]:
+    """Return what tells a layer from others: its vectors that no technique changes, but for those that go with what is dropped."""
     layer = checkpoint.layer(index, "cpu")
-    return tuple(layer[part].numpy().tobytes() for part in layer if part in ("attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm"))
+    return {part: layer[part].numpy().tobytes() for part in layer if part in ("attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm")}

@@ -15,10 +15,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-import effconvert
 from effconvert.checkpoint.manifest import DRAFT, foreign_files, read_manifest, save_manifest, to_disk
 from effconvert.convert.plan import Plan
 from effconvert.errors import EffconvertError, OptionError
+from effconvert.version import __version__
 
 SCRATCH = f"logits{DRAFT}"  # in `OUT.partial` while two models are compared
 
@@ -149,7 +149,7 @@ def describe(partial: Path, texts: dict[str, str]) -> None:
 
 def drafts(plan: Plan) -> list[str]:
     """Return the names under which converted layers wait in the working folder, where they have to be computed in order."""
-    return [f"layer-{index:05}{DRAFT}" for index in range(plan.config.layers)] if plan.looks else []
+    return [f"layer-{index:05}{DRAFT}" for index in range(plan.config.layers)] if plan.needs_calibration else []
 
 
 def discard_drafts(plan: Plan, partial: Path) -> None:
@@ -187,4 +187,4 @@ def publish(plan: Plan, partial: Path, output: Path, overwrite: bool, record: di
 
 def about(plan: Plan) -> dict[str, Any]:
     """Return what a manifest says of every conversion."""
-    return {"effconvert": effconvert.__version__, "fingerprint": plan.fingerprint, "recipe": plan.recipe}
+    return {"effconvert": __version__, "fingerprint": plan.fingerprint, "recipe": plan.recipe}

@@ -9,20 +9,24 @@ from pathlib import Path
 
 import psutil
 
-from effconvert import __version__
 from effconvert.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
 from effconvert.checkpoint.config import CONFIG, Config
-from effconvert.checkpoint.layer import Activations, Deferred, Model, Parts, outer_prefix
+from effconvert.checkpoint.layer import Activations, Model
 from effconvert.checkpoint.manifest import CARD, RECIPE
+from effconvert.checkpoint.outer import outer_prefix
+from effconvert.checkpoint.parts import Deferred, Parts
 from effconvert.checkpoint.replaced import STUB_FILE
 from effconvert.checkpoint.shards import ITEMSIZE, Stored
 from effconvert.convert.files import other_files
 from effconvert.convert.originals import stand_for
 from effconvert.errors import ModelError
 from effconvert.heal._layerwise import Calibration
+from effconvert.modeling.loading import has_tokenizer
 from effconvert.modeling.size import Size, size_of, size_of_tensors
 from effconvert.surgery._surgery import Step
+from effconvert.version import __version__
 
+TOKENIZER = "tokenizer_config.json"
 OUTER = -1  # in place of a layer's number: what is outside the layers
 LARGEST = 5_000_000_000  # bytes of a shard, as huggingface_hub has it, where the source's own shards are not larger
 
@@ -75,14 +79,14 @@ class Plan:
             yield from inside
 
     @property
-    def exact(self) -> bool:
+    def is_exact(self) -> bool:
         """Whether the converted model must compute the same logits."""
-        return all(surgery.exact(config) for surgery, config in zip(self.surgeries, self.configs, strict=False))
+        return all(surgery.is_exact(config) for surgery, config in zip(self.surgeries, self.configs, strict=False))
 
     @property
-    def looks(self) -> bool:
+    def needs_calibration(self) -> bool:
         """Whether a step looks at what layers compute, so that the model has to be calibrated before it is written."""
-        return any(surgery.looks(config) for surgery, config in zip(self.surgeries, self.configs, strict=False))
+        return any(surgery.needs_calibration(config) for surgery, config in zip(self.surgeries, self.configs, strict=False))
 
     @property
     def recipe(self) -> list[dict[str, dict[str, object]]]:
@@ -90,16 +94,16 @@ class Plan:
         return [surgery.recipe for surgery in self.surgeries]
 
     @property
-    def remarks(self) -> list[str]:
+    def notes(self) -> list[str]:
         """What is different for this model, step by step, and on this text."""
-        told = [f"{surgery.name}: {said}" for surgery, config in zip(self.surgeries, self.configs, strict=False) if (said := surgery.remark(config))]
-        about = self.calibration.remark(self.checkpoint.config) if self.calibration else ""
+        told = [f"{surgery.name}: {said}" for surgery, config in zip(self.surgeries, self.configs, strict=False) if (said := surgery.notes(config))]
+        about = self.calibration.notes(self.checkpoint.config) if self.calibration else ""
         return [*told, *([about] if about else [])]
 
     @property
     def draft_bytes(self) -> int:
         """Bytes of disk that converted layers take while they wait to be written."""
-        return sum(target.bytes for target in self.targets if target.unit not in (None, OUTER)) if self.looks else 0
+        return sum(target.bytes for target in self.targets if target.unit not in (None, OUTER)) if self.needs_calibration else 0
 
     @property
     def disk(self) -> int:
@@ -124,23 +128,30 @@ class Plan:
     @property
     def written(self) -> list[str]:
         """The names of all files of the output but its manifest."""
-        return [*self.shards, *self.files, CONFIG, RECIPE, CARD, *self.code, *([INDEX] if self.indexed else [])]
+        named = [TOKENIZER] if self.tokenizer and TOKENIZER not in self.files else []
+        return [*self.shards, *self.files, CONFIG, RECIPE, CARD, *self.code, *named, *([INDEX] if self.indexed else [])]
+
+    @property
+    def tokenizer(self) -> str:
+        """The class of the tokenizer, to be named in its config where it is not: the family that the model becomes would look for another. Else empty."""
+        before, after = self.checkpoint.config.family.tokenizer, self.config.family.tokenizer
+        return before if before != after and has_tokenizer(self.checkpoint.folder) else ""
 
     @property
     def code(self) -> list[str]:
         """The file that says what a model in a class of ours needs to be loaded."""
-        return [STUB_FILE] if self.config.ours else []
+        return [STUB_FILE] if self.config.needs_effconvert else []
 
     def layer_prefix(self, index: int) -> str:
         """Return what stands before the names of layer `index` of the converted model."""
         return f"{outer_prefix(self.checkpoint.config, self.checkpoint.prefix, self.config)}{self.config.family.layers}.{index}."
 
-    def models(self, device: str, walk: Activations | None = None) -> list[Model]:
+    def models(self, device: str, activations: Activations | None = None) -> list[Model]:
         """Return the model before each step and after the last: lazy, so that nothing is read before a layer is asked for its tensors.
 
         With a `walk` for steps that look, layers are to be asked in order.
         """
-        return list(_models(self.checkpoint.model(device, self.originals, walk), self.surgeries, self.configs))
+        return list(_models(self.checkpoint.model(device, self.originals, activations, self.teacher.config), self.surgeries, self.configs))
 
     def parts(self, unit: int, device: str = "cpu") -> tuple[str, Parts]:
         """Return a layer of the converted model, or what is outside them, and what stands before its names."""
@@ -164,6 +175,8 @@ def plan(checkpoint: Checkpoint, surgeries: tuple[Step, ...], teacher: Checkpoin
     """
     configs = [checkpoint.config]
     for surgery in surgeries:
+        if surgery.undecided:
+            raise ValueError(f"{surgery.name} leaves open what it changes; ask effconvert.convert.decide first")
         surgery.check(configs[-1])
         configs.append(surgery.config(configs[-1]))
     config, originals = configs[-1], stand_for(checkpoint, teacher or checkpoint)

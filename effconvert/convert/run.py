@@ -7,14 +7,14 @@ from typing import Any
 
 import yaml
 
-from effconvert import __version__
 from effconvert.checkpoint import sources
 from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.digest import file_hash
 from effconvert.checkpoint.manifest import CARD, RECIPE, read_manifest, save_manifest
 from effconvert.convert import output
-from effconvert.convert.calibrate import calibrate, notes
+from effconvert.convert.calibrate import calibrate, layer_notes
 from effconvert.convert.calibrate import prepare as prepare_calibration
+from effconvert.convert.decide import decide
 from effconvert.convert.plan import Plan, plan
 from effconvert.convert.verify import check_memory, prepare, scratch_bytes, verify
 from effconvert.convert.write import left, write
@@ -32,6 +32,7 @@ from effconvert.paths import expand, real
 from effconvert.progress import Silent, Watcher
 from effconvert.surgery._placed import open_checked
 from effconvert.surgery._surgery import Step
+from effconvert.version import __version__
 
 CALIBRATING = ("calibrate", "calibration_tokens", "calibration_window")  # options that say what is looked at
 
@@ -71,10 +72,14 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, watche
         text = read_text(options.text) if options.text else default_text()
     folder = sources.locate(model, options.revision, watcher.step)
     surgeries = (*surgeries, *([Transfer()] if options.transfer else []), *([Refit()] if options.refit else []))
-    planned = plan(open_checked(folder), surgeries, _teacher(surgeries, watcher))
-    if planned.looks:
+    checkpoint, teacher, target = open_checked(folder), _teacher(surgeries, watcher), expand(options.output or default_name(model, surgeries))
+    if any(step.undecided for step in surgeries):
+        if not reuse:
+            output.check_free(target, options.overwrite)
+        surgeries = decide(checkpoint, surgeries, teacher, options, watcher)
+    planned = plan(checkpoint, surgeries, teacher)
+    if planned.needs_calibration:
         planned = replace(planned, calibration=prepare_calibration(planned, options))
-    target = expand(options.output or default_name(model, surgeries))
     if reuse and (manifest := output.finished(planned, target, options.verify)):
         return Outcome(planned, target, verification(manifest), found=True)
     output.check(planned, target, options.overwrite, max(planned.draft_bytes, scratch_bytes(planned, options) if options.verify else 0))
@@ -113,7 +118,7 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, watche
 def _told(planned: Plan, partial: Path) -> dict[str, dict[str, float]]:
     """Return what `transfer` had to tell of layers, now or before an interruption, and keep it: the drafts that hold it are not there much longer."""
     manifest = read_manifest(partial)
-    told: dict[str, dict[str, float]] = notes(planned, partial) or manifest.get("transfer", {})
+    told: dict[str, dict[str, float]] = layer_notes(planned, partial) or manifest.get("transfer", {})
     if told:
         save_manifest(partial, {**manifest, "transfer": told})
     return told
@@ -141,7 +146,7 @@ def _texts(model: str, plan: Plan, options: RunOptions, record: dict[str, Any]) 
     """Write what people read: the recipe, which makes the same bytes again, and the model card."""
     source = record["source"]
     revision = None if expand(model).exists() else source["commit"] or source["revision"]
-    asked = {name.replace("_", "-"): getattr(options, name) for name in CALIBRATING} if plan.looks else {}
+    asked = {name.replace("_", "-"): getattr(options, name) for name in CALIBRATING} if plan.needs_calibration else {}
     recipe = {"model": model, "revision": revision, "steps": plan.recipe, **asked}
     told = f"# Written by effconvert {__version__}. The same bytes again: effconvert run {RECIPE} -o DIR\n"
     card = plan.checkpoint.folder / CARD

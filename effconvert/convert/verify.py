@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from effconvert.checkpoint.shards import FLOATS, read_header
+from effconvert.convert import exact
 from effconvert.convert.plan import Plan
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality import perplexity
@@ -19,15 +20,15 @@ from effconvert.modeling import loading
 from effconvert.modeling.caches import growth_bytes, state_bytes
 from effconvert.options import RunOptions
 from effconvert.progress import Advance, Watcher
+from effconvert.quiet import quiet_transformers
 
-TOLERANCE = 1e-5  # of the largest logit, in float32, for a conversion that must change nothing
 LIBRARIES = 330_000_000  # bytes; measured on SmolLM2 beyond what is counted: 0.32 GB in float32, 0.03 GB in bfloat16
 PROMPT = 24  # tokens given, and tokens asked for
 
 
 def measuring_dtype(plan: Plan) -> torch.dtype:
-    """Return the type to run both models in: their own, or float32 where equality is to be shown."""
-    return torch.float32 if plan.exact else FLOATS[plan.checkpoint.dtype]
+    """Return the type to run both models in: their own, or float32 where equality is to be shown or one of them can no other."""
+    return torch.float32 if plan.is_exact or plan.config.family.float32_only else plan.checkpoint.computing
 
 
 def scratch_bytes(plan: Plan, options: RunOptions) -> int:
@@ -77,6 +78,7 @@ class Material:
     windows: Tensor  # token ids, [N, T]
     text: str
     unmeasured: str  # why no quality can be measured, empty where it can
+    texts: tuple[Tensor, ...] = ()  # token ids [T] that an exact conversion is held to its claim on, beside the beginning of the first window
 
 
 def prepare(plan: Plan, text: Text, options: RunOptions) -> Material:
@@ -89,17 +91,18 @@ def prepare(plan: Plan, text: Text, options: RunOptions) -> Material:
     config, folder = plan.checkpoint.config, plan.checkpoint.folder
     context = min(options.context, config.longest or options.context)
     random = torch.randint(config.vocabulary, (1, min(context, 2 * PROMPT)), generator=torch.Generator().manual_seed(0))
+    texts = tuple(exact.texts(config, options.tokens, psutil.virtual_memory().available - check_memory(plan, options))) if plan.is_exact else ()
     if not config.family.decoder:
-        return Material(None, random, text.name, f"{config.kind} is an encoder and predicts no next token")
+        return Material(None, random, text.name, f"{config.kind} is an encoder and predicts no next token", texts)
     if config.architecture != config.family.lm:
-        return Material(None, random, text.name, f"{config.architecture} has no language-model head")
+        return Material(None, random, text.name, f"{config.architecture} has no language-model head", texts)
     if not loading.has_tokenizer(folder):
-        return Material(None, random, text.name, "the model has no tokenizer")
+        return Material(None, random, text.name, "the model has no tokenizer", texts)
     try:
         tokenizer = loading.load_tokenizer(folder)
     except ModelError as error:
         raise ModelError(f"{error}, or use --no-verify") from error
-    return Material(tokenizer, perplexity.windows(tokenizer, text, context, options.tokens, config.vocabulary), text.name, "")
+    return Material(tokenizer, perplexity.windows(tokenizer, text, context, options.tokens, config.vocabulary), text.name, "", texts)
 
 
 def verify(plan: Plan, folder: Path, material: Material, scratch: Path, watcher: Watcher) -> Verification:
@@ -109,31 +112,31 @@ def verify(plan: Plan, folder: Path, material: Material, scratch: Path, watcher:
         ModelError: it does not load as it should, computes NaN, or is not what the plan or the surgery promised.
     """
     try:
-        with loading.quiet():
+        with quiet_transformers():
             with watcher.bar("checking every number", plan.after.bytes, "bytes") as advance:
                 check_finite(folder, plan, advance)
-            with watcher.bar("measuring the original", material.windows.numel(), "tokens") as advance:
+            count = material.windows.numel() + sum(map(len, material.texts))
+            with watcher.bar("measuring the original", count, "tokens") as advance:
                 before, expected, device = _side(plan, plan.checkpoint.folder, material, advance, record=scratch)
-            with watcher.bar("measuring the converted model", material.windows.numel(), "tokens") as advance:
+            with watcher.bar("measuring the converted model", count, "tokens") as advance:
                 recorded = Recorded(scratch, measuring_dtype(plan), plan.checkpoint.config.vocabulary)
                 after, found, _ = _side(plan, folder, material, advance, reference=recorded)
     finally:
         scratch.unlink(missing_ok=True)
     _check(plan.before, before, "the original")
     _check(plan.after, after, "the converted model")
-    difference = (found - expected).abs().max().item() if plan.exact else None
-    if difference is not None and difference > TOLERANCE * expected.abs().max().item():
-        raise ModelError(f"a logit changed by {difference:.3g}, and this conversion must not change any: a fault of effconvert, please report it")
-    return Verification(before, after, difference, material.text, str(measuring_dtype(plan)).removeprefix("torch."), device, material.unmeasured)
+    difference, compared = exact.compare([_head(material), *material.texts], expected, found) if plan.is_exact else (None, 0)
+    dtype = str(measuring_dtype(plan)).removeprefix("torch.")
+    return Verification(before, after, difference, material.text, dtype, device, material.unmeasured, compared)
 
 
 def _side(
     plan: Plan, folder: Path, material: Material, advance: Advance, record: Path | None = None, reference: Recorded | None = None
-) -> tuple[Side, Tensor, str]:
+) -> tuple[Side, list[Tensor], str]:
     config = plan.config if folder != plan.checkpoint.folder else plan.checkpoint.config
     model, cut, whole = loading.load(folder, config, measuring_dtype(plan)), material.windows, not material.unmeasured
     prompt = cut[0, :PROMPT]
-    head = perplexity.logits_of(model, cut[0][: 4 * PROMPT]).float().cpu()  # [T, V]
+    logits = [perplexity.logits_of(model, _head(material)).float().cpu(), *exact.logits(model, material.texts, config.family.decoder, advance)]
     measured = perplexity.summary(perplexity.measure(model, list(cut), record, reference, advance), cut.shape[1]) if whole else None
     written = perplexity.continuation(model, material.tokenizer, prompt, PROMPT) if whole else ""
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -148,7 +151,11 @@ def _side(
             if held != (said := state_bytes(config, model.dtype.itemsize, len(seen))):
                 raise ModelError(f"its mixers hold {held} bytes after {len(seen)} tokens, and the plan said {said}: a fault of effconvert")
         cache, state = growing // len(short) * itemsize // model.dtype.itemsize + growth_bytes(config, itemsize), state_bytes(config, itemsize)
-    return Side(parameters, cache, measured, written, state), head, str(model.device)
+    return Side(parameters, cache, measured, written, state), logits, str(model.device)
+
+
+def _head(material: Material) -> Tensor:
+    return material.windows[0][: 4 * PROMPT]
 
 
 def _check(planned: Any, side: Side, which: str) -> None:

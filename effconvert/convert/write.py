@@ -17,12 +17,12 @@ from torch import Tensor
 
 from effconvert.checkpoint.checkpoint import INDEX
 from effconvert.checkpoint.config import CONFIG
-from effconvert.checkpoint.layer import Deferred
-from effconvert.checkpoint.manifest import DRAFT, read_manifest, save_manifest, to_disk
+from effconvert.checkpoint.manifest import CARD, DRAFT, RECIPE, read_manifest, save_manifest, to_disk
+from effconvert.checkpoint.parts import Deferred
 from effconvert.checkpoint.replaced import STUB, STUB_FILE
 from effconvert.checkpoint.shards import as_bytes, copy_run, header
 from effconvert.convert.calibrate import computed
-from effconvert.convert.plan import OUTER, Plan, Target
+from effconvert.convert.plan import OUTER, TOKENIZER, Plan, Target
 from effconvert.progress import Advance
 
 
@@ -104,7 +104,7 @@ class _Layers:
             self.ahead[index] = self.worker.submit(self._compute, index)
 
     def _compute(self, unit: int) -> dict[str, Tensor | Deferred]:
-        if self.plan.looks and unit != OUTER:
+        if self.plan.needs_calibration and unit != OUTER:
             prefix = self.plan.layer_prefix(unit)
             return {prefix + name: tensor for name, tensor in computed(self.plan, unit, self.partial).items()}
         prefix, parts = self.plan.parts(unit)
@@ -149,11 +149,13 @@ def _write_others(plan: Plan, partial: Path) -> None:
     for name in plan.files:
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, partial / name)
+    if plan.tokenizer:
+        _name_tokenizer(partial / TOKENIZER, plan.tokenizer)
     if plan.config == plan.checkpoint.config:
         shutil.copyfile(folder / CONFIG, partial / CONFIG)
     else:
         (partial / CONFIG).write_text(json.dumps(plan.config.content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if plan.config.ours:
+    if plan.config.needs_effconvert:
         (partial / STUB_FILE).write_text(STUB.format(kind=plan.config.kind), encoding="utf-8")
     if plan.indexed:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8")) if (folder / INDEX).is_file() else {}
@@ -162,5 +164,13 @@ def _write_others(plan: Plan, partial: Path) -> None:
             index["metadata"]["total_parameters"] = plan.after.parameters
         index["weight_map"] = {target.name: shard for shard, targets in plan.shards.items() for target in targets}
         (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for name in (*plan.files, CONFIG, *plan.code, *([INDEX] if plan.indexed else [])):
-        to_disk(partial / name)
+    for name in plan.written:
+        if name not in (*plan.shards, RECIPE, CARD):
+            to_disk(partial / name)
+
+
+def _name_tokenizer(path: Path, name: str) -> None:
+    """Say in a tokenizer's config of what class it is, if nothing is said there yet."""
+    said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not said.get("tokenizer_class"):
+        path.write_text(json.dumps({**said, "tokenizer_class": name}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -10,8 +10,8 @@ import torch
 
 from effconvert.checkpoint import sources
 from effconvert.checkpoint.checkpoint import Checkpoint
+from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.digest import digest
-from effconvert.checkpoint.shards import FLOATS
 from effconvert.errors import EffconvertError, OptionError
 from effconvert.eval.results import Subject
 from effconvert.modeling.caches import state_bytes
@@ -56,13 +56,14 @@ def open_model(model: str, step: Callable[[str], None] = lambda _: None) -> Open
     folder = sources.locate(name, revision or None, step)
     checkpoint = open_checked(folder)
     config, size = checkpoint.config, size_of(checkpoint)
+    mixers = tuple(_mixing(config, index) for index in range(config.layers))
     subject = Subject(
         name=real(model).name if here else model,
         digest=digest(checkpoint),
         commit=sources.commit(folder),
         kind=config.kind,
         architecture=config.architecture,
-        dtype=str(FLOATS[checkpoint.dtype]).removeprefix("torch."),
+        dtype=str(checkpoint.computing).removeprefix("torch."),
         parameters=size.parameters,
         bytes=size.bytes,
         kv_bytes=size.kv_bytes,
@@ -75,11 +76,16 @@ def open_model(model: str, step: Callable[[str], None] = lambda _: None) -> Open
         vocabulary=config.vocabulary,
         longest=config.longest,
         windows=tuple(config.windows()),
-        mixers=tuple(" ".join(record.technique for record in config.replaced_in(index)) for index in range(config.layers)) if config.replaced else (),
+        mixers=mixers if any(mixers) else (),
         state_bytes=size.state_bytes,
         growth_bytes=size.growth_bytes,
     )
     return Opened(subject, checkpoint)
+
+
+def _mixing(config: Config, index: int) -> str:
+    """Say what mixes in a layer, of softmax attention nothing."""
+    return "no attention" if "attention" in config.skips(index) else " ".join(record.technique for record in config.replaced_in(index))
 
 
 def pick_device(name: str | None) -> str:
@@ -102,8 +108,8 @@ def pick_device(name: str | None) -> str:
 
 
 def pick_dtype(name: str, opened: Opened) -> torch.dtype:
-    """Return the type to compute in: `auto` is that of the weights."""
-    return FLOATS[opened.checkpoint.dtype] if name == "auto" else getattr(torch, name)
+    """Return the type to compute in: `auto` is that of the weights, or float32 where the class can no other."""
+    return opened.checkpoint.computing if name == "auto" else getattr(torch, name)
 
 
 def load_model(opened: Opened, dtype: str, device: str) -> Any:

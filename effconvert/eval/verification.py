@@ -18,7 +18,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Verification:
-    """What a conversion cost. `difference` is the largest change of a logit, for conversions that must not change any."""
+    """What a conversion cost. `difference` is the largest change of a logit, on texts of up to `compared` tokens, for conversions that must not change any."""
 
     before: Side
     after: Side
@@ -27,3 +27,4 @@ class Verification:
     dtype: str
     device: str
     unmeasured: str  # why there is no quality, empty where there is
+    compared: int = 0

@@ -3,15 +3,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.layer import Deferred, Layer, Outer
-from effconvert.checkpoint.shards import FLOATS, finite
-from effconvert.errors import ModelError
-from effconvert.heal._layerwise import Look, Stage, embedding_rows, stored_tensors
+from effconvert.checkpoint.layer import Layer
+from effconvert.checkpoint.outer import Outer
+from effconvert.checkpoint.shards import FLOATS
+from effconvert.heal._layerwise import Capture, LayerRunner, check_finite, device, inside, silenced, stored_tensors
 
 
 class Activations:
@@ -30,44 +29,60 @@ class Activations:
             outer: what is outside the layers before the first step, and after each.
             batches: token ids, [B, T] each.
         """
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        self.device = found or torch.device("cpu")
+        self.device = device()
         self.source, self.teacher, self.ids = source, teacher, [batch.to(self.device) for batch in batches]
         self.outer = outer
         self._original = outer[0] if teacher is source else teacher.model("cpu").outer
-        self.stages: dict[int, Stage] = {}
+        self.runners: dict[int, LayerRunner] = {}
         self.notes: dict[int, dict[str, float]] = {}
-        self.states = self._stage(outer[-1]).begin()
-        _check_finite(self.states, "the embedding")
+        self._own: tuple[int, list[Tensor]] = (0, [])  # layers of the original that were run by themselves, and what the last of them made
+        self.states = self._runner(outer[-1]).begin()
+        check_finite(self.states, "the embedding")
 
     @property
     def scores(self) -> int:
         """How many numbers the weights of one head's attention are, over all texts."""
         return sum(len(batch) * batch.shape[1] ** 2 for batch in self.ids)
 
-    def look(self, layer: Layer, parts: Sequence[str] = (), until: str = "") -> Iterator[Look]:
-        """Run a layer as it stands, and yield what each batch was in it: see `Stage.run`."""
+    def capture(self, layer: Layer, parts: Sequence[str] = (), until: str = "") -> Iterator[Capture]:
+        """Run a layer as it stands, and yield what each batch was in it: see `LayerRunner.run`."""
         return self._run(self._outer_of(layer.config), layer, layer.index, self.states, parts, until)
 
-    def original(self, layers: Sequence[int], parts: Sequence[str] = (), until: str = "") -> Iterator[Look]:
+    def original(self, layers: Sequence[int], parts: Sequence[str] = (), until: str = "") -> Iterator[Capture]:
         """Run layers of the original, one after the other, on what arrives here; yield of each batch what the last of them was."""
         states = self.states
         for index in layers[:-1]:
             states = [look.out for look in self._run(self._original, self.teacher.layer(index, "cpu"), index, states)]
         return self._run(self._original, self.teacher.layer(layers[-1], "cpu"), layers[-1], states, parts, until)
 
+    def own(self, step: int) -> list[Tensor]:
+        """Return the stream of the original where nothing was converted, [B, T, M]: before its layer l for 2 l, between that one's halves for 2 l + 1.
+
+        Asked layer after layer: only the last ones are kept.
+        """
+        done, states = self._own
+        if not states:
+            states = self._runner(self._original).begin()
+        for index in range(done, step // 2):
+            states = [look.out for look in self._run(self._original, self.teacher.layer(index, "cpu"), index, states)]
+        self._own = (step // 2, states)
+        if step % 2 == 0:
+            return states
+        half = silenced(self.teacher.layer(step // 2, "cpu"), "ffn")
+        return [look.out for look in self._run(self._original, half, step // 2, states)]
+
     def stored(self, layer: Layer) -> dict[str, Tensor]:
         """Return a layer as it will lie on disk: name in the layer -> numbers."""
         return {name: numbers.to(self.device) for name, (_, numbers, _) in stored_tensors(layer).items()}
 
-    def attended(self, layer: Layer, learnt: Mapping[str, Tensor], fixed: Mapping[str, Tensor], batch: int) -> Tensor:
-        """Return what the attention of a layer, `fixed` on disk, gives on one batch, [B, T, M], if some parts were others; with gradients for these."""
+    def given(self, layer: Layer, place: str, learnt: Mapping[str, Tensor], fixed: Mapping[str, Tensor], batch: int) -> Tensor:
+        """Return what a place of a layer, `fixed` on disk, gives on one batch, [B, T, M], if some parts were others; with gradients for these."""
         tried = layer.on_top(layer.index, layer.config)
         for part, tensor in learnt.items():
             tried[part] = tensor
         changed = {name: tensor.to(FLOATS[origin.dtype]).to(fixed[name]) for name, origin, tensor in tried.tensors() if isinstance(tensor, Tensor)}
-        stage = self._stage(self._outer_of(layer.config))
-        return stage.attended(layer.index, {**fixed, **changed}, self.states[batch], "o")
+        runner = self._runner(self._outer_of(layer.config))
+        return runner.given(layer.index, {**fixed, **changed}, self.states[batch], place)
 
     def note(self, index: int, said: dict[str, float]) -> None:
         """Keep what is to be told of the layer at work."""
@@ -79,40 +94,23 @@ class Activations:
         Raises:
             ModelError: that is NaN or infinite.
         """
-        stage = self._stage(self.outer[-1])
+        runner = self._runner(self.outer[-1])
         tensors = {name: numbers.to(self.device) for name, numbers in tensors.items()}
-        self.states = [look.out for look in stage.run(index, tensors, self.states)]
-        _check_finite(self.states, f"layer {index}")
+        self.states = [look.out for look in runner.run(index, tensors, self.states)]
+        check_finite(self.states, f"layer {index}")
 
-    def _run(self, outer: Outer, layer: Layer, index: int, states: Sequence[Tensor], parts: Sequence[str] = (), until: str = "") -> Iterator[Look]:
+    def _run(self, outer: Outer, layer: Layer, index: int, states: Sequence[Tensor], parts: Sequence[str] = (), until: str = "") -> Iterator[Capture]:
         tensors = self.stored(layer)
-        for look in self._stage(outer).run(index, tensors, states, parts, until):
-            _check_finite([look.out, *look.outputs.values()], f"layer {index}")
+        for look in self._runner(outer).run(index, tensors, states, parts, until):
+            check_finite([look.out, *look.outputs.values()], f"layer {index}")
             yield look
 
     def _outer_of(self, config: Config) -> Outer:
         """Return what is outside the layers at the step whose layers have this config."""
         return next(outer for outer in self.outer if outer.config == config)
 
-    def _stage(self, outer: Outer) -> Stage:
+    def _runner(self, outer: Outer) -> LayerRunner:
         outer = self._outer_of(outer.config) if outer is not self._original else outer
-        if id(outer) not in self.stages:
-            self.stages[id(outer)] = Stage(outer.config, self._inside(outer), self.ids, self.device)
-        return self.stages[id(outer)]
-
-    def _inside(self, outer: Outer) -> dict[str, Tensor]:
-        """Return what lies outside the layers and inside the bare model, in its names there."""
-        used = torch.cat([batch.flatten() for batch in self.ids]).cpu()
-        inside: dict[str, Tensor] = {}
-        for part, name, origin, value in outer.bare():
-            if value is None:
-                value = embedding_rows(origin, used) if part == "embed" else origin.read("cpu")
-            numbers = value.compute() if isinstance(value, Deferred) else value
-            inside[name] = numbers.to(self.device)
-        return inside
-
-
-def _check_finite(tensors: Sequence[Tensor], where: str) -> None:
-    """Refuse what no statistics can be made of, before linear algebra fails on it."""
-    if not all(map(finite, tensors)):
-        raise ModelError(f"{where} computes NaN or infinity on the calibration text; give another --calibrate, or ask the model's author")
+        if id(outer) not in self.runners:
+            self.runners[id(outer)] = LayerRunner(outer.config, inside(outer, self.ids), self.ids, self.device)
+        return self.runners[id(outer)]

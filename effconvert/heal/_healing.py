@@ -26,14 +26,14 @@ class Healing(Step):
     )
 
     @classmethod
-    def suits(cls, config: Config) -> str:
+    def allowed_options(cls, config: Config) -> str:
         """Any model."""
         return "--teacher the model that it was made from"
 
     def check(self, config: Config) -> None:
         """Refuse nothing: what has to fit is teacher and student, see `rewrite`."""
 
-    def exact(self, config: Config) -> bool:
+    def is_exact(self, config: Config) -> bool:
         """Never: it is there to change what is computed."""
         return False
 
@@ -41,14 +41,14 @@ class Healing(Step):
         """Change nothing."""
         return config
 
-    def looks(self, config: Config) -> bool:
+    def needs_calibration(self, config: Config) -> bool:
         """Always."""
         return True
 
     def rewrite(self, model: Model) -> None:
         """Heal each layer towards those of the original that it stands for: its own, and those that were dropped after it."""
         starts = [layer.originals.start for layer in model.layers]
-        stops = [*starts[1:], max(model.layers[-1].originals.stop, model.originals)]
+        stops = [*starts[1:], max(model.layers[-1].originals.stop, model.original.layers)]
         if any(stop <= start for start, stop in zip(starts, stops, strict=True)):
             raise ModelError("the layers stand in another order than in the original, or twice, so there is nothing that each could be healed towards")
         for layer, start, stop in zip(model.layers, starts, stops, strict=True):
@@ -58,7 +58,7 @@ class Healing(Step):
         for part in self.changes(layer, originals):
             if part in layer:
                 layer[part] = layer[part]  # what will be written is known before what is in it
-        if layer.walk:
+        if layer.activations:
             self.heal(layer, originals)
 
     @abstractmethod
@@ -67,4 +67,4 @@ class Healing(Step):
 
     @abstractmethod
     def heal(self, layer: Layer, originals: range) -> None:
-        """Change them; there is a walk to look at."""
+        """Change them; there are activations to look at."""

@@ -5,9 +5,10 @@ family hands its layers are its own, and no family needs code here. So a model o
 """
 # N = windows, B = windows run at a time, T = tokens, M = hidden width, H = query heads, Hk = KV heads, D = head width.
 
+import ctypes
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import cycle
 from typing import Any
@@ -18,14 +19,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.layer import Deferred, Layer
-from effconvert.checkpoint.shards import FLOATS, Stored
+from effconvert.checkpoint.layer import Layer
+from effconvert.checkpoint.outer import Outer
+from effconvert.checkpoint.parts import Deferred
+from effconvert.checkpoint.shards import FLOATS, Stored, finite
+from effconvert.errors import ModelError
 from effconvert.modeling.attention import attend
-from effconvert.modeling.loading import class_of, quiet
+from effconvert.modeling.loading import class_of
 from effconvert.modeling.transformers_internals import names_at_run_time
+from effconvert.quiet import quiet_transformers
 
 BATCH, TOGETHER = 2, 1024  # windows that are run at a time at most, and tokens where more than one is
 PROBE = "effconvert_probe"  # the name of our attention function in transformers' registry
+GIVES = {"scores": "o", "attention": "o", "ffn": "down"}  # the part whose module gives what a place gives
 Tensors = Mapping[str, Tensor]  # name in a layer -> tensor, as the family stores it
 
 
@@ -57,7 +63,7 @@ class Calibration:
         """Identify the texts."""
         return hashlib.sha256(b"".join(f"{[*batch.shape]}".encode() + batch.numpy().tobytes() for batch in self.batches)).hexdigest()
 
-    def remark(self, config: Config) -> str:
+    def notes(self, config: Config) -> str:
         """Say where there are fewer tokens than numbers to find for each output of a projection."""
         tokens, inputs = self.ids.numel(), max(config.hidden, config.heads * config.head_dim)
         return f"{tokens} tokens for {inputs} inputs: the statistics are singular, and regularised; give more --calibration-tokens" if tokens < inputs else ""
@@ -75,7 +81,7 @@ def at_a_time(window: int) -> int:
 
 
 @dataclass
-class Look:
+class Capture:
     """What one batch of windows was inside a layer."""
 
     state: Tensor  # what arrived, [B, T, M]
@@ -84,6 +90,7 @@ class Look:
     outputs: dict[str, Tensor] = field(default_factory=dict)  # part -> what its module made of it
     query: Tensor | None = None  # after RoPE and norms, [B, H, T, D]
     key: Tensor | None = None  # likewise, [B, Hk, T, D]
+    scaling: float | None = None  # of their scores
     weights: Tensor | None = None  # of attention, [B, H, T, T]
 
 
@@ -91,16 +98,19 @@ class _EnoughError(Exception):
     """Every layer was reached; what comes after them is not run."""
 
 
-class Stage:
+class LayerRunner:
     """A model of one shape without weights, and what it hands to its layers beside the hidden states."""
 
-    def __init__(self, config: Config, outer: Tensors, ids: Sequence[Tensor], device: torch.device) -> None:
+    def __init__(self, config: Config, outer: Tensors, ids: Sequence[Tensor], device: torch.device, head: bool = False) -> None:
+        """Build it: the bare model, or for `predict` the one with a language model's head."""
         self.config = config
-        self.model = skeleton(config, device)
+        self.whole = skeleton(config, device, config.family.lm if head else config.family.base)
+        self.model = self.whole.base_model
         self.layers: list[nn.Module] = list(self.model.get_submodule(config.family.layers))
         self.ids = ids
         self._fill_outer(outer)
         self.calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}  # tokens in a text -> what each layer is called with
+        self.answer: Callable[[Tensor], Any] = lambda state: state  # how the family's layers answer
 
     def _fill_outer(self, outer: Tensors) -> None:
         """Give what is outside the layers its weights; what no layer reads, such as a pooler, may be missing."""
@@ -138,10 +148,13 @@ class Stage:
     def learn(self, tokens: int) -> None:
         """Note what every layer is called with for texts of so many tokens: no layer is run, and none needs weights."""
         batch = next(batch for batch in self.ids if batch.shape[1] == tokens)
-        self.calls[tokens] = self._passed_through(batch, lambda state: state) or self._passed_through(batch, lambda state: (state,))
+        for self.answer in (lambda state: state, lambda state: (state,)):
+            if calls := self._passed_through(batch):
+                self.calls[tokens] = calls
+                return
 
-    def _passed_through(self, batch: Tensor, answer: Callable[[Tensor], Any]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """Return what layers are called with if they give back what they get as `answer`; nothing where the family's layers answer in another form."""
+    def _passed_through(self, batch: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Return what layers are called with if they give back what they get in the form of `answer`; nothing where the family's answer in another one."""
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         shapes: set[torch.Size] = set()
 
@@ -150,16 +163,16 @@ class Stage:
             shapes.add(state.shape)
             if len(calls) == len(self.layers) or len(shapes) > 1:
                 raise _EnoughError
-            return answer(state)
+            return self.answer(state)
 
         with _instead(self.layers, [note] * len(self.layers)):
             self._until_enough(batch)
         return calls if len(shapes) == 1 else []
 
-    def run(self, index: int, tensors: Tensors, states: Sequence[Tensor], parts: Sequence[str] = (), until: str = "") -> Iterator[Look]:
-        """Run layer `index` with the weights `tensors` on each batch, and yield what was seen of the modules that hold `parts`, and of attention.
+    def run(self, index: int, tensors: Tensors, states: Sequence[Tensor], parts: Sequence[str] = (), until: str = "") -> Iterator[Capture]:
+        """Run layer `index` with the weights `tensors` on each batch, and yield what was seen of the modules of `parts` and places, and of attention.
 
-        With `until` it is run up to the module of that part, and no further.
+        With `until` it is run up to the module of that part or place, and no further.
         """
         module, tensors = self.layers[index], self._inside(index, tensors)
         try:
@@ -167,24 +180,40 @@ class Stage:
                 if state.shape[1] not in self.calls:
                     self.learn(state.shape[1])
                 args, kwargs = self.calls[state.shape[1]][index]
-                look = Look(state)
+                look = Capture(state)
                 fill(module, tensors)  # each time: meanwhile somebody may have run the same layer with other weights
-                with _watching(module, {part: self.config.parts[part] for part in parts}, look, until):
+                with _watching(module, {part: self._module(module, part) for part in parts}, look, until):
                     out = module(state, *_fitting(args, state), **_fitting(kwargs, state))
                     look.out = out[0] if isinstance(out, tuple) else out
                 yield look
         finally:
             empty(module)
 
-    def attended(self, index: int, tensors: Tensors, state: Tensor, until: str) -> Tensor:
-        """Run layer `index` on one batch up to the module of part `until`, and return what that made, with gradients for `tensors`."""
+    def given(self, index: int, tensors: Tensors, state: Tensor, place: str) -> Tensor:
+        """Run layer `index` on one batch as far as a place, and return what is given there, with gradients for `tensors`."""
         if state.shape[1] not in self.calls:
             self.learn(state.shape[1])
         module, (args, kwargs) = self.layers[index], self.calls[state.shape[1]][index]
-        look = Look(state)
-        with _watching(module, {until: self.config.parts[until]}, look, until):
+        look = Capture(state)
+        with _watching(module, {place: self._module(module, place)}, look, place):
             functional_call(module, self._inside(index, tensors), (state, *_fitting(args, state)), _fitting(kwargs, state))
-        return look.outputs[until]
+        return look.outputs[place]
+
+    def _module(self, layer: nn.Module, name: str) -> str:
+        """Return the module of a part, or the one that gives what a place gives: the projection at its end, or where that is gone what stands there."""
+        path = self.config.parts.get(GIVES.get(name, name))
+        there = path is not None and (name not in GIVES or any(path == other for other, _ in layer.named_modules()))
+        return path if path is not None and there else self.config.place(name)
+
+    def predict(self, state: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the logits [B, T, C] of the tokens whose rows of the head are `weights` [C, M], where the last layer makes `state`."""
+        head = self.whole.get_output_embeddings()
+        head._parameters["weight"] = nn.Parameter(weights, requires_grad=False)
+        if bias is not None:
+            head._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
+        with _instead(self.layers, [lambda *_, **__: self.answer(state)] * len(self.layers)):
+            logits: Tensor = self.whole(input_ids=self.ids[0][:1, : state.shape[1]].expand(len(state), -1), **self.arguments).logits
+        return logits
 
     def _until_enough(self, batch: Tensor) -> None:
         try:
@@ -202,18 +231,52 @@ def _fitting(given: Any, state: Tensor) -> Any:
     return type(given)(_fitting(value, state) for value in given) if isinstance(given, tuple) else given
 
 
-def skeleton(config: Config, device: torch.device) -> Any:
-    """Build the bare model of `config` without weights: its buffers alone hold numbers."""
+def skeleton(config: Config, device: torch.device, architecture: str) -> Any:
+    """Build the model of `config` that is of this class, without weights: its buffers alone hold numbers."""
     from accelerate import init_empty_weights
 
     from effconvert.modeling.transformers_internals import attend_by
 
     _register()
-    with quiet(), init_empty_weights(include_buffers=False), torch.device(device):
-        made = class_of(replace(config, raw={**config.raw, "architectures": [config.family.base]}))
+    with quiet_transformers(), init_empty_weights(include_buffers=False), torch.device(device):
+        made = class_of(replace(config, raw={**config.raw, "architectures": [architecture]}))
         model = made(made.config_class.from_dict(config.content)).eval()
     attend_by(model.config, PROBE)
     return model
+
+
+def device() -> torch.device:
+    """Return where models are run: this machine's accelerator, or the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
+def inside(outer: Outer, ids: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return what lies outside the layers and inside the bare model, in its names there; of the embedding the rows of `ids`."""
+    used = torch.cat([batch.flatten() for batch in ids]).cpu()
+    found: dict[str, Tensor] = {}
+    for part, name, origin, value in outer.bare():
+        if value is None:
+            value = embedding_rows(origin, used) if part == "embed" else origin.read("cpu")
+        numbers = value.compute() if isinstance(value, Deferred) else value
+        found[name] = numbers.to(ids[0].device)
+    return found
+
+
+def silenced(layer: Layer, place: str) -> Layer:
+    """Return a layer whose attention or ffn adds nothing: what it writes with is zero."""
+    made = layer.on_top(layer.index, layer.config)
+    for part in layer.config.sublayer(place):
+        for name in (part, f"{part}.bias") if part == "o" or part.endswith("down") else ():
+            if name in layer:
+                made[name] = torch.zeros_like(layer[name])
+    return made
+
+
+def check_finite(tensors: Sequence[Tensor], where: str) -> None:
+    """Refuse what no statistics can be made of, before linear algebra fails on it."""
+    if not all(map(finite, tensors)):
+        raise ModelError(f"{where} computes NaN or infinity on the calibration text; give another --calibrate, or ask the model's author")
 
 
 def fill(module: nn.Module, tensors: Tensors) -> None:
@@ -241,6 +304,12 @@ def stored_tensors(layer: Layer) -> dict[str, tuple[Stored, Tensor, bool]]:
     return made
 
 
+def return_memory() -> None:
+    """Have glibc give back what was freed: of a layer's many blocks it keeps some hundred megabytes otherwise, and as many again of the next."""
+    with suppress(AttributeError, OSError, TypeError):  # other C libraries do so by themselves
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def embedding_rows(stored: Stored, ids: Tensor) -> Tensor:
     """Return an embedding table [V, M] that has only the rows of `ids`: of the others no memory is touched."""
     table, used = torch.from_numpy(numpy.zeros(stored.shape, numpy.float32)), ids.unique()  # torch.zeros would write every page
@@ -261,12 +330,12 @@ def _instead(modules: Sequence[nn.Module], functions: Sequence[Callable[..., Any
 
 
 @contextmanager
-def _watching(module: nn.Module, parts: Mapping[str, str], look: Look, until: str) -> Iterator[None]:
+def _watching(module: nn.Module, parts: Mapping[str, str], look: Capture, until: str) -> Iterator[None]:
     """Note in `look` what goes in and out of submodules (part -> name), and what attention does; go on after the submodule of part `until`."""
 
     def note(part: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            look.inputs[part], look.outputs[part] = args[0], out
+        def hook(_: nn.Module, args: tuple[Tensor, ...], out: Any) -> None:
+            look.inputs[part], look.outputs[part] = args[0], out[0] if isinstance(out, tuple) else out
             if part == until:
                 raise _EnoughError
 
@@ -284,11 +353,11 @@ def _watching(module: nn.Module, parts: Mapping[str, str], look: Look, until: st
             handle.remove()
 
 
-_LOOKS: list[Look] = []
+_LOOKS: list[Capture] = []
 
 
 def _probe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
-    """Attend as the family's own eager implementation does, and note the queries, the keys and the weights."""
+    """Attend as the family's own eager implementation does, and note the queries, the keys, their scaling and the weights."""
     if "mixing" in kwargs:
         out, weights = attend(module, query, key, value, attention_mask, **kwargs)
     else:
@@ -296,7 +365,9 @@ def _probe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
 
         out, weights = eager(module)(module, query, key, value, attention_mask, **kwargs)
     if _LOOKS:
-        _LOOKS[-1].query, _LOOKS[-1].key, _LOOKS[-1].weights = query, key[:, :: getattr(module, "repeats", 1)], weights
+        look, scaling = _LOOKS[-1], kwargs.get("scaling")
+        look.query, look.key, look.weights = query, key[:, :: getattr(module, "repeats", 1)], weights
+        look.scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return out, weights
 
 

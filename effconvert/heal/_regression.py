@@ -1,7 +1,7 @@
-"""Least squares on what layers compute: ridge from moments, and conjugate gradients where the unknown sits inside attention.
+"""Least squares by conjugate gradients where the unknown sits inside attention.
 
-Both are fitted to most of the windows and chosen on those held out: the strength of the ridge, the number of steps; if nothing predicts the
-held-out windows better than what was there before, that stays.
+Fitted to most of the windows; the number of steps is chosen on those held out, and if nothing predicts these better than what was there before,
+that stays.
 """
 # F = inputs of a projection, O = its outputs, T = tokens in a window, M = hidden width (one more with a bias), H = query heads, G = KV heads, D = head width.
 
@@ -12,42 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-HELD_OUT = 8  # every eighth window
-STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # of a ridge, in means of the Gram matrix's diagonal
+from effconvert.surgery._ridge import HELD_OUT, TINY
+from effconvert.surgery._rope import apart, together
+
 DAMPING = 1e-2  # of the preconditioner, likewise
-TINY = 1e-30  # what is divided by where all is zero
 STEPS, SETTLED = 10, 5e-3  # of conjugate gradients at most; the relative gain that is worth another one
-
-
-class Moments:
-    """What a ridge regression needs to know of inputs and of what is missing in its outputs."""
-
-    def __init__(self) -> None:
-        self.gram, self.cross = torch.zeros(0), torch.zeros(0)  # sum x x^T [F, F], sum y x^T [O, F]
-
-    def add(self, inputs: Tensor, missing: Tensor) -> None:
-        """Count tokens: inputs [..., F], missing [..., O]."""
-        x, y = inputs.flatten(0, -2), missing.flatten(0, -2)
-        gram, cross = (x.T @ x).double(), (y.T @ x).double()
-        self.gram, self.cross = (self.gram + gram, self.cross + cross) if len(self.gram) else (gram, cross)
-
-    def gain(self, change: Tensor) -> float:
-        """Return by how much a change [O, F] of the weights lowers the squared error of these tokens; of none by nothing."""
-        if not len(self.gram):
-            return 0.0
-        return float(2 * (change * self.cross).sum() - ((change @ self.gram) * change).sum())
-
-
-def ridge(fit: Moments, held: Moments) -> Tensor | None:
-    """Return the change [O, F] of a projection's weights that fits `fit` and gains most on `held`; None where none gains."""
-    best, change = 0.0, None
-    scale = fit.gram.diagonal().mean().clamp_min(TINY)
-    for strength in STRENGTHS:
-        damped = fit.gram + strength * scale * torch.eye(len(fit.gram), dtype=fit.gram.dtype, device=fit.gram.device)
-        tried = torch.cholesky_solve(fit.cross.T, torch.linalg.cholesky(damped)).T
-        if (gain := held.gain(tried)) > best:
-            best, change = gain, tried
-    return change
 
 
 @dataclass
@@ -215,28 +184,17 @@ class Turn:
         """Turn rows [..., T, D], or go back: the adjoint."""
         if not self.rotary:
             return rows * self.scale
-        real, imaginary = self._apart(rows)
+        real, imaginary, still = apart(rows, self.rotary, self.layout)
         angles = self.angles[: rows.shape[-2]]
         cos, sin = angles.real, -angles.imag if back else angles.imag
-        return self._together(real * cos - imaginary * sin, real * sin + imaginary * cos, rows)
+        return together(real * cos - imaginary * sin, real * sin + imaginary * cos, still, self.layout)
 
     def paired(self, squares: Tensor) -> Tensor:
         """Give both of a pair the mean of the two."""
         if not self.rotary:
             return squares
-        real, imaginary = self._apart(squares)
-        return self._together((real + imaginary) / 2, (real + imaginary) / 2, squares)
-
-    def _apart(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        turned = rows[..., : self.rotary]
-        if self.layout == "halves":
-            return turned[..., : self.rotary // 2], turned[..., self.rotary // 2 :]
-        return turned[..., ::2], turned[..., 1::2]
-
-    def _together(self, real: Tensor, imaginary: Tensor, rows: Tensor) -> Tensor:
-        halves = self.layout == "halves"
-        turned = torch.cat([real, imaginary], -1) if halves else torch.stack([real, imaginary], -1).flatten(-2)
-        return torch.cat([turned, rows[..., self.rotary :]], -1)
+        one, other, still = apart(squares, self.rotary, self.layout)
+        return together((one + other) / 2, (one + other) / 2, still, self.layout)
 
     @classmethod
     def seen(cls, before: Tensor, after: Tensor, rotary: int, layout: str) -> "Turn | None":
@@ -244,7 +202,7 @@ class Turn:
         width = before.shape[-1]
         turn = cls(torch.empty(0), rotary, layout, width)
         if rotary:
-            one, other = (torch.complex(*turn._apart(rows.double())) for rows in (before, after))
+            one, other = (torch.complex(*apart(rows.double(), rotary, layout)[:2]) for rows in (before, after))
             energy = one.abs().square().sum((0, 1))  # [T, P]
             turn.angles = ((other * one.conj()).sum((0, 1)) / energy.clamp_min(TINY)).to(torch.promote_types(before.dtype, torch.complex64))
         else:

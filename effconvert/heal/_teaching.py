@@ -1,7 +1,8 @@
-"""Train the attention of one layer towards what the original's gives on the same inputs."""
+"""Train what stands at a place of one layer towards what the original's gives there on the same inputs."""
 # B = windows run at a time, T = tokens, M = hidden width.
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -16,24 +17,24 @@ TRIES = (1, 0.1, 0.01)  # of the rate, the next where one gained nothing
 WARM = 0.1  # of all steps, to the highest rate
 
 
-def teach(layer: Layer, original: int, parts: list[str], epochs: int, rate: float) -> None:
-    """Train `parts`, and keep of what was passed on the way what predicts held-out batches best; note the errors before and after.
+def teach(layer: Layer, originals: Sequence[int], place: str, parts: list[str], epochs: int, rate: float) -> dict[str, float]:
+    """Train `parts`, and keep of what was passed on the way what predicts held-out batches best; return the errors before and after.
 
-    The error is the squared one of what attention gives, [B, T, M], relative to the size of that.
+    The error is the squared one of what the place gives, [B, T, M], relative to the size of that. Nothing is returned where nothing can be learnt.
     """
-    walk = layer.walk
-    assert walk
-    wanted = [look.outputs["o"] for look in walk.original([original], ("o",), until="o")]
+    activations = layer.activations
+    assert activations
+    wanted = [look.outputs[place] for look in activations.original(originals, (place,), until=place)]
     size = sum(float(want.square().mean()) for want in wanted) / len(wanted)
     held = _held([want.shape[1] for want in wanted])
     fitted = [index for index in range(len(wanted)) if index not in held]
     if not fitted or not size:
-        return
-    fixed = walk.stored(layer)
+        return {}
+    fixed = activations.stored(layer)
     learnt: dict[str, nn.Parameter] = {}
 
     def error(index: int) -> Tensor:
-        off: Tensor = (walk.attended(layer, learnt, fixed, index) - wanted[index]).square().mean() / size
+        off: Tensor = (activations.given(layer, place, learnt, fixed, index) - wanted[index]).square().mean() / size
         return off
 
     def judged() -> float:
@@ -49,9 +50,9 @@ def teach(layer: Layer, original: int, parts: list[str], epochs: int, rate: floa
         steps, draw = epochs * len(fitted), torch.Generator().manual_seed(layer.index)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_height, steps=steps))
         for _ in range(epochs):
-            for place in torch.randperm(len(fitted), generator=draw).tolist():
+            for batch in torch.randperm(len(fitted), generator=draw).tolist():
                 with torch.enable_grad():
-                    error(fitted[place]).backward()
+                    error(fitted[batch]).backward()
                 nn.utils.clip_grad_norm_(learnt.values(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -62,7 +63,7 @@ def teach(layer: Layer, original: int, parts: list[str], epochs: int, rate: floa
             break
     for part, value in best.items():
         layer[part] = value.cpu()
-    walk.note(layer.index, {"before": before, "after": least})
+    return {"before": before, "after": least}
 
 
 def _held(lengths: list[int]) -> list[int]:

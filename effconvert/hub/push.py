@@ -5,10 +5,7 @@ cut off is never seen, and what has arrived is not sent again.
 """
 
 import json
-import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -19,8 +16,6 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.hf_api import ModelInfo, RepoFile
 from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id  # type: ignore[attr-defined]
-from huggingface_hub.utils.logging import get_verbosity, set_verbosity
-from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from effconvert.checkpoint.checkpoint import PICKLES
 from effconvert.checkpoint.config import CONFIG
@@ -34,6 +29,7 @@ from effconvert.hub.hub_errors import explained
 from effconvert.hub.publishable import last_name, without_paths
 from effconvert.hub.push_options import PushOptions
 from effconvert.progress import Silent, Watcher
+from effconvert.quiet import quiet_hub
 from effconvert.surgery._placed import open_checked
 
 WEIGHTS = (".safetensors", ".safetensors.index.json")  # of which a model's folder may hold one set only
@@ -187,7 +183,7 @@ def _send(planned: Pushed, files: dict[str, Content], text: str, options: PushOp
     if not (token := get_token()):
         raise OptionError("nobody is logged in to the Hub here; run `hf auth login` with a token that may write, or set HF_TOKEN")
     api = HfApi(token=token)
-    with _quiet(), explained(api, token, planned.repo, options):
+    with quiet_hub(bars=sys.stderr.isatty()), explained(api, token, planned.repo, options):
         _check_card(api, files[CARD])
         repo, there = _open(api, planned.repo, options)
         _check_place(repo, there, files, options)
@@ -252,18 +248,3 @@ def _check_arrived(api: HfApi, repo: str, revision: str, files: dict[str, int]) 
     for name, size in files.items():
         if held.get(name) != size:
             raise EffconvertError(f"{repo} lacks {name} after the commit; does a .gitignore there keep it out? Change that, and push again")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep huggingface_hub's warnings to itself, and its bars of progress to terminals."""
-    verbosity, bars = get_verbosity(), not are_progress_bars_disabled()
-    set_verbosity(logging.ERROR)
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        set_verbosity(verbosity)
-        if bars:
-            enable_progress_bars()

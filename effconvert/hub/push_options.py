@@ -1,11 +1,10 @@
 """What `effconvert push` can be asked for."""
 
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from effconvert.options import Listed, Options
+from effconvert.options import HomePath, Listed, Options
 
 
 class PushOptions(Options):
@@ -17,7 +16,7 @@ class PushOptions(Options):
     )
     pr: bool = Field(False, description="Open a pull request, which needs no write access to the repository.")
     message: str | None = Field(None, pattern=r"\S", description="Message of the commit. Default: the recipe.")
-    results: Annotated[tuple[Path, ...], Listed] = Field(
+    results: Annotated[tuple[HomePath, ...], Listed] = Field(
         (), description="Results of eval and bench (--output) for the card.", json_schema_extra={"metavar": "FILE,…"}
     )
     dry_run: bool = Field(False, description="List what would be sent, with every error that can be found without the Hub; ask it nothing.")

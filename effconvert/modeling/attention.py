@@ -1,4 +1,4 @@
-"""The door by which mixers get into transformers' models: an attention function, and a hook that hands it what its own arguments lack."""
+"""Attention function that runs a layer's mixer, registered with transformers' AttentionInterface; a pre-hook passes it the cache and hidden states."""
 # B = batch, H = query heads, Hk = KV heads, T = new tokens, N = tokens with those before, D = head width.
 
 from dataclasses import replace

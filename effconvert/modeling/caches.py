@@ -8,8 +8,6 @@ from effconvert.checkpoint.config import Config
 from effconvert.surgery._placed import technique_of
 from effconvert.surgery._replacement import Replacement
 
-ATTENDING = ("layer", "attention", "scores")  # places that do the attending, or hold what does
-
 
 @dataclass(frozen=True)
 class Kept:
@@ -23,7 +21,7 @@ class Kept:
 def caches(config: Config) -> Iterator[Kept]:
     """Yield what each layer keeps; of an encoder nothing."""
     for index, window in enumerate(config.windows()):
-        record = next((record for place in ATTENDING if (record := config.replaced_at(index, place))), None)
+        record = next((record for record in config.replaced_in(index) if record.place == "scores" or "k" in record.drops), None)
         if not config.family.decoder:
             yield Kept(softmax=False)
         elif record:

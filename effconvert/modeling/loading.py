@@ -1,7 +1,5 @@
 """Load a checkpoint as stock transformers does, and hold it to what its config says: nothing missing, nothing left over, no code of its own run."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,24 +7,9 @@ import torch
 
 from effconvert.checkpoint.config import Config
 from effconvert.errors import ModelError
+from effconvert.quiet import quiet_transformers
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers from talking, and give it its voice back."""
-    from transformers.utils import logging
-
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
 
 
 def load(folder: Path, config: Config, dtype: torch.dtype, device: str | None = None) -> Any:
@@ -38,10 +21,11 @@ def load(folder: Path, config: Config, dtype: torch.dtype, device: str | None = 
     import transformers
 
     stock = f"{config.architecture} of transformers {transformers.__version__}"
+    capped = {"attn_implementation": "eager"} if config.get("attn_logit_softcapping") else {}  # before 5.21 transformers took sdpa, which leaves caps out
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     try:
-        with quiet():
-            model, info = class_of(config).from_pretrained(folder, dtype=dtype, output_loading_info=True, local_files_only=True)
+        with quiet_transformers():
+            model, info = class_of(config).from_pretrained(folder, dtype=dtype, output_loading_info=True, local_files_only=True, **capped)
             model = model.to(device or accelerator or "cpu").eval()
     except Exception as error:  # whatever a class of somebody else's raises over a strange config or a full device
         raise ModelError(f"{stock} cannot load {folder} ({type(error).__name__}: {error})") from error
@@ -56,7 +40,7 @@ def class_of(config: Config) -> Any:
     """Return the class that a checkpoint with this config is loaded with."""
     import transformers
 
-    if not config.ours:
+    if not config.needs_effconvert:
         return getattr(transformers, config.architecture)
     from effconvert.modeling.model import model_class
 
@@ -77,7 +61,7 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        with quiet():
+        with quiet_transformers():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # of a damaged file, or of code that would have to run: json's, tokenizers' bare Exception, ValueError, ...
         raise ModelError(f"the tokenizer in {folder} cannot be loaded ({type(error).__name__}: {error}); mend it") from error

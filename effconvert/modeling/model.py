@@ -1,6 +1,6 @@
 """Models of transformers with mixers in them: each class is derived from the family's own, so whatever works on that works on this."""
 
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from effconvert.errors import ModelError
 from effconvert.modeling.attention import NAME, SOFTMAX, install
 from effconvert.modeling.caches import caches
 from effconvert.modeling.grouped import Grouped, share
-from effconvert.modeling.places import Own, put
+from effconvert.modeling.places import Own, leave_out, put
+from effconvert.modeling.stand_ins import stand_in
 from effconvert.modeling.state import State
 from effconvert.modeling.transformers_internals import (
     Cache,
@@ -23,10 +24,11 @@ from effconvert.modeling.transformers_internals import (
     DynamicLayer,
     attend_by,
     attends,
+    auto_classes,
     cache_among,
     cache_name,
+    check_overridden,
     checkpoints,
-    hold_overridden,
     implementation,
     keep_names,
 )
@@ -63,8 +65,10 @@ class Converted:
         softmax = implementation(config) or "sdpa"
         self._run_softmax_by(softmax if softmax != NAME else "sdpa")
         for index, layer in enumerate(layers_of(self, ours)):
+            for place in ours.skips(index):
+                leave_out(layer, place, ours, index)
             module = layer.get_submodule(ours.attention)
-            if ours.family.shares_kv_in_our_class:
+            if ours.family.shares_kv_in_our_class and "k" not in ours.lacks(index):
                 share(module, ours)
             for record in ours.replaced_in(index):
                 technique = technique_of(record)
@@ -98,8 +102,10 @@ class Converted:
         attend_by(self.config, NAME)
 
     def set_attn_implementation(self, attn_implementation: Any, *_: Any, **__: Any) -> None:
-        """Choose what layers without a mixer run; those with one go on as they are."""
-        self._run_softmax_by(attn_implementation if isinstance(attn_implementation, str) else attn_implementation[""])
+        """Choose what layers without a mixer run; those with one go on as they are, and so does all where a mapping names other models than this."""
+        chosen = attn_implementation.get("") if isinstance(attn_implementation, dict) else attn_implementation
+        if chosen is not None:
+            self._run_softmax_by(chosen)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         chosen = generation_config.cache_implementation
@@ -196,9 +202,8 @@ def config_class(kind: str) -> Any:
     """Return the config class of a converted family."""
     stock = type(transformers.AutoConfig.for_model(kind))
     made = type(f"{CLASS}{stock.__name__}", (ConvertedConfig, stock), {"model_type": KIND + kind, "__module__": "effconvert.modeling"})
-    from effconvert.modeling.register import models
-
-    models(kind, made)
+    for opens, name in auto_classes(kind):  # the config's class comes before any model's
+        opens.register(made, stand_in(partial(model_class, name), config_class=made), exist_ok=True)
     return made
 
 
@@ -213,7 +218,7 @@ def model_class(architecture: str) -> Any:
     kind = next((kind for kind, family in FAMILIES.items() if _is_of(stock, family, kind)), None)
     if stock is None or kind is None:
         raise ModelError(f"{architecture} is no class of a family that effconvert knows; it knows {', '.join(FAMILIES)}")
-    hold_overridden(stock)
+    check_overridden(stock)
     keep_names(architecture, kind, CLASS + architecture)
 
     @wraps(stock.forward)

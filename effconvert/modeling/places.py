@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.replaced import OWN, Replaced
+from effconvert.modeling.state import State
+from effconvert.modeling.transformers_internals import cache_among
 from effconvert.surgery._placed import technique_of
 from effconvert.surgery._replacement import Around, Replacement
 
@@ -40,6 +42,35 @@ class Own(nn.Module):
                 parameter.copy_(begun[name])
 
 
+class Nothing(nn.Module):
+    """What stands where a layer has no attention or no FFN: it adds nothing to the stream, and counts tokens for a cache that asks this layer."""
+
+    def __init__(self, place: str, index: int) -> None:
+        super().__init__()
+        self.place, self.index = place, index
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return zeros in the form that the family's module has."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        added = torch.zeros_like(hidden)
+        if self.place != "attention":
+            return added
+        cache = cache_among((*args, *kwargs.values()))
+        if cache is not None and self.index < len(cache.layers) and isinstance(state := cache.layers[self.index], State):
+            state.update(hidden[:, None], hidden[:, None])
+        elif cache is not None and self.index == 0:
+            raise ValueError("this cache takes its length from layer 0, which has no attention; make one with effconvert.modeling.cache_for(model.config)")
+        return added, None
+
+
+def leave_out(layer: nn.Module, place: str, config: Config, index: int) -> None:
+    """Take the attention or the FFN out of a layer, with the norms that are its own."""
+    layer.set_submodule(config.place(place), Nothing(place, index))
+    for part in config.sublayer(place):
+        if part.endswith("_norm") and not config.parts[part].startswith(f"{config.place(place)}."):
+            layer.set_submodule(config.parts[part], nn.Identity())
+
+
 def put(layer: nn.Module, record: Replaced, config: Config, index: int) -> None:
     """Put a technique into the module of its place, and take away the parts that it drops."""
     path = config.place(record.place)
@@ -53,9 +84,7 @@ def put(layer: nn.Module, record: Replaced, config: Config, index: int) -> None:
 def _drop(layer: nn.Module, path: str, part: str) -> None:
     parent, _, name = part.rpartition(".")
     if part == path:  # a projection that is itself replaced
-        projection = layer.get_submodule(path)
-        for parameter in [name for name, _ in projection.named_parameters(recurse=False)]:
-            projection.register_parameter(parameter, None)
+        layer.get_submodule(path).register_parameter("weight", None)  # its bias stays
     elif not part or not hasattr(layer.get_submodule(parent), name):
         return  # this model does without it
     elif path in ("", parent) or parent.startswith(f"{path}."):
@@ -79,6 +108,8 @@ def _placed(family: type[nn.Module]) -> type[nn.Module]:
 
         own: Own = getattr(self, NAME)
         made = own.technique.forward(own.weights, hidden, _around(original, hidden, kwargs))
+        if getattr(self, "weight", made) is None and self.bias is not None:  # a projection without its matrix
+            made = made + self.bias
         return (made, None) if own.place == "attention" else made  # attention answers with its weights as well, which nobody asks for
 
     return type(family.__name__, (family,), {"forward": forward, "__module__": family.__module__})

@@ -1,51 +1,22 @@
-"""Make transformers' Auto classes know the families with mixers: what `import effconvert` has done as soon as somebody imports them.
+"""Make transformers' AutoConfig know the families with techniques in them: what `import effconvert` does as soon as somebody imports it."""
 
-What is registered are stand-ins: making a class imports its family, and importing all families takes seconds.
-"""
-
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from effconvert.checkpoint.families import FAMILIES
 from effconvert.checkpoint.replaced import KIND
+from effconvert.modeling.stand_ins import stand_in
 
 
-class _Later(type):
-    """The class of classes that stand for another until something is asked of them."""
-
-    _make: Callable[[], Any]
-
-    def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(cls._make(), name)
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        return cls._make()(*args, **kwargs)
-
-
-def _made(by: str, name: str) -> Any:
-    from effconvert.modeling import model  # not before: it needs transformers whole
-
-    return getattr(model, by)(name)
-
-
-def _later(make: Callable[[], Any], **known: Any) -> Any:
-    return _Later("Later", (), {"_make": staticmethod(make), **known})
-
-
-def configs(_: Any) -> None:
+def configs() -> None:
     """Register the configs; called when transformers' AutoConfig has been imported, maybe while other modules of it still are."""
     from transformers import AutoConfig
 
     for kind in FAMILIES:
-        AutoConfig.register(KIND + kind, _later(partial(_made, "config_class", kind), model_type=KIND + kind), exist_ok=True)
+        AutoConfig.register(KIND + kind, stand_in(partial(_config_class, kind), model_type=KIND + kind), exist_ok=True)
 
 
-def models(kind: str, config: Any) -> None:
-    """Register the models of a family with every Auto class that has it; called when its config class is made, which comes before."""
-    from effconvert.modeling.transformers_internals import auto_classes
+def _config_class(kind: str) -> Any:
+    from effconvert.modeling.model import config_class  # not before: it needs transformers whole
 
-    for opens, name in auto_classes(kind):
-        opens.register(config, _later(partial(_made, "model_class", name), config_class=config), exist_ok=True)
+    return config_class(kind)

@@ -70,8 +70,11 @@ class State(CacheLayerMixin):  # type: ignore[misc]
         """Repeat each sequence."""
         self.held = {name: tensor.repeat_interleave(repeats, 0) for name, tensor in self.held.items()}
 
-    def crop(self, *_: int) -> None:  # transformers' own caches refuse by this error, and its callers know it
-        """Refuse: what was mixed into a state cannot be taken out again."""
+    def crop(self, tokens: int, *_: int) -> None:  # transformers' own caches refuse by this error, and its callers know it
+        """Refuse: what was mixed into a state cannot be taken out again; where nothing is held, forget -`tokens` (in old versions all but `tokens`)."""
+        if not self.slots:
+            self.seen = min(self.seen, tokens if tokens > 0 else max(0, self.seen + tokens))
+            return
         raise NotImplementedError("a mixer's state cannot be cropped to earlier tokens; assisted generation and prompt lookup need softmax layers only")
 
     def offload(self) -> None:

@@ -70,13 +70,13 @@ def attention_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Ten
 
 def implementation(config: Any) -> str | None:
     """Return the name of the attention function that models with this config run."""
-    _hold(config, IMPLEMENTATION)
+    _check_has(config, IMPLEMENTATION)
     return getattr(config, IMPLEMENTATION)  # type: ignore[no-any-return]
 
 
 def attend_by(config: Any, name: str) -> None:
     """Have models with this config run the attention function of that name, which nobody checks."""
-    _hold(config, IMPLEMENTATION)
+    _check_has(config, IMPLEMENTATION)
     setattr(config, IMPLEMENTATION, name)
 
 
@@ -97,7 +97,7 @@ def rotary(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
 
 def _of_family(module: nn.Module, name: str) -> Callable[..., Any]:
     file = sys.modules[type(module).__module__]
-    _hold(file, name)
+    _check_has(file, name)
     return getattr(file, name)  # type: ignore[no-any-return]
 
 
@@ -119,14 +119,14 @@ def checkpoints(model: Any) -> bool:
     raise untested(f"{' or '.join(CHECKPOINTING)} of {type(model).__name__}")
 
 
-def hold_overridden(model: Any) -> None:
+def check_overridden(model: Any) -> None:
     """Hold that a class of models has the methods that ours have in their place: else nobody would call them.
 
     Raises:
         EffconvertError: it does not.
     """
     for name in OVERRIDDEN if hasattr(model, "generate") else OVERRIDDEN[:1]:
-        _hold(model, name)
+        _check_has(model, name)
 
 
 def keep_names(architecture: str, kind: str, ours: str) -> None:
@@ -187,7 +187,7 @@ def auto_classes(kind: str) -> Iterator[tuple[Any, str]]:
     found = False
     for opens in vars(modeling_auto).values():
         if isinstance(opens, type) and (mapping := getattr(opens, "_model_mapping", None)) is not None:
-            _hold(mapping, "_model_mapping")
+            _check_has(mapping, "_model_mapping")
             if made := mapping._model_mapping.get(kind):
                 found = True
                 yield opens, made if isinstance(made, str) else made[0]
@@ -195,6 +195,6 @@ def auto_classes(kind: str) -> Iterator[tuple[Any, str]]:
         raise untested(f"an Auto class for {kind}")
 
 
-def _hold(owner: Any, name: str) -> None:
+def _check_has(owner: Any, name: str) -> None:
     if not hasattr(owner, name):
         raise untested(f"{name} of {getattr(owner, '__name__', type(owner).__name__)}")

@@ -64,12 +64,12 @@ def check_replaced(config: Config) -> None:
     Raises:
         ModelError: the reason.
     """
+    plain = replace(config, replaced=(), raw={key: value for key, value in config.raw.items() if key != "per_layer_config"})
     for record, technique in techniques_of(config):
-        plain = replace(config, replaced=())
         try:
             technique.check_family(plain)
             technique.check(plain)
-            fits = record.place in technique.places(plain) and record.drops == technique.drops
+            fits = record.place in technique.places(plain) and record.drops == technique.dropped(plain, record.place)
         except EffconvertError as error:
             raise ModelError(f"config.json says that {record.technique} is in layers of this {config.kind}: {error}") from None
         if not fits:

@@ -43,6 +43,7 @@ class Replacement(Layerwise):
     no_decoders: ClassVar[str] = ""  # likewise
     where: ClassVar[frozenset[str]] = frozenset({"layers"})  # options that say where, and not what
     frozen: ClassVar[tuple[str, ...]] = ()  # parameters that nothing trains
+    taught_by: ClassVar[str] = ""  # the place whose output it learns to give in `transfer`; empty: its own
 
     def places(self, config: Config) -> tuple[str, ...]:
         """Return where it runs in a chosen layer: its place, or several of them by its options."""
@@ -57,7 +58,7 @@ class Replacement(Layerwise):
         return {}
 
     def fit(self, layer: Layer, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return what they are for this layer, after a look at what it computes; asked where `looks` says so."""
+        """Return what they are for this layer, after a look at what it computes; asked where `needs_calibration` says so."""
         return values
 
     def remembers(self, config: Config) -> Slots:
@@ -77,7 +78,7 @@ class Replacement(Layerwise):
         raise NotImplementedError(f"{self.name} has nothing that runs at a module")
 
     @classmethod
-    def suits(cls, config: Config) -> str:
+    def allowed_options(cls, config: Config) -> str:
         """Any options, or a reason why none."""
         cls.check_family(config)
         needed = [(name, field) for name, field in cls.model_fields.items() if field.is_required()]
@@ -92,6 +93,8 @@ class Replacement(Layerwise):
             ModelError: the reason.
         """
         name = cls.__module__.rpartition(".")[2].replace("_", "-")
+        if cls.place in ("scores", "attention"):
+            config.place(cls.place)  # says so where nothing attends
         if why := cls.no_decoders if config.family.decoder else cls.no_encoders:
             raise ModelError(f"{config.kind} is {'a decoder' if config.family.decoder else 'an encoder'}, and {name} {why}")
 
@@ -107,7 +110,7 @@ class Replacement(Layerwise):
         """Why no layer may be left to change."""
         return "no layer is left to change: --layers names none"
 
-    def exact(self, config: Config) -> bool:
+    def is_exact(self, config: Config) -> bool:
         """Only with options that say so: see the techniques."""
         return False
 
@@ -120,15 +123,21 @@ class Replacement(Layerwise):
         """Put it into the chosen layers."""
         layers = tuple(sorted(self.chosen(config)))
         for place in self.places(config):
-            config = config.with_replaced(Replaced(self.name, self.settings, place, layers, self.drops))
+            config = config.with_replaced(Replaced(self.name, self.settings, place, layers, self.dropped(config, place)))
         return config
+
+    def dropped(self, config: Config, place: str) -> tuple[str, ...]:
+        """Return the parts that go at a place: of a technique that runs at several projections, each its own."""
+        return tuple(part for part in self.drops if part == place or part not in self.places(config))
 
     def layer(self, layer: Layer) -> None:
         """Add the new parameters, and take away the parts that are dropped."""
-        for place in self.places(layer.config):
+        places = self.places(layer.config)
+        for place in places:
             for name, value in self.values(layer, place).items():
                 layer[f"{place}.{OWN}{name}"] = value
-        for part in [part for part in layer if part.removesuffix(".bias") in self.drops]:
+        gone = [part for part in layer if part in self.drops or (part.removesuffix(".bias") in self.drops and part.removesuffix(".bias") not in places)]
+        for part in gone:  # the bias of a projection that is itself replaced stays, and is added to what takes its place
             del layer[part]
 
     def values(self, layer: Layer, place: str) -> Mapping[str, Tensor]:
@@ -136,8 +145,8 @@ class Replacement(Layerwise):
         import torch
 
         shapes = self.parameters(layer.config, place)
-        if layer.shapes_only or (self.looks(layer.config) and not layer.walk):
+        if layer.shapes_only or (self.needs_calibration(layer.config) and not layer.activations):
             return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         begun = self.begin(layer.config, layer.index)
-        fitted = self.fit(layer, begun) if layer.walk and self.looks(layer.config) else begun
+        fitted = self.fit(layer, begun) if layer.activations and self.needs_calibration(layer.config) else begun
         return {name: fitted[name] for name in shapes}

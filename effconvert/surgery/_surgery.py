@@ -4,7 +4,9 @@ from __future__ import annotations  # `--help` must not wait for torch, which on
 
 import re
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, Self
 
 from pydantic import BeforeValidator, Field
 
@@ -12,8 +14,34 @@ from effconvert.errors import OptionError
 from effconvert.options import Options
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from effconvert.checkpoint.config import Config
-    from effconvert.checkpoint.layer import Layer, Model, Outer
+    from effconvert.checkpoint.layer import Layer, Model
+    from effconvert.checkpoint.outer import Outer
+
+
+class Forward(Protocol):
+    """The model as the steps before leave it, run on the calibration text with one layer in memory: `effconvert.heal._forward.Forward`.
+
+    States are [B, T, M] for each batch of texts.
+    """
+
+    @property
+    def config(self) -> Config:
+        """The shape of the model."""
+
+    def begin(self, tokens: int) -> list[Tensor]:
+        """Return what arrives at the first layer, for about so many tokens from all over the text."""
+
+    def layer(self, index: int, states: Sequence[Tensor], without: str = "") -> list[Tensor]:
+        """Return what a layer makes of what arrives, as it is or without its attention or ffn."""
+
+    def divergence(self, wanted: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+        """Return KL(wanted || found) in nats a token, of the predictions from what two models' last layers make."""
+
+    def bar(self, steps: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Show whoever waits how many of so many steps are done: those that the function which this gives is told."""
 
 
 class Step(Options):
@@ -37,7 +65,7 @@ class Step(Options):
 
     @classmethod
     @abstractmethod
-    def suits(cls, config: Config) -> str:
+    def allowed_options(cls, config: Config) -> str:
         """Say in a few words which options this model allows.
 
         Raises:
@@ -54,18 +82,27 @@ class Step(Options):
         """
 
     @abstractmethod
-    def exact(self, config: Config) -> bool:
+    def is_exact(self, config: Config) -> bool:
         """Whether the converted model must compute the same logits: then this is verified."""
 
     @abstractmethod
     def config(self, config: Config) -> Config:
         """Return the config of the converted model."""
 
-    def looks(self, config: Config) -> bool:
-        """Whether `layer` looks at what the model computes on a text (`Layer.walk`): then it is run, layer by layer, before anything is written."""
+    @property
+    def undecided(self) -> bool:
+        """Whether these options leave something open, which `decide` chooses."""
         return False
 
-    def remark(self, config: Config) -> str:
+    def decide(self, forward: Forward) -> Self:
+        """Return this step with options that leave nothing open: asked before anything is planned, and what it chooses is what the recipe says then."""
+        return self
+
+    def needs_calibration(self, config: Config) -> bool:
+        """Whether `layer` looks at what the model computes on a text (`Layer.activations`): then it is run, layer by layer, before anything is written."""
+        return False
+
+    def notes(self, config: Config) -> str:
         """Say what is different for this model, where something is; one sentence of the plan."""
         return ""
 

@@ -36,16 +36,16 @@ class Looking(Plain):
     def name(self):
         return "looking"
 
-    def looks(self, config):
+    def needs_calibration(self, config):
         return True
 
     def layer(self, layer):
         seen = 1.0
-        if layer.walk:
+        if layer.activations:
             SOLVED.append(layer.index)
             if layer.index in FATAL:
                 raise KeyboardInterrupt
-            seen = 30 * torch.cat([look.inputs["o"] for look in layer.walk.look(layer, ("o",), until="o")]).std().item()
+            seen = 30 * torch.cat([look.inputs["o"] for look in layer.activations.capture(layer, ("o",), until="o")]).std().item()
         layer["o"] = layer["o"] * seen
 
 

@@ -1,14 +1,22 @@
 """Where models come from: the Hub, as far as a small server of our own can play it, and GGUF files."""
 
+import contextlib
 import json
+import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import Result
 
+from effconvert.checkpoint.checkpoint import open_checkpoint
+from effconvert.checkpoint.sources import locate
+from effconvert.errors import EffconvertError
+from effconvert.eval.quality.text import read_calibration
+from effconvert.modeling import loading as stock
 from tests.hub import serve, variables
 from tests.hub_state import Hub, Repo
 
@@ -95,6 +103,16 @@ def test_the_commit_that_was_fetched_is_recorded_and_nothing_said_about_progress
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert COMMIT in Path("out/effconvert.json").read_text()  # `main` will be another model tomorrow
+
+
+def test_what_is_fetched_leaves_the_process_as_loud_as_it_was(server: Hub, python: str, environment: dict[str, str], tmp_path: Path) -> None:
+    code = (
+        "from effconvert.checkpoint.sources import fetch; from tests.convert.test_sources import voices\n"
+        "for bars in True, False:\n    before = voices(bars); fetch('lab/tiny', None); assert voices() == before, voices()"
+    )
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run([python, "-c", code], env=variables(server, environment, tmp_path), cwd=root, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_revision_that_does_not_exist_is_named(hub: Run) -> None:
@@ -219,6 +237,88 @@ def test_a_gguf_file_keeps_its_numbers(gguf: Path, command: Command) -> None:
     with safe_open(file, "pt") as opened:
         assert torch.equal(opened.get_tensor("model.layers.0.mlp.down_proj.weight"), held["blk.0.ffn_down.weight"].bfloat16())
         assert torch.equal(opened.get_tensor("model.layers.0.self_attn.v_proj.weight"), held["blk.0.attn_v.weight"].bfloat16())
+
+
+def test_of_two_unpackings_at_once_the_first_one_stays(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = Path.rename
+
+    def after_another(draft: Path, folder: Path) -> Path:
+        """Put the folder there as another process does after this one has looked."""
+        shutil.copytree(draft, folder)
+        (folder / "first").touch()
+        return rename(draft, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", after_another)
+        folder = locate(str(gguf))
+    assert {"first", "config.json", "model.safetensors"} <= {file.name for file in folder.iterdir()}
+    assert [file.name for file in folder.parent.iterdir()] == [folder.name]
+    assert locate(str(gguf)) == folder
+
+
+def test_something_in_the_place_of_an_unpacked_file_is_named(gguf: Path) -> None:
+    folder = locate(str(gguf))
+    (folder / "config.json").unlink()
+    with pytest.raises(EffconvertError, match=f"{folder} is in the way"):
+        locate(str(gguf))
+
+
+@pytest.fixture
+def as_loud_as_before() -> Iterator[None]:
+    """Leave libraries as other tests expect them."""
+    bars = voices()["datasets"]
+    yield
+    voices(bool(bars))
+
+
+def voices(bars: bool | None = None) -> dict[str, object]:
+    """How loud the libraries are in this process, after bars of progress were turned on or off, where that is asked."""
+    import datasets
+    import huggingface_hub.utils as hub
+    from transformers.utils import logging
+
+    if bars is not None:
+        for library in (datasets.utils, hub):
+            (library.enable_progress_bars if bars else library.disable_progress_bars)()
+        (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
+        logging.set_verbosity(logging.WARNING if bars else logging.CRITICAL)
+    return {
+        "hub": not hub.are_progress_bars_disabled(),
+        "transformers": logging.is_progress_bar_enabled(),
+        "datasets": not datasets.utils.are_progress_bars_disabled(),
+        "verbosity": (hub.logging.get_verbosity(), logging.get_verbosity()),
+    }
+
+
+@pytest.mark.parametrize("bars", [True, False])
+@pytest.mark.parametrize("what", ["gguf", "damaged gguf", "dataset", "damaged dataset", "load"])
+def test_a_library_that_was_kept_quiet_has_its_voice_back(what: str, bars: bool, gguf: Path, llama: Path, as_loud_as_before: None) -> None:
+    Path("text.jsonl").write_text(json.dumps({"text": "a text"}))
+    Path("damaged.jsonl").write_text("{")
+    Path("damaged.gguf").write_bytes(gguf.read_bytes()[:1000])
+    config = open_checkpoint(llama).config
+    calls: dict[str, Callable[[], object]] = {
+        "gguf": lambda: locate(str(gguf)),
+        "damaged gguf": lambda: locate("damaged.gguf"),
+        "dataset": lambda: read_calibration("text.jsonl"),
+        "damaged dataset": lambda: read_calibration("damaged.jsonl"),
+        "load": lambda: stock.load(llama, config, torch.float32),
+    }
+    before = voices(bars)
+    with contextlib.suppress(EffconvertError):
+        calls[what]()
+    assert voices() == before
+
+
+def test_hub_bars_that_were_off_alone_stay_off(llama: Path, as_loud_as_before: None) -> None:
+    """Transformers turns those of huggingface_hub on with its own."""
+    import huggingface_hub.utils as hub
+
+    voices(True)
+    hub.disable_progress_bars()
+    before = voices()
+    stock.load(llama, open_checkpoint(llama).config, torch.float32)
+    assert voices() == before
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The walk over layers with one in memory: each family computes in it what the whole model of transformers computes."""
+"""A run over layers with one in memory: each family computes in it what the whole model of transformers computes."""
 
 import sys
 
@@ -12,8 +12,8 @@ from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.checkpoint.families import FAMILIES
 from effconvert.checkpoint.shards import read_header
 from effconvert.errors import ModelError
-from effconvert.heal._layerwise import Look, Stage, embedding_rows, stored_tensors
-from tests.models import DECODERS, SETTINGS, save, tiny
+from effconvert.heal._layerwise import Capture, LayerRunner, embedding_rows, stored_tensors
+from tests.models import ATTENDING, DECODERS, save, tiny
 
 WINDOWS, BATCH, LENGTH = 5, 2, 20  # so the last batch is shorter
 CLOSE = {"rtol": 0, "atol": 1e-5}  # in float32, of numbers of about 1
@@ -24,7 +24,7 @@ SEEN = []  # what attention of the whole model was called with, layer by layer
 def witness(module, query, key, value, attention_mask, **kwargs):
     """Attend as the family's eager implementation does, and remember what came in and what the weights were."""
     out, weights = sys.modules[type(module).__module__].eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    SEEN.append({"query": query, "key": key, "weights": weights})
+    SEEN.append({"query": query, "key": key, "weights": weights, "scaling": kwargs.get("scaling", query.shape[-1] ** -0.5)})
     return out, weights
 
 
@@ -45,11 +45,11 @@ def parts_of(kind):
     return tuple(part for part in PARTS if part != "down" or not FAMILIES[kind].experts_key)
 
 
-def stage_of(folder, ids):
-    """A stage with the real weights outside the layers, and its checkpoint."""
+def runner_of(folder, ids):
+    """A runner with the real weights outside the layers, and its checkpoint."""
     checkpoint = open_checkpoint(folder)
     outer = {name.removeprefix(checkpoint.prefix): stored.read("cpu") for name, stored in checkpoint.outer.items() if name.startswith(checkpoint.prefix)}
-    return checkpoint, Stage(checkpoint.config, outer, list(ids.split(BATCH)), torch.device("cpu"))
+    return checkpoint, LayerRunner(checkpoint.config, outer, list(ids.split(BATCH)), torch.device("cpu"))
 
 
 def weights_of(checkpoint, index):
@@ -59,14 +59,15 @@ def weights_of(checkpoint, index):
 @torch.inference_mode()
 def walked(folder, ids, parts=PARTS):
     """Walk over a model, and return what was seen in each layer, all windows together."""
-    checkpoint, stage = stage_of(folder, ids)
-    states, layers = stage.begin(), []
+    checkpoint, runner = runner_of(folder, ids)
+    states, layers = runner.begin(), []
     for index in range(checkpoint.config.layers):
-        looks = list(stage.run(index, weights_of(checkpoint, index), states, parts))
+        looks = list(runner.run(index, weights_of(checkpoint, index), states, parts))
         states = [look.out for look in looks]
         together = {name: torch.cat([getattr(look, name) for look in looks]) for name in ("state", "out", "query", "key", "weights")}
         sides = {side: {part: torch.cat([getattr(look, side)[part] for look in looks]) for part in parts} for side in ("inputs", "outputs")}
-        layers.append(Look(**together, **sides))
+        [scaling] = {look.scaling for look in looks}
+        layers.append(Capture(**together, **sides, scaling=scaling))
     return layers
 
 
@@ -76,7 +77,7 @@ def whole(model, ids, parts=PARTS):
     family = FAMILIES[model.config.model_type]
     base = model.get_submodule(family.prefix)
     base.set_attn_implementation("witness")
-    layers = [Look(torch.empty(0)) for _ in base.get_submodule(family.layers)]
+    layers = [Capture(torch.empty(0)) for _ in base.get_submodule(family.layers)]
     handles = []
 
     def arrive(look):
@@ -99,11 +100,11 @@ def whole(model, ids, parts=PARTS):
     for handle in handles:
         handle.remove()
     for look, seen in zip(layers, SEEN, strict=True):
-        look.query, look.key, look.weights = seen["query"], seen["key"], seen["weights"]
+        look.query, look.key, look.weights, look.scaling = seen["query"], seen["key"], seen["weights"], seen["scaling"]
     return layers
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("kind", ATTENDING)
 def test_each_family_computes_in_a_walk_what_the_whole_model_computes(kind, tmp_path):
     model, ids = tiny(kind), token_ids()
     parts = parts_of(kind)
@@ -111,11 +112,17 @@ def test_each_family_computes_in_a_walk_what_the_whole_model_computes(kind, tmp_
     assert len(found) == len(expected) == 2
     for mine, theirs in zip(found, expected, strict=True):
         assert theirs.out.std() > 0.05
+        assert mine.scaling == theirs.scaling
         for name in ("state", "out", "query", "key", "weights"):
             torch.testing.assert_close(getattr(mine, name), getattr(theirs, name), **CLOSE, msg=lambda told, name=name: f"{name}: {told}")
         for part in parts:
             torch.testing.assert_close(mine.inputs[part], theirs.inputs[part], **CLOSE)
             torch.testing.assert_close(mine.outputs[part], theirs.outputs[part], **CLOSE)
+
+
+@pytest.mark.parametrize(("kind", "changes", "scaling"), [("granite", {"attention_multiplier": 0.3}, 0.3), ("gemma2", {"query_pre_attn_scalar": 25}, 0.2)])
+def test_scores_may_be_scaled_by_what_a_config_says(kind, changes, scaling, tmp_path):
+    assert {look.scaling for look in walked(save(tiny(kind, **changes), tmp_path / "model"), token_ids())} == {scaling}
 
 
 def test_fewer_kv_heads_are_seen_as_they_are(tmp_path):
@@ -152,69 +159,69 @@ def test_what_stands_for_padding_moves_no_window_of_another_batch(kind, tmp_path
 def test_layers_may_be_walked_in_any_order_and_twice(tmp_path):
     folder, ids = save(tiny("gemma2"), tmp_path / "model"), token_ids()
     expected = walked(folder, ids)
-    checkpoint, stage = stage_of(folder, ids)
+    checkpoint, runner = runner_of(folder, ids)
     for index in (1, 0, 1):
-        out = torch.cat([look.out for look in stage.run(index, weights_of(checkpoint, index), list(expected[index].state.split(BATCH)))])
+        out = torch.cat([look.out for look in runner.run(index, weights_of(checkpoint, index), list(expected[index].state.split(BATCH)))])
         torch.testing.assert_close(out, expected[index].out, rtol=0, atol=0)
 
 
 @torch.inference_mode()
 def test_two_runs_of_a_layer_side_by_side_keep_their_weights_apart(tmp_path):
-    checkpoint, stage = stage_of(save(tiny("llama"), tmp_path / "model"), token_ids())
-    states, weights = stage.begin(), weights_of(checkpoint, 0)
+    checkpoint, runner = runner_of(save(tiny("llama"), tmp_path / "model"), token_ids())
+    states, weights = runner.begin(), weights_of(checkpoint, 0)
     other = {name: tensor * 2 for name, tensor in weights.items()}
-    alone = [[look.out for look in stage.run(0, given, states)] for given in (weights, other)]
-    for (one, two), *expected in zip(zip(stage.run(0, weights, states), stage.run(0, other, states), strict=True), *alone, strict=True):
+    alone = [[look.out for look in runner.run(0, given, states)] for given in (weights, other)]
+    for (one, two), *expected in zip(zip(runner.run(0, weights, states), runner.run(0, other, states), strict=True), *alone, strict=True):
         assert torch.equal(one.out, expected[0])
         assert torch.equal(two.out, expected[1])
 
 
-def on_meta(stage):
-    return all(parameter.is_meta for layer in stage.layers for parameter in layer.parameters())
+def on_meta(runner):
+    return all(parameter.is_meta for layer in runner.layers for parameter in layer.parameters())
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("kind", ATTENDING)
 @torch.inference_mode()
 def test_the_weights_of_a_layer_are_gone_after_its_run(kind, tmp_path):
-    checkpoint, stage = stage_of(save(tiny(kind), tmp_path / "model"), token_ids())
-    states = stage.begin()
-    assert on_meta(stage)
-    run = stage.run(0, weights_of(checkpoint, 0), states)
+    checkpoint, runner = runner_of(save(tiny(kind), tmp_path / "model"), token_ids())
+    states = runner.begin()
+    assert on_meta(runner)
+    run = runner.run(0, weights_of(checkpoint, 0), states)
     next(run)
-    assert not on_meta(stage)
+    assert not on_meta(runner)
     run.close()  # somebody who looks no further
-    assert on_meta(stage)
-    list(stage.run(1, weights_of(checkpoint, 1), states, ("o",), until="o"))
-    assert on_meta(stage)
+    assert on_meta(runner)
+    list(runner.run(1, weights_of(checkpoint, 1), states, ("o",), until="o"))
+    assert on_meta(runner)
     with pytest.raises(ModelError, match=r"missing: .*; left over: .*nothing"):
-        list(stage.run(0, {"nothing": torch.zeros(1)}, states))
-    assert on_meta(stage)
+        list(runner.run(0, {"nothing": torch.zeros(1)}, states))
+    assert on_meta(runner)
 
 
 def test_a_layer_gets_all_of_its_tensors_and_no_other(tmp_path):
-    checkpoint, stage = stage_of(save(tiny("bert"), tmp_path / "model"), token_ids())
-    states, weights = stage.begin(), weights_of(checkpoint, 0)
+    checkpoint, runner = runner_of(save(tiny("bert"), tmp_path / "model"), token_ids())
+    states, weights = runner.begin(), weights_of(checkpoint, 0)
     old = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor for name, tensor in weights.items()}
-    expected, found = (next(stage.run(0, tensors, states)).out for tensors in (weights, old))
+    expected, found = (next(runner.run(0, tensors, states)).out for tensors in (weights, old))
     assert torch.equal(found, expected)  # the names of old files are those that from_pretrained takes, too
     for change in (lambda held: held.pop("output.dense.bias"), lambda held: held.update(more=torch.zeros(1))):
         changed = dict(weights)
         change(changed)
         with pytest.raises(ModelError, match=r"missing: .*output\.dense\.bias|left over: .*more"):
-            next(stage.run(0, changed, states))
+            next(runner.run(0, changed, states))
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("kind", ATTENDING)
 @torch.inference_mode()
 def test_a_run_goes_no_further_than_it_is_asked_to(kind, tmp_path):
-    checkpoint, stage = stage_of(save(tiny(kind), tmp_path / "model"), token_ids())
-    family, states, ran = checkpoint.config.family, stage.begin(), []
+    checkpoint, runner = runner_of(save(tiny(kind), tmp_path / "model"), token_ids())
+    family, states, ran = checkpoint.config.family, runner.begin(), []
     for part in parts_of(kind):
-        stage.layers[0].get_submodule(family.parts[part]).register_forward_hook(lambda *_, part=part: ran.append(part))
-    list(stage.run(0, weights_of(checkpoint, 0), states[:1]))
+        runner.layers[0].get_submodule(family.parts[part]).register_forward_hook(lambda *_, part=part: ran.append(part))
+    list(runner.run(0, weights_of(checkpoint, 0), states[:1]))
     for until in parts_of(kind):
         ran.clear()
-        [look] = stage.run(0, weights_of(checkpoint, 0), states[:1], (until,), until=until)
+        [look] = runner.run(0, weights_of(checkpoint, 0), states[:1], (until,), until=until)
         assert tuple(ran) == PARTS[: PARTS.index(until) + 1]
         assert set(look.inputs) == set(look.outputs) == {until}
         assert not look.out.numel()
@@ -223,11 +230,11 @@ def test_a_run_goes_no_further_than_it_is_asked_to(kind, tmp_path):
 
 @torch.inference_mode()
 def test_what_is_not_asked_for_is_not_kept(tmp_path):
-    checkpoint, stage = stage_of(save(tiny("llama"), tmp_path / "model"), token_ids())
-    [look, *_] = stage.run(0, weights_of(checkpoint, 0), stage.begin())
+    checkpoint, runner = runner_of(save(tiny("llama"), tmp_path / "model"), token_ids())
+    [look, *_] = runner.run(0, weights_of(checkpoint, 0), runner.begin())
     assert not look.inputs
     assert not look.outputs
-    hooks = [module for module in stage.layers[0].modules() if module._forward_hooks]
+    hooks = [module for module in runner.layers[0].modules() if module._forward_hooks]
     assert not hooks
 
 
@@ -245,7 +252,7 @@ def test_of_an_embedding_only_the_rows_that_are_used_are_there(tmp_path):
 
 @pytest.mark.parametrize("kind", DECODERS)
 def test_a_layer_rounds_what_is_new_to_what_is_stored(kind, tmp_path):
-    """What a walk runs is what will lie on disk, in the type that lies there."""
+    """What is run is what will lie on disk, in the type that lies there."""
     folder = save(tiny(kind).to(torch.bfloat16), tmp_path / "model")
     checkpoint = open_checkpoint(folder)
     layer = checkpoint.layer(0, "cpu")
@@ -267,12 +274,12 @@ def test_texts_of_several_lengths_walk_side_by_side(kind, tmp_path):
     """Each as the whole model reads it alone: with the masks and positions of its own length."""
     folder = save(tiny(kind), tmp_path / kind)
     texts = [token_ids(seed)[:rows, :length] for seed, (rows, length) in enumerate([(2, LENGTH), (4, 7), (2, LENGTH), (3, 7)])]
-    checkpoint, _ = stage_of(folder, texts[0])
+    checkpoint, _ = runner_of(folder, texts[0])
     outer = {name.removeprefix(checkpoint.prefix): stored.read("cpu") for name, stored in checkpoint.outer.items() if name.startswith(checkpoint.prefix)}
-    stage = Stage(checkpoint.config, outer, texts, torch.device("cpu"))
-    states = stage.begin()
+    runner = LayerRunner(checkpoint.config, outer, texts, torch.device("cpu"))
+    states = runner.begin()
     for index in range(checkpoint.config.layers):
-        states = [look.out for look in stage.run(index, weights_of(checkpoint, index), states)]
+        states = [look.out for look in runner.run(index, weights_of(checkpoint, index), states)]
     model = tiny(kind).get_submodule(FAMILIES[kind].prefix)
     normed = getattr(model, "final_norm", torch.nn.Identity())  # ModernBERT's
     for text, state in zip(texts, states, strict=True):

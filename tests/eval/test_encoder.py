@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertModel
 
 from effconvert.errors import ModelError, OptionError
-from effconvert.eval.quality.encoder import mask, pooling_of, read_pairs
+from effconvert.eval.quality.encoder import embed, mask, pooling_of, read_pairs
 from tests.eval.evaluating import WORDS, byte_tokenizer, measure, moved, put, row, wordpiece
 from tests.models import tiny
 
@@ -254,6 +254,7 @@ def test_what_is_for_decoders_is_refused_for_encoders_and_the_other_way_round(be
         ("bert", 64),
         ("distilbert", 64),
         ("modernbert", 64),
+        ("fnet", 64),
     ],
 )
 def test_every_family_of_encoders_is_measured(kind, context, text, pairs, tmp_path):
@@ -261,6 +262,19 @@ def test_every_family_of_encoders_is_measured(kind, context, text, pairs, tmp_pa
     evaluation = measure(folder, moved(folder, tmp_path / "moved", by=0.1), text=text, pairs=pairs, context=context)
     assert len(evaluation.rows) == 4
     assert all(held.values[1] for held in evaluation.rows)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("kind", ["bert", "fnet"])
+def test_a_sentence_is_the_same_whatever_stands_in_its_batch(kind, pooling, pairs, tmp_path):
+    """FNet's class takes no notice of padding."""
+    model, tokenizer, said = tiny(kind), wordpiece(), read(pairs)
+    sentences = [row["sentence1"] for row in said]
+    assert len({len(tokenizer(sentence).input_ids) for sentence in sentences}) > 3
+    found = embed(model, tokenizer, sentences, pooling, 64, lambda _: None)
+    with torch.inference_mode():
+        alone = [model.base_model(torch.tensor([tokenizer(sentence).input_ids])).last_hidden_state[0].double() for sentence in sentences]
+    torch.testing.assert_close(found, torch.stack([states[0] if pooling == "cls" else states.mean(0) for states in alone]), rtol=1e-5, atol=1e-5)
 
 
 def test_a_roberta_reads_fewer_tokens_than_it_has_positions(text, tmp_path):

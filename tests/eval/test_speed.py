@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.commands._still import Still
@@ -25,11 +25,12 @@ from effconvert.eval import results
 from effconvert.eval.speed import memory, passes
 from effconvert.eval.speed.bench import bench
 from effconvert.eval.speed.bench_options import BenchOptions
+from effconvert.eval.speed.passes import Loaded
 from effconvert.eval.subject import open_model
 from effconvert.modeling.caches import kv_bytes
 from effconvert.progress import Silent
 from tests.heal.healing import put
-from tests.mixers.mixing import cache_of
+from tests.mixers.mixing import cache_of, pair
 from tests.models import save, tiny
 
 EMBEDDING = 128 * 32 * 4  # bytes of the tiny models' table
@@ -168,6 +169,51 @@ def test_a_table_that_is_also_the_head_is_read_whole(tmp_path):
     folder = save(tiny("llama", tie_word_embeddings=True), tmp_path / "tied")
     found = bench([str(folder)], BenchOptions(**QUICK))
     assert found.cells[0].weight_bytes == found.subjects[0].parameters * 4
+
+
+def bytes_of(model, *parts):
+    """Bytes of the parameters whose names hold one of these."""
+    return sum(parameter.nbytes for name, parameter in model.named_parameters() if any(part in name for part in parts))
+
+
+MOE = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"), [("mixtral", "num_local_experts"), ("qwen3_moe", "num_experts"), ("olmoe", "num_experts"), ("gpt_oss", "num_local_experts")]
+)
+def test_of_experts_those_are_read_that_tokens_are_sent_to(kind, count):
+    """Two of eight for one sequence; for more as many as are reached by chance. Routers and what is shared are read whole."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **MOE, **{count: 8}))
+    experts = bytes_of(model, ".experts.")
+    assert experts
+    rest = bytes_of(model, "") - experts - bytes_of(model, "embed_tokens")
+    reads = {batch: Loaded(0, None, model).read(batch) for batch in (1, 2, 1000)}
+    assert reads[1] == rest + experts / 4
+    assert reads[2] == rest + experts * 7 / 16  # 1 - (3/4)^2
+    assert reads[1000] == rest + experts
+
+
+def test_experts_of_which_nobody_says_how_many_are_chosen_are_read_whole():
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **MOE, num_local_experts=8))
+    model.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace())
+    assert Loaded(0, None, model).read(1) == bytes_of(model, "") - bytes_of(model, "embed_tokens")
+
+
+def test_weights_that_layers_share_are_read_once():
+    """Be it as one parameter or as two that lie in the same place."""
+    model = tiny("llama")
+    first, second = model.model.layers
+    whole, shared = Loaded(0, None, model).read(1), bytes_of(model, "layers.1.mlp.up_proj.weight", "layers.1.mlp.down_proj.weight")
+    second.mlp.up_proj.weight = first.mlp.up_proj.weight
+    second.mlp.down_proj.weight = torch.nn.Parameter(first.mlp.down_proj.weight.data)
+    assert Loaded(0, None, model).read(1) == whole - shared
+
+
+def test_a_mixer_with_as_many_heads_as_experts_is_no_expert():
+    _, model = pair("llama", ("linear", {"window": 6}))
+    model.config.num_experts_per_tok = 2
+    assert Loaded(0, None, model).read(1) == bytes_of(model, "") - bytes_of(model, "embed_tokens")
 
 
 def test_seconds_are_those_of_the_models_and_a_step_is_one_step(many, monkeypatch):

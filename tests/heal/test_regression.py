@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from effconvert.heal import _regression
-from effconvert.heal._regression import HELD_OUT, Attended, Moments, Queries, Turn, Values, by_head, mixtures, ridge, solve
+from effconvert.heal._regression import Attended, Queries, Turn, Values, by_head, mixtures, solve
+from effconvert.surgery import _ridge
+from effconvert.surgery._ridge import HELD_OUT, Moments, ridge
 
 WIDTH, HEADS, GROUPS, DIM = 6, 4, 2, 4  # M, H, G, D
 LENGTH = 12  # T
@@ -193,7 +195,6 @@ def test_heads_that_no_output_reads_stop_nobody():
         each.wanted = mixtures(each, draw(GROUPS * DIM, WIDTH, seed=79), HEADS, GROUPS) @ problem.outputs.T
     start = draw(rows_of(problem), WIDTH, seed=6)
     found = solve(problem, start)
-    assert torch.isfinite(found).all()
     assert squared_error(problem, found, problem.held) < 0.5 * squared_error(problem, start, problem.held)
 
 
@@ -207,7 +208,8 @@ def test_inputs_that_are_always_zero_stop_nobody(name):
         if isinstance(problem, Queries)
         else Values(problem.windows, problem.outputs, HEADS, GROUPS)
     )
-    assert torch.isfinite(solve(problem, draw(rows_of(problem), WIDTH, seed=6))).all()
+    start = draw(rows_of(problem), WIDTH, seed=6)
+    assert torch.equal(solve(problem, start), start)  # no weights are better than others
 
 
 # Rotation
@@ -271,14 +273,12 @@ def moments(count, truth, noise, seed, inputs=None):
 
 
 def test_moments_know_what_a_change_gains():
-    truth, change = draw(5, WIDTH), draw(5, WIDTH, seed=1)
-    gathered = Moments()
+    change, gathered = draw(5, WIDTH, seed=1), Moments()
     inputs, missing = draw(2, 30, WIDTH, seed=2), draw(2, 30, 5, seed=3)
     gathered.add(inputs[:1], missing[:1])
     gathered.add(inputs[1:], missing[1:])
     gain = missing.square().sum() - (missing - inputs @ change.T).square().sum()
     assert gathered.gain(change.double()) == pytest.approx(gain.item(), rel=1e-4)
-    assert truth.shape == (5, WIDTH)
 
 
 def test_a_ridge_finds_what_is_missing():
@@ -303,7 +303,7 @@ def test_of_few_and_noisy_tokens_a_ridge_learns_less():
     truth = draw(5, width) / width**0.5
     fit, held = moments(48, truth, 1.0, 100), moments(4000, truth, 0.0, 200)
     scale = fit.gram.diagonal().mean()
-    tried = [torch.linalg.solve(fit.gram + strength * scale * torch.eye(width), fit.cross.T).T for strength in _regression.STRENGTHS]
+    tried = [torch.linalg.solve(fit.gram + strength * scale * torch.eye(width), fit.cross.T).T for strength in _ridge.STRENGTHS]
     gains = [held.gain(change) for change in tried]
     best = max(range(len(gains)), key=gains.__getitem__)
     assert gains[best] > 0 > gains[-1]

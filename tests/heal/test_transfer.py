@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from effconvert.convert.calibrate import prepare
 from effconvert.convert.plan import plan
 from effconvert.errors import ModelError
 from effconvert.heal._layer import _held
-from effconvert.heal._teaching import _height
+from effconvert.heal._teaching import _height, teach
 from effconvert.heal._teaching import _held as _judges
 from effconvert.heal.refit import Refit
 from effconvert.heal.transfer import Transfer
@@ -138,7 +139,7 @@ def test_layers_without_a_mixer_keep_their_bytes():
     every = changed("plain", "out")
     assert {name.split(".")[2] for name in every} == {"1", "2"}
     assert set(outcome.told) == {"1", "2"}
-    assert outcome.plan.remarks == ["transfer: teaches the 2 layers that have a mixer"]
+    assert outcome.plan.notes == ["transfer: teaches the 2 layers that have a mixer"]
 
 
 def test_what_was_said_is_the_error_on_held_out_windows(taught):
@@ -203,19 +204,35 @@ def test_what_predicts_held_out_windows_no_better_is_not_kept(monkeypatch):
     assert not {name for name in changed("plain", "out") if name.split(".")[2] in worse}
 
 
-def test_lower_rates_are_tried_where_one_gained_nothing(monkeypatch):
-    source, tried = put(Path("model")), []
-    real = torch.optim.AdamW
+class Number(dict):
+    """A layer whose attention gives its only weight, whatever it reads."""
 
-    def noted(groups, **given):
-        tried.append(groups[-1]["lr"])
-        return real(groups, **given)
+    def __init__(self, wanted):
+        super().__init__(o=torch.zeros(()))
+        self.index, self.activations, self.said = 0, self, {}
+        self.wanted = [torch.full((1, 4, 1), number) for number in wanted]
 
-    monkeypatch.setattr(torch.optim, "AdamW", noted)
-    outcome = run(source, Linear(window=6, layers="0"), Transfer(rate=1.0, epochs=1))
-    assert len(tried) > 1
-    assert tried == pytest.approx([1.0, 0.1, 0.01][: len(tried)])
-    assert outcome.told["0"]["after"] < outcome.told["0"]["before"] or len(tried) == 3
+    def original(self, *_, **__):
+        return [SimpleNamespace(outputs={"o": wanted}) for wanted in self.wanted]
+
+    def stored(self, layer):
+        return {}
+
+    def attended(self, layer, learnt, fixed, batch):
+        return learnt.get("o", self["o"]) * torch.ones(1, 4, 1)
+
+    def note(self, index, said):
+        self.said = said
+
+
+@pytest.mark.parametrize(("held_out", "expected"), [(0.52, 1.0), (0.06, 0.1), (0.006, 0.01), (-1.0, 0.0)])
+def test_lower_rates_are_tried_where_one_gained_nothing(held_out, expected):
+    """A step of the optimizer is as long as its rate. The text to learn from wants it long; that to judge by may find it too long, or the wrong way."""
+    layer = Number([5.0, held_out])
+    teach(layer, 0, ["o"], epochs=1, rate=1.0)
+    assert float(layer["o"]) == pytest.approx(expected)
+    size = (25 + held_out**2) / 2
+    assert layer.said == pytest.approx({"before": held_out**2 / size, "after": (held_out - expected) ** 2 / size}, rel=1e-4)
 
 
 def test_texts_of_each_length_are_judged_by():
@@ -305,8 +322,8 @@ class Measured(Refit):
         ERRORS.append((before, self.error(layer, originals)))
 
     def error(self, layer, originals):
-        wanted = [look.outputs["o"] for look in layer.walk.original([originals[0]], ("o",), until="o")]
-        found = [look.outputs["o"] for look in layer.walk.look(layer, ("o",), until="o")]
+        wanted = [look.outputs["o"] for look in layer.activations.original([originals[0]], ("o",), until="o")]
+        found = [look.outputs["o"] for look in layer.activations.capture(layer, ("o",), until="o")]
         off = [
             (one[row] - other[row]).square().mean()
             for index, (one, other) in enumerate(zip(found, wanted, strict=True))

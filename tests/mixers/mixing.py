@@ -11,11 +11,12 @@ from effconvert.checkpoint.families import FAMILIES
 from effconvert.modeling.model import config_class, model_class
 from effconvert.modeling.transformers_internals import cache_among, cache_name
 from effconvert.steps import load
-from tests.models import DECODERS, tiny
+from tests.models import ATTENDING, DECODERS, SETTINGS, tiny
 
-ENCODERS = [kind for kind in FAMILIES if kind not in DECODERS]
+ENCODERS = [kind for kind in ATTENDING if kind not in DECODERS]
 CAPPED = ["gemma2"]  # of the decoders, those that cap their scores
 NO_CAPS = {"gemma2": "caps its scores"}
+NOTHING = {kind: "does not attend" for kind in FAMILIES if kind not in ATTENDING}
 SAME = 1e-5  # of the largest logit, in float32
 
 
@@ -37,16 +38,20 @@ BACKWARDS = dict.fromkeys(DECODERS, "which a decoder must not see")
 ROWS = MappingProxyType(
     {
         "streaming": Row(
-            DECODERS, dict.fromkeys(ENCODERS, "keeps the first and the last tokens"), {"window": 6, "sinks": 2}, {"window": 64}, pipeline=("gemma2", "gpt_neox")
+            DECODERS,
+            {**NOTHING, **dict.fromkeys(ENCODERS, "keeps the first and the last tokens")},
+            {"window": 6, "sinks": 2},
+            {"window": 64},
+            pipeline=("gemma2", "gpt_neox"),
         ),
-        "linear": Row(without(FAMILIES, *CAPPED), NO_CAPS, {"window": 6}, {"window": 64}, {"feature": "elu"}, ("phi3", "gpt_neox", "bert")),
-        "performer": Row(without(FAMILIES, *CAPPED), NO_CAPS, {"features": 32}, encoder={"features": 32}, pipeline=("gpt2", "modernbert")),
-        "retnet": Row(without(DECODERS, *CAPPED), {**NO_CAPS, **dict.fromkeys(ENCODERS, "looks back only")}, {}, pipeline=("llama",)),
-        "linformer": Row(ENCODERS, BACKWARDS, {"rank": 8}, {"rank": 64}, {"rank": 8}, ("bert",)),
+        "linear": Row(without(ATTENDING, *CAPPED), {**NO_CAPS, **NOTHING}, {"window": 6}, {"window": 64}, {"feature": "elu"}, ("phi3", "gpt_neox", "bert")),
+        "performer": Row(without(ATTENDING, *CAPPED), {**NO_CAPS, **NOTHING}, {"features": 32}, encoder={"features": 32}, pipeline=("gpt2", "modernbert")),
+        "retnet": Row(without(DECODERS, *CAPPED), {**NO_CAPS, **NOTHING, **dict.fromkeys(ENCODERS, "looks back only")}, {}, pipeline=("llama",)),
+        "linformer": Row(ENCODERS, {**NOTHING, **BACKWARDS}, {"rank": 8}, {"rank": 64}, {"rank": 8}, ("bert",)),
         "linformer-causal": Row(
-            DECODERS, dict.fromkeys(ENCODERS, "keeps what was before"), {"block": 6, "rank": 2}, {"block": 8, "rank": 8}, pipeline=("llama",)
+            DECODERS, {**NOTHING, **dict.fromkeys(ENCODERS, "keeps what was before")}, {"block": 6, "rank": 2}, {"block": 8, "rank": 8}, pipeline=("llama",)
         ),
-        "nystrom": Row(ENCODERS, BACKWARDS, {"landmarks": 8}, {"landmarks": 64, "iterations": 0}, {"landmarks": 8}, ("distilbert",)),
+        "nystrom": Row(ENCODERS, {**NOTHING, **BACKWARDS}, {"landmarks": 8}, {"landmarks": 64, "iterations": 0}, {"landmarks": 8}, ("distilbert",)),
     }
 )
 MATRIX = [(name, kind) for name, row in ROWS.items() for kind in row.kinds]
@@ -66,7 +71,7 @@ def neutral(name, kind):
 
 def wide(kind):
     """Changes to the config of a tiny model, so that it has a layer for every mixer: none with a short window of its own."""
-    return {"sliding_window": None} if kind == "mistral" else {}
+    return {"sliding_window": None} if FAMILIES[kind].layers_alike and SETTINGS[kind].get("sliding_window") else {}
 
 
 def names(config):
@@ -133,6 +138,12 @@ def with_cache(model, cache):
 def cache_of(out):
     """The cache in what a model returned, None where it has none."""
     return cache_among(out.values())
+
+
+def keep_no_activations(model):
+    """Have a model make activations anew for gradients, by the name that this version of transformers has for it."""
+    name = "activation_checkpointing_enable" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing_enable"
+    getattr(model, name)()
 
 
 @torch.no_grad()

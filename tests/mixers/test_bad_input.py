@@ -14,6 +14,7 @@ from effconvert.heal.transfer import Transfer
 from effconvert.options import RunOptions
 from effconvert.steps import load
 from effconvert.surgery._placed import open_checked
+from effconvert.surgery.mixing._mixing import Mixing
 from tests.convert.conftest import one_line
 from tests.mixers.mixing import converted, names, pair
 from tests.models import characters, save, tiny
@@ -205,6 +206,24 @@ def test_layers_with_a_window_of_their_own_that_is_no_longer_are_left_alone(tmp_
     assert step("linear", window=0).chosen(alternating) == {0, 1}
     everywhere = save(tiny("mistral"), tmp_path / "mistral")
     refused(everywhere, OptionError, "a window that is no longer", step("streaming", window=8))
+
+
+class Smoothed(Mixing):
+    """A mixer whose window is of something else than softmax."""
+
+    window: int = 1000
+
+    def parameters(self, config, place=""):
+        return {}
+
+    def mix(self, weights, call):
+        return call.query
+
+
+def test_an_option_of_that_name_alone_leaves_no_layer_alone(tmp_path):
+    config = open_checked(save(tiny("gemma2"), tmp_path)).config
+    assert any(config.windows())
+    assert Smoothed().chosen(config) == {0, 1}
 
 
 def test_a_layer_that_has_a_mixer_gets_no_other(folder):

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from effconvert.modeling import cache_for
 from effconvert.modeling.state import State
-from tests.mixers.mixing import ROWS, SAME, cache_of, converted, far, in_pieces, pair, positions, run, small, tokens, with_cache
+from tests.mixers.mixing import ROWS, SAME, cache_of, converted, far, in_pieces, keep_no_activations, pair, positions, run, small, tokens, with_cache
 from tests.models import tiny
 
 LAYERS = 6
@@ -58,6 +58,11 @@ def test_layers_side_by_side_decode_as_in_one_pass(mixed):
 
 
 def test_a_cache_that_was_reset_begins_anew(llama):
+    own = DynamicCache()
+    own.update(torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 4), 0)
+    own.reset()
+    if own.get_seq_length():
+        pytest.skip("before 5.18 transformers' own layers of a cache keep their length when they are reset")
     ids = tokens()
     _, cache = in_pieces(llama, ids, (10, 10))
     cache.reset()
@@ -186,7 +191,7 @@ def test_what_would_have_to_forget_is_refused(llama):
     with pytest.raises(NotImplementedError, match="cannot be cropped"):
         cache.crop(-5)
     for how in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": llama}):
-        with pytest.raises((ValueError, NotImplementedError), match=r"cropped|assisted|stateful"):
+        with pytest.raises(NotImplementedError, match="cannot be cropped to earlier tokens"):
             greedy(llama, tokens(1), 8, **how)
 
 
@@ -238,7 +243,7 @@ def test_a_training_step_needs_no_cache_of_the_caller(mixed, how, checkpointed):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     if checkpointed:
-        training.activation_checkpointing_enable()
+        keep_no_activations(training)
     loss = training(tokens(), labels=tokens(), **how).loss
     assert far(loss.detach(), mixed(tokens(), labels=tokens(), use_cache=False).loss.detach()) <= SAME
     loss.backward()
@@ -273,10 +278,11 @@ def test_layers_without_a_mixer_run_what_was_asked_for(kind, monkeypatch):
     for refused in ("flash_attention_2", "flex_attention", "nonsense"):
         with pytest.raises(ValueError, match=f"sdpa or eager.*{refused}"):
             other.set_attn_implementation(refused)
-    other.set_attn_implementation({"": "eager"})
-    calls.clear()
-    run(other, ids)
-    assert len(calls) == 1
+    for chosen, expected in (({"": "eager"}, 1), ({"text_config": "sdpa"}, 1), ({}, 1), ({"": "sdpa", "text_config": "eager"}, 1 if kind == "gemma2" else 0)):
+        other.set_attn_implementation(chosen)  # as transformers takes it: parts of a model by name, this one by none
+        calls.clear()
+        run(other, ids)
+        assert len(calls) == expected, chosen
 
 
 def test_soft_capped_layers_without_a_mixer_are_those_of_the_original():
@@ -327,8 +333,8 @@ def test_the_softmax_by_which_a_model_is_loaded_is_kept(llama, tmp_path):
         model = type(llama).from_pretrained(tmp_path, attn_implementation=chosen)
         assert {module.softmax for module in model.modules() if hasattr(module, "softmax")} == {chosen}
         assert far(run(model.eval(), tokens()), run(llama, tokens())) <= SAME
-    with pytest.raises((ValueError, ImportError), match=r"[Ff]lash"):
-        type(llama).from_pretrained(tmp_path, attn_implementation="flash_attention_2")
+    with pytest.raises(ValueError, match="can run sdpa or eager beside those with one, not 'flex_attention'"):  # which transformers itself would take
+        type(llama).from_pretrained(tmp_path, attn_implementation="flex_attention")
     assert transformers.AutoConfig.from_pretrained(tmp_path).to_dict().get("_attn_implementation") is None
 
 

@@ -23,6 +23,7 @@ from tests.mixers.mixing import (
     converted,
     far,
     in_pieces,
+    keep_no_activations,
     names,
     neutral,
     pair,
@@ -67,7 +68,7 @@ def test_neutral_options_change_no_logit(name, kind):
     model, other = pair(kind, (name, neutral(name, kind)))
     mixing = [index for index, module in enumerate(layers(other)) if has_mixer(module)]
     assert mixing
-    assert load(name)(**neutral(name, kind)).exact(stock_config(model))
+    assert load(name)(**neutral(name, kind)).is_exact(stock_config(model))
     assert far(run(other, tokens(length=60)), run(model, tokens(length=60))) <= SAME
     if kind in DECODERS:
         assert far(in_pieces(other, tokens(), PIECES)[0], run(model, tokens())) <= SAME
@@ -86,7 +87,7 @@ def has_mixer(layer):
 def test_small_options_change_what_is_computed_and_are_not_called_exact(models, name, kind):
     model, other = models(name, kind)
     assert far(run(other, tokens()), run(model, tokens())) > 1e-3
-    assert not load(name)(**small(name, kind)).exact(stock_config(model))
+    assert not load(name)(**small(name, kind)).is_exact(stock_config(model))
 
 
 @pytest.mark.parametrize(("name", "kind"), MATRIX, ids=map("-".join, MATRIX))
@@ -235,7 +236,7 @@ def shaken(model):
 def test_gradients_reach_every_new_parameter_under_checkpointing(models, name, kind):
     _, model = models(name, kind)
     model = copy.deepcopy(model).train()
-    model.activation_checkpointing_enable()
+    keep_no_activations(model)
     model(tokens(), labels=tokens()).loss.backward()
     frozen = load(name)(**small(name, kind)).frozen
     for parameter, value in model.named_parameters():
@@ -257,7 +258,7 @@ def test_checkpointed_gradients_are_those_without(models, name):
         model = tiny(kind, **wide(kind), **({} if kind in DECODERS else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}))
         model = converted(model, (name, small(name, kind))).train()
         if checkpointed:
-            model.activation_checkpointing_enable()
+            keep_no_activations(model)
         model(tokens(), labels=tokens()).loss.backward()
         found.append(torch.cat([value.grad.flatten() for _, value in sorted(model.named_parameters()) if value.grad is not None]))
     assert far(found[1], found[0]) <= SAME
@@ -277,7 +278,7 @@ def test_what_begins_is_the_same_each_time(name):
 @pytest.mark.parametrize(("name", "kind"), REFUSED, ids=map("-".join, REFUSED))
 def test_a_family_that_cannot_have_it_is_refused_with_the_reason(name, kind):
     config, step = stock_config(tiny(kind)), load(name)(**(ROWS[name].small or ROWS[name].encoder))
-    for refuse in (step.check, type(step).suits):
+    for refuse in (step.check, type(step).allowed_options):
         with pytest.raises(ModelError, match=f"^{kind} .*{ROWS[name].refused[kind]}"):
             refuse(config)
 
@@ -285,7 +286,7 @@ def test_a_family_that_cannot_have_it_is_refused_with_the_reason(name, kind):
 @pytest.mark.parametrize("name", ROWS)
 def test_a_family_that_can_have_it_is_told_the_options_that_are_needed(name):
     for kind in ROWS[name].kinds:
-        told = load(name).suits(stock_config(tiny(kind)))
+        told = load(name).allowed_options(stock_config(tiny(kind)))
         needed = [f"--{field}" for field, about in load(name).model_fields.items() if about.is_required()]
         assert all(option in told for option in needed)
         assert needed or told == "as it is"

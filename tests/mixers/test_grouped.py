@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
 
 from effconvert.checkpoint.checkpoint import open_checkpoint
-from effconvert.checkpoint.config import Config, read_config
+from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.families import FAMILIES
+from effconvert.checkpoint.reading import read_config
 from effconvert.convert.inspection import inspect
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError, OptionError
@@ -25,10 +26,10 @@ from effconvert.steps import load
 from effconvert.surgery.attention.expand_kv import ExpandKv
 from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.attention.mqa import Mqa
-from tests.mixers.mixing import PIECES, SAME, far, in_pieces, positions, run, tokens
+from tests.mixers.mixing import PIECES, SAME, far, in_pieces, keep_no_activations, positions, run, tokens
 from tests.models import DECODERS, SETTINGS, alike, attention, characters, hide, save, tiny
 
-KINDS = [kind for kind, family in FAMILIES.items() if not family.kv_heads_key and not family.fixed_kv_heads]
+KINDS = [kind for kind, family in FAMILIES.items() if family.attention and not family.kv_heads_key and not family.fixed_kv_heads]
 CACHING = [kind for kind in KINDS if kind in DECODERS]
 MIXED = [(name, kind) for name in ("streaming", "linear") for kind in KINDS if name == "linear" or kind in DECODERS]
 
@@ -188,7 +189,7 @@ def test_gradients_are_those_of_copies_added_up(models, kind, checkpointing):
     model, grouped = models(kind)
     wide, grouped = repeated(model), copy.deepcopy(grouped)
     if checkpointing:
-        grouped.activation_checkpointing_enable()
+        keep_no_activations(grouped)
     for each in (wide, grouped):
         each.train(checkpointing)
         for module in each.modules():
@@ -253,7 +254,7 @@ def test_two_heads_become_one(models, kind, tmp_path):
     single, outcome = convert_to(tmp_path / "out", save(alike_again(grouped), tmp_path / "source"), Mqa(pool="mean"), verify=True, context=16, tokens=32)
     assert far(run(single, tokens()), run(alike_again(grouped), tokens())) <= SAME
     assert outcome.plan.config.kind == ("gpt_bigcode" if kind == "gpt2" else kind)
-    assert outcome.plan.config.ours == (kind != "gpt2")
+    assert outcome.plan.config.needs_effconvert == (kind != "gpt2")
 
 
 def alike_again(grouped):
@@ -301,10 +302,10 @@ def test_a_head_of_ones_own_comes_along(tmp_path):
 def test_inspect_says_that_it_can_be_done(models, kind, tmp_path):
     model, grouped = models(kind)
     told = inspect(open_checkpoint(save(model, tmp_path / "before")))
-    assert (told.suits["gqa"], told.suits["mqa"]) == ("--groups 1, 2, 4", "as it is")
+    assert (told.allowed_options["gqa"], told.allowed_options["mqa"]) == ("--groups 1, 2, 4", "as it is")
     assert "has a KV head for each" in told.refusals["expand-kv"]
     told = inspect(open_checkpoint(save(grouped, tmp_path / "after")))
-    assert (told.suits["gqa"], told.suits["expand-kv"]) == ("--groups 1, 2", "--groups 4")
+    assert (told.allowed_options["gqa"], told.allowed_options["expand-kv"]) == ("--groups 1, 2", "--groups 4")
     assert told.kv_bytes[4096] == (4096 * 2 * 2 * 2 * 8 * 4 if kind in DECODERS else 0)
 
 

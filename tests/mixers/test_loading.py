@@ -16,12 +16,13 @@ import effconvert
 from effconvert.checkpoint.families import FAMILIES
 from effconvert.checkpoint.replaced import STUB_FILE, decode
 from effconvert.convert.run import convert
+from effconvert.errors import ModelError
 from effconvert.options import RunOptions
 from effconvert.steps import load
 from tests.mixers.mixing import pair, run, small, stock_config, tokens, wide
-from tests.models import DECODERS, characters, save, tiny
+from tests.models import ATTENDING, DECODERS, characters, save, tiny
 
-NAME = dict.fromkeys(FAMILIES, "linear") | {"gemma2": "streaming"}
+NAME = dict.fromkeys(ATTENDING, "linear") | {"gemma2": "streaming"}
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,50 @@ def test_importing_both_makes_no_family_of_transformers(script):
     assert not [name for name in told if name.startswith("transformers.models.") and ".modeling_" in name and ".auto." not in name]
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_module_that_is_waited_for_is_found_as_it_would_be_without_us(script):
+    """Its source, for tracebacks and debuggers; anew when somebody reloads it; by other finders that wait for it; and not where transformers is not."""
+    told = script("""
+        import effconvert, importlib, inspect, json, sys
+
+        class Other:
+            seen = []
+            def find_spec(self, name, path=None, target=None):
+                if name.endswith(".configuration_auto"):
+                    self.seen.append(name)
+
+        class Old:
+            def find_module(self, name, path=None):
+                return None
+
+        sys.meta_path[1:1] = [Old(), Other()]
+        from transformers.models.auto import configuration_auto as auto
+        known = ["effconvert_llama" in auto.CONFIG_MAPPING]
+        auto = importlib.reload(auto)
+        known.append("effconvert_llama" in auto.CONFIG_MAPPING)
+        print(json.dumps([known, "class AutoConfig" in inspect.getsource(auto), len(Other.seen), auto.__spec__.origin == auto.__file__]))
+    """)
+    assert told == [[True, True], True, 2, True]
+
+
+def test_without_transformers_the_error_is_pythons_own(script):
+    told = script("""
+        import effconvert, importlib.util, json, sys
+
+        class Hidden:
+            def find_spec(self, name, *_):
+                if name.partition(".")[0] == "transformers":
+                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        sys.meta_path.insert(0, Hidden())
+        try:
+            import transformers.models.auto.configuration_auto
+        except ModuleNotFoundError as error:
+            print(json.dumps(error.name))
+    """)
+    assert told == "transformers"
+
+
+@pytest.mark.parametrize("kind", ATTENDING)
 def test_auto_classes_open_every_family_with_its_weights(folders, kind):
     folder, model = folders(kind)
     family = FAMILIES[kind]
@@ -120,7 +164,7 @@ def test_auto_classes_open_every_family_with_its_weights(folders, kind):
     assert torch.equal(made, expected.last_hidden_state)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", ATTENDING)
 def test_without_effconvert_nobody_opens_it_as_what_it_is_not(folders, kind):
     """The class of transformers itself would leave the mixers out, and compute something else."""
     folder, _ = folders(kind)
@@ -213,7 +257,7 @@ def test_what_a_conversion_writes_is_what_transformers_writes(tmp_path):
     assert type(effconvert.load(again).model) is type(model)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", ATTENDING)
 def test_a_config_without_its_mixers_is_the_one_it_was(kind):
     model = tiny(kind, **wide(kind))
     config = stock_config(model)
@@ -297,6 +341,9 @@ def test_effconvert_mixers_has_the_classes_and_nothing_else(folders):
     _, model = folders("llama")
     assert mixers.EffconvertLlamaForCausalLM is type(model)
     assert mixers.EffconvertLlamaConfig is type(model.config)
-    for name in ("EffconvertNonsense", "EffconvertT5Model", "Nonsense", "EffconvertNonsenseConfig"):
-        with pytest.raises((AttributeError, effconvert.errors.ModelError), match=r"\w"):
+    for name in ("Nonsense", "State", "_call_", "__wrapped__"):
+        with pytest.raises(AttributeError, match=f"has no attribute '{name}'"):
+            getattr(mixers, name)
+    for name in ("EffconvertNonsense", "EffconvertT5Model", "EffconvertNonsenseConfig", "EffconvertT5Config", "EffconvertLlamaNonsense"):
+        with pytest.raises(ModelError, match=f"^{name.removeprefix('Effconvert')} is no class of a family that effconvert knows; it knows llama, "):
             getattr(mixers, name)

@@ -22,8 +22,8 @@ from effconvert.errors import EffconvertError
 from effconvert.modeling import transformers_internals as internals
 from effconvert.modeling.model import model_class
 from effconvert.modeling.state import State
-from tests.mixers.mixing import tokens, with_cache
-from tests.models import DECODERS, tiny
+from tests.mixers.mixing import keep_no_activations, tokens, with_cache
+from tests.models import ATTENDING, DECODERS, tiny
 
 FILE = Path(internals.__file__)
 ROOT = Path(__file__).parents[2]
@@ -189,7 +189,7 @@ def test_a_model_that_takes_no_cache_is_told():
     assert told(refusal).startswith("an argument cache or past_key_values of ")
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", ATTENDING)
 def test_attention_is_called_with_hidden_states_and_angles(kind):
     model, seen = tiny(kind), []
     for module in attentions(model):
@@ -218,7 +218,7 @@ def test_a_config_that_names_its_function_elsewhere_is_told():
         assert told(refusal) == "_attn_implementation of SimpleNamespace"
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", ATTENDING)
 def test_every_family_has_an_attention_in_single_steps(kind):
     attention, generator = attentions(tiny(kind))[0], torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, 4, 5, 8, generator=generator) for _ in range(3))
@@ -230,7 +230,7 @@ def test_every_family_has_an_attention_in_single_steps(kind):
     torch.testing.assert_close(out, (expected @ value).transpose(1, 2))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind not in UNROTATED])
+@pytest.mark.parametrize("kind", [kind for kind in ATTENDING if kind not in UNROTATED])
 def test_rope_turns_by_angles(kind):
     query = torch.randn(2, 4, 5, 8, generator=torch.Generator().manual_seed(0))
     angle = torch.rand(1, 5, 1, generator=torch.Generator().manual_seed(1)).expand(1, 5, 8)  # the same for each pair: families pair numbers in two ways
@@ -261,7 +261,7 @@ def test_torchs_attention_repeats_heads_by_the_modules_number():
     torch.testing.assert_close(out, expected.transpose(1, 2))
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", ATTENDING)
 def test_what_attends_is_found_once_a_layer(kind):
     model = tiny(kind)
     attention = FAMILIES[kind].attention
@@ -274,8 +274,7 @@ def test_what_attends_is_found_once_a_layer(kind):
 def test_a_model_says_whether_it_keeps_activations():
     model = tiny("llama")
     assert internals.checkpoints(model) is False
-    enable = "activation_checkpointing_enable" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing_enable"
-    getattr(model, enable)()
+    keep_no_activations(model)
     assert internals.checkpoints(model) is True
     with pytest.raises(EffconvertError) as refusal:
         internals.checkpoints(torch.nn.Linear(1, 1))
@@ -300,12 +299,12 @@ def test_generation_asks_for_the_cache_by_our_method(monkeypatch):
 @pytest.mark.parametrize("name", internals.OVERRIDDEN)
 def test_a_model_without_a_method_that_ours_replace_is_told(name):
     stock = transformers.LlamaForCausalLM
-    internals.hold_overridden(stock)
+    internals.check_overridden(stock)
     members = {other: getattr(stock, other) for other in (*internals.OVERRIDDEN, "generate") if other != name}
     with pytest.raises(EffconvertError) as refusal:
-        internals.hold_overridden(type("Llama", (), members))
+        internals.check_overridden(type("Llama", (), members))
     assert told(refusal) == f"{name} of Llama"
-    internals.hold_overridden(transformers.LlamaModel)  # which does not generate
+    internals.check_overridden(transformers.LlamaModel)  # which does not generate
 
 
 def test_new_modules_are_begun_by_our_method(monkeypatch):

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 import effconvert.modeling
 from effconvert.checkpoint.checkpoint import open_checkpoint
-from effconvert.checkpoint.config import read_config
 from effconvert.checkpoint.families import FAMILIES
+from effconvert.checkpoint.outer import part_outside
+from effconvert.checkpoint.reading import read_config
 from effconvert.checkpoint.replaced import KIND
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError
@@ -23,12 +24,12 @@ from effconvert.steps import load
 from effconvert.steps import techniques as catalogue
 from effconvert.surgery._placed import techniques_of
 from tests.mixers import mixing
-from tests.models import DECODERS, GROUPING, characters, logits, save, tiny
+from tests.models import ATTENDING, DECODERS, GROUPING, characters, heed_caps, logits, save, tiny
 
 
 @dataclass(frozen=True)
 class Case:
-    neutral: dict  # options with which no logit may change,
+    neutral: dict | None  # options with which no logit may change (None: there are none such),
     neutral_from: dict  # on a model with these changes to its config
     same_bytes: bool  # whether not even a bit may change then
     small: dict  # options that change something,
@@ -40,10 +41,13 @@ class Case:
     cache: bool = True  # whether the KV cache changes its size
     encoder: dict = field(default_factory=dict)  # in place of `small` for encoders
     mixer: bool = False  # whether it brings parameters of its own, and leaves those that are there alone
+    takes: bool = False  # whether it takes parts away, and leaves the others alone
+    added: tuple = ()  # tensors outside the layers that it adds where it becomes a family of transformers
+    native_keys: tuple = ()  # keys of config.json that it changes there, beside those that name the family
     replaces: tuple = ()  # parts of a layer that are gone, and others in their place
 
 
-MULTI_HEAD = [kind for kind, family in FAMILIES.items() if not family.fixed_kv_heads]
+MULTI_HEAD = [kind for kind in ATTENDING if not FAMILIES[kind].fixed_kv_heads]
 DENSE = [kind for kind, family in FAMILIES.items() if family.upcycled]
 HEADS = {count: {"num_key_value_heads": count} for count in (1, 2, 4)}
 CASES = {
@@ -65,19 +69,34 @@ CASES = {
         cache=False,
         replaces=("gate", "up", "down"),
     ),
-    "expand-kv": Case({"groups": 4}, HEADS[2], False, {"groups": 2}, HEADS[1], GROUPING, "has a KV head for each|cannot be written with another number"),
+    "expand-kv": Case(
+        {"groups": 4}, HEADS[2], False, {"groups": 2}, HEADS[1], GROUPING, "has a KV head for each|cannot be written with another number|does not attend"
+    ),
+    "fnet": Case(
+        *({}, {}, False, {}, {}, mixing.ENCODERS, "is a decoder, and fnet mixes|does not attend"),
+        **{"keys": (), "cache": False, "mixer": True},
+        added=("embed_projection", "embed_projection.bias", "pooler.dense.weight", "pooler.dense.bias"),
+        native_keys=("num_attention_heads", "attention_probs_dropout_prob", "use_cache"),
+    ),
 }
+SUBLAYERS = [kind for kind, family in FAMILIES.items() if not family.norms_stream]
+CASES["prune-layers"] = Case(
+    None, {}, False, {"layers": "1", "only": "attention"}, {}, SUBLAYERS, "normalises what its layers add to", keys=("per_layer_config",), takes=True
+)
 MIXED = ("model_type", "architectures", "auto_map", "layer_types", "effconvert")
 for name, row in mixing.ROWS.items():  # what they compute is tried on all families in tests/mixers; here a few are written, and read again
     reason = next(iter(row.refused.values()))
     CASES[name] = Case(row.neutral, {}, False, row.small, {}, row.pipeline, f".*{reason}", (), MIXED, True, row.encoder, True)
 MATRIX = [(name, kind) for name, case in CASES.items() for kind in case.kinds]
-NEUTRAL = [(name, kind) for name, kind in MATRIX if not CASES[name].mixer and (kind in GROUPING or name == "gqa")] + [("mqa", "gpt_bigcode")]
+NEUTRAL = [(name, kind) for name, kind in MATRIX if CASES[name].neutral is not None and not CASES[name].mixer and (kind in GROUPING or name == "gqa")] + [
+    ("mqa", "gpt_bigcode")
+]
 NEUTRAL += [(name, kind) for name, kind in mixing.NEUTRAL if kind in CASES[name].kinds]
+TABLED = [name for name in CASES if name in mixing.ROWS]  # mixers between projections: all their families are there
 OTHERWISE = [("mqa", "gpt_bigcode"), ("gqa", "gpt_bigcode")]  # nothing to refuse, or the options are wrong and not the model
-REFUSED = [(name, kind) for name, case in CASES.items() for kind in FAMILIES if kind not in case.kinds and (name, kind) not in OTHERWISE and not case.mixer]
+REFUSED = [(name, kind) for name, case in CASES.items() for kind in FAMILIES if kind not in case.kinds and (name, kind) not in OTHERWISE and name not in TABLED]
 REFUSED += [(name, next(iter(row.refused))) for name, row in mixing.ROWS.items()]
-LIKELY = {name: next(kind for kind in ("llama", "bert") if not case.mixer or kind in mixing.ROWS[name].kinds) for name, case in CASES.items()}
+LIKELY = {name: next(kind for kind in ("llama", "bert") if kind in (mixing.ROWS[name] if name in TABLED else case).kinds) for name, case in CASES.items()}
 
 
 def technique(name, options):
@@ -103,7 +122,7 @@ def run(source, output, name, options, **how):
 def read_back(folder):
     model, info = class_of(read_config(folder)).from_pretrained(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    return model.eval()
+    return heed_caps(model.eval())
 
 
 def tensors(folder):
@@ -169,7 +188,7 @@ def test_neutral_options_change_no_logit(name, kind, tmp_path):
             parameter.view(-1)[::3] = -0.0  # a sum or a mean would make it 0.0
     source = save(model, tmp_path / "source", max_shard_size="40KB")
     outcome = run(source, tmp_path / "out", name, mixing.neutral(name, kind) if case.mixer else case.neutral)
-    assert outcome.plan.exact
+    assert outcome.plan.is_exact
     expected, found = logits(model), logits(read_back(tmp_path / "out"))
     assert expected.std() > 0.1
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -186,20 +205,23 @@ def test_a_conversion_that_changes_something_changes_what_it_should_and_no_other
     name, source, outcome = done
     config = outcome.plan.checkpoint.config
     family, checkpoint = config.family, outcome.plan.checkpoint
-    allowed = set() if CASES[name].mixer else {*family.per_kv_head, *(f"{part}.bias" for part in family.per_kv_head), *CASES[name].parts}
-    before, after = tensors(source), tensors(outcome.output)
+    allowed = set() if CASES[name].mixer or CASES[name].takes else {*family.per_kv_head, *(f"{part}.bias" for part in family.per_kv_head), *CASES[name].parts}
     if CASES[name].replaces:
         hold_what_stays(checkpoint, open_checkpoint(outcome.output), CASES[name].replaces)
         return
+    before, after, names = tensors(source), tensors(outcome.output), renamed(outcome.plan)
     new = {
         f"{checkpoint.layer_prefix(index)}{family.attention}.effconvert.{parameter}": shape
         for record, technique in techniques_of(outcome.plan.config)
         for index in record.layers
         for parameter, shape in technique.parameters(config).items()
     }
-    assert after.keys() == before.keys() | new.keys()
+    native = outcome.plan.config.family.base != family.base
+    added = {outcome.plan.models("meta")[-1].outer.place(part) for part in CASES[name].added} if native else set()
+    assert after.keys() == {*names.values()} | new.keys() | added
     assert {tensor: tuple(after[tensor].shape) for tensor in new} == new
-    for tensor, value in before.items():
+    after = {tensor: after[there] for tensor, there in names.items()}
+    for tensor, value in ((tensor, before[tensor]) for tensor in names):
         inside = tensor.removeprefix(checkpoint.prefix).removeprefix(f"{family.layers}.").partition(".")[2].rpartition(".")[0]
         suffix = ".bias" if tensor.endswith(".bias") else ""
         parts = {part + suffix for part in config.modules.get(inside, ())} if tensor not in checkpoint.outer else set()
@@ -209,6 +231,18 @@ def test_a_conversion_that_changes_something_changes_what_it_should_and_no_other
             assert bits(after[tensor].T) == bits(value), tensor
         else:
             assert bits(after[tensor]) == bits(value), tensor
+
+
+def renamed(plan):
+    """Map the name of each tensor of the source that is still there to what it is called in the converted model."""
+    checkpoint, config, names = plan.checkpoint, plan.config, {}
+    for index, stored in enumerate(checkpoint.layers):
+        for name in stored:
+            module, _, suffix = name.rpartition(".")
+            if (part := checkpoint.config.modules[module][0]) in config.parts.keys() - config.lacks(index):
+                names[checkpoint.layer_prefix(index) + name] = f"{plan.layer_prefix(index)}{config.parts[part]}.{suffix}"
+    outer = plan.models("meta")[-1].outer
+    return names | {name: outer.place(part_outside(name, checkpoint.prefix, checkpoint.config)) for name in checkpoint.outer}
 
 
 def hold_what_stays(before, after, gone):
@@ -236,13 +270,14 @@ def test_a_conversion_leaves_the_other_files_and_config_keys_alone(done):
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, outcome.output))
     changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     ours = {"model_type", "architectures", "auto_map", "effconvert", "layer_types"}
-    if after["model_type"] == before["model_type"] or CASES[name].mixer:
+    if after["model_type"] == before["model_type"] or name in TABLED:
         assert changed == set(CASES[name].keys)
     elif after["model_type"].startswith(KIND):
         assert changed == ours | set(CASES[name].keys)
     else:
         assert after["model_type"] == outcome.plan.config.kind
-        assert changed <= {"model_type", "architectures", *outcome.plan.config.family.constants, *outcome.plan.config.family.absent, *CASES[name].keys}
+        family = outcome.plan.config.family
+        assert changed <= {"model_type", "architectures", *family.constants, *family.absent, *CASES[name].keys, *CASES[name].native_keys}
 
 
 def test_what_was_planned_is_what_transformers_loads(done):
@@ -270,7 +305,7 @@ def test_the_report_holds_what_was_measured(done):
     if outcome.plan.config.family.decoder:
         assert not report.unmeasured
         assert report.before.quality.perplexity > 1
-        assert (report.after.quality.kl > 1e-3) == (not outcome.plan.exact)
+        assert (report.after.quality.kl > 1e-3) == (not outcome.plan.is_exact)
     manifest = json.loads((outcome.output / "effconvert.json").read_text())
     assert manifest["recipe"] == outcome.plan.recipe
     assert manifest["verified"]

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from effconvert.checkpoint.config import read_config
+from effconvert.checkpoint.reading import read_config
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError, OptionError
 from effconvert.options import RunOptions
@@ -70,4 +70,4 @@ def test_a_gpt_bigcode_is_refused(tmp_path):
 
 def test_the_numbers_that_suit_a_model_are_listed(tmp_path):
     config = read_config(save(tiny("llama", hidden_size=48, num_attention_heads=12, num_key_value_heads=2), tmp_path))
-    assert ExpandKv.suits(config) == "--groups 4, 6, 12"
+    assert ExpandKv.allowed_options(config) == "--groups 4, 6, 12"

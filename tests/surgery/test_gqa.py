@@ -6,7 +6,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from effconvert.checkpoint.config import read_config
+from effconvert.checkpoint.reading import read_config
 from effconvert.convert.run import convert
 from effconvert.errors import OptionError
 from effconvert.options import RunOptions
@@ -201,7 +201,7 @@ def test_groups_that_do_not_fit_the_model_are_refused_with_those_that_do(groups,
 
 def test_the_groups_that_suit_a_model_are_listed(tmp_path):
     six = save(tiny("llama", hidden_size=48, num_attention_heads=6, num_key_value_heads=6), tmp_path / "six")
-    assert Gqa.suits(read_config(six)) == "--groups 1, 2, 3, 6"
-    assert Gqa.suits(read_config(save(tiny("gpt2"), tmp_path / "gpt2"))) == "--groups 1, 2, 4"
-    assert Gqa.suits(read_config(save(tiny("bert"), tmp_path / "bert"))) == "--groups 1, 2, 4"
-    assert Gqa.suits(read_config(save(tiny("gpt_bigcode"), tmp_path / "bigcode"))) == "--groups 1"
+    assert Gqa.allowed_options(read_config(six)) == "--groups 1, 2, 3, 6"
+    assert Gqa.allowed_options(read_config(save(tiny("gpt2"), tmp_path / "gpt2"))) == "--groups 1, 2, 4"
+    assert Gqa.allowed_options(read_config(save(tiny("bert"), tmp_path / "bert"))) == "--groups 1, 2, 4"
+    assert Gqa.allowed_options(read_config(save(tiny("gpt_bigcode"), tmp_path / "bigcode"))) == "--groups 1"

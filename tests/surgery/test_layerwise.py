@@ -1,22 +1,21 @@
 """A technique that can be confined to some of the layers."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
-import effconvert.steps
-import effconvert.surgery
 from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.convert.run import convert
 from effconvert.errors import OptionError
 from effconvert.options import RunOptions
 from effconvert.recipe import step
-from effconvert.surgery._surgery import Layerwise
 from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.attention.mqa import Mqa
+from effconvert.surgery.mixing.streaming import Streaming
 from tests.models import save, tiny
 
 LAYERS = 6
@@ -29,10 +28,10 @@ class Third(Layerwise):
     """Divide keys, values and what goes up by three."""
 
     @classmethod
-    def suits(cls, config):
+    def allowed_options(cls, config):
         return "any layers"
 
-    def exact(self, config):
+    def is_exact(self, config):
         return False
 
     def config(self, config):
@@ -42,16 +41,6 @@ class Third(Layerwise):
         for part in (*layer.per_kv_head, "up"):
             layer[part] = layer[part] / 3
 '''
-
-
-def file_of_its_own(folder, monkeypatch):
-    """Put the technique `third` into a file beside those that there are, and return its class."""
-    folder.mkdir()
-    (folder / "third.py").write_text(FILE)
-    monkeypatch.setattr(effconvert.surgery, "__path__", [*effconvert.surgery.__path__, str(folder)])
-    monkeypatch.delitem(sys.modules, "effconvert.surgery.third", raising=False)
-    monkeypatch.delattr(effconvert.surgery, "third", raising=False)
-    return effconvert.steps.load("third")
 
 
 def _third():
@@ -140,38 +129,21 @@ def test_layers_that_are_not_there_are_refused(layers, source, tmp_path):
 def test_what_names_no_layers_is_refused_by_its_value(layers):
     with pytest.raises(OptionError, match=r"^--layers is "):
         Third(layers=layers)
-    with pytest.raises(OptionError, match=r"^a recipe \(third\): --layers is ") as caught:
-        raise_in_a_recipe(layers)
+    with pytest.raises(OptionError, match=r"^a step \(streaming\): --layers is ") as caught:
+        step({"streaming": {"window": 6, "layers": layers}}, "a step")
     assert len(str(caught.value).splitlines()) == 1
 
 
-def raise_in_a_recipe(layers):
-    """Read a step of a technique that is in no catalogue."""
-    from effconvert.recipe import _make, _spelt
-
-    _make(Third, _spelt({"layers": layers}, Third, "a recipe (third)"), "a recipe (third)")
+def test_a_whole_number_in_yaml_is_a_layer():
+    for text, layers in (("3", "3"), ("-1", "-1"), ("0-3", "0-3"), ("'0,2'", "0,2"), ("null", None)):
+        assert step(yaml.safe_load(f"streaming: {{window: 6, layers: {text}}}"), "a step") == Streaming(window=6, layers=layers)
 
 
-def test_a_whole_number_in_yaml_is_a_layer(tmp_path, monkeypatch):
-    import yaml
-
-    kind = file_of_its_own(tmp_path / "techniques", monkeypatch)
-    for text, layers in (
-        ("third: {layers: 3}", "3"),
-        ("third: {layers: -1}", "-1"),
-        ("third: {layers: 0-3}", "0-3"),
-        ("third: {layers: '0,2'}", "0,2"),
-        ("third", None),
-    ):
-        assert step(yaml.safe_load(text), "step 1") == kind(layers=layers)
-
-
-def test_layers_survive_being_written_down_and_read_again(tmp_path, monkeypatch):
-    kind = file_of_its_own(tmp_path / "techniques", monkeypatch)
+def test_layers_survive_being_written_down_and_read_again():
     for layers in (None, "0-3", "-1", 2):
-        made = kind(layers=layers)
-        assert step(made.recipe, "step 1") == made
-    assert kind(layers="1").recipe == {"third": {"layers": "1"}}
+        made = Streaming(window=6, layers=layers)
+        assert step(made.recipe, "a step") == made
+    assert Streaming(window=6, layers="1").recipe["streaming"]["layers"] == "1"
 
 
 @pytest.mark.parametrize("kind", [Gqa, Mqa])
@@ -181,19 +153,23 @@ def test_a_technique_for_all_layers_says_why_it_takes_no_layers(kind):
         kind(**options, layers="0-1")
 
 
-def test_the_command_of_such_a_technique_has_layers_as_an_option(tmp_path, monkeypatch, command, source):
-    file_of_its_own(tmp_path / "techniques", monkeypatch)
-    assert "--layers" in command("third", "--help").stdout
-    result = command("third", source, "--layers", "-1", "-o", "out", "--no-verify")
-    assert result.exit_code == 0, result.output or repr(result.exception)
-    assert "third --layers -1" in result.stdout
+def test_one_file_is_a_command_and_a_step_of_recipes(source, with_technique):
+    run = with_technique("third", FILE)
+    assert "third             Divide keys, values and what goes up by three." in " ".join(run("--help").stdout.split("\n"))
+    assert "--layers LAYERS" in run("third", "--help").stdout
+    done = run("third", source, "--layers", "-1", "-o", "out", "--no-verify")
+    assert done.returncode == 0, done.stderr
+    assert "third --layers -1" in done.stdout
     before, after = (load_file(folder / "model.safetensors") for folder in (source, Path("out")))
     assert {name.split(".")[2] for name in before if not torch.equal(before[name], after[name])} == {"5"}
-    refused = command("third", source, "--layers", "6", "-o", "other")
-    assert (refused.exit_code, Path("other").exists()) == (2, False)
+    again = run("run", "out/effconvert.yaml", "--model", source, "-o", "again")
+    assert again.returncode == 0, again.stderr
+    assert Path("again/model.safetensors").read_bytes() == Path("out/model.safetensors").read_bytes()
+    refused = run("third", source, "--layers", "6", "-o", "other")
+    assert (refused.returncode, Path("other").exists()) == (2, False)
 
 
-def test_layers_are_a_class_of_options_and_frozen():
-    assert issubclass(Third, Layerwise)
-    with pytest.raises(Exception, match="frozen"):
+def test_layers_are_an_option_like_others_and_frozen():
+    assert "layers" in Third.model_fields
+    with pytest.raises(ValidationError, match="frozen"):
         Third(layers="1").layers = "2"

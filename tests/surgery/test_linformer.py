@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from effconvert.errors import ModelError, OptionError
-from effconvert.heal._layerwise import Look
+from effconvert.heal._layerwise import Capture
 from effconvert.surgery.mixing._call import Call
 from effconvert.surgery.mixing.linformer import Linformer, attended, columns
 from tests.surgery.rows import GROUPS, HEADS, WIDTH, random
@@ -66,13 +66,13 @@ def test_mixing_is_the_papers(share):
 @pytest.mark.parametrize("tokens", [1, 7, LONGEST])
 def test_as_many_mixtures_as_tokens_are_softmax(share, tokens):
     technique = Linformer(rank=LONGEST, share=share)
-    assert technique.exact(GROUPED)
+    assert technique.is_exact(GROUPED)
     assert torch.allclose(mixed(technique.begin(GROUPED, 0), *rows(tokens)), softmax(*rows(tokens)), atol=EXACT)
 
 
 def test_fewer_mixtures_are_not():
     technique = Linformer(rank=LONGEST - 1)
-    assert not technique.exact(GROUPED)
+    assert not technique.is_exact(GROUPED)
     assert (mixed(technique.begin(GROUPED, 0), *rows()) - softmax(*rows())).abs().max() > 1e-2
 
 
@@ -197,26 +197,26 @@ def test_where_no_key_is_alive_all_are_seen():
 # Fitting F
 
 
-def looks(planted, tokens=LONGEST):
+def looks(planted, tokens=LONGEST, scaling=WIDTH**-0.5):
     """What is seen of a layer whose attention is exactly that to the mixtures of the means, times matrices [Hk or 1, K, T] that are to be found."""
     means = Linformer(rank=RANK).begin(GROUPED, 0)["key_map"]
     made, alive = columns(means, torch.ones(2, tokens, dtype=torch.bool))
     for at in range(8):
         query, key = (3 * random(2, heads, tokens, WIDTH, seed=2 * at + place) for place, heads in enumerate((HEADS, GROUPS)))
-        scores = query.unflatten(1, (GROUPS, -1)) @ (made @ key)[:, :, None].mT * WIDTH**-0.5
+        scores = query.unflatten(1, (GROUPS, -1)) @ (made @ key)[:, :, None].mT * scaling
         few = scores.masked_fill(~alive[:, :, None, None], -torch.inf).softmax(-1)  # [B, Hk, R, T, K]
-        yield Look(torch.zeros(2, tokens, 1), query=query, key=key, weights=(few @ planted[:, None]).flatten(1, 2))
+        yield Capture(torch.zeros(2, tokens, 1), query=query, key=key, scaling=scaling, weights=(few @ planted[:, None]).flatten(1, 2))
 
 
-def fitted(technique, planted, tokens=LONGEST):
-    walk = SimpleNamespace(look=lambda *_, **__: looks(planted, tokens), ids=[torch.zeros(2, tokens)])
-    return technique.fit(SimpleNamespace(config=GROUPED, index=0, walk=walk), technique.begin(GROUPED, 0))
+def fitted(technique, planted, tokens=LONGEST, **given):
+    activations = SimpleNamespace(capture=lambda *_, **__: looks(planted, tokens, **given), ids=[torch.zeros(2, tokens)])
+    return technique.fit(SimpleNamespace(config=GROUPED, index=0, activations=activations), technique.begin(GROUPED, 0))
 
 
 @pytest.mark.parametrize(("share", "units"), [("none", GROUPS), ("headwise", 1)])
 def test_the_matrix_that_gives_the_attention_is_found(share, units):
     technique = Linformer(rank=RANK, share=share, projections="data")
-    assert technique.looks(GROUPED)
+    assert technique.needs_calibration(GROUPED)
     planted, begun = random(units, RANK, LONGEST).softmax(-1), technique.begin(GROUPED, 0)
     found = fitted(technique, planted)
     assert torch.equal(found["key_map"], begun["key_map"])
@@ -224,12 +224,18 @@ def test_the_matrix_that_gives_the_attention_is_found(share, units):
     assert (found["value_map"] - planted).norm() < 1e-3 * (begun["value_map"] - planted).norm()
 
 
+def test_scores_are_scaled_as_the_layer_scales_them():
+    technique, planted = Linformer(rank=RANK), random(1, RANK, LONGEST).softmax(-1)
+    begun = technique.begin(GROUPED, 0)["value_map"]
+    assert (fitted(technique, planted, scaling=0.1)["value_map"] - planted).norm() < 1e-3 * (begun - planted).norm()
+
+
 def test_one_matrix_for_all_heads_is_the_ridge_regression_on_all_of_them():
     """In float64, of attention that no single matrix gives; with all windows the same, those held out want the weakest ridge, of 1e-5."""
     planted = random(GROUPS, RANK, LONGEST).softmax(-1)
     look = next(looks(planted))
-    look = Look(look.state[:1], query=look.query[:1], key=look.key[:1], weights=look.weights[:1])
-    layer = SimpleNamespace(config=GROUPED, index=0, walk=SimpleNamespace(look=lambda *_, **__: iter([look] * 8), ids=[torch.zeros(1, LONGEST)]))
+    look = Capture(look.state[:1], query=look.query[:1], key=look.key[:1], scaling=look.scaling, weights=look.weights[:1])
+    layer = SimpleNamespace(config=GROUPED, index=0, activations=SimpleNamespace(capture=lambda *_, **__: iter([look] * 8), ids=[torch.zeros(1, LONGEST)]))
     technique = Linformer(rank=RANK, projections="data")
     found = technique.fit(layer, technique.begin(GROUPED, 0))["value_map"][0]
     means = technique.begin(GROUPED, 0)["key_map"][0].double()
@@ -252,13 +258,13 @@ def test_long_and_short_texts_are_fitted_together():
     technique, planted = Linformer(rank=RANK, projections="data"), random(1, RANK, LONGEST).softmax(-1)
     short = planted.clone()[..., :8]
     both = [look for pair in zip(looks(planted), looks(short, 8), strict=True) for look in pair]
-    walk = SimpleNamespace(look=lambda *_, **__: iter(both), ids=[torch.zeros(2, LONGEST), torch.zeros(2, 8)])
+    activations = SimpleNamespace(capture=lambda *_, **__: iter(both), ids=[torch.zeros(2, LONGEST), torch.zeros(2, 8)])
     begun = technique.begin(GROUPED, 0)
-    found = technique.fit(SimpleNamespace(config=GROUPED, index=0, walk=walk), begun)["value_map"]
+    found = technique.fit(SimpleNamespace(config=GROUPED, index=0, activations=activations), begun)["value_map"]
     assert (found - planted).norm() < 1e-3 * (begun["value_map"] - planted).norm()
     wrong = [look for pair in zip(looks(planted), looks(planted[..., 8:16], 8), strict=True) for look in pair]  # of other matrices on short texts
-    walk = SimpleNamespace(look=lambda *_, **__: iter(wrong), ids=[torch.zeros(2, LONGEST), torch.zeros(2, 8)])
-    other = technique.fit(SimpleNamespace(config=GROUPED, index=0, walk=walk), begun)["value_map"]
+    activations = SimpleNamespace(capture=lambda *_, **__: iter(wrong), ids=[torch.zeros(2, LONGEST), torch.zeros(2, 8)])
+    other = technique.fit(SimpleNamespace(config=GROUPED, index=0, activations=activations), begun)["value_map"]
     assert torch.equal(other[..., 8:], found[..., 8:])
     assert not torch.allclose(other[..., :8], found[..., :8], atol=1e-2)
 
@@ -269,20 +275,20 @@ def test_a_text_that_ends_within_a_segment_is_fitted_as_it_will_be_mixed(tokens)
     technique, planted = Linformer(rank=RANK), random(1, RANK, LONGEST).softmax(-1)
     short = columns(planted, torch.ones(1, tokens, dtype=torch.bool))[0][0]
     both = [look for pair in zip(looks(planted), looks(short, tokens), strict=True) for look in pair]
-    walk = SimpleNamespace(look=lambda *_, **__: iter(both), ids=[torch.zeros(2, LONGEST), torch.zeros(2, tokens)])
+    activations = SimpleNamespace(capture=lambda *_, **__: iter(both), ids=[torch.zeros(2, LONGEST), torch.zeros(2, tokens)])
     begun = technique.begin(GROUPED, 0)
-    found = technique.fit(SimpleNamespace(config=GROUPED, index=0, walk=walk), begun)["value_map"]
+    found = technique.fit(SimpleNamespace(config=GROUPED, index=0, activations=activations), begun)["value_map"]
     assert (found - planted).norm() < 1e-3 * (begun["value_map"] - planted).norm()
 
 
 def test_too_few_texts_to_hold_one_out_leave_the_means():
     planted = random(1, RANK, LONGEST).softmax(-1)
     look = next(looks(planted))
-    one = Look(look.state[:1], query=look.query[:1], key=look.key[:1], weights=look.weights[:1])
-    walk = SimpleNamespace(look=lambda *_, **__: iter([one]), ids=[torch.zeros(1, LONGEST)])
+    one = Capture(look.state[:1], query=look.query[:1], key=look.key[:1], scaling=look.scaling, weights=look.weights[:1])
+    activations = SimpleNamespace(capture=lambda *_, **__: iter([one]), ids=[torch.zeros(1, LONGEST)])
     technique = Linformer(rank=RANK)
     begun = technique.begin(GROUPED, 0)
-    assert torch.equal(technique.fit(SimpleNamespace(config=GROUPED, index=0, walk=walk), begun)["value_map"], begun["value_map"])
+    assert torch.equal(technique.fit(SimpleNamespace(config=GROUPED, index=0, activations=activations), begun)["value_map"], begun["value_map"])
 
 
 def test_what_windows_are_too_short_for_stays_means():
@@ -295,11 +301,11 @@ def test_what_windows_are_too_short_for_stays_means():
 
 
 def test_nothing_is_looked_at_where_nothing_is_fitted():
-    assert Linformer(rank=RANK).looks(GROUPED)
-    assert not Linformer(rank=RANK, projections="means").looks(GROUPED)
-    assert not Linformer(rank=RANK, share="key-value").looks(GROUPED)  # its one matrix is that of the keys too
-    assert not Linformer(rank=LONGEST, projections="data").looks(GROUPED)
-    assert Linformer(rank=LONGEST, projections="data").exact(GROUPED)
+    assert Linformer(rank=RANK).needs_calibration(GROUPED)
+    assert not Linformer(rank=RANK, projections="means").needs_calibration(GROUPED)
+    assert not Linformer(rank=RANK, share="key-value").needs_calibration(GROUPED)  # its one matrix is that of the keys too
+    assert not Linformer(rank=LONGEST, projections="data").needs_calibration(GROUPED)
+    assert Linformer(rank=LONGEST, projections="data").is_exact(GROUPED)
 
 
 # Refusals
@@ -345,5 +351,5 @@ def test_layers_with_a_window_are_left_alone(keys, local):
 
 
 def test_rotated_keys_are_remarked_on():
-    assert "after RoPE" in Linformer(rank=4).remark(config("modernbert"))
-    assert Linformer(rank=4).remark(config()) == ""
+    assert "after RoPE" in Linformer(rank=4).notes(config("modernbert"))
+    assert Linformer(rank=4).notes(config()) == ""

@@ -61,7 +61,7 @@ def mixed(technique, weights, query, key, value, sizes=None, softcap=None, chang
     for size in sizes:
         part = call.part(at, at + size)
         state.update(part.key, part.value)
-        made.append(technique.mix(weights, Call(**{**vars(part), "state": state, "later": 0})))
+        made.append(technique.mix(weights, Call(**{**vars(part), "state": state, "pending": 0})))
         change(state)
         at += size
     assert at == key.shape[2]
@@ -141,14 +141,14 @@ def test_scores_are_capped_before_mixtures_get_their_weight():
 @pytest.mark.parametrize("count", [1, 5, TEXT])
 def test_as_many_mixtures_as_tokens_are_softmax(share, count):
     technique = LinformerCausal(block=5, rank=5, sinks=2, share=share)
-    assert technique.exact(config("llama"))
+    assert technique.is_exact(config("llama"))
     for sizes in (None, [1] * count):  # sinks are seen once, not in a mixture too
         assert torch.allclose(mixed(technique, technique.begin(config("llama"), 0), *rows(count), sizes), softmax(*rows(count)), atol=EXACT)
 
 
 def test_fewer_are_not():
     technique = LinformerCausal(block=5, rank=4)
-    assert not technique.exact(config("llama"))
+    assert not technique.is_exact(config("llama"))
     assert (mixed(technique, technique.begin(config("llama"), 0), *rows()) - softmax(*rows())).abs().max() > 1e-2
 
 
@@ -207,7 +207,7 @@ def test_a_state_with_room_for_blocks_that_are_not_there_is_as_good():
         for at in range(empty + TEXT):
             part = whole.part(at, at + 1)
             state.update(part.key, part.value)
-            made.append(technique.mix(weights, Call(**{**vars(part), "state": state, "later": 0})))
+            made.append(technique.mix(weights, Call(**{**vars(part), "state": state, "pending": 0})))
         assert torch.allclose(torch.cat(made, 2)[:, :, empty:], expected, atol=EXACT)
 
 
@@ -371,6 +371,6 @@ def test_layers_with_a_window_are_left_alone():
 
 
 def test_rotated_keys_are_remarked_on_where_they_are_mixed():
-    assert "after RoPE" in LinformerCausal(rank=4).remark(config("llama"))
-    assert LinformerCausal(block=4, rank=4).remark(config("llama")) == ""
-    assert LinformerCausal(rank=4).remark(config("gpt2")) == ""
+    assert "after RoPE" in LinformerCausal(rank=4).notes(config("llama"))
+    assert LinformerCausal(block=4, rank=4).notes(config("llama")) == ""
+    assert LinformerCausal(rank=4).notes(config("gpt2")) == ""

@@ -51,13 +51,13 @@ def test_mixing_is_the_papers():
 @pytest.mark.parametrize("tokens", [1, 5, 20, LONGEST])
 def test_with_every_token_a_landmark_and_an_exact_inverse_it_is_softmax(tokens):
     technique = Nystrom(landmarks=LONGEST, iterations=0)
-    assert technique.exact(config())
+    assert technique.is_exact(config())
     assert torch.allclose(mixed(technique, *rows(tokens)).float(), softmax(*rows(tokens)), atol=EXACT)
 
 
 def test_the_papers_six_steps_are_not_exact_and_many_are():
-    assert not Nystrom(landmarks=LONGEST).exact(config())
-    assert not Nystrom(landmarks=LONGEST - 1, iterations=0).exact(config())
+    assert not Nystrom(landmarks=LONGEST).is_exact(config())
+    assert not Nystrom(landmarks=LONGEST - 1, iterations=0).is_exact(config())
     given = [tensor.double() for tensor in rows()]  # in float32 the inverse magnifies what is rounded to 1e-3
     wrong = {steps: (mixed(Nystrom(landmarks=LONGEST, iterations=steps), *given) - softmax(*given)).norm() / softmax(*given).norm() for steps in (6, 24)}
     assert wrong[6] > 1e-3
@@ -180,5 +180,5 @@ def test_decoders_are_refused_with_what_fits_them():
 def test_layers_with_a_window_are_left_alone():
     own = config("modernbert", local_attention=8)
     assert Nystrom(landmarks=4).chosen(own) == {0, 3}
-    assert "after RoPE" in Nystrom(landmarks=4).remark(own)
-    assert Nystrom(landmarks=4).remark(config()) == ""
+    assert "after RoPE" in Nystrom(landmarks=4).notes(own)
+    assert Nystrom(landmarks=4).notes(config()) == ""

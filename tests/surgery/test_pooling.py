@@ -8,19 +8,20 @@ import torch
 import transformers
 
 from effconvert.checkpoint.checkpoint import open_checkpoint
-from effconvert.checkpoint.config import Config, read_config
+from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.families import FAMILIES
+from effconvert.checkpoint.reading import read_config
 from effconvert.convert.plan import plan
 from effconvert.convert.run import convert
 from effconvert.heal._activations import Activations
-from effconvert.heal._layerwise import Stage
+from effconvert.heal._layerwise import LayerRunner
 from effconvert.options import RunOptions
-from effconvert.surgery.attention._heads import Heads, gather
+from effconvert.surgery.attention._heads import Heads, read_heads
 from effconvert.surgery.attention._pooling import align, order, pca_values, pool
 from effconvert.surgery.attention.expand_kv import ExpandKv
 from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.attention.mqa import Mqa
-from tests.models import GROUPING, SETTINGS, alike, characters, hide, logits, orthogonal, save, tiny, turn
+from tests.models import ATTENDING, GROUPING, SETTINGS, alike, characters, hide, logits, orthogonal, save, tiny, turn
 
 HIDDEN, HEADS, KV, WIDTH = 20, 8, 4, 6
 ROTARY = [(6, "halves"), (6, "interleaved"), (4, "halves"), (4, "interleaved"), (0, "")]  # of WIDTH dimensions, in pairs so
@@ -90,11 +91,11 @@ def root(second):
 
 
 def value_error(before, after):
-    return float(torch.linalg.norm((outputs(after) - outputs(before)) @ root(before.second)) ** 2)
+    return float(torch.linalg.norm((outputs(after) - outputs(before)) @ root(before.moment)) ** 2)
 
 
 def key_error(before, after):
-    weight = root(before.second).to(torch.complex128)
+    weight = root(before.moment).to(torch.complex128)
     pairs = zip(score_forms(after), score_forms(before), strict=True)
     return float(sum(torch.linalg.norm(weight @ (one - other) @ weight) ** 2 for one, other in pairs))
 
@@ -158,7 +159,7 @@ def test_putting_heads_in_another_order_changes_nothing_but_the_order(rotary, la
 @pytest.mark.parametrize("groups", [1, 2])
 def test_pca_loses_as_little_as_can_be_lost(rotary, layout, groups):
     before = heads(rotary, layout)
-    after, weight = pool(before, groups, "pca"), root(before.second)
+    after, weight = pool(before, groups, "pca"), root(before.moment)
     assert value_error(before, after) == pytest.approx(least([outputs(before) @ weight], groups, [WIDTH]), rel=1e-4)
     forms = [weight.to(torch.complex128) @ form @ weight.to(torch.complex128) for form in score_forms(before)]
     ranks = [1] * (rotary // 2) + [WIDTH - rotary] * (rotary < WIDTH)
@@ -289,7 +290,7 @@ def test_copies_that_lie_apart_are_found_for_a_plain_mean_too(tmp_path):
 @pytest.mark.parametrize("surgery", [Gqa(groups=4), Gqa(groups=4, grouping="similar"), Gqa(groups=4, pool="aligned"), Gqa(groups=2, pool="mean")])
 def test_what_needs_no_text_asks_for_none(surgery, tmp_path):
     source = save(tiny("llama"), tmp_path / "source")  # it has no tokenizer
-    assert not surgery.looks(read_config(source))
+    assert not surgery.needs_calibration(read_config(source))
     convert(str(source), (surgery,), RunOptions(output=tmp_path / "out", verify=False))
     same = (tmp_path / "out" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
     assert same == (surgery.groups == 4)
@@ -307,9 +308,9 @@ def test_what_is_weighed_is_the_mean_square_of_what_the_projections_read(kind, t
     biased = model.config.to_dict().get("attention_bias", False)
     states = torch.cat([read[0], torch.ones(len(read[0]), biased)], 1)
     outer = [model.outer for model in planned.models("cpu")]
-    walk = Activations(planned.checkpoint, planned.teacher, outer, ids.split(2))
-    found = gather(planned.models("cpu", walk)[-1].layers[0])
-    assert close(found.second, states.T @ states / len(states), 1e-5)
+    activations = Activations(planned.checkpoint, planned.teacher, outer, ids.split(2))
+    found = read_heads(planned.models("cpu", activations)[-1].layers[0])
+    assert close(found.moment, states.T @ states / len(states), 1e-5)
     projected = torch.einsum("hdm,nm->nhd", found.q, states).flatten(1)
     assert close(projected, model.model.layers[0].self_attn.q_proj(read[0].float()).double(), 1e-5)
 
@@ -317,21 +318,22 @@ def test_what_is_weighed_is_the_mean_square_of_what_the_projections_read(kind, t
 @pytest.mark.parametrize("kind", GROUPING)
 def test_models_with_normed_queries_get_a_sentence(kind):
     config = Config({**SETTINGS[kind], "model_type": kind}, FAMILIES[kind])
-    assert bool(Gqa(groups=2).remark(config)) == (kind in ("qwen3", "gemma3_text", "olmo2"))
-    assert not Gqa(groups=2, pool="mean").remark(config)
-    assert not Gqa(groups=4).remark(config)
+    assert bool(Gqa(groups=2).notes(config)) == ("q_norm" in FAMILIES[kind].parts)
+    assert not Gqa(groups=2, pool="mean").notes(config)
+    assert not Gqa(groups=4).notes(config)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", ATTENDING)
 @torch.inference_mode()
 def test_the_dimensions_that_a_family_turns_are_those_of_its_row(kind, tmp_path):
     model = tiny(kind, **({"rotary_pct": 0.5} if kind == "gpt_neox" else {}))  # two pairs at least, or the layouts are the same
     config = read_config(save(model, tmp_path / "source"))
     base, family = model.base_model, config.family
     ids = torch.full((1, 48), 7)  # one token, so that in the first layer only positions differ
-    stage = Stage(config, base.state_dict(), [ids], torch.device("cpu"))
+    outside = {name: tensor for name, tensor in base.state_dict().items() if not name.startswith(f"{family.layers}.")}
+    runner = LayerRunner(config, outside, [ids], torch.device("cpu"))
     layer = base.get_submodule(family.layers)[0]
-    [look] = stage.run(0, layer.state_dict(), stage.begin(), ("q",))
+    [look] = runner.run(0, layer.state_dict(), runner.begin(), ("q",))
     query = look.query[0]  # [H, T, D]
     if config.normed:  # before RoPE the query of the first position, which is turned by nothing
         plain = query[:, :1].expand_as(query)

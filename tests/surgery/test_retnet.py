@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.families import FAMILIES
 from effconvert.errors import ModelError, OptionError
-from effconvert.heal._layerwise import Look
+from effconvert.heal._layerwise import Capture
 from effconvert.kernels.linear_attention import linear_attention
 from effconvert.modeling.attention import Mixer
 from effconvert.modeling.state import State
@@ -202,14 +202,16 @@ def test_near_distances_count_by_what_they_get():
 
 
 def layer(*batches):
-    """A layer whose walk sees these weights, and outputs of size 1, 2, 3 and 4."""
+    """A layer whose activations show these weights, and outputs of size 1, 2, 3 and 4."""
     looks = [
-        Look(torch.zeros(len(weights), weights.shape[-1], HIDDEN), inputs={"o": torch.arange(1.0, 5).repeat_interleave(WIDTH).expand(*weights.shape[::3], -1)})
+        Capture(
+            torch.zeros(len(weights), weights.shape[-1], HIDDEN), inputs={"o": torch.arange(1.0, 5).repeat_interleave(WIDTH).expand(*weights.shape[::3], -1)}
+        )
         for weights in batches
     ]
     for look, weights in zip(looks, batches, strict=True):
         look.weights = weights
-    return SimpleNamespace(config=config(), index=0, walk=SimpleNamespace(look=lambda *_, **__: iter(looks)))
+    return SimpleNamespace(config=config(), index=0, activations=SimpleNamespace(capture=lambda *_, **__: iter(looks)))
 
 
 def test_fit_takes_decays_and_sizes_from_all_batches():

@@ -20,6 +20,7 @@ from effconvert.progress import Advance
 
 SHARE = 0.15  # of the tokens are masked, as in BERT's training (Devlin et al. 2019, arXiv 1810.04805, section 3.1), here always by [MASK]
 BATCH = 32  # sentences at a time
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 @dataclass(frozen=True)
@@ -140,25 +141,28 @@ def _pair(row: Any) -> tuple[str, str, float]:
 @torch.inference_mode()
 def closeness(model: Any, tokenizer: Any, pairs: Pairs, pooling: str, longest: int | None, advance: Advance) -> Measured:
     """Rank-correlate (Spearman) the cosine of two sentences' embeddings with the pairs' scores."""
-    first, second = (_embed(model, tokenizer, sentences, pooling, longest, advance) for sentences in (pairs.first, pairs.second))  # [N, M] each
+    first, second = (embed(model, tokenizer, sentences, pooling, longest, advance) for sentences in (pairs.first, pairs.second))  # [N, M] each
     close = cosine_similarity(first, second, dim=-1).tolist()
     items = list(zip(close, pairs.scores, strict=True))
     return Measured((make("pairs", "spearman", "spearman", items, [str(index) for index in range(len(items))], "higher", chance=0.0),))
 
 
-def _embed(model: Any, tokenizer: Any, sentences: Sequence[str], pooling: str, longest: int | None, advance: Advance) -> Tensor:
+@torch.inference_mode()
+def embed(model: Any, tokenizer: Any, sentences: Sequence[str], pooling: str, longest: int | None, advance: Advance) -> Tensor:
+    """Return a vector of each sentence, [N, M]: the mean of its states, or the first of them (`cls`)."""
     encoder = getattr(model, model.base_model_prefix, model)  # below a head, if there is one
-    made: list[Tensor] = []
-    for at in range(0, len(sentences), BATCH):
-        batch = list(sentences[at : at + BATCH])
-        inputs = tokenizer(batch, padding=True, truncation=True, max_length=min(longest or 512, 512), return_tensors="pt").to(model.device)
-        found = encoder(**{name: inputs[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in inputs})
-        states = found.last_hidden_state.double()  # [N, T, M]
-        _finite(states)
-        kept = inputs["attention_mask"][..., None]
-        made.append(states[:, 0] if pooling == "cls" else (states * kept).sum(1) / kept.sum(1))
-        advance(len(batch))
-    return torch.cat(made)
+    inputs = tokenizer(list(sentences), truncation=True, max_length=min(longest or 512, 512))
+    lengths = [len(ids) for ids in inputs["input_ids"]]
+    made: dict[int, Tensor] = {}
+    for length in sorted(set(lengths)):  # only texts of one length together: not every class takes notice of padding
+        alike = [index for index, other in enumerate(lengths) if other == length]
+        for batch in (alike[at : at + BATCH] for at in range(0, len(alike), BATCH)):
+            given = {name: torch.tensor([inputs[name][index] for index in batch], device=model.device) for name in INPUTS if name in inputs}
+            states = encoder(**given).last_hidden_state.double()  # [N, T, M]
+            _finite(states)
+            made |= dict(zip(batch, states[:, 0] if pooling == "cls" else states.mean(1), strict=True))
+            advance(len(batch))
+    return torch.stack([made[index] for index in range(len(sentences))])
 
 
 def pooling_of(folder: Path) -> str:

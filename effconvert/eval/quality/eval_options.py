@@ -1,12 +1,11 @@
 """What `effconvert eval` can be asked for. Its words are lm-eval's where lm-eval has one."""
 
 import json
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
-from effconvert.options import CONTEXT, TEXT, TOKENS, Listed, Names, Options
+from effconvert.options import CONTEXT, TEXT, TOKENS, HomePath, Listed, Names, Options
 from effconvert.paths import expand
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -26,7 +25,7 @@ class EvalOptions(Options):
     """What is measured, on what, and how."""
 
     tasks: Names = Field((), description="Tasks, groups or tags of lm-eval, with commas between.", json_schema_extra={"metavar": "TASK,…"})
-    include_path: Path | None = Field(None, description="Folder with task files of your own.", json_schema_extra={"metavar": "DIR"})
+    include_path: HomePath | None = Field(None, description="Folder with task files of your own.", json_schema_extra={"metavar": "DIR"})
     num_fewshot: int | None = Field(None, ge=0, description="Examples before each question. Default: the task's own number.")
     limit: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="Only the first N documents of each task, or a fraction below 1.", json_schema_extra={"metavar": "N"}
@@ -39,21 +38,21 @@ class EvalOptions(Options):
         "auto", description="Sequences at a time; auto: as many as fit on an accelerator, 1 on a CPU.", json_schema_extra={"metavar": "N|auto"}
     )
     max_length: int | None = Field(None, ge=2, description="Longest input of a task in tokens. Default: what all of the models can read.")
-    text: Path | None = TEXT
+    text: HomePath | None = TEXT
     tokens: int = TOKENS
     context: int = CONTEXT
     generation: bool = Field(True, description="Have the models write, and look for loops.")
     passkey: Annotated[tuple[Annotated[int, Field(ge=64)], ...], Listed] = Field(
         (256, 1024), description="Lengths in tokens at which to hide a passkey and ask for it.", json_schema_extra={"metavar": "N,…"}
     )
-    pairs: Path | None = Field(
+    pairs: HomePath | None = Field(
         None, description="For encoders: sentence pairs with scores, .jsonl or .csv with sentence1, sentence2, score.", json_schema_extra={"metavar": "FILE"}
     )
     device: str | None = Field(None, description="Where to compute. Default: this machine's accelerator, or cpu.")
     dtype: Dtype = Field("auto", description="What to compute in; auto: the type of each model's weights.")
     confirm_run_unsafe_code: bool = Field(False, description="Run tasks that execute what a model writes.")
     cache: bool = Field(True, description="Take what was measured before from the cache; otherwise measure again.")
-    output: Path | None = Field(None, description="Write the results to this JSON file.", json_schema_extra={"short": "-o", "metavar": "FILE"})
+    output: HomePath | None = Field(None, description="Write the results to this JSON file.", json_schema_extra={"short": "-o", "metavar": "FILE"})
 
     @model_validator(mode="after")
     def _one_choice(self) -> "EvalOptions":

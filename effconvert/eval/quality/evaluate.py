@@ -21,9 +21,10 @@ from effconvert.eval.quality.store import Measured, Store
 from effconvert.eval.quality.text import Text, default_text, read_text
 from effconvert.eval.results import Evaluation
 from effconvert.eval.subject import open_model, pick_device
-from effconvert.modeling.loading import has_tokenizer, quiet
+from effconvert.modeling.loading import has_tokenizer
 from effconvert.paths import expand
 from effconvert.progress import Silent, Watcher
+from effconvert.quiet import quiet_transformers
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def evaluate(models: Sequence[str], options: EvalOptions, watcher: Watcher | Non
         EffconvertError: memory, disk or network failed; what was measured until then is kept, and the same call goes on from there.
     """
     watcher = watcher or Silent()
-    with TemporaryDirectory(prefix="effconvert-eval-") as scratch, quiet():
+    with TemporaryDirectory(prefix="effconvert-eval-") as scratch, quiet_transformers():
         prepared = prepare(models, options, Path(scratch), watcher)
         running, plan = prepared.running, prepared.plan
         found = [_measure(plan, index, running[index], prepared.store, watcher) for index in range(len(running))]

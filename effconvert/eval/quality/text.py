@@ -13,6 +13,7 @@ from pathlib import Path
 
 from effconvert.errors import OptionError
 from effconvert.paths import expand
+from effconvert.quiet import quiet_datasets
 
 # Held out: the embedded model was not trained on these, and nothing may be calibrated on them.
 EVALUATION_MODULES = (
@@ -73,20 +74,20 @@ def read_calibration(given: str) -> Text:
     if not path.is_file() and not hub:
         raise OptionError(f"--calibrate {given} is neither a file nor the name of a dataset on the Hub (owner/name, owner/name:config); give one")
     try:
-        datasets.disable_progress_bars()
-        rows = (
-            datasets.load_dataset(name, config or None, split="train", streaming=True)
-            if hub
-            else datasets.load_dataset("json", data_files=str(path), split="train", streaming=True)
-        )
-        texts, size = [], 0
-        for row in rows:
-            if not isinstance(row["text"], str):
-                raise KeyError("text")
-            texts.append(row["text"])
-            size += len(texts[-1])
-            if size > MOST:
-                break
+        with quiet_datasets():
+            rows = (
+                datasets.load_dataset(name, config or None, split="train", streaming=True)
+                if hub
+                else datasets.load_dataset("json", data_files=str(path), split="train", streaming=True)
+            )
+            texts, size = [], 0
+            for row in rows:
+                if not isinstance(row["text"], str):
+                    raise KeyError("text")
+                texts.append(row["text"])
+                size += len(texts[-1])
+                if size > MOST:
+                    break
     except KeyError:
         raise OptionError(f"--calibrate {given} has no column `text` with a text in each row; give a dataset that has one, or a text file") from None
     except Exception as error:  # whatever a library makes of a damaged file, a missing dataset or no network

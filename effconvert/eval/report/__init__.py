@@ -31,10 +31,12 @@ def report(folder: Path, results: Sequence[Path] = (), output: Path | None = Non
     Raises:
         OptionError: there is no such folder or file, a file is about other models, or the output exists.
         ModelError: the model, or what effconvert recorded in its folder, is damaged.
+        EffconvertError: matplotlib is not installed.
     """
     from effconvert.eval.report.gather import gather  # imports torch, and `--help` must not wait for it
-    from effconvert.eval.report.page import check_output, write
+    from effconvert.eval.report.page import check_drawing, check_output, write
 
+    check_drawing()
     page = output or default_page(folder)
     check_output(folder, results, page, overwrite)
     gathered = gather(folder, results)

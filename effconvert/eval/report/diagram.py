@@ -45,6 +45,9 @@ def shown(count: int, limit: int) -> list[int | None]:
 
 
 def _attention(axes: Axes, subject: Subject, place: int) -> str:
+    if not subject.heads:
+        axes.text(0, 4, "no attention", va="center", weight="bold")
+        return "no attention"
     groups, shared = subject.kv_heads, max(1, subject.heads // subject.kv_heads)
     queries = shown(shared, max(3, SLOTS // min(groups, 4)))
     columns = shown(groups, max(3, SLOTS // len(queries)))

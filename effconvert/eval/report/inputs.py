@@ -84,7 +84,8 @@ def read_results(path: Path) -> Evaluation | Benchmark:
     if len({subject.digest for subject in results.subjects}) < models:
         raise OptionError(f"{path} measures the same model twice, which tells nothing of a conversion; measure again, the original and what became of it")
     sound = models > 0
-    sound &= all(len(subject.windows) == subject.layers > 0 and min(subject.heads, subject.kv_heads, subject.parameters) > 0 for subject in results.subjects)
+    sound &= all(len(subject.windows) == subject.layers > 0 and subject.parameters > 0 for subject in results.subjects)
+    sound &= all(min(subject.heads, subject.kv_heads) > 0 or subject.heads == subject.kv_heads == 0 for subject in results.subjects)
     if isinstance(results, Evaluation):
         sound &= all(len(row.values) == models for row in results.rows)
     else:

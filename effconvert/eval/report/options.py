@@ -4,13 +4,13 @@ from pathlib import Path
 
 from pydantic import Field, field_validator
 
-from effconvert.options import Options
+from effconvert.options import HomePath, Options
 
 
 class ReportOptions(Options):
     """Where the report goes."""
 
-    output: Path | None = Field(
+    output: HomePath | None = Field(
         None,
         description="Page to write, ending in .html; .json and .md come beside it. Default: the model's name and -report.html, here.",
         json_schema_extra={"short": "-o", "metavar": "FILE"},

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,22 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from effconvert.errors import OptionError
-from effconvert.eval.report import diagram, plots, tables
-from effconvert.eval.report.drawing import DARK, LIGHT
+from effconvert.errors import EffconvertError, OptionError
+from effconvert.eval.report import tables
 from effconvert.eval.report.facts import Report
 from effconvert.eval.report.inputs import Manifest
 
 FORMS = (".html", ".json", ".md")
+
+
+def check_drawing() -> None:
+    """Refuse, before anything is read or computed, to make a report without what draws its pictures: a plain install does not bring it.
+
+    Raises:
+        EffconvertError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise EffconvertError("matplotlib, which draws the pictures of a report, is not installed: pip install 'effconvert[report]'")
 
 
 def check_output(folder: Path, results: Sequence[Path], page: Path, overwrite: bool) -> None:
@@ -63,6 +73,9 @@ def write(report: Report, page: Path) -> None:
 
 def html(report: Report) -> str:
     """Return a page that needs nothing but itself."""
+    from effconvert.eval.report import diagram, plots  # not before: recipes without a report need no matplotlib
+    from effconvert.eval.report.drawing import DARK, LIGHT
+
     pictures = {
         "differences": list(plots.differences(report)),
         "speed": plots.speed(report),

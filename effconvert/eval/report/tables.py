@@ -75,8 +75,8 @@ def shapes(report: Report) -> Table:
     rows = [
         ("", [subject.architecture for subject in report.subjects]),
         ("layers", [str(subject.layers) for subject in report.subjects]),
-        ("query heads", [f"{subject.heads} of {subject.head_dim}" for subject in report.subjects]),
-        ("KV heads", [str(subject.kv_heads) for subject in report.subjects]),
+        ("query heads", [f"{subject.heads} of {subject.head_dim}" if subject.heads else "none" for subject in report.subjects]),
+        ("KV heads", [str(subject.kv_heads or "none") for subject in report.subjects]),
         ("width", [str(subject.hidden) for subject in report.subjects]),
         ("width inside the FFN", [str(subject.ffn) for subject in report.subjects]),
         ("vocabulary", [str(subject.vocabulary) for subject in report.subjects]),

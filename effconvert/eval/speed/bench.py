@@ -15,8 +15,8 @@ from effconvert.eval.speed import memory
 from effconvert.eval.speed.bench_options import CONTEXTS, BenchOptions
 from effconvert.eval.speed.passes import SEED, Job, Loaded, Runner, Seconds, bandwidth, writes
 from effconvert.eval.subject import Opened, load_model, open_model, pick_device, pick_dtype
-from effconvert.modeling import loading
 from effconvert.progress import Advance, Silent, Watcher
+from effconvert.quiet import quiet_transformers
 
 Result = TypeVar("Result")
 ROOM = 0.8  # of the free memory may be weights if all models are to be in it together
@@ -47,7 +47,7 @@ def bench(models: Sequence[str], options: BenchOptions, watcher: Watcher | None 
     moved = bandwidth(device)
     cells: list[Cell] = []
     passes = len(opened) * len(batches) * len(contexts) * (options.warmup + options.rounds + 1)
-    with loading.quiet(), watcher.bar("measuring", passes, "steps") as advance:
+    with quiet_transformers(), watcher.bar("measuring", passes, "steps") as advance:
         for group in [list(range(len(opened)))] if together else [[index] for index in range(len(opened))]:
             loaded = [Loaded(index, opened[index], load_model(opened[index], options.dtype, device)) for index in group]
             for batch in batches:
@@ -162,7 +162,7 @@ class Turn:
         empty = Cell(self.loaded.index, self.job.batch, self.job.context, None, None, None, None, None, None, None, {}, self.failure)
         if self.failure:
             return empty
-        weights = self.loaded.read if cache is not None else None
+        weights = self.loaded.read(self.job.batch) if cache is not None else None
         return replace(
             empty,
             prefill=_timing(seconds.prefill for seconds in self.timed),

@@ -1,11 +1,10 @@
 """The options of `bench`, for the command line and Python. Imports no torch."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from effconvert.options import Listed, Options
+from effconvert.options import HomePath, Listed, Options
 
 Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Listed]
 CONTEXTS = (128, 512, 2048)  # measured unless others are asked for, as far as every model reads them
@@ -25,7 +24,7 @@ class BenchOptions(Options):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="What to compute in; auto: the type of each model's weights.")
     cache: Literal["dynamic", "static"] = Field("dynamic", description="Cache that grows, or one allocated for all tokens at once.")
     graphs: bool = Field(False, description="Replay the step of decoding as a CUDA graph; needs --cache static.")
-    output: Path | None = Field(None, description="Write the results to this JSON file.", json_schema_extra={"short": "-o", "metavar": "FILE"})
+    output: HomePath | None = Field(None, description="Write the results to this JSON file.", json_schema_extra={"short": "-o", "metavar": "FILE"})
 
     @model_validator(mode="after")
     def _sound_together(self) -> "BenchOptions":

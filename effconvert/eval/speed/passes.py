@@ -36,12 +36,28 @@ class Loaded:
         """Bytes of its parameters and buffers."""
         return sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
 
-    @property
-    def read(self) -> int:
-        """Bytes of weights that a step of decoding reads: all but tables of which it looks up a few rows, unless one is also the head."""
-        head = self.model.get_output_embeddings()
-        tables = {id(module.weight) for module in self.model.modules() if isinstance(module, nn.Embedding)} - {id(head.weight) if head else None}
-        return sum(parameter.nbytes for parameter in self.model.parameters() if id(parameter) not in tables)
+    def read(self, batch: int) -> int:
+        """Bytes of weights that a step of decoding reads for so many sequences: all but tables of which it looks up a few rows, unless one is also the head.
+
+        What modules share counts once: it may still be in a cache when the next of them needs it. Of experts those count that the tokens are sent to.
+        """
+        chosen = getattr(self.model.config.get_text_config(), "num_experts_per_tok", None)
+        found: dict[int, int] = {}  # where a tensor lies -> bytes read of it
+        for module in self.model.modules():
+            share = _share_of_experts(module, chosen, batch)
+            for parameter in () if isinstance(module, nn.Embedding) else module.parameters(recurse=False):
+                found[parameter.data_ptr()] = round(share * parameter.nbytes)
+        return sum(found.values())
+
+
+def _share_of_experts(module: nn.Module, chosen: int | None, batch: int) -> float:
+    """Return how much of a module `batch` tokens need that are each sent to `chosen` of its experts; of what holds none, all.
+
+    Nobody knows which before the model runs: as many count as are reached if all are as likely.
+    """
+    count = getattr(module, "num_experts", None)  # as transformers' classes say that hold them stacked, [E, out, in]; a router says so too, and is a matrix
+    stacked = count and any(parameter.ndim == 3 and len(parameter) == count for parameter in module.parameters(recurse=False))
+    return 1 - (1 - chosen / count) ** batch if chosen and count and stacked else 1
 
 
 @dataclass(frozen=True)
@@ -80,6 +96,8 @@ class Runner:
         static = self.writes and job.options.cache == "static"
         if static and loaded.opened.checkpoint.config.replaced:
             raise OptionError(f"--cache static has no room for what the mixers of {loaded.opened.subject.name} remember; leave it out")
+        if static and "no attention" in loaded.opened.subject.mixers:
+            raise OptionError(f"--cache static would have room in layers of {loaded.opened.subject.name} that have no attention; leave it out")
         if static and loaded.opened.checkpoint.config.family.shares_kv_in_our_class:
             raise OptionError(f"--cache static would hold the KV heads that {loaded.opened.subject.name} shares as often as they are used; leave it out")
         self.cache_name = cache_name(self.model) if self.writes else ""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from effconvert.checkpoint.layer import Layer
+from effconvert.surgery._rope import apart, together
 
 RIDGE = 1e-6  # of the mean of the moments' diagonal: in directions that the text never showed, the weights themselves decide
 
@@ -20,9 +21,9 @@ class Heads:
     k: Tensor  # [Hk, D, M]
     v: Tensor  # [Hk, D, M]
     o: Tensor  # [M, H, D]
-    second: Tensor  # E[x x^T], [M, M]; with biases x ends in 1
+    moment: Tensor  # E[x x^T], [M, M]; with biases x ends in 1
     rotary: int  # of the D dimensions of a head, so many are rotated, in pairs
-    layout: str  # which two make a pair: (j, j + rotary/2), or (2j, 2j+1)
+    layout: str  # which two make a pair: see `_rope`
     normed: bool  # queries and keys go through a norm, so of their bases only signs are free
 
     @property
@@ -39,18 +40,15 @@ class Heads:
 
     def pairs(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Take rows [..., D, M] apart: what RoPE turns, as complex numbers [..., P, M], and what it leaves alone [..., D', M]."""
-        turned, still = rows[..., : self.rotary, :], rows[..., self.rotary :, :]
-        real, imaginary = turned.chunk(2, -2) if self.layout == "halves" else (turned[..., ::2, :], turned[..., 1::2, :])
+        real, imaginary, still = apart(rows, self.rotary, self.layout, dim=-2)
         return torch.complex(real, imaginary), still
 
     def rows(self, pairs: Tensor, still: Tensor) -> Tensor:
         """Undo `pairs`."""
-        parts = (pairs.real, pairs.imag)
-        turned = torch.cat(parts, -2) if self.layout == "halves" else torch.stack(parts, -2).flatten(-3, -2)
-        return torch.cat([turned, still], -2)
+        return together(pairs.real, pairs.imag, still, self.layout, dim=-2)
 
 
-def gather(layer: Layer) -> Heads:
+def read_heads(layer: Layer) -> Heads:
     """Take the heads out of a layer, and look at what they read."""
     config, biased = layer.config, any(f"{part}.bias" in layer for part in "qkv")
 
@@ -71,9 +69,9 @@ def gather(layer: Layer) -> Heads:
 
 def second_moment(layer: Layer, part: str, biased: bool) -> Tensor:
     """Return E[x x^T] of what a part reads, [M, M] in float64; with a bias x ends in 1."""
-    assert layer.walk
+    assert layer.activations
     total, count = torch.zeros(0), 0
-    for look in layer.walk.look(layer, (part,), until=part):
+    for look in layer.activations.capture(layer, (part,), until=part):
         read = look.inputs[part].flatten(0, -2)  # [B*T, M]
         read = torch.cat([read, read.new_ones(len(read), 1)], 1) if biased else read
         total = (read.T @ read).double().cpu() + (total if count else 0)
@@ -81,7 +79,7 @@ def second_moment(layer: Layer, part: str, biased: bool) -> Tensor:
     return total / count
 
 
-def spread(heads: Heads, layer: Layer, chosen: Sequence[int] | None) -> None:
+def write_heads(heads: Heads, layer: Layer, chosen: Sequence[int] | None) -> None:
     """Put the heads back into their layer; what has a number for each channel of a KV head, and is no projection, is averaged over those that were pooled."""
     config, groups = layer.config, len(heads.k)
     for part, rows in (("q", heads.q), ("k", heads.k), ("v", heads.v)):

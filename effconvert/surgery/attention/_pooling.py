@@ -46,12 +46,12 @@ def align(heads: Heads, groups: int) -> Heads:
     for first in range(0, len(k), size):
         kv = slice(first, first + size)
         own = slice(first * heads.shared, (first + size) * heads.shared)
-        turns = _procrustes(heads.v[kv], heads.second)  # [S, D, D]
+        turns = _procrustes(heads.v[kv], heads.moment)  # [S, D, D]
         v[kv] = turns @ heads.v[kv]
         o[:, own] = torch.einsum("hde,mhe->mhd", turns.repeat_interleave(heads.shared, 0), heads.o[:, own])
         pairs, still = heads.pairs(heads.k[kv])
-        phases = _phases(pairs, heads.second, heads.normed)  # [S, P]
-        mixes = _signs(still, heads.second) if heads.normed else _procrustes(still, heads.second)  # [S, D', D']
+        phases = _phases(pairs, heads.moment, heads.normed)  # [S, P]
+        mixes = _signs(still, heads.moment) if heads.normed else _procrustes(still, heads.moment)  # [S, D', D']
         k[kv] = heads.rows(phases[..., None] * pairs, mixes @ still)
         pairs, still = heads.pairs(heads.q[own])
         by_head = (each.repeat_interleave(heads.shared, 0) for each in (phases, mixes))
@@ -78,7 +78,7 @@ def pca_values(heads: Heads, groups: int, keep: int) -> tuple[Tensor, Tensor]:
     for v, o in zip(heads.v.split(size), heads.o.split(size * heads.shared, 1), strict=True):  # [S, D, M], [M, S*R, D]
         by_head = o.unflatten(1, (size, -1))  # [M, S, R, D]
         factors = _cholesky(torch.einsum("msrd,msre->sde", by_head, by_head))  # [S, D, D]
-        rows, back = _principal(v, factors, heads.second, keep)
+        rows, back = _principal(v, factors, heads.moment, keep)
         shared.append(rows)
         outputs.append(torch.einsum("msrd,sde->msre", by_head, back).flatten(1, 2))
     return torch.stack(shared), torch.cat(outputs, 1)
@@ -93,7 +93,7 @@ def pca_keys(heads: Heads, groups: int) -> tuple[Tensor, Tensor]:
     queries, keys = [], []
     for k, q in zip(heads.k.split(size), heads.q.unflatten(0, (len(heads.k), -1)).split(size), strict=True):  # [S, D, M], [S, R, D, M]
         (pairs, still_k), (asking, still_q) = heads.pairs(k), heads.pairs(q)  # [S, P, M], [S, R, P, M]
-        second = heads.second.to(pairs.dtype)
+        second = heads.moment.to(pairs.dtype)
         energy = torch.einsum("srpm,mn,srpn->sp", asking, second, asking.conj()).real.clamp_min(0)  # [S, P]
         gain = (energy / heads.shared).sqrt()
         gain = gain.clamp_min(1e-6 * gain.mean().clamp_min(1e-30)) if gain.numel() else gain  # queries that never ask: any gain would do
@@ -103,8 +103,8 @@ def pca_keys(heads: Heads, groups: int) -> tuple[Tensor, Tensor]:
         together = torch.einsum("sp,spm->pm", top.conj(), weighted)
         turned = asking * (top.conj() / gain)[:, None, :, None]
         if still_k.shape[1]:
-            factors = _cholesky(torch.einsum("srdm,mn,sren->sde", still_q, heads.second, still_q))
-            rows, back = _principal(still_k, factors, heads.second, still_k.shape[1])
+            factors = _cholesky(torch.einsum("srdm,mn,sren->sde", still_q, heads.moment, still_q))
+            rows, back = _principal(still_k, factors, heads.moment, still_k.shape[1])
             still_q = torch.einsum("sde,srdm->srem", back, still_q)
         else:
             rows = still_k[0]
@@ -146,12 +146,12 @@ def _loss(heads: Heads, chosen: list[int]) -> float:
     by_head = some.o.unflatten(1, (len(chosen), -1))
     factors = _cholesky(torch.einsum("msrd,msre->sde", by_head, by_head))
     weighted = (factors.mT @ some.v).flatten(0, 1)
-    values = torch.linalg.eigvalsh(weighted @ some.second @ weighted.T)
+    values = torch.linalg.eigvalsh(weighted @ some.moment @ weighted.T)
     pairs, still = some.pairs(some.k)
-    gram = torch.einsum("spm,mn,tpn->pst", pairs, some.second.to(pairs.dtype), pairs.conj())
+    gram = torch.einsum("spm,mn,tpn->pst", pairs, some.moment.to(pairs.dtype), pairs.conj())
     keys = torch.linalg.eigvalsh(gram)  # [P, S]
     flat = still.flatten(0, 1)
-    rest = torch.linalg.eigvalsh(flat @ some.second @ flat.T)
+    rest = torch.linalg.eigvalsh(flat @ some.moment @ flat.T)
     lost = keys[..., :-1].sum() + rest[: -still.shape[1] or None].sum() * bool(still.shape[1])
     width = some.v.shape[1]
     return float(values[:-width].sum() / values.sum().clamp_min(1e-300) + lost / (keys.sum() + rest.sum()).clamp_min(1e-300))

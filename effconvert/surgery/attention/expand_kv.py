@@ -35,7 +35,7 @@ class ExpandKv(Surgery):
     )
 
     @classmethod
-    def suits(cls, config: Config) -> str:
+    def allowed_options(cls, config: Config) -> str:
         """Name the larger numbers of KV heads."""
         return f"--groups {', '.join(map(str, _choices(config)))}"
 
@@ -48,7 +48,7 @@ class ExpandKv(Surgery):
                 f"as a multiple of the one and a divisor of the other; give {' or '.join(map(str, possible))}"
             )
 
-    def exact(self, config: Config) -> bool:
+    def is_exact(self, config: Config) -> bool:
         """Always."""
         return True
 
@@ -68,6 +68,7 @@ class ExpandKv(Surgery):
 
 
 def _choices(config: Config) -> list[int]:
+    config.place("attention")  # says so where nothing attends
     if config.family.fixed_kv_heads:
         config.with_kv_heads(config.heads)  # says why
     larger = [count for count in range(config.kv_heads + 1, config.heads + 1) if count % config.kv_heads == 0 and config.heads % count == 0]

@@ -43,7 +43,7 @@ class Gqa(Surgery):
     grouping: Grouping = Field("adjacent", description="Which heads become one: neighbours, or those that lose least by it (after calibration).")
 
     @classmethod
-    def suits(cls, config: Config) -> str:
+    def allowed_options(cls, config: Config) -> str:
         """Name the numbers of groups that divide the model's KV heads."""
         return f"--groups {', '.join(map(str, choices(config)))}"
 
@@ -57,7 +57,7 @@ class Gqa(Surgery):
             raise OptionError(f"--groups {self.groups} does not divide this model's {config.kv_heads} KV heads; give {_either(possible)}")
         config.with_kv_heads(self.groups)  # says why, where this number cannot be written
 
-    def exact(self, config: Config) -> bool:
+    def is_exact(self, config: Config) -> bool:
         """Only with as many groups as heads."""
         return self.groups == config.kv_heads
 
@@ -65,27 +65,27 @@ class Gqa(Surgery):
         """Write the new number of KV heads."""
         return config.with_kv_heads(self.groups)
 
-    def looks(self, config: Config) -> bool:
+    def needs_calibration(self, config: Config) -> bool:
         """If a rule does, and there is something to pool."""
-        return not self.exact(config) and (self.pool in LOOKING or self._reorders)
+        return not self.is_exact(config) and (self.pool in LOOKING or self._reorders)
 
-    def remark(self, config: Config) -> str:
+    def notes(self, config: Config) -> str:
         """Say what norms of queries and keys forbid."""
-        return NORMED if config.normed and self.pool in LOOKING and not self.exact(config) else ""
+        return NORMED if config.normed and self.pool in LOOKING and not self.is_exact(config) else ""
 
     def layer(self, layer: Layer) -> None:
         """Make one head of each group of KV heads, in k and v and what goes with them, and fit q and o to it."""
-        if self.groups == layer.config.kv_heads:
+        if self.groups == layer.config.kv_heads or "k" not in layer:
             return  # not even through float32: a mean over one turns -0.0 into 0.0
-        if not self.looks(layer.config):
+        if not self.needs_calibration(layer.config):
             self._plain(layer, self.pool)
-        elif layer.walk:
-            from effconvert.surgery.attention._heads import gather, spread
+        elif layer.activations:
+            from effconvert.surgery.attention._heads import read_heads, write_heads
             from effconvert.surgery.attention._pooling import order, pool
 
-            heads = gather(layer)
+            heads = read_heads(layer)
             chosen = order(heads, self.groups) if self._reorders else None
-            spread(pool(heads.reordered(chosen), self.groups, self.pool), layer, chosen)
+            write_heads(pool(heads.reordered(chosen), self.groups, self.pool), layer, chosen)
         else:
             self._shapes(layer)
 
@@ -110,7 +110,12 @@ class Gqa(Surgery):
 
 
 def choices(config: Config) -> list[int]:
-    """Return every number of KV heads that pooling this model can give."""
+    """Return every number of KV heads that pooling this model can give.
+
+    Raises:
+        ModelError: nothing attends in it.
+    """
+    config.place("attention")
     return [count for count in range(1, config.kv_heads + 1) if config.kv_heads % count == 0]
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from effconvert.surgery._surgery import Surgery
-from effconvert.surgery.attention.gqa import POOL, Gqa, Pool
+from effconvert.surgery.attention.gqa import Gqa, Grouping, choices
 
 if TYPE_CHECKING:
     from effconvert.checkpoint.config import Config
-    from effconvert.checkpoint.layer import Layer
 
 
-class Mqa(Surgery):
+class Mqa(Gqa):
     """Share one key and value head among all query heads (MQA).
 
     The same as `effconvert gqa --groups 1`; a gpt2 becomes a gpt_bigcode. Shazeer 2019, arXiv 1911.02150.
@@ -23,37 +21,11 @@ class Mqa(Surgery):
       effconvert mqa --calibrate mine.txt ./SmolLM2-135M -o ./mqa
     """
 
-    pool: Pool = POOL
+    groups: ClassVar[int] = 1  # type: ignore[misc]  # no options here, as they are there
+    grouping: ClassVar[Grouping] = "adjacent"  # type: ignore[misc]
 
     @classmethod
-    def suits(cls, config: Config) -> str:
+    def allowed_options(cls, config: Config) -> str:
         """Nothing to choose."""
+        choices(config)
         return "as it is"
-
-    def check(self, config: Config) -> None:
-        """As `Gqa` with one group."""
-        self._gqa.check(config)
-
-    def exact(self, config: Config) -> bool:
-        """As `Gqa` with one group."""
-        return self._gqa.exact(config)
-
-    def config(self, config: Config) -> Config:
-        """As `Gqa` with one group."""
-        return self._gqa.config(config)
-
-    def looks(self, config: Config) -> bool:
-        """As `Gqa` with one group."""
-        return self._gqa.looks(config)
-
-    def remark(self, config: Config) -> str:
-        """As `Gqa` with one group."""
-        return self._gqa.remark(config)
-
-    def layer(self, layer: Layer) -> None:
-        """As `Gqa` with one group."""
-        self._gqa.layer(layer)
-
-    @property
-    def _gqa(self) -> Gqa:
-        return Gqa(groups=1, pool=self.pool)

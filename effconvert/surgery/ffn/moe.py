@@ -66,7 +66,7 @@ class Moe(Layerwise):
     seed: int = Field(0, ge=0, lt=2**31, description="What routers, noise and neurons are drawn by.")
 
     @classmethod
-    def suits(cls, config: Config) -> str:
+    def allowed_options(cls, config: Config) -> str:
         """Any numbers, and what it becomes."""
         return f"--experts E --top-k K, as a {next(iter(_with_experts(config)))}"
 
@@ -87,11 +87,11 @@ class Moe(Layerwise):
             if other or "ffn" in config.skips(index):
                 raise OptionError(f"layer {index} has {other or 'nothing'} in place of its FFN, and experts are copies of one; begin from the original")
 
-    def exact(self, config: Config) -> bool:
+    def is_exact(self, config: Config) -> bool:
         """Where experts are copies, or slices whose scale is a power of two, so that no number is rounded."""
         return not (self.noise or self.drop_upcycling) and self.granularity & (self.granularity - 1) == 0
 
-    def remark(self, config: Config) -> str:
+    def notes(self, config: Config) -> str:
         """Say that this is to be trained, and what it costs until then."""
         told = [f"it gets larger, a token's FFNs cost {self.top_k} x what they cost before, and nothing is better until it is trained"]
         told += ["what is drawn changes what the model computes"] if self.noise or self.drop_upcycling else []

@@ -63,16 +63,16 @@ class Call:
     rotation: Rotation | None
     softcap: float | None = None  # of scores: cap * tanh(score / cap)
     padded: bool = False  # whether there may be tokens that are not live
-    later: int = 0  # tokens that the state has counted already, and that come in calls after this one
+    pending: int = 0  # tokens that the state has counted already, and that come in calls after this one
 
     def part(self, start: int, stop: int) -> Call:
         """Return the call with some of the tokens alone."""
         rows = {name: getattr(self, name)[:, :, start:stop] for name in ("query", "key", "value")}
-        turned, later = None, self.later + self.live[:, stop:].shape[1]
+        turned, pending = None, self.pending + self.live[:, stop:].shape[1]
         if self.rotation:
             cos, sin = self.rotation.angles[:, :, start:stop].unbind(1)
             turned = Rotation(self.rotation.apply, (cos, sin))
-        return replace(self, **rows, live=self.live[:, start:stop], hidden=self.hidden[:, start:stop], rotation=turned, later=later)
+        return replace(self, **rows, live=self.live[:, start:stop], hidden=self.hidden[:, start:stop], rotation=turned, pending=pending)
 
     @property
     def prescaled(self) -> Call:
@@ -85,9 +85,9 @@ class Call:
         return replace(self, query=self.query * 2.0 ** (power - 1), scaling=2 * part)
 
     @property
-    def most(self) -> int:
+    def max_tokens(self) -> int:
         """No fewer than the tokens so far, these among them: padding is counted."""
-        return self.query.shape[-2] if self.state is None else self.state.seen - self.later
+        return self.query.shape[-2] if self.state is None else self.state.seen - self.pending
 
     @property
     def grouped(self) -> Tensor:
@@ -95,7 +95,7 @@ class Call:
         grouped: Tensor = self.query.unflatten(1, (self.key.shape[1], -1))
         return grouped
 
-    def held(self, name: str, slots: Slots) -> Tensor:
+    def read(self, name: str, slots: Slots) -> Tensor:
         """Return what the state holds under `name`, [B, ...]; zeros without a state."""
         if self.state is not None:
             return self.state.held[name]
@@ -103,13 +103,13 @@ class Call:
         dtype = self.key.dtype if kind == "model" else getattr(torch, kind)
         return torch.zeros(len(self.key), *shape, dtype=dtype, device=self.key.device)
 
-    def keep(self, **tensors: Tensor) -> None:
+    def write(self, **tensors: Tensor) -> None:
         """Remember tensors [B, ...] under their names, where there is a state: of the shapes of the slots, or larger ones where a technique grows."""
         if self.state is not None:
             for name, tensor in tensors.items():
                 self.state.held[name] = tensor.to(self.state.held[name].dtype)
 
-    def with_past(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    def with_window(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return keys, values [B, Hk, P + T, D] and which of them are live [B, P + T], where P are the last `count` tokens before these (slots: `past`).
 
         Without a state P is no more than T: there is nothing further back.
@@ -128,23 +128,23 @@ class Call:
             order = padding_first(live)
             key, value, live = ordered(key, order), ordered(value, order), live.gather(1, order)
         tokens = self.key.shape[-2]
-        self.keep(past_key=key[:, :, tokens:].clone(), past_value=value[:, :, tokens:].clone(), past_live=live[:, tokens:].clone())
+        self.write(past_key=key[:, :, tokens:].clone(), past_value=value[:, :, tokens:].clone(), past_live=live[:, tokens:].clone())
         return key, value, live
 
-    def ranks(self) -> Tensor:
+    def positions(self) -> Tensor:
         """Number the live tokens from 0, [B, T], on from those before (slot `count`); padding gets the number of the live one before it."""
-        before = self.held("count", {"count": ((), "int64")})
+        before = self.read("count", {"count": ((), "int64")})
         ranks = before[:, None] + self.live.cumsum(1) - 1
-        self.keep(count=ranks[:, -1] + 1)
+        self.write(count=ranks[:, -1] + 1)
         return ranks
 
-    def first(self, count: int, ranks: Tensor) -> tuple[Tensor, Tensor]:
+    def first_tokens(self, count: int, ranks: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values [B, Hk, S, D] of the first `count` = S live tokens of each text, zeros where they have not come (slots: `sinks`)."""
         slots = sinks(count, self.key.shape[1], self.key.shape[-1])
         here = (ranks[:, None] == torch.arange(count, device=ranks.device)[:, None]) & self.live[:, None]  # [B, S, T]
         place = here[:, None].to(self.key.dtype)
-        keys, values = (self.held(name, slots) + place @ rows for name, rows in zip(slots, (self.key, self.value), strict=True))
-        self.keep(**dict(zip(slots, (keys, values), strict=True)))
+        keys, values = (self.read(name, slots) + place @ rows for name, rows in zip(slots, (self.key, self.value), strict=True))
+        self.write(**dict(zip(slots, (keys, values), strict=True)))
         return keys, values
 
 
@@ -160,11 +160,11 @@ def ordered(rows: Tensor, order: Tensor) -> Tensor:
 
 
 def past(count: int, kv_heads: int, head_dim: int) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Return the slots of `Call.with_past`."""
+    """Return the slots of `Call.with_window`."""
     rows = ((kv_heads, count, head_dim), "model")
     return {"past_key": rows, "past_value": rows, "past_live": ((count,), "bool")}
 
 
 def sinks(count: int, kv_heads: int, head_dim: int) -> Slots:
-    """Return the slots of `Call.first`."""
+    """Return the slots of `Call.first_tokens`."""
     return dict.fromkeys(("sink_key", "sink_value"), ((kv_heads, count, head_dim), "model"))

@@ -1,4 +1,4 @@
-"""What a technique is that puts another mixer in place of softmax attention: options, new parameters, and the mixing itself."""
+"""What techniques are that mix tokens otherwise than softmax attention does: in the place of all of it, or between its projections."""
 # B = batch, H = query heads, Hk = KV heads, T = tokens, D = head width.
 
 from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
@@ -19,14 +19,36 @@ if TYPE_CHECKING:
     from effconvert.surgery.mixing._call import Call
 
 
-class Mixing(Replacement):
+class TokenMixing(Replacement):
+    """A technique that does in some layers what softmax attention does in the others."""
+
+    where = frozenset({"layers", "keep_softmax"})
+    leaves_windows: ClassVar[bool] = False  # whether layers that see no more than a window stay as they are: these are linear in the length already
+
+    keep_softmax: Layers = layers_field("Layers to leave as they are, written like --layers: 0,-1.")
+
+    @property
+    def nothing_chosen(self) -> str:
+        """Why no layer may be left to change."""
+        return "no layer is left to change: --layers names none, --keep-softmax all of them, or they have a window that is no longer"
+
+    @property
+    def softmax_tokens(self) -> int:
+        """How many of the last tokens are attended to by softmax all the same: layers with a window of their own that is no longer stay as they are."""
+        return 0
+
+    def chosen(self, config: Config) -> set[int]:
+        """Return the layers to change: not those that are kept, nor those with a window that has nothing to gain."""
+        kept = self.named("keep_softmax", config) if self.keep_softmax else set()
+        kept |= {index for index, own in enumerate(config.windows()) if own and (self.leaves_windows or own <= self.softmax_tokens)}
+        return super().chosen(config) - kept
+
+
+class Mixing(TokenMixing):
     """A technique with a mixer of its own, between q, k, v and o: in one file are its options, its parameters, what it remembers and how it mixes."""
 
     place = "scores"
-    where = frozenset({"layers", "keep_softmax"})
     softcaps: ClassVar[bool] = False  # whether soft-capped scores are computed as such
-
-    keep_softmax: Layers = layers_field("Layers to leave as they are, written like --layers: 0,-1.")
 
     @abstractmethod
     def mix(self, weights: Mapping[str, Tensor], call: Call) -> Tensor:
@@ -42,14 +64,3 @@ class Mixing(Replacement):
                 f"{config.kind} caps its scores (attn_logit_softcapping), which no feature map can follow, so {name} cannot take the place of its attention; "
                 "streaming and linformer-causal can"
             )
-
-    @property
-    def nothing_chosen(self) -> str:
-        """Why no layer may be left to change."""
-        return "no layer is left to change: --layers names none, --keep-softmax all of them, or they have a window that is no longer"
-
-    def chosen(self, config: Config) -> set[int]:
-        """Return the layers to change: not those that are kept, nor those whose own window is no longer than the `window` of this mixer, if it has one."""
-        kept = self.named("keep_softmax", config) if self.keep_softmax else set()
-        kept |= {index for index, own in enumerate(config.windows()) if own and own <= getattr(self, "window", 0)}
-        return super().chosen(config) - kept

@@ -53,7 +53,12 @@ class Linear(Mixing):
         if self.window and not config.family.decoder:
             raise OptionError(f"--window {self.window} is for decoders, whose older tokens are what is left for linear attention; leave it out")
 
-    def exact(self, config: Config) -> bool:
+    @property
+    def softmax_tokens(self) -> int:
+        """Those of the window."""
+        return self.window
+
+    def is_exact(self, config: Config) -> bool:
         """Where no text is longer than the window."""
         return config.longest is not None and self.window >= config.longest
 
@@ -104,7 +109,7 @@ class Linear(Mixing):
 
         groups = call.key.shape[1]
         query = self._features(call.query, weights, "query").unflatten(1, (groups, -1))  # [B, Hk, R, T, m]
-        key, value, live = call.with_past(self.window) if self.window else (call.key, call.value, call.live)
+        key, value, live = call.with_window(self.window) if self.window else (call.key, call.value, call.live)
         tokens = call.query.shape[-2]
         known = functional.pad(value.float(), (0, 1), value=1.0)  # [B, Hk, P + T, D + 1]: of ones the normaliser
         # A token leaves the window W tokens after it came: what the features see is the same sequence, W tokens later.
@@ -116,8 +121,8 @@ class Linear(Mixing):
             made = query @ state
         else:
             shape = (groups, 1, query.shape[-1], known.shape[-1])
-            made, state = linear_attention(query, features, old_value, call.held("state", {"state": (shape, "float32")}))
-            call.keep(state=state)
+            made, state = linear_attention(query, features, old_value, call.read("state", {"state": (shape, "float32")}))
+            call.write(state=state)
         if self.window:
             soft = call.prescaled
             scores, counted = window_scores(soft.grouped, key, live, self.window)

@@ -38,6 +38,7 @@ class Linformer(Mixing):
         "mixes a text's keys over all of its tokens, later ones too, which a decoder must not see; linformer-causal mixes those of finished blocks, and "
         "streaming, linear, performer and retnet are for decoders"
     )
+    leaves_windows = True
 
     rank: int = Field(ge=1, description="Keys and values that a query sees of the longest text, k.", json_schema_extra={"metavar": "K"})
     share: Literal["none", "headwise", "key-value"] = Field(
@@ -57,15 +58,11 @@ class Linformer(Mixing):
         if self.rank > limit:
             raise OptionError(f"--rank {self.rank} is more than the {limit} tokens of this model's longest text; give at most {limit}, which is exact")
 
-    def chosen(self, config: Config) -> set[int]:
-        """Return the layers to change: not those that see no more than a window, and are linear in the length already."""
-        return {index for index in super().chosen(config) if not config.windows()[index]}
-
-    def exact(self, config: Config) -> bool:
+    def is_exact(self, config: Config) -> bool:
         """Where nothing is mixed: a mean of one token is that token."""
         return self.rank == config.longest
 
-    def remark(self, config: Config) -> str:
+    def notes(self, config: Config) -> str:
         """Say what becomes of rotated keys."""
         return MEANS_OF_ROTATED if config.family.rope else ""
 
@@ -79,7 +76,7 @@ class Linformer(Mixing):
         means = segment_means(self.rank, longest(config))
         return {name: means.expand(shape).clone() for name, shape in self.parameters(config).items()}
 
-    def looks(self, config: Config) -> bool:
+    def needs_calibration(self, config: Config) -> bool:
         """Where the matrix for values is fitted, and is not the identity."""
         return self.projections == "data" and self.share != "key-value" and self.rank < longest(config)
 
@@ -91,22 +88,23 @@ class Linformer(Mixing):
         """
         import torch
 
-        from effconvert.heal._regression import HELD_OUT, Moments, ridge
+        from effconvert.surgery._ridge import HELD_OUT, Moments, ridge
 
-        assert layer.walk
+        assert layer.activations
         value_map = values["value_map"].clone()
-        ends = sorted({batch.shape[1] for batch in layer.walk.ids})
+        ends = sorted({batch.shape[1] for batch in layer.activations.ids})
         parts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]  # columns that the same texts have
         texts = [0] * len(parts)
         found = [[(Moments(), Moments()) for _ in parts] for _ in value_map]  # of the texts that count, and of those held out
-        for look in layer.walk.look(layer, ("o",), until="o"):
+        for look in layer.activations.capture(layer, ("o",), until="o"):
             assert look.query is not None
             assert look.key is not None
+            assert look.scaling is not None
             assert look.weights is not None
             query, tokens = look.query.float().unflatten(1, (look.key.shape[1], -1)), look.key.shape[-2]  # [B, Hk, R, T, D]
             live = torch.ones(len(query), tokens, dtype=torch.bool, device=query.device)
             means, alive = columns(values["key_map"].to(query.device), live)  # [B, U, K, T]
-            scores = query @ (means @ look.key.float())[:, :, None].mT * query.shape[-1] ** -0.5  # as every encoder scales them
+            scores = query @ (means @ look.key.float())[:, :, None].mT * look.scaling
             few = scores.masked_fill(~alive[:, :, None, None], -torch.inf).softmax(-1)  # [B, Hk, R, T, K]
             times = few * _times(self.rank, value_map.shape[-1], live)[:, None, None, None]  # as `columns` will multiply what is fitted
             missing = look.weights.float().unflatten(1, query.shape[1:3]) - few @ means[:, :, None]  # [B, Hk, R, T, T]

@@ -38,6 +38,7 @@ class LinformerCausal(Mixing):
 
     no_encoders = "keeps what was before a token from what comes after it; encoders see all of a text at once: linformer and nystrom are for them"
     softcaps = True
+    leaves_windows = True
 
     block: int = Field(64, ge=2, description="Tokens of a block, S.", json_schema_extra={"metavar": "S"})
     rank: int = Field(ge=1, description="Keys and values that later tokens see of a finished block, K.", json_schema_extra={"metavar": "K"})
@@ -55,15 +56,11 @@ class LinformerCausal(Mixing):
             raise ValueError(f"--sinks {self.sinks} are more than the {self.block} tokens of a block; give at most {self.block}")
         return self
 
-    def chosen(self, config: Config) -> set[int]:
-        """Return the layers to change: not those that see no more than a window, whose cache does not grow."""
-        return super().chosen(config) - {index for index, window in enumerate(config.windows()) if window}
-
-    def exact(self, config: Config) -> bool:
+    def is_exact(self, config: Config) -> bool:
         """Where nothing is mixed: a mean of one token is that token, and counts once."""
         return self.rank == self.block
 
-    def remark(self, config: Config) -> str:
+    def notes(self, config: Config) -> str:
         """Say what becomes of rotated keys."""
         return MEANS_OF_ROTATED if config.family.rope and self.rank < self.block else ""
 
@@ -111,8 +108,8 @@ class LinformerCausal(Mixing):
 
         size, tokens, device, least = self.block, call.query.shape[-2], call.key.device, torch.finfo(torch.float32).min
         call = call.prescaled
-        ranks = call.ranks()  # [B, T]
-        key, value, _ = call.with_past(size - 1)  # [B, Hk, P + T, D]
+        ranks = call.positions()  # [B, T]
+        key, value, _ = call.with_window(size - 1)  # [B, Hk, P + T, D]
         count = ranks[:, -1:] + 1  # [B, 1], of live tokens so far
         first = (count - call.live.sum(1, keepdim=True)) // size  # [B, 1], the block in which the first of these is
         reach = -(-(tokens + size - 1) // size)  # G
@@ -126,7 +123,9 @@ class LinformerCausal(Mixing):
         own = first + torch.arange(reach, device=device)  # [B, G]
         mixed_key = self._grown(call, "mixed_key", weights["key_map"], near_key, own)  # [B, Hk, C K, D]
         mixed_value = self._grown(call, "mixed_value", weights.get("value_map", weights["key_map"]), near_value, own)
-        far_key, far_value = (torch.cat(both, 2) for both in zip(call.first(self.sinks, ranks), (mixed_key, mixed_value), strict=True))  # [B, Hk, N + C K, D]
+        far_key, far_value = (
+            torch.cat(both, 2) for both in zip(call.first_tokens(self.sinks, ranks), (mixed_key, mixed_value), strict=True)
+        )  # [B, Hk, N + C K, D]
         seen = torch.arange(size, device=device) <= place[..., None]  # [B or 1, Q, S]
         number = torch.arange(mixed_key.shape[2], device=device)  # [C K], of each mixture
         over = number // self.rank < own[..., None]  # [B, G, C K]: the mixture is of a block before
@@ -163,8 +162,8 @@ class LinformerCausal(Mixing):
 
         from effconvert.surgery.mixing._call import ordered
 
-        old = call.held(name, {name: ((near.shape[1], 0, near.shape[-1]), "model")})
-        blocks, reach = call.most // self.block, near.shape[2]  # C, G
+        old = call.read(name, {name: ((near.shape[1], 0, near.shape[-1]), "model")})
+        blocks, reach = call.max_tokens // self.block, near.shape[2]  # C, G
         if room := blocks * self.rank - old.shape[2]:
             old = functional.pad(old, (0, 0, 0, room))
         begins = (own == 0)[:, None, :, None, None]  # [B, 1, G, 1, 1]
@@ -177,7 +176,7 @@ class LinformerCausal(Mixing):
         here = (place >= 0) & (place < reach)
         rows = torch.where(here[:, None, :, None], new, old.unflatten(2, (blocks, self.rank)).flatten(3))  # [B, Hk, C, K D]
         mixed: Tensor = rows.unflatten(3, (self.rank, near.shape[-1])).flatten(2, 3)
-        call.keep(**{name: mixed})
+        call.write(**{name: mixed})
         return mixed
 
 

@@ -35,6 +35,7 @@ class Nystrom(Mixing):
     no_decoders = (
         "takes landmarks from all of a text, later tokens among them, which a decoder must not see; streaming, linear, performer and retnet are for decoders"
     )
+    leaves_windows = True
 
     landmarks: int = Field(ge=1, description="Means of consecutive tokens, m; a shorter text is taken as it is.", json_schema_extra={"metavar": "M"})
     iterations: int = Field(
@@ -50,15 +51,11 @@ class Nystrom(Mixing):
             raise ValueError(f"--conv {self.conv} is even, so that it would look further to one side; give {self.conv + 1}, or 0 for none")
         return self
 
-    def chosen(self, config: Config) -> set[int]:
-        """Return the layers to change: not those that see no more than a window, and are linear in the length already."""
-        return {index for index in super().chosen(config) if not config.windows()[index]}
-
-    def exact(self, config: Config) -> bool:
+    def is_exact(self, config: Config) -> bool:
         """Where every token is a landmark, and the pseudo-inverse is exact."""
         return config.longest is not None and self.landmarks >= config.longest and self.iterations == 0
 
-    def remark(self, config: Config) -> str:
+    def notes(self, config: Config) -> str:
         """Say what becomes of rotated keys."""
         return MEANS_OF_ROTATED if config.family.rope else ""
 

@@ -71,13 +71,13 @@ class Performer(Mixing):
         else:
             # Keys are scaled by the largest exponent so far. What is remembered is scaled down as that rises, and so is no token touched by later ones.
             slots = {"state": ((known.shape[1], 1, len(omega), known.shape[-1]), "float32"), "highest": ((known.shape[1],), "float32")}
-            state = call.held("state", slots)
-            before = call.held("highest", slots).masked_fill(~state[..., -1].any(-1)[..., 0], lowest)  # no key came yet
+            state = call.read("state", slots)
+            before = call.read("highest", slots).masked_fill(~state[..., -1].any(-1)[..., 0], lowest)  # no key came yet
             highest = torch.cat([before[..., None], height], -1).cummax(-1).values  # [B, Hk, 1 + T]
             fall = (highest[..., :-1] - highest[..., 1:]).masked_fill(highest[..., :-1] == lowest, 0)
             key = (key - highest[..., 1:, None]).exp()
             made, state = linear_attention(query, key[:, :, None], known, state, fall[:, :, None])
-            call.keep(state=state, highest=highest[..., -1].clone())
+            call.write(state=state, highest=highest[..., -1].clone())
         mixed: Tensor = (made[..., :-1] / made[..., -1:].clamp_min(torch.finfo(torch.float32).tiny)).flatten(1, 2)
         return mixed
 

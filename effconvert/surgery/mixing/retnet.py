@@ -62,7 +62,7 @@ class Retnet(Mixing):
             "gate_bias": torch.full(shapes["gate_bias"], OPEN),
         }
 
-    def looks(self, config: Config) -> bool:
+    def needs_calibration(self, config: Config) -> bool:
         """Where decays are fitted."""
         return self.decay == "fitted"
 
@@ -70,9 +70,9 @@ class Retnet(Mixing):
         """Fit the decays to how attention falls with the distance, and the gains to the size of what it gives."""
         import torch
 
-        assert layer.walk
+        assert layer.activations
         heads, attended, squares, count = layer.config.heads, torch.zeros(0), torch.zeros(layer.config.heads, dtype=torch.float64), 0
-        for look in layer.walk.look(layer, ("o",), until="o"):
+        for look in layer.activations.capture(layer, ("o",), until="o"):
             assert look.weights is not None
             found = by_distance(look.weights).double().cpu()  # [H, T // 2]
             attended = attended + found if len(attended) else found
@@ -102,8 +102,8 @@ class Retnet(Mixing):
         key, value = call.key.float() * live[:, None, :, None], call.value.float()
         fall = functional.logsigmoid(-weights["decay"].float()).unflatten(0, query.shape[1:3])[..., None] * live[:, None, None]  # padding makes nobody forget
         shape = (*query.shape[1:3], key.shape[-1], value.shape[-1])
-        made, state = linear_attention(query, key[:, :, None], value, call.held("state", {"state": (shape, "float32")}), fall)
-        call.keep(state=state)
+        made, state = linear_attention(query, key[:, :, None], value, call.read("state", {"state": (shape, "float32")}), fall)
+        call.write(state=state)
         made = made.flatten(1, 2)  # [B, H, T, D]
         normed = made * (made.square().mean(-1, keepdim=True) + EPSILON).rsqrt() * weights["gain"].float()[:, None]
         gate = functional.linear(call.hidden, weights["gate"].to(call.hidden.dtype)).float() + weights["gate_bias"].float()

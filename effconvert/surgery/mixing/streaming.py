@@ -47,11 +47,16 @@ class Streaming(Mixing):
             )
         return self
 
-    def exact(self, config: Config) -> bool:
+    @property
+    def softmax_tokens(self) -> int:
+        """Those of the window."""
+        return self.window
+
+    def is_exact(self, config: Config) -> bool:
         """Where no text is longer than the window."""
         return config.longest is not None and self.window >= config.longest
 
-    def remark(self, config: Config) -> str:
+    def notes(self, config: Config) -> str:
         """Say where texts end all the same."""
         return "" if config.family.rope else f"its positions are learnt, so that no text can be longer than {config.longest} tokens all the same"
 
@@ -79,10 +84,10 @@ class Streaming(Mixing):
         from effconvert.kernels.window import window_scores, window_values
 
         call = call.prescaled
-        ranks = call.ranks()  # [B, T]
-        key, value, live = call.with_past(self.window - 1)
+        ranks = call.positions()  # [B, T]
+        key, value, live = call.with_window(self.window - 1)
         near, counted = window_scores(call.grouped, key, live, self.window)
-        sink_key, sink_value = call.first(self.sinks, ranks)  # [B, Hk, S, D]
+        sink_key, sink_value = call.first_tokens(self.sinks, ranks)  # [B, Hk, S, D]
         far = self._moved(call, ranks).unflatten(1, (key.shape[1], -1)) @ sink_key[:, :, None].mT  # [B, Hk, R, T, S]
         left = ranks[:, :, None] - torch.arange(self.sinks, device=ranks.device) >= self.window  # [B, T, S]: the window has gone past them
         scores = torch.cat([near, far], -1).float() * call.scaling
@@ -103,7 +108,7 @@ class Streaming(Mixing):
         last = self.window + self.sinks - 1
         angles = call.rotation.angles  # [B, 2, T, rotary]
         here = ((ranks == last) & call.live)[:, None, None].to(angles.dtype)  # [B, 1, 1, T]
-        furthest = call.held("furthest", {"furthest": ((2, angles.shape[-1]), "float32")}) + (here @ angles)[:, :, 0].float()
-        call.keep(furthest=furthest)
+        furthest = call.read("furthest", {"furthest": ((2, angles.shape[-1]), "float32")}) + (here @ angles)[:, :, 0].float()
+        call.write(furthest=furthest)
         to = torch.where((ranks > last)[:, None, :, None], furthest[:, :, None].to(angles.dtype), angles)
         return call.rotation.moved(call.query, to)

@@ -117,7 +117,11 @@ def test_a_model_that_effconvert_did_not_write_is_told_apart(llama, tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "told", "pictures"),
-    [("bert", "This model keeps no KV cache.", 2 + 2 + 2), ("gemma3_text", "1 see a window of 8 tokens (hatched), 1 see everything", 2 + 4 + 2 + 1)],
+    [
+        ("bert", "This model keeps no KV cache.", 2 + 2 + 2),
+        ("fnet", "no attention; FFN 32 to 48", 2 + 2 + 2),
+        ("gemma3_text", "1 see a window of 8 tokens (hatched), 1 see everything", 2 + 4 + 2 + 1),
+    ],
 )
 def test_every_kind_of_model_has_its_report(kind, told, pictures, tmp_path):
     subject = open_model(str(save_model(tiny(kind), tmp_path / kind))).subject

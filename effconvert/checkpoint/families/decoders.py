@@ -1,0 +1,229 @@
+"""Rows of families that predict the next token: see `Family`."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from effconvert.checkpoint.families.family import Family
+
+LLAMA = Family(
+    base="LlamaModel",
+    lm="LlamaForCausalLM",
+    prefix="model",
+    layers="layers",
+    parts={
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "o": "self_attn.o_proj",
+        "gate": "mlp.gate_proj",
+        "up": "mlp.up_proj",
+        "down": "mlp.down_proj",
+        "attn_norm": "input_layernorm",
+        "mlp_norm": "post_attention_layernorm",
+    },
+    outer={"embed": "embed_tokens", "final_norm": "norm"},
+    head={"head": "lm_head"},
+    buffers=("self_attn.rotary_emb.inv_freq",),
+    rope="halves",
+    ffn="mlp",
+)
+MULTIPLIERS = dict.fromkeys(("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"), 1.0)
+QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+POST_NORMS = {"attn_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
+QWEN_DEFAULTS = {"num_key_value_heads": 32, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+QWEN2 = replace(
+    LLAMA,
+    base="Qwen2Model",
+    lm="Qwen2ForCausalLM",
+    defaults=QWEN_DEFAULTS,
+    windowed="qwen2",
+    window_keys={"use_sliding_window": True},
+    upcycled={"qwen2_moe": {"norm_topk_prob": True, "qkv_bias": True}},
+)
+QWEN3 = replace(
+    QWEN2,
+    base="Qwen3Model",
+    lm="Qwen3ForCausalLM",
+    parts={**LLAMA.parts, **QK_NORMS},
+    defaults={**QWEN_DEFAULTS, "head_dim": 128},
+    windowed="qwen3",
+    upcycled={"qwen3_moe": {"norm_topk_prob": True}},
+)
+OLMO2 = replace(
+    LLAMA,
+    base="Olmo2Model",
+    lm="Olmo2ForCausalLM",
+    parts={part: at for part, at in {**LLAMA.parts, **QK_NORMS, **POST_NORMS}.items() if part not in ("attn_norm", "mlp_norm")},
+    per_kv_head=("k", "v", "k_norm"),  # its QK-norms have a weight for every channel of every head
+    defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "rope_theta": 10000.0, "pad_token_id": 1, "eos_token_id": 50279},
+    upcycled={"flex_olmo": {"norm_topk_prob": True}},
+)
+GEMMA2 = replace(
+    LLAMA,
+    base="Gemma2Model",
+    lm="Gemma2ForCausalLM",
+    defaults={
+        "tie_word_embeddings": True,
+        "head_dim": 256,
+        "num_key_value_heads": 4,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 2,
+    },
+    parts={**LLAMA.parts, **POST_NORMS, "mlp_norm": "pre_feedforward_layernorm"},
+)
+
+GPT2 = Family(
+    base="GPT2Model",
+    lm="GPT2LMHeadModel",
+    defaults={"tie_word_embeddings": True},
+    prefix="transformer",
+    layers="h",
+    parts={
+        "q": "attn.c_attn",
+        "k": "attn.c_attn",
+        "v": "attn.c_attn",
+        "o": "attn.c_proj",
+        "up": "mlp.c_fc",
+        "down": "mlp.c_proj",
+        "attn_norm": "ln_1",
+        "mlp_norm": "ln_2",
+    },
+    outer={"embed": "wte", "positions": "wpe", "final_norm": "ln_f"},
+    head={"head": "lm_head"},
+    buffers=("attn.bias", "attn.masked_bias"),
+    transposed=True,
+    heads_key="n_head",
+    layers_key="n_layer",
+    hidden_key="n_embd",
+    ffn_key="n_inner",
+    positions_key="n_positions",
+    kv_heads_key="",
+    multi_query="gpt_bigcode",
+    ffn="mlp",
+)
+
+DECODERS: Mapping[str, Family] = {
+    "llama": replace(
+        LLAMA,
+        defaults={"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "rope_theta": 10000.0, "bos_token_id": 1, "eos_token_id": 2},
+        windowed="mistral",
+        upcycled={"mixtral": {}, "granitemoe": {}, "qwen2_moe": {"norm_topk_prob": True, "qkv_bias": False}},
+    ),
+    "mistral": replace(
+        LLAMA,
+        base="MistralModel",
+        lm="MistralForCausalLM",
+        defaults={"num_key_value_heads": 8, "sliding_window": 4096, "rms_norm_eps": 1e-6, "rope_theta": 10000.0},
+        absent={"attention_bias": False, "mlp_bias": False},
+        windowed="mistral",
+        layers_alike=True,
+        upcycled={"mixtral": {}},
+    ),
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "granite": replace(
+        LLAMA, base="GraniteModel", lm="GraniteForCausalLM", scale_key="attention_multiplier", defaults=MULTIPLIERS, upcycled={"granitemoe": {}}
+    ),
+    "gemma": replace(LLAMA, base="GemmaModel", lm="GemmaForCausalLM", defaults={"tie_word_embeddings": True, "head_dim": 256, "num_key_value_heads": 16}),
+    "gemma2": GEMMA2,
+    "gemma3_text": replace(
+        GEMMA2,
+        base="Gemma3TextModel",
+        lm="Gemma3ForCausalLM",
+        parts={**GEMMA2.parts, **QK_NORMS},
+        defaults={**GEMMA2.defaults, "sliding_window_pattern": 6},
+    ),
+    "olmo2": OLMO2,
+    "phi3": replace(
+        LLAMA,
+        base="Phi3Model",
+        lm="Phi3ForCausalLM",
+        parts={
+            **LLAMA.parts,
+            **dict.fromkeys(("q", "k", "v"), "self_attn.qkv_proj"),
+            **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj"),
+        },
+        defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "pad_token_id": 32000, "eos_token_id": 32000},
+        upcycled={"mixtral": {}},
+    ),
+    "cohere": replace(
+        LLAMA,
+        base="CohereModel",
+        lm="CohereForCausalLM",
+        rope="interleaved",
+        parts={part: at for part, at in LLAMA.parts.items() if part != "mlp_norm"},  # attention and MLP read the same, side by side
+        defaults={"tie_word_embeddings": True},
+        constants={"use_qk_norm": False},
+    ),
+    "glm": replace(
+        LLAMA,
+        base="GlmModel",
+        lm="GlmForCausalLM",
+        rope="interleaved",
+        parts={**LLAMA.parts, **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj")},
+        defaults={"num_key_value_heads": 2, "head_dim": 128, "partial_rotary_factor": 0.5},
+    ),
+    "gpt2": GPT2,
+    "gpt_bigcode": replace(
+        GPT2,
+        base="GPTBigCodeModel",
+        lm="GPTBigCodeForCausalLM",
+        transposed=False,
+        fixed_kv_heads=1,
+        multi_query="",
+        constants={"multi_query": True},
+        absent={"scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False, "add_cross_attention": False},
+    ),
+    "gpt_neox": Family(
+        base="GPTNeoXModel",
+        lm="GPTNeoXForCausalLM",
+        prefix="gpt_neox",
+        layers="layers",
+        parts={
+            **dict.fromkeys(("q", "k", "v"), "attention.query_key_value"),
+            "o": "attention.dense",
+            "up": "mlp.dense_h_to_4h",
+            "down": "mlp.dense_4h_to_h",
+            "attn_norm": "input_layernorm",
+            "mlp_norm": "post_attention_layernorm",
+        },
+        outer={"embed": "embed_in", "final_norm": "final_layer_norm"},
+        head={"head": "lm_head", "old_head": "embed_out"},
+        buffers=("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"),
+        per_head=True,
+        rope="halves",
+        rotary_key="rotary_pct",
+        defaults={"rotary_pct": 0.25},
+        kv_heads_key="",
+        ffn="mlp",
+    ),
+    "opt": Family(
+        base="OPTModel",
+        lm="OPTForCausalLM",
+        defaults={"tie_word_embeddings": True},
+        prefix="model",
+        layers="decoder.layers",
+        parts={
+            "q": "self_attn.q_proj",
+            "k": "self_attn.k_proj",
+            "v": "self_attn.v_proj",
+            "o": "self_attn.out_proj",
+            "up": "fc1",
+            "down": "fc2",
+            "attn_norm": "self_attn_layer_norm",
+            "mlp_norm": "final_layer_norm",
+        },
+        outer={
+            "embed": "decoder.embed_tokens",
+            "positions": "decoder.embed_positions",
+            "project_in": "decoder.project_in",
+            "project_out": "decoder.project_out",
+            "final_norm": "decoder.final_layer_norm",
+        },
+        head={"head": "lm_head"},
+        optional=frozenset({"attn_norm", "mlp_norm", "final_norm"}),
+        packs=False,
+        ffn_key="ffn_dim",
+        kv_heads_key="",
+    ),
+}

@@ -1,0 +1,199 @@
+"""Parts of a model as a lazy mapping: nothing is read from disk until a surgery asks for a part, and what nobody assigns stays where it lies."""
+
+import math
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+
+from effconvert.checkpoint.config import Config
+from effconvert.checkpoint.shards import FLOATS, Stored
+from effconvert.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """A tensor that is computed when it is written, so that a layer of many large ones need not be in memory whole."""
+
+    compute: Callable[[], torch.Tensor]  # float32, on the CPU
+    in_pieces: Callable[[], Iterator[torch.Tensor]] | None = None  # the same numbers in the same order, where the whole is large
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        """Yield it a piece at a time."""
+        yield from self.in_pieces() if self.in_pieces else [self.compute()]
+
+
+class Parts(MutableMapping[str, torch.Tensor]):
+    """Named tensors in float32 on the CPU, or of shapes only on the meta device; `parts["k.bias"]` is the bias of part k; assigning replaces them.
+
+    What is read is a copy: to change a part, assign it. Each surgery gets parts of its own on top of those before, so that what is kept for later stays
+    what it was.
+
+    Attributes:
+        config: the shape of the model.
+    """
+
+    def __init__(self, config: Config, stored: Mapping[str, Stored], device: str, below: Self | None = None) -> None:
+        self.config = config
+        self._source: Config = config if below is None else below._source
+        self._stored, self._device, self._below = stored, device, below
+        self._assigned: dict[str, torch.Tensor | Deferred] = {}
+        self._copies: dict[str, str] = {}  # part -> the part that it is a copy of, as that was before this surgery
+        self._deleted: set[str] = set()
+        self._waiting: list[Callable[[Any], None]] = []
+        self._touched: dict[str, int] = {}  # part that was read, or assigned -> bytes in float32
+
+    @property
+    def shapes_only(self) -> bool:
+        """Whether tensors have no numbers in them: a plan is being made."""
+        return self._device == "meta"
+
+    @property
+    def touched(self) -> int:
+        """Bytes in float32 of all that was read or assigned so far, for the estimate of peak memory."""
+        return sum(self._touched.values()) + (0 if self._below is None else self._below.touched)
+
+    def later(self, change: Callable[[Self], None]) -> None:
+        """Have `change` called with these parts before anything is asked of them."""
+        self._waiting.append(change)
+
+    def copy(self, part: str, to: str) -> None:
+        """Make `to` the same as `part`, which may be changed or deleted afterwards; what lies on disk unchanged is copied as bytes."""
+        self._catch_up()
+        if part in self._assigned or part in self._copies:
+            self[to] = self[part]
+        else:
+            self._forget(to)
+            self._copies[to] = part
+
+    def defer(self, part: str, shape: tuple[int, ...], compute: Callable[[], torch.Tensor]) -> None:
+        """Assign what `compute` returns, when it is written; `shape` is known before."""
+        self._catch_up()
+        self._forget(part)
+        self._assigned[part] = torch.empty(shape, device="meta") if self.shapes_only else Deferred(compute)
+        self._touched["deferred"] = max(self._touched.get("deferred", 0), 4 * math.prod(shape))
+
+    def before(self, part: str) -> torch.Tensor:
+        """Return a part as it was before this surgery, whatever has become of it since."""
+        if self._below is not None:
+            return self._below._rounded(part)
+        tensor = self._read(part)
+        self._touched[part] = 4 * tensor.numel()
+        return tensor
+
+    def __getitem__(self, part: str) -> torch.Tensor:
+        if part not in self:
+            raise ModelError(f"{self._where()} of this {self._source.kind} has no part {part!r}; it has {', '.join(self)}")
+        if part in self._assigned:
+            value = self._assigned[part]
+            return value.compute() if isinstance(value, Deferred) else value
+        return self.before(self._copies.get(part, part))
+
+    def __setitem__(self, part: str, tensor: torch.Tensor) -> None:
+        self._catch_up()
+        self._forget(part)
+        self._assigned[part] = tensor
+        self._touched[f"assigned {part}"] = 4 * tensor.numel()
+
+    def __delitem__(self, part: str) -> None:
+        self._catch_up()
+        self._forget(part)
+        self._deleted.add(part)
+
+    def __iter__(self) -> Iterator[str]:
+        self._catch_up()
+        known = self._stored_parts() if self._below is None else list(self._below)
+        yield from (part for part in dict.fromkeys([*known, *self._copies, *self._assigned]) if part in self)
+
+    def __contains__(self, part: object) -> bool:
+        self._catch_up()
+        if part in self._assigned or part in self._copies or part in self._deleted or not isinstance(part, str):
+            return part in self._assigned or part in self._copies
+        return self._name(part, self._source) in self._stored if self._below is None else part in self._below
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    @abstractmethod
+    def tensors(self) -> Iterator[tuple[str, Stored, torch.Tensor | Deferred | None]]:
+        """Yield these parts in the layout of their config: a name, the tensor on disk that it comes from, and what it became.
+
+        None: it did not change, and its bytes on disk can be copied.
+
+        Raises:
+            ModelError: the layout has no place for a part.
+        """
+
+    @abstractmethod
+    def _where(self) -> str:
+        """Name these parts in a message."""
+
+    @abstractmethod
+    def _name(self, part: str, config: Config) -> str:
+        """Return what a part is called on disk in the layout of `config`."""
+
+    @abstractmethod
+    def _stored_parts(self) -> list[str]:
+        """Name the parts on disk."""
+
+    @abstractmethod
+    def _read(self, part: str) -> torch.Tensor:
+        """Return a part that is on disk."""
+
+    def _forget(self, part: str) -> None:
+        self._assigned.pop(part, None)
+        self._copies.pop(part, None)
+        self._deleted.discard(part)
+
+    def _catch_up(self) -> None:
+        """Do what was put off, in order; what a change asks of its own parts meanwhile finds nothing waiting."""
+        waiting, self._waiting = self._waiting, []
+        for change in waiting:
+            change(self)
+
+    def _changed(self, part: str) -> bool:
+        """Whether any surgery assigned or deleted `part`."""
+        self._catch_up()
+        own = part in self._assigned or part in self._copies or part in self._deleted
+        return own or (self._below is not None and self._below._changed(part))
+
+    def _on_disk(self, part: str) -> str | None:
+        """Return the part on disk whose unchanged bytes this part is, None where it is computed."""
+        self._catch_up()
+        if part in self._assigned or part in self._deleted:
+            return None
+        part = self._copies.get(part, part)
+        return part if self._below is None else self._below._on_disk(part)
+
+    def _rounded(self, part: str) -> torch.Tensor:
+        """Return `part` as it would be read from disk, had the surgery of these parts been the last.
+
+        So a chain gives the bytes of the commands one after the other, where no step looks at what layers compute: what looks is fed by the layers below
+        after all steps.
+        """
+        tensor = self[part]
+        if not self._changed(part) or tensor.is_meta:
+            return tensor
+        return tensor.to(FLOATS[self._origin([part]).dtype]).float()
+
+    def _origin(self, parts: Sequence[str]) -> Stored:
+        """Return the tensor on disk that these parts, fused in one, come from; of what is new, one that it stands beside: the first that attends."""
+        names = [self._name(part, self._source) for part in (*parts, *filter(None, map(self._copied, parts)))]
+        return next((self._stored[name] for name in names if name in self._stored), self._neighbour)
+
+    def _copied(self, part: str) -> str:
+        """Return the part that this one was copied from."""
+        return self._copies.get(part) or ("" if self._below is None else self._below._copied(part))
+
+    @property
+    def _neighbour(self) -> Stored:
+        """A tensor on disk of the type that new ones are stored in: that of the queries, or else the most common."""
+        floats = {name: stored for name, stored in self._stored.items() if stored.dtype in FLOATS and name not in self._source.family.buffers}
+        if not floats:
+            raise ModelError(f"{self._where()} of this {self._source.kind} has no tensor of floating-point numbers on disk")
+        usual = Counter(stored.dtype for stored in floats.values()).most_common(1)[0][0]
+        first = floats.get(self._name("q", self._source))
+        return first or next(stored for stored in floats.values() if stored.dtype == usual)

@@ -1,0 +1,96 @@
+"""Read config.json, and refuse what cannot be: it is somebody else's file."""
+
+import json
+import re
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from effconvert.checkpoint.config import CONFIG, Config
+from effconvert.checkpoint.families import FAMILIES
+from effconvert.checkpoint.replaced import KIND, Replaced, check_depth, read
+from effconvert.errors import ModelError, OptionError
+
+
+def read_config(folder: Path) -> Config:
+    """Read and recognise `folder`/config.json.
+
+    Raises:
+        OptionError: the folder holds no model.
+        ModelError: it holds one that cannot be operated on: unknown family, quantised, an adapter.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(f"{folder} is a PEFT adapter, not a model; merge it into its base first (PeftModel.merge_and_unload, then save_pretrained)")
+        raise OptionError(f"{folder} holds no model: there is no config.json in it; give a folder written by save_pretrained, a Hub id or a .gguf file")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not JSON ({error}); fetch the file again") from None
+    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    replaced: tuple[Replaced, ...] = ()
+    family = FAMILIES.get(str(kind))
+    if isinstance(kind, str) and kind.removeprefix(KIND) in FAMILIES and kind.startswith(KIND):
+        raw, family, replaced = read(raw)
+        kind = raw["model_type"]
+    if not isinstance(kind, str) or family is None:
+        near = get_close_matches(str(kind), FAMILIES, n=1)
+        hint = f"the nearest is {near[0]!r}; " if near else ""
+        raise ModelError(f"{path} names the family {kind!r}, which effconvert does not know; {hint}it knows {', '.join(FAMILIES)}")
+    if raw.get("quantization_config"):
+        quantization = raw["quantization_config"]
+        method = quantization.get("quant_method", "an unnamed method") if isinstance(quantization, dict) else quantization
+        raise ModelError(f"{folder} is quantised ({method}), and surgery needs the numbers themselves; give the checkpoint that it was made from")
+    check_depth(raw, family)
+    config = Config(raw, family, replaced)
+    config.skips(0)  # says so where `per_layer_config` makes no sense
+    for key, needed in family.constants.items():
+        if raw.get(key, needed) != needed:
+            raise ModelError(f"{kind} with {key} = {raw[key]!r} is laid out differently from the {kind} that effconvert knows, which needs {needed!r}")
+    for key, (fits, needed) in SOUND.items():
+        unused = key == family.window_key and config.get("use_sliding_window") is False  # qwen2_moe's own class writes 0 then
+        if config.get(key) is not None and not unused and not fits(config.get(key)):
+            raise ModelError(f"{path} says {key} = {config.get(key)!r}, where {needed} is needed; mend the file")
+    stem = family.base.removesuffix("Model")
+    if config.architecture not in (family.base, family.lm) and not re.fullmatch(rf"{stem}For[A-Za-z]+", config.architecture):
+        raise ModelError(f"{path} names the class {config.architecture!r}, which is none of {kind}'s ({family.base}, {family.lm}, {stem}For…); mend the file")
+    for key in ("attn_implementation", "_attn_implementation"):
+        if "/" in str(raw.get(key)):
+            raise ModelError(f"{path} asks for the attention kernel {raw[key]!r} from the Hub, which is somebody's code; remove {key} from it")
+    if config.get("layer_types") is not None and len(config.get("layer_types")) != config.layers:
+        raise ModelError(f"{path} has {len(config.get('layer_types'))} layer_types for {config.layers} layers; mend the file")
+    return config
+
+
+def _whole(least: int) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: type(value) is int and value >= least, f"a whole number of at least {least}, or null,"
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(name, str) for name in value)
+
+
+# What a key may hold beside null, for those that are looked at: a config is somebody else's file.
+SOUND: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "architectures": (_names, "a list of names"),
+    "layer_types": (_names, "a list of names"),
+    "sliding_window": _whole(2),
+    "sliding_window_pattern": _whole(1),
+    "local_attention": _whole(2),
+    "global_attn_every_n_layers": _whole(1),
+    "max_window_layers": _whole(0),
+    "max_position_embeddings": _whole(1),
+    "n_positions": _whole(1),
+    "vocab_size": _whole(1),
+    "num_experts_per_tok": _whole(1),
+    "decoder_sparse_step": _whole(1),
+    "mlp_only_layers": (_numbers, "a list of the numbers of layers"),
+    "tie_word_embeddings": (lambda value: isinstance(value, bool), "true or false"),
+    "use_sliding_window": (lambda value: isinstance(value, bool), "true or false"),
+}
