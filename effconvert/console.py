@@ -151,6 +151,8 @@ class Terminal:
             count(seen.size.parameters),
             f"{size(seen.size.bytes)} on disk" + (", head tied to embed" if config.tied and config.architecture == config.family.lm else ""),
         )
+        if seen.size.active < seen.size.parameters:
+            table.add_row("active for a token", count(seen.size.active), f"{config.top_k} of {config.experts} experts")
         self.out.print()
         self.out.print(table)
         if config.family.decoder:

@@ -1,6 +1,7 @@
 """What a checkpoint is and what can be done to it, from its config and headers alone."""
 
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass
 
@@ -40,7 +41,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
 
 
 def parts(checkpoint: Checkpoint) -> dict[str, int]:
-    """Count the parameters of each part, biases with their matrices."""
+    """Count the parameters of each part, biases with their matrices, and all experts together."""
     family = checkpoint.config.family
     counted: Counter[str] = Counter()
     places = {f"{checkpoint.prefix}{module}": part for part, module in family.outer.items()} | {module: part for part, module in family.head.items()}
@@ -50,5 +51,5 @@ def parts(checkpoint: Checkpoint) -> dict[str, int]:
     for index in range(checkpoint.config.layers):
         layer = checkpoint.layer(index, "meta")
         for part in layer:
-            counted[part.removesuffix(".bias")] += layer[part].numel()
+            counted[re.sub(r"^experts\.\d+", "experts", part.removesuffix(".bias"))] += layer[part].numel()
     return {part: number for part, number in counted.items() if number}  # old files hold position ids, which are no parameters

@@ -25,6 +25,7 @@ from effconvert.errors import ModelError, OptionError
 from effconvert.options import RunOptions
 from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.ffn.moe import Moe
+from tests.convert.test_seam import DropSecond
 from tests.models import SETTINGS, characters, logits, on_disk, save, tiny
 
 PLAIN = {"attention_bias": False, "mlp_bias": False}
@@ -284,6 +285,9 @@ def test_a_converted_model_is_planned_with_what_a_token_uses(tmp_path):
     told = CliRunner().invoke(main, ["moe", "--experts", "8", "--top-k", "3", str(tmp_path / "source"), "-o", str(tmp_path / "other"), "--dry-run"])
     assert "active for a token" in told.output
     assert "loads as MixtralForCausalLM in stock transformers; no logit may change" in told.output
+    seen = CliRunner().invoke(main, ["inspect", str(tmp_path / "out")])
+    assert "experts.gate" in seen.output
+    assert "3 of 8 experts" in seen.output
     before = open_checkpoint(tmp_path / "source")
     assert plan(before, (Gqa(groups=2, pool="mean"),)).after.active == plan(before, (Gqa(groups=2, pool="mean"),)).after.parameters
 
@@ -298,6 +302,14 @@ def test_pooled_upcycled_and_refitted_in_one_pass(tmp_path):
     assert outcome.plan.config.kind == "mixtral"
     assert (found - expected).abs().max() < 1e-3 * expected.abs().max()  # refitted from texts that experts give with another rounding
     assert (expected - logits(tiny("llama", **PLAIN))).abs().max() > 0.05 * expected.abs().max()
+
+
+def test_a_refit_leaves_experts_alone_where_layers_were_dropped(tmp_path):
+    source = save(tiny("mixtral", num_hidden_layers=3), tmp_path / "source")
+    text = characters(source)
+    convert(str(source), (DropSecond(), steps.load("refit")()), RunOptions(output=tmp_path / "out", calibrate=str(text), calibration_tokens=512))
+    before, after = experts(tmp_path / "source"), experts(tmp_path / "out")
+    assert all(torch.equal(after[part], before[part]) for part in before if part.startswith("experts."))
 
 
 def test_what_is_upcycled_can_be_pooled_and_mixed_afterwards(tmp_path):

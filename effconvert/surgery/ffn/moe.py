@@ -31,10 +31,10 @@ CODE = ("auto_map", "layer_types", "max_window_layers")  # keys that speak of th
 class Moe(Layerwise):
     """Copy each FFN into experts behind a router: sparse upcycling (MoE).
 
-    This makes a model LARGER, and no better before it is trained: each FFN is there E times, of which K run for a token. The result is the
-    family of transformers that is this one with experts (a llama becomes a mixtral, a qwen3 a qwen3_moe), and computes the same logits, since
-    all experts are alike and the weights of those chosen sum to one. Training tells them apart; --noise and --drop-upcycling begin with that,
-    and change what the model computes.
+    This makes a model LARGER: every FFN is stored E times, and each token runs K of them. It is where training of an MoE begins; without training
+    nothing gets better. The output is transformers' own family with experts (llama becomes mixtral, qwen3 becomes qwen3_moe) with the same logits:
+    the experts are equal at first, and the weights of the chosen ones sum to one. --noise and --drop-upcycling make experts differ and change the
+    logits.
     Komatsuzaki et al. 2023, arXiv 2212.05055; Drop-Upcycling: Nakamura et al. 2025, arXiv 2502.19261; granular experts: He et al. 2024,
     arXiv 2410.07524.
 
@@ -68,7 +68,7 @@ class Moe(Layerwise):
     @classmethod
     def allowed_options(cls, config: Config) -> str:
         """Any numbers, and what it becomes."""
-        return f"--experts E --top-k K: a {next(iter(_with_experts(config)))}"
+        return f"--experts E --top-k K, as a {next(iter(_with_experts(config)))}"
 
     def check(self, config: Config) -> None:
         """Refuse models that no family of experts is like, and numbers that do not go together."""
@@ -93,7 +93,7 @@ class Moe(Layerwise):
 
     def notes(self, config: Config) -> str:
         """Say that this is to be trained, and what it costs until then."""
-        told = [f"a token's FFNs cost {self.top_k} times as much as before, and until it is trained nothing is better"]
+        told = [f"it gets larger, a token's FFNs cost {self.top_k} x what they cost before, and nothing is better until it is trained"]
         told += ["what is drawn changes what the model computes"] if self.noise or self.drop_upcycling else []
         if self.granularity > 1:
             told.append("in bfloat16 the slices of two experts can tie, and then a few tokens get some of each")
