@@ -111,13 +111,13 @@ def test_a_window_that_is_shorter_than_it_claims_is_caught_beyond_it(source, tmp
 
 def test_a_state_that_forgets_is_caught(source, tmp_path, monkeypatch):
     """All logits but the last are those of a text read at once, and the last one goes on from what was remembered of it."""
-    real = Call.with_past
+    real = Call.with_window
 
     def forgetful(self, count):
         key, value, live = real(self, count)
         return key, value, live & (torch.arange(live.shape[1]) >= live.shape[1] - 100) if self.query.shape[-2] == 1 else live
 
-    monkeypatch.setattr(Call, "with_past", forgetful)
+    monkeypatch.setattr(Call, "with_window", forgetful)
     with pytest.raises(ModelError, match="on a text of 128 tokens, and this conversion must not change any"):
         convert(str(source), (Streaming(window=LONG, sinks=4),), RunOptions(output=tmp_path / "out"))
 
