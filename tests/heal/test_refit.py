@@ -27,7 +27,7 @@ from tests.heal.healing import TOKENS, apart, heldout, load, put, run, tensors
 from tests.models import ATTENDING, DECODERS, GROUPING
 
 ENCODERS = [kind for kind in ATTENDING if kind not in DECODERS]
-NORMED = ["qwen3", "gemma3_text", "olmo2"]
+NORMED = [kind for kind in GROUPING if "q_norm" in FAMILIES[kind].parts]
 BIASED = ["llama", "qwen2", "glm", "gpt2"]  # of the tiny models
 SHARING = [kind for kind in GROUPING if kind in DECODERS]
 
