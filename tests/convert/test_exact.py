@@ -103,7 +103,7 @@ def test_what_is_exact_is_compared_on_as_long_a_text_as_the_model_reads(source, 
 
 
 def test_a_window_that_is_shorter_than_it_claims_is_caught_beyond_it(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(Streaming, "exact", lambda *_: True)
+    monkeypatch.setattr(Streaming, "is_exact", lambda *_: True)
     with pytest.raises(ModelError, match="on a text of 512 tokens, and this conversion must not change any"):
         convert(str(source), (Streaming(window=300, sinks=4),), RunOptions(output=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
@@ -111,13 +111,13 @@ def test_a_window_that_is_shorter_than_it_claims_is_caught_beyond_it(source, tmp
 
 def test_a_state_that_forgets_is_caught(source, tmp_path, monkeypatch):
     """All logits but the last are those of a text read at once, and the last one goes on from what was remembered of it."""
-    real = Call.with_past
+    real = Call.with_window
 
     def forgetful(self, count):
         key, value, live = real(self, count)
         return key, value, live & (torch.arange(live.shape[1]) >= live.shape[1] - 100) if self.query.shape[-2] == 1 else live
 
-    monkeypatch.setattr(Call, "with_past", forgetful)
+    monkeypatch.setattr(Call, "with_window", forgetful)
     with pytest.raises(ModelError, match="on a text of 128 tokens, and this conversion must not change any"):
         convert(str(source), (Streaming(window=LONG, sinks=4),), RunOptions(output=tmp_path / "out"))
 

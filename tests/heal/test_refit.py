@@ -15,10 +15,11 @@ from effconvert.checkpoint.families import FAMILIES
 from effconvert.convert.plan import plan, stand_for
 from effconvert.errors import ModelError, OptionError
 from effconvert.heal._layer import _held
-from effconvert.heal._regression import Problem, ridge
+from effconvert.heal._regression import Problem
 from effconvert.heal.refit import Refit
 from effconvert.recipe import read
 from effconvert.replay import replay
+from effconvert.surgery._ridge import ridge
 from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.attention.mqa import Mqa
 from tests.convert.conftest import one_line
@@ -27,7 +28,7 @@ from tests.heal.healing import TOKENS, apart, heldout, load, put, run, tensors
 from tests.models import ATTENDING, DECODERS, GROUPING
 
 ENCODERS = [kind for kind in ATTENDING if kind not in DECODERS]
-NORMED = [kind for kind in GROUPING if "q_norm" in FAMILIES[kind].parts]
+NORMED = [kind for kind in ATTENDING if "q_norm" in FAMILIES[kind].parts]
 BIASED = ["llama", "qwen2", "glm", "gpt2"]  # of the tiny models
 SHARING = [kind for kind in GROUPING if kind in DECODERS]
 

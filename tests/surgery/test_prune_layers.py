@@ -20,6 +20,7 @@ from effconvert.convert.plan import plan
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError, OptionError
 from effconvert.heal import _forward
+from effconvert.heal._activations import Activations
 from effconvert.heal._forward import Forward
 from effconvert.heal.refit import Refit, after_gaps
 from effconvert.modeling.loading import class_of
@@ -307,9 +308,12 @@ def test_by_angle_a_run_is_chosen_over_which_the_stream_turns_least(kind):
     assert asked()["layers"] == ("2,3" if kind != "bert" else f"{best},{best + 1}")
 
 
-def test_the_search_drops_one_after_the_other_by_what_each_costs_then():
-    source = put(Path("model"), noise=0.3, **deep("llama", 6))
+def test_the_search_drops_one_after_the_other_by_what_each_costs_then(monkeypatch):
+    source, tried = put(Path("model"), noise=0.3, **deep("llama", 6)), []
+    real = Forward.divergence
+    monkeypatch.setattr(Forward, "divergence", lambda self, *states: tried.append(real(self, *states)) or tried[-1])
     run(source, PruneLayers(drop=3))
+    assert len(tried) == 6 + 1 + 1  # what added more than another one is not tried again before that one is
     gone, model = [], opened(source)
     wanted = [after_each_fourth(model, ids) for ids in calibration()]
     for _ in range(3):  # every layer, each time
@@ -473,6 +477,21 @@ def test_a_refit_makes_up_for_attention_that_was_dropped(kind):
     assert stands == [range(index, index + 1) for index in range(DEPTH)]
     wanted, plain, refitted = (opened(place)(heldout()).logits.log_softmax(-1) for place in (source, "plain", "refitted"))
     assert (wanted.exp() * (plain - refitted)).sum(-1).mean() < 0
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gemma2", "granitemoe"])
+def test_the_stream_of_the_original_is_that_of_transformers_between_layers_and_between_their_halves(kind):
+    source = put(Path("model"), kind, **deep(kind))
+    checkpoint, ids = open_checkpoint(source), calibration()[:2]
+    with torch.no_grad():
+        walk = Activations(checkpoint, checkpoint, [checkpoint.model("cpu").outer], ids)
+        found = [walk.own(step) for step in (0, 2, 3, 6)]
+        whole, half = opened(source).base_model, opened(source)
+        silent(half, 1, "down")
+        for index, batch in enumerate(ids):
+            states = [model(batch, output_hidden_states=True).hidden_states for model in (whole, half.base_model)]
+            for step, wanted in enumerate((states[0][0], states[0][1], states[1][2], states[0][3])):
+                torch.testing.assert_close(found[step][index], wanted, rtol=1e-4, atol=1e-4)
 
 
 def gaps(source, *steps):
