@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from effconvert import steps
 from effconvert.checkpoint.checkpoint import open_checkpoint
-from effconvert.checkpoint.config import read_config
 from effconvert.checkpoint.families import FAMILIES
 from effconvert.checkpoint.layer import Deferred
+from effconvert.checkpoint.reading import read_config
 from effconvert.cli import main
 from effconvert.convert import plan as planning
 from effconvert.convert.plan import plan
