@@ -100,9 +100,12 @@ def _placed(family: type[nn.Module]) -> type[nn.Module]:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         hidden: Tensor = args[0] if args else kwargs.pop(takes)
+        beside: tuple[Any, ...] | None = None  # what the family's own gives besides, where it answers in a tuple
 
         def original(rows: Tensor) -> Tensor:
+            nonlocal beside
             out = family.forward(self, rows, *args[1:], **kwargs)
+            beside = out[1:] if isinstance(out, tuple) else None
             first: Tensor = out[0] if isinstance(out, tuple) else out
             return first
 
@@ -110,7 +113,9 @@ def _placed(family: type[nn.Module]) -> type[nn.Module]:
         made = own.technique.forward(own.weights, hidden, _around(original, hidden, kwargs))
         if getattr(self, "weight", made) is None and self.bias is not None:  # a projection without its matrix
             made = made + self.bias
-        return (made, None) if own.place == "attention" else made  # attention answers with its weights as well, which nobody asks for
+        if own.place == "attention":
+            return made, None  # attention answers with its weights as well, which nobody asks for
+        return made if beside is None else (made, *beside)
 
     return type(family.__name__, (family,), {"forward": forward, "__module__": family.__module__})
 

@@ -37,7 +37,7 @@ class Replacement(Layerwise):
     A converted model keeps the options in its config.json and the parameters in the module of the place: `mlp.effconvert.NAME`.
     """
 
-    place: ClassVar[str]  # where it runs: scores, attention, ffn, layer, or a part such as q
+    place: ClassVar[str] = ""  # where it runs: scores, attention, ffn, layer, or a part such as q; empty where its options say so
     drops: ClassVar[tuple[str, ...]] = ()  # parts that it does without
     no_encoders: ClassVar[str] = ""  # why encoders cannot have it; empty: they can
     no_decoders: ClassVar[str] = ""  # likewise

@@ -202,8 +202,9 @@ def test_a_conversion_puts_the_maps_beside_the_projections(model, command):
     )
     assert all(torch.equal(before[name], after[name]) for name in before)
     begun = Linear(window=6).begin(config("llama"), 0)
-    added = {f"model.layers.{index}.self_attn.mixer.{name}": value.bfloat16() for index in (1, 2) for name, value in begun.items()}
+    added = {f"model.layers.{index}.self_attn.effconvert.{name}": value.bfloat16() for index in (1, 2) for name, value in begun.items()}
     assert after.keys() - before.keys() == added.keys()
     assert all(torch.equal(after[name], added[name]) for name in added)
     said = json.loads((model.parent / "out/config.json").read_text())
-    assert said["effconvert"]["mixers"] == [{"mixer": "linear", "options": {"feature": "hedgehog", "window": 6, "features": None}, "layers": [1, 2]}]
+    options = {"feature": "hedgehog", "window": 6, "features": None}
+    assert said["effconvert"]["replaced"] == [{"technique": "linear", "options": options, "place": "scores", "layers": [1, 2], "drops": []}]

@@ -188,8 +188,8 @@ def test_learnt_positions_end_all_the_same_and_it_is_said():
 
 def test_without_sinks_a_family_with_windows_of_its_own_is_written_as_that():
     assert Streaming(window=6, sinks=0).config(config("llama", architectures=["LlamaForCausalLM"])).kind == "mistral"
-    assert Streaming(window=6, sinks=0, layers="0").config(config("llama", architectures=["LlamaForCausalLM"])).mixers  # in mistral all layers have it
-    assert Streaming(window=6, sinks=2).config(config("llama", architectures=["LlamaForCausalLM"])).mixers
+    assert Streaming(window=6, sinks=0, layers="0").config(config("llama", architectures=["LlamaForCausalLM"])).replaced  # in mistral all layers have it
+    assert Streaming(window=6, sinks=2).config(config("llama", architectures=["LlamaForCausalLM"])).replaced
 
 
 def test_a_conversion_adds_no_tensor_and_says_what_mixes(model, command):
@@ -202,5 +202,6 @@ def test_a_conversion_adds_no_tensor_and_says_what_mixes(model, command):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     said = json.loads((model.parent / "out/config.json").read_text())
-    assert said["effconvert"]["mixers"] == [{"mixer": "streaming", "options": {"window": 8, "sinks": 2}, "layers": [1, 2]}]
+    options = {"window": 8, "sinks": 2}
+    assert said["effconvert"]["replaced"] == [{"technique": "streaming", "options": options, "place": "scores", "layers": [1, 2], "drops": []}]
     assert said["layer_types"] == ["full_attention", "effconvert_streaming", "effconvert_streaming"]
