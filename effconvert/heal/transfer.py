@@ -1,4 +1,4 @@
-"""Train what was put into layers to imitate the original, layer by layer."""
+"""Train new layers to imitate the ones they replace, layer by layer."""
 
 from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
 

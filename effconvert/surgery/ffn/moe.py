@@ -149,15 +149,17 @@ class Moe(Layerwise):
         inner = layer.config.ffn // self.granularity
         start, whole = number % self.granularity * inner, layer.before(part)
         neurons = (whole.T if part == "down" else whole)[start : start + inner].clone()  # [F/G, M], a row for each neuron
+        del whole  # of large matrices there are never more than two
         if part == "down":
             neurons *= self.granularity  # each of the G slices has a G-th of the weight
         if self.drop_upcycling:
             new = torch.randperm(inner, generator=self._draw(layer, number, "neurons"))[: int(self.drop_upcycling * inner)]
             old = neurons[new]
             if len(new):
-                neurons[new] = old.mean() + old.std(correction=0) * torch.randn(old.shape, generator=self._draw(layer, number, f"new {part}"))
+                neurons[new] = torch.randn(old.shape, generator=self._draw(layer, number, f"new {part}")).mul_(old.std(correction=0)).add_(old.mean())
         if self.noise:
-            neurons += self.noise * neurons.std(correction=0) * torch.randn(neurons.shape, generator=self._draw(layer, number, f"noise {part}"))
+            noise = torch.randn(neurons.shape, generator=self._draw(layer, number, f"noise {part}"))
+            neurons += noise.mul_(self.noise * neurons.std(correction=0))
         return neurons.T if part == "down" else neurons
 
     def _normal(self, layer: Layer, part: str, rows: int, columns: int) -> Tensor:
