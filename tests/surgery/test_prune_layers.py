@@ -155,7 +155,7 @@ def test_a_cache_that_counts_by_layer_0_is_refused_where_that_does_not_attend():
     run(save(tiny("llama", **deep("llama")), Path("model")), PruneLayers(layers="0", only="attention"))
     model = opened("out")
     with pytest.raises(ValueError, match="takes its length from layer 0"):
-        model(torch.tensor([[3, 4, 5]]), past_key_values=transformers.DynamicCache(config=model.config))
+        model(torch.tensor([[3, 4, 5]]), **with_cache(model, transformers.DynamicCache(config=model.config)))
 
 
 def test_a_stock_class_does_not_open_a_model_without_attention_as_one_with():
