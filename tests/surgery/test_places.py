@@ -13,7 +13,7 @@ from effconvert.convert.run import convert
 from effconvert.errors import EffconvertError, ModelError, OptionError
 from effconvert.options import RunOptions
 from effconvert.recipe import step
-from tests.models import characters, logits, save, tiny
+from tests.models import characters, heed_caps, logits, save, tiny
 
 FOLDER = Path(__file__).parent / "examples"
 EXACT = {  # options at which no logit may change, and families
@@ -46,7 +46,7 @@ def opened(folder):
     auto = transformers.AutoModelForCausalLM if FAMILIES[kind].decoder else transformers.AutoModelForMaskedLM
     model, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    return model.eval()
+    return heed_caps(model.eval())
 
 
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("[a-z]*.py")), ids=lambda file: file.stem)

@@ -33,7 +33,7 @@ from effconvert.surgery.depth.prune_layers import PruneLayers
 from effconvert.surgery.mixing.streaming import Streaming
 from tests.heal.healing import TOKENS, apart, heldout, prose, put
 from tests.mixers.mixing import with_cache
-from tests.models import DECODERS, logits, save, tiny
+from tests.models import DECODERS, heed_caps, logits, save, tiny
 
 DEPTH = 5
 TYPES = ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]
@@ -74,7 +74,7 @@ def run(source, *steps, place="out", **more):
 def opened(folder):
     model, info = class_of(read_config(Path(folder))).from_pretrained(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    return model.eval()
+    return heed_caps(model.eval())
 
 
 def asked(folder="out"):
