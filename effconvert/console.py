@@ -12,7 +12,7 @@ from rich.table import Table
 
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.replaced import CLASS, SKIPS
-from effconvert.convert.calibrate import calibration_bytes
+from effconvert.convert.calibration import calibration_bytes
 from effconvert.convert.inspection import Inspection
 from effconvert.convert.plan import Plan
 from effconvert.convert.run import Outcome

@@ -43,6 +43,13 @@ def test_help_of_a_technique_does_not_import_transformers(python: str, environme
     assert "transformers" not in found
 
 
+def test_a_conversion_that_only_copies_and_pools_does_not_import_transformers(python: str, environment: dict[str, str], llama: Path, tmp_path: Path) -> None:
+    found = imported(python, environment, "gqa", "--groups", "1", "--pool", "mean", str(llama), "-o", str(tmp_path / "out"), "--no-verify")
+    assert (tmp_path / "out" / "config.json").exists()
+    assert "torch" in found, "nothing was seen of what it imports"
+    assert "transformers" not in found
+
+
 def test_version_is_told(command: Command) -> None:
     result = command("--version")
     assert result.exit_code == 0

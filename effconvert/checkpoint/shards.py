@@ -1,7 +1,7 @@
 """Safetensors files as ranges of bytes: read a header, read one tensor, copy a run, write a file front to back.
 
 Ours and not the library's, because a stream needs two things that the library does not offer: where a tensor's bytes lie (so that
-untouched runs are copied inside the kernel and never enter this process), and writing a file without holding it in memory.
+untouched runs are copied without being read as tensors), and writing a file without holding it in memory.
 The format: 8 bytes little-endian length, a JSON header of that length, then the tensors' bytes without holes.
 """
 
@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,7 +24,8 @@ EIGHT_BITS = ("I8", "U8", "BOOL", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2F
 OTHER_BYTES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "C64": 8, **dict.fromkeys(EIGHT_BITS, 1)}
 ITEMSIZE = {**{code: dtype.itemsize for code, dtype in FLOATS.items()}, **OTHER_BYTES}
 PACKED = ("F4", "F6_E2M3", "F6_E3M2")  # several numbers share a byte
-CHUNK = 1 << 24  # bytes moved at a time
+CHUNK = 1 << 24  # bytes read ahead, and sent to disk at a time
+PIECE = 1 << 20  # bytes copied at a time
 LARGEST_HEADER = 100_000_000  # the library's own limit
 
 
@@ -160,23 +162,27 @@ def settle(file: int, written: int) -> None:
     """Start to write the first `written` bytes of `file` to disk, and give back the memory of those that have arrived there.
 
     It all has to be on disk before a shard counts as finished. Done as it goes, and in pages that are used again instead of ever new ones,
-    a copy of 3.4 GB takes 2.5 s, its `fsync` included, where copying first and waiting then took 5.9 s.
+    a copy of 3.4 GB takes 2.5 s, its `fsync` included, where copying first and waiting then took 5.9 s (decision 6).
     """
     os.posix_fadvise(file, max(0, written - CHUNK), CHUNK, os.POSIX_FADV_DONTNEED)
     if written > 4 * CHUNK:
         os.posix_fadvise(file, 0, written - 4 * CHUNK, os.POSIX_FADV_DONTNEED)
 
 
-def copy_run(source: BinaryIO, target: BinaryIO, start: int, stop: int, advance: Callable[[int], None]) -> None:
-    """Append bytes `start` to `stop` of `source` to `target`, inside the kernel where the system can, and tell `advance` how many."""
-    target.flush()
+def copy_run(source: FileIO, target: BinaryIO, start: int, stop: int, advance: Callable[[int], None]) -> None:
+    """Append bytes `start` to `stop` of `source` to `target`, and tell `advance` how many.
+
+    By way of a megabyte that stays in the processor's cache: `sendfile` is half as fast where a byte's place in its page changes, as it does
+    behind another header.
+    """
+    buffer = memoryview(bytearray(PIECE))
     source.seek(start)
     while start < stop:
-        if sys.platform == "linux":
+        if sys.platform == "linux" and start % CHUNK < PIECE:
             os.posix_fadvise(source.fileno(), start + CHUNK, CHUNK, os.POSIX_FADV_WILLNEED)  # read ahead while this is written
-            moved = os.sendfile(target.fileno(), source.fileno(), start, min(stop - start, CHUNK))
+        moved = source.readinto(buffer[: min(stop - start, PIECE)]) or _truncated(Path(source.name))
+        target.write(buffer[:moved])
+        if sys.platform == "linux" and target.tell() % CHUNK < PIECE:
             settle(target.fileno(), target.tell())
-        else:
-            moved = target.write(source.read(min(stop - start, 1 << 20)))
-        advance(moved or _truncated(Path(source.name)))
+        advance(moved)
         start += moved

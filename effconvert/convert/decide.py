@@ -15,11 +15,10 @@ import torch
 
 from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.sources import cache
-from effconvert.convert.calibrate import prepare
+from effconvert.convert.calibration import prepare
 from effconvert.convert.plan import Plan, plan
 from effconvert.errors import OptionError
 from effconvert.eval.results import versions
-from effconvert.heal._forward import Forward
 from effconvert.options import RunOptions
 from effconvert.progress import Watcher
 from effconvert.surgery._surgery import Step
@@ -50,6 +49,8 @@ def _decide(step: Step, before: Plan, watcher: Watcher) -> Step:
     place = _place(step, before)
     with suppress(OSError, ValueError, OptionError):
         return type(step)(**json.loads(place.read_bytes()))
+    from effconvert.heal._forward import Forward  # which imports transformers: who has nothing to choose does not wait for it
+
     assert before.calibration
     forward = Forward(lambda: before.models("cpu")[-1], before.calibration.batches, lambda steps: watcher.bar(f"{step.name}: choosing", steps, "steps"))
     with torch.no_grad():

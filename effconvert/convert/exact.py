@@ -12,7 +12,6 @@ from torch import Tensor
 
 from effconvert.checkpoint.config import Config
 from effconvert.errors import ModelError
-from effconvert.modeling.transformers_internals import cache_among, cache_name
 from effconvert.progress import Advance
 
 TOLERANCE = 1e-5  # of the largest logit, in float32
@@ -73,6 +72,8 @@ def _all_over(model: Any, text: Tensor, decoder: bool) -> Tensor:
     if not decoder or len(text) == 1:
         return _given(model(ids))[places].float().cpu()
     keep = {"logits_to_keep": places[:-1]} if "logits_to_keep" in signature(model.forward).parameters else {}
+    from effconvert.modeling.transformers_internals import cache_among, cache_name  # as late as transformers itself: a plan does not need it
+
     before = model(ids[:, :-1], use_cache=True, **keep)
     last = _given(model(ids[:, -1:], use_cache=True, **{cache_name(model): cache_among(before.values())}))
     return torch.cat([_given(before) if keep else _given(before)[places[:-1]], last]).float().cpu()

@@ -16,6 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from effconvert.checkpoint.manifest import DRAFT, foreign_files, read_manifest, save_manifest, to_disk
+from effconvert.convert import drafts
 from effconvert.convert.plan import Plan
 from effconvert.errors import EffconvertError, OptionError
 from effconvert.version import __version__
@@ -128,7 +129,7 @@ def _begin(plan: Plan, partial: Path) -> None:
         for path in partial.iterdir():  # of another model or recipe (`check_free` saw to it that it is ours): nothing of it can be used
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     told = {key: manifest[key] for key in ("transfer",) if done and key in manifest}
-    save_manifest(partial, {**about(plan), **told, "files": dict.fromkeys([*plan.written, SCRATCH, *drafts(plan)]), "shards": done})
+    save_manifest(partial, {**about(plan), **told, "files": dict.fromkeys([*plan.written, SCRATCH, *drafts.names(plan)]), "shards": done})
 
 
 def finished(plan: Plan, output: Path, verified: bool) -> dict[str, Any]:
@@ -145,17 +146,6 @@ def describe(partial: Path, texts: dict[str, str]) -> None:
     for name, text in texts.items():
         (partial / name).write_text(text, encoding="utf-8")
         to_disk(partial / name)
-
-
-def drafts(plan: Plan) -> list[str]:
-    """Return the names under which converted layers wait in the working folder, where they have to be computed in order."""
-    return [f"layer-{index:05}{DRAFT}" for index in range(plan.config.layers)] if plan.needs_calibration else []
-
-
-def discard_drafts(plan: Plan, partial: Path) -> None:
-    """Remove them: all is written."""
-    for name in drafts(plan):
-        (partial / name).unlink(missing_ok=True)
 
 
 def forget(partial: Path) -> None:

@@ -20,7 +20,7 @@ from effconvert.checkpoint.shards import ITEMSIZE, Stored
 from effconvert.convert.files import other_files
 from effconvert.convert.originals import stand_for
 from effconvert.errors import ModelError
-from effconvert.heal._layerwise import Calibration
+from effconvert.heal._calibration import Calibration
 from effconvert.modeling.loading import has_tokenizer
 from effconvert.modeling.size import Size, size_of, size_of_tensors
 from effconvert.surgery._surgery import Step

@@ -11,9 +11,8 @@ from effconvert.checkpoint import sources
 from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.digest import file_hash
 from effconvert.checkpoint.manifest import CARD, RECIPE, read_manifest, save_manifest
-from effconvert.convert import output
-from effconvert.convert.calibrate import calibrate, layer_notes
-from effconvert.convert.calibrate import prepare as prepare_calibration
+from effconvert.convert import drafts, output
+from effconvert.convert.calibration import prepare as prepare_calibration
 from effconvert.convert.decide import decide
 from effconvert.convert.plan import Plan, plan
 from effconvert.convert.verify import check_memory, prepare, scratch_bytes, verify
@@ -91,11 +90,13 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, watche
 
     with output.workplace(planned, target) as partial:
         if planned.calibration and left(planned, partial):
+            from effconvert.convert.calibrate import calibrate  # which imports transformers: what is only copied and pooled does not wait for it
+
             calibrate(planned, partial, watcher)
         told = _told(planned, partial)
         with watcher.bar(f"writing {target}", planned.after.bytes, "bytes") as advance:
             resumed = write(planned, partial, advance)
-        output.discard_drafts(planned, partial)
+        drafts.discard(planned, partial)
         report = None
         if material:
             try:
@@ -118,7 +119,7 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, watche
 def _told(planned: Plan, partial: Path) -> dict[str, dict[str, float]]:
     """Return what `transfer` had to tell of layers, now or before an interruption, and keep it: the drafts that hold it are not there much longer."""
     manifest = read_manifest(partial)
-    told: dict[str, dict[str, float]] = layer_notes(planned, partial) or manifest.get("transfer", {})
+    told: dict[str, dict[str, float]] = drafts.notes(planned, partial) or manifest.get("transfer", {})
     if told:
         save_manifest(partial, {**manifest, "transfer": told})
     return told

@@ -10,6 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -21,7 +22,7 @@ from effconvert.checkpoint.manifest import CARD, DRAFT, RECIPE, read_manifest, s
 from effconvert.checkpoint.parts import Deferred
 from effconvert.checkpoint.replaced import STUB, STUB_FILE
 from effconvert.checkpoint.shards import as_bytes, copy_run, header
-from effconvert.convert.calibrate import computed
+from effconvert.convert import drafts
 from effconvert.convert.plan import OUTER, TOKENIZER, Plan, Target
 from effconvert.progress import Advance
 
@@ -106,7 +107,7 @@ class _Layers:
     def _compute(self, unit: int) -> dict[str, Tensor | Deferred]:
         if self.plan.needs_calibration and unit != OUTER:
             prefix = self.plan.layer_prefix(unit)
-            return {prefix + name: tensor for name, tensor in computed(self.plan, unit, self.partial).items()}
+            return {prefix + name: tensor for name, tensor in drafts.read(self.plan, unit, self.partial).items()}
         prefix, parts = self.plan.parts(unit)
         return {prefix + name: value for name, _, value in parts.tensors() if value is not None}
 
@@ -128,7 +129,7 @@ def _write_shard(path: Path, targets: list[Target], layers: _Layers, advance: Ad
         draft.unlink(missing_ok=True)
 
 
-def _runs(targets: list[Target], file: BinaryIO, original: BinaryIO, advance: Advance) -> Iterator[Target]:
+def _runs(targets: list[Target], file: BinaryIO, original: FileIO, advance: Advance) -> Iterator[Target]:
     """Copy untouched neighbours together; yield, between the runs, what has to be computed."""
     start = stop = 0
     for target in [*targets, None]:

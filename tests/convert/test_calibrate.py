@@ -19,7 +19,7 @@ from effconvert.convert.plan import plan
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality.text import calibration_text, default_text
-from effconvert.heal._layerwise import Calibration
+from effconvert.heal._calibration import Calibration
 from effconvert.options import RunOptions
 from tests.convert.test_seam import Plain
 from tests.heal.healing import letters, put

@@ -13,7 +13,7 @@ import effconvert
 from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.checkpoint.families import FAMILIES
 from effconvert.convert import run as running
-from effconvert.convert.calibrate import prepare
+from effconvert.convert.calibration import prepare
 from effconvert.convert.plan import plan
 from effconvert.errors import ModelError
 from effconvert.heal._layer import _held

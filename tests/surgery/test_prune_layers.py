@@ -338,7 +338,7 @@ def apart_by(wanted, found):
 
 
 def calibration():
-    from effconvert.convert.calibrate import prepare
+    from effconvert.convert.calibration import prepare
 
     return prepare(plan(open_checkpoint(Path("model")), ()), RunOptions(calibrate="text.txt", calibration_tokens=TOKENS)).batches
 
