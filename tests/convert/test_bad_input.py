@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pkgutil import resolve_name
 from types import SimpleNamespace
 
 import pytest
@@ -624,13 +625,16 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(refused:
     assert "make room" in told
 
 
-@pytest.mark.parametrize(("call", "times"), [("sendfile", 1), ("sendfile", 6), ("fsync", 1), ("fsync", 4)])
+COPYING = "effconvert.convert.write.copy_run"
+
+
+@pytest.mark.parametrize(("call", "times"), [(COPYING, 1), (COPYING, 6), ("os.fsync", 1), ("os.fsync", 4)])
 def test_a_disk_that_fills_up_leaves_what_the_same_command_goes_on_from(
     command: Command, contents: Contents, refused_late: Check, model: Path, monkeypatch: pytest.MonkeyPatch, call: str, times: int
 ) -> None:
     source = contents(model)
     assert command("gqa", "--groups", "2", "--pool", "mean", model, "-o", "unbroken", "--no-verify").exit_code == 0
-    real, left = getattr(os, call), [times]
+    real, left = resolve_name(call), [times]
 
     def full(*args: object) -> object:
         left[0] -= 1
@@ -639,7 +643,7 @@ def test_a_disk_that_fills_up_leaves_what_the_same_command_goes_on_from(
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, call, full)
+        patch.setattr(call, full)
         told = refused_late(MODEL, *gqa(model))
     assert left[0] <= 0, "nothing called it"
     assert "no room left for out" in told

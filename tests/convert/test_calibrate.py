@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from effconvert.checkpoint.checkpoint import open_checkpoint
-from effconvert.convert import calibrate, output
+from effconvert.convert import calibration, drafts, output
 from effconvert.convert import write as stream
 from effconvert.convert.plan import plan
 from effconvert.convert.run import convert
@@ -93,7 +93,7 @@ def refit(model, *more, tokens=TOKENS):
 
 def ids_of(model=Path("model"), **options):
     given = {"calibrate": "text.txt", "calibration_tokens": TOKENS, **options}
-    return calibrate.prepare(plan(open_checkpoint(model), (Looking(),)), RunOptions(**given))
+    return calibration.prepare(plan(open_checkpoint(model), (Looking(),)), RunOptions(**given))
 
 
 # What text
@@ -350,7 +350,7 @@ def test_a_run_killed_while_a_layer_is_saved_is_gone_on_with(model, text, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(calibrate, "to_disk", die)
+        patched.setattr(drafts, "to_disk", die)
         with pytest.raises(KeyboardInterrupt):
             look()
     look()

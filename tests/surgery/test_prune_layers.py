@@ -525,9 +525,9 @@ def test_a_refit_that_was_cut_off_goes_on_with_the_stream_of_the_original(monkey
     source = put(Path("model"), **deep("llama"))
     steps = (PruneLayers(layers="1"), Refit())
     run(source, *steps, place="whole")
-    from effconvert.convert import calibrate
+    from effconvert.convert import drafts
 
-    real, saved = calibrate._save, []
+    real, saved = drafts.save, []
 
     def dying(file, *rest):
         real(file, *rest)
@@ -535,10 +535,10 @@ def test_a_refit_that_was_cut_off_goes_on_with_the_stream_of_the_original(monkey
         if len(saved) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(calibrate, "_save", dying)
+    monkeypatch.setattr(drafts, "save", dying)
     with pytest.raises(KeyboardInterrupt):
         run(source, *steps)
-    monkeypatch.setattr(calibrate, "_save", real)
+    monkeypatch.setattr(drafts, "save", real)
     run(source, *steps)
     assert Path("out/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
 
