@@ -106,7 +106,7 @@ class Terminal:
             table.add_row(layer, f"{said['before']:.3g}", f"{said['after']:.3g}")
         self.out.print()
         self.out.print(table)
-        self.out.print("squared, of what attention gives on held-out windows, relative to its size")
+        self.out.print("squared, of what was taught, on held-out windows, relative to its size")
 
     def report(self, report: Verification) -> None:
         """Print what a conversion cost."""
@@ -212,6 +212,9 @@ def _mixing(config: Config) -> Iterator[str]:
     for record in config.replaced:
         spelt = f"{record.technique} {_spelt(dict(record.options))}".strip()
         yield f"{len(record.layers)} of {config.layers} layers have {spelt} in place of {PLACES.get(record.place, record.place)}"
+    for common in config.shared:
+        what = "all that they have" if common.what == "layer" else f"their {common.what}"
+        yield f"layers {', '.join(map(str, common.layers))} share {what}: it is stored once"
     for word, place in SKIPS.items():
         if gone := sum(place in config.skips(index) for index in range(config.layers)):
             yield f"{gone} of {config.layers} layers have no {word}"

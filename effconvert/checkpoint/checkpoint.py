@@ -34,7 +34,7 @@ class Checkpoint:
     config: Config
     prefix: str  # of the base model in the names on disk, with its dot; may be empty
     outer: Mapping[str, Stored]  # full name -> tensor
-    layers: tuple[Mapping[str, Stored], ...]
+    layers: tuple[Mapping[str, Stored], ...]  # what layers share stands in each of them
 
     def layer(self, index: int, device: str, originals: range | None = None, activations: Activations | None = None) -> Layer:
         """Return layer `index`, its tensors on `device` (cpu, or meta for shapes alone); see `Layer` for the rest."""
@@ -66,8 +66,7 @@ class Checkpoint:
     def stored(self) -> Iterator[Stored]:
         """Every tensor on disk."""
         yield from self.outer.values()
-        for layer in self.layers:
-            yield from layer.values()
+        yield from {tensor.name: tensor for layer in self.layers for tensor in layer.values()}.values()
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -97,12 +96,17 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         own = any(inside.startswith(_inside(config, record.place)) for record in config.replaced_in(index))
         if not own and inside not in family.buffers and inside.rpartition(".")[0] not in config.modules:
             raise ModelError(f"{folder} holds {name}, for which {config.kind} has no place; is it a plain {config.kind}, without adapters or quantisation?")
+        if config.stored_in(index, inside) != index:
+            raise ModelError(f"{folder} holds {name}, which its config.json says that an earlier layer stores for this one; one of the two is wrong")
         layers[index][inside] = tensor
         prefixes.add(prefix)
     if len(prefixes) != 1:
         raise ModelError(
             f"{folder} has no tensors named {family.prefix}.{family.layers}.0.… as {config.kind} has; its first are {', '.join(list(tensors)[:3])}"
         )
+    for index, layer in enumerate(layers):  # those that store something for others come first
+        for first in config.leaders(index):
+            layer |= {name: tensor for name, tensor in layers[first].items() if config.stored_in(index, name) == first}
     checkpoint = Checkpoint(folder, config, prefixes.pop(), outer, tuple(layers))
     check_types(checkpoint)
     check_shapes(checkpoint)

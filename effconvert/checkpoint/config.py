@@ -1,4 +1,4 @@
-"""A model's config.json read through its family's row: the few numbers that surgeries ask for.
+"""A model's config.json: its shape, what techniques put into it, what its layers share, and how it says that it has become another.
 
 Read as JSON and not by transformers, so that a plan needs no import of it, and keys that nobody knows survive.
 """
@@ -9,34 +9,33 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from effconvert.checkpoint.families import EXPERTS_KEYS, FAMILIES, Family
+from effconvert.checkpoint.families import FAMILIES
 from effconvert.checkpoint.replaced import SKIPS, Replaced, by_layer, encode, overlap, skipped
+from effconvert.checkpoint.shape import Shape
+from effconvert.checkpoint.shared import Shared, kept_of, overlapping
 from effconvert.errors import ModelError, OptionError
 
 CONFIG = "config.json"
 BY_LAYER = ("layer_types", "mlp_layer_types")  # keys of config.json that hold a list with an entry for each layer
 LAYER_NUMBERS = ("mlp_only_layers",)  # keys that hold numbers of layers
-ATTENDING = ("q", "k", "v", "o", "q_norm", "k_norm", "attn_norm", "attn_post_norm")  # the parts of attention, with the norms that are its own
-TOP_K_KEY = "num_experts_per_tok"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Shape):
     """The content of config.json, with the row that says what its keys are called."""
 
-    raw: Mapping[str, Any]  # as the family's own class would have it
-    family: Family
     replaced: tuple[Replaced, ...] = ()  # what techniques put in place of the family's own
+    shared: tuple[Shared, ...] = ()  # what layers have in common
 
     @property
     def content(self) -> dict[str, Any]:
         """What config.json says."""
-        return encode(self.raw, self.family, self.replaced)
+        return encode(self.raw, self.family, self.replaced, self.shared)
 
     @property
     def needs_effconvert(self) -> bool:
         """Whether the model is opened with a class of effconvert, since transformers has none."""
-        return self.family.shares_kv_in_our_class or bool(self.replaced) or bool(self._skipped)
+        return self.family.shares_kv_in_our_class or bool(self.replaced or self.shared or self._skipped)
 
     def replaced_in(self, layer: int) -> list[Replaced]:
         """Return what techniques put into a layer."""
@@ -67,6 +66,48 @@ class Config:
             record = replace(record, layers=tuple(sorted({*same.layers, *record.layers})))
         return replace(self, replaced=(*(other for other in self.replaced if other is not same), record))
 
+    def with_shared(self, what: str, layers: Iterable[int]) -> "Config":
+        """Return the config of this model with layers that have something in common, which the first of them stores.
+
+        Raises:
+            OptionError: they share it already.
+            ModelError: the family cannot.
+        """
+        record = Shared(what, tuple(sorted(layers)))
+        for other in self.shared:
+            if clash := overlapping(record, other):
+                raise OptionError(f"{clash} already; leave it out of --layers, or begin from the original")
+        for module, parts in self.modules.items():
+            if any(map(record.has, parts)) and not all(map(record.has, parts)):
+                raise ModelError(f"{self.kind} holds {', '.join(parts)} in one module ({module}), so layers cannot share {what} alone")
+        if not any(map(record.has, self.parts)):
+            raise ModelError(f"a layer of {self.kind} has no {what} that others could share")
+        return replace(self, shared=(*self.shared, record))
+
+    def stored_for(self, layer: int, part: str) -> int:
+        """Return the layer that stores a part of this one: itself, or the first of those that share it and have it."""
+        stem = part.removesuffix(".bias")
+        return self._stored_for.get((layer, stem), layer)
+
+    def stored_in(self, layer: int, name: str) -> int:
+        """Return the layer that stores what is called `name` in this one, a tensor of the family's or a technique's own."""
+        parts = self.modules.get(name.rpartition(".")[0], ())
+        return self.stored_for(layer, parts[0]) if parts else layer
+
+    def leaders(self, layer: int) -> set[int]:
+        """Return the layers that store something for this one."""
+        return {first for (other, _), first in self._stored_for.items() if other == layer and first != layer}
+
+    @cached_property
+    def _stored_for(self) -> dict[tuple[int, str], int]:
+        found: dict[tuple[int, str], int] = {}
+        for record in self.shared:
+            lacks = {layer: self.lacks(layer) for layer in record.layers}
+            for part in filter(record.has, self.parts):
+                first = next((layer for layer in record.layers if part not in lacks[layer]), record.layers[0])
+                found |= dict.fromkeys(((layer, part) for layer in record.layers), first)
+        return found
+
     def place(self, name: str) -> str:
         """Return the module of a layer that is at a place; empty for the layer itself.
 
@@ -86,73 +127,6 @@ class Config:
             raise ModelError(f"{self.kind} holds {', '.join(self.modules[module])} in one module, so {name} alone cannot be replaced")
         return module
 
-    @cached_property
-    def parts(self) -> dict[str, str]:
-        """Where a layer keeps its parts: part -> module; `experts.*.gate` of the family's row once for each expert."""
-        laid = {part: module for part, module in self.family.parts.items() if "*" not in part}
-        each = {part: module for part, module in self.family.parts.items() if "*" in part}
-        for number in map(str, range(self.experts)):
-            laid |= {part.replace("*", number): module.replace("*", number) for part, module in each.items()}
-        return laid
-
-    @cached_property
-    def matrices(self) -> dict[str, tuple[int, int]]:
-        """The shape [out, in] of each projection of a layer: part -> rows, columns."""
-        rows, kv_rows, width, ffn, inner = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden, self.ffn, self.expert_ffn
-        shapes = {"q": (rows, width), "k": (kv_rows, width), "v": (kv_rows, width), "o": (width, rows)}
-        shapes |= {"gate": (ffn, width), "up": (ffn, width), "down": (width, ffn), "router": (self.experts, width), "shared_router": (1, width)}
-        for number in range(self.experts):
-            shapes |= {f"experts.{number}.gate": (inner, width), f"experts.{number}.up": (inner, width), f"experts.{number}.down": (width, inner)}
-        return shapes
-
-    def stacked(self, parts: Sequence[str]) -> bool:
-        """Whether what is fused of these parts is a tensor [E, out, in]: the experts of a family that keeps them together."""
-        return self.family.experts_stacked and parts[0].startswith("experts.")
-
-    def stored_shape(self, parts: Sequence[str]) -> tuple[int, ...]:
-        """Return the shape on disk of the tensor that these parts are fused in."""
-        rows, columns = sum(self.matrices[part][0] for part in parts), self.matrices[parts[0]][1]
-        if self.stacked(parts):
-            return self.experts, rows // self.experts, columns
-        return (columns, rows) if self.family.transposed else (rows, columns)
-
-    @cached_property
-    def modules(self) -> dict[str, tuple[str, ...]]:
-        """Map each module of a layer to the parts that are fused in it, in order."""
-        fused: dict[str, tuple[str, ...]] = {}
-        for part, module in self.parts.items():
-            fused[module] = (*fused.get(module, ()), part)
-        return fused
-
-    @property
-    def attention(self) -> str:
-        """The module of a layer that attends; empty where nothing does."""
-        return self.family.attention
-
-    @property
-    def experts(self) -> int:
-        """Experts of a layer, E; 0 where the family has none."""
-        if not self.family.experts_key:
-            return 0
-        return self._whole(next((key for key in EXPERTS_KEYS if key in self.raw), self.family.experts_key))
-
-    @property
-    def top_k(self) -> int:
-        """Experts that run for a token; 0 where the family has none."""
-        return min(self._whole(TOP_K_KEY), self.experts) if self.experts else 0
-
-    @property
-    def expert_ffn(self) -> int:
-        """Width inside an expert."""
-        return self._whole(self.family.expert_ffn_key) if self.family.expert_ffn_key else self.ffn
-
-    def sparse(self, layer: int) -> bool:
-        """Whether a layer has experts: all do in a family of experts, but for those that its config leaves dense."""
-        if not self.experts:
-            return False
-        step = self.get("decoder_sparse_step") or 1
-        return layer not in (self.get("mlp_only_layers") or ()) and (layer + 1) % step == 0
-
     def skips(self, layer: int) -> set[str]:
         """Return the places of a layer where nothing is computed: attention, ffn (transformers' `per_layer_config`)."""
         return self._skipped.get(layer, set())
@@ -160,18 +134,6 @@ class Config:
     @cached_property
     def _skipped(self) -> dict[int, set[str]]:
         return skipped(self.raw, self.family)
-
-    def sublayer(self, place: str) -> set[str]:
-        """Return the parts of a layer that are its attention or its ffn, with the norms that are that one's alone."""
-        attention = self.parts.keys() & ATTENDING
-        if not any(part.startswith("mlp_") for part in self.parts):
-            attention -= {"attn_norm"}  # what goes into attention and FFN alike, side by side
-        return attention if place == "attention" else self.parts.keys() - attention - {"attn_norm"}
-
-    @property
-    def norms_stream(self) -> bool:
-        """Whether layers normalise what they add to, and not only what they read: then none of them is the identity where it adds nothing."""
-        return self.family.norms_stream or self.get("do_layer_norm_before") is False
 
     def lacks(self, layer: int) -> set[str]:
         """Return the parts that a layer does without: what is skipped or was dropped, and either the experts or the dense FFN where the family has both."""
@@ -182,106 +144,6 @@ class Config:
             experts = {part for part in self.parts if part.startswith(("experts.", "shared_")) or part == "router"}
             gone |= {"gate", "up", "down"} if self.sparse(layer) else experts
         return gone
-
-    @property
-    def kind(self) -> str:
-        """The `model_type`."""
-        return str(self.raw["model_type"])
-
-    @property
-    def architecture(self) -> str:
-        """The class that the checkpoint was saved from."""
-        return str((self.get("architectures") or [self.family.lm])[0])
-
-    @property
-    def heads(self) -> int:
-        """Query heads, H; 0 where nothing attends."""
-        return self._whole(self.family.heads_key) if self.family.heads_key else 0
-
-    @property
-    def kv_heads(self) -> int:
-        """Key and value heads, Hk."""
-        if self.family.fixed_kv_heads:
-            return self.family.fixed_kv_heads
-        key = self.family.kv_heads_key
-        return self._whole(key) if key and self.get(key) is not None else self.heads
-
-    @property
-    def layers(self) -> int:
-        """Number of layers, L."""
-        return self._whole(self.family.layers_key)
-
-    @property
-    def hidden(self) -> int:
-        """Width of the residual stream, M."""
-        return self._whole(self.family.hidden_key)
-
-    @property
-    def ffn(self) -> int:
-        """Width inside the MLP, F (GPT-2 leaves it out where it is 4 M)."""
-        return self._whole(self.family.ffn_key) if self.get(self.family.ffn_key) is not None else 4 * self.hidden
-
-    @property
-    def head_dim(self) -> int:
-        """Width of a head, D."""
-        return self._whole("head_dim") if self.get("head_dim") is not None else self.hidden // max(1, self.heads)
-
-    @property
-    def scale(self) -> float:
-        """What scores are multiplied by, of a family that takes them as they come from queries and keys."""
-        return float(self.get(self.family.scale_key)) if self.family.scale_key else self.head_dim**-0.5
-
-    @property
-    def rotary(self) -> int:
-        """Dimensions of a head that RoPE turns; the first ones."""
-        parameters = self.get("rope_parameters") or {}
-        part = parameters.get("partial_rotary_factor", self.get(self.family.rotary_key))
-        return int(self.head_dim * (1 if part is None else part)) if self.family.rope else 0
-
-    @property
-    def normed(self) -> bool:
-        """Whether queries and keys go through a norm."""
-        return "q_norm" in self.family.parts
-
-    @property
-    def tied(self) -> bool:
-        """Whether the head is the embedding."""
-        return bool(self.get("tie_word_embeddings"))
-
-    @property
-    def vocabulary(self) -> int:
-        """Number of tokens, V."""
-        return self._whole("vocab_size")
-
-    @property
-    def longest(self) -> int | None:
-        """The longest context in tokens, where there is a limit."""
-        length: int | None = self.get(self.family.positions_key)
-        if length is None or not self.family.positions_after_padding:
-            return length
-        return length - int(self.get("pad_token_id") or 0) - 1
-
-    def get(self, key: str) -> Any:
-        """Return the value of `key`, transformers' own where the file is silent, None where there is none."""
-        return self.raw.get(key, self.family.defaults.get(key))
-
-    def windows(self) -> list[int | None]:
-        """Return each layer's sliding window in tokens, None where it sees everything.
-
-        As transformers reads a config: `layer_types` decides; without it, a window holds in every layer from
-        `max_window_layers` on, but every n-th (`sliding_window_pattern`).
-        """
-        window = self.get(self.family.window_key)
-        if window is None or self.get("use_sliding_window") is False:
-            return [None] * self.layers
-        kinds = self.get("layer_types")
-        if kinds is None:
-            every = self.get(self.family.pattern_key) or self.family.pattern
-            first = 0 if self.family.layers_alike else self.get("max_window_layers") or 0
-            apart = [(i >= first) if self.family.first_windowed else i < first for i in range(self.layers)]
-            seen = [apart[i] or (every and (i + self.family.pattern_from) % every == 0) for i in range(self.layers)]
-            kinds = ["full_attention" if everything else "sliding_attention" for everything in seen]
-        return [int(window) if kind == "sliding_attention" else None for kind in kinds]
 
     def with_layers(self, kept: Sequence[int]) -> "Config":
         """Return the config of this model with these of its layers only, in this order: everything that config.json says of layers goes with them."""
@@ -303,7 +165,7 @@ class Config:
             if raw.get(key):
                 raw[key] = [new for new, old in enumerate(kept) if old in raw[key]]
         moved = (replace(record, layers=tuple(new for new, old in enumerate(kept) if old in record.layers)) for record in self.replaced)
-        return replace(self, raw=raw, replaced=tuple(record for record in moved if record.layers))
+        return replace(self, raw=raw, replaced=tuple(record for record in moved if record.layers), shared=kept_of(self.shared, kept))
 
     def with_skips(self, place: str, layers: Iterable[int]) -> "Config":
         """Return the config of this model without the attention or the ffn of these layers, in transformers' words."""
@@ -378,10 +240,4 @@ class Config:
         if self.architecture not in classes:
             raise ModelError(f"{self.architecture} has no counterpart in {kind}; it must be one of {', '.join(classes)}")
         kept = {key: value for key, value in self.raw.items() if key not in family.absent}
-        return Config({**kept, **family.constants, "model_type": kind, "architectures": [classes[self.architecture]]}, family, self.replaced)
-
-    def _whole(self, key: str) -> int:
-        value = self.get(key)
-        if type(value) is not int or value < 1:
-            raise ModelError(f"config.json of this {self.kind} says {key} = {value!r}, where a whole number of at least 1 is needed; mend the file")
-        return value
+        return Config({**kept, **family.constants, "model_type": kind, "architectures": [classes[self.architecture]]}, family, self.replaced, self.shared)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 
@@ -17,6 +17,7 @@ from effconvert.checkpoint.outer import Outer
 from effconvert.checkpoint.parts import Deferred, Parts
 from effconvert.checkpoint.replaced import OWN
 from effconvert.checkpoint.shards import Stored
+from effconvert.checkpoint.shared import Shared
 from effconvert.errors import ModelError
 
 
@@ -82,13 +83,20 @@ class Layer(Parts):
         """Return this layer as the next surgery finds it."""
         return Layer(index, config, self._stored, self._device, self, self.originals, self.activations)
 
+    def share(self, first: Self, what: str) -> None:
+        """Have `what` (see `SHARES`) in common with an earlier layer: these parts are that layer's, whatever it becomes; its config has to say so."""
+        record = Shared(what, (first.index, self.index))
+        for part in [part for part in self if record.has(part.removesuffix(".bias"))]:
+            self._forget(part)
+            self._borrowed[part] = first
+
     @property
     def per_kv_head(self) -> list[str]:
         """The parts of this layer, biases among them, whose rows come KV head by KV head: [Hk*D, ...]."""
         names = self.config.family.per_kv_head
         return [part for stem in names for part in (stem, f"{stem}.bias") if part in self]
 
-    def tensors(self) -> Iterator[tuple[str, Stored, torch.Tensor | Deferred | None]]:
+    def tensors(self, stored: bool = False) -> Iterator[tuple[str, Stored, torch.Tensor | Deferred | None]]:
         """Yield the layer in the layout of its config: see `Parts.tensors`; names are relative to the layer."""
         config, source = self.config, self._source
         own = [part for part in self if f".{OWN}" in part and config.replaced_at(self.index, part.partition(".")[0])]
@@ -99,7 +107,7 @@ class Layer(Parts):
         for module, parts in config.modules.items():
             for suffix in ("", ".bias"):
                 present = [part + suffix for part in parts if part + suffix in self]
-                if not present:
+                if not present or (stored and config.stored_for(self.index, parts[0]) != self.index):
                     continue
                 if len(present) != len(parts):
                     raise ModelError(f"layer {self.index}: {module} holds {', '.join(parts)} in one tensor, and only {', '.join(present)} is there")

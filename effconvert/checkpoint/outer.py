@@ -31,7 +31,7 @@ class Outer(Parts):
         """Return these parts as the next surgery finds them."""
         return Outer(config, self._prefix, self._stored, self._device, self)
 
-    def tensors(self) -> Iterator[tuple[str, Stored, torch.Tensor | Deferred | None]]:
+    def tensors(self, stored: bool = False) -> Iterator[tuple[str, Stored, torch.Tensor | Deferred | None]]:
         """Yield the parts in the layout of their config: see `Parts.tensors`; names are whole."""
         for part in filter(self._written, self):
             on_disk = self._on_disk(part)

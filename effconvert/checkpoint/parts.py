@@ -43,6 +43,7 @@ class Parts(MutableMapping[str, torch.Tensor]):
         self._assigned: dict[str, torch.Tensor | Deferred] = {}
         self._copies: dict[str, str] = {}  # part -> the part that it is a copy of, as that was before this surgery
         self._deleted: set[str] = set()
+        self._borrowed: dict[str, Self] = {}  # part -> the layer whose part of that name it is
         self._waiting: list[Callable[[Any], None]] = []
         self._touched: dict[str, int] = {}  # part that was read, or assigned -> bytes in float32
 
@@ -56,6 +57,12 @@ class Parts(MutableMapping[str, torch.Tensor]):
         """Bytes in float32 of all that was read or assigned so far, for the estimate of peak memory."""
         return sum(self._touched.values()) + (0 if self._below is None else self._below.touched)
 
+    @property
+    def assigned(self) -> set[str]:
+        """The parts that this surgery gives."""
+        self._catch_up()
+        return {*self._assigned, *self._copies, *self._borrowed}
+
     def later(self, change: Callable[[Self], None]) -> None:
         """Have `change` called with these parts before anything is asked of them."""
         self._waiting.append(change)
@@ -63,7 +70,7 @@ class Parts(MutableMapping[str, torch.Tensor]):
     def copy(self, part: str, to: str) -> None:
         """Make `to` the same as `part`, which may be changed or deleted afterwards; what lies on disk unchanged is copied as bytes."""
         self._catch_up()
-        if part in self._assigned or part in self._copies:
+        if part in self.assigned:
             self[to] = self[part]
         else:
             self._forget(to)
@@ -87,6 +94,8 @@ class Parts(MutableMapping[str, torch.Tensor]):
     def __getitem__(self, part: str) -> torch.Tensor:
         if part not in self:
             raise ModelError(f"{self._where()} of this {self._source.kind} has no part {part!r}; it has {', '.join(self)}")
+        if part in self._borrowed:
+            return self._borrowed[part][part]
         if part in self._assigned:
             value = self._assigned[part]
             return value.compute() if isinstance(value, Deferred) else value
@@ -106,10 +115,12 @@ class Parts(MutableMapping[str, torch.Tensor]):
     def __iter__(self) -> Iterator[str]:
         self._catch_up()
         known = self._stored_parts() if self._below is None else list(self._below)
-        yield from (part for part in dict.fromkeys([*known, *self._copies, *self._assigned]) if part in self)
+        yield from (part for part in dict.fromkeys([*known, *self._copies, *self._assigned, *self._borrowed]) if part in self)
 
     def __contains__(self, part: object) -> bool:
         self._catch_up()
+        if isinstance(part, str) and part in self._borrowed:
+            return part in self._borrowed[part]
         if part in self._assigned or part in self._copies or part in self._deleted or not isinstance(part, str):
             return part in self._assigned or part in self._copies
         return self._name(part, self._source) in self._stored if self._below is None else part in self._below
@@ -118,10 +129,13 @@ class Parts(MutableMapping[str, torch.Tensor]):
         return sum(1 for _ in self)
 
     @abstractmethod
-    def tensors(self) -> Iterator[tuple[str, Stored, torch.Tensor | Deferred | None]]:
+    def tensors(self, stored: bool = False) -> Iterator[tuple[str, Stored, torch.Tensor | Deferred | None]]:
         """Yield these parts in the layout of their config: a name, the tensor on disk that it comes from, and what it became.
 
         None: it did not change, and its bytes on disk can be copied.
+
+        Args:
+            stored: leave out what an earlier layer stores for these.
 
         Raises:
             ModelError: the layout has no place for a part.
@@ -146,6 +160,7 @@ class Parts(MutableMapping[str, torch.Tensor]):
     def _forget(self, part: str) -> None:
         self._assigned.pop(part, None)
         self._copies.pop(part, None)
+        self._borrowed.pop(part, None)
         self._deleted.discard(part)
 
     def _catch_up(self) -> None:
@@ -157,13 +172,12 @@ class Parts(MutableMapping[str, torch.Tensor]):
     def _changed(self, part: str) -> bool:
         """Whether any surgery assigned or deleted `part`."""
         self._catch_up()
-        own = part in self._assigned or part in self._copies or part in self._deleted
-        return own or (self._below is not None and self._below._changed(part))
+        return part in self.assigned or part in self._deleted or (self._below is not None and self._below._changed(part))
 
     def _on_disk(self, part: str) -> str | None:
         """Return the part on disk whose unchanged bytes this part is, None where it is computed."""
         self._catch_up()
-        if part in self._assigned or part in self._deleted:
+        if part in self._assigned or part in self._deleted or part in self._borrowed:
             return None
         part = self._copies.get(part, part)
         return part if self._below is None else self._below._on_disk(part)

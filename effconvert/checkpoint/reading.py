@@ -10,6 +10,7 @@ from typing import Any
 from effconvert.checkpoint.config import CONFIG, Config
 from effconvert.checkpoint.families import FAMILIES
 from effconvert.checkpoint.replaced import KIND, Replaced, check_depth, read
+from effconvert.checkpoint.shared import Shared
 from effconvert.errors import ModelError, OptionError
 
 
@@ -31,9 +32,10 @@ def read_config(folder: Path) -> Config:
         raise ModelError(f"{path} is not JSON ({error}); fetch the file again") from None
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     replaced: tuple[Replaced, ...] = ()
+    shared: tuple[Shared, ...] = ()
     family = FAMILIES.get(str(kind))
     if isinstance(kind, str) and kind.removeprefix(KIND) in FAMILIES and kind.startswith(KIND):
-        raw, family, replaced = read(raw)
+        raw, family, replaced, shared = read(raw)
         kind = raw["model_type"]
     if not isinstance(kind, str) or family is None:
         near = get_close_matches(str(kind), FAMILIES, n=1)
@@ -44,7 +46,7 @@ def read_config(folder: Path) -> Config:
         method = quantization.get("quant_method", "an unnamed method") if isinstance(quantization, dict) else quantization
         raise ModelError(f"{folder} is quantised ({method}), and surgery needs the numbers themselves; give the checkpoint that it was made from")
     check_depth(raw, family)
-    config = Config(raw, family, replaced)
+    config = Config(raw, family, replaced, shared)
     config.skips(0)  # says so where `per_layer_config` makes no sense
     for key, needed in family.constants.items():
         if raw.get(key, needed) != needed:

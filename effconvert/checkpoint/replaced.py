@@ -4,11 +4,12 @@ Records only: a technique's code runs where somebody asks for it (`effconvert.su
 `layer_types`, which names what stock classes refuse: they would else leave the replacements out.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from effconvert.checkpoint.families import EXPERTS_KEYS, FAMILIES, Family
+from effconvert.checkpoint.shared import Shared, read_shared
 from effconvert.errors import ModelError
 from effconvert.options import shown
 
@@ -53,47 +54,56 @@ def overlap(place: str, other: str) -> bool:
     return place == other or other in INSIDE.get(place, ()) or place in INSIDE.get(other, ())
 
 
-def encode(raw: Mapping[str, Any], family: Family, replaced: tuple[Replaced, ...] = ()) -> dict[str, Any]:
-    """Return config.json of the model `raw` with what was `replaced` in its layers, and KV heads shared as in `family`."""
+def encode(raw: Mapping[str, Any], family: Family, replaced: tuple[Replaced, ...] = (), shared: tuple[Shared, ...] = ()) -> dict[str, Any]:
+    """Return config.json of the model `raw` with what was `replaced` in its layers, what they have in common, and KV heads shared as in `family`."""
     grouped, skips = family.shares_kv_in_our_class, skipped(raw, family)
-    if not replaced and not grouped and not skips:
+    if not (replaced or shared or grouped or skips):
         return dict(raw)
     count = raw[family.layers_key]
     usual = raw.get("layer_types")
     names = [f"{KIND}gqa"] * count if grouped else list(usual or ["full_attention"] * count)
     for index in skips:
         names[index] = f"{KIND}skip"
+    for common in shared:
+        for index in common.layers:
+            names[index] = f"{KIND}shared"
     for record in replaced:
         for index in record.layers:
             names[index] = f"{KIND}{record.technique}"
     module = STUB_FILE.removesuffix(".py")
     heads = ("AutoModelForCausalLM", "AutoModel") if family.decoder else ("AutoModelForMaskedLM", "AutoModel")
     classes = {auto: f"{module}.{CLASS}{getattr(family, AUTO[auto])}" for auto in heads}
-    records = [{key: list(value) if isinstance(value, tuple) else value for key, value in asdict(record).items()} for record in replaced]
+    block: dict[str, Any] = {"replaced": _plain(replaced), "layer_types": usual}
+    block |= {"shared": _plain(shared)} if shared else {}
+    block |= {"grouped": True} if grouped else {}
     return {
         **raw,
         "model_type": KIND + str(raw["model_type"]),
         "architectures": [CLASS + name for name in raw.get("architectures") or [family.lm]],
         "auto_map": {"AutoConfig": f"{module}.{CLASS}{family.base.removesuffix('Model')}Config", **classes},
         "layer_types": names,
-        "effconvert": {"replaced": records, "layer_types": usual, **({"grouped": True} if grouped else {})},
+        "effconvert": block,
     }
 
 
-def read(given: Mapping[str, Any]) -> tuple[dict[str, Any], Family, tuple[Replaced, ...]]:
+def _plain(records: Iterable[Replaced | Shared]) -> list[dict[str, Any]]:
+    return [{key: list(value) if isinstance(value, tuple) else value for key, value in asdict(record).items()} for record in records]
+
+
+def read(given: Mapping[str, Any]) -> tuple[dict[str, Any], Family, tuple[Replaced, ...], tuple[Shared, ...]]:
     """Read a config.json whose `model_type` says that effconvert wrote it.
 
     Raises:
         ModelError: its records make no sense, or there are none.
     """
-    raw, family, replaced = decode(given)
-    if not replaced and not family.shares_kv_in_our_class and not skipped(raw, family):
+    raw, family, replaced, shared = decode(given)
+    if not (replaced or shared or family.shares_kv_in_our_class or skipped(raw, family)):
         raise ModelError(f"config.json is of a {given['model_type']} and says nothing of what was replaced or is skipped; take the file that effconvert wrote")
-    return raw, family, replaced
+    return raw, family, replaced, shared
 
 
-def decode(given: Mapping[str, Any]) -> tuple[dict[str, Any], Family, tuple[Replaced, ...]]:
-    """Undo `encode`: the config of the model without replacements, the records, and its family.
+def decode(given: Mapping[str, Any]) -> tuple[dict[str, Any], Family, tuple[Replaced, ...], tuple[Shared, ...]]:
+    """Undo `encode`: the config of the model without replacements, its family, and the records.
 
     Raises:
         ModelError: the records make no sense.
@@ -103,7 +113,7 @@ def decode(given: Mapping[str, Any]) -> tuple[dict[str, Any], Family, tuple[Repl
     family = FAMILIES[kind]
     check_depth(given, family)
     if block is None:
-        return {**given, "model_type": kind}, family, ()
+        return {**given, "model_type": kind}, family, (), ()
     if isinstance(block, Mapping) and "mixers" in block:
         raise ModelError(
             "effconvert 0.1.0 wrote this model, and names have changed since; make it anew from the recipe in its folder: effconvert run effconvert.yaml -o DIR"
@@ -115,15 +125,17 @@ def decode(given: Mapping[str, Any]) -> tuple[dict[str, Any], Family, tuple[Repl
                 raise ValueError(f"{given[family.kv_heads_key]} KV heads cannot be shared by {given[family.heads_key]}")
         replaced = tuple(_record(entry) for entry in block["replaced"])
         _check(replaced, given[family.layers_key], skipped(given, family))
+        shared = read_shared(block.get("shared", ()), given[family.layers_key])
     except Exception as error:  # whatever Python says to a file that somebody edited
-        raise ModelError(f"config.json says of what was replaced {shown(block)}, which makes no sense ({error}); take the file that effconvert wrote") from None
+        told = f"config.json says of what was replaced or is shared {shown(block)}, which makes no sense ({error})"
+        raise ModelError(f"{told}; take the file that effconvert wrote") from None
     kept = {key: value for key, value in given.items() if key not in ("effconvert", "auto_map", "layer_types")}
     if block.get("layer_types") is not None:
         kept["layer_types"] = block["layer_types"]
     kept["model_type"] = kind
     if kept.get("architectures"):
         kept["architectures"] = [name.removeprefix(CLASS) for name in kept["architectures"]]
-    return kept, family, replaced
+    return kept, family, replaced, shared
 
 
 def check_depth(raw: Mapping[str, Any], family: Family) -> None:

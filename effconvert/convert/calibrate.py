@@ -34,9 +34,11 @@ def calibrate(plan: Plan, folder: Path, watcher: Watcher) -> None:
     with watcher.bar("calibrating", len(layers) * ids.numel(), "tokens") as advance:
         for index in range(len(layers)):
             layer, file = layers[index], folder / drafts.names(plan)[index]
-            if layer is not None and not file.is_file():  # a layer's truth value would be its number of parts, and compute it
-                made = {name: numbers.to(FLOATS[origin.dtype]) for name, (origin, numbers, new) in stored_tensors(layer).items() if new}
-                drafts.save(file, made, activations.notes.get(index, {}))
+            waited = [folder / drafts.names(plan)[other] for other in range(index, len(layers)) if index in {other, *plan.config.leaders(other)}]
+            if layer is not None and not all(draft.is_file() for draft in waited):  # a layer's truth value would be its number of parts, and compute it
+                made = {name: numbers.to(FLOATS[origin.dtype]) for name, (origin, numbers, new) in stored_tensors(layer, stored=True).items() if new}
+                if not file.is_file():  # what it stores for a later layer, which is still to be made, was computed again: activations have gone on by then
+                    drafts.save(file, made, activations.notes.get(index, {}))
             activations.advance(index, _finished(plan, index, folder))
             layers[index] = None  # what it computed is on disk
             return_memory()
@@ -45,7 +47,8 @@ def calibrate(plan: Plan, folder: Path, watcher: Watcher) -> None:
 
 def _finished(plan: Plan, index: int, folder: Path) -> dict[str, Tensor]:
     """Return all of a layer of the converted model, in float32."""
-    made, prefix = drafts.read(plan, index, folder), plan.layer_prefix(index)
-    inside = {target.name.removeprefix(prefix): target for target in plan.targets if target.name.startswith(prefix)}
-    buffers = plan.config.family.buffers
-    return {name: target.origin.read("cpu") if target.unit is None else made[name].float() for name, target in inside.items() if name not in buffers}
+    inside, buffers = plan.inside(index), plan.config.family.buffers
+    made = {unit: drafts.read(plan, unit, folder) for unit in {target.unit for target in inside.values()} if unit is not None}
+    return {
+        name: target.origin.read("cpu") if target.unit is None else made[target.unit][name].float() for name, target in inside.items() if name not in buffers
+    }

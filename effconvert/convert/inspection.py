@@ -50,6 +50,6 @@ def parts(checkpoint: Checkpoint) -> dict[str, int]:
         counted[part] += math.prod(tensor.shape) if tensor.dtype in FLOATS else 0
     for index in range(checkpoint.config.layers):
         layer = checkpoint.layer(index, "meta")
-        for part in layer:
+        for part in [part for part in layer if checkpoint.config.stored_for(index, part) == index]:
             counted[re.sub(r"^experts\.\d+", "experts", part.removesuffix(".bias"))] += layer[part].numel()
     return {part: number for part, number in counted.items() if number}  # old files hold position ids, which are no parameters

@@ -19,7 +19,7 @@ from effconvert.checkpoint.replaced import STUB_FILE
 from effconvert.checkpoint.shards import ITEMSIZE, Stored
 from effconvert.convert.files import other_files
 from effconvert.convert.originals import stand_for
-from effconvert.errors import ModelError
+from effconvert.errors import ModelError, OptionError
 from effconvert.heal._calibration import Calibration
 from effconvert.modeling.loading import has_tokenizer
 from effconvert.modeling.size import Size, size_of, size_of_tensors
@@ -146,6 +146,15 @@ class Plan:
         """Return what stands before the names of layer `index` of the converted model."""
         return f"{outer_prefix(self.checkpoint.config, self.checkpoint.prefix, self.config)}{self.config.family.layers}.{index}."
 
+    def inside(self, index: int) -> dict[str, Target]:
+        """Return what layer `index` of the converted model computes with, by its name inside the layer: what an earlier layer stores for it too."""
+        found: dict[str, Target] = {}
+        for layer in {*self.config.leaders(index), index}:
+            prefix = self.layer_prefix(layer)
+            names = ((target.name.removeprefix(prefix), target) for target in self.targets if target.name.startswith(prefix))
+            found |= {name: target for name, target in names if self.config.stored_in(index, name) == layer}
+        return found
+
     def models(self, device: str, activations: Activations | None = None) -> list[Model]:
         """Return the model before each step and after the last: lazy, so that nothing is read before a layer is asked for its tensors.
 
@@ -181,7 +190,9 @@ def plan(checkpoint: Checkpoint, surgeries: tuple[Step, ...], teacher: Checkpoin
         configs.append(surgery.config(configs[-1]))
     config, originals = configs[-1], stand_for(checkpoint, teacher or checkpoint)
     draft = Plan(checkpoint, surgeries, config, {}, other_files(checkpoint), 0, teacher or checkpoint, tuple(configs), tuple(originals))
-    model = draft.models("meta")[-1]
+    *before, model = draft.models("meta")
+    for surgery, changed in zip(surgeries, before, strict=True):
+        _check_shared(surgery, changed)
     if len(model.layers) != config.layers:
         raise ModelError(f"{len(model.layers)} layers came of the surgery, and its config says {config.layers}: a fault of effconvert, please report it")
     targets, work = list(_targets(OUTER, "", model.outer)), model.outer.touched
@@ -192,8 +203,26 @@ def plan(checkpoint: Checkpoint, surgeries: tuple[Step, ...], teacher: Checkpoin
     return replace(draft, shards=_shards(targets, checkpoint), peak=psutil.Process().memory_info().rss + 3 * work)
 
 
+def _check_shared(surgery: Step, model: Model) -> None:
+    """Refuse a step that would give layers different values of what they share.
+
+    Raises:
+        OptionError: it changes some of these layers alone, or each of them by what that one computes.
+    """
+    given = {layer.index: {part for part in layer.assigned if part.removesuffix(".bias") in model.config.parts} for layer in model.layers}
+    for record in model.config.shared:
+        here = [index for index in record.layers if index in given]
+        parts = {index: {part for part in given[index] if record.has(part.removesuffix(".bias"))} for index in here}
+        changed = sorted(set().union(*parts.values()))
+        if changed and (surgery.needs_calibration(model.config) or any(of_one != parts[here[0]] for of_one in parts.values())):
+            raise OptionError(
+                f"layers {', '.join(map(str, here))} share their {record.what}, and {surgery.name} would give each of them another {changed[0]}; "
+                f"do {surgery.name} first and share afterwards, or take options that leave it alone"
+            )
+
+
 def _targets(unit: int, prefix: str, parts: Parts) -> Iterator[Target]:
-    for name, origin, value in parts.tensors():
+    for name, origin, value in parts.tensors(stored=True):
         assert not isinstance(value, Deferred)  # nothing is put off while only shapes count
         shape = origin.shape if value is None else value.shape
         yield Target(prefix + name, origin.dtype, tuple(shape), origin, None if value is None else unit)

@@ -109,7 +109,7 @@ class _Layers:
             prefix = self.plan.layer_prefix(unit)
             return {prefix + name: tensor for name, tensor in drafts.read(self.plan, unit, self.partial).items()}
         prefix, parts = self.plan.parts(unit)
-        return {prefix + name: value for name, _, value in parts.tensors() if value is not None}
+        return {prefix + name: value for name, _, value in parts.tensors(stored=True) if value is not None}
 
 
 def _write_shard(path: Path, targets: list[Target], layers: _Layers, advance: Advance) -> None:

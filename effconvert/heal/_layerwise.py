@@ -244,10 +244,14 @@ def empty(module: nn.Module) -> None:
                 inner._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
 
-def stored_tensors(layer: Layer) -> dict[str, tuple[Stored, Tensor, bool]]:
-    """Return a layer as it will lie on disk: name in the layer -> where it comes from, the numbers rounded to what is stored there, whether they are new."""
+def stored_tensors(layer: Layer, stored: bool = False) -> dict[str, tuple[Stored, Tensor, bool]]:
+    """Return a layer as it will lie on disk: name in the layer -> where it comes from, the numbers rounded to what is stored there, whether they are new.
+
+    Args:
+        stored: leave out what an earlier layer stores for this one.
+    """
     made: dict[str, tuple[Stored, Tensor, bool]] = {}
-    for name, origin, tensor in layer.tensors():
+    for name, origin, tensor in layer.tensors(stored):
         if name in layer.config.family.buffers:
             continue
         numbers = tensor.compute() if isinstance(tensor, Deferred) else tensor

@@ -16,6 +16,7 @@ from effconvert.modeling.attention import NAME, SOFTMAX, install
 from effconvert.modeling.caches import caches
 from effconvert.modeling.grouped import Grouped, share
 from effconvert.modeling.places import Own, leave_out, put
+from effconvert.modeling.shared import Sharing
 from effconvert.modeling.stand_ins import stand_in
 from effconvert.modeling.state import State
 from effconvert.modeling.transformers_internals import (
@@ -54,7 +55,7 @@ class ConvertedConfig:
         return encode(*decode(_plain(self)))
 
 
-class Converted:
+class Converted(Sharing):
     """What a converted model is beside its family's: mixers in its attention modules, and a cache that has room for what they remember."""
 
     config: Any
@@ -76,6 +77,8 @@ class Converted:
                     install(module, technique, ours, index)
                 else:
                     put(layer, record, ours, index)
+        if ours.shared:
+            self._share(layers_of(self, ours), ours)
         self._fresh()
         self._mixes = bool(ours.replaced)
         if ours.family.decoder and self.base_model is not self:  # type: ignore[attr-defined]

@@ -38,7 +38,8 @@ __all__ = ["AttentionInterface", "AttentionMaskInterface", "Cache", "CacheLayerM
 CACHE_NAMES = ("cache", "past_key_values")  # of the argument that a model takes its cache in: since 5.24, and before
 CHECKPOINTING = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the newer name first
 IMPLEMENTATION = "_attn_implementation"  # of a config: the name of the attention function
-OVERRIDDEN = ("_init_weights", "_prepare_cache_for_generation")  # methods of models, which ours have in their place; the second where a model generates
+OVERRIDDEN = ("_init_weights", "_adjust_bias", "get_expanded_tied_weights_keys")  # methods of models, which ours have in their place
+GENERATING = "_prepare_cache_for_generation"  # likewise, where a model generates
 
 
 def cache_among(values: Iterable[Any]) -> Any:
@@ -125,7 +126,7 @@ def check_overridden(model: Any) -> None:
     Raises:
         EffconvertError: it does not.
     """
-    for name in OVERRIDDEN if hasattr(model, "generate") else OVERRIDDEN[:1]:
+    for name in (*OVERRIDDEN, GENERATING) if hasattr(model, "generate") else OVERRIDDEN:
         _check_has(model, name)
 
 

@@ -296,11 +296,11 @@ def test_generation_asks_for_the_cache_by_our_method(monkeypatch):
     assert isinstance(asked[1], internals.DynamicCache)
 
 
-@pytest.mark.parametrize("name", internals.OVERRIDDEN)
+@pytest.mark.parametrize("name", [*internals.OVERRIDDEN, internals.GENERATING])
 def test_a_model_without_a_method_that_ours_replace_is_told(name):
     stock = transformers.LlamaForCausalLM
     internals.check_overridden(stock)
-    members = {other: getattr(stock, other) for other in (*internals.OVERRIDDEN, "generate") if other != name}
+    members = {other: getattr(stock, other) for other in (*internals.OVERRIDDEN, internals.GENERATING, "generate") if other != name}
     with pytest.raises(EffconvertError) as refusal:
         internals.check_overridden(type("Llama", (), members))
     assert told(refusal) == f"{name} of Llama"

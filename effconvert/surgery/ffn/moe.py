@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from effconvert.checkpoint.config import TOP_K_KEY
 from effconvert.checkpoint.families import FAMILIES
 from effconvert.checkpoint.replaced import DEEPEST, overlap
+from effconvert.checkpoint.shape import TOP_K_KEY
 from effconvert.errors import ModelError, OptionError
 from effconvert.surgery._surgery import Layerwise
 

@@ -1,0 +1,255 @@
+"""Layers that share what they compute with: it is stored once, on disk and in memory, and steps after the sharing find it in each of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import effconvert
+from effconvert.checkpoint.shared import SHARES
+from effconvert.convert import drafts
+from effconvert.convert.run import convert
+from effconvert.errors import ModelError, OptionError
+from effconvert.heal.refit import Refit
+from effconvert.options import RunOptions
+from effconvert.surgery.attention.gqa import Gqa
+from effconvert.surgery.depth.prune_layers import PruneLayers
+from effconvert.surgery.mixing.linear import Linear
+from tests.convert.test_seam import Plain
+from tests.heal import healing
+from tests.heal.healing import prose, put, run
+from tests.models import logits, save, tiny
+
+
+class Share(Plain):
+    """Has some layers share something: what the first of them has."""
+
+    what: str = "layer"
+    group: tuple[int, ...] = (1, 2)
+
+    def config(self, config):
+        return config.with_shared(self.what, self.group)
+
+    def rewrite(self, model):
+        for index in self.group[1:]:
+            model.layers[index].share(model.layers[self.group[0]], self.what)
+
+
+class ShareFitted(Share):
+    """Likewise, but the first one's o is scaled by what it sees, and the last one's down by what that one sees."""
+
+    def needs_calibration(self, config):
+        return True
+
+    def rewrite(self, model):
+        model.layers[self.group[0]].later(lambda layer: self.scale(layer, "o"))
+        super().rewrite(model)
+        model.layers[self.group[-1]].later(lambda layer: self.scale(layer, "down"))
+
+    def scale(self, layer, part):
+        seen = 1.0
+        if layer.activations:
+            seen = 3 * torch.cat([look.inputs[part] for look in layer.activations.capture(layer, (part,), until=part)]).std().item()
+        layer[part] = layer[part] * seen
+
+
+@pytest.fixture(autouse=True)
+def _text():
+    Path("text.txt").write_text(prose())
+
+
+def tensors(folder):
+    return healing.tensors(Path(folder))
+
+
+def deep(kind="llama", layers=4, **changes):
+    types = {"layer_types": ["sliding_attention", "full_attention"] * (layers // 2)} if kind == "gemma2" else {}
+    return save(tiny(kind, **{("n_layer" if kind == "gpt2" else "num_hidden_layers"): layers}, **types, **changes), Path("model"))
+
+
+def to(name, *steps, model="model"):
+    return convert(str(model), steps, RunOptions(output=name))
+
+
+def opened(folder):
+    model, _ = effconvert.load(str(folder), dtype="float32")
+    return model.eval()
+
+
+@pytest.mark.parametrize("what", SHARES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_shared_is_on_disk_and_in_memory_once(what, tied):
+    deep(tie_word_embeddings=tied)
+    before, outcome = tensors("model"), to("out", Share(what=what, group=(0, 1, 3)))
+    after, model = tensors("out"), opened("out")
+    gone = before.keys() - after.keys()
+    assert gone
+    assert {name.split(".")[2] for name in gone} == {"1", "3"}
+    assert all(torch.equal(after[name], before[name]) for name in after)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in gone:
+        assert parameters[name] is parameters[name.replace("layers.1.", "layers.0.").replace("layers.3.", "layers.0.")]
+    assert sum(parameter.numel() for parameter in model.parameters()) == outcome.plan.after.parameters
+    model.save_pretrained("again")
+    assert tensors("again").keys() == after.keys()
+    assert torch.equal(logits(opened("again")), logits(model))
+
+
+def test_layers_that_were_the_same_compute_the_same_once_shared():
+    model = tiny("llama", num_hidden_layers=3)
+    model.model.layers[2].load_state_dict(model.model.layers[1].state_dict())
+    save(model, Path("model"))
+    to("out", Share())
+    torch.testing.assert_close(logits(opened("out")), logits(model))
+    written = opened("out").generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=False)
+    assert torch.equal(written, model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=False))
+
+
+def test_a_gradient_reaches_the_one_parameter_from_every_layer():
+    deep()
+    to("out", Share(group=(0, 1, 2, 3)))
+    model = opened("out")
+    model(torch.arange(3, 12)[None]).logits.square().mean().backward()
+    assert len([name for name, parameter in model.named_parameters() if name.endswith("q_proj.weight") and parameter.grad.abs().sum() > 0]) == 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "phi3"])
+def test_a_later_step_finds_it_in_every_layer(kind):
+    deep(kind)
+    steps = [Share(), Gqa(groups=2, pool="mean")]
+    to("chain", *steps)
+    to("one", steps[0])
+    to("two", steps[1], model="one")
+    assert tensors("chain").keys() == tensors("two").keys()
+    assert all(torch.equal(tensor, tensors("two")[name]) for name, tensor in tensors("chain").items())
+    assert torch.equal(logits(opened("chain")), logits(opened("two")))
+
+
+def test_what_a_layer_has_of_its_own_stands_beside_what_it_shares():
+    deep()
+    to("out", Share(), Linear(layers="2"))
+    own = [name for name in tensors("out") if ".effconvert." in name]
+    assert {name.split(".")[2] for name in own} == {"2"}
+    assert not [name for name in tensors("out") if name.startswith("model.layers.2.") and name not in own]
+    opened("out")
+
+
+@pytest.mark.parametrize("dropped", ["1", "2", "0"])
+@pytest.mark.parametrize("together", [True, False])
+def test_dropped_layers_leave_what_they_stored_to_the_others(dropped, together):
+    deep()
+    if together:
+        to("out", Share(group=(1, 2, 3)), PruneLayers(layers=dropped))
+    else:
+        to("one", Share(group=(1, 2, 3)))
+        to("out", PruneLayers(layers=dropped), model="one")
+    model = tiny("llama", num_hidden_layers=4)
+    for index in (2, 3):
+        model.model.layers[index].load_state_dict(model.model.layers[1].state_dict())
+    del model.model.layers[int(dropped)]
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = index
+    model.config.num_hidden_layers = 3
+    torch.testing.assert_close(logits(opened("out")), logits(model))
+    stored = {name.split(".")[2] for name in tensors("out") if ".layers." in name}
+    assert stored == ({"0"} if dropped == "0" else {"0", "1"})
+
+
+def test_what_only_one_layer_is_left_with_is_its_own_again():
+    deep()
+    to("out", Share(), PruneLayers(layers="1"))
+    assert json.loads(Path("out/config.json").read_text())["model_type"] == "llama"
+
+
+def test_what_would_give_layers_other_values_of_what_they_share_is_refused():
+    put(Path("model"), num_hidden_layers=4)
+    with pytest.raises(OptionError, match=r"layers 1, 2 share their layer, and refit would give each of them another"):
+        run("model", Share(), Refit())
+
+    class Half(Plain):
+        def rewrite(self, model):
+            model.layers[2].later(lambda layer: layer.__setitem__("o", layer["o"] / 2))
+
+    with pytest.raises(OptionError, match=r"layers 1, 2 share their attention, and plain would give each of them another o"):
+        run("model", Share(what="attention"), Half())
+    with pytest.raises(OptionError, match="layer 2 shares its layer with others already"):
+        run("model", Share(), Share(what="ffn", group=(2, 3)))
+    assert not Path("out").exists()
+
+
+def test_a_module_that_holds_more_is_refused():
+    deep("phi3")
+    with pytest.raises(ModelError, match=r"phi3 holds q, k, v in one module \(self_attn.qkv_proj\), so layers cannot share q alone"):
+        to("out", Share(what="q"))
+    deep("gpt2")
+    with pytest.raises(ModelError, match="a layer of gpt2 has no gate"):
+        to("out", Share(what="gate"))
+
+
+@pytest.mark.parametrize("saved", [1, 2, 3])
+def test_a_calibrated_sharing_that_was_cut_off_goes_on_to_the_same_numbers(saved, monkeypatch):
+    put(Path("model"), num_hidden_layers=4)
+    step = ShareFitted(what="attention", group=(1, 3))
+    run("model", step, place="whole")
+    real, left = drafts.save, [saved]
+
+    def dying(*given):
+        real(*given)
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(drafts, "save", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run("model", step)
+    monkeypatch.setattr(drafts, "save", real)
+    run("model", step)
+    assert Path("out/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
+    changed = {name for name, tensor in tensors("whole").items() if not torch.equal(tensor, tensors("model")[name])}
+    assert changed == {"model.layers.1.self_attn.o_proj.weight", "model.layers.3.mlp.down_proj.weight"}
+
+
+def test_inspect_says_what_is_shared_and_counts_it_once(command):
+    deep()
+    to("out", Share(what="ffn"))
+    told = command("inspect", "out").output
+    assert "layers 1, 2 share their ffn: it is stored once" in told
+    gate = 3 * (32 * 48 + 48)  # of four layers, biases among them
+    assert f"{gate / 1e3} k" in next(line for line in told.splitlines() if line.startswith("gate"))
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ({"what": "memory", "layers": [1, 2]}, "layers cannot share 'memory'; they can share layer, attention, ffn"),
+        ({"what": "ffn", "layers": [1, 4]}, "the model has layers 0 to 3"),
+        ({"what": "ffn", "layers": [2]}, "not two or more layers"),
+        ({"what": "ffn", "layers": [2, 1]}, "not two or more layers in ascending order"),
+        ({"what": "ffn"}, "layers"),
+        ("ffn", "makes no sense"),
+    ],
+)
+def test_records_that_somebody_edited_are_refused(entry, told, command):
+    deep()
+    to("out", Share())
+    file = Path("out/config.json")
+    content = json.loads(file.read_text())
+    content["effconvert"]["shared"] = [entry]
+    file.write_text(json.dumps(content))
+    result = command("inspect", "out")
+    assert result.exit_code == 1
+    assert told in result.output
+    assert "take the file that effconvert wrote" in result.output
+
+
+def test_a_file_that_holds_what_an_earlier_layer_stores_is_refused(command):
+    deep()
+    to("out", Share())
+    content = json.loads(Path("out/config.json").read_text())
+    content["effconvert"]["shared"] = [{"what": "ffn", "layers": [0, 1]}]
+    Path("out/config.json").write_text(json.dumps(content))
+    result = command("inspect", "out")
+    assert result.exit_code == 1
+    assert "holds model.layers.1.mlp" in result.output
+    assert "one of the two is wrong" in result.output
