@@ -213,8 +213,8 @@ def _mixing(config: Config) -> Iterator[str]:
         spelt = f"{record.technique} {_spelt(dict(record.options))}".strip()
         yield f"{len(record.layers)} of {config.layers} layers have {spelt} in place of {PLACES.get(record.place, record.place)}"
     for common in config.shared:
-        what = "all that they have" if common.what == "layer" else f"their {common.what}"
-        yield f"layers {', '.join(map(str, common.layers))} share {what}: it is stored once"
+        what = {"layer": "all that they have", "cache": "keys and values"}.get(common.what, f"their {common.what}")
+        yield f"layers {', '.join(map(str, common.layers))} share {what}"
     for word, place in SKIPS.items():
         if gone := sum(place in config.skips(index) for index in range(config.layers)):
             yield f"{gone} of {config.layers} layers have no {word}"

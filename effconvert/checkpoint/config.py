@@ -12,7 +12,7 @@ from typing import Any
 from effconvert.checkpoint.families import FAMILIES
 from effconvert.checkpoint.replaced import SKIPS, Replaced, by_layer, encode, overlap, skipped
 from effconvert.checkpoint.shape import Shape
-from effconvert.checkpoint.shared import Shared, kept_of, overlapping
+from effconvert.checkpoint.shared import CACHE_PARTS, Shared, kept_of, overlapping
 from effconvert.errors import ModelError, OptionError
 
 CONFIG = "config.json"
@@ -55,6 +55,8 @@ class Config(Shape):
         for layer in record.layers:
             if gone := [place for place in self.skips(layer) if overlap(place, record.place)]:
                 raise OptionError(f"layer {layer} has no {gone[0]}, so nothing can be put in its place; leave it out of --layers")
+            if overlap(record.place, "attention") and any(common.what == "cache" and layer in common.layers for common in self.shared):
+                raise OptionError(f"layer {layer} shares its keys and values with others, so nothing can be put in place of its {record.place}")
             for other in self.replaced_in(layer):
                 if overlap(other.place, record.place):
                     raise OptionError(
@@ -77,12 +79,36 @@ class Config(Shape):
         for other in self.shared:
             if clash := overlapping(record, other):
                 raise OptionError(f"{clash} already; leave it out of --layers, or begin from the original")
+        if what == "cache":
+            self._check_lending(record.layers)
+            return replace(self, shared=(*self.shared, record))
         for module, parts in self.modules.items():
             if any(map(record.has, parts)) and not all(map(record.has, parts)):
                 raise ModelError(f"{self.kind} holds {', '.join(parts)} in one module ({module}), so layers cannot share {what} alone")
         if not any(map(record.has, self.parts)):
             raise ModelError(f"a layer of {self.kind} has no {what} that others could share")
         return replace(self, shared=(*self.shared, record))
+
+    def _check_lending(self, layers: Sequence[int]) -> None:
+        """Refuse layers that cannot read the keys and values of the first of them."""
+        family = self.family
+        if not family.decoder or family.shares_kv_in_our_class or not family.kv_heads_key:
+            raise ModelError(f"{self.kind} has no keys and values of their own that layers could share; give a decoder such as llama")
+        for part in {"k", "v"}:
+            self.place(part)  # says so where it is in one module with others
+        if len({self.windows()[layer] for layer in layers}) > 1:
+            raise ModelError(f"layers {', '.join(map(str, layers))} have other windows, so they cannot read the same keys and values")
+        for layer in layers:
+            if "attention" in self.skips(layer):
+                raise OptionError(f"layer {layer} has no attention, so it shares no keys and values; leave it out of --layers")
+            if other := next((record for record in self.replaced_in(layer) if overlap(record.place, "attention")), None):
+                raise OptionError(
+                    f"layer {layer} has {other.technique} in place of its {other.place}, so it shares no keys and values; leave it out of --layers"
+                )
+
+    def cache_of(self, layer: int) -> int:
+        """Return the layer whose keys and values this one reads: itself, or an earlier one."""
+        return next((record.layers[0] for record in self.shared if record.what == "cache" and layer in record.layers), layer)
 
     def stored_for(self, layer: int, part: str) -> int:
         """Return the layer that stores a part of this one: itself, or the first of those that share it and have it."""
@@ -140,6 +166,7 @@ class Config(Shape):
         gone = {part for record in self.replaced_in(layer) for part in record.drops}
         gone |= {part for place in self.skips(layer) for part in self.sublayer(place)}
         gone |= self.family.first_lacks if layer == 0 else set()
+        gone |= self.parts.keys() & CACHE_PARTS if self.cache_of(layer) != layer else set()
         if self.experts:
             experts = {part for part in self.parts if part.startswith(("experts.", "shared_")) or part == "router"}
             gone |= {"gate", "up", "down"} if self.sparse(layer) else experts

@@ -17,7 +17,7 @@ from effconvert.checkpoint.outer import Outer
 from effconvert.checkpoint.parts import Deferred, Parts
 from effconvert.checkpoint.replaced import OWN
 from effconvert.checkpoint.shards import Stored
-from effconvert.checkpoint.shared import Shared
+from effconvert.checkpoint.shared import CACHE_PARTS, Shared
 from effconvert.errors import ModelError
 
 
@@ -85,6 +85,9 @@ class Layer(Parts):
 
     def share(self, first: Self, what: str) -> None:
         """Have `what` (see `SHARES`) in common with an earlier layer: these parts are that layer's, whatever it becomes; its config has to say so."""
+        if what == "cache":
+            for part in [part for part in self if part.removesuffix(".bias") in CACHE_PARTS]:
+                del self[part]
         record = Shared(what, (first.index, self.index))
         for part in [part for part in self if record.has(part.removesuffix(".bias"))]:
             self._forget(part)

@@ -4,13 +4,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# What layers can share -> its parts, None: all that a layer has.
+from effconvert.errors import OptionError
+
+# What layers can share -> its parts, None: all that a layer has. Of a `cache` nothing is stored: layers read the keys and values of the first of them.
 SHARES: Mapping[str, tuple[str, ...] | None] = {
     "layer": None,
     "attention": ("q", "k", "v", "o"),
     "ffn": ("gate", "up", "down"),
     **{part: (part,) for part in ("q", "k", "v", "o", "gate", "up", "down")},
+    "cache": (),
 }
+CACHE_PARTS = ("k", "v", "k_norm")  # what a layer does without that reads another one's cache
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ def read_shared(entries: Sequence[Mapping[str, Any]], layers: int) -> tuple[Shar
 
 def overlapping(record: Shared, other: Shared) -> str:
     """Say which layer would share the same part twice; nothing where none would."""
-    parts, others = SHARES[record.what], SHARES[other.what]
+    parts, others = ((CACHE_PARTS if each.what == "cache" else SHARES[each.what]) for each in (record, other))
     common = {*record.layers} & {*other.layers}
     if common and (parts is None or others is None or {*parts} & {*others}):
         return f"layer {min(common)} shares its {other.what} with others"
@@ -55,6 +59,17 @@ def overlapping(record: Shared, other: Shared) -> str:
 
 
 def kept_of(shared: Iterable[Shared], kept: Sequence[int]) -> tuple[Shared, ...]:
-    """Return what the layers `kept` of a model have in common, by their new numbers; what only one of them has is its own again."""
-    moved = (Shared(record.what, tuple(new for new, old in enumerate(kept) if old in record.layers)) for record in shared)
+    """Return what the layers `kept` of a model have in common, by their new numbers; what only one of them has is its own again.
+
+    Raises:
+        OptionError: layers would be left without the one whose keys and values they read.
+    """
+    moved: list[Shared] = []
+    for record in shared:
+        layers = tuple(new for new, old in enumerate(kept) if old in record.layers)
+        if record.what == "cache" and layers and kept[layers[0]] != record.layers[0]:
+            raise OptionError(
+                f"layers {', '.join(map(str, record.layers[1:]))} read the keys and values of layer {record.layers[0]}, so it must stay before them"
+            )
+        moved.append(Shared(record.what, layers))
     return tuple(record for record in moved if len(record.layers) > 1)

@@ -27,6 +27,11 @@ def prepare(plan: Plan, options: Conversion) -> Calibration:
     config, folder = plan.checkpoint.config, plan.checkpoint.folder
     if not loading.has_tokenizer(folder):
         raise ModelError(f"{folder} has no tokenizer, so the model cannot be run on a text; put it there, or take options that need no calibration")
+    if lent := [layer for layer in range(plan.config.layers) if plan.config.cache_of(layer) != layer]:
+        raise ModelError(
+            f"layer {lent[0]} reads the keys and values of layer {plan.config.cache_of(lent[0])}, and calibration runs one layer at a time; "
+            "do what needs calibration first, and share the cache last"
+        )
     text = read_calibration(options.calibrate) if options.calibrate is not None else calibration_text()
     if plan.teacher.config.vocabulary < config.vocabulary:
         raise ModelError(

@@ -16,6 +16,7 @@ class Kept:
     softmax: bool
     window: int | None = None  # tokens whose keys and values are kept, None: all
     technique: Replacement | None = None  # whose state is kept; it may be of size 0
+    lender: int | None = None  # the layer whose keys and values it reads, and keeps none
 
 
 def caches(config: Config) -> Iterator[Kept]:
@@ -24,6 +25,8 @@ def caches(config: Config) -> Iterator[Kept]:
         record = next((record for record in config.replaced_in(index) if record.place == "scores" or "k" in record.drops), None)
         if not config.family.decoder:
             yield Kept(softmax=False)
+        elif config.cache_of(index) != index:
+            yield Kept(softmax=False, lender=config.cache_of(index))
         elif record:
             yield Kept(softmax=False, technique=technique_of(record))
         else:

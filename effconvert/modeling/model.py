@@ -15,6 +15,7 @@ from effconvert.errors import ModelError
 from effconvert.modeling.attention import NAME, SOFTMAX, install
 from effconvert.modeling.caches import caches
 from effconvert.modeling.grouped import Grouped, share
+from effconvert.modeling.lent import LentLayer, lend
 from effconvert.modeling.places import Own, leave_out, put
 from effconvert.modeling.shared import Sharing
 from effconvert.modeling.stand_ins import stand_in
@@ -69,6 +70,8 @@ class Converted(Sharing):
             for place in ours.skips(index):
                 leave_out(layer, place, ours, index)
             module = layer.get_submodule(ours.attention)
+            if (lender := ours.cache_of(index)) != index:
+                lend(layers_of(self, ours)[lender].get_submodule(ours.attention), module, ours)
             if ours.family.shares_kv_in_our_class and "k" not in ours.lacks(index):
                 share(module, ours)
             for record in ours.replaced_in(index):
@@ -163,7 +166,9 @@ def cache_for(config: Any) -> Cache:
     usual = DynamicCache(config=config).layers
     layers: list[Any] = []
     for index, kept in enumerate(caches(ours)):
-        if not kept.softmax:
+        if kept.lender is not None:
+            layers.append(LentLayer(layers[kept.lender]))
+        elif not kept.softmax:
             layers.append(State(kept.technique.remembers(ours) if kept.technique else {}))
         elif ours.family.shares_kv_in_our_class:
             layers.append(Grouped(ours.heads // ours.kv_heads))

@@ -28,6 +28,7 @@ CHANGING = {
     "thin-projection": ({"rank": 3}, ["qwen2", "gpt_neox", "bert"]),
     "every-second-layer": ({}, ["llama", "gemma2", "gpt2", "bert", "modernbert"]),
     "scaled-embedding": ({}, ["llama"]),
+    "lent-cache": ({}, ["llama", "qwen3", "cohere"]),
     "shared-ffn": ({}, ["llama", "gemma2", "phi3", "gpt2", "opt", "bert", "modernbert"]),
 }
 

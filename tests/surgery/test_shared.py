@@ -1,17 +1,22 @@
 """Layers that share what they compute with: it is stored once, on disk and in memory, and steps after the sharing find it in each of them."""
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import effconvert
 from effconvert.checkpoint.shared import SHARES
 from effconvert.convert import drafts
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError, OptionError
+from effconvert.eval.quality.perplexity import cache_bytes
 from effconvert.heal.refit import Refit
+from effconvert.modeling import cache_for
+from effconvert.modeling.caches import kv_bytes
 from effconvert.options import RunOptions
 from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.depth.prune_layers import PruneLayers
@@ -77,7 +82,7 @@ def opened(folder):
     return model.eval()
 
 
-@pytest.mark.parametrize("what", SHARES)
+@pytest.mark.parametrize("what", SHARES.keys() - {"cache"})
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_is_shared_is_on_disk_and_in_memory_once(what, tied):
     deep(tie_word_embeddings=tied)
@@ -214,7 +219,7 @@ def test_inspect_says_what_is_shared_and_counts_it_once(command):
     deep()
     to("out", Share(what="ffn"))
     told = command("inspect", "out").output
-    assert "layers 1, 2 share their ffn: it is stored once" in told
+    assert "layers 1, 2 share their ffn" in told
     gate = 3 * (32 * 48 + 48)  # of four layers, biases among them
     assert f"{gate / 1e3} k" in next(line for line in told.splitlines() if line.startswith("gate"))
 
@@ -253,3 +258,93 @@ def test_a_file_that_holds_what_an_earlier_layer_stores_is_refused(command):
     assert result.exit_code == 1
     assert "holds model.layers.1.mlp" in result.output
     assert "one of the two is wrong" in result.output
+
+
+def lent_by_hand(kind="llama", group=(1, 2), **changes):
+    """A stock model in which the later layers of a group compute with the hidden states that the first one's keys and values are made of."""
+    model = tiny(kind, **changes)
+    layers = [model.model.layers[index].self_attn for index in group]
+    seen = {}
+    for name in ("k_proj", "v_proj"):
+        getattr(layers[0], name).register_forward_hook(lambda _, args, out, name=name: seen.__setitem__(name, out))
+        for layer in layers[1:]:
+            getattr(layer, name).register_forward_hook(lambda _, args, out, name=name: seen[name])
+    if hasattr(layers[0], "k_norm"):
+        for layer in layers[1:]:
+            layer.k_norm.load_state_dict(layers[0].k_norm.state_dict())
+    return model
+
+
+def changes_of(kind, layers=4):
+    return {"num_hidden_layers": layers, **({"layer_types": ["sliding_attention", "full_attention"] * (layers // 2)} if kind.startswith("gemma") else {})}
+
+
+LENDING = {"llama": (1, 2), "mistral": (0, 1, 3), "qwen3": (1, 3), "gemma3_text": (0, 2), "olmo2": (1, 2), "qwen2": (0, 1)}
+
+
+@pytest.mark.parametrize(("kind", "group"), LENDING.items())
+def test_layers_that_read_an_earlier_ones_keys_and_values_keep_none(kind, group):
+    changes = changes_of(kind)
+    save(tiny(kind, **changes), Path("model"))
+    outcome = to("out", Share(what="cache", group=group))
+    model, expected = opened("out"), lent_by_hand(kind, group, **changes)
+    torch.testing.assert_close(logits(model), logits(expected))
+    assert outcome.plan.after.kv_bytes == outcome.plan.before.kv_bytes * (5 - len(group)) // 4
+    ids = torch.arange(3, 27)[None]  # longer than a window
+    cache = cache_for(model.config)
+    steps = [model(ids[:, :9], past_key_values=cache), *(model(ids[:, at : at + 1], past_key_values=cache) for at in range(9, 24))]
+    torch.testing.assert_close(torch.cat([step.logits for step in steps], 1), expected(ids).logits)
+    assert cache_bytes(cache) == kv_bytes(outcome.plan.config, 4, 24)
+    beams = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(ids[:, :5], **beams), expected.generate(ids[:, :5], **beams))
+    model.save_pretrained("again")
+    assert tensors("again").keys() == tensors("out").keys()
+    assert torch.equal(logits(opened("again")), logits(model))
+    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_reach_the_keys_that_are_lent(checkpointing):
+    deep()
+    to("out", Share(what="cache"))
+    found = []
+    for model in (opened("out"), lent_by_hand(num_hidden_layers=4)):
+        model.train()
+        if checkpointing:
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        model(torch.arange(3, 12)[None], use_cache=False).logits.square().mean().backward()
+        found.append(model.model.layers[1].self_attn.k_proj.weight.grad)
+    torch.testing.assert_close(*found)
+
+
+def test_a_cache_of_transformers_own_gives_the_same_and_keeps_more():
+    deep()
+    to("out", Share(what="cache"))
+    model, ids = opened("out"), torch.arange(3, 15)[None]
+    stock = transformers.DynamicCache(config=model.config)
+    first = model(ids[:, :6], past_key_values=stock).logits
+    torch.testing.assert_close(torch.cat([first, model(ids[:, 6:], past_key_values=stock).logits], 1), model(ids).logits)
+
+
+def test_what_cannot_lend_is_refused():
+    deep("phi3")
+    with pytest.raises(ModelError, match=r"phi3 holds q, k, v in one module, so [kv] alone"):
+        to("out", Share(what="cache"))
+    deep("gpt2")
+    with pytest.raises(ModelError, match="gpt2 has no keys and values of their own"):
+        to("out", Share(what="cache"))
+    deep("gemma2")
+    with pytest.raises(ModelError, match="layers 1, 2 have other windows"):
+        to("out", Share(what="cache"))
+    deep()
+    with pytest.raises(OptionError, match="layers 2 read the keys and values of layer 1, so it must stay"):
+        to("out", Share(what="cache"), PruneLayers(layers="1"))
+    with pytest.raises(OptionError, match="layer 1 has linear in place of its scores"):
+        to("out", Linear(layers="1"), Share(what="cache"))
+    with pytest.raises(OptionError, match="layer 2 shares its keys and values with others"):
+        to("out", Share(what="cache"), Linear(layers="2"))
+    with pytest.raises(OptionError, match="layer 1 shares its cache with others already"):
+        to("out", Share(what="cache"), Share(what="attention"))
+    put(Path("model"), num_hidden_layers=4)
+    with pytest.raises(ModelError, match="layer 2 reads the keys and values of layer 1, and calibration runs one layer at a time"):
+        run("model", Share(what="cache"), Refit())
