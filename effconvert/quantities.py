@@ -1,5 +1,7 @@
 """How quantities are written for people: three or four digits and a unit."""
 
+from collections.abc import Sequence
+
 
 def count(number: int) -> str:
     """Write a number of parameters."""
@@ -20,3 +22,8 @@ def size(number: float) -> str:
 def perplexity(value: float) -> str:
     """Write a perplexity."""
     return f"{value:.2f}" if value < 1e5 else f"{value:.2e}"
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """Write the first of some names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -3,12 +3,11 @@
 Opening reads the config and the headers, kilobytes whatever the model's size, and refuses what is damaged or contradicts itself.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +17,12 @@ from effconvert.checkpoint.layer import Activations, Layer, Model
 from effconvert.checkpoint.outer import Outer
 from effconvert.checkpoint.reading import read_config
 from effconvert.checkpoint.replaced import OWN
-from effconvert.checkpoint.shards import FLOATS, Stored, read_header
+from effconvert.checkpoint.shards import FLOATS, Stored
+from effconvert.checkpoint.tensors import check_plain, read_tensors
 from effconvert.errors import ModelError, OptionError
+from effconvert.quantities import some
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+HEAD_PREFIXES = ("transformer.",)  # of the bare model in classes that call it otherwise than their family does: ...ForQuestionAnswering
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,9 @@ class Checkpoint:
     prefix: str  # of the base model in the names on disk, with its dot; may be empty
     outer: Mapping[str, Stored]  # full name -> tensor
     layers: tuple[Mapping[str, Stored], ...]  # what layers share stands in each of them
+    ignored: tuple[str, ...] = ()  # what transformers does not read in layers, and stays behind
+    unread: frozenset[str] = frozenset()  # what it does not read outside the layers, such as the pooler of a language model, and goes along as it is
+    remarks: tuple[str, ...] = ()  # what is odd about the folder and does no harm
 
     def layer(self, index: int, device: str, originals: range | None = None, activations: Activations | None = None) -> Layer:
         """Return layer `index`, its tensors on `device` (cpu, or meta for shapes alone); see `Layer` for the rest."""
@@ -49,6 +51,13 @@ class Checkpoint:
     def layer_prefix(self, index: int) -> str:
         """Return what stands before the names of layer `index`, in the family's layout."""
         return f"{self.prefix}{self.config.family.layers}.{index}."
+
+    @property
+    def notes(self) -> list[str]:
+        """What is odd about the folder and does no harm; each a sentence."""
+        behind = f"transformers does not read {some(self.ignored)} in the layers, and what it does not read there stays behind"
+        along = f"transformers does not read {some(sorted(self.unread))}, and what it does not read outside the layers goes along as it is"
+        return [*self.remarks, *([behind] if self.ignored else []), *([along] if self.unread else [])]
 
     @property
     def dtype(self) -> str:
@@ -80,74 +89,72 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         what = "is a file" if folder.exists() else "does not exist"
         raise OptionError(f"{folder} {what}; give a folder with config.json and safetensors, a Hub id such as HuggingFaceTB/SmolLM2-135M, or a .gguf file")
     config = read_config(folder)
-    family = config.family
-    tensors = read_tensors(folder)
-    pattern = re.compile(rf"^({re.escape(family.prefix)}\.)?{re.escape(family.layers)}\.(\d+)\.(.+)$")
+    tensors, remarks = read_tensors(folder, config.family)
+    check_quantised(folder, config, tensors)
+    prefix = _prefix(folder, config, tensors)
+    pattern = re.compile(rf"^{re.escape(prefix)}{re.escape(config.family.layers)}\.(\d+)\.(.+)$")
     outer: dict[str, Stored] = {}
+    ignored: list[str] = []
     layers: list[dict[str, Stored]] = [{} for _ in range(config.layers)]
-    prefixes: set[str] = set()
     for name, tensor in tensors.items():
         if not (match := pattern.match(name)):
             outer[name] = tensor
             continue
-        prefix, index, inside = match[1] or "", int(match[2]), match[3]
+        index, inside = int(match[1]), match[2]
         if index >= config.layers:
-            raise ModelError(f"{folder} holds {name}, and its config.json says {family.layers_key} = {config.layers}; one of the two is wrong")
-        own = any(inside.startswith(_inside(config, record.place)) for record in config.replaced_in(index))
-        if not own and inside not in family.buffers and inside.rpartition(".")[0] not in config.modules:
-            raise ModelError(f"{folder} holds {name}, for which {config.kind} has no place; is it a plain {config.kind}, without adapters or quantisation?")
+            raise ModelError(f"{folder} holds {name}, and its config.json says {config.family.layers_key} = {config.layers}; one of the two is wrong")
         if config.stored_in(index, inside) != index:
             raise ModelError(f"{folder} holds {name}, which its config.json says that an earlier layer stores for this one; one of the two is wrong")
-        layers[index][inside] = tensor
-        prefixes.add(prefix)
-    if len(prefixes) != 1:
-        raise ModelError(
-            f"{folder} has no tensors named {family.prefix}.{family.layers}.0.… as {config.kind} has; its first are {', '.join(list(tensors)[:3])}"
-        )
+        own = any(inside.startswith(_inside(config, record.place)) for record in config.replaced_in(index))
+        module, _, suffix = inside.rpartition(".")
+        if own or inside in config.family.buffers or (module in config.modules and suffix in ("weight", "bias")):
+            layers[index][inside] = tensor
+        else:
+            check_plain(folder, name)
+            ignored.append(name)
     for index, layer in enumerate(layers):  # those that store something for others come first
         for first in config.leaders(index):
             layer |= {name: tensor for name, tensor in layers[first].items() if config.stored_in(index, name) == first}
-    checkpoint = Checkpoint(folder, config, prefixes.pop(), outer, tuple(layers))
+    checkpoint = Checkpoint(folder, config, prefix, outer, tuple(layers), tuple(ignored), remarks=remarks)
     check_types(checkpoint)
     check_shapes(checkpoint)
     return checkpoint
 
 
-def read_tensors(folder: Path) -> dict[str, Stored]:
-    """Return all tensors of `folder` from its index and shards, each shard's in the order of its bytes."""
-    index = folder / INDEX
-    if (folder / SINGLE).is_file() or not index.is_file():  # where there are both, transformers takes the single file
-        if not (folder / SINGLE).is_file():
-            pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
-            if pickles:
-                raise ModelError(
-                    f"{folder} has its weights only as pickle ({pickles[0]}), which can run code when opened; "
-                    "save it as safetensors first (from_pretrained, then save_pretrained), or take a revision that has them"
-                )
-            raise ModelError(f"{folder} has a config.json and no weights: neither {SINGLE} nor {INDEX} is there; fetch them")
-        return read_header(folder / SINGLE)
-    try:
-        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(where.values()))
-        if not shards or not all(isinstance(shard, str) for shard in shards):
-            raise ValueError("no names of shards")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{index} is no index of shards ({error}); fetch the file again") from None
-    tensors: dict[str, Stored] = {}
-    for shard in shards:
-        path = PurePosixPath(shard)
-        if path.is_absolute() or ".." in path.parts or "\\" in shard:
-            raise ModelError(f"{index} names the shard {shard!r}, which is outside the folder; that is no sound checkpoint")
-        if not (folder / path).is_file():
-            raise ModelError(f"{index} names the shard {shard!r}, which is missing; fetch it")
-        inside = read_header(folder / path)
-        if unnamed := inside.keys() - where.keys():
-            raise ModelError(f"{folder / path} holds {min(unnamed)}, which {INDEX} does not name; fetch both again")
-        tensors |= {name: tensor for name, tensor in inside.items() if where[name] == shard}
-    if lost := where.keys() - tensors.keys():
-        name = min(lost)
-        raise ModelError(f"{index} says that {name} is in {where[name]!r}, which does not hold it; fetch both again")
-    return tensors
+def check_quantised(folder: Path, config: Config, tensors: Mapping[str, Stored]) -> None:
+    """Refuse a model whose config says that it is quantised, and say what to do: other than usual where its tensors are plain numbers all the same.
+
+    Raises:
+        ModelError: it is.
+    """
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return
+    method = quantization.get("quant_method", "an unnamed method") if isinstance(quantization, dict) else quantization
+    for name in tensors:
+        check_plain(folder, name)
+    if all(tensor.dtype in FLOATS for name, tensor in tensors.items() if name.endswith(".weight")):
+        raise ModelError(
+            f"config.json of {folder} says that it is quantised ({method}), and its tensors are plain numbers: remove quantization_config from it, "
+            "which transformers would else heed"
+        )
+    raise ModelError(f"{folder} is quantised ({method}), and surgery needs the numbers themselves; give the checkpoint that it was made from")
+
+
+def _prefix(folder: Path, config: Config, tensors: Mapping[str, Stored]) -> str:
+    """Return what stands before the names of the bare model, with its dot; empty where that was saved alone."""
+    pattern = re.compile(rf"^(.*?){re.escape(config.family.layers)}\.\d+\.(.+)\.\w+$")
+    matches = [match for match in map(pattern.match, tensors) if match and match[2] in config.modules]
+    prefixes = [prefix for prefix, _ in Counter(match[1] for match in matches).most_common()]
+    known = [prefix for prefix in prefixes if prefix in ("", f"{config.family.prefix}.", *HEAD_PREFIXES)]
+    if len(known) > 1:
+        raise ModelError(f"{folder} names some layers {known[0]}{config.family.layers}.… and others {known[1]}{config.family.layers}.…; save the model anew")
+    if not known:
+        for name in tensors:
+            check_plain(folder, name)
+        expected = f"{config.family.prefix}.{config.family.layers}".removeprefix(".")
+        raise ModelError(f"{folder} has no tensors named {expected}.0.… as {config.kind} has; its first are {', '.join(list(tensors)[:3])}")
+    return known[0]
 
 
 def _inside(config: Config, place: str) -> str:
@@ -207,6 +214,8 @@ def check_shapes(checkpoint: Checkpoint) -> None:
 
 
 def _check_shape(name: str, shape: tuple[int, ...], want: tuple[int, ...], config: Config) -> None:
+    if 0 in shape:
+        raise ModelError(f"{name} is empty, as DeepSpeed ZeRO-3 leaves it where weights were not gathered; save with zero_to_fp32.py, or save_16bit_model")
     if shape != want:
         family = config.family
         keys = (family.hidden_key, family.heads_key, family.kv_heads_key, "head_dim", family.ffn_key, "vocab_size")

@@ -96,7 +96,9 @@ class Outer(Parts):
 
 def outer_prefix(source: Config, prefix: str, target: Config) -> str:
     """Return what stands before the base model's names in `target`, where in `source` it is `prefix`: nothing where a base model was saved alone."""
-    return f"{target.family.prefix}." if prefix and target.family.prefix else "" if target.family != source.family else prefix
+    if prefix != f"{source.family.prefix}." or not target.family.prefix:  # that of a class with a head of its own, or none
+        return prefix if target.family == source.family else ""
+    return f"{target.family.prefix}."
 
 
 def part_outside(name: str, prefix: str, config: Config) -> str:

@@ -38,13 +38,9 @@ def read_config(folder: Path) -> Config:
         raw, family, replaced, shared = read(raw)
         kind = raw["model_type"]
     if not isinstance(kind, str) or family is None:
-        near = get_close_matches(str(kind), FAMILIES, n=1)
+        near = get_close_matches(str(kind), FAMILIES, n=1, cutoff=0.8)  # a misspelling, and not another family of a similar name
         hint = f"the nearest is {near[0]!r}; " if near else ""
         raise ModelError(f"{path} names the family {kind!r}, which effconvert does not know; {hint}it knows {', '.join(FAMILIES)}")
-    if raw.get("quantization_config"):
-        quantization = raw["quantization_config"]
-        method = quantization.get("quant_method", "an unnamed method") if isinstance(quantization, dict) else quantization
-        raise ModelError(f"{folder} is quantised ({method}), and surgery needs the numbers themselves; give the checkpoint that it was made from")
     check_depth(raw, family)
     config = Config(raw, family, replaced, shared)
     config.skips(0)  # says so where `per_layer_config` makes no sense

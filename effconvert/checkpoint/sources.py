@@ -12,8 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from effconvert.checkpoint.checkpoint import INDEX, PICKLES, SINGLE
 from effconvert.checkpoint.config import CONFIG
+from effconvert.checkpoint.tensors import INDEX, PICKLES, SINGLE
 from effconvert.errors import EffconvertError, ModelError, OptionError
 from effconvert.options import shown
 from effconvert.paths import expand

@@ -19,7 +19,7 @@ def command(model: str, revision: str | None) -> None:
     from effconvert.checkpoint.sources import locate
     from effconvert.console import Terminal
     from effconvert.convert.inspection import inspect as look
-    from effconvert.surgery._placed import open_checked
+    from effconvert.modeling.stock import open_as_stock
 
     terminal = Terminal(model)
-    terminal.inspection(look(open_checked(locate(model, revision, terminal.step))))
+    terminal.inspection(look(open_as_stock(locate(model, revision, terminal.step))))

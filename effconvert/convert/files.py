@@ -4,10 +4,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from effconvert.checkpoint.checkpoint import PICKLES, Checkpoint
+from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.config import CONFIG
 from effconvert.checkpoint.manifest import CARD, MANIFEST, RECIPE
 from effconvert.checkpoint.replaced import STUB_FILE
+from effconvert.checkpoint.tensors import PICKLES
 from effconvert.errors import ModelError
 
 WEIGHTS = (".safetensors", ".index.json", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".ot", ".mlmodel", *PICKLES)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from effconvert.checkpoint.checkpoint import INDEX, SINGLE, Checkpoint
+from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.config import CONFIG, Config
 from effconvert.checkpoint.layer import Activations, Model
 from effconvert.checkpoint.manifest import CARD, RECIPE
@@ -17,6 +17,7 @@ from effconvert.checkpoint.outer import outer_prefix
 from effconvert.checkpoint.parts import Deferred, Parts
 from effconvert.checkpoint.replaced import STUB_FILE
 from effconvert.checkpoint.shards import ITEMSIZE, Stored
+from effconvert.checkpoint.tensors import INDEX, SINGLE
 from effconvert.convert.files import other_files
 from effconvert.convert.originals import stand_for
 from effconvert.errors import ModelError, OptionError
@@ -70,7 +71,8 @@ class Plan:
     @property
     def after(self) -> Size:
         """The size of the converted model."""
-        return size_of_tensors(((target.name, target.dtype, target.shape) for target in self.targets), self.config, self.checkpoint.dtype)
+        read = ((target.name, target.dtype, target.shape) for target in self.targets if target.name not in self.checkpoint.unread)
+        return size_of_tensors(read, self.config, self.checkpoint.dtype)
 
     @property
     def targets(self) -> Iterator[Target]:
@@ -98,7 +100,7 @@ class Plan:
         """What is different for this model, step by step, and on this text."""
         told = [f"{surgery.name}: {said}" for surgery, config in zip(self.surgeries, self.configs, strict=False) if (said := surgery.notes(config))]
         about = self.calibration.notes(self.checkpoint.config) if self.calibration else ""
-        return [*told, *([about] if about else [])]
+        return [*self.checkpoint.notes, *told, *([about] if about else [])]
 
     @property
     def draft_bytes(self) -> int:

@@ -26,6 +26,7 @@ from effconvert.heal.refit import Refit
 from effconvert.heal.transfer import Transfer
 from effconvert.hub.card import render
 from effconvert.hub.card_data import verification
+from effconvert.modeling.stock import check_writable, open_as_stock
 from effconvert.options import RunOptions
 from effconvert.paths import expand, real
 from effconvert.progress import Silent, Watcher
@@ -71,12 +72,15 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, watche
         text = read_text(options.text) if options.text else default_text()
     folder = sources.locate(model, options.revision, watcher.step)
     surgeries = (*surgeries, *([Transfer()] if options.transfer else []), *([Refit()] if options.refit else []))
-    checkpoint, teacher, target = open_checked(folder), _teacher(surgeries, watcher), expand(options.output or default_name(model, surgeries))
+    opening = open_as_stock if options.verify or options.dry_run else open_checked  # the former imports transformers, which takes longer than much of the rest
+    checkpoint, teacher, target = opening(folder), _teacher(surgeries, watcher), expand(options.output or default_name(model, surgeries))
     if any(step.undecided for step in surgeries):
         if not reuse:
             output.check_free(target, options.overwrite)
         surgeries = decide(checkpoint, surgeries, teacher, options, watcher)
     planned = plan(checkpoint, surgeries, teacher)
+    if options.verify or options.dry_run:
+        check_writable(planned.config, {target.name: (target.dtype, target.shape) for target in planned.targets})
     if planned.needs_calibration:
         planned = replace(planned, calibration=prepare_calibration(planned, options))
     if reuse and (manifest := output.finished(planned, target, options.verify)):

@@ -134,12 +134,12 @@ def _side(
     plan: Plan, folder: Path, material: Material, advance: Advance, record: Path | None = None, reference: Recorded | None = None
 ) -> tuple[Side, list[Tensor], str]:
     config = plan.config if folder != plan.checkpoint.folder else plan.checkpoint.config
-    model, cut, whole = loading.load(folder, config, measuring_dtype(plan)), material.windows, not material.unmeasured
+    whole, cut, scored = loading.load(folder, config, measuring_dtype(plan)), material.windows, not material.unmeasured
+    model, parameters = loading.measured(whole, config), sum(parameter.numel() for parameter in whole.parameters())
     prompt = cut[0, :PROMPT]
     logits = [perplexity.logits_of(model, _head(material)).float().cpu(), *exact.logits(model, material.texts, config.family.decoder, advance)]
-    measured = perplexity.summary(perplexity.measure(model, list(cut), record, reference, advance), cut.shape[1]) if whole else None
-    written = perplexity.continuation(model, material.tokenizer, prompt, PROMPT) if whole else ""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    measured = perplexity.summary(perplexity.measure(model, list(cut), record, reference, advance), cut.shape[1]) if scored else None
+    written = perplexity.continuation(model, material.tokenizer, prompt, PROMPT) if scored else ""
     cache = state = 0
     if plan.config.family.decoder:
         windows = [window - 1 for window in config.windows() if window]

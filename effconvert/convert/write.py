@@ -16,12 +16,12 @@ from typing import BinaryIO, Self
 
 from torch import Tensor
 
-from effconvert.checkpoint.checkpoint import INDEX
 from effconvert.checkpoint.config import CONFIG
 from effconvert.checkpoint.manifest import CARD, DRAFT, RECIPE, read_manifest, save_manifest, to_disk
 from effconvert.checkpoint.parts import Deferred
 from effconvert.checkpoint.replaced import STUB, STUB_FILE
 from effconvert.checkpoint.shards import as_bytes, copy_run, header
+from effconvert.checkpoint.tensors import INDEX
 from effconvert.convert import drafts
 from effconvert.convert.plan import OUTER, TOKENIZER, Plan, Target
 from effconvert.progress import Advance
@@ -160,7 +160,7 @@ def _write_others(plan: Plan, partial: Path) -> None:
         (partial / STUB_FILE).write_text(STUB.format(kind=plan.config.kind), encoding="utf-8")
     if plan.indexed:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8")) if (folder / INDEX).is_file() else {}
-        index["metadata"] = {**(index.get("metadata") or {}), "total_size": plan.after.bytes}
+        index["metadata"] = {**index.get("metadata", {}), "total_size": plan.after.bytes}
         if "total_parameters" in index["metadata"]:
             index["metadata"]["total_parameters"] = plan.after.parameters
         index["weight_map"] = {target.name: shard for shard, targets in plan.shards.items() for target in targets}

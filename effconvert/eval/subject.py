@@ -15,10 +15,10 @@ from effconvert.checkpoint.digest import digest
 from effconvert.errors import EffconvertError, OptionError
 from effconvert.eval.results import Subject
 from effconvert.modeling.caches import state_bytes
-from effconvert.modeling.loading import load
+from effconvert.modeling.loading import load, measured
 from effconvert.modeling.size import size_of
+from effconvert.modeling.stock import open_as_stock
 from effconvert.paths import expand, real
-from effconvert.surgery._placed import open_checked
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def open_model(model: str, step: Callable[[str], None] = lambda _: None) -> Open
     here = expand(model).exists()
     name, _, revision = (model, "", "") if here else model.partition("@")
     folder = sources.locate(name, revision or None, step)
-    checkpoint = open_checked(folder)
+    checkpoint = open_as_stock(folder)
     config, size = checkpoint.config, size_of(checkpoint)
     mixers = tuple(_mixing(config, index) for index in range(config.layers))
     subject = Subject(
@@ -125,3 +125,8 @@ def load_model(opened: Opened, dtype: str, device: str) -> Any:
     if device == "cpu" and need > free:
         raise EffconvertError(f"{opened.subject.name} takes {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; measure it on a larger machine")
     return load(opened.folder, opened.checkpoint.config, wanted, device)
+
+
+def load_measured(opened: Opened, dtype: str, device: str) -> Any:
+    """Load what of a model is measured: see `load_model`, and `effconvert.modeling.loading.measured`."""
+    return measured(load_model(opened, dtype, device), opened.checkpoint.config)

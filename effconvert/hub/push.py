@@ -17,10 +17,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.hf_api import ModelInfo, RepoFile
 from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id  # type: ignore[attr-defined]
 
-from effconvert.checkpoint.checkpoint import PICKLES
 from effconvert.checkpoint.config import CONFIG
 from effconvert.checkpoint.digest import digest, file_hash
 from effconvert.checkpoint.manifest import CARD, MANIFEST, RECIPE, foreign_files, read_manifest
+from effconvert.checkpoint.tensors import PICKLES
 from effconvert.errors import EffconvertError, ModelError, OptionError
 from effconvert.eval.report.inputs import read_results
 from effconvert.eval.results import Benchmark, Evaluation

@@ -16,7 +16,7 @@ def load(folder: Path, config: Config, dtype: torch.dtype, device: str | None = 
     """Load `folder` with the class of transformers that its config names, onto `device` or this machine's accelerator; with ours if it has mixers.
 
     Raises:
-        ModelError: a tensor is missing, left over or of the wrong shape, or transformers refuses it.
+        ModelError: a tensor is missing or of the wrong shape, or transformers refuses it.
     """
     import transformers
 
@@ -29,11 +29,16 @@ def load(folder: Path, config: Config, dtype: torch.dtype, device: str | None = 
             model = model.to(device or accelerator or "cpu").eval()
     except Exception as error:  # whatever a class of somebody else's raises over a strange config or a full device
         raise ModelError(f"{stock} cannot load {folder} ({type(error).__name__}: {error})") from error
-    wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)}
+    wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "mismatched_keys") if info.get(kind)}
     if wrong:
         told = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names[:3])}" for kind, names in wrong.items())
         raise ModelError(f"{stock} does not find in {folder} what it needs ({told})")
     return model
+
+
+def measured(model: Any, config: Config) -> Any:
+    """Return what of a model is run where it is measured: all of it where it gives logits of tokens, else what is below its head."""
+    return model if config.architecture in (config.family.lm, config.family.base) else model.base_model
 
 
 def class_of(config: Config) -> Any:

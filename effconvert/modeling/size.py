@@ -25,7 +25,8 @@ class Size:
 
 def size_of(checkpoint: Checkpoint) -> Size:
     """Return what a checkpoint weighs."""
-    tensors = [(tensor.name, tensor.dtype, tensor.shape) for tensor in checkpoint.stored]
+    unread = {checkpoint.outer[name] for name in checkpoint.unread}
+    tensors = [(tensor.name, tensor.dtype, tensor.shape) for tensor in checkpoint.stored if tensor not in unread]
     return size_of_tensors(tensors, checkpoint.config, checkpoint.dtype)
 
 

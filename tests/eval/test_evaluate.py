@@ -219,7 +219,7 @@ def idle(monkeypatch):
     def computed(*_):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(running, "load_model", computed)
+    monkeypatch.setattr(running, "load_measured", computed)
 
 
 def test_no_model_is_refused(command):
@@ -403,8 +403,8 @@ def test_what_is_said_of_the_text_is_what_was_read(command, llama):
 
 
 def test_models_compute_where_and_in_what_was_asked_for(llama, monkeypatch):
-    asked, load = [], running.load_model
-    monkeypatch.setattr(running, "load_model", lambda opened, dtype, device: asked.append((dtype, device)) or load(opened, dtype, device))
+    asked, load = [], running.load_measured
+    monkeypatch.setattr(running, "load_measured", lambda opened, dtype, device: asked.append((dtype, device)) or load(opened, dtype, device))
     measure(llama, dtype="float32", device="cpu")
     assert asked == [("float32", "cpu")]
 

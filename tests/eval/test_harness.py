@@ -196,8 +196,8 @@ def computed(monkeypatch):
 @pytest.fixture
 def loaded(monkeypatch):
     """Which models were loaded."""
-    seen, load = [], running.load_model
-    monkeypatch.setattr(running, "load_model", lambda opened, *rest: seen.append(opened.subject.name) or load(opened, *rest))
+    seen, load = [], running.load_measured
+    monkeypatch.setattr(running, "load_measured", lambda opened, *rest: seen.append(opened.subject.name) or load(opened, *rest))
     return seen
 
 
@@ -215,7 +215,7 @@ def test_a_second_run_computes_nothing_and_says_the_same(llama, tasks, tmp_path,
 
 
 def test_one_model_is_in_memory_at_a_time(llama, tmp_path, monkeypatch):
-    alive, load = [], running.load_model
+    alive, load = [], running.load_measured
 
     def loads(*given):
         assert not [model for model in alive if model() is not None], "the model before is still there"
@@ -223,7 +223,7 @@ def test_one_model_is_in_memory_at_a_time(llama, tmp_path, monkeypatch):
         alive.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(running, "load_model", loads)
+    monkeypatch.setattr(running, "load_measured", loads)
     measure(llama, moved(llama, tmp_path / "other"), generation=True)
     assert len(alive) == 2
 

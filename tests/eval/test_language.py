@@ -231,7 +231,7 @@ def test_models_of_other_types_are_compared_in_their_own(llama, tmp_path):
 
 def test_what_a_model_writes_is_looked_at(llama, tmp_path, monkeypatch):
     stuck = SimpleNamespace(generate=lambda ids, max_new_tokens, **_: torch.cat([ids, torch.full((1, max_new_tokens), 50)], 1), device="cpu")
-    monkeypatch.setattr("effconvert.eval.quality.running.load_model", lambda *_: stuck)
+    monkeypatch.setattr("effconvert.eval.quality.running.load_measured", lambda *_: stuck)
     monkeypatch.setattr(
         "effconvert.eval.quality.language.measure", lambda _, cut, *rest: [SimpleNamespace(loss=1.0, tokens=9, kl=None, same=None) for _ in cut]
     )

@@ -27,6 +27,8 @@ class Family:
     norms_stream: bool = False  # whether layers normalise what they add to
     buffers: tuple[str, ...] = ()  # what old versions of transformers saved in a layer and nobody reads
 
+    aliases: Mapping[str, str] = field(default_factory=dict)  # in names of tensors: what transformers reads too -> what this row says
+
     per_head: bool = False  # fused q, k, v: head 0's q, k, v, then head 1's, ... instead of all q, all k, all v
     transposed: bool = False  # projections are stored [in, out] (Conv1D)
     per_kv_head: tuple[str, ...] = ("k", "v")  # parts whose rows come KV head by KV head

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from effconvert.eval.subject import Opened, load_model, pick_dtype
+from effconvert.eval.subject import Opened, load_measured, pick_dtype
 from effconvert.modeling.loading import load_tokenizer
 
 
@@ -34,7 +34,7 @@ class Running:
     @cached_property
     def model(self) -> Any:
         """The model itself, on its device."""
-        return load_model(self.opened, self.dtype, self.device)
+        return load_measured(self.opened, self.dtype, self.device)
 
     def close(self) -> None:
         """Free the memory: the next model may need it."""

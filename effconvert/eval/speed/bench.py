@@ -14,7 +14,7 @@ from effconvert.eval.results import Benchmark, Cell, Timing
 from effconvert.eval.speed import memory
 from effconvert.eval.speed.bench_options import CONTEXTS, BenchOptions
 from effconvert.eval.speed.passes import SEED, Job, Loaded, Runner, Seconds, bandwidth, writes
-from effconvert.eval.subject import Opened, load_model, open_model, pick_device, pick_dtype
+from effconvert.eval.subject import Opened, load_measured, open_model, pick_device, pick_dtype
 from effconvert.progress import Advance, Silent, Watcher
 from effconvert.quiet import quiet_transformers
 
@@ -49,7 +49,7 @@ def bench(models: Sequence[str], options: BenchOptions, watcher: Watcher | None 
     passes = len(opened) * len(batches) * len(contexts) * (options.warmup + options.rounds + 1)
     with quiet_transformers(), watcher.bar("measuring", passes, "steps") as advance:
         for group in [list(range(len(opened)))] if together else [[index] for index in range(len(opened))]:
-            loaded = [Loaded(index, opened[index], load_model(opened[index], options.dtype, device)) for index in group]
+            loaded = [Loaded(index, opened[index], load_measured(opened[index], options.dtype, device)) for index in group]
             for batch in batches:
                 for context in contexts:
                     cells += _take_turns([Turn(one, Job(batch, context, vocabulary, options, device)) for one in loaded], options, moved, advance)
