@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from functools import lru_cache
 from pathlib import Path
 
 from effconvert.checkpoint.checkpoint import Checkpoint
@@ -12,6 +13,7 @@ from effconvert.checkpoint.sources import cache
 # Files beside the weights that change what a model computes, by how their names begin or end.
 BEGIN = ("added_tokens", "chat_template", "generation_config", "merges", "sentencepiece", "special_tokens_map", "spiece", "tokenizer", "vocab")
 END = (".jinja", ".model", ".tiktoken")
+PIECES, PIECE = 16, 1 << 16  # of a file that is sampled: how many, and bytes of each
 
 
 def matters(name: str) -> bool:
@@ -31,6 +33,22 @@ def digest(checkpoint: Checkpoint) -> str:
     hashes = {path.relative_to(folder).as_posix(): _file_hash(path, known) for path in sorted(weights | beside | {folder / CONFIG})}
     _remember(known)
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+
+
+def sample(path: Path) -> str:
+    """Return a SHA-256 of some of a file's bytes, from all over it: files of the same name, size and time may still be of other models."""
+    status = path.stat()
+    return _sample(path, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@lru_cache(1024)
+def _sample(path: Path, size: int, *_: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for number in range(PIECES):
+            file.seek(max(0, size - PIECE) * number // (PIECES - 1))
+            digest.update(file.read(PIECE))
+    return digest.hexdigest()
 
 
 def file_hash(path: Path) -> str:

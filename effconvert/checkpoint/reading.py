@@ -74,6 +74,14 @@ def _names(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 0 and all(isinstance(name, str) for name in value)
 
 
+def _fraction(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _ropes(value: Any) -> bool:
+    return isinstance(value, dict) and all(_fraction(value[key]) for key in ("partial_rotary_factor",) if value.get(key) is not None)
+
+
 # What a key may hold beside null, for those that are looked at: a config is somebody else's file.
 SOUND: dict[str, tuple[Callable[[Any], bool], str]] = {
     "architectures": (_names, "a list of names"),
@@ -89,6 +97,9 @@ SOUND: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_experts_per_tok": _whole(1),
     "decoder_sparse_step": _whole(1),
     "mlp_only_layers": (_numbers, "a list of the numbers of layers"),
+    "rope_parameters": (_ropes, "a mapping"),
+    "partial_rotary_factor": (_fraction, "a number from 0 to 1"),
+    "rotary_pct": (_fraction, "a number from 0 to 1"),
     "tie_word_embeddings": (lambda value: isinstance(value, bool), "true or false"),
     "use_sliding_window": (lambda value: isinstance(value, bool), "true or false"),
 }

@@ -125,6 +125,8 @@ def decode(given: Mapping[str, Any]) -> tuple[dict[str, Any], Family, tuple[Repl
                 raise ValueError(f"{given[family.kv_heads_key]} KV heads cannot be shared by {given[family.heads_key]}")
         replaced = tuple(_record(entry) for entry in block["replaced"])
         _check(replaced, given[family.layers_key], skipped(given, family))
+        if not all(isinstance(name, str) for name in given.get("architectures") or ()):
+            raise ValueError(f"architectures are {given['architectures']}, and no names")
         shared = read_shared(block.get("shared", ()), given[family.layers_key])
     except Exception as error:  # whatever Python says to a file that somebody edited
         told = f"config.json says of what was replaced or is shared {shown(block)}, which makes no sense ({error})"

@@ -147,4 +147,4 @@ def commit(folder: Path) -> str | None:
 
 def cache() -> Path:
     """Return where effconvert keeps what it can make again: $EFFCONVERT_CACHE, or ~/.cache/effconvert."""
-    return expand(os.environ.get("EFFCONVERT_CACHE", "~/.cache/effconvert"))
+    return expand(os.environ.get("EFFCONVERT_CACHE") or "~/.cache/effconvert")

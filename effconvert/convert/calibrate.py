@@ -35,6 +35,7 @@ def calibrate(plan: Plan, folder: Path, watcher: Watcher) -> None:
         for index in range(len(layers)):
             layer, file = layers[index], folder / drafts.names(plan)[index]
             waited = [folder / drafts.names(plan)[other] for other in range(index, len(layers)) if index in {other, *plan.config.leaders(other)}]
+            drafts.discard_damaged(file)
             if layer is not None and not all(draft.is_file() for draft in waited):  # a layer's truth value would be its number of parts, and compute it
                 made = {name: numbers.to(FLOATS[origin.dtype]) for name, (origin, numbers, new) in stored_tensors(layer, stored=True).items() if new}
                 if not file.is_file():  # what it stores for a later layer, which is still to be made, was computed again: activations have gone on by then

@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from effconvert.checkpoint.manifest import DRAFT, to_disk
+from effconvert.checkpoint.shards import read_header
 from effconvert.convert.plan import Plan
+from effconvert.errors import ModelError
 
 
 def names(plan: Plan) -> list[str]:
@@ -28,6 +30,15 @@ def save(file: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, float]) 
 def read(plan: Plan, index: int, folder: Path) -> dict[str, Tensor]:
     """Return what became of layer `index`, but for what did not change."""
     return load_file(folder / names(plan)[index])
+
+
+def discard_damaged(file: Path) -> None:
+    """Remove a draft that cannot be read, so that its layer is computed again: a disk may lose what it had."""
+    if file.is_file():
+        try:
+            read_header(file)
+        except ModelError:
+            file.unlink()
 
 
 def notes(plan: Plan, folder: Path) -> dict[str, dict[str, float]]:

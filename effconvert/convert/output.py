@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from effconvert.checkpoint.manifest import DRAFT, foreign_files, read_manifest, save_manifest, to_disk
 from effconvert.convert import drafts
-from effconvert.convert.plan import Plan
+from effconvert.convert.plan import TOKENIZER, Plan
 from effconvert.errors import EffconvertError, OptionError
 from effconvert.version import __version__
 
@@ -137,7 +137,8 @@ def finished(plan: Plan, output: Path, verified: bool) -> dict[str, Any]:
     manifest = read_manifest(output)
     whole = manifest.get("fingerprint") == plan.fingerprint and set(manifest["files"]) == set(plan.written)
     sound = whole and all((output / name).is_file() for name in plan.written) and not foreign_files(output)
-    sound = sound and all(filecmp.cmp(plan.checkpoint.folder / name, output / name, shallow=False) for name in plan.files)
+    copied = [name for name in plan.files if name != TOKENIZER or not plan.tokenizer]
+    sound = sound and all(filecmp.cmp(plan.checkpoint.folder / name, output / name, shallow=False) for name in copied)
     return manifest if sound and (manifest.get("verified") or not verified) else {}
 
 
@@ -173,6 +174,13 @@ def publish(plan: Plan, partial: Path, output: Path, overwrite: bool, record: di
     save_manifest(output, final)
     if old.exists():
         shutil.rmtree(old)
+
+
+def complete(output: Path, manifest: dict[str, Any]) -> None:
+    """End what `publish` had begun when it was killed: the output stands where it belongs."""
+    save_manifest(output, {key: value for key, value in manifest.items() if key != "shards"})
+    if replaced_folder(output).exists():
+        shutil.rmtree(replaced_folder(output))
 
 
 def about(plan: Plan) -> dict[str, Any]:

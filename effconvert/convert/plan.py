@@ -5,12 +5,14 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from inspect import getfile
 from pathlib import Path
 
 import psutil
 
 from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.config import CONFIG, Config
+from effconvert.checkpoint.digest import file_hash, sample
 from effconvert.checkpoint.layer import Activations, Model
 from effconvert.checkpoint.manifest import CARD, RECIPE
 from effconvert.checkpoint.outer import outer_prefix
@@ -117,9 +119,10 @@ class Plan:
         """Identify source, recipe and layout: a half-written output with the same fingerprint can be finished."""
         files = sorted({tensor.file for tensor in self.checkpoint.stored})
         files += sorted({tensor.file for tensor in self.teacher.stored} - {*files})
-        source = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        source = [(file.name, file.stat().st_size, file.stat().st_mtime_ns, sample(file)) for file in files]
+        code = [file_hash(Path(getfile(type(surgery)))) for surgery in self.surgeries]  # what a technique does may change while it is written
         targets = [(shard, target.name, target.dtype, target.shape) for shard, inside in self.shards.items() for target in inside]
-        text = json.dumps([__version__, self.recipe, self.config.content, source, targets, self.files, self.calibration and self.calibration.sha256])
+        text = json.dumps([__version__, code, self.recipe, self.config.content, source, targets, self.files, self.calibration and self.calibration.sha256])
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -190,6 +193,7 @@ def plan(checkpoint: Checkpoint, surgeries: tuple[Step, ...], teacher: Checkpoin
             raise ValueError(f"{surgery.name} leaves open what it changes; ask effconvert.convert.decide first")
         surgery.check(configs[-1])
         configs.append(surgery.config(configs[-1]))
+    check_tokenizer(checkpoint, configs[-1])
     config, originals = configs[-1], stand_for(checkpoint, teacher or checkpoint)
     draft = Plan(checkpoint, surgeries, config, {}, other_files(checkpoint), 0, teacher or checkpoint, tuple(configs), tuple(originals))
     *before, model = draft.models("meta")
@@ -203,6 +207,23 @@ def plan(checkpoint: Checkpoint, surgeries: tuple[Step, ...], teacher: Checkpoin
         work = max(work, layer.touched)
     # A layer in float32, the same again while it is read and rounded, and the layer before it; the rest is Python and torch themselves.
     return replace(draft, shards=_shards(targets, checkpoint), peak=psutil.Process().memory_info().rss + 3 * work)
+
+
+def check_tokenizer(checkpoint: Checkpoint, config: Config) -> None:
+    """Refuse a tokenizer's config that is to be changed and cannot be read.
+
+    Raises:
+        ModelError: it is no JSON object.
+    """
+    file = checkpoint.folder / TOKENIZER
+    if checkpoint.config.family.tokenizer == config.family.tokenizer or not file.is_file():
+        return
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file} is not JSON ({error}); fetch the file again") from None
+    if not isinstance(said, dict):
+        raise ModelError(f"{file} holds no names and values; fetch the file again")
 
 
 def _check_shared(surgery: Step, model: Model) -> None:

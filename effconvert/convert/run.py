@@ -83,7 +83,11 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, watche
         check_writable(planned.config, {target.name: (target.dtype, target.shape) for target in planned.targets})
     if planned.needs_calibration:
         planned = replace(planned, calibration=prepare_calibration(planned, options))
-    if reuse and (manifest := output.finished(planned, target, options.verify)):
+    manifest = output.finished(planned, target, options.verify)
+    if manifest and "shards" in manifest:  # a run that was killed when all was done but for the last record
+        output.complete(target, manifest)
+        reuse = True
+    if reuse and manifest:
         return Outcome(planned, target, verification(manifest), found=True)
     output.check(planned, target, options.overwrite, max(planned.draft_bytes, scratch_bytes(planned, options) if options.verify else 0))
     memory = check_memory(planned, options) if options.verify else 0
@@ -105,8 +109,10 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, watche
         if material:
             try:
                 report = verify(planned, partial, material, partial / output.SCRATCH, watcher)
-            except ModelError as error:
+            except Exception as error:  # a fault of a technique's author too: what he mends must not find the old shards
                 output.forget(partial)
+                if not isinstance(error, ModelError):
+                    raise
                 raise ModelError(f"{error}; nothing was put at {target}, and what was written is in {partial}") from error
         record = {"source": _source(model, options, folder), "verified": report is not None, "report": report and asdict(report), "versions": versions()}
         if planned.calibration:

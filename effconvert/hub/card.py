@@ -55,9 +55,9 @@ def render(manifest: dict[str, Any], config: dict[str, Any], before: str, result
     return f"---\n{head.to_yaml()}\n---\n\n{title}\n\n{body}\n"
 
 
-def plain(text: str) -> str:
-    """Return `text` on one line without paths of this machine, every character of it as itself in Markdown and in a table."""
-    return re.sub(r"([\\`*<>|\[\]])", r"\\\1", nameless(" ".join(text.split())))
+def plain(text: object) -> str:
+    """Return what somebody wrote on one line without paths of this machine, every character of it as itself in Markdown and in a table."""
+    return re.sub(r"([\\`*<>|\[\]])", r"\\\1", nameless(" ".join(str(text).split())))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
