@@ -206,12 +206,6 @@ def test_a_damaged_tokenizer_is_refused_before_anything_is_written(refused: Chec
     assert "tokenizer" in refused(MODEL, "gqa", "--groups", "2", "--pool", "mean", model, "-o", "out")
 
 
-def test_a_link_out_of_the_folder_is_not_copied(refused: Check, model: Path, tmp_path: Path) -> None:
-    (tmp_path / "secret.txt").write_text("token")
-    (model / "notes.txt").symlink_to(tmp_path / "secret.txt")
-    assert "notes.txt is a link" in refused(MODEL, *gqa(model))
-
-
 def test_trained_weights_under_the_same_names_are_not_replaced(command: Command, model: Path) -> None:
     assert command(*gqa(model)).exit_code == 0
     shard = sorted(Path("out").glob("*.safetensors"))[0]
