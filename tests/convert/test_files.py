@@ -391,3 +391,20 @@ def test_modules_outside_the_folder_are_none(tmp_path: Path, place: object) -> N
 def test_a_damaged_list_of_modules_names_none(model: Path, content: str) -> None:
     put(model, "modules.json", text=content)
     assert "modules.json" in planned(model).files
+
+
+# Pushing
+
+
+def test_what_an_earlier_version_copied_from_a_cluttered_folder_is_not_pushed(model: Path, command: Command) -> None:
+    from effconvert.checkpoint.digest import file_hash
+
+    converted(model, verify=True)
+    put(Path("out"), "wandb/debug.log")
+    manifest = json.loads(Path("out/effconvert.json").read_text())
+    manifest["files"]["wandb/debug.log"] = len(SECRET)
+    manifest["sha256"]["wandb/debug.log"] = file_hash(Path("out/wandb/debug.log"))
+    Path("out/effconvert.json").write_text(json.dumps(manifest))
+    done = command("push", "out", "lab/pushed", "--dry-run")
+    assert done.exit_code == 1
+    assert "names wandb/debug.log, which is no part of a model; convert again" in done.stderr
