@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from effconvert.checkpoint.belonging import ADAPTER, NAMES_CODE, auto_map, belongs, code, is_readable, modules, patterns, read_json, stems_of
+from effconvert.checkpoint.belonging import ADAPTER, KNOWN, NAMES_CODE, auto_map, belongs, code, is_readable, modules, patterns, read_json, stems_of
 from effconvert.checkpoint.checkpoint import INDEX, PICKLES, Checkpoint
 from effconvert.checkpoint.config import CONFIG, Config
 from effconvert.checkpoint.manifest import CARD, MANIFEST, RECIPE
@@ -87,15 +87,16 @@ class _Found:
             if name in self.skipped:
                 self.closed += [name] if name == CARD and not is_readable(path) else []
                 continue
+            outside = os.path.exists(path) and not path.resolve().is_relative_to(self.bounds)
             if os.path.isdir(path):
-                self._sort(f"{name}/") if self._leads_on(name) else self.left.append(f"{name}/")
-            elif not belongs(name, self.wanted):
+                self._sort(f"{name}/") if self._leads_on(name) and not outside else self.left.append(f"{name}/")
+            elif not belongs(name, KNOWN if outside else self.wanted):  # what a model's own files name may not lead out of its folder
                 self.left.append(name)
             elif not is_readable(path):
                 self.closed.append(name)
             else:
                 self.files.append(name)
-                self.outside += [] if path.resolve().is_relative_to(self.bounds) else [name]
+                self.outside += [name] if outside else []
 
     def _leads_on(self, name: str) -> bool:
         """Whether something in this folder may belong to the model, or be one of its shards: other folders are not looked into."""

@@ -241,6 +241,24 @@ def test_a_link_of_another_name_is_left(model: Path, tmp_path: Path) -> None:
     assert planned(model).notes == ["left out, as no part of the model: notes.txt"]
 
 
+@pytest.mark.parametrize("named", ["credentials", "1_Pooling"])
+def test_what_a_model_names_itself_may_not_lead_out_of_its_folder(model: Path, tmp_path: Path, named: str) -> None:
+    put(tmp_path / "home", "config.json", "keys.py")
+    put(model, "modules.json", text=json.dumps([{"path": named, "type": "keys.Module"}]))
+    (model / named).symlink_to(tmp_path / "home")
+    (model / "keys.py").symlink_to(tmp_path / "home" / "keys.py")
+    (model / "linked").symlink_to("inside")
+    assert not {name for name in converted(model) if name.startswith((named, "keys"))}
+    assert planned(model).notes == [f"left out, as no part of the model: {', '.join(sorted([f'{named}/', 'keys.py', 'linked']))}"]
+
+
+def test_a_linked_module_inside_the_folder_goes_along(model: Path) -> None:
+    put(model, "inside/config.json")
+    put(model, "modules.json", text=json.dumps([{"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]))
+    (model / "1_Pooling").symlink_to("inside")
+    assert "1_Pooling/config.json" in converted(model)
+
+
 # The same from a folder and from the Hub
 
 
