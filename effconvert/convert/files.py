@@ -44,10 +44,10 @@ class Beside:
 
 
 def beside(checkpoint: Checkpoint, config: Config) -> Beside:
-    """Sort what lies beside the weights of `checkpoint`, which becomes `config`; whatever lies there, none of it is an error.
+    """Sort what lies beside the weights of `checkpoint`, which becomes `config`; whatever does not belong, none of it is an error.
 
     Raises:
-        ModelError: the folder cannot be listed.
+        ModelError: a file or a folder of the model may not be read.
     """
     folder = checkpoint.folder
     config, edits, notes = _without_dead_code(checkpoint, config)
@@ -64,13 +64,13 @@ def home(folder: Path) -> Path:
 
 
 class _Found:
-    """What lies in a folder: `files` that belong, of these `outside` what links bring from elsewhere, `closed` what cannot be read, `left` the rest."""
+    """What lies in a folder: `files` that belong, of these `outside` what links bring from elsewhere, `odd` known names of no file, `left` the rest."""
 
     def __init__(self, folder: Path, wanted: tuple[str, ...], skipped: set[str]) -> None:
         self.folder, self.wanted, self.skipped, self.bounds = folder, wanted, skipped, home(folder)
         self.files: list[str] = []
         self.outside: list[str] = []
-        self.closed: list[str] = []
+        self.odd: list[str] = []
         self.left: list[str] = []
         self._sort("")
 
@@ -78,25 +78,31 @@ class _Found:
         try:
             names = sorted(os.listdir(self.folder / above))
         except OSError as error:
-            if not above:
-                raise ModelError(f"{self.folder} cannot be listed ({error.strerror}); make it readable") from None
-            self.closed.append(above)
-            return
+            raise ModelError(f"{self.folder / above} cannot be listed ({error.strerror}); make it readable") from None
         for name in (above + name for name in names):
             path = self.folder / name
             if name in self.skipped:
-                self.closed += [name] if name == CARD and not is_readable(path) else []
+                if name == CARD:
+                    self._can_be_read(name)
                 continue
             outside = os.path.exists(path) and not path.resolve().is_relative_to(self.bounds)
             if os.path.isdir(path):
                 self._sort(f"{name}/") if self._leads_on(name) and not outside else self.left.append(f"{name}/")
             elif not belongs(name, KNOWN if outside else self.wanted):  # what a model's own files name may not lead out of its folder
                 self.left.append(name)
-            elif not is_readable(path):
-                self.closed.append(name)
-            else:
+            elif self._can_be_read(name):
                 self.files.append(name)
                 self.outside += [name] if outside else []
+
+    def _can_be_read(self, name: str) -> bool:
+        """Note what is no file at all, such as a pipe or a link to nowhere; refuse a file of the model that may not be read."""
+        path = self.folder / name
+        if not os.path.isfile(path):
+            self.odd.append(name)
+            return False
+        if not is_readable(path):
+            raise ModelError(f"{path} belongs to the model and cannot be read; make it readable, or remove it")
+        return True
 
     def _leads_on(self, name: str) -> bool:
         """Whether something in this folder may belong to the model, or be one of its shards: other folders are not looked into."""
@@ -124,8 +130,8 @@ def _notes(folder: Path, found: _Found) -> Iterator[str]:
             yield f"{_listed([place])}: sentence-transformers opens the model in this folder, which is copied and not converted"
     if found.outside:
         yield f"{_listed(found.outside)}: copied from outside the folder, where links lead"
-    if found.closed:
-        yield f"{_listed(found.closed)}: would belong to the model and cannot be read, so it is left out; make it readable"
+    if found.odd:
+        yield f"{_listed(found.odd)}: left out, since there is no file of that name, but a pipe, a device or a link to nowhere"
     if rest:
         yield f"left out, as no part of the model: {_listed(sorted(rest, key=lambda name: (name.startswith('.'), name)))}"
 

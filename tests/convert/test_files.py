@@ -24,7 +24,7 @@ from effconvert.convert.run import convert
 from effconvert.options import RunOptions
 from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.mixing.fnet import Fnet
-from tests.convert.test_bad_input import edit
+from tests.convert.test_bad_input import edit, nobody
 from tests.models import save, tiny
 
 Command = Callable[..., Result]
@@ -181,6 +181,7 @@ def test_whatever_lies_in_a_folder_is_no_error(model: Path, command: Command) ->
     (model / "gone").symlink_to("nowhere")
     (model / "log.txt").symlink_to("/dev/null")
     (model / "vocab.txt").symlink_to("/dev/null")
+    (model / "README.md").symlink_to("nowhere")
     (model / "latest").symlink_to(here)
     (model / "above").symlink_to("..")
     put(model, "two\nlines [bold]", os.fsdecode(b"latin-\xe9"), os.fsdecode(b"tokenizer-\xe9.json"), "LICENSE.d/a", "-rf")
@@ -192,29 +193,21 @@ def test_whatever_lies_in_a_folder_is_no_error(model: Path, command: Command) ->
     assert converted(model, "again") == before
     (line,) = [line for line in done.stdout.splitlines() if "left out, as no part" in line]
     assert "LICENSE.d/, above/, gone" in line
-    assert "tokenizer.model, vocab.txt: would belong to the model and cannot be read" in done.stdout
+    assert "README.md, tokenizer.model, vocab.txt: left out, since there is no file of that name" in done.stdout
     everything = " ".join(planned(model).notes)
     assert everything.isprintable()
 
 
-def test_what_belongs_and_cannot_be_read_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put(model, "LICENSE", "NOTICE", "README.md", "additional_chat_templates/a.jinja")
-    opened, listed = Path.open, os.listdir
-
-    def closed(path: Path, *args: object, **more: object) -> object:
-        if path.parent == model and path.name in ("NOTICE", "README.md"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return opened(path, *args, **more)
-
-    def shut(path: Path) -> list[str]:
-        if Path(path).name == "additional_chat_templates":
-            raise PermissionError(13, "Permission denied", str(path))
-        return listed(path)
-
-    monkeypatch.setattr(Path, "open", closed)
-    monkeypatch.setattr(os, "listdir", shut)
-    assert note(planned(model).notes, "NOTICE, README.md, additional_chat_templates/: ").endswith("make it readable")
-    assert converted(model) == {"LICENSE", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+@pytest.mark.parametrize("closed", ["wandb", "checkpoint-500", "notes.txt", "pytorch_model.bin"])
+def test_what_does_not_belong_may_be_closed(model: Path, tmp_path: Path, command: Command, closed: str) -> None:
+    put(model, "wandb/debug.log", "checkpoint-500/config.json", "notes.txt", "pytorch_model.bin")
+    Path("place").mkdir()
+    Path("place").chmod(0o777)
+    with nobody(tmp_path, f"{model.name}/{closed}"):
+        result = command("gqa", "--groups", "2", "--pool", "mean", model, "-o", "place/out", "--no-verify")
+    (model / closed).chmod(0o755)
+    assert result.exit_code == 0, result.output
+    assert "left out, as no part of the model: checkpoint-500/, notes.txt, pytorch_model.bin, wandb/" in result.stdout
 
 
 # Links
