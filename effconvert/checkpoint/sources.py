@@ -12,7 +12,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from effconvert.checkpoint.belonging import ADAPTER, KNOWN, named
 from effconvert.checkpoint.config import CONFIG
+from effconvert.checkpoint.manifest import CARD, MANIFEST
 from effconvert.checkpoint.tensors import INDEX, PICKLES, SINGLE
 from effconvert.errors import EffconvertError, ModelError, OptionError
 from effconvert.options import shown
@@ -20,7 +22,8 @@ from effconvert.paths import expand
 from effconvert.quiet import quiet_hub
 
 HUB_ID = re.compile(r"^[\w][\w.-]*(/[\w][\w.-]*)?$")
-BESIDE_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*"]
+FIRST = [CONFIG, INDEX, CARD, MANIFEST, ADAPTER, *KNOWN]  # what is fetched before it is known what else is named
+NEVER = [f"*{ending}" for ending in PICKLES]
 
 
 def locate(model: str, revision: str | None = None, step: Callable[[str], None] = lambda _: None) -> Path:
@@ -79,10 +82,13 @@ def _snapshot(model: str, revision: str | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     with quiet_hub(bars=sys.stderr.isatty()):
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=BESIDE_WEIGHTS))
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=FIRST, ignore_patterns=NEVER))
         # Only the weights that the index names: some repositories hold them a second time in one file.
         shards = list(json.loads((folder / INDEX).read_text())["weight_map"].values()) if (folder / INDEX).is_file() else [SINGLE]
-        folder = Path(snapshot_download(model, revision=folder.name, allow_patterns=sorted(set(shards))))
+        asked: set[str] = set()
+        while more := {*shards, *named(folder)} - asked:  # code may import code, which is known when it is there
+            asked |= more
+            folder = Path(snapshot_download(model, revision=folder.name, allow_patterns=sorted(more), ignore_patterns=NEVER))
         if not any((folder / shard).is_file() for shard in shards):
             pickles = [file for file in HfApi().list_repo_files(model, revision=folder.name) if file.endswith(PICKLES)]
             instead = f", only pickle ({pickles[0]}), which can run code when opened" if pickles else ""

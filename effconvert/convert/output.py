@@ -137,8 +137,9 @@ def finished(plan: Plan, output: Path, verified: bool) -> dict[str, Any]:
     manifest = read_manifest(output)
     whole = manifest.get("fingerprint") == plan.fingerprint and set(manifest["files"]) == set(plan.written)
     sound = whole and all((output / name).is_file() for name in plan.written) and not foreign_files(output)
-    copied = [name for name in plan.files if name != TOKENIZER or not plan.tokenizer]
+    copied = [name for name in plan.files if name not in plan.edits and (name != TOKENIZER or not plan.tokenizer)]
     sound = sound and all(filecmp.cmp(plan.checkpoint.folder / name, output / name, shallow=False) for name in copied)
+    sound = sound and all((output / name).read_text(encoding="utf-8") == text for name, text in plan.edits.items())
     return manifest if sound and (manifest.get("verified") or not verified) else {}
 
 

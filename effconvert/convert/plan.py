@@ -3,8 +3,8 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from inspect import getfile
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from effconvert.checkpoint.parts import Deferred, Parts
 from effconvert.checkpoint.replaced import STUB_FILE
 from effconvert.checkpoint.shards import ITEMSIZE, Stored
 from effconvert.checkpoint.tensors import INDEX, SINGLE
-from effconvert.convert.files import other_files
+from effconvert.convert.files import beside
 from effconvert.convert.originals import stand_for
 from effconvert.errors import ModelError, OptionError
 from effconvert.heal._calibration import Calibration
@@ -58,12 +58,14 @@ class Plan:
     surgeries: tuple[Step, ...]
     config: Config
     shards: dict[str, list[Target]]  # file name -> its tensors in order
-    files: tuple[str, ...]  # everything else in the folder, to be copied
+    files: tuple[str, ...]  # what else belongs to the model
     peak: int  # bytes of resident memory while writing
     teacher: Checkpoint  # what healing goes towards: by default the checkpoint itself
     configs: Sequence[Config]  # before each step, and at last the one to write
     originals: Sequence[range]  # for each layer of the checkpoint, which layers of the teacher it stands for
     calibration: Calibration | None = None  # what it is run on, where a step looks at what layers compute
+    edits: Mapping[str, str] = field(default_factory=dict)  # what becomes of those of `files` that are not copied: name -> text
+    remarks: tuple[str, ...] = ()  # on files: what is left out, what is dropped
 
     @property
     def before(self) -> Size:
@@ -99,10 +101,10 @@ class Plan:
 
     @property
     def notes(self) -> list[str]:
-        """What is different for this model, step by step, and on this text."""
+        """What is different for this model, step by step, on this text, and in its files."""
         told = [f"{surgery.name}: {said}" for surgery, config in zip(self.surgeries, self.configs, strict=False) if (said := surgery.notes(config))]
         about = self.calibration.notes(self.checkpoint.config) if self.calibration else ""
-        return [*self.checkpoint.notes, *told, *([about] if about else [])]
+        return [*self.checkpoint.notes, *told, *([about] if about else []), *self.remarks]
 
     @property
     def draft_bytes(self) -> int:
@@ -194,8 +196,9 @@ def plan(checkpoint: Checkpoint, surgeries: tuple[Step, ...], teacher: Checkpoin
         surgery.check(configs[-1])
         configs.append(surgery.config(configs[-1]))
     check_tokenizer(checkpoint, configs[-1])
-    config, originals = configs[-1], stand_for(checkpoint, teacher or checkpoint)
-    draft = Plan(checkpoint, surgeries, config, {}, other_files(checkpoint), 0, teacher or checkpoint, tuple(configs), tuple(originals))
+    files, originals = beside(checkpoint, configs[-1]), stand_for(checkpoint, teacher or checkpoint)
+    config = configs[-1] = files.config
+    draft = Plan(checkpoint, surgeries, config, {}, files.files, 0, teacher or checkpoint, tuple(configs), tuple(originals), None, files.edits, files.notes)
     *before, model = draft.models("meta")
     for surgery, changed in zip(surgeries, before, strict=True):
         _check_shared(surgery, changed)

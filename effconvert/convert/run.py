@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from effconvert.checkpoint import sources
+from effconvert.checkpoint.belonging import text_of
 from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.digest import file_hash
 from effconvert.checkpoint.manifest import CARD, RECIPE, read_manifest, save_manifest
@@ -160,8 +161,7 @@ def _texts(model: str, plan: Plan, options: RunOptions, record: dict[str, Any]) 
     asked = {name.replace("_", "-"): getattr(options, name) for name in CALIBRATING} if plan.needs_calibration else {}
     recipe = {"model": model, "revision": revision, "steps": plan.recipe, **asked}
     told = f"# Written by effconvert {__version__}. The same bytes again: effconvert run {RECIPE} -o DIR\n"
-    card = plan.checkpoint.folder / CARD
-    before = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    before = text_of(plan.checkpoint.folder / CARD) or ""
     manifest = {**output.about(plan), **record, "files": dict.fromkeys(plan.written)}
     told += yaml.safe_dump({key: value for key, value in recipe.items() if value}, sort_keys=False, allow_unicode=True)
     return {RECIPE: told, CARD: render(manifest, plan.config.content, before)}

@@ -149,7 +149,10 @@ def _write_others(plan: Plan, partial: Path) -> None:
     folder = plan.checkpoint.folder
     for name in plan.files:
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / name, partial / name)
+        if name in plan.edits:
+            (partial / name).write_text(plan.edits[name], encoding="utf-8")
+        else:
+            shutil.copyfile(folder / name, partial / name)
     if plan.tokenizer:
         _name_tokenizer(partial / TOKENIZER, plan.tokenizer)
     if plan.config == plan.checkpoint.config:

@@ -17,10 +17,12 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.hf_api import ModelInfo, RepoFile
 from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id  # type: ignore[attr-defined]
 
+from effconvert.checkpoint.belonging import belongs, patterns, read_json
 from effconvert.checkpoint.config import CONFIG
 from effconvert.checkpoint.digest import digest, file_hash
 from effconvert.checkpoint.manifest import CARD, MANIFEST, RECIPE, foreign_files, read_manifest
-from effconvert.checkpoint.tensors import PICKLES
+from effconvert.checkpoint.replaced import STUB_FILE
+from effconvert.checkpoint.tensors import INDEX, PICKLES, SINGLE
 from effconvert.errors import EffconvertError, ModelError, OptionError
 from effconvert.eval.report.inputs import read_results
 from effconvert.eval.results import Benchmark, Evaluation
@@ -109,7 +111,18 @@ def check(folder: Path) -> dict[str, Any]:
             raise ModelError(f"{path} is not what effconvert wrote and verified (its content is another), so nothing vouches for it; convert again")
     if CONFIG not in manifest["files"]:
         raise ModelError(f"{folder / MANIFEST} names no {CONFIG}; convert again")
+    if strange := _strange(folder, manifest):
+        raise ModelError(f"{folder / MANIFEST} names {strange[0]}, which is no part of a model; convert again")
     return manifest
+
+
+def _strange(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """Return what the manifest names and a conversion would not take along: earlier versions copied whatever lay in a folder."""
+    index = read_json(folder / INDEX) if INDEX in manifest["files"] else None
+    where = index.get("weight_map") if isinstance(index, dict) else None
+    shards = [*where.values()] if isinstance(where, dict) else [SINGLE]
+    ours, wanted = (CONFIG, INDEX, RECIPE, CARD, STUB_FILE, *shards), patterns(folder)
+    return [name for name in manifest["files"] if name not in ours and not belongs(name, wanted)]
 
 
 def measured(folder: Path, paths: tuple[Path, ...]) -> list[Evaluation | Benchmark]:
