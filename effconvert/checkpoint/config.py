@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from effconvert.checkpoint import patterns
 from effconvert.checkpoint.families import EXPERTS_KEYS, FAMILIES, Family
 from effconvert.checkpoint.replaced import SKIPS, Replaced, by_layer, encode, overlap, skipped
 from effconvert.errors import ModelError, OptionError
 
 CONFIG = "config.json"
-BY_LAYER = ("layer_types", "mlp_layer_types")  # keys of config.json that hold a list with an entry for each layer
+BY_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")  # keys of config.json that hold a list with an entry for each layer
 LAYER_NUMBERS = ("mlp_only_layers",)  # keys that hold numbers of layers
 ATTENDING = ("q", "k", "v", "o", "q_norm", "k_norm", "attn_norm", "attn_post_norm")  # the parts of attention, with the norms that are its own
 TOP_K_KEY = "num_experts_per_tok"
@@ -89,7 +90,8 @@ class Config:
     @cached_property
     def parts(self) -> dict[str, str]:
         """Where a layer keeps its parts: part -> module; `experts.*.gate` of the family's row once for each expert."""
-        laid = {part: module for part, module in self.family.parts.items() if "*" not in part}
+        lacking = {part for part, (key, value) in self.family.lacking.items() if self.get(key) == value}
+        laid = {part: module for part, module in self.family.parts.items() if "*" not in part and part not in lacking}
         each = {part: module for part, module in self.family.parts.items() if "*" in part}
         for number in map(str, range(self.experts)):
             laid |= {part.replace("*", number): module.replace("*", number) for part, module in each.items()}
@@ -233,15 +235,23 @@ class Config:
 
     @property
     def rotary(self) -> int:
-        """Dimensions of a head that RoPE turns; the first ones."""
+        """Dimensions of a head that RoPE turns, the first ones; in some families in some layers only: `turned`."""
         parameters = self.get("rope_parameters") or {}
         part = parameters.get("partial_rotary_factor", self.get(self.family.rotary_key))
         return int(self.head_dim * (1 if part is None else part)) if self.family.rope else 0
 
+    def turned(self, layer: int) -> int:
+        """Dimensions of a head that RoPE turns in a layer; 0 where it leaves that alone."""
+        return self.rotary if self._turns[layer] else 0
+
+    @cached_property
+    def _turns(self) -> list[bool]:
+        return patterns.turns(self.get, self.family, self.layers)
+
     @property
     def normed(self) -> bool:
         """Whether queries and keys go through a norm."""
-        return "q_norm" in self.family.parts
+        return "q_norm" in self.parts
 
     @property
     def tied(self) -> bool:
@@ -266,22 +276,8 @@ class Config:
         return self.raw.get(key, self.family.defaults.get(key))
 
     def windows(self) -> list[int | None]:
-        """Return each layer's sliding window in tokens, None where it sees everything.
-
-        As transformers reads a config: `layer_types` decides; without it, a window holds in every layer from
-        `max_window_layers` on, but every n-th (`sliding_window_pattern`).
-        """
-        window = self.get(self.family.window_key)
-        if window is None or self.get("use_sliding_window") is False:
-            return [None] * self.layers
-        kinds = self.get("layer_types")
-        if kinds is None:
-            every = self.get(self.family.pattern_key) or self.family.pattern
-            first = 0 if self.family.layers_alike else self.get("max_window_layers") or 0
-            apart = [(i >= first) if self.family.first_windowed else i < first for i in range(self.layers)]
-            seen = [apart[i] or (every and (i + self.family.pattern_from) % every == 0) for i in range(self.layers)]
-            kinds = ["full_attention" if everything else "sliding_attention" for everything in seen]
-        return [int(window) if kind == "sliding_attention" else None for kind in kinds]
+        """Return each layer's sliding window in tokens, None where it sees everything."""
+        return patterns.windows(self.get, self.family, self.layers)
 
     def with_layers(self, kept: Sequence[int]) -> "Config":
         """Return the config of this model with these of its layers only, in this order: everything that config.json says of layers goes with them."""
@@ -290,6 +286,8 @@ class Config:
         windows = self.windows()
         if self.get("layer_types") is None and len(set(windows)) > 1:  # which layers have a window followed from their numbers
             raw["layer_types"] = ["full_attention" if window is None else "sliding_attention" for window in windows]
+        if self.family.turned_key:  # likewise
+            raw[self.family.turned_key] = [int(turns) for turns in self._turns]
         for key in BY_LAYER:
             if raw.get(key) is not None:
                 raw[key] = [raw[key][layer] for layer in kept]

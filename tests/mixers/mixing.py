@@ -17,6 +17,8 @@ ENCODERS = [kind for kind in ATTENDING if kind not in DECODERS]
 CAPPED = ["gemma2"]  # of the decoders, those that cap their scores
 NO_CAPS = {"gemma2": "caps its scores"}
 NOTHING = {kind: "does not attend" for kind in FAMILIES if kind not in ATTENDING}
+FIXED = {"hunyuan_v1_dense": "norms its queries after RoPE", "ministral3": "scales its queries by their position"}
+AFTER_PADDING = ("roberta", "xlm-roberta", "camembert")  # whose first position is the padding's
 SAME = 1e-5  # of the largest logit, in float32
 
 
@@ -38,8 +40,8 @@ BACKWARDS = dict.fromkeys(DECODERS, "which a decoder must not see")
 ROWS = MappingProxyType(
     {
         "streaming": Row(
-            DECODERS,
-            {**NOTHING, **dict.fromkeys(ENCODERS, "keeps the first and the last tokens")},
+            without(DECODERS, *FIXED),
+            {**NOTHING, **dict.fromkeys(ENCODERS, "keeps the first and the last tokens"), **FIXED},
             {"window": 6, "sinks": 2},
             {"window": 64},
             pipeline=("gemma2", "gpt_neox"),
@@ -66,7 +68,7 @@ def small(name, kind):
 
 def neutral(name, kind):
     """Options that change nothing in a tiny model of this family."""
-    return {"rank": 63} if (name, kind) == ("linformer", "roberta") else ROWS[name].neutral  # whose first position is the padding's
+    return {"rank": 63} if name == "linformer" and kind in AFTER_PADDING else ROWS[name].neutral
 
 
 def wide(kind):

@@ -40,6 +40,7 @@ TYPES = ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]
 ADDING = [kind for kind, family in FAMILIES.items() if not family.norms_stream]  # layers that add to the stream, and are the identity where they add nothing
 PARTS = [(kind, only) for kind in ADDING for only in ("attention", "mlp") if FAMILIES[kind].ffn or only == "attention"]
 PLACES = {"attention": "o", "mlp": "down"}
+ALTERNATING = ("gemma2", "gemma3_text", "olmo3", "cohere2", "exaone4")
 
 
 @pytest.fixture(autouse=True)
@@ -50,8 +51,9 @@ def _text():
 def deep(kind, layers=DEPTH):
     """What makes a tiny model that deep."""
     key = FAMILIES[kind].layers_key
-    types = {"gemma2": TYPES, "gemma3_text": TYPES, "modernbert": ["full_attention", *TYPES[:-1]]}
-    return {key: layers, **({"layer_types": types[kind][:layers]} if kind in types else {})}
+    types = {**dict.fromkeys(ALTERNATING, TYPES), "modernbert": ["full_attention", *TYPES[:-1]]}
+    listed = {"layer_types": types[kind][:layers]} if kind in types else {"no_rope_layers": [1, 0, 1, 1, 0][:layers]} if kind == "smollm3" else {}
+    return {key: layers, **listed}
 
 
 def layers_of(model):
@@ -222,16 +224,22 @@ def config_of(kind, **said):
         ("gemma3_text", {"layer_types": ["sliding_attention"] * 3 + ["full_attention"] + ["sliding_attention"] * 4}),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 4}),
         ("modernbert", {}),
+        ("olmo3", {}),
+        ("cohere2", {}),
+        ("exaone4", {}),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 16, "no_rope_layer_interval": 3}),
+        ("smollm3", {"no_rope_layers": [1, 1, 0, 0, 1, 1, 0, 1, 1]}),
         ("mistral", {}),
         ("llama", {}),
     ],
 )
-def test_the_layers_that_are_left_keep_their_windows(kind, said, tmp_path):
+def test_the_layers_that_are_left_keep_their_windows_and_positions(kind, said, tmp_path):
     config = config_of(kind, **said)
     kept = [0, 1, 3, 6, 7]
     pruned = PruneLayers(layers="2,4-5").config(config)
     assert pruned.layers == 5
     assert pruned.windows() == [config.windows()[index] for index in kept]
+    assert [pruned.turned(index) for index in range(5)] == [config.turned(index) for index in kept]
     (tmp_path / "config.json").write_text(json.dumps({**pruned.content, "intermediate_size": 48}))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     full = [window is None for window in pruned.windows()]
