@@ -56,6 +56,14 @@ SETTINGS = {
     "gpt2": GPT2,
     "gpt_bigcode": GPT2,
     "gpt_neox": SHAPE,
+    "gptj": {**GPT2, "rotary_dim": 4},
+    "codegen": {**GPT2, "rotary_dim": 4},
+    "gpt_neo": {
+        **{key: value for key, value in SHAPE.items() if not key.startswith("num_")},
+        **{"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 8},
+    },
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
     "opt": {**{key: value for key, value in SHAPE.items() if key != "intermediate_size"}, "ffn_dim": 48, "word_embed_proj_dim": 16},
     "bert": SHAPE,
     "roberta": {**SHAPE, "type_vocab_size": 1},
@@ -68,7 +76,7 @@ SETTINGS = {
     "modernbert": {**SHAPE, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 8, "layer_types": ["full_attention", "sliding_attention"]},
 }
 GROUPING = [kind for kind, family in FAMILIES.items() if family.kv_heads_key]
-ATTENDING = [kind for kind, family in FAMILIES.items() if family.attention]
+ATTENDING = [kind for kind, family in FAMILIES.items() if family.attention and not family.own_attention]  # by what can be changed
 DECODERS = [kind for kind, family in FAMILIES.items() if family.decoder]
 
 

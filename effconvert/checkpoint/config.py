@@ -15,7 +15,6 @@ from effconvert.checkpoint.replaced import SKIPS, Replaced, by_layer, encode, ov
 from effconvert.errors import ModelError, OptionError
 
 CONFIG = "config.json"
-BY_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")  # keys of config.json that hold a list with an entry for each layer
 LAYER_NUMBERS = ("mlp_only_layers",)  # keys that hold numbers of layers
 ATTENDING = ("q", "k", "v", "o", "q_norm", "k_norm", "attn_norm", "attn_post_norm")  # the parts of attention, with the norms that are its own
 TOP_K_KEY = "num_experts_per_tok"
@@ -76,9 +75,13 @@ class Config:
         """
         if name == "layer":
             return ""
+        if name in self.family.adds_inside:
+            raise ModelError(f"{self.kind} adds to the stream inside its {name}, so nothing can be put in its place")
         if name in ("scores", "attention"):
             if not self.attention:
                 raise ModelError(f"{self.kind} does not attend, so nothing can be put in the place of its attention")
+            if name == "scores":
+                self.check_interface()
             return self.attention
         module = self.family.ffn if name == "ffn" else self.parts.get(name, "")
         if not module:
@@ -86,6 +89,15 @@ class Config:
         if name != "ffn" and len(self.modules[module]) > 1:
             raise ModelError(f"{self.kind} holds {', '.join(self.modules[module])} in one module, so {name} alone cannot be replaced")
         return module
+
+    def check_interface(self) -> None:
+        """Refuse models whose attention is out of reach.
+
+        Raises:
+            ModelError: it is not called through transformers' AttentionInterface.
+        """
+        if self.family.own_attention:
+            raise ModelError(f"{self.kind} attends by itself, and not through transformers' AttentionInterface, so what it attends by cannot be changed")
 
     @cached_property
     def parts(self) -> dict[str, str]:
@@ -125,6 +137,11 @@ class Config:
         for part, module in self.parts.items():
             fused[module] = (*fused.get(module, ()), part)
         return fused
+
+    @property
+    def blocks(self) -> int:
+        """Of how many blocks of heads a tensor of fused queries, keys and values is made, each with a share of every part."""
+        return self.kv_heads if self.family.per_head else self.family.blocks or 1
 
     @property
     def attention(self) -> str:
@@ -238,6 +255,8 @@ class Config:
         """Dimensions of a head that RoPE turns, the first ones; in some families in some layers only: `turned`."""
         parameters = self.get("rope_parameters") or {}
         part = parameters.get("partial_rotary_factor", self.get(self.family.rotary_key))
+        if self.family.rotary_counts and part is not None:
+            return int(part)
         return int(self.head_dim * (1 if part is None else part)) if self.family.rope else 0
 
     def turned(self, layer: int) -> int:
@@ -281,16 +300,7 @@ class Config:
 
     def with_layers(self, kept: Sequence[int]) -> "Config":
         """Return the config of this model with these of its layers only, in this order: everything that config.json says of layers goes with them."""
-        raw = dict(self.raw)
-        raw[self.family.layers_key] = len(kept)
-        windows = self.windows()
-        if self.get("layer_types") is None and len(set(windows)) > 1:  # which layers have a window followed from their numbers
-            raw["layer_types"] = ["full_attention" if window is None else "sliding_attention" for window in windows]
-        if self.family.turned_key:  # likewise
-            raw[self.family.turned_key] = [int(turns) for turns in self._turns]
-        for key in BY_LAYER:
-            if raw.get(key) is not None:
-                raw[key] = [raw[key][layer] for layer in kept]
+        raw = {**self.raw, **patterns.of_layers(self.get, self.family, self.layers, kept), self.family.layers_key: len(kept)}
         if self.family.experts_key and (self.get("decoder_sparse_step") or 1) > 1:
             raw |= {"decoder_sparse_step": 1, "mlp_only_layers": [layer for layer in range(self.layers) if not self.sparse(layer)]}
         if said := by_layer(raw):
@@ -322,6 +332,7 @@ class Config:
             raise ModelError(f"its mixers are made for {self.kv_heads} KV heads; change their number first, and put mixers in afterwards")
         if count == self.kv_heads:
             return self
+        self.check_interface()
         if self.family.fixed_kv_heads:
             raise ModelError(f"{self.kind} cannot be written with another number of KV heads: it has {self.kv_heads} by definition")
         stock = FAMILIES[self.kind]

@@ -1,10 +1,11 @@
-"""Which layers of a model have a sliding window, and in which RoPE turns queries and keys, as transformers reads config.json."""
+"""What config.json says of single layers, as transformers reads it: which have a sliding window, and in which RoPE turns queries and keys."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from effconvert.checkpoint.families import Family
 
+BY_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")  # keys that hold a list with an entry for each layer
 Get = Callable[[str], Any]  # key of config.json -> its value, or what transformers takes where the file is silent
 
 
@@ -38,3 +39,18 @@ def turns(get: Get, family: Family, layers: int) -> list[bool]:
     if family.turns_windows and not (family.turns_without and get(family.window_key) is None):
         return [window is not None for window in windows(get, family, layers)]
     return [True] * layers
+
+
+def of_layers(get: Get, family: Family, layers: int, kept: Sequence[int]) -> dict[str, Any]:
+    """Return the keys with an entry for each layer as they are where these alone are left; what followed from the numbers of layers is written out."""
+    said = {key: get(key) for key in BY_LAYER if get(key) is not None}
+    seen = windows(get, family, layers)
+    if "layer_types" not in said and len(set(seen)) > 1:
+        said["layer_types"] = ["full_attention" if window is None else "sliding_attention" for window in seen]
+    if family.turned_key:
+        said[family.turned_key] = [int(turned) for turned in turns(get, family, layers)]
+    said = {key: [each[layer] for layer in kept] for key, each in said.items()}
+    if kinds := get(family.kinds_key):
+        each = [kind for some, times in kinds for kind in some * times]
+        said[family.kinds_key] = [[[each[layer]], 1] for layer in kept]
+    return said

@@ -243,11 +243,11 @@ DEEP = {"num_hidden_layers": 6}
 LINEAR = ["llama", "mistral", "qwen2", "granite", "gemma", "phi3", "cohere", "glm", "opt", "gpt_neox"]  # nothing between down and what it is added to
 
 
-@pytest.mark.parametrize("kind", [*LINEAR, "gpt2"])
+@pytest.mark.parametrize("kind", [*LINEAR, "gpt2", "gptj", "codegen", "bloom"])
 def test_after_dropping_layers_a_refit_makes_held_out_text_no_worse(kind):
-    deep = {"n_layer": 6} if kind == "gpt2" else DEEP
+    deep = {"n_layer": 6} if FAMILIES[kind].layers_key == "n_layer" else DEEP
     source = put(Path("model"), kind, **deep)
-    drop = DropMiddle() if kind != "gpt2" else _DropMiddleOfGpt2()
+    drop = DropMiddle() if deep == DEEP else _DropMiddleOfGpt2()
     run(source, drop, place="plain")
     run(source, drop, Refit(), place="refitted")
     alone = healed("plain", source, place="alone")

@@ -11,12 +11,14 @@ from effconvert.checkpoint.families import FAMILIES
 from effconvert.modeling.model import config_class, model_class
 from effconvert.modeling.transformers_internals import cache_among, cache_name
 from effconvert.steps import load
-from tests.models import ATTENDING, DECODERS, SETTINGS, tiny
+from tests.models import ATTENDING, SETTINGS, tiny
+from tests.models import DECODERS as EVERY_DECODER
 
+DECODERS = [kind for kind in ATTENDING if kind in EVERY_DECODER]
 ENCODERS = [kind for kind in ATTENDING if kind not in DECODERS]
 CAPPED = ["gemma2"]  # of the decoders, those that cap their scores
 NO_CAPS = {"gemma2": "caps its scores"}
-NOTHING = {kind: "does not attend" for kind in FAMILIES if kind not in ATTENDING}
+NOTHING = {kind: "attends by itself" if FAMILIES[kind].attention else "does not attend" for kind in FAMILIES if kind not in ATTENDING}
 FIXED = {"hunyuan_v1_dense": "norms its queries after RoPE", "ministral3": "scales its queries by their position"}
 AFTER_PADDING = ("roberta", "xlm-roberta", "camembert")  # whose first position is the padding's
 SAME = 1e-5  # of the largest logit, in float32

@@ -27,9 +27,9 @@ from effconvert.surgery.attention.expand_kv import ExpandKv
 from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.attention.mqa import Mqa
 from tests.mixers.mixing import PIECES, SAME, far, in_pieces, keep_no_activations, positions, run, tokens
-from tests.models import DECODERS, SETTINGS, alike, attention, characters, hide, save, tiny
+from tests.models import ATTENDING, DECODERS, SETTINGS, alike, attention, characters, hide, save, tiny
 
-KINDS = [kind for kind, family in FAMILIES.items() if family.attention and not family.kv_heads_key and not family.fixed_kv_heads]
+KINDS = [kind for kind in ATTENDING if not FAMILIES[kind].kv_heads_key and not FAMILIES[kind].fixed_kv_heads]
 CACHING = [kind for kind in KINDS if kind in DECODERS]
 MIXED = [(name, kind) for name in ("streaming", "linear") for kind in KINDS if name == "linear" or kind in DECODERS]
 

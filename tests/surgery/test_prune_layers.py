@@ -37,8 +37,11 @@ from tests.models import DECODERS, heed_caps, logits, save, tiny
 
 DEPTH = 5
 TYPES = ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]
-ADDING = [kind for kind, family in FAMILIES.items() if not family.norms_stream]  # layers that add to the stream, and are the identity where they add nothing
-PARTS = [(kind, only) for kind in ADDING for only in ("attention", "mlp") if FAMILIES[kind].ffn or only == "attention"]
+WITHIN = {kind: family.adds_inside for kind, family in FAMILIES.items()}  # places that add to the stream themselves
+ADDING = [  # layers that add to the stream, and are the identity where they add nothing
+    kind for kind, family in FAMILIES.items() if not family.norms_stream and "attention" not in WITHIN[kind]
+]
+PARTS = [(kind, "attention") for kind in ADDING] + [(kind, "mlp") for kind in ADDING if FAMILIES[kind].ffn and "ffn" not in WITHIN[kind]]
 PLACES = {"attention": "o", "mlp": "down"}
 ALTERNATING = ("gemma2", "gemma3_text", "olmo3", "cohere2", "exaone4")
 
@@ -53,6 +56,8 @@ def deep(kind, layers=DEPTH):
     key = FAMILIES[kind].layers_key
     types = {**dict.fromkeys(ALTERNATING, TYPES), "modernbert": ["full_attention", *TYPES[:-1]]}
     listed = {"layer_types": types[kind][:layers]} if kind in types else {"no_rope_layers": [1, 0, 1, 1, 0][:layers]} if kind == "smollm3" else {}
+    if kind == "gpt_neo":
+        listed = {"attention_types": [[["global", "local"], layers // 2], [["local"], layers % 2]]}
     return {key: layers, **listed}
 
 
@@ -84,6 +89,14 @@ def asked(folder="out"):
     return yaml.safe_load((Path(folder) / "effconvert.yaml").read_text())["steps"][0]["prune-layers"]
 
 
+def hidden_alone(hidden, *_, **__):
+    return hidden
+
+
+def hidden_and_weights(hidden, *_, **__):
+    return hidden, None
+
+
 # What is left
 
 
@@ -93,7 +106,8 @@ def test_without_whole_layers_a_model_is_its_own_class_and_computes_what_the_oth
     outcome = run(source, PruneLayers(layers="1,-2"), verify=True)
     expected = opened(source)
     for index in (1, 3):
-        layers_of(expected)[index].forward = lambda hidden, *_, **__: (hidden,) if kind == "fnet" else hidden  # whose layers answer in a tuple
+        answers = (hidden_alone, hidden_and_weights)[FAMILIES[kind].own_attention] if kind != "fnet" else lambda hidden, *_, **__: (hidden,)
+        layers_of(expected)[index].forward = answers
     assert read_config(Path("out")).needs_effconvert is False
     torch.testing.assert_close(logits(opened("out")), logits(expected), rtol=1e-5, atol=1e-5)
     assert outcome.plan.after.kv_bytes == outcome.plan.before.kv_bytes * 3 // 5

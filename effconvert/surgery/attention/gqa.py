@@ -116,9 +116,9 @@ def choices(config: Config) -> list[int]:
     """Return every number of KV heads that pooling this model can give.
 
     Raises:
-        ModelError: nothing attends in it.
+        ModelError: nothing attends in it, or by itself.
     """
-    config.place("attention")
+    config.place("scores")
     return [count for count in range(1, config.kv_heads + 1) if config.kv_heads % count == 0]
 
 
