@@ -69,6 +69,7 @@ SETTINGS = {
     "roberta": {**SHAPE, "type_vocab_size": 1},
     "xlm-roberta": SHAPE,
     "camembert": SHAPE,
+    "mpnet": {**SHAPE, "pad_token_id": 1},
     "electra": {**SHAPE, "embedding_size": 16},
     "fnet": {**{key: value for key, value in SHAPE.items() if key != "num_attention_heads"}, "type_vocab_size": 2},
     "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64},

@@ -74,7 +74,7 @@ CASES = {
         "has a KV head for each|cannot be written with another number|does not attend|attends by itself",
     ),
     "fnet": Case(
-        *({}, {}, False, {}, {}, mixing.ENCODERS, "is a decoder, and fnet mixes|does not attend|adds to the stream"),
+        *({}, {}, False, {}, {}, [*mixing.ENCODERS, "mpnet"], "is a decoder, and fnet mixes|does not attend|adds to the stream"),
         **{"keys": (), "cache": False, "mixer": True},
         added=("embed_projection", "embed_projection.bias", "pooler.dense.weight", "pooler.dense.bias"),
         native_keys=("num_attention_heads", "attention_probs_dropout_prob", "use_cache"),

@@ -65,6 +65,20 @@ ENCODERS: Mapping[str, Family] = {
         fourier="",
         tokenizer="",
     ),
+    "mpnet": replace(
+        ROBERTA,
+        base="MPNetModel",
+        lm="MPNetForMaskedLM",
+        prefix="mpnet",
+        parts={
+            **{part: f"attention.attn.{part}" for part in ("q", "k", "v", "o")},
+            **{part: at for part, at in BERT.parts.items() if part in ("up", "down", "mlp_post_norm")},
+            "attn_post_norm": "attention.LayerNorm",
+        },
+        outer={**{part: at for part, at in BERT.outer.items() if part != "types"}, "distances": "encoder.relative_attention_bias"},  # added to the scores
+        own_attention=True,
+        constants={"pad_token_id": 1},
+    ),
     "fnet": replace(
         BERT,
         base="FNetModel",
