@@ -15,6 +15,9 @@ HEAD_DIM = {"head_dim": 16}  # not hidden_size / num_attention_heads
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}  # each class takes its own name for them
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 48}
 ALTERNATING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+SCALED_BY_POSITION = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.1}
+SCALED_BY_POSITION |= {"mscale": 1.0, "mscale_all_dim": 1.0}
+UNTURNED = dict.fromkeys(("smollm3", "cohere2", "exaone4"), (1,))  # layers that RoPE leaves alone
 
 SETTINGS = {
     "llama": {**GROUPED, "attention_bias": True, "mlp_bias": True},
@@ -29,23 +32,52 @@ SETTINGS = {
     "phi3": GROUPED,
     "cohere": {**GROUPED, "logit_scale": 1.0},
     "glm": {**GROUPED, **HEAD_DIM, "attention_bias": True},
+    "smollm3": {**GROUPED, "attention_bias": True, "mlp_bias": True, "no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": 8},
+    "olmo": {**GROUPED, "attention_bias": True, "clip_qkv": 2.0},
+    "olmo3": {**GROUPED, **ALTERNATING},
+    "starcoder2": {**GROUPED, "sliding_window": 8},
+    "stablelm": {**GROUPED, "use_qkv_bias": True},
+    "phi": GROUPED,
+    "cohere2": {**GROUPED, **ALTERNATING, "logit_scale": 1.0},
+    "glm4": {**GROUPED, **HEAD_DIM},
+    "nemotron": {**GROUPED, **HEAD_DIM, "attention_bias": True, "mlp_bias": True},
+    "seed_oss": {**GROUPED, **HEAD_DIM, "attention_out_bias": True},
+    "arcee": {**GROUPED, **HEAD_DIM, "attention_bias": True, "mlp_bias": True},
+    "ministral3": {**GROUPED, **HEAD_DIM, "sliding_window": 8, "rope_parameters": SCALED_BY_POSITION},
+    "ernie4_5": {**GROUPED, **HEAD_DIM, "use_bias": True},
+    "hunyuan_v1_dense": {**GROUPED, **HEAD_DIM},
+    "exaone4": {**GROUPED, **ALTERNATING},
     "mixtral": {**GROUPED, **EXPERTS},
     "qwen2_moe": {**GROUPED, **EXPERTS, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16, "mlp_only_layers": [1]},
     "qwen3_moe": {**GROUPED, **HEAD_DIM, **EXPERTS, "moe_intermediate_size": 24, "mlp_only_layers": [1]},
     "flex_olmo": {**GROUPED, **EXPERTS},
+    "olmoe": {**GROUPED, **EXPERTS, "norm_topk_prob": True},
     "granitemoe": {**GROUPED, **EXPERTS},
     "gpt2": GPT2,
     "gpt_bigcode": GPT2,
     "gpt_neox": SHAPE,
+    "gptj": {**GPT2, "rotary_dim": 4},
+    "codegen": {**GPT2, "rotary_dim": 4},
+    "gpt_neo": {
+        **{key: value for key, value in SHAPE.items() if not key.startswith("num_")},
+        **{"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 8},
+    },
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
     "opt": {**{key: value for key, value in SHAPE.items() if key != "intermediate_size"}, "ffn_dim": 48, "word_embed_proj_dim": 16},
     "bert": SHAPE,
     "roberta": {**SHAPE, "type_vocab_size": 1},
+    "xlm-roberta": SHAPE,
+    "camembert": SHAPE,
+    "mpnet": {**SHAPE, "pad_token_id": 1},
+    "electra": {**SHAPE, "embedding_size": 16},
     "fnet": {**{key: value for key, value in SHAPE.items() if key != "num_attention_heads"}, "type_vocab_size": 2},
     "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64},
+    "eurobert": {**GROUPED, "attention_bias": True, "mlp_bias": True},
     "modernbert": {**SHAPE, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 8, "layer_types": ["full_attention", "sliding_attention"]},
 }
 GROUPING = [kind for kind, family in FAMILIES.items() if family.kv_heads_key]
-ATTENDING = [kind for kind, family in FAMILIES.items() if family.attention]
+ATTENDING = [kind for kind, family in FAMILIES.items() if family.attention and not family.own_attention]  # by what can be changed
 DECODERS = [kind for kind, family in FAMILIES.items() if family.decoder]
 
 
@@ -108,6 +140,12 @@ LAYOUTS = {  # of RoPE, and its part
     "cohere": ("interleaved", 1),
     "glm": ("interleaved", 0.5),
     "gpt_neox": ("halves", 0.25),
+    "stablelm": ("halves", 0.25),
+    "phi": ("halves", 0.5),
+    "nemotron": ("halves", 0.5),
+    "cohere2": ("interleaved", 1),
+    "glm4": ("interleaved", 0.5),
+    "ernie4_5": ("interleaved", 1),
 }
 
 
@@ -149,8 +187,10 @@ def hide(model, gains=False):
     Under QK-norm keys may only change signs.
     """
     generator = torch.Generator().manual_seed(1)
-    layout, part = LAYOUTS[model.config.model_type]
-    for held in attention(model):
+    kind = model.config.model_type
+    layout, turned = LAYOUTS[kind]
+    for index, held in enumerate(attention(model)):
+        part = 0 if index in UNTURNED.get(kind, ()) else turned
         shared = len(held["q"]) // len(held["k"])
         for head in range(len(held["k"])):
             own, width = range(head * shared, (head + 1) * shared), held["k"].shape[1]

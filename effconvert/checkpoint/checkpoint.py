@@ -195,9 +195,9 @@ def check_shapes(checkpoint: Checkpoint) -> None:
             if kind == "weight" and parts[0] in config.matrices:
                 want = config.stored_shape(parts)
             _check_shape(at + name, tensor.shape, want, config)
-    # OPT may have embeddings narrower than its layers, with a projection between them.
+    # OPT and ELECTRA may have embeddings narrower than their layers, with a projection between them.
     narrow = f"{checkpoint.prefix}{family.outer.get('project_in')}.weight" in checkpoint.outer
-    table = (config.get("vocab_size"), config.get("word_embed_proj_dim") if narrow else width)
+    table = (config.get("vocab_size"), config.get(family.embed_key) if narrow else width)
     places: dict[str, tuple[Any, ...]] = {f"{checkpoint.prefix}{family.outer['embed']}.weight": table}
     if "final_norm" in family.outer:
         places[f"{checkpoint.prefix}{family.outer['final_norm']}.weight"] = (width,)

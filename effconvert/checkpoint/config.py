@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from effconvert.checkpoint import patterns
 from effconvert.checkpoint.families import FAMILIES
 from effconvert.checkpoint.replaced import SKIPS, Replaced, by_layer, encode, overlap, skipped
 from effconvert.checkpoint.shape import Shape
@@ -16,7 +17,6 @@ from effconvert.checkpoint.shared import CACHE_PARTS, Shared, kept_of, overlappi
 from effconvert.errors import ModelError, OptionError
 
 CONFIG = "config.json"
-BY_LAYER = ("layer_types", "mlp_layer_types")  # keys of config.json that hold a list with an entry for each layer
 LAYER_NUMBERS = ("mlp_only_layers",)  # keys that hold numbers of layers
 
 
@@ -98,6 +98,9 @@ class Config(Shape):
             self.place(part)  # says so where it is in one module with others
         if len({self.windows()[layer] for layer in layers}) > 1:
             raise ModelError(f"layers {', '.join(map(str, layers))} have other windows, so they cannot read the same keys and values")
+        if len({self.turned(layer) for layer in layers}) > 1:
+            raise ModelError(f"RoPE turns keys in some of layers {', '.join(map(str, layers))} only, so they cannot read the same keys and values")
+        self.check_interface()
         for layer in layers:
             if "attention" in self.skips(layer):
                 raise OptionError(f"layer {layer} has no attention, so it shares no keys and values; leave it out of --layers")
@@ -142,9 +145,13 @@ class Config(Shape):
         """
         if name == "layer":
             return ""
+        if name in self.family.adds_inside:
+            raise ModelError(f"{self.kind} adds to the stream inside its {name}, so nothing can be put in its place")
         if name in ("scores", "attention"):
             if not self.attention:
                 raise ModelError(f"{self.kind} does not attend, so nothing can be put in the place of its attention")
+            if name == "scores":
+                self.check_interface()
             return self.attention
         module = self.family.ffn if name == "ffn" else self.parts.get(name, "")
         if not module:
@@ -174,14 +181,7 @@ class Config(Shape):
 
     def with_layers(self, kept: Sequence[int]) -> "Config":
         """Return the config of this model with these of its layers only, in this order: everything that config.json says of layers goes with them."""
-        raw = dict(self.raw)
-        raw[self.family.layers_key] = len(kept)
-        windows = self.windows()
-        if self.get("layer_types") is None and len(set(windows)) > 1:  # which layers have a window followed from their numbers
-            raw["layer_types"] = ["full_attention" if window is None else "sliding_attention" for window in windows]
-        for key in BY_LAYER:
-            if raw.get(key) is not None:
-                raw[key] = [raw[key][layer] for layer in kept]
+        raw = {**self.raw, **patterns.of_layers(self.get, self.family, self.layers, kept), self.family.layers_key: len(kept)}
         if self.family.experts_key and (self.get("decoder_sparse_step") or 1) > 1:
             raw |= {"decoder_sparse_step": 1, "mlp_only_layers": [layer for layer in range(self.layers) if not self.sparse(layer)]}
         if said := by_layer(raw):
@@ -213,6 +213,7 @@ class Config(Shape):
             raise ModelError(f"its mixers are made for {self.kv_heads} KV heads; change their number first, and put mixers in afterwards")
         if count == self.kv_heads:
             return self
+        self.check_interface()
         if self.family.fixed_kv_heads:
             raise ModelError(f"{self.kind} cannot be written with another number of KV heads: it has {self.kv_heads} by definition")
         stock = FAMILIES[self.kind]

@@ -199,17 +199,17 @@ def split(tensor: torch.Tensor, parts: tuple[str, ...], config: Config) -> tuple
         tensor = tensor.flatten(0, 1)  # [E, out, in]
     if "q" not in parts:
         return tuple(tensor.chunk(len(parts)))
-    if config.family.per_head:
-        by_head = tensor.unflatten(0, (config.heads, len(parts), config.head_dim))  # [H, 3, D, ...]
-        return tuple(by_head[:, i].flatten(0, 1) for i in range(len(parts)))
+    if len(parts) == 1:
+        return (tensor,)
     heads = {"q": config.heads, "k": config.kv_heads, "v": config.kv_heads}
-    return tuple(tensor.split([heads[part] * config.head_dim for part in parts])) if len(parts) > 1 else (tensor,)
+    by_block = tensor.unflatten(0, (config.blocks, -1))  # [blocks, ...]
+    return tuple(rows.flatten(0, 1) for rows in by_block.split([heads[part] * config.head_dim // config.blocks for part in parts], 1))
 
 
 def join(tensors: list[torch.Tensor], parts: Sequence[str], config: Config) -> torch.Tensor:
     """Undo `split`, and store [in, out] where the family does."""
-    if config.family.per_head and len(tensors) == 3:
-        tensor = torch.stack([part.unflatten(0, (config.heads, config.head_dim)) for part in tensors], 1).flatten(0, 2)
+    if len(tensors) == 3 and config.blocks > 1:
+        tensor = torch.cat([part.unflatten(0, (config.blocks, -1)) for part in tensors], 1).flatten(0, 1)
     else:
         tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
     if config.stacked(parts):

@@ -49,6 +49,7 @@ def read_config(folder: Path) -> Config:
             raise ModelError(f"{kind} with {key} = {raw[key]!r} is laid out differently from the {kind} that effconvert knows, which needs {needed!r}")
     for key, (fits, needed) in SOUND.items():
         unused = key == family.window_key and config.get("use_sliding_window") is False  # qwen2_moe's own class writes 0 then
+        unused |= key == family.pattern_key and (config.get(family.window_key) is None or config.get("layer_types") is not None)  # exaone4's own, too
         if config.get(key) is not None and not unused and not fits(config.get(key)):
             raise ModelError(f"{path} says {key} = {config.get(key)!r}, where {needed} is needed; mend the file")
     stem = family.base.removesuffix("Model")
@@ -59,6 +60,8 @@ def read_config(folder: Path) -> Config:
             raise ModelError(f"{path} asks for the attention kernel {raw[key]!r} from the Hub, which is somebody's code; remove {key} from it")
     if config.get("layer_types") is not None and len(config.get("layer_types")) != config.layers:
         raise ModelError(f"{path} has {len(config.get('layer_types'))} layer_types for {config.layers} layers; mend the file")
+    if config.get(family.turned_key) is not None and len(config.get(family.turned_key)) < config.layers:
+        raise ModelError(f"{path} has {len(config.get(family.turned_key))} {family.turned_key} for {config.layers} layers; mend the file")
     return config
 
 
@@ -100,6 +103,8 @@ SOUND: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rope_parameters": (_ropes, "a mapping"),
     "partial_rotary_factor": (_fraction, "a number from 0 to 1"),
     "rotary_pct": (_fraction, "a number from 0 to 1"),
+    "no_rope_layers": (_numbers, "a list with 1 for each layer that RoPE turns, and 0 for each other,"),
+    "no_rope_layer_interval": _whole(1),
     "tie_word_embeddings": (lambda value: isinstance(value, bool), "true or false"),
     "use_sliding_window": (lambda value: isinstance(value, bool), "true or false"),
 }

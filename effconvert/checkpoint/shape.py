@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from effconvert.checkpoint import patterns
 from effconvert.checkpoint.families import EXPERTS_KEYS, Family
 from effconvert.errors import ModelError
 
@@ -23,7 +24,8 @@ class Shape:
     @cached_property
     def parts(self) -> dict[str, str]:
         """Where a layer keeps its parts: part -> module; `experts.*.gate` of the family's row once for each expert."""
-        laid = {part: module for part, module in self.family.parts.items() if "*" not in part}
+        lacking = {part for part, (key, value) in self.family.lacking.items() if self.get(key) == value}
+        laid = {part: module for part, module in self.family.parts.items() if "*" not in part and part not in lacking}
         each = {part: module for part, module in self.family.parts.items() if "*" in part}
         for number in map(str, range(self.experts)):
             laid |= {part.replace("*", number): module.replace("*", number) for part, module in each.items()}
@@ -57,6 +59,20 @@ class Shape:
         for part, module in self.parts.items():
             fused[module] = (*fused.get(module, ()), part)
         return fused
+
+    @property
+    def blocks(self) -> int:
+        """Of how many blocks of heads a tensor of fused queries, keys and values is made, each with a share of every part."""
+        return self.kv_heads if self.family.per_head else self.family.blocks or 1
+
+    def check_interface(self) -> None:
+        """Refuse models whose attention is out of reach.
+
+        Raises:
+            ModelError: it is not called through transformers' AttentionInterface.
+        """
+        if self.family.own_attention:
+            raise ModelError(f"{self.kind} attends by itself, and not through transformers' AttentionInterface, so what it attends by cannot be changed")
 
     @property
     def attention(self) -> str:
@@ -149,15 +165,25 @@ class Shape:
 
     @property
     def rotary(self) -> int:
-        """Dimensions of a head that RoPE turns; the first ones."""
+        """Dimensions of a head that RoPE turns, the first ones; in some families in some layers only: `turned`."""
         parameters = self.get("rope_parameters") or {}
         part = parameters.get("partial_rotary_factor", self.get(self.family.rotary_key))
+        if self.family.rotary_counts and part is not None:
+            return int(part)
         return int(self.head_dim * (1 if part is None else part)) if self.family.rope else 0
+
+    def turned(self, layer: int) -> int:
+        """Dimensions of a head that RoPE turns in a layer; 0 where it leaves that alone."""
+        return self.rotary if self._turns[layer] else 0
+
+    @cached_property
+    def _turns(self) -> list[bool]:
+        return patterns.turns(self.get, self.family, self.layers)
 
     @property
     def normed(self) -> bool:
         """Whether queries and keys go through a norm."""
-        return "q_norm" in self.family.parts
+        return "q_norm" in self.parts
 
     @property
     def tied(self) -> bool:
@@ -182,22 +208,8 @@ class Shape:
         return self.raw.get(key, self.family.defaults.get(key))
 
     def windows(self) -> list[int | None]:
-        """Return each layer's sliding window in tokens, None where it sees everything.
-
-        As transformers reads a config: `layer_types` decides; without it, a window holds in every layer from
-        `max_window_layers` on, but every n-th (`sliding_window_pattern`).
-        """
-        window = self.get(self.family.window_key)
-        if window is None or self.get("use_sliding_window") is False:
-            return [None] * self.layers
-        kinds = self.get("layer_types")
-        if kinds is None:
-            every = self.get(self.family.pattern_key) or self.family.pattern
-            first = 0 if self.family.layers_alike else self.get("max_window_layers") or 0
-            apart = [(i >= first) if self.family.first_windowed else i < first for i in range(self.layers)]
-            seen = [apart[i] or (every and (i + self.family.pattern_from) % every == 0) for i in range(self.layers)]
-            kinds = ["full_attention" if everything else "sliding_attention" for everything in seen]
-        return [int(window) if kind == "sliding_attention" else None for kind in kinds]
+        """Return each layer's sliding window in tokens, None where it sees everything."""
+        return patterns.windows(self.get, self.family, self.layers)
 
     def _whole(self, key: str) -> int:
         value = self.get(key)

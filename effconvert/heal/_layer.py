@@ -141,7 +141,7 @@ def _turn(layer: Layer, look: Capture) -> Turn | None:
     """Find what the family does to queries between their projection and the scores; None where that is no rotation."""
     config, weights = layer.config, _augmented(layer, "q")
     read = _ending_in_one(look.inputs["q"], layer)
-    return Turn.seen(by_head(read @ weights.to(read).T, config.heads), _given(look.query), config.rotary, config.family.rope)
+    return Turn.seen(by_head(read @ weights.to(read).T, config.heads), _given(look.query), config.turned(layer.index), config.family.rope)
 
 
 def _augmented(layer: Layer, part: str) -> Tensor:

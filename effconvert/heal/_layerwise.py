@@ -61,7 +61,7 @@ class LayerRunner:
         self.layers: list[nn.Module] = list(self.model.get_submodule(config.family.layers))
         self.ids = ids
         self._fill_outer(outer)
-        self.calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}  # tokens in a text -> what each layer is called with
+        self.calls: dict[torch.Size, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}  # texts and their tokens, [B, T] -> what each layer is called with
         self.answer: Callable[[Tensor], Any] = lambda state: state  # how the family's layers answer
 
     def _fill_outer(self, outer: Tensors) -> None:
@@ -97,13 +97,19 @@ class LayerRunner:
                 self._until_enough(batch)
         return arrived
 
-    def learn(self, tokens: int) -> None:
-        """Note what every layer is called with for texts of so many tokens: no layer is run, and none needs weights."""
-        batch = next(batch for batch in self.ids if batch.shape[1] == tokens)
+    def call(self, index: int, state: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what a layer is called with beside `state`, [B, T, M]; first of all no layer is run to know it, and none needs weights."""
+        shape = state.shape[:2]
+        if shape not in self.calls:
+            self.calls[shape] = self._learnt(*shape)
+        return self.calls[shape][index]
+
+    def _learnt(self, texts: int, tokens: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        batch = next(batch for batch in self.ids if batch.shape[1] == tokens and len(batch) >= texts)
         for self.answer in (lambda state: state, lambda state: (state,)):
-            if calls := self._passed_through(batch):
-                self.calls[tokens] = calls
-                return
+            if found := self._passed_through(batch[:texts]):
+                break
+        return found
 
     def _passed_through(self, batch: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         """Return what layers are called with if they give back what they get in the form of `answer`; nothing where the family's answer in another one."""
@@ -129,13 +135,11 @@ class LayerRunner:
         module, tensors = self.layers[index], self._inside(index, tensors)
         try:
             for state in states:
-                if state.shape[1] not in self.calls:
-                    self.learn(state.shape[1])
-                args, kwargs = self.calls[state.shape[1]][index]
+                args, kwargs = self.call(index, state)
                 look = Capture(state)
                 fill(module, tensors)  # each time: meanwhile somebody may have run the same layer with other weights
                 with _watching(module, {part: self._module(module, part) for part in parts}, look, until):
-                    out = module(state, *_fitting(args, state), **_fitting(kwargs, state))
+                    out = module(state, *args, **kwargs)
                     look.out = out[0] if isinstance(out, tuple) else out
                 yield look
         finally:
@@ -143,12 +147,10 @@ class LayerRunner:
 
     def given(self, index: int, tensors: Tensors, state: Tensor, place: str) -> Tensor:
         """Run layer `index` on one batch as far as a place, and return what is given there, with gradients for `tensors`."""
-        if state.shape[1] not in self.calls:
-            self.learn(state.shape[1])
-        module, (args, kwargs) = self.layers[index], self.calls[state.shape[1]][index]
+        module, (args, kwargs) = self.layers[index], self.call(index, state)
         look = Capture(state)
         with _watching(module, {place: self._module(module, place)}, look, place):
-            functional_call(module, self._inside(index, tensors), (state, *_fitting(args, state)), _fitting(kwargs, state))
+            functional_call(module, self._inside(index, tensors), (state, *args), kwargs)
         return look.outputs[place]
 
     def _module(self, layer: nn.Module, name: str) -> str:
@@ -172,15 +174,6 @@ class LayerRunner:
             self.model(input_ids=batch, **self.arguments)
         except _EnoughError:
             return
-
-
-def _fitting(given: Any, state: Tensor) -> Any:
-    """Cut what the first batch of such texts was called with to a last one that has fewer."""
-    if isinstance(given, Tensor):
-        return given[: len(state)] if given.ndim > 1 and len(given) > len(state) else given
-    if isinstance(given, dict):
-        return {key: _fitting(value, state) for key, value in given.items()}
-    return type(given)(_fitting(value, state) for value in given) if isinstance(given, tuple) else given
 
 
 def skeleton(config: Config, device: torch.device, architecture: str) -> Any:

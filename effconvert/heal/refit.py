@@ -30,6 +30,7 @@ class Refit(Healing):
     def notes(self, config: Config) -> str:
         """Say what norms and mixers forbid."""
         told = ["its queries go through a norm, so they are not refitted to scores; values and outputs are"] if config.normed else []
+        told += ["its queries are clipped (clip_qkv), so they stay where the text shows it; values and outputs are refitted"] if config.get("clip_qkv") else []
         told += ["a norm follows its MLP, so little makes up for layers or attention that were dropped"] if "mlp_post_norm" in config.family.parts else []
         told += ["where a mixer stands in place of attention only the output projection is refitted; transfer does more"] if config.replaced else []
         return "; ".join(told)

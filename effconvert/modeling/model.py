@@ -65,7 +65,8 @@ class Converted(Sharing):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         ours = own_config(self.config)
         softmax = implementation(config) or "sdpa"
-        self._run_softmax_by(softmax if softmax != NAME else "sdpa")
+        if not ours.family.own_attention:
+            self._run_softmax_by(softmax if softmax != NAME else "sdpa")
         for index, layer in enumerate(layers_of(self, ours)):
             for place in ours.skips(index):
                 leave_out(layer, place, ours, index)
@@ -110,7 +111,9 @@ class Converted(Sharing):
     def set_attn_implementation(self, attn_implementation: Any, *_: Any, **__: Any) -> None:
         """Choose what layers without a mixer run; those with one go on as they are, and so does all where a mapping names other models than this."""
         chosen = attn_implementation.get("") if isinstance(attn_implementation, dict) else attn_implementation
-        if chosen is not None:
+        if own_config(self.config).family.own_attention:
+            super().set_attn_implementation(attn_implementation, *_, **__)  # type: ignore[misc]
+        elif chosen is not None:
             self._run_softmax_by(chosen)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

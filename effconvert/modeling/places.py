@@ -96,7 +96,7 @@ def _drop(layer: nn.Module, path: str, part: str) -> None:
 @lru_cache(None)
 def _placed(family: type[nn.Module]) -> type[nn.Module]:
     """Return the class of a family's module with a technique in it: what it is asked and how it answers stay the same."""
-    takes = next(name for name in signature(family.forward).parameters if name != "self")  # hidden states
+    takes, *others = (name for name in signature(family.forward).parameters if name != "self")  # hidden states, and what goes with them
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         hidden: Tensor = args[0] if args else kwargs.pop(takes)
@@ -110,7 +110,7 @@ def _placed(family: type[nn.Module]) -> type[nn.Module]:
             return first
 
         own: Own = getattr(self, NAME)
-        made = own.technique.forward(own.weights, hidden, _around(original, hidden, kwargs))
+        made = own.technique.forward(own.weights, hidden, _around(original, hidden, {**dict(zip(others, args[1:], strict=False)), **kwargs}))
         if getattr(self, "weight", made) is None and self.bias is not None:  # a projection without its matrix
             made = made + self.bias
         if own.place == "attention":

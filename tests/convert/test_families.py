@@ -1,5 +1,6 @@
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from effconvert.convert.plan import plan
 from effconvert.errors import ModelError
 from effconvert.modeling.caches import kv_bytes
 from tests.mixers.mixing import with_cache
-from tests.models import ATTENDING, DECODERS, GROUPING, SETTINGS, on_disk, save, tiny
+from tests.models import DECODERS, GROUPING, SETTINGS, on_disk, save, tiny
 
 
 def bare(kind):
@@ -72,7 +73,7 @@ def test_the_config_is_read_as_transformers_reads_it(kind, tmp_path):
     assert (config.kind, config.architecture) == (kind, FAMILIES[kind].lm)
     assert (config.layers, config.hidden) == (theirs.num_hidden_layers, theirs.hidden_size)
     assert config.tied == theirs.tie_word_embeddings
-    if kind not in ATTENDING:
+    if not FAMILIES[kind].attention:
         assert config.heads == 0
         return
     assert config.heads == theirs.num_attention_heads
@@ -94,9 +95,12 @@ def expected_parts(kind, state, module, part, config):
             tensor = tensor[int(part.split(".")[1])]
             fused = {other.removeprefix("experts.*.") for other in fused}
         if fused == {"q", "k", "v"}:
-            if kind == "gpt_neox":
+            if kind in ("gpt_neox", "bloom"):
                 at = "qkv".index(part)
                 rows = [(3 * head + at) * width + i for head in range(heads) for i in range(width)]
+            elif kind == "codegen":  # four blocks
+                own, at = heads // 4 * width, "qvk".index(part)
+                rows = [(3 * block + at) * own + i for block in range(4) for i in range(own)]
             else:
                 start = {"q": 0, "k": heads * width, "v": (heads + kv_heads) * width}[part]
                 rows = list(range(start, start + (heads if part == "q" else kv_heads) * width))
@@ -252,17 +256,62 @@ WINDOWS = [
     ("qwen2_moe", {"sliding_window": 8, "max_window_layers": 3}),
     ("qwen3_moe", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 3}),
     ("qwen3_moe", {"sliding_window": 8}),
+    ("smollm3", {"sliding_window": 8}),
+    ("smollm3", {"sliding_window": 8, "use_sliding_window": True}),
+    ("smollm3", {"sliding_window": 8, "use_sliding_window": True, "no_rope_layer_interval": 3, "max_window_layers": 2}),
+    ("smollm3", {"sliding_window": 8, "use_sliding_window": True, "no_rope_layers": [1, 0, 0, 1, 1, 1, 0, 1]}),
+    ("olmo3", {"sliding_window": 8}),
+    ("olmo3", {}),
+    ("cohere2", {"sliding_window": 8, "sliding_window_pattern": 3}),
+    ("cohere2", {}),
+    ("exaone4", {"sliding_window": 8, "sliding_window_pattern": 3}),
+    ("exaone4", {}),
+    ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 8}),
+    ("starcoder2", {"sliding_window": 8}),
+    ("starcoder2", {}),
+    ("ministral3", {"sliding_window": 8}),
+    ("ministral3", {}),
 ]
 
 
 @pytest.mark.parametrize(("kind", "keys"), WINDOWS)
 def test_the_windows_of_an_older_config_are_those_that_transformers_makes_of_it(kind, keys, tmp_path):
-    old = {key: value for key, value in SETTINGS[kind].items() if key not in ("layer_types", "sliding_window")}
+    switches = ("layer_types", "sliding_window", "no_rope_layers", "use_sliding_window")
+    old = {key: value for key, value in SETTINGS[kind].items() if key not in switches}
     raw = {**old, "model_type": kind, "num_hidden_layers": 8, **keys}
     (tmp_path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     expected = [getattr(layer, "sliding_window", None) if layer.is_sliding else None for layer in DynamicCache(config=theirs).layers]
     assert Config(raw, FAMILIES[kind]).windows() == expected
+
+
+TURNED = [
+    ("smollm3", {}),
+    ("smollm3", {"no_rope_layer_interval": 3}),
+    ("smollm3", {"no_rope_layers": [1, 0, 0, 1, 1, 1, 0, 1, 1]}),
+    ("cohere2", {}),
+    ("cohere2", {"sliding_window_pattern": 3}),
+    ("exaone4", {}),
+    ("exaone4", {"layer_types": ["full_attention"] * 8}),
+    ("exaone4", {"layer_types": ["full_attention"] * 8, "sliding_window": None}),
+    ("olmo3", {}),
+]
+
+
+@pytest.mark.parametrize(("kind", "keys"), TURNED)
+def test_the_layers_that_rope_turns_are_those_where_transformers_calls_it(kind, keys, tmp_path, monkeypatch):
+    old = {key: value for key, value in SETTINGS[kind].items() if key not in ("layer_types", "no_rope_layers", "sliding_window", "use_sliding_window")}
+    raw = {**old, "model_type": kind, "vocab_size": 128, "pad_token_id": 0, "num_hidden_layers": 8, **keys}
+    (tmp_path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    model = getattr(transformers, FAMILIES[kind].lm)(AutoConfig.from_pretrained(tmp_path)).eval()
+    file, at, turned = sys.modules[type(model).__module__], [], set()
+    rotate = file.apply_rotary_pos_emb
+    monkeypatch.setattr(file, "apply_rotary_pos_emb", lambda *args, **kwargs: (turned.add(at[-1]), rotate(*args, **kwargs))[1])
+    for index, layer in enumerate(model.base_model.get_submodule(FAMILIES[kind].layers)):
+        layer.register_forward_pre_hook(lambda *_, index=index: at.append(index))
+    model(torch.arange(3, 9)[None])
+    config = Config(raw, FAMILIES[kind])
+    assert {index for index in range(8) if config.turned(index)} == turned
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "llama"])
@@ -333,7 +382,7 @@ def test_a_multi_head_gpt_bigcode_is_refused(tmp_path):
 def test_the_defaults_of_a_row_are_those_of_transformers(kind):
     stock = AutoConfig.for_model(kind)
     for key, value in FAMILIES[kind].defaults.items():
-        if key == FAMILIES[kind].rotary_key:
+        if key == FAMILIES[kind].rotary_key and not FAMILIES[kind].rotary_counts:
             assert stock.rope_parameters["partial_rotary_factor"] == value, key
         elif key == "rope_theta":
             assert stock.rope_parameters[key] == value, key

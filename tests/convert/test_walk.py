@@ -281,6 +281,6 @@ def test_texts_of_several_lengths_walk_side_by_side(kind, tmp_path):
     for index in range(checkpoint.config.layers):
         states = [look.out for look in runner.run(index, weights_of(checkpoint, index), states)]
     model = tiny(kind).get_submodule(FAMILIES[kind].prefix)
-    normed = getattr(model, "final_norm", torch.nn.Identity())  # ModernBERT's
+    normed = model.get_submodule(FAMILIES[kind].outer.get("final_norm", "")) if "final_norm" in FAMILIES[kind].outer else torch.nn.Identity()
     for text, state in zip(texts, states, strict=True):
         torch.testing.assert_close(normed(state), model(text, attention_mask=torch.ones_like(text)).last_hidden_state, **CLOSE)

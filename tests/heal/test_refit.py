@@ -29,6 +29,7 @@ from tests.models import ATTENDING, DECODERS, GROUPING
 
 ENCODERS = [kind for kind in ATTENDING if kind not in DECODERS]
 NORMED = [kind for kind in ATTENDING if "q_norm" in FAMILIES[kind].parts]
+CLIPPED = ["olmo"]
 BIASED = ["llama", "qwen2", "glm", "gpt2"]  # of the tiny models
 SHARING = [kind for kind in GROUPING if kind in DECODERS]
 
@@ -87,7 +88,7 @@ def test_every_family_recovers_from_noise_in_o(kind):
     assert after < 0.05 * before
 
 
-@pytest.mark.parametrize("kind", [kind for kind in ATTENDING if kind not in NORMED])
+@pytest.mark.parametrize("kind", [kind for kind in ATTENDING if kind not in (*NORMED, *CLIPPED)])
 def test_every_family_without_a_norm_of_queries_recovers_from_noise_in_q(kind):
     """q is fused with k and v in some; a perturbed k can be undone in q no less."""
     part = FAMILIES[kind].parts["q"]
@@ -146,6 +147,15 @@ def test_queries_that_go_through_a_norm_are_left_alone_and_it_is_said(kind):
     touched = {name.split(".layers.")[1].split(".", 1)[1].rsplit(".", 1)[0] for name in changed("plain", "refitted")}
     assert touched == {parts["v"], parts["o"]}
     assert any(remark.startswith("refit:") and "norm" in remark for remark in outcome.plan.notes)
+
+
+@pytest.mark.parametrize("kind", CLIPPED)
+def test_clipped_queries_are_left_alone_and_it_is_said(kind):
+    source = put(Path("model"), kind)
+    run(source, Gqa(groups=2, pool="mean"), place="plain")
+    outcome = run("plain", Refit(teacher=str(source)), place="refitted")
+    assert not any(name.endswith(f"{FAMILIES[kind].parts['q']}.weight") for name in changed("plain", "refitted"))
+    assert any(remark.startswith("refit:") and "clipped" in remark for remark in outcome.plan.notes)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
@@ -233,11 +243,11 @@ DEEP = {"num_hidden_layers": 6}
 LINEAR = ["llama", "mistral", "qwen2", "granite", "gemma", "phi3", "cohere", "glm", "opt", "gpt_neox"]  # nothing between down and what it is added to
 
 
-@pytest.mark.parametrize("kind", [*LINEAR, "gpt2"])
+@pytest.mark.parametrize("kind", [*LINEAR, "gpt2", "gptj", "codegen", "bloom"])
 def test_after_dropping_layers_a_refit_makes_held_out_text_no_worse(kind):
-    deep = {"n_layer": 6} if kind == "gpt2" else DEEP
+    deep = {"n_layer": 6} if FAMILIES[kind].layers_key == "n_layer" else DEEP
     source = put(Path("model"), kind, **deep)
-    drop = DropMiddle() if kind != "gpt2" else _DropMiddleOfGpt2()
+    drop = DropMiddle() if deep == DEEP else _DropMiddleOfGpt2()
     run(source, drop, place="plain")
     run(source, drop, Refit(), place="refitted")
     alone = healed("plain", source, place="alone")

@@ -11,12 +11,16 @@ from effconvert.checkpoint.families import FAMILIES
 from effconvert.modeling.model import config_class, model_class
 from effconvert.modeling.transformers_internals import cache_among, cache_name
 from effconvert.steps import load
-from tests.models import ATTENDING, DECODERS, SETTINGS, tiny
+from tests.models import ATTENDING, SETTINGS, tiny
+from tests.models import DECODERS as EVERY_DECODER
 
+DECODERS = [kind for kind in ATTENDING if kind in EVERY_DECODER]
 ENCODERS = [kind for kind in ATTENDING if kind not in DECODERS]
 CAPPED = ["gemma2"]  # of the decoders, those that cap their scores
 NO_CAPS = {"gemma2": "caps its scores"}
-NOTHING = {kind: "does not attend" for kind in FAMILIES if kind not in ATTENDING}
+NOTHING = {kind: "attends by itself" if FAMILIES[kind].attention else "does not attend" for kind in FAMILIES if kind not in ATTENDING}
+FIXED = {"hunyuan_v1_dense": "norms its queries after RoPE", "ministral3": "scales its queries by their position"}
+AFTER_PADDING = ("roberta", "xlm-roberta", "camembert")  # whose first position is the padding's
 SAME = 1e-5  # of the largest logit, in float32
 
 
@@ -38,8 +42,8 @@ BACKWARDS = dict.fromkeys(DECODERS, "which a decoder must not see")
 ROWS = MappingProxyType(
     {
         "streaming": Row(
-            DECODERS,
-            {**NOTHING, **dict.fromkeys(ENCODERS, "keeps the first and the last tokens")},
+            without(DECODERS, *FIXED),
+            {**NOTHING, **dict.fromkeys(ENCODERS, "keeps the first and the last tokens"), **FIXED},
             {"window": 6, "sinks": 2},
             {"window": 64},
             pipeline=("gemma2", "gpt_neox"),
@@ -55,6 +59,8 @@ ROWS = MappingProxyType(
     }
 )
 MATRIX = [(name, kind) for name, row in ROWS.items() for kind in row.kinds]
+AS_OTHERS = ("seed_oss", "arcee", "starcoder2", "nemotron", "ernie4_5", "olmo", "olmoe", "xlm-roberta", "camembert", "electra", "eurobert")  # masked, cached
+FORMS = [(name, kind) for name, kind in MATRIX if kind not in AS_OTHERS]  # of what comes of masks and positions: one family of each kind of both
 NEUTRAL = [(name, kind) for name, kind in MATRIX if ROWS[name].neutral and (kind in DECODERS or not set(ROWS[name].kinds) & set(DECODERS))]
 
 
@@ -66,7 +72,7 @@ def small(name, kind):
 
 def neutral(name, kind):
     """Options that change nothing in a tiny model of this family."""
-    return {"rank": 63} if (name, kind) == ("linformer", "roberta") else ROWS[name].neutral  # whose first position is the padding's
+    return {"rank": 63} if name == "linformer" and kind in AFTER_PADDING else ROWS[name].neutral
 
 
 def wide(kind):

@@ -21,6 +21,9 @@ KINDS = {
     "glm": {**LONG, "num_key_value_heads": 1},  # RoPE of pairs side by side, of half a head
     "gpt_neox": LONG,
     "gemma2": {**LONG, "layer_types": ["full_attention"], "attn_logit_softcapping": 2.0},
+    "phi": LONG,
+    "smollm3": {**LONG, "no_rope_layers": [0], "use_sliding_window": False},
+    "cohere2": {**LONG, "layer_types": ["full_attention"]},
     "gpt2": GPT2,  # no RoPE
     "opt": LONG,
 }

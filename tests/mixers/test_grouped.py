@@ -27,9 +27,9 @@ from effconvert.surgery.attention.expand_kv import ExpandKv
 from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.attention.mqa import Mqa
 from tests.mixers.mixing import PIECES, SAME, far, in_pieces, keep_no_activations, positions, run, tokens
-from tests.models import DECODERS, SETTINGS, alike, attention, characters, hide, save, tiny
+from tests.models import ATTENDING, DECODERS, SETTINGS, alike, attention, characters, hide, save, tiny
 
-KINDS = [kind for kind, family in FAMILIES.items() if family.attention and not family.kv_heads_key and not family.fixed_kv_heads]
+KINDS = [kind for kind in ATTENDING if not FAMILIES[kind].kv_heads_key and not FAMILIES[kind].fixed_kv_heads]
 CACHING = [kind for kind in KINDS if kind in DECODERS]
 MIXED = [(name, kind) for name in ("streaming", "linear") for kind in KINDS if name == "linear" or kind in DECODERS]
 
@@ -329,7 +329,8 @@ def test_more_groups_than_heads_are_refused(tmp_path):
 
 
 def test_the_families_are_those_without_a_key():
-    assert [kind for kind in SETTINGS if kind in KINDS] == ["gpt2", "gpt_neox", "opt", "bert", "roberta", "distilbert", "modernbert"]
+    encoders = ["bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "modernbert"]
+    assert [kind for kind in SETTINGS if kind in KINDS] == ["gpt2", "gpt_neox", "opt", *encoders]
 
 
 class Adapted(torch.nn.Module):

@@ -34,7 +34,7 @@ IMPORTS = [
     for alias in node.names
     if alias.name != "modeling_auto"  # a module, of which a table is used
 ]
-UNROTATED = ("gpt2", "gpt_bigcode", "opt", "bert", "roberta", "distilbert")  # their positions are learned
+UNROTATED = ("gpt2", "gpt_bigcode", "opt", "bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")  # their positions are learned
 
 
 def attentions(model):

@@ -70,18 +70,21 @@ CASES = {
         replaces=("gate", "up", "down"),
     ),
     "expand-kv": Case(
-        {"groups": 4}, HEADS[2], False, {"groups": 2}, HEADS[1], GROUPING, "has a KV head for each|cannot be written with another number|does not attend"
+        *({"groups": 4}, HEADS[2], False, {"groups": 2}, HEADS[1], GROUPING),
+        "has a KV head for each|cannot be written with another number|does not attend|attends by itself",
     ),
     "fnet": Case(
-        *({}, {}, False, {}, {}, mixing.ENCODERS, "is a decoder, and fnet mixes|does not attend"),
+        *({}, {}, False, {}, {}, [*mixing.ENCODERS, "mpnet"], "is a decoder, and fnet mixes|does not attend|adds to the stream"),
         **{"keys": (), "cache": False, "mixer": True},
         added=("embed_projection", "embed_projection.bias", "pooler.dense.weight", "pooler.dense.bias"),
         native_keys=("num_attention_heads", "attention_probs_dropout_prob", "use_cache"),
     ),
 }
-SUBLAYERS = [kind for kind, family in FAMILIES.items() if not family.norms_stream]
+SUBLAYERS = [kind for kind, family in FAMILIES.items() if not family.norms_stream and "attention" not in family.adds_inside]
 CASES["prune-layers"] = Case(
-    None, {}, False, {"layers": "1", "only": "attention"}, {}, SUBLAYERS, "normalises what its layers add to", keys=("per_layer_config",), takes=True
+    *(None, {}, False, {"layers": "1", "only": "attention"}, {}, SUBLAYERS, "normalises what its layers add to|adds to the stream"),
+    keys=("per_layer_config",),
+    takes=True,
 )
 MIXED = ("model_type", "architectures", "auto_map", "layer_types", "effconvert")
 for name, row in mixing.ROWS.items():  # what they compute is tried on all families in tests/mixers; here a few are written, and read again

@@ -26,7 +26,7 @@ from effconvert.surgery.mixing.linear import Linear
 from tests.mixers.mixing import keep_no_activations
 from tests.models import characters, save, tiny
 
-ENCODERS = ["bert", "roberta", "distilbert", "modernbert"]
+ENCODERS = ["bert", "roberta", "distilbert", "modernbert", "electra", "mpnet"]
 FILTERS = ["none", "scale", "gfnet"]
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 EXACT = {"rtol": 1e-12, "atol": 1e-12}  # of float64
@@ -256,7 +256,7 @@ def stand_in(folder, model, filter="none"):
                 name.rpartition(".")[2]: tensor for name, tensor in stored.items() if f"{config.family.layers}.{index}." in name and ".effconvert." in name
             }
             module = layer.get_submodule(config.attention)
-            module.forward = lambda hidden, weights=weights, **_: (technique.forward(weights, hidden, Around(None, every(hidden))), None)
+            module.forward = lambda hidden, *_, weights=weights, **__: (technique.forward(weights, hidden, Around(None, every(hidden))), None)
             if not config.parts["o"].startswith(f"{config.attention}."):
                 parent, _, name = config.parts["o"].rpartition(".")
                 setattr(layer.get_submodule(parent), name, nn.Identity())

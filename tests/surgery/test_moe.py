@@ -97,7 +97,8 @@ def test_the_logits_stay_and_the_files_are_as_stock_writes_them(kind, changes, o
 
 def test_every_family_that_can_be_upcycled_is_tried():
     assert {kind for kind, *_ in TARGETS} == {kind for kind, family in FAMILIES.items() if family.upcycled}
-    assert {target for family in FAMILIES.values() for target in family.upcycled} == {kind for kind, family in FAMILIES.items() if family.experts_key}
+    becomes = {target for family in FAMILIES.values() for target in family.upcycled}
+    assert becomes | {"olmoe"} == {kind for kind, family in FAMILIES.items() if family.experts_key}  # which is no family's with experts: olmo has no QK-norm
 
 
 PAIRS = [(kind, target) for kind, family in FAMILIES.items() for target in family.upcycled]

@@ -21,9 +21,16 @@ from effconvert.surgery.attention._pooling import align, order, pca_values, pool
 from effconvert.surgery.attention.expand_kv import ExpandKv
 from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.attention.mqa import Mqa
-from tests.models import ATTENDING, GROUPING, SETTINGS, alike, characters, hide, logits, orthogonal, save, tiny, turn
+from tests.models import ATTENDING, GROUPING, SCALED_BY_POSITION, SETTINGS, UNTURNED, alike, characters, hide, logits, orthogonal, save, tiny, turn
 
 HIDDEN, HEADS, KV, WIDTH = 20, 8, 4, 6
+PLAIN = {  # changes to a config without which RoPE is not all that is seen of it, or less than two pairs are
+    "gpt_neox": {"rotary_pct": 0.5},
+    "stablelm": {"partial_rotary_factor": 0.5},
+    "olmo": {"clip_qkv": None},
+    "ministral3": {"rope_parameters": {**SCALED_BY_POSITION, "llama_4_scaling_beta": 0.0}},
+}
+UNCLIPPED = {"olmo": {"clip_qkv": None}}  # what is clipped has no other basis
 ROTARY = [(6, "halves"), (6, "interleaved"), (4, "halves"), (4, "interleaved"), (0, "")]  # of WIDTH dimensions, in pairs so
 layouts = pytest.mark.parametrize(("rotary", "layout"), ROTARY)
 norms = pytest.mark.parametrize("normed", [False, True], ids=["", "normed"])
@@ -220,7 +227,7 @@ def converted(source, surgery, output, *later):
 
 def hidden(kind, like, folder, gains=False, **changes):
     """A model whose KV heads are copies, of those that `like` names, in bases of their own: saved, and what it computes."""
-    model = alike(tiny(kind, **changes), like)
+    model = alike(tiny(kind, **UNCLIPPED.get(kind, {}), **changes), like)
     expected = logits(model)
     hide(model, gains)
     assert close(logits(model), expected, 1e-4)  # the bases are the family's own freedom
@@ -318,7 +325,8 @@ def test_what_is_weighed_is_the_mean_square_of_what_the_projections_read(kind, t
 @pytest.mark.parametrize("kind", GROUPING)
 def test_models_with_normed_queries_get_a_sentence(kind):
     config = Config({**SETTINGS[kind], "model_type": kind}, FAMILIES[kind])
-    assert bool(Gqa(groups=2).notes(config)) == ("q_norm" in FAMILIES[kind].parts)
+    assert bool(Gqa(groups=2).notes(config)) == ("q_norm" in FAMILIES[kind].parts or kind in UNCLIPPED)
+    assert ("clipped" in Gqa(groups=2).notes(config)) == (kind in UNCLIPPED)
     assert not Gqa(groups=2, pool="mean").notes(config)
     assert not Gqa(groups=4).notes(config)
 
@@ -326,7 +334,9 @@ def test_models_with_normed_queries_get_a_sentence(kind):
 @pytest.mark.parametrize("kind", ATTENDING)
 @torch.inference_mode()
 def test_the_dimensions_that_a_family_turns_are_those_of_its_row(kind, tmp_path):
-    model = tiny(kind, **({"rotary_pct": 0.5} if kind == "gpt_neox" else {}))  # two pairs at least, or the layouts are the same
+    model = tiny(kind, **PLAIN.get(kind, {}))
+    if FAMILIES[kind].norms_turned:  # gains after RoPE are no part of it
+        model.base_model.get_submodule(FAMILIES[kind].layers)[0].get_submodule(FAMILIES[kind].parts["q_norm"]).weight.data.fill_(1)
     config = read_config(save(model, tmp_path / "source"))
     base, family = model.base_model, config.family
     ids = torch.full((1, 48), 7)  # one token, so that in the first layer only positions differ
@@ -334,6 +344,10 @@ def test_the_dimensions_that_a_family_turns_are_those_of_its_row(kind, tmp_path)
     runner = LayerRunner(config, outside, [ids], torch.device("cpu"))
     layer = base.get_submodule(family.layers)[0]
     [look] = runner.run(0, layer.state_dict(), runner.begin(), ("q",))
+    for index in UNTURNED.get(kind, ()):
+        [later] = runner.run(index, base.get_submodule(family.layers)[index].state_dict(), [look.out], ("q",))  # of causal attention no position sees another
+        assert close(later.query, later.query[:, :, :1].expand_as(later.query), 1e-5)
+        assert (config.turned(0), config.turned(index)) == (config.rotary, 0)
     query = look.query[0]  # [H, T, D]
     if config.normed:  # before RoPE the query of the first position, which is turned by nothing
         plain = query[:, :1].expand_as(query)

@@ -37,9 +37,13 @@ from tests.models import DECODERS, heed_caps, logits, save, tiny
 
 DEPTH = 5
 TYPES = ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]
-ADDING = [kind for kind, family in FAMILIES.items() if not family.norms_stream]  # layers that add to the stream, and are the identity where they add nothing
-PARTS = [(kind, only) for kind in ADDING for only in ("attention", "mlp") if FAMILIES[kind].ffn or only == "attention"]
+WITHIN = {kind: family.adds_inside for kind, family in FAMILIES.items()}  # places that add to the stream themselves
+ADDING = [  # layers that add to the stream, and are the identity where they add nothing
+    kind for kind, family in FAMILIES.items() if not family.norms_stream and "attention" not in WITHIN[kind]
+]
+PARTS = [(kind, "attention") for kind in ADDING] + [(kind, "mlp") for kind in ADDING if FAMILIES[kind].ffn and "ffn" not in WITHIN[kind]]
 PLACES = {"attention": "o", "mlp": "down"}
+ALTERNATING = ("gemma2", "gemma3_text", "olmo3", "cohere2", "exaone4")
 
 
 @pytest.fixture(autouse=True)
@@ -50,8 +54,11 @@ def _text():
 def deep(kind, layers=DEPTH):
     """What makes a tiny model that deep."""
     key = FAMILIES[kind].layers_key
-    types = {"gemma2": TYPES, "gemma3_text": TYPES, "modernbert": ["full_attention", *TYPES[:-1]]}
-    return {key: layers, **({"layer_types": types[kind][:layers]} if kind in types else {})}
+    types = {**dict.fromkeys(ALTERNATING, TYPES), "modernbert": ["full_attention", *TYPES[:-1]]}
+    listed = {"layer_types": types[kind][:layers]} if kind in types else {"no_rope_layers": [1, 0, 1, 1, 0][:layers]} if kind == "smollm3" else {}
+    if kind == "gpt_neo":
+        listed = {"attention_types": [[["global", "local"], layers // 2], [["local"], layers % 2]]}
+    return {key: layers, **listed}
 
 
 def layers_of(model):
@@ -82,6 +89,14 @@ def asked(folder="out"):
     return yaml.safe_load((Path(folder) / "effconvert.yaml").read_text())["steps"][0]["prune-layers"]
 
 
+def hidden_alone(hidden, *_, **__):
+    return hidden
+
+
+def hidden_and_weights(hidden, *_, **__):
+    return hidden, None
+
+
 # What is left
 
 
@@ -91,7 +106,8 @@ def test_without_whole_layers_a_model_is_its_own_class_and_computes_what_the_oth
     outcome = run(source, PruneLayers(layers="1,-2"), verify=True)
     expected = opened(source)
     for index in (1, 3):
-        layers_of(expected)[index].forward = lambda hidden, *_, **__: (hidden,) if kind == "fnet" else hidden  # whose layers answer in a tuple
+        answers = (hidden_alone, hidden_and_weights)[FAMILIES[kind].own_attention] if kind != "fnet" else lambda hidden, *_, **__: (hidden,)
+        layers_of(expected)[index].forward = answers
     assert read_config(Path("out")).needs_effconvert is False
     torch.testing.assert_close(logits(opened("out")), logits(expected), rtol=1e-5, atol=1e-5)
     assert outcome.plan.after.kv_bytes == outcome.plan.before.kv_bytes * 3 // 5
@@ -222,16 +238,22 @@ def config_of(kind, **said):
         ("gemma3_text", {"layer_types": ["sliding_attention"] * 3 + ["full_attention"] + ["sliding_attention"] * 4}),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 4}),
         ("modernbert", {}),
+        ("olmo3", {}),
+        ("cohere2", {}),
+        ("exaone4", {}),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 16, "no_rope_layer_interval": 3}),
+        ("smollm3", {"no_rope_layers": [1, 1, 0, 0, 1, 1, 0, 1, 1]}),
         ("mistral", {}),
         ("llama", {}),
     ],
 )
-def test_the_layers_that_are_left_keep_their_windows(kind, said, tmp_path):
+def test_the_layers_that_are_left_keep_their_windows_and_positions(kind, said, tmp_path):
     config = config_of(kind, **said)
     kept = [0, 1, 3, 6, 7]
     pruned = PruneLayers(layers="2,4-5").config(config)
     assert pruned.layers == 5
     assert pruned.windows() == [config.windows()[index] for index in kept]
+    assert [pruned.turned(index) for index in range(5)] == [config.turned(index) for index in kept]
     (tmp_path / "config.json").write_text(json.dumps({**pruned.content, "intermediate_size": 48}))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     full = [window is None for window in pruned.windows()]

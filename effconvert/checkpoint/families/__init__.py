@@ -1,7 +1,7 @@
 """All families that effconvert knows, by their `model_type`: data, and the only place that spells a parameter's name.
 
-Adding a family is adding a row to `decoders.py`, `sparse.py` or `encoders.py`; a test builds a tiny model of every row and holds that each parameter
-has exactly one place.
+Adding a family is adding a row to `decoders.py`, `llamas.py`, `sparse.py`, `own_attention.py` or `encoders.py`; a test builds a tiny model of every row
+and holds that each parameter has exactly one place.
 """
 
 from collections.abc import Mapping
@@ -10,8 +10,10 @@ from types import MappingProxyType
 from effconvert.checkpoint.families.decoders import DECODERS
 from effconvert.checkpoint.families.encoders import ENCODERS
 from effconvert.checkpoint.families.family import EXPERTS_KEYS, Family
+from effconvert.checkpoint.families.llamas import LLAMAS
+from effconvert.checkpoint.families.own_attention import OWN_ATTENTION
 from effconvert.checkpoint.families.sparse import SPARSE
 
 __all__ = ["EXPERTS_KEYS", "FAMILIES", "Family"]
 
-FAMILIES: Mapping[str, Family] = MappingProxyType({**DECODERS, **SPARSE, **ENCODERS})
+FAMILIES: Mapping[str, Family] = MappingProxyType({**DECODERS, **LLAMAS, **SPARSE, **OWN_ATTENTION, **ENCODERS})

@@ -224,6 +224,7 @@ DECODERS: Mapping[str, Family] = {
         optional=frozenset({"attn_norm", "mlp_norm", "final_norm"}),
         packs=False,
         ffn_key="ffn_dim",
+        embed_key="word_embed_proj_dim",
         kv_heads_key="",
     ),
 }

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+from effconvert.checkpoint.families.decoders import LLAMA
 from effconvert.checkpoint.families.family import Family
 
 BERT = Family(
@@ -35,19 +36,48 @@ BERT = Family(
     fourier="fnet",
     tokenizer="BertTokenizer",
 )
+ROBERTA = replace(
+    BERT,
+    base="RobertaModel",
+    lm="RobertaForMaskedLM",
+    prefix="roberta",
+    head={"head": "lm_head"},
+    positions_after_padding=True,
+    defaults={**BERT.defaults, "pad_token_id": 1},
+    fourier="",
+    tokenizer="",
+)
 
 ENCODERS: Mapping[str, Family] = {
     "bert": BERT,
-    "roberta": replace(
+    "roberta": ROBERTA,
+    "xlm-roberta": replace(ROBERTA, base="XLMRobertaModel", lm="XLMRobertaForMaskedLM"),
+    "camembert": replace(ROBERTA, base="CamembertModel", lm="CamembertForMaskedLM"),
+    "electra": replace(
         BERT,
-        base="RobertaModel",
-        lm="RobertaForMaskedLM",
-        prefix="roberta",
-        head={"head": "lm_head"},
-        positions_after_padding=True,
-        defaults={**BERT.defaults, "pad_token_id": 1},
+        base="ElectraModel",
+        lm="ElectraForMaskedLM",
+        prefix="electra",
+        outer={**{part: at for part, at in BERT.outer.items() if part != "pooler"}, "project_in": "embeddings_project"},
+        head={"head_dense": "generator_predictions", "head": "generator_lm_head"},
+        embed_key="embedding_size",
+        defaults={**BERT.defaults, "embedding_size": 128},
         fourier="",
         tokenizer="",
+    ),
+    "mpnet": replace(
+        ROBERTA,
+        base="MPNetModel",
+        lm="MPNetForMaskedLM",
+        prefix="mpnet",
+        parts={
+            **{part: f"attention.attn.{part}" for part in ("q", "k", "v", "o")},
+            **{part: at for part, at in BERT.parts.items() if part in ("up", "down", "mlp_post_norm")},
+            "attn_post_norm": "attention.LayerNorm",
+        },
+        outer={**{part: at for part, at in BERT.outer.items() if part != "types"}, "distances": "encoder.relative_attention_bias"},  # added to the scores
+        own_attention=True,
+        constants={"pad_token_id": 1},
     ),
     "fnet": replace(
         BERT,
@@ -97,6 +127,7 @@ ENCODERS: Mapping[str, Family] = {
         kv_heads_key="",
         ffn="ffn",
     ),
+    "eurobert": replace(LLAMA, base="EuroBertModel", lm="EuroBertForMaskedLM", decoder=False, buffers=()),
     "modernbert": Family(
         base="ModernBertModel",
         lm="ModernBertForMaskedLM",

@@ -23,6 +23,7 @@ class Family:
     outer: Mapping[str, str]  # outside the layers, inside the base model: part -> module
     head: Mapping[str, str]  # outside the base model: part -> module
     optional: frozenset[str] = frozenset()  # parts that some models of the family lack
+    lacking: Mapping[str, tuple[str, object]] = field(default_factory=dict)  # parts that models lack whose config says so: part -> key, value
     first_lacks: frozenset[str] = frozenset()  # parts that layer 0 lacks and all others have
     norms_stream: bool = False  # whether layers normalise what they add to
     buffers: tuple[str, ...] = ()  # what old versions of transformers saved in a layer and nobody reads
@@ -30,17 +31,29 @@ class Family:
     aliases: Mapping[str, str] = field(default_factory=dict)  # in names of tensors: what transformers reads too -> what this row says
 
     per_head: bool = False  # fused q, k, v: head 0's q, k, v, then head 1's, ... instead of all q, all k, all v
+    blocks: int = 0  # likewise, in so many blocks of heads, each with the parts in their order
     transposed: bool = False  # projections are stored [in, out] (Conv1D)
     per_kv_head: tuple[str, ...] = ("k", "v")  # parts whose rows come KV head by KV head
 
     rope: str = ""  # which two dimensions of a head RoPE turns together: "halves" (j, j + n/2), "interleaved" (2j, 2j + 1), none
     rotary_key: str = "partial_rotary_factor"  # which part of a head it turns
+    rotary_counts: bool = False  # that is a number of dimensions, and not a part
+    turned_key: str = ""  # a list that says of each layer whether RoPE turns there, 1 or 0; without it no n-th layer is turned, by `unturned_key`
+    unturned_key: str = ""
+    turns_windows: bool = False  # RoPE turns only in layers with a window
+    turns_without: bool = False  # that holds of models with windows alone: in those without any it turns everywhere
+    norms_turned: bool = False  # queries and keys go through their norm after RoPE, and not before
+    scales_queries: bool = False  # by their position in the text
 
     decoder: bool = True
+    own_attention: bool = False  # its attention is not called through transformers' AttentionInterface: nothing can stand between its projections
+    adds_inside: frozenset[str] = frozenset()  # places whose module adds to the stream itself: attention, ffn
+    kinds_key: str = ""  # a list of [[kinds of attention], how often], one after the other the layers'
     packs: bool = True  # whether a decoder's class keeps texts apart that share a row: position_ids that begin anew
     heads_key: str = "num_attention_heads"
     layers_key: str = "num_hidden_layers"
     hidden_key: str = "hidden_size"
+    embed_key: str = ""  # width of the embeddings, in models that have a projection (`project_in`) between them and the layers
     positions_key: str = "max_position_embeddings"
     positions_after_padding: bool = False  # position 0 of a text is the one after the padding token's: so many positions fewer can be read
     ffn_key: str = "intermediate_size"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from effconvert.checkpoint.families.decoders import LLAMA, MULTIPLIERS, OLMO2, QWEN2, QWEN3, QWEN_DEFAULTS
+from effconvert.checkpoint.families.decoders import LLAMA, MULTIPLIERS, OLMO2, QK_NORMS, QWEN2, QWEN3, QWEN_DEFAULTS
 from effconvert.checkpoint.families.family import Family
 
 WITHOUT_FFN = {part: at for part, at in LLAMA.parts.items() if part not in ("gate", "up", "down")}
@@ -85,6 +85,15 @@ SPARSE: Mapping[str, Family] = {
         experts_key="num_experts",
         defaults={"num_experts": 7, "num_experts_per_tok": 5, "pad_token_id": 100277, "eos_token_id": 100257},
         upcycled={},
+    ),
+    "olmoe": replace(
+        LLAMA,
+        base="OlmoeModel",
+        lm="OlmoeForCausalLM",
+        parts={**WITHOUT_FFN, **QK_NORMS, **EXPERTS},
+        per_kv_head=OLMO2.per_kv_head,
+        experts_key="num_experts",
+        defaults={"num_experts": 64, "num_experts_per_tok": 8},
     ),
     "granitemoe": replace(
         LLAMA,

@@ -64,7 +64,7 @@ def read_heads(layer: Layer) -> Heads:
     o = layer["o"].double().unflatten(1, (config.heads, config.head_dim))
     second = second_moment(layer, "q", biased)
     second += RIDGE * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype)
-    return Heads(q, k, v, o, second, config.rotary, config.family.rope, config.normed)
+    return Heads(q, k, v, o, second, config.turned(layer.index), config.family.rope, config.normed)
 
 
 def second_moment(layer: Layer, part: str, biased: bool) -> Tensor:

@@ -68,7 +68,7 @@ class ExpandKv(Surgery):
 
 
 def _choices(config: Config) -> list[int]:
-    config.place("attention")  # says so where nothing attends
+    config.place("scores")  # says so where nothing attends, or by itself
     if config.family.fixed_kv_heads:
         config.with_kv_heads(config.heads)  # says why
     larger = [count for count in range(config.kv_heads + 1, config.heads + 1) if count % config.kv_heads == 0 and config.heads % count == 0]

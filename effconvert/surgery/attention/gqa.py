@@ -23,6 +23,7 @@ POOL: Any = Field(
 )
 LOOKING = ("pca", "aligned")  # rules that look at what heads compute
 NORMED = "its queries and keys go through a norm, which leaves their heads' bases fixed but for signs: keys are averaged, and --pool counts for values alone"
+CLIPPED = "its queries, keys and values are clipped (clip_qkv), of which pooling knows nothing: the more is clipped, the less heads are what they were"
 
 
 class Gqa(Surgery):
@@ -70,8 +71,10 @@ class Gqa(Surgery):
         return not self.is_exact(config) and (self.pool in LOOKING or self._reorders)
 
     def notes(self, config: Config) -> str:
-        """Say what norms of queries and keys forbid."""
-        return NORMED if config.normed and self.pool in LOOKING and not self.is_exact(config) else ""
+        """Say what norms of queries and keys forbid, and what is done in spite of clipping."""
+        if self.pool not in LOOKING or self.is_exact(config):
+            return ""
+        return "; ".join(told for told, holds in ((NORMED, config.normed), (CLIPPED, config.get("clip_qkv"))) if holds)
 
     def layer(self, layer: Layer) -> None:
         """Make one head of each group of KV heads, in k and v and what goes with them, and fit q and o to it."""
@@ -113,9 +116,9 @@ def choices(config: Config) -> list[int]:
     """Return every number of KV heads that pooling this model can give.
 
     Raises:
-        ModelError: nothing attends in it.
+        ModelError: nothing attends in it, or by itself.
     """
-    config.place("attention")
+    config.place("scores")
     return [count for count in range(1, config.kv_heads + 1) if config.kv_heads % count == 0]
 
 

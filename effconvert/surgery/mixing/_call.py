@@ -44,8 +44,9 @@ class Rotation:
         """Return queries [B, H, T, D] as they would be with the angles `to` [B, 2, T, rotary]."""
         cos, sin = self.angles.expand(len(query), -1, -1, -1).unbind(1)
         size = cos.square() + sin.square()  # YaRN scales its angles
-        plain = self.apply(query, query, cos / size, -sin / size)[0]
-        return self.apply(plain, plain, to[:, 0], to[:, 1])[0]
+        turned, still = query.split([cos.shape[-1], query.shape[-1] - cos.shape[-1]], -1)
+        plain = self.apply(turned, turned, cos / size, -sin / size)[0]
+        return torch.cat([self.apply(plain, plain, to[:, 0], to[:, 1])[0], still], -1)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
+from effconvert.errors import ModelError
 from effconvert.surgery.mixing._mixing import Mixing
 
 if TYPE_CHECKING:
@@ -51,6 +52,15 @@ class Streaming(Mixing):
     def softmax_tokens(self) -> int:
         """Those of the window."""
         return self.window
+
+    @classmethod
+    def check_family(cls, config: Config) -> None:
+        """Refuse what does more to queries than RoPE: they cannot be put at another position."""
+        super().check_family(config)
+        family = config.family
+        for holds, why in ((family.norms_turned, "norms its queries after RoPE"), (family.scales_queries, "scales its queries by their position")):
+            if holds:
+                raise ModelError(f"{config.kind} {why}, so that they cannot be put at a position inside the cache; take linformer-causal")
 
     def is_exact(self, config: Config) -> bool:
         """Where no text is longer than the window."""

@@ -1,0 +1,107 @@
+"""Rows of decoders that are llama but for where norms stand, which layers RoPE turns, and what is beside what: see `Family`."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from effconvert.checkpoint.families.decoders import LLAMA, OLMO2, POST_NORMS, QK_NORMS
+from effconvert.checkpoint.families.family import Family
+
+WITHOUT_GATE = {part: at for part, at in LLAMA.parts.items() if part != "gate"}
+ONE_NORM = {part: at for part, at in LLAMA.parts.items() if part != "mlp_norm"}  # attention and MLP read the same, side by side
+WITHOUT_NORMS = {part: at for part, at in LLAMA.parts.items() if not part.endswith("_norm")}
+
+LLAMAS: Mapping[str, Family] = {
+    "smollm3": replace(
+        LLAMA,
+        base="SmolLM3Model",
+        lm="SmolLM3ForCausalLM",
+        turned_key="no_rope_layers",
+        unturned_key="no_rope_layer_interval",
+        defaults={"tie_word_embeddings": True, "num_key_value_heads": 4, "use_sliding_window": False, "no_rope_layer_interval": 4},
+    ),
+    "olmo": replace(LLAMA, base="OlmoModel", lm="OlmoForCausalLM", parts=WITHOUT_NORMS, outer={"embed": "embed_tokens"}),  # its norms have no parameters
+    "olmo3": replace(OLMO2, base="Olmo3Model", lm="Olmo3ForCausalLM", pattern_key="", pattern=4, defaults={"sliding_window": 4096}, upcycled={}),
+    "starcoder2": replace(
+        LLAMA,
+        base="Starcoder2Model",
+        lm="Starcoder2ForCausalLM",
+        parts={**WITHOUT_GATE, "up": "mlp.c_fc", "down": "mlp.c_proj"},
+        defaults={"tie_word_embeddings": True, "num_key_value_heads": 2},
+        windowed="starcoder2",
+        layers_alike=True,
+    ),
+    "stablelm": replace(
+        LLAMA,
+        base="StableLmModel",
+        lm="StableLmForCausalLM",
+        lacking={"mlp_norm": ("use_parallel_residual", True)},
+        defaults={"num_key_value_heads": 32, "partial_rotary_factor": 0.25, "use_parallel_residual": False},
+        constants={"qk_layernorm": False},
+    ),
+    "phi": replace(
+        LLAMA,
+        base="PhiModel",
+        lm="PhiForCausalLM",
+        parts={**{part: at for part, at in ONE_NORM.items() if part != "gate"}, "o": "self_attn.dense", "up": "mlp.fc1", "down": "mlp.fc2"},
+        outer={"embed": "embed_tokens", "final_norm": "final_layernorm"},
+        defaults={"partial_rotary_factor": 0.5},
+        constants={"qk_layernorm": False},
+    ),
+    "cohere2": replace(
+        LLAMA,
+        base="Cohere2Model",
+        lm="Cohere2ForCausalLM",
+        rope="interleaved",
+        turns_windows=True,
+        parts=ONE_NORM,
+        pattern=4,
+        defaults={"tie_word_embeddings": True, "sliding_window": 4096},
+    ),
+    "glm4": replace(
+        LLAMA,
+        base="Glm4Model",
+        lm="Glm4ForCausalLM",
+        rope="interleaved",
+        parts={
+            **LLAMA.parts,
+            **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj"),
+            "attn_post_norm": "post_self_attn_layernorm",
+            "mlp_post_norm": "post_mlp_layernorm",
+        },
+        defaults={"num_key_value_heads": 2, "head_dim": 128, "partial_rotary_factor": 0.5},
+    ),
+    "nemotron": replace(LLAMA, base="NemotronModel", lm="NemotronForCausalLM", parts=WITHOUT_GATE, defaults={"partial_rotary_factor": 0.5}),
+    "seed_oss": replace(LLAMA, base="SeedOssModel", lm="SeedOssForCausalLM", defaults={"num_key_value_heads": 8, "head_dim": 128}),
+    "arcee": replace(LLAMA, base="ArceeModel", lm="ArceeForCausalLM", parts=WITHOUT_GATE),
+    "ministral3": replace(
+        LLAMA,
+        base="Ministral3Model",
+        lm="Ministral3ForCausalLM",
+        defaults={"num_key_value_heads": 8, "head_dim": 128},
+        layers_alike=True,
+        scales_queries=True,
+    ),
+    "ernie4_5": replace(
+        LLAMA,
+        base="Ernie4_5Model",
+        lm="Ernie4_5ForCausalLM",
+        rope="interleaved",
+        defaults={"tie_word_embeddings": True, "num_key_value_heads": 2, "head_dim": 128},
+    ),
+    "hunyuan_v1_dense": replace(
+        LLAMA,
+        base="HunYuanDenseV1Model",
+        lm="HunYuanDenseV1ForCausalLM",
+        parts={**LLAMA.parts, "q_norm": "self_attn.query_layernorm", "k_norm": "self_attn.key_layernorm"},
+        norms_turned=True,
+    ),
+    "exaone4": replace(
+        LLAMA,
+        base="Exaone4Model",
+        lm="Exaone4ForCausalLM",
+        parts={**WITHOUT_NORMS, **QK_NORMS, **POST_NORMS},
+        turns_windows=True,
+        turns_without=True,
+        defaults={"num_key_value_heads": 32, "sliding_window": 4096, "sliding_window_pattern": 4},
+    ),
+}

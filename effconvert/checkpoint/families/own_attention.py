@@ -1,0 +1,119 @@
+"""Rows of families whose classes attend by themselves, and not through transformers' AttentionInterface: see `Family`."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from effconvert.checkpoint.families.decoders import GPT2
+from effconvert.checkpoint.families.family import Family
+
+GPTJ = replace(
+    GPT2,
+    base="GPTJModel",
+    lm="GPTJForCausalLM",
+    parts={
+        "q": "attn.q_proj",
+        "k": "attn.k_proj",
+        "v": "attn.v_proj",
+        "o": "attn.out_proj",
+        "up": "mlp.fc_in",
+        "down": "mlp.fc_out",
+        "attn_norm": "ln_1",  # attention and MLP read the same, side by side
+    },
+    outer={"embed": "wte", "final_norm": "ln_f"},
+    own_attention=True,
+    packs=False,
+    transposed=False,
+    rope="interleaved",
+    rotary_key="rotary_dim",
+    rotary_counts=True,
+    multi_query="",
+    defaults={"rotary_dim": 64},
+)
+BLOOM = Family(
+    base="BloomModel",
+    lm="BloomForCausalLM",
+    prefix="transformer",
+    layers="h",
+    parts={
+        **dict.fromkeys(("q", "k", "v"), "self_attention.query_key_value"),
+        "o": "self_attention.dense",
+        "up": "mlp.dense_h_to_4h",
+        "down": "mlp.dense_4h_to_h",
+        "attn_norm": "input_layernorm",
+        "mlp_norm": "post_attention_layernorm",
+    },
+    outer={"embed": "word_embeddings", "embed_norm": "word_embeddings_layernorm", "final_norm": "ln_f"},
+    head={"head": "lm_head"},
+    own_attention=True,
+    adds_inside=frozenset({"attention", "ffn"}),
+    packs=False,
+    per_head=True,
+    heads_key="n_head",
+    layers_key="n_layer",
+    positions_key="",
+    ffn_key="",
+    kv_heads_key="",
+    ffn="mlp",
+    defaults={"tie_word_embeddings": True},
+)
+
+OWN_ATTENTION: Mapping[str, Family] = {
+    "gptj": GPTJ,
+    "codegen": replace(
+        GPTJ,
+        base="CodeGenModel",
+        lm="CodeGenForCausalLM",
+        parts={**dict.fromkeys(("q", "v", "k"), "attn.qkv_proj"), **{part: at for part, at in GPTJ.parts.items() if part not in ("q", "k", "v")}},
+        buffers=(*GPTJ.buffers, "attn.causal_mask"),
+        blocks=4,
+    ),
+    "gpt_neo": replace(
+        GPT2,
+        base="GPTNeoModel",
+        lm="GPTNeoForCausalLM",
+        parts={
+            "q": "attn.attention.q_proj",
+            "k": "attn.attention.k_proj",
+            "v": "attn.attention.v_proj",
+            "o": "attn.attention.out_proj",
+            "up": "mlp.c_fc",
+            "down": "mlp.c_proj",
+            "attn_norm": "ln_1",
+            "mlp_norm": "ln_2",
+        },
+        buffers=("attn.attention.bias", "attn.attention.masked_bias"),
+        own_attention=True,
+        packs=False,
+        transposed=False,
+        heads_key="num_heads",
+        layers_key="num_layers",
+        hidden_key="hidden_size",
+        ffn_key="intermediate_size",
+        positions_key="max_position_embeddings",
+        kinds_key="attention_types",
+        multi_query="",
+    ),
+    "bloom": BLOOM,
+    "mpt": replace(
+        BLOOM,
+        base="MptModel",
+        lm="MptForCausalLM",
+        layers="blocks",
+        parts={
+            **dict.fromkeys(("q", "k", "v"), "attn.Wqkv"),
+            "o": "attn.out_proj",
+            "up": "ffn.up_proj",
+            "down": "ffn.down_proj",
+            "attn_norm": "norm_1",
+            "mlp_norm": "norm_2",
+        },
+        outer={"embed": "wte", "final_norm": "norm_f"},
+        adds_inside=frozenset({"ffn"}),
+        per_head=False,
+        heads_key="n_heads",
+        layers_key="n_layers",
+        hidden_key="d_model",
+        positions_key="max_seq_len",
+        ffn="ffn",
+    ),
+}
