@@ -25,20 +25,20 @@ from effconvert.eval.speed.bench_options import BenchOptions
 from effconvert.eval.subject import load_model, open_model, pick_device
 from effconvert.modeling import loading
 from effconvert.options import RunOptions
-from effconvert.progress import Watcher
+from effconvert.progress import Progress
 from effconvert.recipe import step
 from effconvert.surgery._surgery import Step
 
 Models = Sequence[str | PathLike[str]] | str | PathLike[str]
 
 
-def convert(model: str | PathLike[str], /, *steps: Step | Mapping[str, Any] | str, watcher: Watcher | None = None, **options: Any) -> Outcome:
+def convert(model: str | PathLike[str], /, *steps: Step | Mapping[str, Any] | str, progress: Progress | None = None, **options: Any) -> Outcome:
     """Convert a model by one technique or several in order.
 
     Args:
         model: a folder, a Hub id or a .gguf file.
         steps: techniques, as objects (`Gqa(groups=1)`) or as in a recipe (`{"gqa": {"groups": 1}}`, or the bare name).
-        watcher: who is told how it goes on; by default nobody.
+        progress: shows the progress; by default nothing is shown.
         options: those of `RunOptions`: output, revision, dry_run, overwrite, verify, text, tokens, context.
 
     Raises:
@@ -47,25 +47,25 @@ def convert(model: str | PathLike[str], /, *steps: Step | Mapping[str, Any] | st
         EffconvertError: the disk or the network failed; the same call goes on from there.
     """
     surgeries = tuple(step(given, f"step {number}") for number, given in enumerate(steps, 1))
-    return run.convert(fspath(model), surgeries, RunOptions(**options), watcher)
+    return run.convert(fspath(model), surgeries, RunOptions(**options), progress)
 
 
-def evaluate(models: Models, /, watcher: Watcher | None = None, **options: Any) -> Evaluation:
+def evaluate(models: Models, /, progress: Progress | None = None, **options: Any) -> Evaluation:
     """Measure how good models are, the original first; `options` are those of `EvalOptions`.
 
     Raises:
         OptionError, ModelError, EffconvertError: as `effconvert.eval.quality.evaluate.evaluate` says.
     """
-    return evaluation.evaluate(_listed(models), EvalOptions(**options), watcher)
+    return evaluation.evaluate(_listed(models), EvalOptions(**options), progress)
 
 
-def bench(models: Models, /, watcher: Watcher | None = None, **options: Any) -> Benchmark:
+def bench(models: Models, /, progress: Progress | None = None, **options: Any) -> Benchmark:
     """Measure how fast models are, the original first; `options` are those of `BenchOptions`.
 
     Raises:
         OptionError, ModelError, EffconvertError: as `effconvert.eval.speed.bench.bench` says.
     """
-    return timing.bench(_listed(models), BenchOptions(**options), watcher)
+    return timing.bench(_listed(models), BenchOptions(**options), progress)
 
 
 @dataclass(frozen=True)

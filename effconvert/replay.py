@@ -17,7 +17,7 @@ from effconvert.eval.speed.bench import bench, contexts_of, device_of
 from effconvert.eval.subject import open_model
 from effconvert.options import Conversion, RunOptions
 from effconvert.paths import expand, real
-from effconvert.progress import Silent, Watcher
+from effconvert.progress import NoProgress, Progress
 from effconvert.recipe import Recipe, outputs
 from effconvert.surgery._surgery import Step
 
@@ -34,7 +34,7 @@ class Replay:
     files: tuple[Path, ...] = ()  # what was written beside the output
 
 
-def replay(recipes: Sequence[Recipe], dry_run: bool = False, watcher: Watcher | None = None) -> list[Replay]:
+def replay(recipes: Sequence[Recipe], dry_run: bool = False, progress: Progress | None = None) -> list[Replay]:
     """Carry out `recipes`, which `effconvert.recipe.read` put in order.
 
     Everything that can be foreseen is refused before anything is written. A stage that this very recipe wrote before is taken as it is.
@@ -42,11 +42,11 @@ def replay(recipes: Sequence[Recipe], dry_run: bool = False, watcher: Watcher | 
     Raises:
         OptionError, ModelError, EffconvertError: as the commands do; the recipe's output is named.
     """
-    watcher = watcher or Silent()
-    planned = [_named(recipe, recipes, partial(_foresee, recipe, recipes, watcher if dry_run else Silent())) for recipe in recipes]
+    progress = progress or NoProgress()
+    planned = [_named(recipe, recipes, partial(_foresee, recipe, recipes, progress if dry_run else NoProgress())) for recipe in recipes]
     if dry_run:
         return [Replay(outcomes) for outcomes in planned]
-    return [_named(recipe, recipes, partial(_carry_out, recipe, watcher)) for recipe in recipes]
+    return [_named(recipe, recipes, partial(_carry_out, recipe, progress)) for recipe in recipes]
 
 
 def _named(recipe: Recipe, recipes: Sequence[Recipe], act: Callable[[], Result]) -> Result:
@@ -57,7 +57,7 @@ def _named(recipe: Recipe, recipes: Sequence[Recipe], act: Callable[[], Result])
         raise type(error)(f"the recipe for {recipe.target}: {error}" if len(recipes) > 1 else str(error)) from error
 
 
-def _foresee(recipe: Recipe, recipes: Sequence[Recipe], watcher: Watcher) -> tuple[Outcome, ...]:
+def _foresee(recipe: Recipe, recipes: Sequence[Recipe], progress: Progress) -> tuple[Outcome, ...]:
     """Plan a recipe; where it begins from what another one is still to write, plan both as one."""
     model, revision = recipe.model, recipe.revision
     before: tuple[Step, ...] = ()
@@ -70,13 +70,13 @@ def _foresee(recipe: Recipe, recipes: Sequence[Recipe], watcher: Watcher) -> tup
     if recipe.report:
         check_drawing()
     outcomes = [
-        convert(model, (*before, *steps), _options(recipe, folder, revision=revision, dry_run=True), watcher, reuse=True)
+        convert(model, (*before, *steps), _options(recipe, folder, revision=revision, dry_run=True), progress, reuse=True)
         for steps, folder in zip(_stages(recipe), outputs(recipe), strict=True)
     ]
     first = _first(model, revision)
     if recipe.evaluate:
         with TemporaryDirectory() as scratch:
-            prepare([first], recipe.evaluate, Path(scratch), Silent())
+            prepare([first], recipe.evaluate, Path(scratch), NoProgress())
     if recipe.bench:
         device_of(recipe.bench)
         contexts_of([open_model(first)], recipe.bench)
@@ -103,15 +103,15 @@ def _first(model: str, revision: str | None) -> str:
     return f"{model}@{revision}" if revision else model
 
 
-def _carry_out(recipe: Recipe, watcher: Watcher) -> Replay:
+def _carry_out(recipe: Recipe, progress: Progress) -> Replay:
     conversions = [
-        convert(recipe.model, steps, _options(recipe, folder), watcher, reuse=True) for steps, folder in zip(_stages(recipe), outputs(recipe), strict=True)
+        convert(recipe.model, steps, _options(recipe, folder), progress, reuse=True) for steps, folder in zip(_stages(recipe), outputs(recipe), strict=True)
     ]
     models, files = [_first(recipe.model, recipe.revision), *(str(outcome.output) for outcome in conversions)], _files(recipe)
-    evaluation = evaluate(models, recipe.evaluate, watcher) if recipe.evaluate else None
+    evaluation = evaluate(models, recipe.evaluate, progress) if recipe.evaluate else None
     if evaluation:
         save(evaluation, files["evaluate"])
-    benchmark = (_measured_before(files["bench"], models, recipe) or bench(models, recipe.bench, watcher)) if recipe.bench else None
+    benchmark = (_measured_before(files["bench"], models, recipe) or bench(models, recipe.bench, progress)) if recipe.bench else None
     if benchmark:
         save(benchmark, files["bench"])
     if recipe.report:

@@ -41,13 +41,13 @@ def run(models: tuple[str, ...], **values: Any) -> None:
     """
     options = BenchOptions(**given(values))
 
-    from effconvert.commands._still import Still
+    from effconvert.commands._bench_terminal import BenchTerminal
     from effconvert.errors import EffconvertError
     from effconvert.eval.results import check_output, save
     from effconvert.eval.speed.bench import bench
 
     check_output(options.output, models)
-    terminal = Still(models[0])
+    terminal = BenchTerminal(models[0])
     found = bench(models, options, terminal)
     if options.output:
         save(found, options.output)

@@ -28,7 +28,7 @@ from effconvert.hub.card import render
 from effconvert.hub.hub_errors import explained
 from effconvert.hub.publishable import last_name, without_paths
 from effconvert.hub.push_options import PushOptions
-from effconvert.progress import Silent, Watcher
+from effconvert.progress import NoProgress, Progress
 from effconvert.quiet import quiet_hub
 from effconvert.surgery._placed import open_checked
 
@@ -51,21 +51,21 @@ class Pushed:
     card_edited: bool = False  # the README.md in the folder was changed by hand, which is not what was sent
 
 
-def push(folder: Path, repo: str, options: PushOptions | None = None, watcher: Watcher | None = None) -> Pushed:
+def push(folder: Path, repo: str, options: PushOptions | None = None, progress: Progress | None = None) -> Pushed:
     """Push the converted model in `folder` to `repo` on the Hub.
 
     Args:
         folder: what a conversion wrote, and verified.
         repo: `owner/name`, or `name` for one of your own; made if it is not there.
         options: where in it, and what goes with it.
-        watcher: who is told how it goes on; by default nobody.
+        progress: shows the progress; by default nothing is shown.
 
     Raises:
         OptionError: there is no such folder, the Hub does not allow it, or a results file is about another model.
         ModelError: the model was not verified, or is not what effconvert wrote.
         EffconvertError: the network failed; the same call goes on from there.
     """
-    options, watcher = options or PushOptions(), watcher or Silent()
+    options, progress = options or PushOptions(), progress or NoProgress()
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -77,7 +77,7 @@ def push(folder: Path, repo: str, options: PushOptions | None = None, watcher: W
     left_alone = tuple(name for name in foreign if name not in files)
     edited = CARD in manifest["files"] and manifest["sha256"].get(CARD) != file_hash(folder / CARD)
     planned = Pushed(repo, None, None, options.revision or "main", sizes, left_alone, card_edited=edited)
-    return planned if options.dry_run else _send(planned, files, message(manifest, options), options, watcher)
+    return planned if options.dry_run else _send(planned, files, message(manifest, options), options, progress)
 
 
 def check(folder: Path) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def message(manifest: dict[str, Any], options: PushOptions) -> str:
     return options.message or f"{', '.join(name for step in manifest['recipe'] for name in step)} by effconvert {manifest['effconvert']}"
 
 
-def _send(planned: Pushed, files: dict[str, Content], text: str, options: PushOptions, watcher: Watcher) -> Pushed:
+def _send(planned: Pushed, files: dict[str, Content], text: str, options: PushOptions, progress: Progress) -> Pushed:
     if not (token := get_token()):
         raise OptionError("nobody is logged in to the Hub here; run `hf auth login` with a token that may write, or set HF_TOKEN")
     api = HfApi(token=token)
@@ -188,8 +188,8 @@ def _send(planned: Pushed, files: dict[str, Content], text: str, options: PushOp
         repo, there = _open(api, planned.repo, options)
         _check_place(repo, there, files, options)
         operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
-        _upload(api, repo, operations, options, watcher)
-        watcher.step("making the commit")
+        _upload(api, repo, operations, options, progress)
+        progress.step("making the commit")
         summary, _, description = text.strip().partition("\n")
         commit = api.create_commit(
             repo, operations, commit_message=summary, commit_description=description.strip(), revision=options.revision, create_pr=options.pr
@@ -235,11 +235,11 @@ def _check_card(api: HfApi, content: Content) -> None:
     hf_raise_for_status(answer)
 
 
-def _upload(api: HfApi, repo: str, operations: list[CommitOperationAdd], options: PushOptions, watcher: Watcher) -> None:
+def _upload(api: HfApi, repo: str, operations: list[CommitOperationAdd], options: PushOptions, progress: Progress) -> None:
     shards = [operation for operation in operations if operation.path_in_repo.endswith(".safetensors")]
     rest = [operation for operation in operations if operation not in shards]
     for at, group in enumerate([*([shard] for shard in shards), rest], 1):
-        watcher.step(f"uploading {group[0].path_in_repo} ({at} of {len(shards)})" if group is not rest else "uploading what is small")
+        progress.step(f"uploading {group[0].path_in_repo} ({at} of {len(shards)})" if group is not rest else "uploading what is small")
         api.preupload_lfs_files(repo, group, revision=options.revision, create_pr=options.pr, free_memory=False)
 
 

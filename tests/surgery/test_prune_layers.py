@@ -25,7 +25,7 @@ from effconvert.heal._forward import Forward
 from effconvert.heal.refit import Refit, after_gaps
 from effconvert.modeling.loading import class_of
 from effconvert.options import RunOptions
-from effconvert.progress import Silent
+from effconvert.progress import NoProgress
 from effconvert.recipe import read
 from effconvert.replay import replay
 from effconvert.surgery.attention.gqa import Gqa
@@ -430,7 +430,7 @@ def test_layers_are_chosen_of_what_the_steps_before_leave():
     assert not Path("fitted").exists()
 
 
-class Bars(Silent):
+class Bars(NoProgress):
     """Keeps what bars are told: what, of how many, how many are done."""
 
     def __init__(self):

@@ -23,7 +23,7 @@ from effconvert.eval.results import Evaluation
 from effconvert.eval.subject import open_model, pick_device
 from effconvert.modeling.loading import has_tokenizer
 from effconvert.paths import expand
-from effconvert.progress import Silent, Watcher
+from effconvert.progress import NoProgress, Progress
 from effconvert.quiet import quiet_transformers
 
 
@@ -38,7 +38,7 @@ class Prepared:
     device: str
 
 
-def prepare(models: Sequence[str], options: EvalOptions, scratch: Path, watcher: Watcher) -> Prepared:
+def prepare(models: Sequence[str], options: EvalOptions, scratch: Path, progress: Progress) -> Prepared:
     """Open the models, the text and the tasks.
 
     Raises:
@@ -50,34 +50,36 @@ def prepare(models: Sequence[str], options: EvalOptions, scratch: Path, watcher:
         raise OptionError(f"--include-path {options.include_path} is no folder; give one with task files")
     text = read_text(options.text) if options.text else default_text()
     device = pick_device(options.device)
-    running = [Running(open_model(model, watcher.step), options.dtype, device) for model in models]
+    running = [Running(open_model(model, progress.step), options.dtype, device) for model in models]
     for model in running:
         if model.opened.decoder != running[0].opened.decoder:
             raise OptionError(f"{running[0].name} and {model.name} are a decoder and an encoder, and nothing is measured on both; compare like with like")
         if not has_tokenizer(model.opened.folder):
             raise ModelError(f"{model.name} has no tokenizer beside it, so it cannot be given text; put one there")
     store, kind = Store(options.cache), Decoders if running[0].opened.decoder else Encoders
-    return Prepared(running, kind(running, options, text, store, scratch, talk=sys.stderr.isatty() and not isinstance(watcher, Silent)), store, text, device)
+    return Prepared(
+        running, kind(running, options, text, store, scratch, talk=sys.stderr.isatty() and not isinstance(progress, NoProgress)), store, text, device
+    )
 
 
-def evaluate(models: Sequence[str], options: EvalOptions, watcher: Watcher | None = None) -> Evaluation:
+def evaluate(models: Sequence[str], options: EvalOptions, progress: Progress | None = None) -> Evaluation:
     """Measure `models`, the original first, as `options` say.
 
     Args:
         models: folders, Hub ids or .gguf files.
         options: what is measured, on what.
-        watcher: who is told how it goes on; by default nobody.
+        progress: shows the progress; by default nothing is shown.
 
     Raises:
         OptionError: the asker wants something impossible.
         ModelError: a model cannot be loaded, or computes NaN.
         EffconvertError: memory, disk or network failed; what was measured until then is kept, and the same call goes on from there.
     """
-    watcher = watcher or Silent()
+    progress = progress or NoProgress()
     with TemporaryDirectory(prefix="effconvert-eval-") as scratch, quiet_transformers():
-        prepared = prepare(models, options, Path(scratch), watcher)
+        prepared = prepare(models, options, Path(scratch), progress)
         running, plan = prepared.running, prepared.plan
-        found = [_measure(plan, index, running[index], prepared.store, watcher) for index in range(len(running))]
+        found = [_measure(plan, index, running[index], prepared.store, progress) for index in range(len(running))]
     by_model = [[sample for measured in kept for sample in measured.samples] for kept in found]
     notes = [*plan.notes, *(f"{model.name}: {note}" for model, kept in zip(running, found, strict=True) for measured in kept for note in measured.notes)]
     if isinstance(plan, Decoders) and plan.harness:
@@ -98,13 +100,13 @@ def evaluate(models: Sequence[str], options: EvalOptions, watcher: Watcher | Non
     )
 
 
-def _measure(plan: Decoders | Encoders, index: int, model: Running, store: Store, watcher: Watcher) -> list[Measured]:
+def _measure(plan: Decoders | Encoders, index: int, model: Running, store: Store, progress: Progress) -> list[Measured]:
     found = []
     try:
         for measurement in plan.measurements(index):
             known = store.get(measurement.key)
             if known is None or measurement.wanted:
-                with watcher.bar(f"{model.name}: {measurement.what}", measurement.total, measurement.unit) as advance, enough_memory(measurement.what):
+                with progress.bar(f"{model.name}: {measurement.what}", measurement.total, measurement.unit) as advance, enough_memory(measurement.what):
                     known = measurement.run(advance)
                 store.put(measurement.key, known)
             found.append(known)

@@ -15,39 +15,39 @@ from effconvert.eval.speed import memory
 from effconvert.eval.speed.bench_options import CONTEXTS, BenchOptions
 from effconvert.eval.speed.passes import SEED, Job, Loaded, Runner, Seconds, bandwidth, writes
 from effconvert.eval.subject import Opened, load_model, open_model, pick_device, pick_dtype
-from effconvert.progress import Advance, Silent, Watcher
+from effconvert.progress import Advance, NoProgress, Progress
 from effconvert.quiet import quiet_transformers
 
 Result = TypeVar("Result")
 ROOM = 0.8  # of the free memory may be weights if all models are to be in it together
 
 
-def bench(models: Sequence[str], options: BenchOptions, watcher: Watcher | None = None) -> Benchmark:
+def bench(models: Sequence[str], options: BenchOptions, progress: Progress | None = None) -> Benchmark:
     """Measure how fast each of `models` is.
 
     Args:
         models: folders, Hub ids or .gguf files; the others are compared with the first.
         options: what to run, and how often.
-        watcher: who is told how it goes on; by default nobody.
+        progress: shows the progress; by default nothing is shown.
 
     Raises:
         OptionError: the asker wants something impossible.
         ModelError: a model is damaged, or of a family that effconvert does not know.
         EffconvertError: a model does not fit into memory.
     """
-    watcher = watcher or Silent()
+    progress = progress or NoProgress()
     if not models:
         raise OptionError("there is no model to measure; give at least one")
     device = device_of(options)
-    opened = [open_model(model, step=watcher.step) for model in models]
+    opened = [open_model(model, step=progress.step) for model in models]
     batches, contexts = list(dict.fromkeys(options.batch)), contexts_of(opened, options)
     together = _fit_together(opened, options, device)
     vocabulary = min(one.subject.vocabulary for one in opened)
-    watcher.step("measuring how fast memory is")
+    progress.step("measuring how fast memory is")
     moved = bandwidth(device)
     cells: list[Cell] = []
     passes = len(opened) * len(batches) * len(contexts) * (options.warmup + options.rounds + 1)
-    with quiet_transformers(), watcher.bar("measuring", passes, "steps") as advance:
+    with quiet_transformers(), progress.bar("measuring", passes, "steps") as advance:
         for group in [list(range(len(opened)))] if together else [[index] for index in range(len(opened))]:
             loaded = [Loaded(index, opened[index], load_model(opened[index], options.dtype, device)) for index in group]
             for batch in batches:
