@@ -1,7 +1,7 @@
 """What a technique is that puts something of its own at a place of a layer: options, new parameters, and what runs there."""
 # B = batch, T = tokens, M = hidden width.
 
-from __future__ import annotations  # `--help` must not wait for torch, which only types need here
+from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 import math
 from abc import abstractmethod
@@ -43,7 +43,7 @@ class Replacement(Layerwise):
     no_decoders: ClassVar[str] = ""  # likewise
     where: ClassVar[frozenset[str]] = frozenset({"layers"})  # options that say where, and not what
     frozen: ClassVar[tuple[str, ...]] = ()  # parameters that nothing trains
-    taught_by: ClassVar[str] = ""  # the place whose output it learns to give in `transfer`; empty: its own
+    transfer_place: ClassVar[str] = ""  # the place whose output `transfer` trains it to reproduce; empty: its own
 
     def places(self, config: Config) -> tuple[str, ...]:
         """Return where it runs in a chosen layer: its place, or several of them by its options."""

@@ -1,6 +1,6 @@
 """What every step of a conversion is: frozen options, a refusal, a new config, and what happens to the model."""
 
-from __future__ import annotations  # `--help` must not wait for torch, which only types need here
+from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 import re
 from abc import abstractmethod
@@ -37,8 +37,8 @@ class Forward(Protocol):
     def layer(self, index: int, states: Sequence[Tensor], without: str = "") -> list[Tensor]:
         """Return what a layer makes of what arrives, as it is or without its attention or ffn."""
 
-    def divergence(self, wanted: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-        """Return KL(wanted || found) in nats a token, of the predictions from what two models' last layers make."""
+    def divergence(self, reference: Sequence[Tensor], states: Sequence[Tensor]) -> float:
+        """Return KL(reference || states) in nats a token, of the predictions from two models' last hidden states."""
 
     def bar(self, steps: int) -> AbstractContextManager[Callable[[int], None]]:
         """Show whoever waits how many of so many steps are done: those that the function which this gives is told."""

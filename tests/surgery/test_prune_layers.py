@@ -485,7 +485,7 @@ def test_the_stream_of_the_original_is_that_of_transformers_between_layers_and_b
     checkpoint, ids = open_checkpoint(source), calibration()[:2]
     with torch.no_grad():
         walk = Activations(checkpoint, checkpoint, [checkpoint.model("cpu").outer], ids)
-        found = [walk.own(step) for step in (0, 2, 3, 6)]
+        found = [walk.original_stream(step) for step in (0, 2, 3, 6)]
         whole, half = opened(source).base_model, opened(source)
         silent(half, 1, "down")
         for index, batch in enumerate(ids):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from effconvert.checkpoint.layer import Layer
-from effconvert.surgery._rope import apart, together
+from effconvert.surgery._rope import join_pairs, split_pairs
 
 RIDGE = 1e-6  # of the mean of the moments' diagonal: in directions that the text never showed, the weights themselves decide
 
@@ -39,13 +39,13 @@ class Heads:
         return replace(self, q=self.q[own], k=self.k[kv], v=self.v[kv], o=self.o[:, own])
 
     def pairs(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Take rows [..., D, M] apart: what RoPE turns, as complex numbers [..., P, M], and what it leaves alone [..., D', M]."""
-        real, imaginary, still = apart(rows, self.rotary, self.layout, dim=-2)
+        """Take rows [..., D, M] split_pairs: what RoPE turns, as complex numbers [..., P, M], and what it leaves alone [..., D', M]."""
+        real, imaginary, still = split_pairs(rows, self.rotary, self.layout, dim=-2)
         return torch.complex(real, imaginary), still
 
     def rows(self, pairs: Tensor, still: Tensor) -> Tensor:
         """Undo `pairs`."""
-        return together(pairs.real, pairs.imag, still, self.layout, dim=-2)
+        return join_pairs(pairs.real, pairs.imag, still, self.layout, dim=-2)
 
 
 def read_heads(layer: Layer) -> Heads:

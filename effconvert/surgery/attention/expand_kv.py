@@ -1,7 +1,7 @@
 """Repeat the shared key and value heads: exact GQA to MHA."""
 # H = query heads, Hk = KV heads, G = KV heads after, D = head width.
 
-from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
+from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 from typing import TYPE_CHECKING
 

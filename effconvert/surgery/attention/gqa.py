@@ -1,7 +1,7 @@
 """Share each key and value head among a group of query heads (GQA)."""
 # M = hidden width, H = query heads, Hk = KV heads, G = KV heads after, D = head width.
 
-from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
+from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 from typing import TYPE_CHECKING, Any, Literal
 

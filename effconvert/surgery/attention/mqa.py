@@ -1,6 +1,6 @@
 """Share one key and value head among all query heads (MQA)."""
 
-from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
+from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 from typing import TYPE_CHECKING, ClassVar
 

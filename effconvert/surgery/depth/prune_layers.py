@@ -1,6 +1,6 @@
 """Drop whole layers, or their attention or MLP alone."""
 
-from __future__ import annotations  # `--help` must not wait for torch, which only types need here
+from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 from collections import deque
 from typing import TYPE_CHECKING, Literal

@@ -1,7 +1,7 @@
 """Copy each FFN into experts behind a router: sparse upcycling (MoE)."""
 # E = experts, K = experts that run for a token, G = granularity, M = hidden width, F = width inside the FFN.
 
-from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
+from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 from functools import partial
 from random import Random

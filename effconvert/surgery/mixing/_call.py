@@ -1,7 +1,7 @@
 """What a mixer is called with: queries, keys and values of new tokens, and what is remembered of those before."""
 # B = batch, H = query heads, Hk = KV heads, T = new tokens, D = head width, M = hidden width, P = tokens before them.
 
-from __future__ import annotations
+from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 import math
 from collections.abc import Callable, Mapping

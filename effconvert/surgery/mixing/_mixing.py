@@ -1,7 +1,7 @@
 """What techniques are that mix tokens otherwise than softmax attention does: in the place of all of it, or between its projections."""
 # B = batch, H = query heads, Hk = KV heads, T = tokens, D = head width.
 
-from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
+from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar

@@ -1,7 +1,7 @@
 """Mix tokens by Fourier transforms in place of attention (FNet)."""
 # B = batch, T = tokens of the longest text of a batch, M = hidden width, n = longest text that the model reads, made even.
 
-from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
+from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -51,7 +51,7 @@ class Fnet(TokenMixing):
 
     place = "attention"
     drops = ("q", "k", "v", "o")
-    taught_by = "layer"  # there is nothing at the place, or little, that could learn to give what attention gave
+    transfer_place = "layer"  # few or no parameters at its own place could reproduce the output of attention
     no_decoders = (
         "mixes a text over all of its tokens, later ones too, which a decoder must not see; linear, performer and retnet are for decoders, and streaming "
         "and linformer-causal keep softmax"

@@ -1,7 +1,7 @@
 """Linear attention by feature maps, with or without a softmax window."""
 # B = batch, H = query heads, Hk = KV heads, R = query heads that share one, T = tokens, D = head width, m = features, W = window.
 
-from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
+from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal

@@ -1,7 +1,7 @@
 """Project keys and values to a fixed number of them (Linformer)."""
 # B = batch, H = query heads, Hk = KV heads, R = query heads that share one, T = tokens, D = head width, n = longest text, K = rank, U = Hk, or 1 where shared.
 
-from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
+from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal

@@ -3,7 +3,7 @@
 # N = sinks, U = Hk, or 1 where shared, G = blocks that a call can reach into, C = blocks that can be finished by now,
 # Q = queries of a block: S, or 1 while decoding.
 
-from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
+from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 import math
 from collections.abc import Mapping

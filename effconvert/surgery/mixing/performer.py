@@ -1,7 +1,7 @@
 """Random features that estimate the softmax kernel (Performer)."""
 # B = batch, H = query heads, Hk = KV heads, R = query heads that share one, T = tokens, D = head width, m = features, C = tokens in a chunk.
 
-from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
+from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
