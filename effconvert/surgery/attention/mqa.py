@@ -21,7 +21,7 @@ class Mqa(Gqa):
       effconvert mqa --calibrate mine.txt ./SmolLM2-135M -o ./mqa
     """
 
-    groups: ClassVar[int] = 1  # type: ignore[misc]  # no options here, as they are there
+    groups: ClassVar[int] = 1  # type: ignore[misc]  # options of gqa, fixed here
     grouping: ClassVar[Grouping] = "adjacent"  # type: ignore[misc]
 
     @classmethod
