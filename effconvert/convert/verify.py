@@ -13,7 +13,7 @@ from effconvert.convert import exact
 from effconvert.convert.plan import Plan
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality import perplexity
-from effconvert.eval.quality.perplexity import Recorded
+from effconvert.eval.quality.perplexity import LogitsFile
 from effconvert.eval.quality.text import Text
 from effconvert.eval.verification import Side, Verification
 from effconvert.modeling import loading
@@ -119,7 +119,7 @@ def verify(plan: Plan, folder: Path, material: Material, scratch: Path, progress
             with progress.bar("measuring the original", count, "tokens") as advance:
                 before, expected, device = _side(plan, plan.checkpoint.folder, material, advance, record=scratch)
             with progress.bar("measuring the converted model", count, "tokens") as advance:
-                recorded = Recorded(scratch, measuring_dtype(plan), plan.checkpoint.config.vocabulary)
+                recorded = LogitsFile(scratch, measuring_dtype(plan), plan.checkpoint.config.vocabulary)
                 after, found, _ = _side(plan, folder, material, advance, reference=recorded)
     finally:
         scratch.unlink(missing_ok=True)
@@ -131,7 +131,7 @@ def verify(plan: Plan, folder: Path, material: Material, scratch: Path, progress
 
 
 def _side(
-    plan: Plan, folder: Path, material: Material, advance: Advance, record: Path | None = None, reference: Recorded | None = None
+    plan: Plan, folder: Path, material: Material, advance: Advance, record: Path | None = None, reference: LogitsFile | None = None
 ) -> tuple[Side, list[Tensor], str]:
     config = plan.config if folder != plan.checkpoint.folder else plan.checkpoint.config
     model, cut, whole = loading.load(folder, config, measuring_dtype(plan)), material.windows, not material.unmeasured

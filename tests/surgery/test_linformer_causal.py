@@ -14,7 +14,7 @@ from effconvert.convert.inspection import inspect
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality.perplexity import cache_bytes
-from effconvert.eval.report.tables import held
+from effconvert.eval.report import tables
 from effconvert.eval.subject import open_model
 from effconvert.modeling import cache_for
 from effconvert.modeling.caches import growth_bytes, kv_bytes, state_bytes
@@ -255,10 +255,10 @@ def test_reports_say_so(tmp_path):
     config, subject = open_checkpoint(folder).config, open_model(str(folder)).subject
     assert subject.growth_bytes == growth_bytes(config, 4) == 2 * config.kv_heads * 2 * config.head_dim * 4 // 8
     assert subject.kv_bytes == subject.growth_bytes + 2 * config.kv_heads * config.head_dim * 4
-    assert [held(subject, context) for context in (8, 16, 64)] == [kv_bytes(config, 4, context) for context in (8, 16, 64)]
+    assert [tables.cache_bytes(subject, context) for context in (8, 16, 64)] == [kv_bytes(config, 4, context) for context in (8, 16, 64)]
     seen = inspect(open_checkpoint(folder))
     assert seen.kv_bytes == {context: kv_bytes(config, 4, context) for context in seen.kv_bytes}
-    assert all(size == held(subject, context) for context, size in seen.kv_bytes.items())
+    assert all(size == tables.cache_bytes(subject, context) for context, size in seen.kv_bytes.items())
 
 
 def test_a_state_that_grows_otherwise_than_planned_is_a_fault(tmp_path, monkeypatch):
