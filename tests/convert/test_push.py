@@ -154,7 +154,7 @@ def test_a_pushed_model_is_loaded_as_its_card_says_and_is_the_same_to_the_last_b
 
     again = push(folder)
     assert again.exit_code == 0, again.output
-    assert "held all of this already" in again.stdout
+    assert "had all of this already" in again.stdout
     assert len(repo.commits) == 2
     assert len(server.uploads) == asked
 
