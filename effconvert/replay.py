@@ -161,6 +161,6 @@ def _earlier_benchmark(file: Path, models: Sequence[str], recipe: Recipe) -> Ben
     device = device_of(recipe.bench)
     resolved = {"context": contexts_of(opened, recipe.bench), "device": device}
     expected = {**recipe.bench.model_dump(mode="json", exclude={"output"}), **resolved}
-    same = [subject.digest for subject in earlier.subjects] == [model.subject.digest for model in opened]
-    here = (earlier.versions, earlier.machine) == (versions(), machine(device))  # speeds depend on libraries and machine
-    return earlier if same and here and all(earlier.settings.get(key) == value for key, value in expected.items()) else None
+    same_models = [subject.digest for subject in earlier.subjects] == [model.subject.digest for model in opened]
+    same_setup = (earlier.versions, earlier.machine) == (versions(), machine(device))  # speeds depend on libraries and machine
+    return earlier if same_models and same_setup and all(earlier.settings.get(key) == value for key, value in expected.items()) else None

@@ -49,8 +49,8 @@ def parameters(kind: type[Options]) -> list[click.Parameter]:
             options.append(click.Option([f"{flag}/--no-{flag[2:]}" if field.default else flag], is_flag=True, default=None, help=field.description))
             continue
         metavar = extra.get("metavar") or _metavar(field.annotation)
-        shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        default = "  [required]" if field.is_required() else f"  [default: {shown}]" if shown not in (None, "") else ""
+        default_text = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        default = "  [required]" if field.is_required() else f"  [default: {default_text}]" if default_text not in (None, "") else ""
         names = [flag] + ([str(extra["short"])] if "short" in extra else [])
         options.append(click.Option(names, metavar=str(metavar), help=f"{field.description}{default}"))
     return options

@@ -122,9 +122,9 @@ def _row(cell: "Cell", name: str) -> list[str]:
 
 def _ratios(cell: "Cell") -> list[str]:
     """Return the row of ratios below a row of numbers: of tokens a second, seconds and bytes."""
-    shown = {name: f"{_digits(ratio)} x" for name, ratio in cell.ratios.items()}
+    times = {name: f"{_digits(ratio)} x" for name, ratio in cell.ratios.items()}
     rates = {name: f"{_digits(1 / ratio)} x" for name, ratio in cell.ratios.items()}
-    first, step, cache, peak = (shown.get(name, "") for name in ("first", "decode", "cache", "peak"))
+    first, step, cache, peak = (times.get(name, "") for name in ("first", "decode", "cache", "peak"))
     return ["", "", rates.get("prefill", ""), first, rates.get("decode", ""), step, "", "", cache, peak]
 
 

@@ -136,8 +136,8 @@ class Replacement(Layerwise):
         for place in places:
             for name, value in self.values(layer, place).items():
                 layer[f"{place}.{OWN}{name}"] = value
-        gone = [part for part in layer if part in self.drops or (part.removesuffix(".bias") in self.drops and part.removesuffix(".bias") not in places)]
-        for part in gone:  # the bias of a projection that is itself replaced stays: it is added to the replacement's output
+        removed = [part for part in layer if part in self.drops or (part.removesuffix(".bias") in self.drops and part.removesuffix(".bias") not in places)]
+        for part in removed:  # the bias of a projection that is itself replaced stays: it is added to the replacement's output
             del layer[part]
 
     def values(self, layer: Layer, place: str) -> Mapping[str, Tensor]:

@@ -156,9 +156,9 @@ class Layerwise(Surgery):
         Raises:
             OptionError: a layer does not exist, or a range runs backwards.
         """
-        return set(range(config.layers)) if self.layers is None else self.named("layers", config)
+        return set(range(config.layers)) if self.layers is None else self.named_layers("layers", config)
 
-    def named(self, option: str, config: Config) -> set[int]:
+    def named_layers(self, option: str, config: Config) -> set[int]:
         """Return the layers that an option names.
 
         Raises:

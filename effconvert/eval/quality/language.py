@@ -52,8 +52,8 @@ def generation(model: Any, tokenizer: Any, passages: Passages, length: int, adva
         make("generation", "repeated_4", "mean", [1 - distinct(tokens, 4) for tokens in outputs], names, None),
         make("generation", "loops", "mean", [float(loops(tokens)) for tokens in outputs], names, None),
     )
-    shown = (tokenizer.decode(prompts[0], skip_special_tokens=True), tokenizer.decode(outputs[0], skip_special_tokens=True))
-    return Result(samples, texts=shown)
+    example = (tokenizer.decode(prompts[0], skip_special_tokens=True), tokenizer.decode(outputs[0], skip_special_tokens=True))
+    return Result(samples, texts=example)
 
 
 def prompt_length(window: int) -> int:

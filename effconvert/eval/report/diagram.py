@@ -17,10 +17,10 @@ LEFT, RIGHT = 16.0, 100.0  # edges of the part drawn to scale
 
 def layers(report: Report) -> list[Picture]:
     """Draw a layer of each model, all to the same scale."""
-    shown = report.subjects[: len(SERIES)]
-    widest = max(max(subject.ffn, subject.hidden) for subject in shown)
-    deepest = max(subject.layers for subject in shown)
-    return [_layer(subject, report.labels[place], place, widest, deepest) for place, subject in enumerate(shown)]
+    subjects = report.subjects[: len(SERIES)]
+    widest = max(max(subject.ffn, subject.hidden) for subject in subjects)
+    deepest = max(subject.layers for subject in subjects)
+    return [_layer(subject, report.labels[place], place, widest, deepest) for place, subject in enumerate(subjects)]
 
 
 def _layer(subject: Subject, label: str, place: int, widest: int, deepest: int) -> Picture:

@@ -100,14 +100,14 @@ def _panels(report: Report, evaluation: Evaluation, rows: list[Row], name: str, 
 def _intervals(axes: Axes, report: Report, evaluation: Evaluation, row: Row, at: int) -> None:
     """Draw the differences of one metric, its name above them."""
     places = report.which(evaluation)
-    shown = [(place, value) for place, value in list(zip(places, row.values, strict=True))[1:] if value and _can_draw(place, value)]
+    points = [(place, value) for place, value in list(zip(places, row.values, strict=True))[1:] if value and _can_draw(place, value)]
     behind = {"facecolor": SURFACE, "edgecolor": "none", "pad": 1.5}  # so that the line at zero does not cross the words
     above: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "center", "bbox": behind, "zorder": 1.5}
     axes.annotate(short(f"{row.task} {row.metric}", 32), (0, at - 0.38), **above)
-    if len(shown) == 1:
-        axes.annotate(difference(shown[0][1]), (1, at - 0.38), ha="right", **above)
-    for offset, (place, value) in enumerate(shown):
-        y = at + 0.12 + (offset - (len(shown) - 1) / 2) * 0.5 / max(len(shown), 2)
+    if len(points) == 1:
+        axes.annotate(difference(points[0][1]), (1, at - 0.38), ha="right", **above)
+    for offset, (place, value) in enumerate(points):
+        y = at + 0.12 + (offset - (len(points) - 1) / 2) * 0.5 / max(len(points), 2)
         axes.errorbar(
             [value.difference or 0],
             [y],

@@ -105,7 +105,7 @@ class PruneLayers(Layerwise):
 
     def chosen(self, config: Config) -> set[int]:
         """Return the layers to drop."""
-        return self.named("layers", config)
+        return self.named_layers("layers", config)
 
     def rewrite(self, model: Model) -> None:
         """Leave the layers out, or the parts that they skip."""

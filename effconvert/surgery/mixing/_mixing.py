@@ -39,7 +39,7 @@ class TokenMixing(Replacement):
 
     def chosen(self, config: Config) -> set[int]:
         """Return the layers to change: without those of --keep-softmax, and those whose window leaves nothing to gain."""
-        excluded = self.named("keep_softmax", config) if self.keep_softmax else set()
+        excluded = self.named_layers("keep_softmax", config) if self.keep_softmax else set()
         excluded |= {index for index, own in enumerate(config.windows()) if own and (self.leaves_windows or own <= self.softmax_tokens)}
         return super().chosen(config) - excluded
 

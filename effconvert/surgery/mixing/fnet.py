@@ -136,8 +136,8 @@ def fourier(rows: Tensor, live: Tensor) -> Tensor:
         return whole
     out, lengths = torch.zeros_like(rows), live.sum(1)
     for length in filter(None, lengths.unique().tolist()):
-        there = live & (lengths == length)[:, None]
-        out[there] = torch.fft.fft2(rows[there].unflatten(0, (-1, length))).real.flatten(0, 1)
+        mask = live & (lengths == length)[:, None]
+        out[mask] = torch.fft.fft2(rows[mask].unflatten(0, (-1, length))).real.flatten(0, 1)
     return out
 
 

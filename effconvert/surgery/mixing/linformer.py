@@ -181,8 +181,8 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, alive: Tensor, s
     """
     from torch.nn import functional
 
-    seen = (alive | ~alive.any(-1, keepdim=True))[:, :, None]
-    out = functional.scaled_dot_product_attention(query.flatten(2, 3), key, value, seen, scale=scaling)
+    visible = (alive | ~alive.any(-1, keepdim=True))[:, :, None]
+    out = functional.scaled_dot_product_attention(query.flatten(2, 3), key, value, visible, scale=scaling)
     output: Tensor = out.unflatten(2, query.shape[2:4]).flatten(1, 2)
     return output
 

@@ -125,12 +125,12 @@ class LinformerCausal(Mixing):
         far_key, far_value = (
             torch.cat(both, 2) for both in zip(call.first_tokens(self.sinks, positions), (mixed_key, mixed_value), strict=True)
         )  # [B, Hk, N + C K, D]
-        seen = torch.arange(size, device=device) <= place[..., None]  # [B or 1, Q, S]
+        visible = torch.arange(size, device=device) <= place[..., None]  # [B or 1, Q, S]
         number = torch.arange(mixed_key.shape[2], device=device)  # [C K], of each mixture
         over = number // self.rank < own[..., None]  # [B, G, C K]: whether the mixture is of an earlier block
         fewer = self._first_block_share(device).log().clamp_min(least)[number.clamp_max(self.rank - 1)]  # in the first block the sinks are not mixed
         weight = weights["weight"].float().unflatten(0, (key.shape[1], 1, -1, 1, 1)) + torch.where(number < self.rank, fewer, 0.0)  # [Hk, 1, R, 1, C K]
-        near_bias = torch.where(seen[:, None, None, None], 0.0, least)  # [B or 1, 1, 1, 1, Q, S]
+        near_bias = torch.where(visible[:, None, None, None], 0.0, least)  # [B or 1, 1, 1, 1, Q, S]
         far_bias = torch.where(over[:, None, :, None, None], weight, least)  # [B, Hk, G, R, 1, C K]
         sink_bias = torch.where(own > 0, 0.0, least)[:, None, :, None, None, None].expand(*far_bias.shape[:-1], self.sinks)
         far_bias = torch.cat([sink_bias, far_bias], -1)
