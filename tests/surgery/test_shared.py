@@ -82,7 +82,7 @@ def opened(folder):
     return model.eval()
 
 
-@pytest.mark.parametrize("what", SHARES.keys() - {"cache"})
+@pytest.mark.parametrize("what", sorted(SHARES.keys() - {"cache"}))
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_is_shared_is_on_disk_and_in_memory_once(what, tied):
     deep(tie_word_embeddings=tied)
