@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from effconvert.commands._still import Still
+from effconvert.commands._bench_terminal import BenchTerminal
 from effconvert.eval.results import machine, versions
 from effconvert.eval.speed.bench_options import BenchOptions
 from effconvert.eval.speed.passes import SEED, Job, Loaded, Runner
@@ -61,7 +61,7 @@ def main(models: tuple[str, ...], rounds: int, batch: int, context: int, new_tok
     file = Path(__file__).parent / "results" / f"bench_overhead-{about['date']}.csv"
     columns = [*about, "load", "model", "dtype", "batch", "context", "new_tokens", "what", "round", "prefill_s", "step_s"]
     table = Table("model", "what", "prefill, ms", "a step, ms", "(low-high)", "prefill, ratio", "step, ratio", title=f"medians of {rounds} rounds")
-    terminal = Still("")
+    terminal = BenchTerminal("")
     terminal.err = Console(file=StringIO(), force_terminal=True)
     passes = len(models) * (rounds + 2)
     with file.open("w", newline="") as opened_file, terminal.bar("measuring", passes, "steps") as advance:

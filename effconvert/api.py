@@ -1,13 +1,13 @@
-"""The Python door: the commands as functions, which return what the commands print as plain data.
+"""The Python API: the commands as functions that return their results as plain data.
 
     import effconvert
 
-    done = effconvert.convert("./SmolLM2-135M", {"gqa": {"groups": 1}}, output="smol-mqa")
-    found = effconvert.evaluate(["./SmolLM2-135M", "smol-mqa"], tasks=["piqa"], limit=200)
+    outcome = effconvert.convert("./SmolLM2-135M", {"gqa": {"groups": 1}}, output="smol-mqa")
+    quality = effconvert.evaluate(["./SmolLM2-135M", "smol-mqa"], tasks=["piqa"], limit=200)
     speed = effconvert.bench(["./SmolLM2-135M", "smol-mqa"], context=[512, 2048])
     model, tokenizer = effconvert.load("smol-mqa")
 
-Options are those of the command line, spelt with underscores, and a wrong one is an `OptionError` in the same words.
+Options are those of the command line with underscores. A wrong one raises an `OptionError` with the same message.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,52 +25,52 @@ from effconvert.eval.speed.bench_options import BenchOptions
 from effconvert.eval.subject import load_model, open_model, pick_device
 from effconvert.modeling import loading
 from effconvert.options import RunOptions
-from effconvert.progress import Watcher
+from effconvert.progress import Progress
 from effconvert.recipe import step
 from effconvert.surgery._surgery import Step
 
 Models = Sequence[str | PathLike[str]] | str | PathLike[str]
 
 
-def convert(model: str | PathLike[str], /, *steps: Step | Mapping[str, Any] | str, watcher: Watcher | None = None, **options: Any) -> Outcome:
-    """Convert a model by one technique or several in order.
+def convert(model: str | PathLike[str], /, *steps: Step | Mapping[str, Any] | str, progress: Progress | None = None, **options: Any) -> Outcome:
+    """Convert a model by one or several steps in order.
 
     Args:
         model: a folder, a Hub id or a .gguf file.
-        steps: techniques, as objects (`Gqa(groups=1)`) or as in a recipe (`{"gqa": {"groups": 1}}`, or the bare name).
-        watcher: who is told how it goes on; by default nobody.
-        options: those of `RunOptions`: output, revision, dry_run, overwrite, verify, text, tokens, context.
+        steps: as objects (`Gqa(groups=1)`), or as in a recipe (`{"gqa": {"groups": 1}}`, or the bare name).
+        progress: shows the progress; by default nothing is shown.
+        options: those of `RunOptions`: output, revision, dry_run, overwrite, verify, text, tokens, context and more.
 
     Raises:
-        OptionError: the asker wants something impossible.
-        ModelError: the model cannot be converted, or what was written is not sound.
-        EffconvertError: the disk or the network failed; the same call goes on from there.
+        OptionError: the options are impossible for this model.
+        ModelError: the model cannot be converted, or the result failed verification.
+        EffconvertError: the disk or the network failed; the same call resumes.
     """
-    surgeries = tuple(step(given, f"step {number}") for number, given in enumerate(steps, 1))
-    return run.convert(fspath(model), surgeries, RunOptions(**options), watcher)
+    parsed = tuple(step(entry, f"step {number}") for number, entry in enumerate(steps, 1))
+    return run.convert(fspath(model), parsed, RunOptions(**options), progress)
 
 
-def evaluate(models: Models, /, watcher: Watcher | None = None, **options: Any) -> Evaluation:
+def evaluate(models: Models, /, progress: Progress | None = None, **options: Any) -> Evaluation:
     """Measure how good models are, the original first; `options` are those of `EvalOptions`.
 
     Raises:
-        OptionError, ModelError, EffconvertError: as `effconvert.eval.quality.evaluate.evaluate` says.
+        OptionError, ModelError, EffconvertError: see `effconvert.eval.quality.evaluate.evaluate`.
     """
-    return evaluation.evaluate(_listed(models), EvalOptions(**options), watcher)
+    return evaluation.evaluate(_as_list(models), EvalOptions(**options), progress)
 
 
-def bench(models: Models, /, watcher: Watcher | None = None, **options: Any) -> Benchmark:
+def bench(models: Models, /, progress: Progress | None = None, **options: Any) -> Benchmark:
     """Measure how fast models are, the original first; `options` are those of `BenchOptions`.
 
     Raises:
-        OptionError, ModelError, EffconvertError: as `effconvert.eval.speed.bench.bench` says.
+        OptionError, ModelError, EffconvertError: see `effconvert.eval.speed.bench.bench`.
     """
-    return timing.bench(_listed(models), BenchOptions(**options), watcher)
+    return timing.bench(_as_list(models), BenchOptions(**options), progress)
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to be run; unpacks into the model and its tokenizer."""
+    """A loaded model; unpacks into the model and its tokenizer."""
 
     model: Any  # of transformers, on its device, in evaluation mode
     tokenizer: Any  # None where the model has none
@@ -82,15 +82,15 @@ class Loaded:
 
 
 def load(model: str | PathLike[str], dtype: str = "auto", device: str | None = None) -> Loaded:
-    """Load a model with stock transformers, strictly: nothing missing, nothing left over, no code of its own run.
+    """Load a model with transformers, strictly: no tensor missing, none left over, and no remote code.
 
     Args:
         model: a folder, a Hub id (`org/name` or `org/name@revision`) or a .gguf file.
-        dtype: `auto`, which is that of the weights, float32, bfloat16 or float16.
-        device: where to; by default this machine's accelerator, or the CPU.
+        dtype: `auto` (that of the weights), float32, bfloat16 or float16.
+        device: by default this machine's accelerator, or the CPU.
 
     Raises:
-        OptionError: there is no such model, type or device.
+        OptionError: the model, type or device does not exist.
         ModelError: the model cannot be loaded.
     """
     options = EvalOptions(dtype=dtype, device=device)
@@ -99,6 +99,6 @@ def load(model: str | PathLike[str], dtype: str = "auto", device: str | None = N
     return Loaded(load_model(opened, options.dtype, pick_device(options.device)), tokenizer, opened.subject)
 
 
-def _listed(models: Models) -> list[str]:
-    listed = [models] if isinstance(models, str | PathLike) else models
-    return [fspath(model) for model in listed]
+def _as_list(models: Models) -> list[str]:
+    sequence = [models] if isinstance(models, str | PathLike) else models
+    return [fspath(model) for model in sequence]

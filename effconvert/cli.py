@@ -68,13 +68,13 @@ def _technique(name: str, summary: str) -> click.Command:
 
 def convert(model: str, **values: Any) -> None:
     """Convert by the technique that the command is named after."""
-    from effconvert.commands._click import given
+    from effconvert.commands._click import given_options
     from effconvert.console import Terminal
     from effconvert.convert.run import convert as run
     from effconvert.options import RunOptions
 
     name = click.get_current_context().info_name
-    chosen = given(values)
+    chosen = given_options(values)
     run_options = RunOptions(**{key: chosen.pop(key) for key in RunOptions.model_fields if key in chosen})
     technique = steps.load(str(name))(**chosen)
     terminal = Terminal(model)

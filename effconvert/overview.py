@@ -1,6 +1,6 @@
-"""The first page, `effconvert --help`: what there is, in one screen.
+"""The page of `effconvert --help`: all commands on one screen.
 
-Written without Click: importing Click alone takes 3.7 times as long as `python -c pass`, and this page is to take less than 4.
+It does not use Click: importing Click alone takes 3.7 times as long as `python -c pass`, and this page must take less than 4.
 """
 
 from effconvert import commands, steps
@@ -8,7 +8,7 @@ from effconvert import commands, steps
 PAGE = """\
 Usage: effconvert COMMAND [OPTIONS] MODEL
 
-  Turn a pretrained checkpoint into a cheaper architecture, and see what it cost.
+  Turn a pretrained checkpoint into a cheaper architecture, and measure the cost.
 
   MODEL is a folder with config.json and safetensors, a Hub id, or a .gguf file.
 
@@ -22,7 +22,7 @@ Other commands:
 {commands}
 
 Options:
-  -h, --help  Show this page, or that of a command.
+  -h, --help  Show this page, or the help of a command.
   --version   Show the version.
 
 Examples:
@@ -33,7 +33,7 @@ Examples:
 
 
 def page() -> str:
-    """Return the first page."""
+    """Return the page."""
     techniques, healing, others = steps.techniques(), steps.healing_methods(), commands.catalogue()
     width = max(map(len, [*techniques, *healing, *others]))
     return PAGE.format(techniques=_lines(techniques, width), healing=_lines(healing, width), commands=_lines(others, width))

@@ -1,4 +1,4 @@
-"""Who is told how a conversion goes on: a terminal, a notebook, or by default nobody."""
+"""Progress of a conversion: shown on a terminal, in a notebook, or by default nowhere."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -9,27 +9,27 @@ Unit = Literal["bytes", "tokens", "documents", "steps"]
 Advance = Callable[[int], None]
 
 
-class Watcher(Protocol):
-    """Who is told how a conversion goes on."""
+class Progress(Protocol):
+    """Shows the progress of a conversion."""
 
     def plan(self, model: str, plan: Any, output: Path, verify_bytes: int) -> None:
-        """Everything is planned for what the asker calls `model`; nothing is written yet."""
+        """Show the plan for `model`, spelt as the caller spelt it; nothing is written yet."""
 
     def step(self, what: str) -> None:
-        """Something begins that takes a while."""
+        """Show that a slow step begins."""
 
     def bar(self, what: str, total: int, unit: Unit) -> AbstractContextManager[Advance]:
-        """Something begins whose length is known: `total` units, and the function that is given is told how many more are done."""
+        """Show a bar for `total` units; yields a function that takes how many more are done."""
 
 
-class Silent:
-    """Tells nobody."""
+class NoProgress:
+    """Shows nothing."""
 
     def plan(self, model: str, plan: Any, output: Path, verify_bytes: int) -> None:
-        """Say nothing."""
+        """Show nothing."""
 
     def step(self, what: str) -> None:
-        """Say nothing."""
+        """Show nothing."""
 
     def bar(self, what: str, total: int, unit: Unit) -> AbstractContextManager[Advance]:
         """Show nothing."""

@@ -1,4 +1,4 @@
-"""How quantities are written for people: three or four digits and a unit."""
+"""Write quantities for people: three or four digits and a unit."""
 
 from collections.abc import Sequence
 

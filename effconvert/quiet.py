@@ -1,4 +1,4 @@
-"""Keep libraries from talking, and give them their voice back: the process belongs to whoever called."""
+"""Silence libraries for a while, and restore their settings: the process belongs to the caller."""
 
 import logging
 from collections.abc import Iterator
@@ -8,14 +8,14 @@ from typing import Any
 
 @contextmanager
 def quiet_hub(bars: bool = False) -> Iterator[None]:
-    """Keep huggingface_hub's warnings to itself, what matters of them is said by us; and its bars of progress, unless `bars` may stay."""
+    """Silence huggingface_hub's warnings, as our errors say what matters, and its progress bars, unless `bars` is true."""
     from huggingface_hub import utils
     from huggingface_hub.utils.logging import get_verbosity, set_verbosity
 
     verbosity = get_verbosity()
     set_verbosity(logging.ERROR)
     try:
-        with _bars_of(utils, bars):
+        with _without_bars(utils, bars):
             yield
     finally:
         set_verbosity(verbosity)
@@ -23,11 +23,11 @@ def quiet_hub(bars: bool = False) -> Iterator[None]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers from talking, and give it its voice back."""
+    """Silence transformers, and restore its settings."""
     from transformers.utils import logging
 
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    with quiet_hub():  # whose bars transformers turns off and on with its own
+    with quiet_hub():  # transformers switches the Hub's bars with its own
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         try:
@@ -40,16 +40,16 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """Keep the bars of progress of `datasets` to itself."""
+    """Silence the progress bars of `datasets`."""
     from datasets import utils
 
-    with _bars_of(utils, False):
+    with _without_bars(utils, False):
         yield
 
 
 @contextmanager
-def _bars_of(library: Any, shown: bool) -> Iterator[None]:
-    """Turn a library's bars off unless they are to be shown, and leave them as they were."""
+def _without_bars(library: Any, shown: bool) -> Iterator[None]:
+    """Turn a library's bars off unless `shown`, and restore them."""
     disabled = library.are_progress_bars_disabled()
     if not shown and not disabled:
         library.disable_progress_bars()

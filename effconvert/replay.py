@@ -1,4 +1,4 @@
-"""Carry out recipes: convert, then measure; what an earlier run finished is found and not done again."""
+"""Run recipes: convert, then measure; finished parts of an earlier run are reused."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from effconvert.eval.speed.bench import bench, contexts_of, device_of
 from effconvert.eval.subject import open_model
 from effconvert.options import Conversion, RunOptions
 from effconvert.paths import expand, real
-from effconvert.progress import Silent, Watcher
+from effconvert.progress import NoProgress, Progress
 from effconvert.recipe import Recipe, outputs
 from effconvert.surgery._surgery import Step
 
@@ -26,57 +26,57 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Replay:
-    """What came of a recipe."""
+    """The results of a recipe."""
 
-    conversions: tuple[Outcome, ...]  # one for each stage that was kept, the whole last
+    conversions: tuple[Outcome, ...]  # one for each folder of `outputs`
     evaluation: Evaluation | None = None
     benchmark: Benchmark | None = None
-    files: tuple[Path, ...] = ()  # what was written beside the output
+    files: tuple[Path, ...] = ()  # files written beside the output
 
 
-def replay(recipes: Sequence[Recipe], dry_run: bool = False, watcher: Watcher | None = None) -> list[Replay]:
-    """Carry out `recipes`, which `effconvert.recipe.read` put in order.
+def replay(recipes: Sequence[Recipe], dry_run: bool = False, progress: Progress | None = None) -> list[Replay]:
+    """Run `recipes`, in the order of `effconvert.recipe.read`.
 
-    Everything that can be foreseen is refused before anything is written. A stage that this very recipe wrote before is taken as it is.
+    All checks run before anything is written. A stage that this same recipe wrote before is reused.
 
     Raises:
         OptionError, ModelError, EffconvertError: as the commands do; the recipe's output is named.
     """
-    watcher = watcher or Silent()
-    planned = [_named(recipe, recipes, partial(_foresee, recipe, recipes, watcher if dry_run else Silent())) for recipe in recipes]
+    progress = progress or NoProgress()
+    planned = [_named(recipe, recipes, partial(_plan, recipe, recipes, progress if dry_run else NoProgress())) for recipe in recipes]
     if dry_run:
         return [Replay(outcomes) for outcomes in planned]
-    return [_named(recipe, recipes, partial(_carry_out, recipe, watcher)) for recipe in recipes]
+    return [_named(recipe, recipes, partial(_run, recipe, progress)) for recipe in recipes]
 
 
 def _named(recipe: Recipe, recipes: Sequence[Recipe], act: Callable[[], Result]) -> Result:
-    """Do something, and name the recipe that fails where there are several."""
+    """Call `act`; if it fails and there are several recipes, name the one in the error."""
     try:
         return act()
     except EffconvertError as error:
         raise type(error)(f"the recipe for {recipe.target}: {error}" if len(recipes) > 1 else str(error)) from error
 
 
-def _foresee(recipe: Recipe, recipes: Sequence[Recipe], watcher: Watcher) -> tuple[Outcome, ...]:
-    """Plan a recipe; where it begins from what another one is still to write, plan both as one."""
+def _plan(recipe: Recipe, recipes: Sequence[Recipe], progress: Progress) -> tuple[Outcome, ...]:
+    """Plan a recipe; if it converts an output that is not written yet, plan both recipes as one."""
     model, revision = recipe.model, recipe.revision
     before: tuple[Step, ...] = ()
     while (writer := _writer(model, recipes)) and (writer.overwrite or not expand(model).exists()):
         if revision:
-            raise OptionError(f"--revision is for models on the Hub, and {model} is what another recipe writes; leave it out")
+            raise OptionError(f"--revision is for models on the Hub, and {model} is the output of another recipe; leave it out")
         stage = [real(folder) for folder in outputs(writer)].index(real(model))
         model, revision, before = writer.model, writer.revision, (*_stages(writer)[stage], *before)
     _check_files(recipe, recipes)
     if recipe.report:
         check_drawing()
     outcomes = [
-        convert(model, (*before, *steps), _options(recipe, folder, revision=revision, dry_run=True), watcher, reuse=True)
+        convert(model, (*before, *steps), _options(recipe, folder, revision=revision, dry_run=True), progress, reuse=True)
         for steps, folder in zip(_stages(recipe), outputs(recipe), strict=True)
     ]
     first = _first(model, revision)
     if recipe.evaluate:
         with TemporaryDirectory() as scratch:
-            prepare([first], recipe.evaluate, Path(scratch), Silent())
+            prepare([first], recipe.evaluate, Path(scratch), NoProgress())
     if recipe.bench:
         device_of(recipe.bench)
         contexts_of([open_model(first)], recipe.bench)
@@ -84,34 +84,34 @@ def _foresee(recipe: Recipe, recipes: Sequence[Recipe], watcher: Watcher) -> tup
 
 
 def _check_files(recipe: Recipe, recipes: Sequence[Recipe]) -> None:
-    """Refuse results that would lie in a model's folder, or on top of each other."""
-    folders = {real(folder) for one in recipes for folder in outputs(one)}
-    places = [real(file) for one in recipes for file in _files(one).values()]
+    """Refuse results files inside a model's folder, or with the same path."""
+    folders = {real(folder) for other in recipes for folder in outputs(other)}
+    places = [real(file) for other in recipes for file in _files(other).values()]
     for what, file in _files(recipe).items():
         place = real(file)
         if place in folders or folders & set(place.parents):
-            raise OptionError(f"{file} would lie in the folder of a model; give another --output")
+            raise OptionError(f"{file} would be in the folder of a model; give another --output")
         if places.count(place) > 1:
             raise OptionError(f"{file} would be written twice; give each measurement its own --output")
         if what not in FORMS:
             check_output(file, [recipe.model])
         elif file.exists() and not recipe.overwrite and (file.is_dir() or b"effconvert" not in file.read_bytes()):
-            raise OptionError(f"{file} exists and is no report of effconvert; move it, or say overwrite: true")
+            raise OptionError(f"{file} exists and is no report of effconvert; move it, or write overwrite: true")
 
 
 def _first(model: str, revision: str | None) -> str:
     return f"{model}@{revision}" if revision else model
 
 
-def _carry_out(recipe: Recipe, watcher: Watcher) -> Replay:
+def _run(recipe: Recipe, progress: Progress) -> Replay:
     conversions = [
-        convert(recipe.model, steps, _options(recipe, folder), watcher, reuse=True) for steps, folder in zip(_stages(recipe), outputs(recipe), strict=True)
+        convert(recipe.model, steps, _options(recipe, folder), progress, reuse=True) for steps, folder in zip(_stages(recipe), outputs(recipe), strict=True)
     ]
     models, files = [_first(recipe.model, recipe.revision), *(str(outcome.output) for outcome in conversions)], _files(recipe)
-    evaluation = evaluate(models, recipe.evaluate, watcher) if recipe.evaluate else None
+    evaluation = evaluate(models, recipe.evaluate, progress) if recipe.evaluate else None
     if evaluation:
         save(evaluation, files["evaluate"])
-    benchmark = (_measured_before(files["bench"], models, recipe) or bench(models, recipe.bench, watcher)) if recipe.bench else None
+    benchmark = (_earlier_benchmark(files["bench"], models, recipe) or bench(models, recipe.bench, progress)) if recipe.bench else None
     if benchmark:
         save(benchmark, files["bench"])
     if recipe.report:
@@ -120,7 +120,7 @@ def _carry_out(recipe: Recipe, watcher: Watcher) -> Replay:
 
 
 def _stages(recipe: Recipe) -> list[tuple[Step, ...]]:
-    """Return the steps that lead to each folder of `outputs`: all of them, and with stages kept those up to each."""
+    """Return the steps that lead to each folder of `outputs`: all steps, and with keep_stages also those up to each stage."""
     first = 1 if recipe.keep_stages else len(recipe.steps)
     return [recipe.steps[:count] for count in range(first, len(recipe.steps) + 1)]
 
@@ -136,7 +136,7 @@ def _options(recipe: Recipe, folder: Path, **more: object) -> RunOptions:
 
 
 def _files(recipe: Recipe) -> dict[str, Path]:
-    """Return the files that go beside the output."""
+    """Return the files beside the output."""
     files = {}
     if recipe.evaluate:
         files["evaluate"] = recipe.evaluate.output or recipe.beside("eval.json")
@@ -147,20 +147,20 @@ def _files(recipe: Recipe) -> dict[str, Path]:
     return files
 
 
-def _measured_before(file: Path, models: Sequence[str], recipe: Recipe) -> Benchmark | None:
-    """Return what an interrupted run measured: speeds are in no cache, but the file is there if they were."""
+def _earlier_benchmark(file: Path, models: Sequence[str], recipe: Recipe) -> Benchmark | None:
+    """Return the benchmark of an interrupted run from its file, if it is for the same models, settings, libraries and machine."""
     if not file.is_file():
         return None
     try:
-        held = read(file)
+        earlier = read(file)
     except OptionError:
         return None
-    if not recipe.bench or not isinstance(held, Benchmark):
+    if not recipe.bench or not isinstance(earlier, Benchmark):
         return None
     opened = [open_model(model) for model in models]
     device = device_of(recipe.bench)
     resolved = {"context": contexts_of(opened, recipe.bench), "device": device}
-    asked = {**recipe.bench.model_dump(mode="json", exclude={"output"}), **resolved}
-    same = [subject.digest for subject in held.subjects] == [one.subject.digest for one in opened]
-    here = (held.versions, held.machine) == (versions(), machine(device))  # other libraries or another machine: other speeds
-    return held if same and here and all(held.settings.get(key) == value for key, value in asked.items()) else None
+    expected = {**recipe.bench.model_dump(mode="json", exclude={"output"}), **resolved}
+    same_models = [subject.digest for subject in earlier.subjects] == [model.subject.digest for model in opened]
+    same_setup = (earlier.versions, earlier.machine) == (versions(), machine(device))  # speeds depend on libraries and machine
+    return earlier if same_models and same_setup and all(earlier.settings.get(key) == value for key, value in expected.items()) else None

@@ -1,4 +1,4 @@
-"""What a conversion can consist of: techniques that change the architecture, and healing methods that bring quality back."""
+"""The steps of conversions: techniques that change the architecture, and healing methods that recover quality."""
 
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def catalogue() -> dict[str, str]:
-    """Map each step that a recipe may hold to its one-line summary, techniques first."""
+    """Map each step that a recipe can have to its one-line summary, techniques first."""
     return {**techniques(), **healing_methods()}
 
 

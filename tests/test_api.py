@@ -225,11 +225,11 @@ def test_who_watches_is_told(model):
             told.append(("bar", what))
             return nullcontext(lambda moved: None)
 
-    effconvert.convert("model", {"mqa": {"pool": "mean"}}, output="out", watcher=Watching(), **EASY)
+    effconvert.convert("model", {"mqa": {"pool": "mean"}}, output="out", progress=Watching(), **EASY)
     assert ("plan", "model", "out") in told
     assert ("bar", "writing out") in told
     told.clear()
-    effconvert.evaluate("model", watcher=Watching(), **QUICK_EVAL)
+    effconvert.evaluate("model", progress=Watching(), **QUICK_EVAL)
     assert any(what == "bar" for what, _ in told)
 
 

@@ -402,7 +402,7 @@ def test_an_output_that_is_another_recipes_stage_is_refused(model, refused):
 
 def test_what_the_command_line_replaces_could_be_meant_for_any_of_several(model, refused):
     for more in (["--model", "m"], ["-o", "x"], ["--overwrite"]):
-        assert "holds 2 recipes" in refused(recipe(), recipe(output="b"), more=more)
+        assert "has 2 recipes" in refused(recipe(), recipe(output="b"), more=more)
 
 
 def test_the_command_line_replaces_what_the_recipe_says(model, llama, run, command, same):

@@ -42,17 +42,17 @@ class Activations(Protocol):
     def original(self, layers: Sequence[int], parts: Sequence[str] = (), until: str = "") -> Iterator[Any]:
         """Run layers of the original on what arrives here, and yield what each batch was in the last of them."""
 
-    def own(self, step: int) -> Sequence[torch.Tensor]:
+    def original_stream(self, step: int) -> Sequence[torch.Tensor]:
         """Return the stream of the original where nothing was converted: before its layer l for 2 l, between that one's halves for 2 l + 1."""
 
     def stored(self, layer: Layer) -> dict[str, torch.Tensor]:
         """Return a layer as it will lie on disk: name in the layer -> numbers."""
 
-    def given(self, layer: Layer, place: str, learnt: Mapping[str, torch.Tensor], fixed: Mapping[str, torch.Tensor], batch: int) -> torch.Tensor:
-        """Return what a place of a layer gives on one batch if some parts were others, with gradients for these."""
+    def place_output(self, layer: Layer, place: str, trainable: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor], batch: int) -> torch.Tensor:
+        """Return the output at a place of a layer on one batch, with gradients for the `trainable` parts."""
 
-    def note(self, index: int, said: dict[str, float]) -> None:
-        """Keep what is to be told of a layer."""
+    def note(self, index: int, errors: dict[str, float]) -> None:
+        """Keep the errors of a layer for the report."""
 
 
 class Layer(Parts):

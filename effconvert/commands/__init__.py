@@ -1,6 +1,6 @@
-"""One file here is one command beside the techniques: its name is the command, and `command` in it is what Click runs.
+"""Each file here is a command beside the techniques: its name is the command's, and Click runs its `command`.
 
-The first line of a file is what the list of commands says, as for techniques.
+The first line of a file is its summary in the list of commands, as for techniques.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Click parameters made of a set of options: its fields check the values, so that every door says the same."""
+"""Click parameters built from option classes, which check the values: so command line, recipes and Python give the same errors."""
 
 from collections.abc import Callable
 from types import NoneType, UnionType
@@ -11,13 +11,13 @@ from effconvert.options import Options
 
 
 class OptionsCommand(click.Command):
-    """A command whose options are the fields of some classes; of an option that is none of them it says what every door says.
+    """A command whose options are the fields of some classes.
 
     Args:
-        name: how it is called.
-        arguments: what it takes beside options.
-        kinds: gives the classes, imported when somebody asks for the options.
-        run: does it; its docstring is the help page.
+        name: of the command.
+        arguments: its positional arguments.
+        kinds: returns the classes; called only when the options are needed, as it may import much.
+        run: the function to call; its docstring is the help page.
     """
 
     def __init__(self, name: str, arguments: list[click.Parameter], kinds: Callable[[], tuple[type[Options], ...]], run: Callable[..., None], **more: Any):
@@ -25,45 +25,45 @@ class OptionsCommand(click.Command):
         self.arguments, self.kinds = arguments, kinds
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """Make the options, at the first moment that anybody asks."""
+        """Build the options on first use."""
         if not self.params:
             self.params = [*self.arguments, *(option for kind in self.kinds() for option in parameters(kind))]
         return super().get_params(ctx)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Refuse an unknown option in the words of recipes and of Python."""
+        """Refuse an unknown option with the same message as recipes and Python."""
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            said = [kind.unknown(error.option_name.lstrip("-")) for kind in self.kinds()]
-            raise OptionError(next((one for one in said if "did you mean" in one), said[0])) from None
+            messages = [kind.unknown(error.option_name.lstrip("-")) for kind in self.kinds()]
+            raise OptionError(next((message for message in messages if "did you mean" in message), messages[0])) from None
 
 
 def parameters(kind: type[Options]) -> list[click.Parameter]:
-    """Make a Click option of each field."""
-    made: list[click.Parameter] = []
+    """Build a Click option for each field."""
+    options: list[click.Parameter] = []
     for name, field in kind.model_fields.items():
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
         flag = f"--{name.replace('_', '-')}"
         if field.annotation is bool:
-            made.append(click.Option([f"{flag}/--no-{flag[2:]}" if field.default else flag], is_flag=True, default=None, help=field.description))
+            options.append(click.Option([f"{flag}/--no-{flag[2:]}" if field.default else flag], is_flag=True, default=None, help=field.description))
             continue
         metavar = extra.get("metavar") or _metavar(field.annotation)
-        shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        default = "  [required]" if field.is_required() else f"  [default: {shown}]" if shown not in (None, "") else ""
+        default_text = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        default = "  [required]" if field.is_required() else f"  [default: {default_text}]" if default_text not in (None, "") else ""
         names = [flag] + ([str(extra["short"])] if "short" in extra else [])
-        made.append(click.Option(names, metavar=str(metavar), help=f"{field.description}{default}"))
-    return made
+        options.append(click.Option(names, metavar=str(metavar), help=f"{field.description}{default}"))
+    return options
 
 
-def given(values: dict[str, Any]) -> dict[str, Any]:
-    """Return what the asker gave: an option left out has no value here, so that its own default counts."""
+def given_options(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the options on the command line; others have no value here, so their defaults apply."""
     return {key: value for key, value in values.items() if value is not None}
 
 
 def _metavar(kind: Any) -> str:
     kinds = [part for part in get_args(kind) if part is not NoneType] if get_origin(kind) in (Union, UnionType) else [kind]
-    kind = kinds[0] if len(kinds) == 1 else kind  # X | None is an X
+    kind = kinds[0] if len(kinds) == 1 else kind  # X | None counts as X
     if get_origin(kind) is Literal:
         return f"[{'|'.join(map(str, get_args(kind)))}]"
     return {int: "N", float: "NUMBER"}.get(kind, "TEXT")

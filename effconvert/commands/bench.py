@@ -4,13 +4,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from effconvert.commands._click import OptionsCommand, given
+from effconvert.commands._click import OptionsCommand, given_options
 from effconvert.eval.speed.bench_options import BenchOptions
 
 if TYPE_CHECKING:
     from effconvert.eval.results import Benchmark, Cell, Timing
 
-HEADINGS = (  # two lines each; the second is the name of a model, cut to what fits
+HEADINGS = (  # two lines each; the second is the column of model names, cut to fit
     ("", "context"),
     ("", "model"),
     ("prefill", "tokens/s"),
@@ -23,15 +23,15 @@ HEADINGS = (  # two lines each; the second is the name of a model, cut to what f
     ("peak", "memory"),
 )
 GAP = "  "
-SHORTEST = 8  # characters that are left of a name, however narrow the terminal
+SHORTEST = 8  # fewest characters of a name, on the narrowest terminal
 
 
 def run(models: tuple[str, ...], **values: Any) -> None:
     """Measure how fast models are, the original first.
 
-    Prefill, time to first token, decoding, KV cache and peak memory, over batch sizes and contexts. The others are compared with the first one, in rounds that
-    they take in turns; beside a step's time stands what it would take to read the weights and the cache from memory, and nothing else.
-    MODEL is a folder, a .gguf file or a Hub id, which may name a revision: org/name@v1.
+    Prefill, time to first token, decoding, KV cache and peak memory, over batch sizes and contexts. Models take turns in each round and are compared
+    with the first. Beside a step's time is the time to only read weights and cache from memory.
+    MODEL is a folder, a .gguf file or a Hub id, with or without a revision: org/name@v1.
 
     \b
     Examples:
@@ -39,39 +39,39 @@ def run(models: tuple[str, ...], **values: Any) -> None:
       effconvert bench ./SmolLM2-135M ./smol-mqa --batch 1,16 --context 512,4096 -o bench.json
       effconvert bench ./smol-mqa --device cuda --cache static --graphs
     """
-    options = BenchOptions(**given(values))
+    options = BenchOptions(**given_options(values))
 
-    from effconvert.commands._still import Still
+    from effconvert.commands._bench_terminal import BenchTerminal
     from effconvert.errors import EffconvertError
     from effconvert.eval.results import check_output, save
     from effconvert.eval.speed.bench import bench
 
     check_output(options.output, models)
-    terminal = Still(models[0])
-    found = bench(models, options, terminal)
+    terminal = BenchTerminal(models[0])
+    benchmark = bench(models, options, terminal)
     if options.output:
-        save(found, options.output)
-    show(found)
+        save(benchmark, options.output)
+    show(benchmark)
     if options.output:
         terminal.out.print(f"written to {options.output}", soft_wrap=True, markup=False)
-    if all(cell.failure for cell in found.cells):
-        raise EffconvertError(f"nothing could be measured: {found.cells[0].failure}")
+    if all(cell.failure for cell in benchmark.cells):
+        raise EffconvertError(f"nothing could be measured: {benchmark.cells[0].failure}")
 
 
 command = OptionsCommand("bench", [click.Argument(["models"], nargs=-1, required=True, metavar="MODEL...")], lambda: (BenchOptions,), run)
 
 
-def show(found: "Benchmark") -> None:
-    """Print what was found."""
+def show(benchmark: "Benchmark") -> None:
+    """Print the results."""
     from rich.markup import escape
 
     from effconvert.console import stdout
     from effconvert.quantities import size
 
-    out, settings = stdout(), found.settings
-    names = [f"{index} {subject.name}" for index, subject in enumerate(found.subjects, 1)]
-    rows = [_row(cell, names[cell.subject]) for cell in found.cells]
-    ratios = [_ratios(cell) if cell.subject else [] for cell in found.cells]
+    out, settings = stdout(), benchmark.settings
+    names = [f"{index} {subject.name}" for index, subject in enumerate(benchmark.subjects, 1)]
+    rows = [_row(cell, names[cell.subject]) for cell in benchmark.cells]
+    ratios = [_ratios(cell) if cell.subject else [] for cell in benchmark.cells]
     heads = [list(line) for line in zip(*HEADINGS, strict=True)]
     widths = [max(map(len, column)) for column in zip(*heads, *rows, *filter(None, ratios), strict=True)]
     widths[1] = max(SHORTEST, min(widths[1], out.width - sum(widths) + widths[1] - len(GAP) * (len(widths) - 1)))
@@ -84,23 +84,23 @@ def show(found: "Benchmark") -> None:
     for head in heads:
         out.print(f"[bold]{line(head)}[/]", soft_wrap=True)
     batch = None
-    for cell, row, below in zip(found.cells, rows, ratios, strict=True):
+    for cell, row, ratio_row in zip(benchmark.cells, rows, ratios, strict=True):
         if cell.batch != batch:
             batch = cell.batch
             out.print(f"[bold]batch {batch}[/]")
         out.print(line(row, cell.failure), soft_wrap=True)
-        if any(below):
-            out.print(f"[dim]{line(below)}[/]", soft_wrap=True)
-    dtypes = " and ".join(dict.fromkeys(subject.dtype for subject in found.subjects)) if settings["dtype"] == "auto" else settings["dtype"]
+        if any(ratio_row):
+            out.print(f"[dim]{line(ratio_row)}[/]", soft_wrap=True)
+    dtypes = " and ".join(dict.fromkeys(subject.dtype for subject in benchmark.subjects)) if settings["dtype"] == "auto" else settings["dtype"]
     cache = f"{settings['cache']} cache" + (", CUDA graphs" if settings["graphs"] else "")
     out.print(f"\nmedians of {settings['rounds']} rounds, each of {settings['new_tokens']} steps; {dtypes}, {cache}; x: to model 1", soft_wrap=True)
     out.print(
-        f"memory alone: what a step takes if it only reads weights and cache, at the {size(found.bandwidth)}/s measured here. "
-        "A step far above it waits for something else: arithmetic, copies of the cache, Python. Peak: weights, and what a pass took beside them."
+        f"memory alone: a step that only reads weights and cache, at the {size(benchmark.bandwidth)}/s measured here. "
+        "A step far above it waits for something else: arithmetic, copies of the cache, Python. Peak: weights, and the memory of a pass beside them."
     )
-    for note in found.notes:
+    for note in benchmark.notes:
         out.print(f"note: {escape(note)}", soft_wrap=True)
-    out.print(f"on {escape(found.machine)}; torch {found.versions['torch']}, transformers {found.versions['transformers']}", soft_wrap=True)
+    out.print(f"on {escape(benchmark.machine)}; torch {benchmark.versions['torch']}, transformers {benchmark.versions['transformers']}", soft_wrap=True)
 
 
 def _row(cell: "Cell", name: str) -> list[str]:
@@ -121,10 +121,10 @@ def _row(cell: "Cell", name: str) -> list[str]:
 
 
 def _ratios(cell: "Cell") -> list[str]:
-    """Lay the ratios out below the numbers that they are of: tokens a second, and seconds and bytes."""
-    shown = {name: f"{_digits(ratio)} x" for name, ratio in cell.ratios.items()}
+    """Return the row of ratios below a row of numbers: of tokens a second, seconds and bytes."""
+    times = {name: f"{_digits(ratio)} x" for name, ratio in cell.ratios.items()}
     rates = {name: f"{_digits(1 / ratio)} x" for name, ratio in cell.ratios.items()}
-    first, step, cache, peak = (shown.get(name, "") for name in ("first", "decode", "cache", "peak"))
+    first, step, cache, peak = (times.get(name, "") for name in ("first", "decode", "cache", "peak"))
     return ["", "", rates.get("prefill", ""), first, rates.get("decode", ""), step, "", "", cache, peak]
 
 
@@ -133,7 +133,7 @@ def _milliseconds(timing: "Timing | None") -> str:
 
 
 def _digits(number: float | None) -> str:
-    """Write three digits, or all of those before the point."""
+    """Write three digits, or all digits before the point."""
     if number is None:
         return ""
     return f"{number:.0f}" if number >= 100 else f"{number:#.3g}"

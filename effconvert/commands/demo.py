@@ -1,4 +1,4 @@
-"""Convert a small embedded model, and show what each way costs."""
+"""Convert a small embedded model, and show what each rule costs."""
 
 import click
 
@@ -6,9 +6,9 @@ import click
 @click.command(name="demo")
 @click.option("--output", "-o", metavar="DIR", help="Keep the converted models in this folder.")
 def command(output: str | None) -> None:
-    """Convert a small embedded model, and show what each way costs.
+    """Convert a small embedded model, and show what each rule costs.
 
-    It has 8 KV heads and gets 2, by every rule of pooling there is. Needs no network and less than two minutes.
+    Pools its 8 KV heads into 2 by each rule of gqa. Needs no network and less than two minutes.
     """
     from pathlib import Path
     from tempfile import TemporaryDirectory

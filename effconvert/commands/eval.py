@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from effconvert.commands._click import OptionsCommand, given
+from effconvert.commands._click import OptionsCommand, given_options
 from effconvert.eval.quality.eval_options import EvalOptions
 
 if TYPE_CHECKING:
@@ -15,10 +15,9 @@ if TYPE_CHECKING:
 def run(models: tuple[str, ...], **values: Any) -> None:
     """Measure how good models are, the original first.
 
-    How well they predict a text (perplexity, bits per byte), how far they moved from the first one (KL, same top token), whether they fall into loops when they
-    write, whether they find a number in a long text, and lm-eval's --tasks. Each difference comes with its standard error from the same documents,
-    and a difference that may be chance is marked. What was measured before is taken from a cache.
-    MODEL is a folder, a .gguf file or a Hub id, which may name a revision: org/name@v1.
+    Measures how well they predict a text (perplexity, bits per byte), their distance from the first (KL, same top token), loops in generated text,
+    passkey retrieval, and lm-eval's --tasks. Differences have standard errors from the same documents, and those that may be chance are marked.
+    Results are cached. MODEL is a folder, a .gguf file or a Hub id, with or without a revision: org/name@v1.
 
     \b
     Examples:
@@ -30,7 +29,7 @@ def run(models: tuple[str, ...], **values: Any) -> None:
     from effconvert.eval.quality.evaluate import evaluate
     from effconvert.eval.results import check_output, save
 
-    options = EvalOptions(**given(values))
+    options = EvalOptions(**given_options(values))
     check_output(options.output, models)
     terminal = Terminal(models[0])
     evaluation = evaluate(models, options, terminal)
@@ -45,7 +44,7 @@ command = OptionsCommand("eval", [click.Argument(["models"], nargs=-1, required=
 
 
 def show(evaluation: "Evaluation") -> None:
-    """Print what was found."""
+    """Print the results."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -72,7 +71,7 @@ def show(evaluation: "Evaluation") -> None:
     out.print(
         f"text: {escape(str(settings['text']))}, {settings['tokens']} tokens in windows of {settings['context']}; {escape(evaluation.machine)}", soft_wrap=True
     )
-    out.print("± is one standard error, of a difference that of the same n documents (windows of text); ~ may be chance (p >= 0.05)", soft_wrap=True)
+    out.print("± is one standard error; differences are taken on the same n documents (windows of text); ~ may be chance (p >= 0.05)", soft_wrap=True)
     for note in evaluation.notes:
         out.print(f"note: {note}", soft_wrap=True, markup=False)
     if evaluation.prompt:
@@ -86,7 +85,7 @@ def _cells(row: "Row", recovered: set[int]) -> list[str]:
     for index, value in enumerate(row.values):
         cells.append("" if value is None else _number(value.value, value.error))
         if index:
-            cells.append("" if value is None or value.difference is None else _number(value.difference, value.difference_error, signed=True))
+            cells.append("" if value is None or value.difference is None else _number(value.difference, value.difference_error, with_sign=True))
             cells.append("" if value is None else mark(row, value))
         if index in recovered:
             cells.append("" if value is None or value.recovery is None else f"{value.recovery:.0%}")
@@ -94,7 +93,7 @@ def _cells(row: "Row", recovered: set[int]) -> list[str]:
 
 
 def mark(row: "Row", value: "Value") -> str:
-    """Say what a difference means, in a word."""
+    """Rate a difference in one word."""
     if value.difference is None:
         return ""
     if value.difference == 0 and not value.difference_error:
@@ -108,9 +107,9 @@ def mark(row: "Row", value: "Value") -> str:
     return "better" if (value.difference > 0) == (row.better == "higher") else "worse"
 
 
-def _number(value: float, error: float | None, signed: bool = False) -> str:
-    """Write a number to as many digits as its error leaves it, and the error to two."""
-    sign = "+" if signed else ""
+def _number(value: float, error: float | None, with_sign: bool = False) -> str:
+    """Write a number to the digits that its error allows, and the error to two."""
+    sign = "+" if with_sign else ""
     if not error:
         return f"{value:{sign}.4g}"
     digits = min(6, 1 - math.floor(math.log10(error)))

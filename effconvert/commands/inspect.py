@@ -1,4 +1,4 @@
-"""Show a model's shape and size, and what can be done to it."""
+"""Show a model's shape and size, and which techniques apply."""
 
 import click
 
@@ -7,9 +7,9 @@ import click
 @click.argument("model")
 @click.option("--revision", metavar="TEXT", help="Branch, tag or commit of a model on the Hub.")
 def command(model: str, revision: str | None) -> None:
-    """Show a model's shape and size, and what can be done to it.
+    """Show a model's shape and size, and which techniques apply.
 
-    Reads its config and headers alone, so that the largest model takes a second.
+    Reads only the config and the headers, so the largest model takes a second.
 
     \b
     Examples:
@@ -18,8 +18,8 @@ def command(model: str, revision: str | None) -> None:
     """
     from effconvert.checkpoint.sources import locate
     from effconvert.console import Terminal
-    from effconvert.convert.inspection import inspect as look
+    from effconvert.convert.inspection import inspect
     from effconvert.modeling.stock import open_as_stock
 
     terminal = Terminal(model)
-    terminal.inspection(look(open_as_stock(locate(model, revision, terminal.step))))
+    terminal.inspection(inspect(open_as_stock(locate(model, revision, terminal.step))))

@@ -1,18 +1,18 @@
-"""Put a converted model on the Hub, with a model card."""
+"""Push a converted model to the Hub, with a model card."""
 
 from typing import Any
 
 import click
 
-from effconvert.commands._click import OptionsCommand, given
+from effconvert.commands._click import OptionsCommand, given_options
 from effconvert.hub.push_options import PushOptions
 
 
 def run(folder: str, repo: str, **values: Any) -> None:
-    """Put a converted model on the Hub, with a model card.
+    """Push a converted model to the Hub, with a model card.
 
-    Sends what effconvert wrote and verified and nothing else, in one commit; the repository is made if it is not there. After a break the same
-    command goes on, and what has arrived is not sent again. Uses the token of `hf auth login`, or HF_TOKEN.
+    Sends the files that effconvert wrote and verified, and no others, in one commit; creates the repository if needed. After an interruption the
+    same command resumes, and sends no file twice. Uses the token of `hf auth login`, or HF_TOKEN.
 
     \b
     Examples:
@@ -29,25 +29,25 @@ def run(folder: str, repo: str, **values: Any) -> None:
     from effconvert.paths import expand
     from effconvert.quantities import size
 
-    options, terminal = PushOptions(**given(values)), Terminal(folder)
+    options, terminal = PushOptions(**given_options(values)), Terminal(folder)
     pushed = push(expand(folder), repo, options, terminal)
     table = Table("file", "size", box=None, pad_edge=False, header_style="bold")
-    for name, held in sorted(pushed.files.items()):
-        table.add_row(escape(name), size(held))
+    for name, file_size in sorted(pushed.files.items()):
+        table.add_row(escape(name), size(file_size))
     table.add_row(f"{len(pushed.files)} files", size(sum(pushed.files.values())))
-    tell = terminal.out.print
-    tell(table)
+    show = terminal.out.print
+    show(table)
     if pushed.card_edited:
-        tell("README.md was changed by hand since the conversion: its metadata is kept, its text is not; write on the Hub what should stand there")
-    for names, what in ((pushed.left_alone, "not part of the checkpoint, left alone"), (pushed.stayed, "in the repository before, and still there")):
+        show("README.md was changed by hand since the conversion: its metadata is kept, its text is not; edit the text on the Hub")
+    for names, what in ((pushed.left_alone, "not part of the checkpoint, left alone"), (pushed.stayed, "in the repository before, left alone")):
         if names:
-            tell(f"{what}: {escape(', '.join(names[:10]))}{f' and {len(names) - 10} more' if len(names) > 10 else ''}", soft_wrap=True)
+            show(f"{what}: {escape(', '.join(names[:10]))}{f' and {len(names) - 10} more' if len(names) > 10 else ''}", soft_wrap=True)
     if options.dry_run:
-        tell(f"dry run: nothing was sent to {escape(repo)}, and nothing was asked of the Hub", soft_wrap=True)
+        show(f"dry run: nothing was sent to {escape(repo)}, and the Hub was not contacted", soft_wrap=True)
     elif not pushed.changed:
-        tell(f"{escape(pushed.repo)} held all of this already: [bold]{escape(str(pushed.url))}[/]", soft_wrap=True)
+        show(f"{escape(pushed.repo)} had all of this already: [bold]{escape(str(pushed.url))}[/]", soft_wrap=True)
     else:
-        tell(f"pushed to {escape(pushed.repo)}, {escape(pushed.revision)}: [bold]{escape(str(pushed.url))}[/]", soft_wrap=True)
+        show(f"pushed to {escape(pushed.repo)}, {escape(pushed.revision)}: [bold]{escape(str(pushed.url))}[/]", soft_wrap=True)
 
 
 command = OptionsCommand("push", [click.Argument(["folder"], metavar="DIR"), click.Argument(["repo"])], lambda: (PushOptions,), run)

@@ -7,7 +7,7 @@ import click
 def command() -> None:
     """Print the JSON schema of a recipe, for editors.
 
-    It is made of the options that the commands have, so that it knows every technique.
+    It is generated from the commands' options, so it covers every technique.
 
     \b
     Example:

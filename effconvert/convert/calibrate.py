@@ -15,11 +15,11 @@ from effconvert.convert import drafts
 from effconvert.convert.plan import Plan
 from effconvert.heal._activations import Activations
 from effconvert.heal._layerwise import return_memory, stored_tensors
-from effconvert.progress import Watcher
+from effconvert.progress import Progress
 
 
 @torch.no_grad()  # and not inference mode: transfer trains on what is made here
-def calibrate(plan: Plan, folder: Path, watcher: Watcher) -> None:
+def calibrate(plan: Plan, folder: Path, progress: Progress) -> None:
     """Convert the layers of `plan` one after the other, looking at what they compute, and leave what became of each in `folder`.
 
     Raises:
@@ -31,7 +31,7 @@ def calibrate(plan: Plan, folder: Path, watcher: Watcher) -> None:
     outer = [plan.checkpoint.model("cpu").outer, *after]  # none has changes in it that its config knows nothing of
     activations = Activations(plan.checkpoint, plan.teacher, outer, plan.calibration.batches)
     layers: list[Layer | None] = [*plan.models("cpu", activations)[-1].layers]
-    with watcher.bar("calibrating", len(layers) * ids.numel(), "tokens") as advance:
+    with progress.bar("calibrating", len(layers) * ids.numel(), "tokens") as advance:
         for index in range(len(layers)):
             layer, file = layers[index], folder / drafts.names(plan)[index]
             waited = [folder / drafts.names(plan)[other] for other in range(index, len(layers)) if index in {other, *plan.config.leaders(other)}]

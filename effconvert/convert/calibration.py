@@ -6,7 +6,7 @@ from effconvert.convert.plan import Plan
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality.perplexity import windows
 from effconvert.eval.quality.text import MOST, calibration_text, read_calibration
-from effconvert.heal._calibration import Calibration, at_a_time
+from effconvert.heal._calibration import Calibration, batch_size
 from effconvert.modeling import loading
 from effconvert.options import Conversion
 
@@ -84,6 +84,6 @@ def calibration_bytes(plan: Plan) -> int:
     config, ids = plan.checkpoint.config, plan.calibration.ids
     window, inner = ids.shape[1], config.heads * config.head_dim
     token = 4 * (8 * config.hidden + 4 * inner) + 2 * config.heads * window  # inputs, outputs, queries and keys; attention in half precision
-    batch = at_a_time(window) * 4 * window * (4 * config.heads * window + 3 * config.ffn)
+    batch = batch_size(window) * 4 * window * (4 * config.heads * window + 3 * config.ffn)
     squares = 6 * 8 * max(config.hidden, inner) ** 2
     return plan.peak + LIBRARIES + 3 * ids.numel() * token // 2 + batch + squares

@@ -20,11 +20,11 @@ from effconvert.convert.plan import Plan, plan
 from effconvert.errors import OptionError
 from effconvert.eval.results import versions
 from effconvert.options import RunOptions
-from effconvert.progress import Watcher
+from effconvert.progress import Progress
 from effconvert.surgery._surgery import Step
 
 
-def decide(checkpoint: Checkpoint, steps: Sequence[Step], teacher: Checkpoint | None, options: RunOptions, watcher: Watcher) -> tuple[Step, ...]:
+def decide(checkpoint: Checkpoint, steps: Sequence[Step], teacher: Checkpoint | None, options: RunOptions, progress: Progress) -> tuple[Step, ...]:
     """Return `steps` with options that leave nothing open: what they leave to be chosen is chosen by what the model computes.
 
     Raises:
@@ -40,19 +40,19 @@ def decide(checkpoint: Checkpoint, steps: Sequence[Step], teacher: Checkpoint | 
                     f"{step.name} chooses by what the model computes, and that is not known while {decided[-1].name} before it is still to be fitted; "
                     f"put {step.name} first, or convert twice"
                 )
-            step = _decide(step, replace(before, calibration=prepare(before, options)), watcher)
+            step = _decide(step, replace(before, calibration=prepare(before, options)), progress)
         decided.append(step)
     return tuple(decided)
 
 
-def _decide(step: Step, before: Plan, watcher: Watcher) -> Step:
+def _decide(step: Step, before: Plan, progress: Progress) -> Step:
     place = _place(step, before)
     with suppress(OSError, ValueError, OptionError):
         return type(step)(**json.loads(place.read_bytes()))
     from effconvert.heal._forward import Forward  # which imports transformers: who has nothing to choose does not wait for it
 
     assert before.calibration
-    forward = Forward(lambda: before.models("cpu")[-1], before.calibration.batches, lambda steps: watcher.bar(f"{step.name}: choosing", steps, "steps"))
+    forward = Forward(lambda: before.models("cpu")[-1], before.calibration.batches, lambda steps: progress.bar(f"{step.name}: choosing", steps, "steps"))
     with torch.no_grad():
         chosen = step.decide(forward)
     _keep(place, chosen)

@@ -30,7 +30,7 @@ from effconvert.hub.card_data import verification
 from effconvert.modeling.stock import check_writable, open_as_stock
 from effconvert.options import RunOptions
 from effconvert.paths import expand, real
-from effconvert.progress import Silent, Watcher
+from effconvert.progress import NoProgress, Progress
 from effconvert.surgery._placed import open_checked
 from effconvert.surgery._surgery import Step
 from effconvert.version import __version__
@@ -50,14 +50,14 @@ class Outcome:
     told: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # layer -> held-out error of its attention before and after `transfer`
 
 
-def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, watcher: Watcher | None = None, *, reuse: bool = False) -> Outcome:
+def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progress: Progress | None = None, *, reuse: bool = False) -> Outcome:
     """Convert `model` by `surgeries`, one after the other, as `options` say.
 
     Args:
         model: a folder, a Hub id or a .gguf file.
         surgeries: what to do to it.
         options: where to write, what to measure on.
-        watcher: who is told how it goes on; by default nobody.
+        progress: shows the progress; by default nothing is shown.
         reuse: take an output that this very conversion wrote before as it is.
 
     Raises:
@@ -65,20 +65,20 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, watche
         ModelError: the model cannot be converted, or what was written is not sound.
         EffconvertError: the disk or the network failed; the same call goes on from there.
     """
-    watcher = watcher or Silent()
+    progress = progress or NoProgress()
     if not surgeries:
         raise OptionError("nothing is to be done to the model; name at least one technique")
     text = None
     if options.verify:
         text = read_text(options.text) if options.text else default_text()
-    folder = sources.locate(model, options.revision, watcher.step)
+    folder = sources.locate(model, options.revision, progress.step)
     surgeries = (*surgeries, *([Transfer()] if options.transfer else []), *([Refit()] if options.refit else []))
     opening = open_as_stock if options.verify or options.dry_run else open_checked  # the former imports transformers, which takes longer than much of the rest
-    checkpoint, teacher, target = opening(folder), _teacher(surgeries, watcher), expand(options.output or default_name(model, surgeries))
+    checkpoint, teacher, target = opening(folder), _teacher(surgeries, progress), expand(options.output or default_name(model, surgeries))
     if any(step.undecided for step in surgeries):
         if not reuse:
             output.check_free(target, options.overwrite)
-        surgeries = decide(checkpoint, surgeries, teacher, options, watcher)
+        surgeries = decide(checkpoint, surgeries, teacher, options, progress)
     planned = plan(checkpoint, surgeries, teacher)
     if options.verify or options.dry_run:
         check_writable(planned.config, {target.name: (target.dtype, target.shape) for target in planned.targets})
@@ -93,7 +93,7 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, watche
     output.check(planned, target, options.overwrite, max(planned.draft_bytes, scratch_bytes(planned, options) if options.verify else 0))
     memory = check_memory(planned, options) if options.verify else 0
     material = prepare(planned, text, options) if text else None
-    watcher.plan(model, planned, target, memory)
+    progress.plan(model, planned, target, memory)
     if options.dry_run:
         return Outcome(planned, target, None)
 
@@ -101,15 +101,15 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, watche
         if planned.calibration and left(planned, partial):
             from effconvert.convert.calibrate import calibrate  # which imports transformers: what is only copied and pooled does not wait for it
 
-            calibrate(planned, partial, watcher)
+            calibrate(planned, partial, progress)
         told = _told(planned, partial)
-        with watcher.bar(f"writing {target}", planned.after.bytes, "bytes") as advance:
+        with progress.bar(f"writing {target}", planned.after.bytes, "bytes") as advance:
             resumed = write(planned, partial, advance)
         drafts.discard(planned, partial)
         report = None
         if material:
             try:
-                report = verify(planned, partial, material, partial / output.SCRATCH, watcher)
+                report = verify(planned, partial, material, partial / output.SCRATCH, progress)
             except Exception as error:  # a fault of a technique's author too: what he mends must not find the old shards
                 output.forget(partial)
                 if not isinstance(error, ModelError):
@@ -136,14 +136,14 @@ def _told(planned: Plan, partial: Path) -> dict[str, dict[str, float]]:
     return told
 
 
-def _teacher(surgeries: tuple[Step, ...], watcher: Watcher) -> Checkpoint | None:
+def _teacher(surgeries: tuple[Step, ...], progress: Progress) -> Checkpoint | None:
     """Open what a step heals towards, where it names a model."""
     named = {surgery.teacher for surgery in surgeries if isinstance(surgery, Healing) and surgery.teacher}
     if len(named) > 1:
         raise OptionError(f"the steps name different teachers ({', '.join(sorted(named))}); heal towards one at a time")
     if not named and isinstance(surgeries[0], Healing):
         raise OptionError("--teacher is needed: the model that this one was made from, towards which it is healed")
-    return open_checked(sources.locate(named.pop(), None, watcher.step)) if named else None
+    return open_checked(sources.locate(named.pop(), None, progress.step)) if named else None
 
 
 def _source(model: str, options: RunOptions, folder: Path) -> dict[str, Any]:

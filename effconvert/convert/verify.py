@@ -13,13 +13,13 @@ from effconvert.convert import exact
 from effconvert.convert.plan import Plan
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality import perplexity
-from effconvert.eval.quality.perplexity import Recorded
+from effconvert.eval.quality.perplexity import LogitsFile
 from effconvert.eval.quality.text import Text
 from effconvert.eval.verification import Side, Verification
 from effconvert.modeling import loading
 from effconvert.modeling.caches import growth_bytes, state_bytes
 from effconvert.options import RunOptions
-from effconvert.progress import Advance, Watcher
+from effconvert.progress import Advance, Progress
 from effconvert.quiet import quiet_transformers
 
 LIBRARIES = 330_000_000  # bytes; measured on SmolLM2 beyond what is counted: 0.32 GB in float32, 0.03 GB in bfloat16
@@ -105,7 +105,7 @@ def prepare(plan: Plan, text: Text, options: RunOptions) -> Material:
     return Material(tokenizer, perplexity.windows(tokenizer, text, context, options.tokens, config.vocabulary), text.name, "", texts)
 
 
-def verify(plan: Plan, folder: Path, material: Material, scratch: Path, watcher: Watcher) -> Verification:
+def verify(plan: Plan, folder: Path, material: Material, scratch: Path, progress: Progress) -> Verification:
     """Reload the model in `folder` and compare it with its original.
 
     Raises:
@@ -113,13 +113,13 @@ def verify(plan: Plan, folder: Path, material: Material, scratch: Path, watcher:
     """
     try:
         with quiet_transformers():
-            with watcher.bar("checking every number", plan.after.bytes, "bytes") as advance:
+            with progress.bar("checking every number", plan.after.bytes, "bytes") as advance:
                 check_finite(folder, plan, advance)
             count = material.windows.numel() + sum(map(len, material.texts))
-            with watcher.bar("measuring the original", count, "tokens") as advance:
+            with progress.bar("measuring the original", count, "tokens") as advance:
                 before, expected, device = _side(plan, plan.checkpoint.folder, material, advance, record=scratch)
-            with watcher.bar("measuring the converted model", count, "tokens") as advance:
-                recorded = Recorded(scratch, measuring_dtype(plan), plan.checkpoint.config.vocabulary)
+            with progress.bar("measuring the converted model", count, "tokens") as advance:
+                recorded = LogitsFile(scratch, measuring_dtype(plan), plan.checkpoint.config.vocabulary)
                 after, found, _ = _side(plan, folder, material, advance, reference=recorded)
     finally:
         scratch.unlink(missing_ok=True)
@@ -131,7 +131,7 @@ def verify(plan: Plan, folder: Path, material: Material, scratch: Path, watcher:
 
 
 def _side(
-    plan: Plan, folder: Path, material: Material, advance: Advance, record: Path | None = None, reference: Recorded | None = None
+    plan: Plan, folder: Path, material: Material, advance: Advance, record: Path | None = None, reference: LogitsFile | None = None
 ) -> tuple[Side, list[Tensor], str]:
     config = plan.config if folder != plan.checkpoint.folder else plan.checkpoint.config
     whole, cut, scored = loading.load(folder, config, measuring_dtype(plan)), material.windows, not material.unmeasured

@@ -3,8 +3,8 @@
     python -m effconvert.demo.train --novels novels.jsonl.gz --minutes 60 --out effconvert/demo/model
 
 Text: public-domain English novels (one JSON object with `text` a line, gzipped or not, or plain text files), and the
-docstrings of the standard library except the modules that `effconvert.eval.quality.text` holds out for measuring.
-The run stops on the clock, with the learning rate decayed to zero at the deadline, so that any machine ends with a finished model.
+docstrings of the standard library except the modules that `effconvert.eval.quality.text` holds out for evaluation.
+The run ends after the given time, when the learning rate has decayed to zero, so any machine ends with a finished model.
 """
 # B = sequences in a step, T = tokens in a sequence, V = vocabulary.
 
@@ -40,17 +40,17 @@ def novels(paths: tuple[Path, ...]) -> Iterator[str]:
 
 
 def library() -> Iterator[str]:
-    """Yield the docstrings of every standard-library module that has source and is not held out."""
+    """Yield the docstrings of all standard-library modules with source that are not held out."""
     for module in sorted(sys.stdlib_module_names):
         if module not in EVALUATION_MODULES and not module.startswith("_") and module not in ("this", "antigravity", "idlelib"):
             try:
                 yield "\n\n".join(docstrings(module))
-            except OptionError:  # compiled in: nothing to read
+            except OptionError:  # a compiled module has no source
                 continue
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """Learn a byte-level BPE, digits one by one, every byte representable."""
+    """Train a byte-level BPE with single digits, in which every byte is representable."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
@@ -60,7 +60,7 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 def build(kind: str) -> PreTrainedModel:
-    """Make the untrained model: 8 query heads, 8 KV heads, tied embeddings."""
+    """Build the untrained model: 8 query heads, 8 KV heads, tied embeddings."""
     return AutoModelForCausalLM.from_config(
         AutoConfig.for_model(
             kind,
@@ -94,8 +94,8 @@ def loss_on(model: PreTrainedModel, tokens: torch.Tensor) -> float:
 @click.option("--batch", default=8, show_default=True, help="Sequences in a step.")
 @click.option("--rate", default=4e-3, show_default=True, help="Peak learning rate (AdamW).")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--kind", default="llama", show_default=True, help="Family; qwen3 is one with QK-norm.")
-@click.option("--begin", type=click.Path(exists=True, path_type=Path), help="A model that this script made: its tokenizer, and its weights where they fit.")
+@click.option("--kind", default="llama", show_default=True, help="Family; qwen3 has QK-norm.")
+@click.option("--begin", type=click.Path(exists=True, path_type=Path), help="Start from a model of this script: its tokenizer, and weights that fit.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(paths: tuple[Path, ...], minutes: float, batch: int, rate: float, seed: int, kind: str, begin: Path | None, out: Path) -> None:
     """Train the embedded model and save it in bfloat16 with its tokenizer and card."""
@@ -104,11 +104,11 @@ def main(paths: tuple[Path, ...], minutes: float, batch: int, rate: float, seed:
     texts = [*books, *documents]
     tokenizer = Tokenizer.from_file(str(begin / "tokenizer.json")) if begin else train_tokenizer(texts)
     end = tokenizer.token_to_id(END)
-    held = torch.tensor(tokenizer.encode(default_text().content).ids)
-    encoded = [torch.tensor([*e.ids, end], dtype=torch.int16) for e in tokenizer.encode_batch(texts)]
-    # Documentation is a fiftieth of the novels: seen four times as often, so that both are learnt.
-    stream = torch.cat(encoded + 3 * encoded[-len(documents) :])
-    print(f"{len(stream) / 1e6:.1f}M tokens, {len(held)} held out", flush=True)
+    held_out = torch.tensor(tokenizer.encode(default_text().content).ids)
+    ids_of_texts = [torch.tensor([*e.ids, end], dtype=torch.int16) for e in tokenizer.encode_batch(texts)]
+    # The docstrings are a fiftieth of the novels; they are used four times as often, so that the model learns both.
+    stream = torch.cat(ids_of_texts + 3 * ids_of_texts[-len(documents) :])
+    print(f"{len(stream) / 1e6:.1f}M tokens, {len(held_out)} held out", flush=True)
 
     model = build(kind)
     if begin:
@@ -116,7 +116,7 @@ def main(paths: tuple[Path, ...], minutes: float, batch: int, rate: float, seed:
     matrices = [p for p in model.parameters() if p.ndim == 2]
     gains = [p for p in model.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}], lr=rate, betas=(0.9, 0.95), fused=True)
-    started, step, seen = time.monotonic(), 0, 0
+    started, step, token_count = time.monotonic(), 0, 0
     while (done := (time.monotonic() - started) / (60 * minutes)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * done)) / 2
@@ -128,12 +128,12 @@ def main(paths: tuple[Path, ...], minutes: float, batch: int, rate: float, seed:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        step, seen = step + 1, seen + ids.numel()
+        step, token_count = step + 1, token_count + ids.numel()
         if step % 100 == 0:
-            print(f"step {step}  {seen / 1e6:.1f}M tokens  {done:.0%}  loss {loss.item():.3f}", flush=True)
+            print(f"step {step}  {token_count / 1e6:.1f}M tokens  {done:.0%}  loss {loss.item():.3f}", flush=True)
 
     model = model.to(torch.bfloat16).eval()
-    final = loss_on(model, held)
+    final = loss_on(model, held_out)
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END, model_max_length=CONTEXT).save_pretrained(out)
@@ -145,12 +145,12 @@ def main(paths: tuple[Path, ...], minutes: float, batch: int, rate: float, seed:
         "seed": seed,
         "kind": kind,
         "step": step,
-        "tokens": seen / 1e6,
+        "tokens": token_count / 1e6,
         "final": final,
         "books": len(books),
     }
     (out / "README.md").write_text(CARD.format(**facts, millions=parameters / 1e6, version=torch.__version__, context=CONTEXT))
-    print(f"held-out loss {final:.3f} nats a token, {seen / 1e6:.1f}M tokens seen", flush=True)
+    print(f"held-out loss {final:.3f} nats a token, {token_count / 1e6:.1f}M tokens seen", flush=True)
 
 
 CARD = """---

@@ -1,6 +1,6 @@
-"""What `eval` and `bench` find out, as plain data: what Python returns, what a results file holds, what reports and cards are made of.
+"""Results of `eval` and `bench` as plain data: returned in Python, written to results files, and read by reports and cards.
 
-The first model is always the original, and what is said of another is said beside it.
+The first model is always the original; numbers of the others are compared with it.
 """
 
 import json
@@ -34,7 +34,7 @@ class Subject:
     dtype: str  # of the weights
     parameters: int
     bytes: int  # on disk
-    kv_bytes: int  # of the KV cache, for a token
+    kv_bytes: int  # of the KV cache, per token
     layers: int
     heads: int  # query heads
     kv_heads: int
@@ -44,21 +44,21 @@ class Subject:
     vocabulary: int
     longest: int | None  # context in tokens
     windows: tuple[int | None, ...]  # each layer's sliding window in tokens
-    mixers: tuple[str, ...] = ()  # what mixes in each layer, empty where it is softmax attention; of nothing where all of them are
-    state_bytes: int = 0  # of what mixers remember of a sequence, however short it is
-    growth_bytes: int = 0  # of kv_bytes, what mixers remember: an average
+    mixers: tuple[str, ...] = ()  # the mixer of each layer, "" for softmax attention; no entries where all layers have that
+    state_bytes: int = 0  # of mixers' states for a sequence of any length
+    growth_bytes: int = 0  # the part of kv_bytes that is mixers' states; an average
 
 
 @dataclass(frozen=True)
 class Value:
-    """What one model scored. `error` is a standard error; what is said of the difference comes from the same documents (a paired comparison)."""
+    """The score of one model. `error` is a standard error; the difference comes from the same documents (a paired comparison)."""
 
     value: float
     error: float | None
     difference: float | None = None  # to the first model
     difference_error: float | None = None
-    p: float | None = None  # of a difference at least this large between equal models
-    recovery: float | None = None  # (s - chance) / (t - chance), where chance is known and the original is above it
+    p: float | None = None  # probability of a difference at least this large between equal models
+    recovery: float | None = None  # (score - chance) / (original - chance), where chance is known and the original is above it
 
     @property
     def significant(self) -> bool | None:
@@ -73,8 +73,8 @@ class Row:
     task: str
     metric: str
     better: Literal["higher", "lower"] | None
-    chance: float | None  # what guessing scores
-    documents: int  # compared
+    chance: float | None  # the score of guessing
+    documents: int  # number of documents
     version: str  # of the task
     values: tuple[Value | None, ...]
 
@@ -85,9 +85,9 @@ class Evaluation:
 
     subjects: tuple[Subject, ...]
     rows: tuple[Row, ...]
-    continuations: tuple[str, ...]  # what each writes after the same prompt, empty for encoders
+    continuations: tuple[str, ...]  # of the same prompt, one for each model; empty for encoders
     prompt: str
-    notes: tuple[str, ...]  # what to distrust, and what could not be compared
+    notes: tuple[str, ...]  # doubtful results, and those that could not be compared
     settings: dict[str, Any]
     versions: dict[str, str]
     machine: str
@@ -107,18 +107,18 @@ class Timing:
 
 @dataclass(frozen=True)
 class Cell:
-    """One model at one batch size and context; where `failure` says why it could not run, the rest is None."""
+    """One model at one batch size and context. If it could not run, `failure` says why and the numbers are None."""
 
-    subject: int  # which of the models
+    subject: int  # index of the model
     batch: int
     context: int  # tokens in each prompt
     prefill: Timing | None  # of the whole prompts
-    first: Timing | None  # until the first token is chosen: time to first token
+    first: Timing | None  # time to first token
     decode: Timing | None  # of one step, which gives each sequence of the batch a token
-    predicted: float | None  # seconds of one step, if it only had to move weights and cache through memory
-    weight_bytes: int | None  # moved in a step
+    predicted: float | None  # seconds of one step if it only read weights and cache from memory
+    weight_bytes: int | None  # read in a step
     cache_bytes: int | None  # of the cache object at `context`, measured
-    peak_bytes: int | None  # its weights, and what a pass held at most beyond what was held before it
+    peak_bytes: int | None  # its weights, and the peak of a pass above the memory in use before it
     ratios: dict[str, float]  # to the first model in the same run: prefill, first, decode, cache, peak
     failure: str = ""
 
@@ -139,7 +139,7 @@ class Benchmark:
 
     subjects: tuple[Subject, ...]
     cells: tuple[Cell, ...]
-    bandwidth: float  # bytes a second that this device's memory was measured to move
+    bandwidth: float  # measured bandwidth of this device's memory, bytes a second
     notes: tuple[str, ...]
     settings: dict[str, Any]
     versions: dict[str, str]
@@ -152,7 +152,7 @@ READERS: dict[str, TypeAdapter[Any]] = {"evaluation": TypeAdapter(Evaluation), "
 
 
 def save(results: Evaluation | Benchmark, path: Path) -> None:
-    """Write `results` as JSON: never half a file."""
+    """Write `results` as JSON, atomically."""
     path = expand(path)
     draft = path.with_name(f".{path.name}.draft")
     try:
@@ -166,20 +166,20 @@ def save(results: Evaluation | Benchmark, path: Path) -> None:
 
 
 def check_output(path: Path | None, models: Sequence[str] = ()) -> None:
-    """Refuse, before minutes of work, a file that could not be written, or that is somebody's.
+    """Refuse, before minutes of work, a file that cannot be written, or that effconvert did not write.
 
     Raises:
-        OptionError: it is a folder, lies where nothing may be written or in the folder of one of `models`, or holds something else than results.
+        OptionError: it is a folder, is in a read-only folder or in the folder of one of `models`, or has other content than results.
     """
     if path is None:
         return
     if folder := next((model for model in models if real(model) in real(path).parents), None):
-        raise OptionError(f"--output {path} lies in the folder of the model {folder}; give another")
+        raise OptionError(f"--output {path} is in the folder of the model {folder}; give another")
     place = next((folder for folder in real(path).parents if folder.exists()), Path("/"))
     if expand(path).is_dir():
-        raise OptionError(f"--output {path} is a folder; give the name of a file")
+        raise OptionError(f"--output {path} is a folder; give a file")
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise OptionError(f"--output {path} cannot be written: {place} is not a folder that you may write to; give another")
+        raise OptionError(f"--output {path} cannot be written: {place} is not a writable folder; give another")
     if expand(path).exists():
         try:
             read(expand(path))
@@ -191,11 +191,11 @@ def read(path: Path) -> Evaluation | Benchmark:
     """Read what `save` wrote.
 
     Raises:
-        OptionError: the file is not there, or is no results file.
+        OptionError: the file does not exist, or is no results file.
     """
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-        results: Evaluation | Benchmark = READERS[held["kind"]].validate_python(held)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        results: Evaluation | Benchmark = READERS[content["kind"]].validate_python(content)
     except OSError as error:
         raise OptionError(f"{path} cannot be read ({error.strerror}); give a file that effconvert eval or bench wrote with --output") from None
     except (ValueError, KeyError, TypeError, RecursionError, ValidationError):
@@ -209,18 +209,18 @@ def now() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what the numbers depend on."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and the libraries that the numbers depend on."""
+    result = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
-            found[name] = version(name)
+            result[name] = version(name)
         except ModuleNotFoundError:
             continue
-    return found
+    return result
 
 
 def machine(device: str) -> str:
-    """Say in a few words what `device` of this machine is: never its name in a network."""
+    """Describe `device` of this machine in a few words, without a host name."""
     import torch
 
     if device.startswith("cuda"):

@@ -1,4 +1,4 @@
-"""Open a model to be measured: find it, identify it, load it."""
+"""Find, identify and load a model to measure."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,14 +23,14 @@ from effconvert.paths import expand, real
 
 @dataclass(frozen=True)
 class Opened:
-    """A model on disk, ready to be loaded."""
+    """A checked model on disk."""
 
     subject: Subject
     checkpoint: Checkpoint
 
     @property
     def folder(self) -> Path:
-        """Where it lies."""
+        """Its folder."""
         return self.checkpoint.folder
 
     @property
@@ -45,20 +45,20 @@ class Opened:
 
 
 def open_model(model: str, step: Callable[[str], None] = lambda _: None) -> Opened:
-    """Find and identify `model`: a folder, a .gguf file or a Hub id, which may name a branch, tag or commit: `org/name@revision`.
+    """Find and identify `model`: a folder, a .gguf file or a Hub id, with or without a branch, tag or commit: `org/name@revision`.
 
     Raises:
         OptionError: there is no such model.
-        ModelError: it is damaged, or of a family that effconvert does not know.
+        ModelError: it is damaged, or of an unknown family.
     """
-    here = expand(model).exists()
-    name, _, revision = (model, "", "") if here else model.partition("@")
+    is_local = expand(model).exists()
+    name, _, revision = (model, "", "") if is_local else model.partition("@")
     folder = sources.locate(name, revision or None, step)
     checkpoint = open_as_stock(folder)
     config, size = checkpoint.config, size_of(checkpoint)
-    mixers = tuple(_mixing(config, index) for index in range(config.layers))
+    mixers = tuple(_mixer(config, index) for index in range(config.layers))
     subject = Subject(
-        name=real(model).name if here else model,
+        name=real(model).name if is_local else model,
         digest=digest(checkpoint),
         commit=sources.commit(folder),
         kind=config.kind,
@@ -83,13 +83,13 @@ def open_model(model: str, step: Callable[[str], None] = lambda _: None) -> Open
     return Opened(subject, checkpoint)
 
 
-def _mixing(config: Config, index: int) -> str:
-    """Say what mixes in a layer, of softmax attention nothing."""
+def _mixer(config: Config, index: int) -> str:
+    """Name the mixer of a layer, "" for softmax attention."""
     return "no attention" if "attention" in config.skips(index) else " ".join(record.technique for record in config.replaced_in(index))
 
 
 def pick_device(name: str | None) -> str:
-    """Return the device that the asker named, or this machine's accelerator, or the CPU.
+    """Return the named device, or this machine's accelerator, or the CPU.
 
     Raises:
         OptionError: there is no such device here.
@@ -100,31 +100,31 @@ def pick_device(name: str | None) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError):
-        there = "cpu" + (f", {accelerator}" if accelerator else "")
-        raise OptionError(f"--device {name} cannot be used here; there is {there}") from None
+        available = "cpu" + (f", {accelerator}" if accelerator else "")
+        raise OptionError(f"--device {name} cannot be used here; give one of {available}") from None
     if torch.device(name).type == "meta":
         raise OptionError("--device meta holds no numbers; leave it out")
     return "cpu" if torch.device(name).type == "cpu" else name
 
 
 def pick_dtype(name: str, opened: Opened) -> torch.dtype:
-    """Return the type to compute in: `auto` is that of the weights, or float32 where the class can no other."""
+    """Return the type to compute in; `auto` is that of the weights, or float32 where the class supports no other."""
     return opened.checkpoint.computing if name == "auto" else getattr(torch, name)
 
 
 def load_model(opened: Opened, dtype: str, device: str) -> Any:
-    """Load a model with the class of transformers that it names, ready to be run.
+    """Load a model with the transformers class that it names.
 
     Raises:
         EffconvertError: it does not fit into memory.
-        ModelError: transformers cannot load it, or misses a tensor.
+        ModelError: transformers cannot load it, or a tensor is missing.
     """
-    wanted = pick_dtype(dtype, opened)
-    need = opened.subject.parameters * wanted.itemsize + state_bytes(opened.checkpoint.config, wanted.itemsize)
+    torch_dtype = pick_dtype(dtype, opened)
+    need = opened.subject.parameters * torch_dtype.itemsize + state_bytes(opened.checkpoint.config, torch_dtype.itemsize)
     free = psutil.virtual_memory().available
     if device == "cpu" and need > free:
         raise EffconvertError(f"{opened.subject.name} takes {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; measure it on a larger machine")
-    return load(opened.folder, opened.checkpoint.config, wanted, device)
+    return load(opened.folder, opened.checkpoint.config, torch_dtype, device)
 
 
 def load_measured(opened: Opened, dtype: str, device: str) -> Any:

@@ -1,4 +1,4 @@
-"""What the verification of a conversion measured, as its manifest keeps it."""
+"""The results of verifying a conversion, as the manifest keeps them."""
 
 from dataclasses import dataclass
 
@@ -7,18 +7,18 @@ from effconvert.eval.quality.perplexity import Quality
 
 @dataclass(frozen=True)
 class Side:
-    """What was measured on one of the two models."""
+    """The results for one of the two models."""
 
     parameters: int
-    kv_bytes: int  # of the cache object, for a token
+    kv_bytes: int  # of the cache object, per token
     quality: Quality | None
     continuation: str
-    state_bytes: int = 0  # of the cache object, what mixers hold however few tokens went by
+    state_bytes: int = 0  # of the cache object: mixers' states, of any number of tokens
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What a conversion cost. `difference` is the largest change of a logit, on texts of up to `compared` tokens, for conversions that must not change any."""
+    """The cost of a conversion. For exact conversions `difference` is the largest change of a logit, on texts of up to `compared` tokens."""
 
     before: Side
     after: Side
@@ -26,5 +26,5 @@ class Verification:
     text: str
     dtype: str
     device: str
-    unmeasured: str  # why there is no quality, empty where there is
+    unmeasured: str  # why there is no quality; empty where there is
     compared: int = 0

@@ -1,4 +1,4 @@
-"""The model before a step that has to choose something: run on the calibration text before anything is planned, with the weights of one layer in memory."""
+"""Run the model before a step that chooses something, on the calibration text and before the plan, with the weights of one layer in memory."""
 # B = texts run at a time, T = tokens, M = hidden width, V = vocabulary, C = tokens of it at a time.
 
 from collections.abc import Callable, Sequence
@@ -10,62 +10,62 @@ from torch import Tensor
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.layer import Model
 from effconvert.checkpoint.outer import Outer
-from effconvert.heal._layerwise import LayerRunner, check_finite, device, inside, return_memory, silenced, stored_tensors
+from effconvert.heal._layerwise import LayerRunner, check_finite, device, outer_tensors, return_memory, stored_tensors, zero_sublayer
 from effconvert.progress import Advance
 
-EACH = 4  # of so many tokens in a row the prediction after one is compared: neighbours tell much the same
-ROWS = 8192  # of the head, which are in memory at a time
+STRIDE = 4  # the prediction after every fourth token is compared: neighbours have nearly the same divergence
+ROWS = 8192  # rows of the head in memory at a time
 
 
 class Forward:
     """See `effconvert.surgery._surgery.Forward`."""
 
     def __init__(self, model: Callable[[], Model], batches: Sequence[Tensor], bar: Callable[[int], AbstractContextManager[Advance]]) -> None:
-        """Run nothing yet.
+        """Prepare; nothing runs yet.
 
         Args:
-            model: gives the model as the steps before leave it, which reads nothing before it is asked.
+            model: returns the model after the steps before, which reads its tensors lazily.
             batches: token ids, [B, T] each.
-            bar: shows how many of a number of steps are done.
+            bar: shows progress over a number of steps.
         """
         self._model, self._batches, self.bar = model, batches, bar
         self.config: Config = model().config
 
     def begin(self, tokens: int) -> list[Tensor]:
-        """Return what arrives at the first layer, for about so many tokens from all over the text."""
+        """Return the inputs of the first layer for about `tokens` tokens, spread over the text."""
         count = max(1, min(len(self._batches), round(tokens * len(self._batches) / sum(batch.numel() for batch in self._batches))))
         ids = [self._batches[index * len(self._batches) // count].to(device()) for index in range(count)]
         self._outer = self._model().outer
-        self._stage = LayerRunner(self.config, inside(self._outer, ids), ids, device(), head=self.config.family.decoder)
-        return self._stage.begin()
+        self._runner = LayerRunner(self.config, outer_tensors(self._outer, ids), ids, device(), head=self.config.family.decoder)
+        return self._runner.begin()
 
     def layer(self, index: int, states: Sequence[Tensor], without: str = "") -> list[Tensor]:
-        """Return what a layer makes of `states`, as it is or without its attention or ffn."""
+        """Return a layer's outputs for the inputs `states`, whole or without its attention or ffn."""
         layer = self._model().layers[index]
-        tensors = {name: numbers.to(device()) for name, (_, numbers, _) in stored_tensors(silenced(layer, without) if without else layer).items()}
-        made = [look.out for look in self._stage.run(index, tensors, states)]
-        check_finite(made, f"layer {index}")
+        tensors = {name: numbers.to(device()) for name, (_, numbers, _) in stored_tensors(zero_sublayer(layer, without) if without else layer).items()}
+        outputs = [capture.out for capture in self._runner.run(index, tensors, states)]
+        check_finite(outputs, f"layer {index}")
         return_memory()
-        return made
+        return outputs
 
-    def divergence(self, wanted: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-        """Return KL(wanted || found) in nats a token, of the predictions after every fourth token.
+    def divergence(self, reference: Sequence[Tensor], states: Sequence[Tensor]) -> float:
+        """Return KL(reference || states) in nats a token, of the predictions after every fourth token.
 
         A slice of the vocabulary at a time: KL = sum p (x - y) - log sum e^x + log sum e^y, with logits x, y and p = e^x / sum e^x.
         """
         total, tokens = 0.0, 0
-        for pair in zip(wanted, found, strict=True):
-            expected, given = (state[:, EACH - 1 :: EACH] for state in pair)
+        for pair in zip(reference, states, strict=True):
+            expected, actual = (state[:, STRIDE - 1 :: STRIDE] for state in pair)
             highest = expected.new_full(expected.shape[:2], -torch.inf)  # of x so far, [B, T]
-            mass, apart = torch.zeros_like(highest), torch.zeros_like(highest)  # sums of e^(x - highest), and of that times (x - y)
-            other = torch.full_like(highest, -torch.inf)  # log sum e^y
+            mass, difference = torch.zeros_like(highest), torch.zeros_like(highest)  # sums of e^(x - highest), and of that times (x - y)
+            log_sum = torch.full_like(highest, -torch.inf)  # log sum e^y
             for start in range(0, self.config.vocabulary, ROWS):
-                x, y = (self._logits(state, start) for state in (expected, given))
+                x, y = (self._logits(state, start) for state in (expected, actual))
                 rising = torch.maximum(highest, x.amax(-1))
                 shrink, weights = (highest - rising).exp(), (x - rising[..., None]).exp()
-                mass, apart = mass * shrink + weights.sum(-1), apart * shrink + (weights * (x - y)).sum(-1)
-                highest, other = rising, torch.logaddexp(other, y.logsumexp(-1))
-            total += float((apart / mass - highest - mass.log() + other).double().sum())
+                mass, difference = mass * shrink + weights.sum(-1), difference * shrink + (weights * (x - y)).sum(-1)
+                highest, log_sum = rising, torch.logaddexp(log_sum, y.logsumexp(-1))
+            total += float((difference / mass - highest - mass.log() + log_sum).double().sum())
             tokens += highest.numel()
         return total / tokens
 
@@ -75,10 +75,10 @@ class Forward:
         rows = (self._outer.rows(name, start, start + ROWS).to(state) if name in self._outer else None for name in (part, f"{part}.bias"))
         weights, bias = rows
         assert weights is not None
-        return self._stage.predict(state, weights, bias).float()
+        return self._runner.predict(state, weights, bias).float()
 
 
 def _head(outer: Outer, config: Config) -> str:
-    """Return the part whose rows make logits."""
+    """Return the part whose rows give logits."""
     heads = () if config.tied else config.family.head
     return next((part for part in heads if part in outer), "embed")

@@ -1,6 +1,6 @@
-"""What every healing method is that goes layer by layer: a step that changes no architecture, and has a teacher."""
+"""Base class of healing methods: steps that change weights layer by layer towards a teacher, and no architecture."""
 
-from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
+from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 from abc import abstractmethod
 from functools import partial
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 
 
 class Healing(Step):
-    """Bring a converted model's layers nearer to what the original's made of the same inputs."""
+    """Bring the outputs of a converted model's layers nearer to those of the original's layers on the same inputs."""
 
     teacher: str | None = Field(
         None,
-        description="The original: folder, Hub id or .gguf file. In a recipe by default the model that it begins from.",
+        description="The original: folder, Hub id or .gguf file. Default in a recipe: the model that it begins from.",
         json_schema_extra={"metavar": "MODEL"},
     )
 
     @classmethod
     def allowed_options(cls, config: Config) -> str:
         """Any model."""
-        return "--teacher the model that it was made from"
+        return "--teacher the original model"
 
     def check(self, config: Config) -> None:
-        """Refuse nothing: what has to fit is teacher and student, see `rewrite`."""
+        """Refuse nothing: `rewrite` checks teacher and student against each other."""
 
     def is_exact(self, config: Config) -> bool:
-        """Never: it is there to change what is computed."""
+        """Never: it changes what the model computes."""
         return False
 
     def config(self, config: Config) -> Config:
@@ -46,18 +46,20 @@ class Healing(Step):
         return True
 
     def rewrite(self, model: Model) -> None:
-        """Heal each layer towards those of the original that it stands for: its own, and those that were dropped after it."""
+        """Heal each layer towards the original's layers that it stands for: its own, and those dropped after it."""
         starts = [layer.originals.start for layer in model.layers]
         stops = [*starts[1:], max(model.layers[-1].originals.stop, model.original.layers)]
         if any(stop <= start for start, stop in zip(starts, stops, strict=True)):
-            raise ModelError("the layers stand in another order than in the original, or twice, so there is nothing that each could be healed towards")
+            raise ModelError(
+                "the layers are in another order than in the original, or repeated, so no original layer can be assigned to each; leave healing out"
+            )
         for layer, start, stop in zip(model.layers, starts, stops, strict=True):
             layer.later(partial(self._heal, originals=range(start, stop)))
 
     def _heal(self, layer: Layer, originals: range) -> None:
         for part in self.changes(layer, originals):
             if part in layer:
-                layer[part] = layer[part]  # what will be written is known before what is in it
+                layer[part] = layer[part]  # marks it as changed, so that the plan knows before any number is computed
         if layer.activations:
             self.heal(layer, originals)
 
@@ -67,4 +69,4 @@ class Healing(Step):
 
     @abstractmethod
     def heal(self, layer: Layer, originals: range) -> None:
-        """Change them; there are activations to look at."""
+        """Change them; `layer.activations` is there."""

@@ -1,7 +1,7 @@
-"""Run a model's layers one after the other, with the weights of one in memory: what calibration looks at, and what refits solve for.
+"""Run a model's layers one after the other, with the weights of one layer in memory; calibration and healing record activations here.
 
-The family's own class of transformers runs, built without weights; a layer gets them just before its turn. Masks, positions and whatever else a
-family hands its layers are its own, and no family needs code here. So a model of any size is looked at on a small machine (decision 10).
+The family's own transformers class runs. It is built without weights, and each layer gets them just before it runs. Masks, positions and other
+arguments of layers come from that class, so no family needs code here, and a model of any size fits a small machine (decision 10).
 """
 # N = windows, B = windows run at a time, T = tokens, M = hidden width, H = query heads, Hk = KV heads, D = head width.
 
@@ -28,91 +28,91 @@ from effconvert.modeling.transformers_internals import names_at_run_time
 from effconvert.quiet import quiet_transformers
 
 PROBE = "effconvert_probe"  # the name of our attention function in transformers' registry
-GIVES = {"scores": "o", "attention": "o", "ffn": "down"}  # the part whose module gives what a place gives
+OUTPUT_PARTS = {"scores": "o", "attention": "o", "ffn": "down"}  # place -> the part whose output is the place's output
 Tensors = Mapping[str, Tensor]  # name in a layer -> tensor, as the family stores it
 
 
 @dataclass
 class Capture:
-    """What one batch of windows was inside a layer."""
+    """The activations of one batch of windows in a layer."""
 
-    state: Tensor  # what arrived, [B, T, M]
-    out: Tensor = field(default_factory=lambda: torch.empty(0))  # what the layer made of it, [B, T, M]
-    inputs: dict[str, Tensor] = field(default_factory=dict)  # part -> what its module read, [B, T, ...]
-    outputs: dict[str, Tensor] = field(default_factory=dict)  # part -> what its module made of it
+    state: Tensor  # the layer's input, [B, T, M]
+    out: Tensor = field(default_factory=lambda: torch.empty(0))  # its output, [B, T, M]
+    inputs: dict[str, Tensor] = field(default_factory=dict)  # part -> input of its module, [B, T, ...]
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # part -> output of its module
     query: Tensor | None = None  # after RoPE and norms, [B, H, T, D]
     key: Tensor | None = None  # likewise, [B, Hk, T, D]
     scaling: float | None = None  # of their scores
     weights: Tensor | None = None  # of attention, [B, H, T, T]
 
 
-class _EnoughError(Exception):
-    """Every layer was reached; what comes after them is not run."""
+class _StopForwardError(Exception):
+    """Stops a forward pass once all that is needed was recorded."""
 
 
 class LayerRunner:
-    """A model of one shape without weights, and what it hands to its layers beside the hidden states."""
+    """A model of one shape without weights, and the arguments that it passes to its layers beside the hidden states."""
 
     def __init__(self, config: Config, outer: Tensors, ids: Sequence[Tensor], device: torch.device, head: bool = False) -> None:
-        """Build it: the bare model, or for `predict` the one with a language model's head."""
+        """Build the bare model, or with `head` the language model, which `predict` needs."""
         self.config = config
         self.whole = skeleton(config, device, config.family.lm if head else config.family.base)
         self.model = self.whole.base_model
         self.layers: list[nn.Module] = list(self.model.get_submodule(config.family.layers))
         self.ids = ids
         self._fill_outer(outer)
-        self.calls: dict[torch.Size, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}  # texts and their tokens, [B, T] -> what each layer is called with
-        self.answer: Callable[[Tensor], Any] = lambda state: state  # how the family's layers answer
+        self.calls: dict[torch.Size, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}  # texts and their tokens, [B, T] -> arguments of each layer
+        self.wrap_output: Callable[[Tensor], Any] = lambda state: state  # what the family's layers return: a tensor or a tuple
 
     def _fill_outer(self, outer: Tensors) -> None:
-        """Give what is outside the layers its weights; what no layer reads, such as a pooler, may be missing."""
+        """Load the weights outside the layers; those that no layer reads, such as a pooler's, may be missing."""
         outside = {name: parameter for name, parameter in self.model.named_parameters() if not name.startswith(f"{self.config.family.layers}.")}
         fill(self.model, self._named(outer, outside, partial=True))
 
-    def _inside(self, index: int, tensors: Tensors) -> dict[str, Tensor]:
-        """Return the tensors of a layer as its module calls them: name in the layer -> tensor."""
-        at = f"{self.config.family.layers}.{index}."
-        expected = {at + name: parameter for name, parameter in self.layers[index].named_parameters()}
-        named = self._named({at + name: tensor for name, tensor in tensors.items()}, expected)
-        return {name.removeprefix(at): tensor for name, tensor in named.items()}
+    def _run_time_tensors(self, index: int, tensors: Tensors) -> dict[str, Tensor]:
+        """Rename the tensors of a layer to its module's names: name in the layer -> tensor."""
+        prefix = f"{self.config.family.layers}.{index}."
+        expected = {prefix + name: parameter for name, parameter in self.layers[index].named_parameters()}
+        parameters = self._named({prefix + name: tensor for name, tensor in tensors.items()}, expected)
+        return {name.removeprefix(prefix): tensor for name, tensor in parameters.items()}
 
     def _named(self, tensors: Tensors, expected: Tensors, partial: bool = False) -> dict[str, Tensor]:
         return names_at_run_time(tensors, self.config.family.base, self.config.kind, expected, partial)
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What the bare model is called with beside token ids."""
+        """The bare model's arguments beside token ids."""
         return {"use_cache": False} if self.config.family.decoder else {}
 
     def begin(self) -> list[Tensor]:
-        """Return what arrives at the first layer, [B, T, M] for each batch."""
-        arrived: list[Tensor] = []
+        """Return the inputs of the first layer, [B, T, M] for each batch."""
+        states: list[Tensor] = []
 
         def note(state: Tensor, *_: Any, **__: Any) -> None:
-            arrived.append(state)
-            raise _EnoughError
+            states.append(state)
+            raise _StopForwardError
 
-        with _instead(self.layers[:1], [note]):
+        with _replace_forward(self.layers[:1], [note]):
             for batch in self.ids:
-                self._until_enough(batch)
-        return arrived
+                self._run_until_stopped(batch)
+        return states
 
     def call(self, index: int, state: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return what a layer is called with beside `state`, [B, T, M]; first of all no layer is run to know it, and none needs weights."""
+        """Return the arguments of a layer beside `state`, [B, T, M]; they are recorded at first, without running a layer or needing its weights."""
         shape = state.shape[:2]
         if shape not in self.calls:
-            self.calls[shape] = self._learnt(*shape)
+            self.calls[shape] = self._record_calls(*shape)
         return self.calls[shape][index]
 
-    def _learnt(self, texts: int, tokens: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    def _record_calls(self, texts: int, tokens: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         batch = next(batch for batch in self.ids if batch.shape[1] == tokens and len(batch) >= texts)
-        for self.answer in (lambda state: state, lambda state: (state,)):
-            if found := self._passed_through(batch[:texts]):
+        for self.wrap_output in (lambda state: state, lambda state: (state,)):
+            if calls := self._layer_calls(batch[:texts]):
                 break
-        return found
+        return calls
 
-    def _passed_through(self, batch: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """Return what layers are called with if they give back what they get in the form of `answer`; nothing where the family's answer in another one."""
+    def _layer_calls(self, batch: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Return the arguments of each layer, if layers return their input by way of `wrap_output`; empty where the family needs the other form."""
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         shapes: set[torch.Size] = set()
 
@@ -120,117 +120,117 @@ class LayerRunner:
             calls.append((args, kwargs))
             shapes.add(state.shape)
             if len(calls) == len(self.layers) or len(shapes) > 1:
-                raise _EnoughError
-            return self.answer(state)
+                raise _StopForwardError
+            return self.wrap_output(state)
 
-        with _instead(self.layers, [note] * len(self.layers)):
-            self._until_enough(batch)
+        with _replace_forward(self.layers, [note] * len(self.layers)):
+            self._run_until_stopped(batch)
         return calls if len(shapes) == 1 else []
 
     def run(self, index: int, tensors: Tensors, states: Sequence[Tensor], parts: Sequence[str] = (), until: str = "") -> Iterator[Capture]:
-        """Run layer `index` with the weights `tensors` on each batch, and yield what was seen of the modules of `parts` and places, and of attention.
+        """Run layer `index` with the weights `tensors` on each batch; yield the activations of the modules of `parts` (or places) and of attention.
 
-        With `until` it is run up to the module of that part or place, and no further.
+        With `until` the layer stops after the module of that part or place.
         """
-        module, tensors = self.layers[index], self._inside(index, tensors)
+        module, tensors = self.layers[index], self._run_time_tensors(index, tensors)
         try:
             for state in states:
                 args, kwargs = self.call(index, state)
-                look = Capture(state)
-                fill(module, tensors)  # each time: meanwhile somebody may have run the same layer with other weights
-                with _watching(module, {part: self._module(module, part) for part in parts}, look, until):
+                capture = Capture(state)
+                fill(module, tensors)  # for each batch: between batches the caller may run the same layer with other weights
+                with _record(module, {part: self._module(module, part) for part in parts}, capture, until):
                     out = module(state, *args, **kwargs)
-                    look.out = out[0] if isinstance(out, tuple) else out
-                yield look
+                    capture.out = out[0] if isinstance(out, tuple) else out
+                yield capture
         finally:
             empty(module)
 
-    def given(self, index: int, tensors: Tensors, state: Tensor, place: str) -> Tensor:
-        """Run layer `index` on one batch as far as a place, and return what is given there, with gradients for `tensors`."""
+    def place_output(self, index: int, tensors: Tensors, state: Tensor, place: str) -> Tensor:
+        """Run layer `index` on one batch up to a place, and return the output there, with gradients for `tensors`."""
         module, (args, kwargs) = self.layers[index], self.call(index, state)
-        look = Capture(state)
-        with _watching(module, {place: self._module(module, place)}, look, place):
-            functional_call(module, self._inside(index, tensors), (state, *args), kwargs)
-        return look.outputs[place]
+        capture = Capture(state)
+        with _record(module, {place: self._module(module, place)}, capture, place):
+            functional_call(module, self._run_time_tensors(index, tensors), (state, *args), kwargs)
+        return capture.outputs[place]
 
     def _module(self, layer: nn.Module, name: str) -> str:
-        """Return the module of a part, or the one that gives what a place gives: the projection at its end, or where that is gone what stands there."""
-        path = self.config.parts.get(GIVES.get(name, name))
-        there = path is not None and (name not in GIVES or any(path == other for other, _ in layer.named_modules()))
-        return path if path is not None and there else self.config.place(name)
+        """Return the module of a part, or the module whose output is that of a place: its last projection, or if that is gone the place itself."""
+        path = self.config.parts.get(OUTPUT_PARTS.get(name, name))
+        present = path is not None and (name not in OUTPUT_PARTS or any(path == module for module, _ in layer.named_modules()))
+        return path if path is not None and present else self.config.place(name)
 
     def predict(self, state: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the logits [B, T, C] of the tokens whose rows of the head are `weights` [C, M], where the last layer makes `state`."""
+        """Return the logits [B, T, C] for the last layer's output `state`, of the tokens whose rows of the head are `weights` [C, M]."""
         head = self.whole.get_output_embeddings()
         head._parameters["weight"] = nn.Parameter(weights, requires_grad=False)
         if bias is not None:
             head._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
-        with _instead(self.layers, [lambda *_, **__: self.answer(state)] * len(self.layers)):
+        with _replace_forward(self.layers, [lambda *_, **__: self.wrap_output(state)] * len(self.layers)):
             logits: Tensor = self.whole(input_ids=self.ids[0][:1, : state.shape[1]].expand(len(state), -1), **self.arguments).logits
         return logits
 
-    def _until_enough(self, batch: Tensor) -> None:
+    def _run_until_stopped(self, batch: Tensor) -> None:
         try:
             self.model(input_ids=batch, **self.arguments)
-        except _EnoughError:
+        except _StopForwardError:
             return
 
 
 def skeleton(config: Config, device: torch.device, architecture: str) -> Any:
-    """Build the model of `config` that is of this class, without weights: its buffers alone hold numbers."""
+    """Build a model of `config` of the class `architecture`, with buffers and without weights."""
     from accelerate import init_empty_weights
 
     from effconvert.modeling.transformers_internals import attend_by
 
     _register()
     with quiet_transformers(), init_empty_weights(include_buffers=False), torch.device(device):
-        made = class_of(replace(config, raw={**config.raw, "architectures": [architecture]}))
-        model = made(made.config_class.from_dict(config.content)).eval()
+        model_class = class_of(replace(config, raw={**config.raw, "architectures": [architecture]}))
+        model = model_class(model_class.config_class.from_dict(config.content)).eval()
     attend_by(model.config, PROBE)
     return model
 
 
 def device() -> torch.device:
-    """Return where models are run: this machine's accelerator, or the CPU."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found or torch.device("cpu")
+    """Return the device that runs models: this machine's accelerator, or the CPU."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
 
 
-def inside(outer: Outer, ids: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Return what lies outside the layers and inside the bare model, in its names there; of the embedding the rows of `ids`."""
-    used = torch.cat([batch.flatten() for batch in ids]).cpu()
-    found: dict[str, Tensor] = {}
+def outer_tensors(outer: Outer, ids: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return the bare model's tensors outside the layers, by their names in it; only the rows of `ids` of the embedding."""
+    tokens = torch.cat([batch.flatten() for batch in ids]).cpu()
+    tensors: dict[str, Tensor] = {}
     for part, name, origin, value in outer.bare():
         if value is None:
-            value = embedding_rows(origin, used) if part == "embed" else origin.read("cpu")
+            value = embedding_rows(origin, tokens) if part == "embed" else origin.read("cpu")
         numbers = value.compute() if isinstance(value, Deferred) else value
-        found[name] = numbers.to(ids[0].device)
-    return found
+        tensors[name] = numbers.to(ids[0].device)
+    return tensors
 
 
-def silenced(layer: Layer, place: str) -> Layer:
-    """Return a layer whose attention or ffn adds nothing: what it writes with is zero."""
-    made = layer.on_top(layer.index, layer.config)
+def zero_sublayer(layer: Layer, place: str) -> Layer:
+    """Return a copy of a layer whose attention or ffn adds zero: its output projection is zero."""
+    copy = layer.on_top(layer.index, layer.config)
     for part in layer.config.sublayer(place):
         for name in (part, f"{part}.bias") if part == "o" or part.endswith("down") else ():
             if name in layer:
-                made[name] = torch.zeros_like(layer[name])
-    return made
+                copy[name] = torch.zeros_like(layer[name])
+    return copy
 
 
 def check_finite(tensors: Sequence[Tensor], where: str) -> None:
-    """Refuse what no statistics can be made of, before linear algebra fails on it."""
+    """Refuse NaN and infinity, on which linear algebra would fail later."""
     if not all(map(finite, tensors)):
         raise ModelError(f"{where} computes NaN or infinity on the calibration text; give another --calibrate, or ask the model's author")
 
 
 def fill(module: nn.Module, tensors: Tensors) -> None:
-    """Give a module its weights."""
+    """Load a module's weights."""
     module.load_state_dict(dict(tensors), strict=False, assign=True)
 
 
 def empty(module: nn.Module) -> None:
-    """Take them away again; buffers stay."""
+    """Free a module's weights; buffers stay."""
     for inner in module.modules():
         for name, parameter in inner._parameters.items():
             if parameter is not None:
@@ -238,37 +238,37 @@ def empty(module: nn.Module) -> None:
 
 
 def stored_tensors(layer: Layer, stored: bool = False) -> dict[str, tuple[Stored, Tensor, bool]]:
-    """Return a layer as it will lie on disk: name in the layer -> where it comes from, the numbers rounded to what is stored there, whether they are new.
+    """Return a layer as it will be on disk: name in the layer -> source tensor, numbers rounded to its dtype, whether the numbers are new.
 
     Args:
-        stored: leave out what an earlier layer stores for this one.
+        stored: leave out tensors that an earlier layer stores for this one.
     """
-    made: dict[str, tuple[Stored, Tensor, bool]] = {}
+    tensors: dict[str, tuple[Stored, Tensor, bool]] = {}
     for name, origin, tensor in layer.tensors(stored):
         if name in layer.config.family.buffers:
             continue
         numbers = tensor.compute() if isinstance(tensor, Deferred) else tensor
         rounded = origin.read("cpu") if numbers is None else numbers.to(FLOATS[origin.dtype]).float()
-        made[name] = (origin, rounded, numbers is not None)
-    return made
+        tensors[name] = (origin, rounded, numbers is not None)
+    return tensors
 
 
 def return_memory() -> None:
-    """Have glibc give back what was freed: of a layer's many blocks it keeps some hundred megabytes otherwise, and as many again of the next."""
-    with suppress(AttributeError, OSError, TypeError):  # other C libraries do so by themselves
+    """Make glibc return freed memory to the system; it would keep some hundred megabytes for each layer."""
+    with suppress(AttributeError, OSError, TypeError):  # other C libraries return it by themselves
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def embedding_rows(stored: Stored, ids: Tensor) -> Tensor:
-    """Return an embedding table [V, M] that has only the rows of `ids`: of the others no memory is touched."""
-    table, used = torch.from_numpy(numpy.zeros(stored.shape, numpy.float32)), ids.unique()  # torch.zeros would write every page
-    table[used] = stored.mapped()[used].float()
+    """Return an embedding table [V, M] with only the rows of `ids` filled; the pages of other rows take no memory."""
+    table, rows = torch.from_numpy(numpy.zeros(stored.shape, numpy.float32)), ids.unique()  # torch.zeros would write every page
+    table[rows] = stored.mapped()[rows].float()
     return table
 
 
 @contextmanager
-def _instead(modules: Sequence[nn.Module], functions: Sequence[Callable[..., Any]]) -> Iterator[None]:
-    """Have functions called in place of modules."""
+def _replace_forward(modules: Sequence[nn.Module], functions: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Call functions in place of modules."""
     for module, function in zip(modules, functions, strict=True):
         module.__dict__["forward"] = function
     try:
@@ -279,44 +279,44 @@ def _instead(modules: Sequence[nn.Module], functions: Sequence[Callable[..., Any
 
 
 @contextmanager
-def _watching(module: nn.Module, parts: Mapping[str, str], look: Capture, until: str) -> Iterator[None]:
-    """Note in `look` what goes in and out of submodules (part -> name), and what attention does; go on after the submodule of part `until`."""
+def _record(module: nn.Module, parts: Mapping[str, str], capture: Capture, until: str) -> Iterator[None]:
+    """Record in `capture` the inputs and outputs of submodules (part -> name) and of attention; stop the forward pass after the submodule of part `until`."""
 
-    def note(part: str) -> Callable[..., None]:
+    def recorder(part: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], out: Any) -> None:
-            look.inputs[part], look.outputs[part] = args[0], out[0] if isinstance(out, tuple) else out
+            capture.inputs[part], capture.outputs[part] = args[0], out[0] if isinstance(out, tuple) else out
             if part == until:
-                raise _EnoughError
+                raise _StopForwardError
 
         return hook
 
-    handles = [module.get_submodule(name).register_forward_hook(note(part)) for part, name in parts.items()]
-    _LOOKS.append(look)
+    handles = [module.get_submodule(name).register_forward_hook(recorder(part)) for part, name in parts.items()]
+    _CAPTURES.append(capture)
     try:
         yield
-    except _EnoughError:
+    except _StopForwardError:
         return
     finally:
-        _LOOKS.pop()
+        _CAPTURES.pop()
         for handle in handles:
             handle.remove()
 
 
-_LOOKS: list[Capture] = []
+_CAPTURES: list[Capture] = []
 
 
 def _probe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
-    """Attend as the family's own eager implementation does, and note the queries, the keys, their scaling and the weights."""
+    """Attend as the family's own eager implementation does, and record queries, keys, scaling and weights."""
     if "mixing" in kwargs:
         out, weights = attend(module, query, key, value, attention_mask, **kwargs)
     else:
         from effconvert.modeling.transformers_internals import eager
 
         out, weights = eager(module)(module, query, key, value, attention_mask, **kwargs)
-    if _LOOKS:
-        look, scaling = _LOOKS[-1], kwargs.get("scaling")
-        look.query, look.key, look.weights = query, key[:, :: getattr(module, "repeats", 1)], weights
-        look.scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if _CAPTURES:
+        capture, scaling = _CAPTURES[-1], kwargs.get("scaling")
+        capture.query, capture.key, capture.weights = query, key[:, :: getattr(module, "repeats", 1)], weights
+        capture.scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return out, weights
 
 

@@ -1,6 +1,6 @@
 """Recover quality without training: least squares on q, v and o."""
 
-from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
+from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,11 +15,10 @@ if TYPE_CHECKING:
 class Refit(Healing):
     """Refit a converted model to what the original computed.
 
-    Linear algebra, no gradients. Layer by layer, each fed by the refitted layers below it, and the original's layer on the same inputs: queries
-    are fitted to its scores, values and the output projection to what its attention gives. Where a mixer stands in place of attention it is the
-    output projection alone; where nothing of attention is left, the MLP's output to what the original's layer gives. From the first gap that
-    dropped layers left, the outputs of attention and MLP are fitted besides to what stands there in the original. What does not predict
-    held-out windows of the text better than before stays as it is. MODEL is the converted model.
+    Linear algebra, no gradients. Layers are refitted one by one, on the output of the refitted layers below. Queries are fitted to the attention
+    scores of the original's layer, values and the output projection to its attention's output. A layer with a mixer refits its output projection
+    alone; a layer without any attention fits its MLP to the output of the original's layer. After dropped layers, attention and MLP outputs are
+    also fitted to the original's hidden states. A change that does not improve held-out windows is not kept. MODEL is the converted model.
 
     \b
     Examples:
@@ -28,15 +27,15 @@ class Refit(Healing):
     """
 
     def notes(self, config: Config) -> str:
-        """Say what norms and mixers forbid."""
-        told = ["its queries go through a norm, so they are not refitted to scores; values and outputs are"] if config.normed else []
-        told += ["its queries are clipped (clip_qkv), so they stay where the text shows it; values and outputs are refitted"] if config.get("clip_qkv") else []
-        told += ["a norm follows its MLP, so little makes up for layers or attention that were dropped"] if "mlp_post_norm" in config.family.parts else []
-        told += ["where a mixer stands in place of attention only the output projection is refitted; transfer does more"] if config.replaced else []
-        return "; ".join(told)
+        """Say what norms and mixers rule out."""
+        notes = ["its queries go through a norm, so they are not refitted to scores; values and outputs are"] if config.normed else []
+        notes += ["its queries are clipped (clip_qkv), so they stay where the text shows it; values and outputs are refitted"] if config.get("clip_qkv") else []
+        notes += ["a norm follows its MLP, so dropped layers or attention are hardly made up for"] if "mlp_post_norm" in config.family.parts else []
+        notes += ["in layers with a mixer only the output projection is refitted; transfer does more"] if config.replaced else []
+        return "; ".join(notes)
 
     def changes(self, layer: Layer, originals: range) -> list[str]:
-        """Queries, values and outputs of attention; the MLP's output where a technique stands in place of all of attention."""
+        """Queries, values and outputs of attention; the MLP's output where a technique replaces all of attention."""
         return ["q", "q.bias", "v", "v.bias", "o", *(["down"] if _without_attention(layer) else [])]
 
     def heal(self, layer: Layer, originals: range) -> None:
@@ -49,7 +48,7 @@ class Refit(Healing):
             refit_attention(layer, originals[0])
 
     def rewrite(self, model: Model) -> None:
-        """Refit each layer to the one that it stands for, and from the first gap on to the stream of the original too."""
+        """Refit each layer to the original's layers that it stands for, and after the first gap also to the original's stream."""
         super().rewrite(model)
         for layer, steps in zip(model.layers, after_gaps(model), strict=True):
             layer.later(partial(self._follow, steps=steps))
@@ -65,27 +64,27 @@ class Refit(Healing):
 
 
 def _without_attention(layer: Layer) -> bool:
-    """Whether a technique stands in place of all of a layer's attention, its output projection too."""
+    """Whether a technique replaces all of a layer's attention, with its output projection."""
     return any("o" in record.drops for record in layer.config.replaced_in(layer.index))
 
 
 def after_gaps(model: Model) -> list[dict[str, int]]:
-    """Return of each layer what writes to the stream behind something that was dropped, or just before, with the step of the original to which it leads.
+    """Return for each layer its parts that write to the stream just before a gap or after it, each with the step of the original that follows.
 
-    Step 2 l is what arrives at the original's layer l, 2 l + 1 what stands between its attention and its FFN.
+    Step 2 l is the input of the original's layer l, step 2 l + 1 the stream between its attention and its FFN.
     """
     half = {"attention": ("o", 0), "ffn": ("down", 1)}
-    kept = [
+    writers = [
         (layer.index, part, 2 * layer.originals.start + second)
         for layer in model.layers
         for place, (part, second) in half.items()
         if place not in model.config.skips(layer.index)
     ]
-    had = {2 * layer + second for layer in range(model.original.layers) for place, (_, second) in half.items() if place not in model.original.skips(layer)}
-    found: list[dict[str, int]] = [{} for _ in model.layers]
-    dropped = not had.isdisjoint(range(kept[0][2]))
-    for (index, part, step), (_, _, following) in zip(kept, [*kept[1:], (0, "", 2 * model.original.layers)], strict=True):
-        dropped = dropped or not had.isdisjoint(range(step + 1, following))
+    steps = {2 * layer + second for layer in range(model.original.layers) for place, (_, second) in half.items() if place not in model.original.skips(layer)}
+    targets: list[dict[str, int]] = [{} for _ in model.layers]
+    dropped = not steps.isdisjoint(range(writers[0][2]))
+    for (index, part, step), (_, _, following) in zip(writers, [*writers[1:], (0, "", 2 * model.original.layers)], strict=True):
+        dropped = dropped or not steps.isdisjoint(range(step + 1, following))
         if dropped:
-            found[index][part] = following
-    return found
+            targets[index][part] = following
+    return targets

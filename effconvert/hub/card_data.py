@@ -1,4 +1,4 @@
-"""What a model card says to the Hub: base model, licence, tags, task, evaluation results; and how the model came about."""
+"""The metadata of a model card: base model, licence, tags, task and evaluation results; and the model's history."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from effconvert.errors import ModelError
 from effconvert.eval.results import Benchmark, Evaluation
 from effconvert.eval.verification import Verification
 
-# What is true of a converted model if it was true of its source. Evaluation results are not: the model is another.
+# Metadata that a converted model shares with its source. Evaluation results are not among it: the model is another.
 CARRIED = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag", "datasets")
 # Tags of files that a conversion leaves behind.
 FORMATS = {"coreml", "exl2", "gguf", "jax", "mlx", "onnx", "openvino", "pytorch", "tf", "tflite", "transformers.js"}
-# How a class of transformers ends -> the class that opens it whatever its family, and what the Hub calls its task.
+# Ending of a transformers class -> the Auto class that opens it, and the Hub's name of its task.
 TASKS = {
     "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
     "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),
@@ -33,13 +33,13 @@ TASKS = {
 
 @dataclass(frozen=True)
 class History:
-    """How a model came about, from the first model that effconvert was given to this one."""
+    """The conversions that led to a model, from the first source on."""
 
-    source: str  # Hub id or folder name of that first model
+    source: str  # Hub id or folder name of the first source
     hub: bool  # whether it is on the Hub
-    revision: str | None  # its commit, where it is known
-    recipe: tuple[Mapping[str, Mapping[str, Any]], ...]  # every step since
-    last: int  # how many of them are of the last conversion: what was verified is the difference that these made
+    revision: str | None  # its commit, where that is known
+    recipe: tuple[Mapping[str, Mapping[str, Any]], ...]  # all steps since
+    last: int  # number of steps in the last conversion, which the verification covers
 
     @property
     def techniques(self) -> list[str]:
@@ -48,7 +48,7 @@ class History:
 
     @property
     def healed(self) -> bool:
-        """Whether anything but surgery was done."""
+        """Whether the recipe has healing steps."""
         return not set(self.techniques) <= set(steps.techniques())
 
 
@@ -94,22 +94,22 @@ def verification(manifest: Mapping[str, Any]) -> Verification | None:
 
 def front_matter(readme: str) -> dict[str, Any]:
     """Return the metadata of a README.md, empty where there is none that can be read."""
-    found = REGEX_YAML_BLOCK.search(readme.removeprefix("\ufeff"))
+    match = REGEX_YAML_BLOCK.search(readme.removeprefix("\ufeff"))
     try:
-        held = yaml.load(found[2], yaml.BaseLoader) if found else {}  # every value as text, so that Norwegian (no) is not False
+        content = yaml.load(match[2], yaml.BaseLoader) if match else {}  # every value as text, so that Norwegian (no) is not False
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
-    return held if isinstance(held, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def metadata(
     past: History, report: Verification | None, config: Mapping[str, Any], before: Mapping[str, Any], results: Sequence[Evaluation | Benchmark], name: str
 ) -> ModelCardData:
-    """Return what the Hub is told of the model: where it comes from, its licence, what it is for, what it scored."""
-    kept: dict[str, Any] = {key: words for key in CARRIED if (words := _words(before.get(key)))}
+    """Return the card's metadata: base model, licence, task, tags and scores."""
+    carried: dict[str, Any] = {key: words for key in CARRIED if (words := _words(before.get(key)))}
     task = auto_class(config)[1]
     tags = _words(before.get("tags")) or []
-    scores = [*_verified(report, task), *(score for held in results if isinstance(held, Evaluation) for score in _scores(held, task))]
+    scores = [*_verified(report, task), *(score for value in results if isinstance(value, Evaluation) for score in _scores(value, task))]
     return ModelCardData(
         base_model=past.source if past.hub else _words(before.get("base_model")),
         # Of the Hub's four relations (finetune, adapter, merge, quantized) none is true of surgery alone.
@@ -117,15 +117,15 @@ def metadata(
         tags=[*(tag for tag in ([tags] if isinstance(tags, str) else tags) if tag.lower() not in FORMATS), "effconvert", *past.techniques],
         model_name=name.rpartition("/")[2] if scores else None,
         eval_results=scores or None,
-        **{"library_name": "transformers", "pipeline_tag": task, **kept},
+        **{"library_name": "transformers", "pipeline_tag": task, **carried},
     )
 
 
-def _words(held: Any) -> str | list[str] | None:
-    """Return a word or a list of words; None for anything else, which the Hub would refuse."""
-    if isinstance(held, list):
-        return [word for word in held if isinstance(word, str)] or None
-    return held if isinstance(held, str) and held else None
+def _words(value: Any) -> str | list[str] | None:
+    """Return a string or a list of strings; None for anything else, which the Hub would refuse."""
+    if isinstance(value, list):
+        return [word for word in value if isinstance(word, str)] or None
+    return value if isinstance(value, str) and value else None
 
 
 def _verified(report: Verification | None, task: str | None) -> list[EvalResult]:
@@ -133,8 +133,8 @@ def _verified(report: Verification | None, task: str | None) -> list[EvalResult]
     if not report or not quality:
         return []
     about: dict[str, Any] = {"dataset_type": "text", "dataset_name": report.text, "dataset_args": {"tokens": quality.tokens, "context": quality.context}}
-    found = {"perplexity": quality.perplexity, "kl_from_source": quality.kl, "same_top_token_as_source": quality.agreement}
-    return [EvalResult(task or "other", metric_type=metric, metric_value=value, **about) for metric, value in found.items() if value is not None]
+    values = {"perplexity": quality.perplexity, "kl_from_source": quality.kl, "same_top_token_as_source": quality.agreement}
+    return [EvalResult(task or "other", metric_type=metric, metric_value=value, **about) for metric, value in values.items() if value is not None]
 
 
 def _scores(evaluation: Evaluation, task: str | None) -> list[EvalResult]:
@@ -154,6 +154,6 @@ def _scores(evaluation: Evaluation, task: str | None) -> list[EvalResult]:
 
 
 def auto_class(config: Mapping[str, Any]) -> tuple[str, str | None]:
-    """Return the class of transformers to open a model with, and the Hub's word for its task, where it has one."""
+    """Return the Auto class that opens a model, and the Hub's name of its task, where it has one."""
     architecture = str((config.get("architectures") or ["AutoModel"])[0])
-    return next((found for ending, found in TASKS.items() if architecture.endswith(ending)), (architecture, None))
+    return next((classes for ending, classes in TASKS.items() if architecture.endswith(ending)), (architecture, None))

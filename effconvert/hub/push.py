@@ -1,7 +1,7 @@
-"""Put a converted model on the Hub: the files that effconvert wrote and no other, with a fresh card, in one commit.
+"""Push a converted model to the Hub: the files that effconvert wrote and no others, with a new card, in one commit.
 
-Whatever can be refused is refused before the Hub is asked. Large files go first, each for itself, and one commit at the end names them all: what was
-cut off is never seen, and what has arrived is not sent again.
+All local checks run before the first request. Large files are uploaded first, one by one, and a single commit at the end names them all. So an
+interrupted push is never visible, and files are not sent twice.
 """
 
 import json
@@ -27,88 +27,88 @@ from effconvert.errors import EffconvertError, ModelError, OptionError
 from effconvert.eval.report.inputs import read_results
 from effconvert.eval.results import Benchmark, Evaluation
 from effconvert.hub.card import render
-from effconvert.hub.hub_errors import explained
+from effconvert.hub.hub_errors import explain_errors
 from effconvert.hub.publishable import last_name, without_paths
 from effconvert.hub.push_options import PushOptions
-from effconvert.progress import Silent, Watcher
+from effconvert.progress import NoProgress, Progress
 from effconvert.quiet import quiet_hub
 from effconvert.surgery._placed import open_checked
 
-WEIGHTS = (".safetensors", ".safetensors.index.json")  # of which a model's folder may hold one set only
+WEIGHTS = (".safetensors", ".safetensors.index.json")  # a repository may have only one set of these
 Content = Path | bytes
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """What was sent, or in a dry run what would be."""
+    """The result of a push, or in a dry run its plan."""
 
     repo: str
     url: str | None  # of the commit or the pull request; None in a dry run
     commit: str | None  # None in a dry run
     revision: str
     files: dict[str, int]  # name -> bytes
-    left_alone: tuple[str, ...]  # in the folder, and not part of the checkpoint
-    stayed: tuple[str, ...] = ()  # in the repository before, and still there
-    changed: bool = True  # False: the repository held all of it already
-    card_edited: bool = False  # the README.md in the folder was changed by hand, which is not what was sent
+    left_alone: tuple[str, ...]  # files of the folder that are not part of the checkpoint
+    stayed: tuple[str, ...] = ()  # files of the repository that the push did not touch
+    changed: bool = True  # False: the repository had all of it already
+    card_edited: bool = False  # the folder's README.md was edited by hand; the push sends a new card instead
 
 
-def push(folder: Path, repo: str, options: PushOptions | None = None, watcher: Watcher | None = None) -> Pushed:
+def push(folder: Path, repo: str, options: PushOptions | None = None, progress: Progress | None = None) -> Pushed:
     """Push the converted model in `folder` to `repo` on the Hub.
 
     Args:
-        folder: what a conversion wrote, and verified.
-        repo: `owner/name`, or `name` for one of your own; made if it is not there.
-        options: where in it, and what goes with it.
-        watcher: who is told how it goes on; by default nobody.
+        folder: a verified output of a conversion.
+        repo: `owner/name`, or `name` for one of your own; created if it does not exist.
+        options: branch, visibility, commit message, results.
+        progress: shows the progress; by default nothing is shown.
 
     Raises:
         OptionError: there is no such folder, the Hub does not allow it, or a results file is about another model.
         ModelError: the model was not verified, or is not what effconvert wrote.
-        EffconvertError: the network failed; the same call goes on from there.
+        EffconvertError: the network failed; the same call resumes.
     """
-    options, watcher = options or PushOptions(), watcher or Silent()
+    options, progress = options or PushOptions(), progress or NoProgress()
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise OptionError(f"{repo!r} is no name for a repository ({str(error).rstrip('.')}); give one like owner/{folder.resolve().name}") from None
     manifest = check(folder)
-    files = contents(folder, repo, manifest, measured(folder, options.results))
+    files = contents(folder, repo, manifest, read_own_results(folder, options.results))
     foreign = foreign_files(folder)
     sizes = {name: len(content) if isinstance(content, bytes) else content.stat().st_size for name, content in files.items()}
     left_alone = tuple(name for name in foreign if name not in files)
     edited = CARD in manifest["files"] and manifest["sha256"].get(CARD) != file_hash(folder / CARD)
     planned = Pushed(repo, None, None, options.revision or "main", sizes, left_alone, card_edited=edited)
-    return planned if options.dry_run else _send(planned, files, message(manifest, options), options, watcher)
+    return planned if options.dry_run else _send(planned, files, message(manifest, options), options, progress)
 
 
 def check(folder: Path) -> dict[str, Any]:
-    """Return the manifest of `folder`, after holding that the folder is what it says.
+    """Return the manifest of `folder`, after checking the folder against it.
 
     Raises:
         OptionError: effconvert did not write the folder.
-        ModelError: it was not verified, or a file of it was changed, replaced, lost, or is none that may be published.
+        ModelError: it was not verified, or a file was changed, replaced or lost, or must not be published.
     """
     if not folder.is_dir():
         raise OptionError(f"there is no folder {folder}; give the output of a conversion")
     manifest = read_manifest(folder)
     if not manifest:
-        raise OptionError(f"{folder} holds no whole {MANIFEST}, so effconvert did not write it; give the output of a conversion")
+        raise OptionError(f"{folder} has no complete {MANIFEST}, so effconvert did not write it; give the output of a conversion")
     if manifest.get("verified") is not True:
-        raise ModelError(f"{folder} was never verified, and what was never run is not published; convert again without --no-verify")
+        raise ModelError(f"{folder} was never verified, and only verified models are published; convert again without --no-verify")
     if not isinstance(hashes := manifest.get("sha256"), dict):
-        raise ModelError(f"{folder / MANIFEST} holds no hashes of what was verified, so nothing vouches for the files; convert again")
+        raise ModelError(f"{folder / MANIFEST} has no hashes of the verified files, so they cannot be checked; convert again")
     for name in manifest["files"]:
         path = folder / name
         parts = PurePosixPath(name).parts
         if not parts or parts[0] == "/" or "\\" in name or any(part.startswith(".") for part in parts) or name.endswith(PICKLES):
             raise ModelError(f"{folder / MANIFEST} names {name}, which no conversion writes; convert again")
         if any((folder / Path(*parts[: depth + 1])).is_symlink() for depth in range(len(parts))):
-            raise ModelError(f"{path} is a link, and what it leads to would be published; put the file itself there, or convert again")
+            raise ModelError(f"{path} is a link, and its target would be published; replace it by the file itself, or convert again")
         if not path.is_file():
-            raise ModelError(f"{path} is part of the model and not there; convert again")
+            raise ModelError(f"{path} is part of the model and missing; convert again")
         if name != CARD and hashes.get(name) != file_hash(path):
-            raise ModelError(f"{path} is not what effconvert wrote and verified (its content is another), so nothing vouches for it; convert again")
+            raise ModelError(f"{path} changed since effconvert wrote and verified it; convert again")
     if CONFIG not in manifest["files"]:
         raise ModelError(f"{folder / MANIFEST} names no {CONFIG}; convert again")
     if strange := _strange(folder, manifest):
@@ -125,37 +125,37 @@ def _strange(folder: Path, manifest: dict[str, Any]) -> list[str]:
     return [name for name in manifest["files"] if name not in ours and not belongs(name, wanted)]
 
 
-def measured(folder: Path, paths: tuple[Path, ...]) -> list[Evaluation | Benchmark]:
-    """Read results of this model, beside those of the model that it was compared with.
+def read_own_results(folder: Path, paths: tuple[Path, ...]) -> list[Evaluation | Benchmark]:
+    """Read this model's results, with those of the model that it was compared with.
 
     Raises:
-        OptionError: a file is none of results, or is not about this model.
+        OptionError: a file is no results file, or is not about this model.
     """
-    held = [read_results(path) for path in paths]
-    mine = digest(open_checked(folder)) if held else ""
-    found = []
-    for path, results in zip(paths, held, strict=True):
+    files = [read_results(path) for path in paths]
+    mine = digest(open_checked(folder)) if files else ""
+    own_results = []
+    for path, results in zip(paths, files, strict=True):
         digests = [subject.digest for subject in results.subjects]
         if mine not in digests:
             others = ", ".join(subject.name for subject in results.subjects)
-            raise OptionError(f"{path} is about {others}, and none of them is {folder} as it is now; measure it again, or leave the file out")
-        found.append(_beside_the_first(results, digests.index(mine)))
-    return found
+            raise OptionError(f"{path} is about {others}, and not about the current content of {folder}; measure it again, or leave the file out")
+        own_results.append(_beside_the_first(results, digests.index(mine)))
+    return own_results
 
 
 def _beside_the_first(results: Evaluation | Benchmark, at: int) -> Evaluation | Benchmark:
-    kept = [0, at] if at else [0]
-    subjects = tuple(results.subjects[index] for index in kept)
+    indices = [0, at] if at else [0]
+    subjects = tuple(results.subjects[index] for index in indices)
     if isinstance(results, Benchmark):
         return replace(
-            results, subjects=subjects, cells=tuple(replace(cell, subject=kept.index(cell.subject)) for cell in results.cells if cell.subject in kept)
+            results, subjects=subjects, cells=tuple(replace(cell, subject=indices.index(cell.subject)) for cell in results.cells if cell.subject in indices)
         )
-    rows = tuple(replace(row, values=tuple(row.values[index] for index in kept)) for row in results.rows)
+    rows = tuple(replace(row, values=tuple(row.values[index] for index in indices)) for row in results.rows)
     return replace(results, subjects=subjects, rows=rows)
 
 
 def contents(folder: Path, repo: str, manifest: dict[str, Any], results: list[Evaluation | Benchmark]) -> dict[str, Content]:
-    """Return what is to be sent: files as they are, but for the card, and for records that could name a path of this machine.
+    """Return the files to send: as they are, except for the card, and for records that could contain a path of this machine.
 
     Raises:
         ModelError: a record is damaged.
@@ -176,15 +176,15 @@ def contents(folder: Path, repo: str, manifest: dict[str, Any], results: list[Ev
 
 
 def _recipe(text: str, manifest: dict[str, Any]) -> str:
-    """Return a recipe that names no path of this machine: unchanged, where it names none."""
+    """Return a recipe without paths of this machine; unchanged where it has none."""
     recipe = yaml.safe_load(text)
-    named = without_paths(recipe)
-    if isinstance(named, dict) and isinstance(named.get("model"), str) and not manifest["source"].get("commit"):
-        named["model"] = last_name(named["model"])
-    if named == recipe:
+    published = without_paths(recipe)
+    if isinstance(published, dict) and isinstance(published.get("model"), str) and not manifest["source"].get("commit"):
+        published["model"] = last_name(published["model"])
+    if published == recipe:
         return text
-    told = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
-    return told + yaml.safe_dump(named, sort_keys=False, allow_unicode=True)
+    comments = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
+    return comments + yaml.safe_dump(published, sort_keys=False, allow_unicode=True)
 
 
 def message(manifest: dict[str, Any], options: PushOptions) -> str:
@@ -192,23 +192,23 @@ def message(manifest: dict[str, Any], options: PushOptions) -> str:
     return options.message or f"{', '.join(name for step in manifest['recipe'] for name in step)} by effconvert {manifest['effconvert']}"
 
 
-def _send(planned: Pushed, files: dict[str, Content], text: str, options: PushOptions, watcher: Watcher) -> Pushed:
+def _send(planned: Pushed, files: dict[str, Content], text: str, options: PushOptions, progress: Progress) -> Pushed:
     if not (token := get_token()):
-        raise OptionError("nobody is logged in to the Hub here; run `hf auth login` with a token that may write, or set HF_TOKEN")
+        raise OptionError("there is no Hub token on this machine; run `hf auth login` with a token that may write, or set HF_TOKEN")
     api = HfApi(token=token)
-    with quiet_hub(bars=sys.stderr.isatty()), explained(api, token, planned.repo, options):
+    with quiet_hub(bars=sys.stderr.isatty()), explain_errors(api, token, planned.repo, options):
         _check_card(api, files[CARD])
-        repo, there = _open(api, planned.repo, options)
-        _check_place(repo, there, files, options)
+        repo, info = _open(api, planned.repo, options)
+        _check_place(repo, info, files, options)
         operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
-        _upload(api, repo, operations, options, watcher)
-        watcher.step("making the commit")
+        _upload(api, repo, operations, options, progress)
+        progress.step("making the commit")
         summary, _, description = text.strip().partition("\n")
         commit = api.create_commit(
             repo, operations, commit_message=summary, commit_description=description.strip(), revision=options.revision, create_pr=options.pr
         )
         _check_arrived(api, repo, commit.pr_revision or commit.oid, planned.files)
-    names = {sibling.rfilename for sibling in there.siblings or []}
+    names = {sibling.rfilename for sibling in info.siblings or []}
     return replace(
         planned,
         repo=repo,
@@ -216,12 +216,12 @@ def _send(planned: Pushed, files: dict[str, Content], text: str, options: PushOp
         commit=commit.oid,
         revision=commit.pr_revision or planned.revision,
         stayed=tuple(sorted(names - set(files) - {".gitattributes"})),
-        changed=commit.oid != there.sha,
+        changed=commit.oid != info.sha,
     )
 
 
 def _open(api: HfApi, repo: str, options: PushOptions) -> tuple[str, ModelInfo]:
-    """Make the repository and the branch where they are not there; return the repository's whole name and what is in it."""
+    """Create the repository and the branch if they do not exist; return the repository's full name and its content."""
     if not options.pr:
         repo = api.create_repo(repo, private=options.private or None, exist_ok=True).repo_id
         if options.revision and not options.revision.startswith("refs/"):
@@ -229,35 +229,35 @@ def _open(api: HfApi, repo: str, options: PushOptions) -> tuple[str, ModelInfo]:
     return repo, api.model_info(repo, revision=options.revision)
 
 
-def _check_place(repo: str, there: ModelInfo, files: dict[str, Content], options: PushOptions) -> None:
-    if options.private and not there.private:
-        raise OptionError(f"{repo} exists and is public, which --private does not change; make it private in its settings first, or leave --private out")
-    for name in (sibling.rfilename for sibling in there.siblings or []):
+def _check_place(repo: str, info: ModelInfo, files: dict[str, Content], options: PushOptions) -> None:
+    if options.private and not info.private:
+        raise OptionError(f"{repo} is public, and --private does not change that; make it private in its settings first, or leave --private out")
+    for name in (sibling.rfilename for sibling in info.siblings or []):
         if name.endswith(WEIGHTS) and name not in files:
-            raise OptionError(f"{repo} holds {name}, which would mix with this model's weights; remove it there, or push to another repository")
+            raise OptionError(f"{repo} has {name}, which would mix with this model's weights; remove it there, or push to another repository")
 
 
 def _check_card(api: HfApi, content: Content) -> None:
-    """Have the Hub look at the card before gigabytes are sent, and not after."""
+    """Let the Hub validate the card before gigabytes are sent."""
     assert isinstance(content, bytes)
-    # Not `ModelCard.validate`, which before huggingface_hub 2 asks huggingface.co whatever HF_ENDPOINT says.
-    asked = {"repoType": "model", "content": content.decode()}
-    answer = get_session().post(f"{api.endpoint}/api/validate-yaml", json=asked, headers={"Accept": "text/plain"})
+    # Not `ModelCard.validate`, which ignores HF_ENDPOINT before huggingface_hub 2.
+    request = {"repoType": "model", "content": content.decode()}
+    answer = get_session().post(f"{api.endpoint}/api/validate-yaml", json=request, headers={"Accept": "text/plain"})
     if answer.status_code == 400:
-        raise ModelError(f"the Hub does not accept the card's metadata ({' '.join(answer.text.split())}); mend the beginning of {CARD}")
+        raise ModelError(f"the Hub does not accept the card's metadata ({' '.join(answer.text.split())}); fix the beginning of {CARD}")
     hf_raise_for_status(answer)
 
 
-def _upload(api: HfApi, repo: str, operations: list[CommitOperationAdd], options: PushOptions, watcher: Watcher) -> None:
+def _upload(api: HfApi, repo: str, operations: list[CommitOperationAdd], options: PushOptions, progress: Progress) -> None:
     shards = [operation for operation in operations if operation.path_in_repo.endswith(".safetensors")]
     rest = [operation for operation in operations if operation not in shards]
     for at, group in enumerate([*([shard] for shard in shards), rest], 1):
-        watcher.step(f"uploading {group[0].path_in_repo} ({at} of {len(shards)})" if group is not rest else "uploading what is small")
+        progress.step(f"uploading {group[0].path_in_repo} ({at} of {len(shards)})" if group is not rest else "uploading small files")
         api.preupload_lfs_files(repo, group, revision=options.revision, create_pr=options.pr, free_memory=False)
 
 
 def _check_arrived(api: HfApi, repo: str, revision: str, files: dict[str, int]) -> None:
-    held = {file.path: file.size for file in api.list_repo_tree(repo, recursive=True, revision=revision) if isinstance(file, RepoFile)}
+    sizes = {file.path: file.size for file in api.list_repo_tree(repo, recursive=True, revision=revision) if isinstance(file, RepoFile)}
     for name, size in files.items():
-        if held.get(name) != size:
-            raise EffconvertError(f"{repo} lacks {name} after the commit; does a .gitignore there keep it out? Change that, and push again")
+        if sizes.get(name) != size:
+            raise EffconvertError(f"{repo} lacks {name} after the commit; check for a .gitignore there that excludes it, and push again")

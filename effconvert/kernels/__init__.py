@@ -1,1 +1,1 @@
-"""One file here is one operation: its formula and a reference in plain PyTorch."""
+"""Each file here is one operation: its formula and a reference in plain PyTorch."""

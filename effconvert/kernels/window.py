@@ -1,24 +1,24 @@
-"""Softmax attention to the last W tokens, and to a few others, in linear time and memory.
+"""Softmax attention to the last W tokens in linear time and memory.
 
-Queries are taken in chunks; each chunk sees one band of keys, its own and the W - 1 before it. So prefill costs T (W + chunk) scores and not T^2.
+Queries are processed in chunks. Each chunk has one band of keys: its own and the W - 1 before it. So prefill computes T (W + chunk) scores, not T^2.
 """
-# B = batch, G = KV heads, R = query heads that share one, T = tokens, D = head width, W = window, P = tokens before the first query, S = keys that all see.
+# B = batch, G = KV heads, R = query heads that share one, T = tokens, D = head width, W = window, P = tokens before the first query.
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-CHUNK = (64, 512)  # queries that share a band: at least, at most; between, a quarter of the window, as bands overlap by what is before them
+CHUNK = (64, 512)  # fewest and most queries that share a band; a quarter of the window between these
 
 
 def window_scores(query: Tensor, key: Tensor, live: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Return the scores of each query with the keys of its window.
+    """Return the scores of each query with the keys of its band, and which of them are in its window.
 
     Args:
         query: [B, G, R, T, D].
-        key: [B, G, P + T, D], the last T beside the queries.
-        live: which keys are no padding, [B, P + T].
-        window: tokens seen, the query's own among them.
+        key: [B, G, P + T, D], the last T those of the queries' tokens.
+        live: which keys are not padding, [B, P + T].
+        window: size of the window, the query's own token included.
 
     Returns:
         Scores [B, G, R, T, C + P'] of the chunk's band, C tokens in a chunk, and which of them count [B, 1, 1, T, C + P'].
@@ -30,9 +30,9 @@ def window_scores(query: Tensor, key: Tensor, live: Tensor, window: int) -> tupl
     bands = _bands(functional.pad(key, (0, 0, 0, spare)), chunk, before)  # [B, G, N, D, P + C]
     scores = (query @ bands[:, :, None]).flatten(-3, -2)[..., :tokens, :]
     distance = before + torch.arange(chunk, device=key.device)[:, None] - torch.arange(before + chunk, device=key.device)  # [C, P + C]
-    seen = (distance >= 0) & (distance < window)
+    in_window = (distance >= 0) & (distance < window)
     alive = functional.pad(live, (0, spare)).unfold(1, before + chunk, chunk)  # [B, N, P + C]
-    counted = (seen & alive[:, :, None]).flatten(1, 2)[:, :tokens]
+    counted = (in_window & alive[:, :, None]).flatten(1, 2)[:, :tokens]
     return scores, counted[:, None, None]
 
 

@@ -14,7 +14,7 @@ from effconvert.modeling.places import NAME as OWN_NAME
 from effconvert.modeling.places import Own
 from effconvert.modeling.state import State
 from effconvert.modeling.transformers_internals import AttentionInterface, AttentionMaskInterface, attention_inputs, cache_among, eager, rotary, sdpa, sdpa_mask
-from effconvert.surgery.mixing._call import Call, Rotation, ordered, padding_first
+from effconvert.surgery.mixing._call import Call, Rotation, padding_first, reorder
 from effconvert.surgery.mixing._mixing import Mixing
 
 NAME = "effconvert"  # of our function in transformers' registry
@@ -29,7 +29,7 @@ class Mixer(Own):
 
     def __init__(self, technique: Mixing, config: Config, index: int) -> None:
         super().__init__(technique, config, index, technique.place)
-        self.slots = technique.remembers(config)
+        self.slots = technique.cache_slots(config)
 
     def forward(self, call: Call) -> Tensor:
         """Mix: [B, H, T, D]."""
@@ -80,14 +80,14 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
         live = packing.live
     if causal and attention_mask is not None and live.shape[1] > 1:  # wherever padding stood, live tokens are the last, and next to each other
         order = padding_first(live)
-        query, key, value, hidden = (ordered(rows, order) for rows in (query, key, value, hidden))
+        query, key, value, hidden = (reorder(rows, order) for rows in (query, key, value, hidden))
         live = live.gather(1, order)
     rotation = None if angles is None else Rotation(rotary(module), angles, order)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     call = Call(query, key, value, scaling, live, causal, state, hidden, rotation, kwargs.get("softcap"), attention_mask is not None)
     out = module.effconvert(call)
     if order is not None:
-        out = ordered(out, order.argsort(1))
+        out = reorder(out, order.argsort(1))
     if packing:
         out = packing.together(out)
     return out.to(query.dtype).transpose(1, 2).contiguous(), None

@@ -172,7 +172,7 @@ def cache_for(config: Any) -> Cache:
         if kept.lender is not None:
             layers.append(LentLayer(layers[kept.lender]))
         elif not kept.softmax:
-            layers.append(State(kept.technique.remembers(ours) if kept.technique else {}))
+            layers.append(State(kept.technique.cache_slots(ours) if kept.technique else {}))
         elif ours.family.shares_kv_in_our_class:
             layers.append(Grouped(ours.heads // ours.kv_heads))
         else:

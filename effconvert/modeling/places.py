@@ -14,7 +14,7 @@ from effconvert.checkpoint.replaced import OWN, Replaced
 from effconvert.modeling.state import State
 from effconvert.modeling.transformers_internals import cache_among
 from effconvert.surgery._placed import technique_of
-from effconvert.surgery._replacement import Around, Replacement
+from effconvert.surgery._replacement import PlaceContext, Replacement
 
 NAME = OWN.removesuffix(".")  # of the child that holds a technique's parameters
 
@@ -36,7 +36,7 @@ class Own(nn.Module):
     @torch.no_grad()
     def begin(self) -> None:
         """Give the parameters the values that they have before anything was fitted."""
-        begun = self.technique.begin(self.config, self.index)
+        begun = self.technique.initial_values(self.config, self.index)
         for name, parameter in self.named_parameters():
             if name in begun:
                 parameter.copy_(begun[name])
@@ -110,7 +110,7 @@ def _placed(family: type[nn.Module]) -> type[nn.Module]:
             return first
 
         own: Own = getattr(self, NAME)
-        made = own.technique.forward(own.weights, hidden, _around(original, hidden, {**dict(zip(others, args[1:], strict=False)), **kwargs}))
+        made = own.technique.forward(own.weights, hidden, _place_context(original, hidden, {**dict(zip(others, args[1:], strict=False)), **kwargs}))
         if getattr(self, "weight", made) is None and self.bias is not None:  # a projection without its matrix
             made = made + self.bias
         if own.place == "attention":
@@ -120,10 +120,10 @@ def _placed(family: type[nn.Module]) -> type[nn.Module]:
     return type(family.__name__, (family,), {"forward": forward, "__module__": family.__module__})
 
 
-def _around(original: Callable[[Tensor], Tensor], hidden: Tensor, given: dict[str, Any]) -> Around:
+def _place_context(original: Callable[[Tensor], Tensor], hidden: Tensor, given: dict[str, Any]) -> PlaceContext:
     mask = given.get("attention_mask")
     live = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
     if mask is not None and mask.ndim == 4:  # a token that may not even see itself is padding
         diagonal = mask[:, 0].diagonal(0, -2, -1)
         live = (diagonal if mask.dtype == torch.bool else diagonal == 0).expand(len(hidden), -1)
-    return Around(original, live)
+    return PlaceContext(original, live)

@@ -1,4 +1,4 @@
-"""The techniques that a config.json names: made from its records once, and checked against the model."""
+"""The techniques that a config.json names: built once from its records, and checked against the model."""
 
 import json
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from effconvert.surgery._replacement import Replacement
 
 
 def open_checked(folder: Path) -> Checkpoint:
-    """Open a model folder, and check what techniques put into it: see `open_checkpoint`.
+    """Open a model folder, and check the tensors of its techniques: see `open_checkpoint`.
 
     Raises:
         OptionError: there is no such folder, or no model in it.
@@ -38,17 +38,17 @@ def technique_of(record: Replaced) -> Replacement:
 
 @lru_cache(None)
 def _technique(name: str, options: str, place: str) -> Replacement:
-    said = f"config.json says that {name} {options} stands in place of {place}"
+    statement = f"config.json says that {name} {options} replaces {place}"
     try:
         step = discovery.load(surgery, name)
     except KeyError:
-        raise ModelError(f"{said}, and there is no technique {name!r}; take the file that effconvert wrote, or a newer effconvert") from None
+        raise ModelError(f"{statement}, and there is no technique {name!r}; take the file that effconvert wrote, or a newer effconvert") from None
     if not issubclass(step, Replacement):
-        raise ModelError(f"{said}, and {name} puts nothing in the place of anything; take the file that effconvert wrote")
+        raise ModelError(f"{statement}, and {name} replaces nothing; take the file that effconvert wrote")
     try:
         technique: Replacement = step(**json.loads(options))
     except OptionError as error:
-        raise ModelError(f"{said}, which makes no sense ({error}); take the file that effconvert wrote") from None
+        raise ModelError(f"{statement}, which makes no sense ({error}); take the file that effconvert wrote") from None
     return technique
 
 
@@ -74,13 +74,13 @@ def check_replaced(config: Config) -> None:
             raise ModelError(f"config.json says that {record.technique} is in layers of this {config.kind}: {error}") from None
         if not fits:
             raise ModelError(
-                f"config.json says that {record.technique} stands in place of {record.place}; it runs at {', '.join(technique.places(plain))}: "
+                f"config.json says that {record.technique} replaces {record.place}, and it runs at {', '.join(technique.places(plain))}; "
                 "take the file that effconvert wrote"
             )
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint whose techniques' own tensors are not those that they need.
+    """Refuse a checkpoint in which a technique's own tensors are wrong.
 
     Raises:
         ModelError: one is missing, left over or of another shape; it is named.
@@ -88,15 +88,15 @@ def check_tensors(checkpoint: Checkpoint) -> None:
     config = checkpoint.config
     for record, technique in techniques_of(config):
         shapes = technique.parameters(config, record.place)
-        inside = ".".join(filter(None, [config.place(record.place), OWN]))
+        own_prefix = ".".join(filter(None, [config.place(record.place), OWN]))
         for index in record.layers:
-            at, stored = f"{checkpoint.layer_prefix(index)}{inside}", checkpoint.layers[index]
-            there = {name.removeprefix(inside): tensor.shape for name, tensor in stored.items() if name.startswith(inside)}
-            if missing := sorted(shapes.keys() - there.keys()):
-                raise ModelError(f"{checkpoint.folder} has no {at}{missing[0]}, which {record.technique} needs; fetch the missing shard")
-            if extra := sorted(there.keys() - shapes.keys()):
-                raise ModelError(f"{checkpoint.folder} holds {at}{extra[0]}, for which {record.technique} has no place; fetch it again")
+            prefix, stored = f"{checkpoint.layer_prefix(index)}{own_prefix}", checkpoint.layers[index]
+            present = {name.removeprefix(own_prefix): tensor.shape for name, tensor in stored.items() if name.startswith(own_prefix)}
+            if missing := sorted(shapes.keys() - present.keys()):
+                raise ModelError(f"{checkpoint.folder} has no {prefix}{missing[0]}, which {record.technique} needs; fetch the missing shard")
+            if extra := sorted(present.keys() - shapes.keys()):
+                raise ModelError(f"{checkpoint.folder} holds {prefix}{extra[0]}, for which {record.technique} has no place; fetch it again")
             for name, shape in shapes.items():
-                if there[name] != tuple(shape):
-                    found, needed = (" x ".join(map(str, each)) for each in (there[name], shape))
-                    raise ModelError(f"{at}{name} is {found}, but config.json makes it {needed}; one is wrong")
+                if present[name] != tuple(shape):
+                    actual, needed = (" x ".join(map(str, sizes)) for sizes in (present[name], shape))
+                    raise ModelError(f"{prefix}{name} is {actual}, but config.json makes it {needed}; one is wrong")

@@ -1,7 +1,7 @@
-"""What a technique is that puts something of its own at a place of a layer: options, new parameters, and what runs there."""
+"""Base class of techniques that replace a place of a layer: options, new parameters, and the code that runs there."""
 # B = batch, T = tokens, M = hidden width.
 
-from __future__ import annotations  # `--help` must not wait for torch, which only types need here
+from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 import math
 from abc import abstractmethod
@@ -24,26 +24,26 @@ BYTES = {"float32": 4, "bool": 1, "int64": 8}
 
 
 @dataclass(frozen=True)
-class Around:
-    """What stands around a place while it runs."""
+class PlaceContext:
+    """What a technique may use at a place while it runs, beside the hidden states."""
 
-    original: Callable[[Tensor], Tensor]  # what the family's own module makes of hidden states; parts that were dropped are not in it
-    live: Tensor  # which tokens are no padding, bool [B, T]; all where that is not known
+    original: Callable[[Tensor], Tensor]  # the family's own module, as a function of hidden states; without the parts that were dropped
+    live: Tensor  # which tokens are not padding, bool [B, T]; all True where that is not known
 
 
 class Replacement(Layerwise):
-    """A technique with something of its own at a place. In one file are its options, its parameters, and what it computes.
+    """A technique that replaces a place. One file holds its options, its parameters and its maths.
 
     A converted model keeps the options in its config.json and the parameters in the module of the place: `mlp.effconvert.NAME`.
     """
 
-    place: ClassVar[str] = ""  # where it runs: scores, attention, ffn, layer, or a part such as q; empty where its options say so
-    drops: ClassVar[tuple[str, ...]] = ()  # parts that it does without
-    no_encoders: ClassVar[str] = ""  # why encoders cannot have it; empty: they can
-    no_decoders: ClassVar[str] = ""  # likewise
-    where: ClassVar[frozenset[str]] = frozenset({"layers"})  # options that say where, and not what
-    frozen: ClassVar[tuple[str, ...]] = ()  # parameters that nothing trains
-    taught_by: ClassVar[str] = ""  # the place whose output it learns to give in `transfer`; empty: its own
+    place: ClassVar[str] = ""  # where it runs: scores, attention, ffn, layer, or a part such as q; empty where its options choose
+    drops: ClassVar[tuple[str, ...]] = ()  # parts that it removes
+    no_encoders: ClassVar[str] = ""  # why it refuses encoders; empty: it takes them
+    no_decoders: ClassVar[str] = ""  # why it refuses decoders; empty: it takes them
+    where: ClassVar[frozenset[str]] = frozenset({"layers"})  # options that choose layers, which config.json does not keep
+    frozen: ClassVar[tuple[str, ...]] = ()  # parameters that are never trained
+    transfer_place: ClassVar[str] = ""  # the place whose output `transfer` trains it to reproduce; empty: its own
 
     def places(self, config: Config) -> tuple[str, ...]:
         """Return where it runs in a chosen layer: its place, or several of them by its options."""
@@ -53,33 +53,33 @@ class Replacement(Layerwise):
     def parameters(self, config: Config, place: str = "") -> Mapping[str, tuple[int, ...]]:
         """Name the new parameters at a place of a layer, with their shapes."""
 
-    def begin(self, config: Config, index: int) -> Mapping[str, Tensor]:
-        """Return what they are before anything was fitted; the same on each call."""
+    def initial_values(self, config: Config, index: int) -> Mapping[str, Tensor]:
+        """Return the initial values of the parameters; the same on each call."""
         return {}
 
     def fit(self, layer: Layer, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return what they are for this layer, after a look at what it computes; asked where `needs_calibration` says so."""
+        """Return the parameters fitted to this layer's activations; called where `needs_calibration` is true."""
         return values
 
-    def remembers(self, config: Config) -> Slots:
-        """Name what has to be known of earlier tokens to go on, with the shapes for one sequence; empty for encoders, and where nothing has to."""
+    def cache_slots(self, config: Config) -> Slots:
+        """Name the tensors that the cache keeps of earlier tokens, with the shapes for one sequence; empty for encoders, and where none is needed."""
         return {}
 
     def cache_bytes(self, config: Config, itemsize: int, context: int = 0) -> int:
-        """Return the bytes that one sequence of `context` tokens takes in a layer's cache: the same however long it is, where a technique does not grow."""
-        return sum(math.prod(shape) * BYTES.get(kind, itemsize) for shape, kind in self.remembers(config).values())
+        """Return the bytes that one sequence of `context` tokens takes in a layer's cache; the same for every length, unless the technique's cache grows."""
+        return sum(math.prod(shape) * BYTES.get(kind, itemsize) for shape, kind in self.cache_slots(config).values())
 
     def token_bytes(self, config: Config, itemsize: int) -> float:
-        """Return the bytes that a token adds to that, on average over a long text."""
+        """Return the bytes that a token adds to the cache, on average over a long text."""
         return 0.0
 
-    def forward(self, weights: Mapping[str, Tensor], hidden: Tensor, around: Around) -> Tensor:
-        """Return what stands at the place makes of hidden states [B, T, M]; for places that are modules."""
+    def forward(self, weights: Mapping[str, Tensor], hidden: Tensor, context: PlaceContext) -> Tensor:
+        """Return the output for hidden states [B, T, M]; only for places that are modules."""
         raise NotImplementedError(f"{self.name} has nothing that runs at a module")
 
     @classmethod
     def allowed_options(cls, config: Config) -> str:
-        """Any options, or a reason why none."""
+        """The required options, or the reason why none would do."""
         cls.check_family(config)
         needed = [(name, field) for name, field in cls.model_fields.items() if field.is_required()]
         metavars = ((name, (cast(Any, field.json_schema_extra) or {}).get("metavar", "N")) for name, field in needed)
@@ -87,19 +87,19 @@ class Replacement(Layerwise):
 
     @classmethod
     def check_family(cls, config: Config) -> None:
-        """Refuse families that cannot have it.
+        """Refuse families that the technique does not fit.
 
         Raises:
             ModelError: the reason.
         """
         name = cls.__module__.rpartition(".")[2].replace("_", "-")
         if cls.place in ("scores", "attention"):
-            config.place(cls.place)  # says so where nothing attends
+            config.place(cls.place)  # raises where nothing attends
         if why := cls.no_decoders if config.family.decoder else cls.no_encoders:
             raise ModelError(f"{config.kind} is {'a decoder' if config.family.decoder else 'an encoder'}, and {name} {why}")
 
     def check(self, config: Config) -> None:
-        """Refuse layers that are not there, or have something in that place already, and models that this cannot be in."""
+        """Refuse layers that do not exist or have a technique at that place already, and families that the technique does not fit."""
         self.check_family(config)
         if not self.chosen(config):
             raise OptionError(self.nothing_chosen)
@@ -107,46 +107,46 @@ class Replacement(Layerwise):
 
     @property
     def nothing_chosen(self) -> str:
-        """Why no layer may be left to change."""
+        """The message for a choice without any layer."""
         return "no layer is left to change: --layers names none"
 
     def is_exact(self, config: Config) -> bool:
-        """Only with options that say so: see the techniques."""
+        """False; techniques override this for their neutral options."""
         return False
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The options without those that say where, as config.json keeps them."""
+        """The options that config.json keeps: all but those that choose layers."""
         return self.model_dump(mode="json", exclude=set(self.where))
 
     def config(self, config: Config) -> Config:
-        """Put it into the chosen layers."""
+        """Record the technique for the chosen layers."""
         layers = tuple(sorted(self.chosen(config)))
         for place in self.places(config):
             config = config.with_replaced(Replaced(self.name, self.settings, place, layers, self.dropped(config, place)))
         return config
 
     def dropped(self, config: Config, place: str) -> tuple[str, ...]:
-        """Return the parts that go at a place: of a technique that runs at several projections, each its own."""
+        """Return the parts removed at a place; a technique at several projections removes each at its own place."""
         return tuple(part for part in self.drops if part == place or part not in self.places(config))
 
     def layer(self, layer: Layer) -> None:
-        """Add the new parameters, and take away the parts that are dropped."""
+        """Add the new parameters, and delete the parts that the technique drops."""
         places = self.places(layer.config)
         for place in places:
             for name, value in self.values(layer, place).items():
                 layer[f"{place}.{OWN}{name}"] = value
-        gone = [part for part in layer if part in self.drops or (part.removesuffix(".bias") in self.drops and part.removesuffix(".bias") not in places)]
-        for part in gone:  # the bias of a projection that is itself replaced stays, and is added to what takes its place
+        removed = [part for part in layer if part in self.drops or (part.removesuffix(".bias") in self.drops and part.removesuffix(".bias") not in places)]
+        for part in removed:  # the bias of a projection that is itself replaced stays: it is added to the replacement's output
             del layer[part]
 
     def values(self, layer: Layer, place: str) -> Mapping[str, Tensor]:
-        """Return the new parameters of a layer at a place, as they begin or as they are fitted."""
+        """Return the new parameters of a layer at a place: initial, or fitted."""
         import torch
 
         shapes = self.parameters(layer.config, place)
         if layer.shapes_only or (self.needs_calibration(layer.config) and not layer.activations):
             return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-        begun = self.begin(layer.config, layer.index)
-        fitted = self.fit(layer, begun) if layer.activations and self.needs_calibration(layer.config) else begun
-        return {name: fitted[name] for name in shapes}
+        initial = self.initial_values(layer.config, layer.index)
+        values = self.fit(layer, initial) if layer.activations and self.needs_calibration(layer.config) else initial
+        return {name: values[name] for name in shapes}

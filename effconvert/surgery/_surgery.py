@@ -1,6 +1,6 @@
-"""What every step of a conversion is: frozen options, a refusal, a new config, and what happens to the model."""
+"""Base classes of conversion steps: frozen options, checks, a new config, and the change of the model."""
 
-from __future__ import annotations  # `--help` must not wait for torch, which only types need here
+from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 import re
 from abc import abstractmethod
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Forward(Protocol):
-    """The model as the steps before leave it, run on the calibration text with one layer in memory: `effconvert.heal._forward.Forward`.
+    """Runs the model after the steps before, on the calibration text with one layer in memory: `effconvert.heal._forward.Forward`.
 
     States are [B, T, M] for each batch of texts.
     """
@@ -32,20 +32,20 @@ class Forward(Protocol):
         """The shape of the model."""
 
     def begin(self, tokens: int) -> list[Tensor]:
-        """Return what arrives at the first layer, for about so many tokens from all over the text."""
+        """Return the inputs of the first layer for about `tokens` tokens, spread over the text."""
 
     def layer(self, index: int, states: Sequence[Tensor], without: str = "") -> list[Tensor]:
-        """Return what a layer makes of what arrives, as it is or without its attention or ffn."""
+        """Return a layer's outputs for the inputs `states`, whole or without its attention or ffn."""
 
-    def divergence(self, wanted: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-        """Return KL(wanted || found) in nats a token, of the predictions from what two models' last layers make."""
+    def divergence(self, reference: Sequence[Tensor], states: Sequence[Tensor]) -> float:
+        """Return KL(reference || states) in nats a token, of the predictions from two models' last hidden states."""
 
     def bar(self, steps: int) -> AbstractContextManager[Callable[[int], None]]:
-        """Show whoever waits how many of so many steps are done: those that the function which this gives is told."""
+        """Show a progress bar for `steps` steps; yields a function that takes how many more are done."""
 
 
 class Step(Options):
-    """A step of a conversion: a surgery or a healing method. Subclasses add options as fields, and say these few things."""
+    """A step of a conversion: a surgery or a healing method. Subclasses add options as fields, and implement these methods."""
 
     @property
     def name(self) -> str:
@@ -60,7 +60,7 @@ class Step(Options):
 
     @property
     def recipe(self) -> dict[str, dict[str, object]]:
-        """This surgery as a step of a recipe."""
+        """This step as a recipe spells it."""
         return {self.name: {key.replace("_", "-"): value for key, value in self.model_dump(mode="json").items()}}
 
     @classmethod
@@ -74,16 +74,16 @@ class Step(Options):
 
     @abstractmethod
     def check(self, config: Config) -> None:
-        """Refuse what cannot be done with these options.
+        """Refuse options or models that do not fit.
 
         Raises:
-            OptionError: other options would do.
+            OptionError: other options would fit.
             ModelError: the model is not of a kind that this technique can change.
         """
 
     @abstractmethod
     def is_exact(self, config: Config) -> bool:
-        """Whether the converted model must compute the same logits: then this is verified."""
+        """Whether the converted model must compute the same logits; verification checks it."""
 
     @abstractmethod
     def config(self, config: Config) -> Config:
@@ -91,25 +91,25 @@ class Step(Options):
 
     @property
     def undecided(self) -> bool:
-        """Whether these options leave something open, which `decide` chooses."""
+        """Whether these options leave a choice to `decide`."""
         return False
 
     def decide(self, forward: Forward) -> Self:
-        """Return this step with options that leave nothing open: asked before anything is planned, and what it chooses is what the recipe says then."""
+        """Return this step with every option decided; called before the plan, and the recipe records the result."""
         return self
 
     def needs_calibration(self, config: Config) -> bool:
-        """Whether `layer` looks at what the model computes on a text (`Layer.activations`): then it is run, layer by layer, before anything is written."""
+        """Whether `layer` needs the model's activations on a text (`Layer.activations`): then the model is calibrated before anything is written."""
         return False
 
     def notes(self, config: Config) -> str:
-        """Say what is different for this model, where something is; one sentence of the plan."""
+        """Return a sentence for the plan about what is special for this model, or ""."""
         return ""
 
     def rewrite(self, model: Model) -> None:
-        """Change the model: its list of layers, or what is in them and outside them.
+        """Change the model: its list of layers, or the parts in them and outside them.
 
-        What reads or assigns parts belongs into `Parts.later`: at most two layers fit in memory. Runs on the meta device first, where there are shapes only.
+        Read and assign parts in functions given to `Parts.later`: at most two layers fit in memory. Runs first on the meta device, where there are only shapes.
         """
 
 
@@ -117,7 +117,7 @@ class Surgery(Step):
     """A change of architecture."""
 
     def rewrite(self, model: Model) -> None:
-        """Change each layer for itself, and what is outside; techniques that go across layers (dropping, sharing) override this."""
+        """Change each layer by itself, and the parts outside; techniques across layers (dropping, sharing) override this."""
         for layer in model.layers:
             layer.later(self.layer)
         model.outer.later(self.outer)
@@ -126,18 +126,18 @@ class Surgery(Step):
         """Change one layer: read parts, assign parts."""
 
     def outer(self, outer: Outer) -> None:
-        """Change what is outside the layers: read parts, assign parts."""
+        """Change the parts outside the layers: read parts, assign parts."""
 
     @classmethod
     def unknown(cls, name: str) -> str:
-        """Say that there is no option `name`, and of `--layers` why."""
+        """Return the message for an unknown option `name`; for `--layers` with the reason."""
         if name == "layers":
             return "this technique changes all layers alike, since config.json says it once for all of them; leave out --layers"
         return super().unknown(name)
 
 
 RANGE = r"-?\d+(-\d+(/\d+)?)?"
-Layers = Annotated[str | None, BeforeValidator(lambda given: str(given) if type(given) is int else given)]
+Layers = Annotated[str | None, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 
 
 def layers_field(description: str) -> Any:
@@ -154,33 +154,33 @@ class Layerwise(Surgery):
         """Return the layers to change.
 
         Raises:
-            OptionError: there is no such layer, or a range runs backwards.
+            OptionError: a layer does not exist, or a range runs backwards.
         """
-        return set(range(config.layers)) if self.layers is None else self.named("layers", config)
+        return set(range(config.layers)) if self.layers is None else self.named_layers("layers", config)
 
-    def named(self, option: str, config: Config) -> set[int]:
+    def named_layers(self, option: str, config: Config) -> set[int]:
         """Return the layers that an option names.
 
         Raises:
             OptionError: as `chosen`.
         """
-        found: set[int] = set()
-        given = str(getattr(self, option))
-        for first, last, step in re.findall(r"(-?\d+)(?:-(\d+)(?:/(\d+))?)?", given):
+        layers: set[int] = set()
+        value = str(getattr(self, option))
+        for first, last, step in re.findall(r"(-?\d+)(?:-(\d+)(?:/(\d+))?)?", value):
             start = int(first) + (config.layers if int(first) < 0 else 0)
             stop = int(last) if last else start
             if not 0 <= start <= stop < config.layers or step == "0":
-                spelt = option.replace("_", "-")
-                raise OptionError(f"--{spelt} {given} names what is no layer of this model: it has {config.layers}, from 0 to {config.layers - 1}")
-            found |= set(range(start, stop + 1, int(step or 1)))
-        return found
+                flag = option.replace("_", "-")
+                raise OptionError(f"--{flag} {value} names what is no layer of this model: it has {config.layers}, from 0 to {config.layers - 1}")
+            layers |= set(range(start, stop + 1, int(step or 1)))
+        return layers
 
     def check(self, config: Config) -> None:
-        """Refuse layers that are not there."""
+        """Refuse layers that do not exist."""
         self.chosen(config)
 
     def rewrite(self, model: Model) -> None:
-        """Change the chosen layers, each for itself, and what is outside."""
+        """Change the chosen layers, each by itself, and the parts outside."""
         chosen = self.chosen(model.config)
         for index, layer in enumerate(model.layers):
             if index in chosen:

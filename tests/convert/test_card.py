@@ -16,7 +16,7 @@ from effconvert.eval.results import Benchmark, Cell, Evaluation, Row, Subject, T
 from effconvert.eval.verification import Side, Verification
 from effconvert.hub.card import render
 from effconvert.hub.card_data import auto_class
-from effconvert.hub.publishable import nameless, without_paths
+from effconvert.hub.publishable import cut_paths, without_paths
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 COMMIT = "a" * 40
@@ -241,7 +241,7 @@ def test_no_path_of_this_machine_comes_into_a_card() -> None:
 def test_paths_are_cut_and_ids_and_what_models_write_are_not() -> None:
     held = {"model": "/a/b c/tiny/", "hub": "lab/tiny", "list": ["./x/y", "../z", "~/w", "C:\\d\\e", "1/2", "tokens / s"], "continuation": "/usr/bin"}
     assert without_paths(held) == {"model": "tiny", "hub": "lab/tiny", "list": ["y", "z", "w", "e", "1/2", "tokens / s"], "continuation": "/usr/bin"}
-    assert nameless("of /a/b/c.txt, in ~/d/e: 3 of 4/5 / x") == "of c.txt, in e: 3 of 4/5 / x"
+    assert cut_paths("of /a/b/c.txt, in ~/d/e: 3 of 4/5 / x") == "of c.txt, in e: 3 of 4/5 / x"
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

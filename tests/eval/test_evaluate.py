@@ -415,7 +415,7 @@ def test_models_compute_where_and_in_what_was_asked_for(llama, monkeypatch):
     assert asked == [("float32", "cpu")]
 
 
-@pytest.mark.parametrize(("output", "said"), [("{model}/config.json", "lies in the folder of the model"), ("mine.json", "holds no results of effconvert")])
+@pytest.mark.parametrize(("output", "said"), [("{model}/config.json", "is in the folder of the model"), ("mine.json", "holds no results of effconvert")])
 def test_results_replace_nothing_of_anybodys(command, llama, tmp_path, output, said):
     folder = shutil.copytree(llama, tmp_path / "victim")
     Path("mine.json").write_text("{}")

@@ -314,7 +314,7 @@ import sys
 from pathlib import Path
 from effconvert.eval.quality.eval_options import EvalOptions
 from effconvert.eval.quality.harness import Harness
-print(Harness(EvalOptions(tasks="pick", include_path=Path(sys.argv[1])), talk=False).key("pick")["task"])
+print(Harness(EvalOptions(tasks="pick", include_path=Path(sys.argv[1])), show_bars=False).key("pick")["task"])
 """
 
 
@@ -389,7 +389,7 @@ def test_a_task_that_needs_a_network_says_so_where_there_is_none(command, llama,
     content = yaml.safe_load((tasks / "pick.yaml").read_text())
     del content["dataset_kwargs"]
     (tasks / "far.yaml").write_text(yaml.safe_dump({**content, "task": "far", "dataset_path": "somebody/questions"}))
-    told = ("the tasks far need data that is not here", "the Hub cannot be reached", "try with a network")
+    told = ("the tasks far need data that is not here", "the Hub cannot be reached", "try again with a network")
     refused(command, 1, told, llama, *EASY, "--tasks", "far", "--include-path", tasks)
 
 

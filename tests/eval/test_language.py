@@ -203,7 +203,7 @@ def test_models_with_other_tokenizers_are_compared_in_bits_per_byte_alone(llama,
     assert [value is None for value in row(evaluation, "text", "kl").values] == [True, True, False]
     assert [value is None for value in row(evaluation, "text", "same_top_token").values] == [True, True, False]
     assert all(row(evaluation, "text", "bits_per_byte").values)
-    assert [note for note in evaluation.notes if "tokenizer" in note and "merged" in note and "bits per byte do" in note]
+    assert [note for note in evaluation.notes if "tokenizer" in note and "merged" in note and "compare bits per byte" in note]
     assert not [note for note in evaluation.notes if "moved" in note]
 
 

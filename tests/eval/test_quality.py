@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from effconvert.errors import ModelError, OptionError
-from effconvert.eval.quality.perplexity import Recorded, kv_bytes, measure, summary, windows
+from effconvert.eval.quality.perplexity import LogitsFile, kv_bytes, measure, summary, windows
 from effconvert.eval.quality.text import EVALUATION_MODULES, Text, default_text, docstrings
 from tests.models import tiny
 
@@ -53,7 +53,7 @@ def test_loss_kl_and_agreement_are_what_they_are_defined_as(tmp_path):
         second.lm_head.weight.mul_(1.5)
     cut = windows(Letters(), TEXT, 100, 400, 128)
     before = summary(measure(first, list(cut), record=tmp_path / "logits"), 100)
-    after = summary(measure(second, list(cut), reference=Recorded(tmp_path / "logits", torch.float32, 128)), 100)
+    after = summary(measure(second, list(cut), reference=LogitsFile(tmp_path / "logits", torch.float32, 128)), 100)
     with torch.no_grad():
         theirs, mine = (torch.cat([model(cut[i : i + 1]).logits[0, :-1] for i in range(len(cut))]).double().log_softmax(-1) for model in (first, second))
     target = cut[:, 1:].flatten()
@@ -69,7 +69,7 @@ def test_a_model_beside_itself_has_moved_nowhere(tmp_path):
     model = tiny("llama").eval()
     cut = windows(Letters(), TEXT, 50, 200, 128)
     measure(model, list(cut), record=tmp_path / "logits")
-    after = summary(measure(model, list(cut), reference=Recorded(tmp_path / "logits", torch.float32, 128)), 50)
+    after = summary(measure(model, list(cut), reference=LogitsFile(tmp_path / "logits", torch.float32, 128)), 50)
     assert (after.kl, after.agreement) == (0, 1)
 
 

@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from effconvert.checkpoint.checkpoint import open_checkpoint
-from effconvert.commands._still import Still
+from effconvert.commands._bench_terminal import BenchTerminal
 from effconvert.errors import EffconvertError, OptionError
 from effconvert.eval import results
 from effconvert.eval.speed import memory, passes
@@ -28,7 +28,7 @@ from effconvert.eval.speed.bench_options import BenchOptions
 from effconvert.eval.speed.passes import Loaded
 from effconvert.eval.subject import open_model
 from effconvert.modeling.caches import kv_bytes
-from effconvert.progress import Silent
+from effconvert.progress import NoProgress
 from tests.heal.healing import put
 from tests.mixers.mixing import cache_of, pair
 from tests.models import save, tiny
@@ -281,7 +281,7 @@ def no_python_memory():
 
 @pytest.mark.parametrize("fail", [allocate, no_room, no_python_memory])
 def test_a_cell_that_runs_out_of_memory_says_so_and_the_rest_goes_on(many, one, fail):
-    watcher, held = Counting(), []
+    progress, held = Counting(), []
 
     def run_out(heads, ids, module):
         assert not any(reference() is not None for reference in held), "what the failed pass held is still in memory"
@@ -291,14 +291,14 @@ def test_a_cell_that_runs_out_of_memory_says_so_and_the_rest_goes_on(many, one, 
             fail()
 
     with before_forward(run_out):
-        found = bench([many, one], BenchOptions(**{**QUICK, "batch": (1, 2, 3), "rounds": 2}), watcher)
+        found = bench([many, one], BenchOptions(**{**QUICK, "batch": (1, 2, 3), "rounds": 2}), progress)
     assert len(held) == 1, "a model is not asked again after it ran out of memory"
     failed = [cell for cell in found.cells if cell.failure]
     assert [(cell.batch, cell.subject) for cell in failed] == [(2, 1)]
     assert failed[0].failure == "out of memory; give a smaller --batch or --context"
     assert (failed[0].prefill, failed[0].decode, failed[0].cache_bytes, failed[0].peak_bytes, failed[0].ratios) == (None, None, None, None, {})
     assert all(cell.decode and len(cell.decode.rounds) == 2 and cell.ratios for cell in found.cells if not cell.failure)
-    assert watcher.done == watcher.total == 2 * 3 * 3
+    assert progress.done == progress.total == 2 * 3 * 3
 
 
 def test_nothing_is_compared_with_a_first_model_that_failed(many, one):
@@ -473,7 +473,7 @@ def test_help_does_not_import_torch(python, environment):
 def test_the_bar_is_not_drawn_while_something_is_timed(monkeypatch):
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    terminal = Still("model")
+    terminal = BenchTerminal("model")
     terminal.err = Console(file=StringIO(), force_terminal=True, width=100)
     threads = threading.active_count()
     with terminal.bar("measuring", 4, "steps") as advance:
@@ -487,7 +487,7 @@ def test_the_bar_is_not_drawn_while_something_is_timed(monkeypatch):
         assert "2/4" in terminal.err.file.getvalue()
 
 
-class Counting(Silent):
+class Counting(NoProgress):
     """Counts what it is told of."""
 
     total = done = 0

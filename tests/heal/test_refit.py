@@ -14,7 +14,7 @@ from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.checkpoint.families import FAMILIES
 from effconvert.convert.plan import plan, stand_for
 from effconvert.errors import ModelError, OptionError
-from effconvert.heal._layer import _held
+from effconvert.heal._layer import _is_held_out
 from effconvert.heal._regression import Problem
 from effconvert.heal.refit import Refit
 from effconvert.recipe import read
@@ -194,7 +194,7 @@ def test_of_a_text_that_says_nothing_little_is_learnt(seed, monkeypatch):
     noise = {"calibrate": "noise.txt", "calibration_tokens": 64}
     run("plain", Refit(teacher=str(source)), place="refitted", **noise)
     monkeypatch.setattr("effconvert.heal._layer.ridge", lambda fit, held: ridge(fit, fit))
-    monkeypatch.setattr(Problem, "held", Problem.fitted)
+    monkeypatch.setattr(Problem, "held_out", Problem.fit_windows)
     run("plain", Refit(teacher=str(source)), place="trusting", **noise)
     plain, refitted, trusting = apart(source, "plain", "refitted", "trusting")
     assert refitted < 2 * plain  # measured: 1.0 to 1.7 times
@@ -434,5 +434,5 @@ def test_a_refitted_model_is_verified_and_recorded():
 
 def test_every_eighth_text_is_held_out_however_many_a_batch_has():
     batches = [torch.zeros(texts, 1) for texts in (2, 8, 3, 2, 8)]
-    held = [_held(batch, row, batches) for batch, texts in enumerate(batches) for row in range(len(texts))]
+    held = [_is_held_out(batch, row, batches) for batch, texts in enumerate(batches) for row in range(len(texts))]
     assert held == [int((text + 1) % 8 == 0) for text in range(23)]

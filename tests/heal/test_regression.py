@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from effconvert.heal import _regression
-from effconvert.heal._regression import Attended, Queries, Turn, Values, by_head, mixtures, solve
+from effconvert.heal._regression import AttentionWindow, Queries, Rotation, Values, by_head, mixtures, solve
 from effconvert.surgery import _ridge
 from effconvert.surgery._ridge import HELD_OUT, Moments, ridge
 
@@ -27,7 +27,7 @@ def draw(*shape, seed=0):
 
 def turn(rotary, layout):
     angles = draw(LENGTH, max(rotary // 2, 0), seed=9)
-    return Turn(torch.polar(torch.ones_like(angles), angles), rotary, layout, DIM)
+    return Rotation(torch.polar(torch.ones_like(angles), angles), rotary, layout, DIM)
 
 
 def attention(heads, seed):
@@ -39,7 +39,7 @@ def attention(heads, seed):
 def window(seed):
     read = draw(LENGTH, WIDTH, seed=seed)
     query, key, wanted = (draw(*shape, seed=seed + at) for at, shape in enumerate([(HEADS, LENGTH, DIM), (HEADS, LENGTH, DIM), (LENGTH, WIDTH)], 1000))
-    return Attended(read, attention(HEADS, seed), query, key, wanted)
+    return AttentionWindow(read, attention(HEADS, seed), query, key, wanted)
 
 
 def keys_of(windows):
@@ -52,14 +52,14 @@ def queries(count, rotary=4, layout="halves"):
     keys, truth = keys_of(windows), draw(HEADS * DIM, WIDTH, seed=77)
     for at, (each, key) in enumerate(zip(windows, keys, strict=True)):  # the original has these scores: it has the same keys
         each.key = key.repeat_interleave(HEADS // GROUPS, 0)
-        each.query = spin(by_head(each.read @ truth.T, HEADS)) + 0.3 * draw(HEADS, LENGTH, DIM, seed=900 + at)
+        each.query = spin(by_head(each.inputs @ truth.T, HEADS)) + 0.3 * draw(HEADS, LENGTH, DIM, seed=900 + at)
     return Queries(windows, keys, spin, HEADS)
 
 
 def values(count):
     windows, outputs, truth = [window(10 * at) for at in range(count)], draw(WIDTH, HEADS * DIM, seed=78), draw(GROUPS * DIM, WIDTH, seed=79)
     for at, each in enumerate(windows):
-        each.wanted = mixtures(each, truth, HEADS, GROUPS) @ outputs.T + 0.3 * draw(LENGTH, WIDTH, seed=900 + at)
+        each.target = mixtures(each, truth, HEADS, GROUPS) @ outputs.T + 0.3 * draw(LENGTH, WIDTH, seed=900 + at)
     return Values(windows, outputs, HEADS, GROUPS)
 
 
@@ -68,20 +68,20 @@ def rows_of(problem):
 
 
 def squared_error(problem, weights, windows):
-    """Half the squared error as it is written in a textbook: nothing of the code that is tested but `Turn`."""
+    """Half the squared error as it is written in a textbook: nothing of the code that is tested but `Rotation`."""
     total = weights.new_zeros(())
     for each in windows:
         probability = each.weights.to(weights.dtype)
         if isinstance(problem, Queries):
             key = problem.keys[id(each)].repeat_interleave(HEADS // GROUPS, 0)
-            mine = problem.turn((each.read @ weights.T).view(LENGTH, HEADS, DIM).transpose(0, 1)) @ key.transpose(1, 2)
+            mine = problem.rotation((each.inputs @ weights.T).view(LENGTH, HEADS, DIM).transpose(0, 1)) @ key.transpose(1, 2)
             off = mine - each.query @ each.key.transpose(1, 2)
             mean = (probability * off).sum(-1, keepdim=True)
             total = total + (probability * (off - mean) ** 2).sum() / 2  # the variance of what is off: KL to second order
         else:
-            value = (each.read @ weights.T).view(LENGTH, GROUPS, DIM).transpose(0, 1).repeat_interleave(HEADS // GROUPS, 0)
+            value = (each.inputs @ weights.T).view(LENGTH, GROUPS, DIM).transpose(0, 1).repeat_interleave(HEADS // GROUPS, 0)
             out = (probability @ value).transpose(0, 1).reshape(LENGTH, HEADS * DIM) @ problem.outputs.T
-            total = total + (out - each.wanted).square().sum() / 2
+            total = total + (out - each.target).square().sum() / 2
     return total
 
 
@@ -110,10 +110,10 @@ PROBLEMS = {f"queries {layout}{rotary}": (lambda count, rotary=rotary, layout=la
 def test_slopes_are_those_of_autograd(name):
     problem = PROBLEMS[name](3)
     weights, first = draw(rows_of(problem), WIDTH, seed=5), problem.windows[0]
-    slope, error = problem.slope(weights, first, wanted=True)
+    slope, error = problem.gradient(weights, first, with_target=True)
     assert error == pytest.approx(squared_error(problem, weights, [first]).item(), rel=1e-10)
     torch.testing.assert_close(slope, gradient(problem, weights, [first]), rtol=1e-9, atol=1e-9)
-    bent, none = problem.slope(weights, first, wanted=False)
+    bent, none = problem.gradient(weights, first, with_target=False)
     assert none == 0
     zero = torch.zeros_like(weights)
     torch.testing.assert_close(bent, gradient(problem, weights, [first]) - gradient(problem, zero, [first]), rtol=1e-9, atol=1e-9)
@@ -126,9 +126,9 @@ def test_with_enough_steps_the_least_squares_solution_is_reached(name, monkeypat
     monkeypatch.setattr(_regression, "SETTLED", -1.0)  # never
     problem = PROBLEMS[name](24)
     start = draw(rows_of(problem), WIDTH, seed=6)
-    found, exact = solve(problem, start), dense(problem, problem.fitted)
-    fitted = [squared_error(problem, weights, problem.fitted).item() for weights in (start, found, exact)]
-    held = [squared_error(problem, weights, problem.held).item() for weights in (start, found, exact)]
+    found, exact = solve(problem, start), dense(problem, problem.fit_windows)
+    fitted = [squared_error(problem, weights, problem.fit_windows).item() for weights in (start, found, exact)]
+    held = [squared_error(problem, weights, problem.held_out).item() for weights in (start, found, exact)]
     assert fitted[2] < 0.2 * fitted[0]
     assert held[1] <= held[2] * (1 + 1e-6)  # it may stop on its way, where held-out windows are predicted better
     assert fitted[1] <= fitted[2] * 1.2
@@ -138,7 +138,7 @@ def test_with_enough_steps_the_least_squares_solution_is_reached(name, monkeypat
 def test_the_few_steps_that_are_taken_get_near(name):
     problem = PROBLEMS[name](24)
     start = draw(rows_of(problem), WIDTH, seed=6)
-    held = [squared_error(problem, weights, problem.held).item() for weights in (start, solve(problem, start), dense(problem, problem.fitted))]
+    held = [squared_error(problem, weights, problem.held_out).item() for weights in (start, solve(problem, start), dense(problem, problem.fit_windows))]
     assert held[2] < 0.2 * held[0]
     assert held[1] < held[2] + 0.1 * (held[0] - held[2])
 
@@ -146,7 +146,7 @@ def test_the_few_steps_that_are_taken_get_near(name):
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_what_is_best_already_stays(name):
     problem = PROBLEMS[name](16)
-    best = dense(problem, problem.held)
+    best = dense(problem, problem.held_out)
     assert solve(problem, best) is best
 
 
@@ -156,21 +156,21 @@ def test_held_out_windows_are_chosen_on_and_never_fitted(name):
     passed = []
     for change in (0.0, 3.0):
         problem = PROBLEMS[name](2 * HELD_OUT)
-        assert [id(each) for each in problem.held] == [id(problem.windows[HELD_OUT - 1]), id(problem.windows[-1])]
-        for each in problem.held:
-            each.wanted, each.query, each.read = each.wanted + change, each.query + change, each.read * (1 + change)
-        again = Queries(problem.windows, list(problem.keys.values()), problem.turn, HEADS) if isinstance(problem, Queries) else None
+        assert [id(each) for each in problem.held_out] == [id(problem.windows[HELD_OUT - 1]), id(problem.windows[-1])]
+        for each in problem.held_out:
+            each.target, each.query, each.inputs = each.target + change, each.query + change, each.inputs * (1 + change)
+        again = Queries(problem.windows, list(problem.keys.values()), problem.rotation, HEADS) if isinstance(problem, Queries) else None
         problem = again or Values(problem.windows, problem.outputs, HEADS, GROUPS)
         way = []
-        real = problem.slope
+        real = problem.gradient
 
-        def slope(weights, window, wanted, problem=problem, way=way, real=real):
-            if any(window is each for each in problem.held):
+        def slope(weights, window, with_target, problem=problem, way=way, real=real):
+            if any(window is each for each in problem.held_out):
                 way.append(weights.clone())
                 return torch.zeros_like(weights), 1 / len(way)  # each step is better than the one before it
-            return real(weights, window, wanted)
+            return real(weights, window, with_target)
 
-        problem.slope = slope
+        problem.gradient = slope
         solve(problem, draw(rows_of(problem), WIDTH, seed=6))
         passed.append(torch.stack(way[::2]))
     assert len(passed[0]) > 3
@@ -179,11 +179,11 @@ def test_held_out_windows_are_chosen_on_and_never_fitted(name):
 
 def test_the_best_on_held_out_windows_is_taken_and_not_the_last():
     problem = values(16)
-    for each in problem.held:
-        each.wanted = each.wanted + 5 * draw(LENGTH, WIDTH, seed=4)
+    for each in problem.held_out:
+        each.target = each.target + 5 * draw(LENGTH, WIDTH, seed=4)
     start = draw(rows_of(problem), WIDTH, seed=6)
     found = solve(problem, start)
-    before, after = (squared_error(problem, weights, problem.held).item() for weights in (start, found))
+    before, after = (squared_error(problem, weights, problem.held_out).item() for weights in (start, found))
     assert after <= before
 
 
@@ -192,19 +192,19 @@ def test_heads_that_no_output_reads_stop_nobody():
     problem = values(16)
     problem.outputs[:, : HEADS // GROUPS * DIM] = 0  # all that share the first KV head
     for each in problem.windows:
-        each.wanted = mixtures(each, draw(GROUPS * DIM, WIDTH, seed=79), HEADS, GROUPS) @ problem.outputs.T
+        each.target = mixtures(each, draw(GROUPS * DIM, WIDTH, seed=79), HEADS, GROUPS) @ problem.outputs.T
     start = draw(rows_of(problem), WIDTH, seed=6)
     found = solve(problem, start)
-    assert squared_error(problem, found, problem.held) < 0.5 * squared_error(problem, start, problem.held)
+    assert squared_error(problem, found, problem.held_out) < 0.5 * squared_error(problem, start, problem.held_out)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_inputs_that_are_always_zero_stop_nobody(name):
     problem = PROBLEMS[name](16)
     for each in problem.windows:
-        each.read[:] = 0
+        each.inputs[:] = 0
     problem = (
-        Queries(problem.windows, list(problem.keys.values()), problem.turn, HEADS)
+        Queries(problem.windows, list(problem.keys.values()), problem.rotation, HEADS)
         if isinstance(problem, Queries)
         else Values(problem.windows, problem.outputs, HEADS, GROUPS)
     )
@@ -218,7 +218,7 @@ def test_inputs_that_are_always_zero_stop_nobody(name):
 @pytest.mark.parametrize(("layout", "rotary"), LAYOUTS)
 def test_a_turn_is_found_from_queries_before_and_after_it(layout, rotary):
     truth, before = turn(rotary, layout), draw(3, HEADS, LENGTH, DIM)
-    found = Turn.seen(before, truth(before), rotary, layout)
+    found = Rotation.estimate(before, truth(before), rotary, layout)
     assert found is not None
     rows = draw(HEADS, LENGTH, DIM, seed=3)
     torch.testing.assert_close(found(rows), truth(rows))
@@ -232,7 +232,7 @@ def test_a_turn_that_makes_longer_is_found_too(layout, rotary):
     after = truth(before).clone()
     width = rotary or DIM
     after[..., :width] = 1.3 * after[..., :width]
-    found = Turn.seen(before, after, rotary, layout)
+    found = Rotation.estimate(before, after, rotary, layout)
     assert found is not None
     torch.testing.assert_close(found(before), after)
     one, other = draw(LENGTH, DIM, seed=4), draw(LENGTH, DIM, seed=5)
@@ -243,22 +243,22 @@ def test_a_turn_that_makes_longer_is_found_too(layout, rotary):
 def test_behind_a_norm_no_turn_is_found(layout, rotary):
     before = draw(3, HEADS, LENGTH, DIM)
     normed = before / before.square().mean(-1, keepdim=True).sqrt()
-    assert Turn.seen(before, turn(rotary, layout)(normed), rotary, layout) is None
+    assert Rotation.estimate(before, turn(rotary, layout)(normed), rotary, layout) is None
 
 
 @pytest.mark.parametrize(("layout", "other"), [("halves", "interleaved"), ("interleaved", "halves")])
 def test_the_wrong_layout_is_no_turn(layout, other):
     before = draw(3, HEADS, LENGTH, DIM)
-    assert Turn.seen(before, turn(4, layout)(before), 4, other) is None
+    assert Rotation.estimate(before, turn(4, layout)(before), 4, other) is None
 
 
 def test_pairs_are_those_that_turn_together():
     squares = torch.arange(4.0)[None]
     none = torch.zeros(1, 0)
-    assert Turn(none, 4, "halves", 4).paired(squares).tolist() == [[1, 2, 1, 2]]
-    assert Turn(none, 4, "interleaved", 4).paired(squares).tolist() == [[0.5, 0.5, 2.5, 2.5]]
-    assert Turn(none, 2, "halves", 4).paired(squares).tolist() == [[0.5, 0.5, 2, 3]]
-    assert Turn(none, 0, "", 4).paired(squares).tolist() == [[0, 1, 2, 3]]
+    assert Rotation(none, 4, "halves", 4).pair_means(squares).tolist() == [[1, 2, 1, 2]]
+    assert Rotation(none, 4, "interleaved", 4).pair_means(squares).tolist() == [[0.5, 0.5, 2.5, 2.5]]
+    assert Rotation(none, 2, "halves", 4).pair_means(squares).tolist() == [[0.5, 0.5, 2, 3]]
+    assert Rotation(none, 0, "", 4).pair_means(squares).tolist() == [[0, 1, 2, 3]]
 
 
 # Ridge

@@ -16,9 +16,8 @@ from effconvert.convert import run as running
 from effconvert.convert.calibration import prepare
 from effconvert.convert.plan import plan
 from effconvert.errors import ModelError
-from effconvert.heal._layer import _held
-from effconvert.heal._teaching import _height, teach
-from effconvert.heal._teaching import _held as _judges
+from effconvert.heal._layer import _is_held_out
+from effconvert.heal._training import _held_out_batches, _rate_factor, train
 from effconvert.heal.refit import Refit
 from effconvert.heal.transfer import Transfer
 from effconvert.options import RunOptions
@@ -139,7 +138,7 @@ def test_layers_without_a_mixer_keep_their_bytes():
     every = changed("plain", "out")
     assert {name.split(".")[2] for name in every} == {"1", "2"}
     assert set(outcome.told) == {"1", "2"}
-    assert outcome.plan.notes == ["transfer: teaches the 2 layers that have a mixer"]
+    assert outcome.plan.notes == ["transfer: trains the 2 layers that have a mixer"]
 
 
 def test_what_was_said_is_the_error_on_held_out_windows(taught):
@@ -195,7 +194,7 @@ def test_the_best_epoch_is_kept_and_not_the_last():
 
 def test_what_predicts_held_out_windows_no_better_is_not_kept(monkeypatch):
     """A rate that only destroys, and no lower one that is tried after it."""
-    monkeypatch.setattr("effconvert.heal._teaching.TRIES", (1,))
+    monkeypatch.setattr("effconvert.heal._training.RATES", (1,))
     source = put(Path("model"))
     run(source, Linear(window=6), place="plain")
     outcome = run(source, Linear(window=6), Transfer(rate=1.0, epochs=1))
@@ -218,27 +217,27 @@ class Number(dict):
     def stored(self, layer):
         return {}
 
-    def given(self, layer, place, learnt, fixed, batch):
-        return learnt.get("o", self["o"]) * torch.ones(1, 4, 1)
+    def place_output(self, layer, place, trainable, stored, batch):
+        return trainable.get("o", self["o"]) * torch.ones(1, 4, 1)
 
 
 @pytest.mark.parametrize(("held_out", "expected"), [(0.52, 1.0), (0.06, 0.1), (0.006, 0.01), (-1.0, 0.0)])
 def test_lower_rates_are_tried_where_one_gained_nothing(held_out, expected):
     """A step of the optimizer is as long as its rate. The text to learn from wants it long; that to judge by may find it too long, or the wrong way."""
     layer = Number([5.0, held_out])
-    said = teach(layer, [0], "attention", ["o"], epochs=1, rate=1.0)
+    said = train(layer, [0], "attention", ["o"], epochs=1, rate=1.0)
     assert float(layer["o"]) == pytest.approx(expected)
     size = (25 + held_out**2) / 2
     assert said == pytest.approx({"before": held_out**2 / size, "after": (held_out - expected) ** 2 / size}, rel=1e-4)
 
 
 def test_texts_of_each_length_are_judged_by():
-    assert _judges([64] * 7) == [6]
-    assert _judges([64] * 17) == [7, 15]
-    assert sorted(_judges([64, 16, 4] * 2 + [64])) == [4, 5, 6]
-    assert sorted(_judges([64, 16] * 8)) == [14, 15]
-    assert _judges([64, 64, 16]) == [1]  # the only one of its length is learnt from
-    assert _judges([64, 16]) == [1]
+    assert _held_out_batches([64] * 7) == [6]
+    assert _held_out_batches([64] * 17) == [7, 15]
+    assert sorted(_held_out_batches([64, 16, 4] * 2 + [64])) == [4, 5, 6]
+    assert sorted(_held_out_batches([64, 16] * 8)) == [14, 15]
+    assert _held_out_batches([64, 64, 16]) == [1]  # the only one of its length is learnt from
+    assert _held_out_batches([64, 16]) == [1]
 
 
 def test_what_is_neutral_stays_as_it_is():
@@ -325,7 +324,7 @@ class Measured(Refit):
             (one[row] - other[row]).square().mean()
             for index, (one, other) in enumerate(zip(found, wanted, strict=True))
             for row in range(len(one))
-            if _held(index, row, wanted)
+            if _is_held_out(index, row, wanted)
         ]
         assert off
         return float(sum(off))
@@ -433,9 +432,9 @@ def test_a_run_killed_after_its_layers_were_written_keeps_the_notes(monkeypatch)
 
 
 def test_the_rate_warms_up_and_cools_down():
-    heights = [_height(step, 100) for step in range(100)]
+    heights = [_rate_factor(step, 100) for step in range(100)]
     assert heights[:10] == pytest.approx([step / 10 for step in range(1, 11)])
     assert max(heights) == 1.0
     assert heights[9:] == sorted(heights[9:], reverse=True)
     assert 0 <= heights[-1] < 0.01
-    assert [_height(step, 1) for step in range(1)] == [1.0]
+    assert [_rate_factor(step, 1) for step in range(1)] == [1.0]

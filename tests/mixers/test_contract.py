@@ -272,7 +272,7 @@ def test_what_begins_is_the_same_each_time(name):
     config, step = stock_config(tiny(kind, **wide(kind))), load(name)(**small(name, kind))
     shapes = {part: tuple(shape) for part, shape in step.parameters(config).items()}
     for index in (0, 1):
-        first, again = step.begin(config, index), step.begin(config, index)
+        first, again = step.initial_values(config, index), step.initial_values(config, index)
         assert {part: tuple(value.shape) for part, value in first.items()} == shapes
         assert all(torch.equal(first[part], again[part]) for part in shapes)
 

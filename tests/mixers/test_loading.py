@@ -325,7 +325,7 @@ def test_a_model_begun_from_its_config_has_mixers_as_they_begin(folders):
     for name, parameter in made.named_parameters():
         if ".effconvert." in name:
             index = int(name.split(".")[2])
-            begun = load("linear")(window=6).begin(made.model.layers[index].self_attn.effconvert.config, index)
+            begun = load("linear")(window=6).initial_values(made.model.layers[index].self_attn.effconvert.config, index)
             assert torch.equal(parameter.detach(), begun[name.rpartition(".")[2]]), name
 
 

@@ -20,8 +20,8 @@ from effconvert.heal.refit import Refit
 from effconvert.heal.transfer import Transfer
 from effconvert.modeling.loading import load
 from effconvert.options import RunOptions
-from effconvert.surgery._replacement import Around
-from effconvert.surgery.mixing.fnet import Fnet, filtered, fitted_filter, fitted_scale, fourier
+from effconvert.surgery._replacement import PlaceContext
+from effconvert.surgery.mixing.fnet import Fnet, apply_filter, fit_filter, fit_scale, fourier
 from effconvert.surgery.mixing.linear import Linear
 from tests.mixers.mixing import keep_no_activations
 from tests.models import characters, save, tiny
@@ -84,40 +84,40 @@ def test_a_filter_is_a_convolution_around_the_longest_text_and_the_same_in_short
     for length in (1, 6, 10):
         cut = rows[:, :length]
         expected = torch.stack([sum(kernel[(place - other) % 16] * cut[:, other] for other in range(length)) for place in range(length)], 1)
-        torch.testing.assert_close(filtered(cut, every(cut), response), expected, **EXACT)
+        torch.testing.assert_close(apply_filter(cut, every(cut), response), expected, **EXACT)
 
 
 def test_a_filter_passes_by_padding_wherever_it_stands():
     rows, response, live = draw(4, 9, 3), draw(5, 3, 2, seed=1), torch.ones(4, 9, dtype=torch.bool)  # 8 places: fewer than the batch is long
     live[0, 6:] = live[1, :3] = live[2, 2] = live[2, 5] = live[3] = False
     live[0, 5:], live[1, :4] = False, False
-    made = filtered(rows.masked_fill(~live[..., None], torch.nan), live, response)
+    made = apply_filter(rows.masked_fill(~live[..., None], torch.nan), live, response)
     for text, there in enumerate(live):
         if there.any():
             alone = rows[text, there][None]
-            torch.testing.assert_close(made[text, there], filtered(alone, every(alone), response)[0], **EXACT)
+            torch.testing.assert_close(made[text, there], apply_filter(alone, every(alone), response)[0], **EXACT)
         assert not made[text, ~there].any()
 
 
 def test_a_text_that_is_longer_than_the_filter_is_refused():
     rows = draw(1, 9, 3)
     with pytest.raises(ValueError, match="has 9 tokens, and this filter is for 8 at most"):
-        filtered(rows, every(rows), draw(5, 3, 2))
+        apply_filter(rows, every(rows), draw(5, 3, 2))
 
 
 def test_what_is_learnable_is_found_again():
     texts = [draw(4, length, 3, seed=length) for length in (6, 16, 16, 11)]
     pairs = [(rows, -0.25 * fourier(rows, every(rows))) for rows in texts]
-    torch.testing.assert_close(fitted_scale(pairs).double(), torch.tensor([-0.25]).double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(fit_scale(pairs).double(), torch.tensor([-0.25]).double(), rtol=1e-6, atol=0)
     response, whole = draw(9, 3, 2, seed=1), [draw(40, 16, 3, seed=seed) for seed in range(4)]
     response[[0, -1], :, 1] = 0  # of a real signal these two frequencies are real
-    found = fitted_filter([(rows, filtered(rows, every(rows), response)) for rows in whole], 9)
+    found = fit_filter([(rows, apply_filter(rows, every(rows), response)) for rows in whole], 9)
     torch.testing.assert_close(found, response, rtol=0.05, atol=0.05)  # a ridge shrinks
 
 
 def test_a_filter_of_what_has_nothing_to_do_with_what_attention_gave_is_nothing():
     noise = [(draw(8, 16, 3, seed=seed), draw(8, 16, 3, seed=seed + 9)) for seed in range(2)]
-    assert fitted_filter(noise, 9).abs().max() < 0.05
+    assert fit_filter(noise, 9).abs().max() < 0.05
 
 
 # Transformers' own class
@@ -256,7 +256,7 @@ def stand_in(folder, model, filter="none"):
                 name.rpartition(".")[2]: tensor for name, tensor in stored.items() if f"{config.family.layers}.{index}." in name and ".effconvert." in name
             }
             module = layer.get_submodule(config.attention)
-            module.forward = lambda hidden, *_, weights=weights, **__: (technique.forward(weights, hidden, Around(None, every(hidden))), None)
+            module.forward = lambda hidden, *_, weights=weights, **__: (technique.forward(weights, hidden, PlaceContext(None, every(hidden))), None)
             if not config.parts["o"].startswith(f"{config.attention}."):
                 parent, _, name = config.parts["o"].rpartition(".")
                 setattr(layer.get_submodule(parent), name, nn.Identity())
@@ -356,7 +356,7 @@ def test_what_is_learnable_comes_nearer_to_the_attention_than_nothing(kind, filt
             found = super().fit(layer, values)
             for look in layer.activations.capture(layer, ("q", "o"), until="o"):
                 rows, given = look.inputs["q"], look.outputs["o"]
-                made = self.forward(found, rows, Around(None, every(rows)))
+                made = self.forward(found, rows, PlaceContext(None, every(rows)))
                 seen.append((float((made - given).square().sum()), float(given.square().sum())))
             return found
 
@@ -383,14 +383,14 @@ def test_a_model_that_shares_kv_heads_can_have_it():
 
 
 def test_where_positions_were_rotations_of_attention_the_plan_says_what_is_left():
-    assert "phases of the transform" in " ".join(run("modernbert", Fnet()).plan.notes)
-    assert "phases of the transform" not in " ".join(run("roberta", Fnet(), place="other").plan.notes)
+    assert "transform's phases" in " ".join(run("modernbert", Fnet()).plan.notes)
+    assert "transform's phases" not in " ".join(run("roberta", Fnet(), place="other").plan.notes)
 
 
 def test_a_fitted_model_has_no_loud_transform():
     source = save(tiny("bert"), Path("bert"))
     told = [" ".join(run(source, Fnet(filter=filter), place=filter).plan.notes) for filter in FILTERS]
-    assert ["times larger" in said for said in told] == [True, False, False]
+    assert ["times the residual" in said for said in told] == [True, False, False]
     assert ["ignores attention_mask" in said for said in told] == [True, False, False]
 
 

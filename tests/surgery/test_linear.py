@@ -23,14 +23,14 @@ EXACT = 1e-5  # of float32 values of about 1
 
 def trained(technique):
     """Parameters as training might leave them."""
-    begun = technique.begin(LLAMA, 0)
+    begun = technique.initial_values(LLAMA, 0)
     return {name: value + 0.3 * random(*value.shape, seed=seed) for seed, (name, value) in enumerate(begun.items())}
 
 
 def mixed(technique, weights, query, key, value, live=None, split=None, causal=True, padded=False):
     """What a mixer gives of all tokens, called once, or in parts with a state."""
     live = torch.ones(len(key), key.shape[2], dtype=torch.bool) if live is None else live
-    state, made = State(technique.remembers(LLAMA)) if split else None, []
+    state, made = State(technique.cache_slots(LLAMA)) if split else None, []
     cuts = ((query, 2), (key, 2), (value, 2), (live, 1))
     for q, k, v, alive in zip(*(tensor.split(split or key.shape[2], dim) for tensor, dim in cuts), strict=True):
         if state:
@@ -143,30 +143,30 @@ def test_bfloat16_models_are_mixed_in_float32(window):
 
 def test_it_begins_as_its_papers_do():
     """Hedgehog's maps are the identity, a window counts a tenth of its softmax, and rows of t2r are random and of length 1."""
-    begun = Linear(window=6).begin(LLAMA, 0)
+    begun = Linear(window=6).initial_values(LLAMA, 0)
     assert torch.equal(begun["query_map"], torch.eye(WIDTH).expand(HEADS, WIDTH, WIDTH))
     assert torch.equal(begun["key_map"], torch.eye(WIDTH).expand(GROUPS, WIDTH, WIDTH))
     assert torch.allclose(torch.tensor(SHARE).sigmoid(), torch.tensor(0.1), atol=1e-4)
     assert (begun["share"] == SHARE).all()
-    begun = Linear(feature="t2r").begin(LLAMA, 0)
+    begun = Linear(feature="t2r").initial_values(LLAMA, 0)
     assert begun["key_map"].shape == (GROUPS, 32, WIDTH)
     assert torch.allclose(begun["query_map"].norm(dim=-1), torch.ones(HEADS, 32))
     assert not begun["query_bias"].any()
-    assert not torch.equal(begun["query_map"], Linear(feature="t2r").begin(LLAMA, 1)["query_map"])
-    assert Linear(feature="elu").begin(LLAMA, 0) == {}
+    assert not torch.equal(begun["query_map"], Linear(feature="t2r").initial_values(LLAMA, 1)["query_map"])
+    assert Linear(feature="elu").initial_values(LLAMA, 0) == {}
 
 
 def test_what_is_remembered_is_a_matrix_a_head_and_the_window():
     state = {"state": ((GROUPS, 1, 2 * WIDTH, WIDTH + 1), "float32")}
-    assert Linear().remembers(LLAMA) == state
-    assert Linear(feature="elu").remembers(LLAMA)["state"][0] == (GROUPS, 1, WIDTH, WIDTH + 1)
-    assert Linear(feature="t2r", features=5).remembers(LLAMA)["state"][0] == (GROUPS, 1, 5, WIDTH + 1)
-    windowed = Linear(window=6).remembers(LLAMA)
+    assert Linear().cache_slots(LLAMA) == state
+    assert Linear(feature="elu").cache_slots(LLAMA)["state"][0] == (GROUPS, 1, WIDTH, WIDTH + 1)
+    assert Linear(feature="t2r", features=5).cache_slots(LLAMA)["state"][0] == (GROUPS, 1, 5, WIDTH + 1)
+    windowed = Linear(window=6).cache_slots(LLAMA)
     assert windowed["past_key"] == ((GROUPS, 6, WIDTH), "model")
-    assert Linear().remembers(config("bert")) == {}
+    assert Linear().cache_slots(config("bert")) == {}
     technique = Linear(feature="elu")
     query, key, value = rows(TOKENS)
-    held = State(technique.remembers(LLAMA))
+    held = State(technique.cache_slots(LLAMA))
     held.update(key, value)
     technique.mix({}, Call(query, key, value, 1.0, torch.ones(2, TOKENS, dtype=torch.bool), True, held, query, None))
     mapped = torch.nn.functional.elu(key) + 1
@@ -201,7 +201,7 @@ def test_a_conversion_puts_the_maps_beside_the_projections(model, command):
         for folder in (sorted(model.glob("*.safetensors")), sorted(model.parent.glob("out/*.safetensors")))
     )
     assert all(torch.equal(before[name], after[name]) for name in before)
-    begun = Linear(window=6).begin(config("llama"), 0)
+    begun = Linear(window=6).initial_values(config("llama"), 0)
     added = {f"model.layers.{index}.self_attn.effconvert.{name}": value.bfloat16() for index in (1, 2) for name, value in begun.items()}
     assert after.keys() - before.keys() == added.keys()
     assert all(torch.equal(after[name], added[name]) for name in added)

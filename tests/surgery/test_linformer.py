@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from effconvert.errors import ModelError, OptionError
 from effconvert.heal._layerwise import Capture
 from effconvert.surgery.mixing._call import Call
-from effconvert.surgery.mixing.linformer import Linformer, attended, columns
+from effconvert.surgery.mixing.linformer import Linformer, columns, masked_attention
 from tests.surgery.rows import GROUPS, HEADS, WIDTH, random
 from tests.surgery.rows import config as shape
 from tests.surgery.rows import rows as any_rows
@@ -36,7 +36,7 @@ def mixed(weights, query, key, value, live=None):
 
 def trained(share="none", rank=RANK):
     """Matrices as training might leave them: no row looks at one segment only."""
-    begun = Linformer(rank=rank, share=share).begin(GROUPED, 0)
+    begun = Linformer(rank=rank, share=share).initial_values(GROUPED, 0)
     return {name: values + 0.1 * random(*values.shape, seed=seed) for seed, (name, values) in enumerate(begun.items())}
 
 
@@ -67,26 +67,26 @@ def test_mixing_is_the_papers(share):
 def test_as_many_mixtures_as_tokens_are_softmax(share, tokens):
     technique = Linformer(rank=LONGEST, share=share)
     assert technique.is_exact(GROUPED)
-    assert torch.allclose(mixed(technique.begin(GROUPED, 0), *rows(tokens)), softmax(*rows(tokens)), atol=EXACT)
+    assert torch.allclose(mixed(technique.initial_values(GROUPED, 0), *rows(tokens)), softmax(*rows(tokens)), atol=EXACT)
 
 
 def test_fewer_mixtures_are_not():
     technique = Linformer(rank=LONGEST - 1)
     assert not technique.is_exact(GROUPED)
-    assert (mixed(technique.begin(GROUPED, 0), *rows()) - softmax(*rows())).abs().max() > 1e-2
+    assert (mixed(technique.initial_values(GROUPED, 0), *rows()) - softmax(*rows())).abs().max() > 1e-2
 
 
 def test_the_order_of_mixtures_does_not_matter():
     order = torch.randperm(LONGEST, generator=torch.Generator().manual_seed(0))
-    weights = {name: values[:, order] for name, values in Linformer(rank=LONGEST).begin(GROUPED, 0).items()}
+    weights = {name: values[:, order] for name, values in Linformer(rank=LONGEST).initial_values(GROUPED, 0).items()}
     assert torch.allclose(mixed(weights, *rows()), softmax(*rows()), atol=EXACT)
-    one = {**weights, "value_map": Linformer(rank=LONGEST).begin(GROUPED, 0)["value_map"]}  # only that of the keys
+    one = {**weights, "value_map": Linformer(rank=LONGEST).initial_values(GROUPED, 0)["value_map"]}  # only that of the keys
     assert (mixed(one, *rows()) - softmax(*rows())).abs().max() > 1e-1
 
 
 @pytest.mark.parametrize("rank", [1, 5, 6, LONGEST])
 def test_means_are_of_consecutive_tokens_each_counted_once(rank):
-    matrix = Linformer(rank=rank).begin(config(), 0)["key_map"][0]
+    matrix = Linformer(rank=rank).initial_values(config(), 0)["key_map"][0]
     assert torch.allclose(matrix.sum(-1), torch.ones(rank))
     assert torch.equal((matrix > 0).sum(0), torch.ones(LONGEST).long())
     sizes = (matrix > 0).sum(-1)
@@ -98,7 +98,7 @@ def test_means_are_of_consecutive_tokens_each_counted_once(rank):
 def test_what_begins_is_the_same_each_time_and_has_the_shapes():
     for share, units, names in (("none", GROUPS, 2), ("headwise", 1, 2), ("key-value", 1, 1)):
         technique = Linformer(rank=RANK, share=share)
-        first, again = technique.begin(GROUPED, 0), technique.begin(GROUPED, 3)
+        first, again = technique.initial_values(GROUPED, 0), technique.initial_values(GROUPED, 3)
         assert {name: tuple(value.shape) for name, value in first.items()} == technique.parameters(GROUPED)
         assert set(technique.parameters(GROUPED).values()) == {(units, RANK, LONGEST)}
         assert len(first) == names
@@ -111,13 +111,13 @@ def test_shorter_texts_have_fewer_mixtures(tokens):
     query, key, value = rows(tokens)
     each = LONGEST // RANK
     parts = [torch.stack([part.mean(2) for part in tensor.split(each, 2)], 2) for tensor in (key, value)]
-    assert torch.allclose(mixed(Linformer(rank=RANK).begin(GROUPED, 0), query, key, value), softmax(query, *parts), atol=EXACT)
+    assert torch.allclose(mixed(Linformer(rank=RANK).initial_values(GROUPED, 0), query, key, value), softmax(query, *parts), atol=EXACT)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5, LONGEST])
 @pytest.mark.parametrize("tokens", [1, 7, 10, LONGEST])
 def test_a_row_is_there_where_its_segment_is_and_counts_for_the_tokens_it_lacks(rank, tokens):
-    matrix, means = random(1, rank, LONGEST), Linformer(rank=rank).begin(config(), 0)["key_map"][0]
+    matrix, means = random(1, rank, LONGEST), Linformer(rank=rank).initial_values(config(), 0)["key_map"][0]
     made, alive = columns(matrix, torch.ones(1, tokens, dtype=torch.bool))
     whole, here = (means > 0).sum(-1), (means[:, :tokens] > 0).sum(-1)
     assert torch.equal(alive[0, 0], here > 0)
@@ -165,7 +165,7 @@ def test_a_text_that_is_too_long_is_refused():
 def test_means_are_nearer_to_softmax_than_random_matrices(seed):
     query, key, value = (random(2, HEADS, LONGEST, WIDTH, seed=10 * seed + place) for place in range(3))
     drawn = {name: random(1, RANK, LONGEST, seed=100 + place) / RANK**0.5 for place, name in enumerate(("key_map", "value_map"))}
-    wrong = [(mixed(weights, query, key, value) - softmax(query, key, value)).norm() for weights in (Linformer(rank=RANK).begin(config(), 0), drawn)]
+    wrong = [(mixed(weights, query, key, value) - softmax(query, key, value)).norm() for weights in (Linformer(rank=RANK).initial_values(config(), 0), drawn)]
     assert wrong[0] < wrong[1]
 
 
@@ -180,7 +180,7 @@ def test_bfloat16_is_finite_and_near():
 
 
 def test_gradients_reach_both_matrices_and_are_finite_where_rows_see_nothing():
-    weights = {name: values.requires_grad_() for name, values in Linformer(rank=RANK).begin(GROUPED, 0).items()}
+    weights = {name: values.requires_grad_() for name, values in Linformer(rank=RANK).initial_values(GROUPED, 0).items()}
     live = torch.arange(LONGEST) < torch.tensor([10, 0])[:, None]
     mixed(weights, *rows(), live).square().sum().backward()
     for values in weights.values():
@@ -190,7 +190,7 @@ def test_gradients_reach_both_matrices_and_are_finite_where_rows_see_nothing():
 
 def test_where_no_key_is_alive_all_are_seen():
     query, key, value = random(1, 1, 1, 2, WIDTH), random(1, 1, 3, WIDTH, seed=1), random(1, 1, 3, WIDTH, seed=2)
-    out = attended(query, key, value, torch.zeros(1, 1, 3, dtype=torch.bool), 1.0)
+    out = masked_attention(query, key, value, torch.zeros(1, 1, 3, dtype=torch.bool), 1.0)
     assert torch.allclose(out, softmax(query[:, 0] * WIDTH**0.5, key, value), atol=EXACT)
 
 
@@ -199,7 +199,7 @@ def test_where_no_key_is_alive_all_are_seen():
 
 def looks(planted, tokens=LONGEST, scaling=WIDTH**-0.5):
     """What is seen of a layer whose attention is exactly that to the mixtures of the means, times matrices [Hk or 1, K, T] that are to be found."""
-    means = Linformer(rank=RANK).begin(GROUPED, 0)["key_map"]
+    means = Linformer(rank=RANK).initial_values(GROUPED, 0)["key_map"]
     made, alive = columns(means, torch.ones(2, tokens, dtype=torch.bool))
     for at in range(8):
         query, key = (3 * random(2, heads, tokens, WIDTH, seed=2 * at + place) for place, heads in enumerate((HEADS, GROUPS)))
@@ -210,14 +210,14 @@ def looks(planted, tokens=LONGEST, scaling=WIDTH**-0.5):
 
 def fitted(technique, planted, tokens=LONGEST, **given):
     activations = SimpleNamespace(capture=lambda *_, **__: looks(planted, tokens, **given), ids=[torch.zeros(2, tokens)])
-    return technique.fit(SimpleNamespace(config=GROUPED, index=0, activations=activations), technique.begin(GROUPED, 0))
+    return technique.fit(SimpleNamespace(config=GROUPED, index=0, activations=activations), technique.initial_values(GROUPED, 0))
 
 
 @pytest.mark.parametrize(("share", "units"), [("none", GROUPS), ("headwise", 1)])
 def test_the_matrix_that_gives_the_attention_is_found(share, units):
     technique = Linformer(rank=RANK, share=share, projections="data")
     assert technique.needs_calibration(GROUPED)
-    planted, begun = random(units, RANK, LONGEST).softmax(-1), technique.begin(GROUPED, 0)
+    planted, begun = random(units, RANK, LONGEST).softmax(-1), technique.initial_values(GROUPED, 0)
     found = fitted(technique, planted)
     assert torch.equal(found["key_map"], begun["key_map"])
     # What is left is the bias of the weakest ridge, 1e-5 of the mean of the Gram matrix's diagonal, in its weakest direction.
@@ -226,7 +226,7 @@ def test_the_matrix_that_gives_the_attention_is_found(share, units):
 
 def test_scores_are_scaled_as_the_layer_scales_them():
     technique, planted = Linformer(rank=RANK), random(1, RANK, LONGEST).softmax(-1)
-    begun = technique.begin(GROUPED, 0)["value_map"]
+    begun = technique.initial_values(GROUPED, 0)["value_map"]
     assert (fitted(technique, planted, scaling=0.1)["value_map"] - planted).norm() < 1e-3 * (begun - planted).norm()
 
 
@@ -237,8 +237,8 @@ def test_one_matrix_for_all_heads_is_the_ridge_regression_on_all_of_them():
     look = Capture(look.state[:1], query=look.query[:1], key=look.key[:1], scaling=look.scaling, weights=look.weights[:1])
     layer = SimpleNamespace(config=GROUPED, index=0, activations=SimpleNamespace(capture=lambda *_, **__: iter([look] * 8), ids=[torch.zeros(1, LONGEST)]))
     technique = Linformer(rank=RANK, projections="data")
-    found = technique.fit(layer, technique.begin(GROUPED, 0))["value_map"][0]
-    means = technique.begin(GROUPED, 0)["key_map"][0].double()
+    found = technique.fit(layer, technique.initial_values(GROUPED, 0))["value_map"][0]
+    means = technique.initial_values(GROUPED, 0)["key_map"][0].double()
     few = (look.query.unflatten(1, (GROUPS, -1)).double() @ (means @ look.key.double())[:, :, None].mT * WIDTH**-0.5).softmax(-1).reshape(-1, RANK)
     gram = few.T @ few
     damped = gram + 1e-5 * gram.diagonal().mean() * torch.eye(RANK)
@@ -249,7 +249,7 @@ def test_one_matrix_for_all_heads_is_the_ridge_regression_on_all_of_them():
 
 def test_where_means_give_the_attention_they_stay():
     technique = Linformer(rank=RANK, projections="data")
-    means = technique.begin(GROUPED, 0)["value_map"]
+    means = technique.initial_values(GROUPED, 0)["value_map"]
     assert torch.allclose(fitted(technique, means)["value_map"], means, atol=EXACT)
 
 
@@ -259,7 +259,7 @@ def test_long_and_short_texts_are_fitted_together():
     short = planted.clone()[..., :8]
     both = [look for pair in zip(looks(planted), looks(short, 8), strict=True) for look in pair]
     activations = SimpleNamespace(capture=lambda *_, **__: iter(both), ids=[torch.zeros(2, LONGEST), torch.zeros(2, 8)])
-    begun = technique.begin(GROUPED, 0)
+    begun = technique.initial_values(GROUPED, 0)
     found = technique.fit(SimpleNamespace(config=GROUPED, index=0, activations=activations), begun)["value_map"]
     assert (found - planted).norm() < 1e-3 * (begun["value_map"] - planted).norm()
     wrong = [look for pair in zip(looks(planted), looks(planted[..., 8:16], 8), strict=True) for look in pair]  # of other matrices on short texts
@@ -276,7 +276,7 @@ def test_a_text_that_ends_within_a_segment_is_fitted_as_it_will_be_mixed(tokens)
     short = columns(planted, torch.ones(1, tokens, dtype=torch.bool))[0][0]
     both = [look for pair in zip(looks(planted), looks(short, tokens), strict=True) for look in pair]
     activations = SimpleNamespace(capture=lambda *_, **__: iter(both), ids=[torch.zeros(2, LONGEST), torch.zeros(2, tokens)])
-    begun = technique.begin(GROUPED, 0)
+    begun = technique.initial_values(GROUPED, 0)
     found = technique.fit(SimpleNamespace(config=GROUPED, index=0, activations=activations), begun)["value_map"]
     assert (found - planted).norm() < 1e-3 * (begun["value_map"] - planted).norm()
 
@@ -287,13 +287,13 @@ def test_too_few_texts_to_hold_one_out_leave_the_means():
     one = Capture(look.state[:1], query=look.query[:1], key=look.key[:1], scaling=look.scaling, weights=look.weights[:1])
     activations = SimpleNamespace(capture=lambda *_, **__: iter([one]), ids=[torch.zeros(1, LONGEST)])
     technique = Linformer(rank=RANK)
-    begun = technique.begin(GROUPED, 0)
+    begun = technique.initial_values(GROUPED, 0)
     assert torch.equal(technique.fit(SimpleNamespace(config=GROUPED, index=0, activations=activations), begun)["value_map"], begun["value_map"])
 
 
 def test_what_windows_are_too_short_for_stays_means():
     technique = Linformer(rank=RANK, projections="data")
-    planted, means = random(1, RANK, 8).softmax(-1), technique.begin(GROUPED, 0)["value_map"]
+    planted, means = random(1, RANK, 8).softmax(-1), technique.initial_values(GROUPED, 0)["value_map"]
     found = fitted(technique, planted, 8)["value_map"]  # two of the six segments
     assert (found[:, :2, :8] - planted[:, :2]).norm() < 1e-3 * (means[:, :2, :8] - planted[:, :2]).norm()
     assert torch.equal(found[:, 2:], means[:, 2:])

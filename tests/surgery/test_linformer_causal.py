@@ -14,7 +14,7 @@ from effconvert.convert.inspection import inspect
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality.perplexity import cache_bytes
-from effconvert.eval.report.tables import held
+from effconvert.eval.report import tables
 from effconvert.eval.subject import open_model
 from effconvert.modeling import cache_for
 from effconvert.modeling.caches import growth_bytes, kv_bytes, state_bytes
@@ -47,7 +47,7 @@ def rows(count=TEXT):
 
 def trained(technique):
     """Parameters as training might leave them."""
-    begun = technique.begin(config("llama"), 0)
+    begun = technique.initial_values(config("llama"), 0)
     return {name: value + 0.3 * random(*value.shape, seed=seed) for seed, (name, value) in enumerate(begun.items())}
 
 
@@ -57,7 +57,7 @@ def mixed(technique, weights, query, key, value, sizes=None, softcap=None, chang
     call = Call(query, key, value, WIDTH**-0.5, live, True, None, query.transpose(1, 2).flatten(2), None, softcap)
     if sizes is None:
         return technique.mix(weights, call)
-    state, made, at = State(technique.remembers(config("llama"))), [], 0
+    state, made, at = State(technique.cache_slots(config("llama"))), [], 0
     for size in sizes:
         part = call.part(at, at + size)
         state.update(part.key, part.value)
@@ -143,13 +143,13 @@ def test_as_many_mixtures_as_tokens_are_softmax(share, count):
     technique = LinformerCausal(block=5, rank=5, sinks=2, share=share)
     assert technique.is_exact(config("llama"))
     for sizes in (None, [1] * count):  # sinks are seen once, not in a mixture too
-        assert torch.allclose(mixed(technique, technique.begin(config("llama"), 0), *rows(count), sizes), softmax(*rows(count)), atol=EXACT)
+        assert torch.allclose(mixed(technique, technique.initial_values(config("llama"), 0), *rows(count), sizes), softmax(*rows(count)), atol=EXACT)
 
 
 def test_fewer_are_not():
     technique = LinformerCausal(block=5, rank=4)
     assert not technique.is_exact(config("llama"))
-    assert (mixed(technique, technique.begin(config("llama"), 0), *rows()) - softmax(*rows())).abs().max() > 1e-2
+    assert (mixed(technique, technique.initial_values(config("llama"), 0), *rows()) - softmax(*rows())).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("sinks", [0, 1, 2, 6])
@@ -159,7 +159,7 @@ def test_where_tokens_that_are_mixed_have_the_same_key_nothing_is_lost(block, ra
     query, key, value = rows()
     key = key[:, :, torch.arange(TEXT) // (block // rank) * (block // rank)]
     technique = LinformerCausal(block=block, rank=rank, sinks=sinks)
-    weights = technique.begin(config("llama"), 0)
+    weights = technique.initial_values(config("llama"), 0)
     assert torch.allclose(mixed(technique, weights, query, key, value), softmax(query, key, value), atol=EXACT)
     weights["weight"] = torch.zeros(HEADS)
     assert not torch.allclose(mixed(technique, weights, query, key, value), softmax(query, key, value), atol=1e-2)
@@ -203,7 +203,7 @@ def test_a_state_with_room_for_blocks_that_are_not_there_is_as_good():
         live = (torch.arange(empty + TEXT) >= empty).expand(2, -1)
         whole = Call(*shapes, WIDTH**-0.5, live, True, None, shapes[0].transpose(1, 2).flatten(2), None, None, True)
         assert torch.allclose(technique.mix(weights, whole)[:, :, empty:], expected, atol=EXACT)
-        state, made = State(technique.remembers(config("llama"))), []
+        state, made = State(technique.cache_slots(config("llama"))), []
         for at in range(empty + TEXT):
             part = whole.part(at, at + 1)
             state.update(part.key, part.value)
@@ -215,7 +215,7 @@ def test_a_state_with_room_for_blocks_that_are_not_there_is_as_good():
 def test_what_begins_are_means_that_count_as_often_as_they_have_tokens(block, rank):
     for share, units, names in (("none", GROUPS, 3), ("headwise", 1, 3), ("key-value", 1, 2)):
         technique = LinformerCausal(block=block, rank=rank, share=share)
-        first, again = technique.begin(config("llama"), 0), technique.begin(config("llama"), 3)
+        first, again = technique.initial_values(config("llama"), 0), technique.initial_values(config("llama"), 3)
         assert {name: tuple(value.shape) for name, value in first.items()} == technique.parameters(config("llama"))
         assert len(first) == names
         assert all(torch.equal(first[name], again[name]) for name in first)
@@ -255,10 +255,10 @@ def test_reports_say_so(tmp_path):
     config, subject = open_checkpoint(folder).config, open_model(str(folder)).subject
     assert subject.growth_bytes == growth_bytes(config, 4) == 2 * config.kv_heads * 2 * config.head_dim * 4 // 8
     assert subject.kv_bytes == subject.growth_bytes + 2 * config.kv_heads * config.head_dim * 4
-    assert [held(subject, context) for context in (8, 16, 64)] == [kv_bytes(config, 4, context) for context in (8, 16, 64)]
+    assert [tables.cache_bytes(subject, context) for context in (8, 16, 64)] == [kv_bytes(config, 4, context) for context in (8, 16, 64)]
     seen = inspect(open_checkpoint(folder))
     assert seen.kv_bytes == {context: kv_bytes(config, 4, context) for context in seen.kv_bytes}
-    assert all(size == held(subject, context) for context, size in seen.kv_bytes.items())
+    assert all(size == tables.cache_bytes(subject, context) for context, size in seen.kv_bytes.items())
 
 
 def test_a_state_that_grows_otherwise_than_planned_is_a_fault(tmp_path, monkeypatch):

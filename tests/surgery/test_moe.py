@@ -350,7 +350,7 @@ REFUSED = [
     ("llama", {}, {}, ModelError, "mlp_bias = True has no counterpart in granitemoe, .*effconvert inspect"),
     ("granite", {"mlp_bias": True}, {}, ModelError, "mlp_bias = True has no counterpart in granitemoe"),
     ("qwen3", {**WINDOWED, "max_window_layers": 1}, {}, ModelError, "has a sliding window in some layers, and qwen3_moe in all or in none"),
-    ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, {}, ModelError, "turns 4 of the 8 dimensions"),
+    ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, {}, ModelError, "rotates 4 of the 8 dimensions"),
     ("gemma2", {}, {}, ModelError, "gemma2 computes what no family with experts does"),
     ("gpt2", {}, {}, ModelError, "gpt2 has no gate in its FFN"),
     ("bert", {}, {}, ModelError, "bert has no gate in its FFN"),

@@ -28,7 +28,7 @@ def rows(tokens=LONGEST, texts=2):
 
 def mixed(technique, query, key, value, live=None, conv=None):
     live = torch.ones(len(key), key.shape[2], dtype=torch.bool) if live is None else live
-    weights = technique.begin(GROUPED, 0) if conv is None else {"conv": conv}
+    weights = technique.initial_values(GROUPED, 0) if conv is None else {"conv": conv}
     return technique.mix(weights, Call(query, key, value, WIDTH**-0.5, live, False, None, query, None))
 
 
@@ -137,8 +137,8 @@ def test_the_convolution_is_of_each_heads_values():
 
 def test_what_begins_is_no_convolution_each_time():
     assert Nystrom(landmarks=MARKS).parameters(config()) == {"conv": (HEADS, 65)}
-    assert not Nystrom(landmarks=MARKS).begin(config(), 1)["conv"].any()
-    assert Nystrom(landmarks=MARKS, conv=0).parameters(config()) == Nystrom(landmarks=MARKS, conv=0).begin(config(), 0) == {}
+    assert not Nystrom(landmarks=MARKS).initial_values(config(), 1)["conv"].any()
+    assert Nystrom(landmarks=MARKS, conv=0).parameters(config()) == Nystrom(landmarks=MARKS, conv=0).initial_values(config(), 0) == {}
     assert torch.equal(mixed(Nystrom(landmarks=MARKS), *rows()), mixed(Nystrom(landmarks=MARKS, conv=0), *rows()))
 
 

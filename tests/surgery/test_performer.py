@@ -32,7 +32,7 @@ def rows(width=WIDTH, tokens=TOKENS, size=1.0):
 def mixed(technique, omega, query, key, value, live=None, causal=True, split=None, scaling=None):
     """What a mixer gives of all tokens, called once, or in parts with a state."""
     live = torch.ones(len(key), key.shape[2], dtype=torch.bool) if live is None else live
-    state = State(technique.remembers(config(key.shape[-1]))) if split else None
+    state = State(technique.cache_slots(config(key.shape[-1]))) if split else None
     made = []
     for part in zip(*(tensor.split(split or key.shape[2], dim) for tensor, dim in ((query, 2), (key, 2), (value, 2), (live, 1))), strict=True):
         if state:
@@ -115,9 +115,9 @@ def test_features_that_are_no_whole_blocks():
 
 
 def test_each_layer_and_seed_has_features_of_its_own():
-    made = [Performer(features=FEATURES, seed=seed).begin(config(), index)["omega"] for seed, index in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    made = [Performer(features=FEATURES, seed=seed).initial_values(config(), index)["omega"] for seed, index in ((0, 0), (0, 1), (1, 0), (1, 1))]
     assert len({tuple(omega.flatten().tolist()) for omega in made}) == len(made)
-    assert torch.equal(made[0], Performer(features=FEATURES).begin(config(), 0)["omega"])
+    assert torch.equal(made[0], Performer(features=FEATURES).initial_values(config(), 0)["omega"])
 
 
 def test_nothing_trains_the_features():
@@ -128,7 +128,7 @@ def test_nothing_trains_the_features():
 @pytest.mark.parametrize("causal", [True, False])
 def test_mixing_is_the_papers_estimate(causal):
     technique = Performer(features=FEATURES)
-    omega = technique.begin(config(), 0)["omega"]
+    omega = technique.initial_values(config(), 0)["omega"]
     out = mixed(technique, omega, *rows(), causal=causal)
     assert torch.allclose(out, reference(omega, *rows(), causal=causal).float(), atol=1e-5)
 
@@ -136,14 +136,14 @@ def test_mixing_is_the_papers_estimate(causal):
 def test_many_features_come_near_softmax():
     query, key, value = rows(size=0.5)
     technique = Performer(features=8192)
-    out = mixed(technique, technique.begin(config(), 0)["omega"], query, key, value)
+    out = mixed(technique, technique.initial_values(config(), 0)["omega"], query, key, value)
     softmax = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     assert (out - softmax).norm() / softmax.norm() < 0.05  # 8192 features, relative variance below 10 each: 0.035
 
 
 def test_scaling_is_that_of_the_family():
     technique = Performer(features=FEATURES)
-    omega = technique.begin(config(), 0)["omega"]
+    omega = technique.initial_values(config(), 0)["omega"]
     assert torch.allclose(mixed(technique, omega, *rows(), scaling=0.1), reference(omega, *rows(), scaling=0.1).float(), atol=1e-5)
 
 
@@ -152,7 +152,7 @@ def test_weights_are_positive_and_sum_to_one(causal):
     query, key, _ = rows(width=TOKENS, tokens=TOKENS)
     value = torch.eye(TOKENS).expand(2, GROUPS, TOKENS, TOKENS)  # out comes the matrix of weights
     technique = Performer(features=FEATURES)
-    weights = mixed(technique, technique.begin(config(TOKENS), 0)["omega"], query, key, value, causal=causal)
+    weights = mixed(technique, technique.initial_values(config(TOKENS), 0)["omega"], query, key, value, causal=causal)
     assert (weights >= 0).all()
     assert torch.allclose(weights.sum(-1), torch.ones(()), atol=1e-5)
     assert not causal or not weights.triu(1).any()
@@ -161,7 +161,7 @@ def test_weights_are_positive_and_sum_to_one(causal):
 @pytest.mark.parametrize("split", SPLITS)
 def test_any_number_of_calls_gives_the_same(split):
     technique = Performer(features=FEATURES)
-    omega = technique.begin(config(), 0)["omega"]
+    omega = technique.initial_values(config(), 0)["omega"]
     assert torch.allclose(mixed(technique, omega, *rows(), split=split), mixed(technique, omega, *rows()), atol=1e-5)
 
 
@@ -191,7 +191,7 @@ def grown(place):
     """Keys of width 256 in some of whose features exp overflows in float32 from token `place` on: before, they are small."""
     query, key, value = rows(256, 100, 0.3)
     technique = Performer(features=64)
-    omega = technique.begin(config(256), 0)["omega"]
+    omega = technique.initial_values(config(256), 0)["omega"]
     key[:, :, place:] = 4 * omega[: 100 - place]  # times D^-1/4: omega itself, whose exponent is |omega|^2 / 2
     assert exponents(omega[: 100 - place], omega).exp().isinf().any()
     return technique, omega, query, key, value
@@ -209,7 +209,7 @@ def test_queries_of_any_size(causal):
     """Of some exp overflows, of others every feature would be 0."""
     query, key, value = rows(256, 100, 0.3)
     technique = Performer(features=64)
-    omega = technique.begin(config(256), 0)["omega"]
+    omega = technique.initial_values(config(256), 0)["omega"]
     query[:, :, :50], query[:, :, 50:] = 4 * omega[:50], 100 * query[:, :, 50:]
     made = exponents(query[0, 0] / 4, omega).exp()
     assert made[:50].isinf().any(-1).all()
@@ -237,7 +237,7 @@ def test_keys_whose_features_are_all_tiny(split):
     """Long keys give features that are 0 in float32; of those alone a token still mixes."""
     query, key, value = rows(8, 100)
     technique = Performer(features=FEATURES)
-    omega = technique.begin(config(), 0)["omega"]
+    omega = technique.initial_values(config(), 0)["omega"]
     key[:, :, :80] *= 30
     assert not exponents(key[:, :, :80] * 8**-0.25, omega).amax(-1).exp().all()
     query = query * 0.1  # so that what is left is a matter of the keys' scale
@@ -249,7 +249,7 @@ def test_padding_changes_nothing(causal, split):
     """At the left, in the middle, at the right; and a text that is nothing else."""
     query, key, value = rows()
     technique = Performer(features=FEATURES)
-    omega = technique.begin(config(), 0)["omega"]
+    omega = technique.initial_values(config(), 0)["omega"]
     live = torch.ones(2, TOKENS, dtype=torch.bool)
     live[0, :9] = live[0, 60:90] = live[0, -5:] = live[1] = False
     wild = [torch.where(live[:, None, :, None], tensor, 1e4) for tensor in (query, key, value)]
@@ -263,7 +263,7 @@ def test_padding_changes_nothing(causal, split):
 def test_gradients_are_those_of_the_estimate(causal):
     """What features are scaled by is held fixed: it cancels."""
     technique = Performer(features=FEATURES)
-    omega = technique.begin(config(), 0)["omega"]
+    omega = technique.initial_values(config(), 0)["omega"]
     found = []
     for form in (lambda *given: mixed(technique, omega, *given, causal=causal), lambda *given: reference(omega, *given, causal=causal)):
         given = [tensor[:, :, :20].clone().requires_grad_() for tensor in rows()]
@@ -275,11 +275,11 @@ def test_gradients_are_those_of_the_estimate(causal):
 
 def test_bfloat16_inputs_are_mixed_in_float32():
     technique = Performer(features=FEATURES)
-    omega = technique.begin(config(), 0)["omega"].bfloat16()
+    omega = technique.initial_values(config(), 0)["omega"].bfloat16()
     given = [tensor.bfloat16() for tensor in rows()]
     assert torch.allclose(mixed(technique, omega, *given), reference(omega.float(), *given).float(), atol=1e-5)
 
 
 def test_encoders_remember_nothing():
-    assert Performer(features=FEATURES).remembers(config(kind="bert")) == {}
+    assert Performer(features=FEATURES).cache_slots(config(kind="bert")) == {}
     assert Performer(features=FEATURES).cache_bytes(config(), 2) == 4 * GROUPS * (FEATURES * (WIDTH + 1) + 1)

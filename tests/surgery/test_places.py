@@ -134,7 +134,7 @@ def test_a_technique_that_claims_to_be_somewhere_else_is_refused(tmp_path):
     good = file.read_text()
     for before, after, told in (
         ('"place": "ffn"', '"place": "attention"', "it runs at ffn|mlp.effconvert.gain, for which llama has no place"),
-        ('"technique": "gated-ffn"', '"technique": "gqa"', "gqa puts nothing in the place of anything"),
+        ('"technique": "gated-ffn"', '"technique": "gqa"', "gqa replaces nothing"),
         ('"place": "ffn"', '"place": "nowhere"', "there is no place 'nowhere'"),
     ):
         assert before in good

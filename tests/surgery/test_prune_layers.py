@@ -25,7 +25,7 @@ from effconvert.heal._forward import Forward
 from effconvert.heal.refit import Refit, after_gaps
 from effconvert.modeling.loading import class_of
 from effconvert.options import RunOptions
-from effconvert.progress import Silent
+from effconvert.progress import NoProgress
 from effconvert.recipe import read
 from effconvert.replay import replay
 from effconvert.surgery.attention.gqa import Gqa
@@ -452,7 +452,7 @@ def test_layers_are_chosen_of_what_the_steps_before_leave():
     assert not Path("fitted").exists()
 
 
-class Bars(Silent):
+class Bars(NoProgress):
     """Keeps what bars are told: what, of how many, how many are done."""
 
     def __init__(self):
@@ -507,7 +507,7 @@ def test_the_stream_of_the_original_is_that_of_transformers_between_layers_and_b
     checkpoint, ids = open_checkpoint(source), calibration()[:2]
     with torch.no_grad():
         walk = Activations(checkpoint, checkpoint, [checkpoint.model("cpu").outer], ids)
-        found = [walk.own(step) for step in (0, 2, 3, 6)]
+        found = [walk.original_stream(step) for step in (0, 2, 3, 6)]
         whole, half = opened(source).base_model, opened(source)
         silent(half, 1, "down")
         for index, batch in enumerate(ids):
@@ -572,13 +572,13 @@ REFUSED = {
     "both": (("--layers", "1", "--drop", "1"), 2, "give either --layers"),
     "no such layer": (("--layers", "1,5"), 2, "from 0 to 4"),
     "no list": (("--layers", "one"), 2, "--layers is 'one'"),
-    "too many": (("--layers", "0-3"), 2, "at least 2 must stay; 3 can go at most"),
+    "too many": (("--layers", "0-3"), 2, "at least 2 must stay; drop at most 3"),
     "too many chosen": (("--drop", "4"), 2, "at least 2 must stay"),
     "none": (("--drop", "0"), 2, "--drop is '0'"),
     "all attention": (("--layers", "0-4", "--only", "attention"), 2, "at least 1 must stay"),
     "all mlp chosen": (("--drop", "5", "--only", "mlp"), 2, "at least 1 must stay"),
-    "a way without a choice": (("--layers", "1", "--by", "search"), 2, "--by search says how --drop chooses"),
-    "runs of attention": (("--drop", "2", "--only", "attention", "--by", "angular"), 2, "--by angular chooses whole layers"),
+    "a way without a choice": (("--layers", "1", "--by", "search"), 2, "--by search is for --drop"),
+    "runs of attention": (("--drop", "2", "--only", "attention", "--by", "angular"), 2, "--by angular chooses a run of whole layers"),
     "no such way": (("--drop", "1", "--by", "luck"), 2, "--by is 'luck'"),
     "no such part": (("--drop", "1", "--only", "norms"), 2, "--only is 'norms'"),
 }

@@ -15,7 +15,7 @@ from effconvert.kernels.linear_attention import linear_attention
 from effconvert.modeling.attention import Mixer
 from effconvert.modeling.state import State
 from effconvert.surgery.mixing._call import Call
-from effconvert.surgery.mixing.retnet import EPSILON, Retnet, by_distance, fitted_decay
+from effconvert.surgery.mixing.retnet import EPSILON, Retnet, by_distance, fit_decay
 
 HEADS, GROUPS, WIDTH, HIDDEN, TOKENS = 4, 2, 8, 24, 150  # more tokens than two chunks
 SPLITS = [[TOKENS], [64, 86], [7, 1, 100, 42], [1] * TOKENS]
@@ -43,7 +43,7 @@ def rows(tokens=TOKENS):
 
 def trained():
     """Parameters as training might leave them."""
-    weights = TECHNIQUE.begin(config(), 0)
+    weights = TECHNIQUE.initial_values(config(), 0)
     weights = {name: weight + 0.3 * random(*weight.shape, seed=seed) for seed, (name, weight) in enumerate(weights.items())}
     return {**weights, "decay": torch.tensor([-8.0, -3.0, -1.0, 1.0])}
 
@@ -51,7 +51,7 @@ def trained():
 def retained(weights, query, key, value, hidden, live=None, split=None):
     """What the mixer gives of all tokens, called once, or in parts with a state."""
     live = torch.ones(len(key), key.shape[2], dtype=torch.bool) if live is None else live
-    state = State(TECHNIQUE.remembers(config())) if split else None
+    state = State(TECHNIQUE.cache_slots(config())) if split else None
     cuts = ((query, 2), (key, 2), (value, 2), (live, 1), (hidden, 1))
     made = []
     for q, k, v, alive, given in zip(*(tensor.split(split or key.shape[2], dim) for tensor, dim in cuts), strict=True):
@@ -110,7 +110,7 @@ def test_parallel_chunked_and_recurrent_retention_are_the_same(chunk):
 
 
 def test_a_head_that_forgets_at_once_sees_its_own_token_only():
-    weights = {**TECHNIQUE.begin(config(), 0), "decay": torch.full((HEADS,), 50.0)}
+    weights = {**TECHNIQUE.initial_values(config(), 0), "decay": torch.full((HEADS,), 50.0)}
     query, key, value, hidden = rows()
     shared = HEADS // GROUPS
     own = (query * key.repeat_interleave(shared, 1)).sum(-1, keepdim=True) * value.repeat_interleave(shared, 1)
@@ -118,7 +118,7 @@ def test_a_head_that_forgets_at_once_sees_its_own_token_only():
 
 
 def test_a_head_that_never_forgets_is_linear_attention_without_a_normaliser():
-    weights = {**TECHNIQUE.begin(config(), 0), "decay": torch.full((HEADS,), -50.0)}
+    weights = {**TECHNIQUE.initial_values(config(), 0), "decay": torch.full((HEADS,), -50.0)}
     query, key, value, hidden = rows()
     key, value = (tensor.repeat_interleave(HEADS // GROUPS, 1) for tensor in (key, value))
     summed = (query @ key.mT).tril() @ value
@@ -126,17 +126,17 @@ def test_a_head_that_never_forgets_is_linear_attention_without_a_normaliser():
 
 
 def test_the_gate_begins_open_and_every_size_at_one():
-    out = retained(TECHNIQUE.begin(config(), 0), *rows())
+    out = retained(TECHNIQUE.initial_values(config(), 0), *rows())
     assert torch.allclose(out.square().mean(-1), torch.ones(()), atol=1e-5)
 
 
 def test_the_papers_decays():
-    gamma = torch.sigmoid(-TECHNIQUE.begin(config(), 0)["decay"])
+    gamma = torch.sigmoid(-TECHNIQUE.initial_values(config(), 0)["decay"])
     assert torch.allclose(gamma, torch.tensor([1 - 2.0**-5, 1 - 2.0**-6, 1 - 2.0**-7, 1 - 2.0**-8]), atol=1e-7)
 
 
 def test_bfloat16_keeps_slow_heads_apart():
-    kept = torch.sigmoid(TECHNIQUE.begin(config(heads=12), 0)["decay"].bfloat16().double())  # 1 - gamma
+    kept = torch.sigmoid(TECHNIQUE.initial_values(config(heads=12), 0)["decay"].bfloat16().double())  # 1 - gamma
     assert torch.allclose(kept.log2(), torch.arange(-5, -17, -1).double(), atol=0.1)  # bfloat16 rounds a logit of 11 by up to 0.03, which is 0.05 in log2
 
 
@@ -186,18 +186,18 @@ def decaying(gammas, tokens=64, sink=0.0, batch=2):
 @pytest.mark.parametrize("sink", [0.0, 0.9])
 def test_fitted_decays_are_those_that_attention_has(sink):
     gammas = [0.9, 0.97, 0.99, 0.999]  # and not more: rows that add up to 1 are flat for the last of them
-    far = fitted_decay(by_distance(decaying(gammas, sink=sink)).double())
+    far = fit_decay(by_distance(decaying(gammas, sink=sink)).double())
     assert torch.allclose(far, 1 - torch.tensor(gammas).double(), rtol=1e-3)
 
 
 def test_fitted_decays_stay_within_bounds():
-    far = fitted_decay(by_distance(decaying([0.3, 1.0])).double())
+    far = fit_decay(by_distance(decaying([0.3, 1.0])).double())
     assert far.tolist() == [2.0**-3, 2.0**-12]
 
 
 def test_near_distances_count_by_what_they_get():
     """Beyond what a head looks at there is a floor: that most distances are there must not make it a head that never forgets."""
-    far = fitted_decay(by_distance(decaying([0.88], tokens=512) + 1e-6).double())
+    far = fit_decay(by_distance(decaying([0.88], tokens=512) + 1e-6).double())
     assert float(far) == pytest.approx(0.12, abs=0.005)
 
 
@@ -217,7 +217,7 @@ def layer(*batches):
 def test_fit_takes_decays_and_sizes_from_all_batches():
     technique = Retnet()
     attention = decaying([0.9, 0.97, 0.99, 0.999], batch=3)
-    fitted = technique.fit(layer(attention[:2], attention[2:]), technique.begin(config(), 0))
+    fitted = technique.fit(layer(attention[:2], attention[2:]), technique.initial_values(config(), 0))
     assert torch.allclose(torch.sigmoid(-fitted["decay"]), torch.tensor([0.9, 0.97, 0.99, 0.999]), atol=1e-4)
     assert torch.allclose(fitted["gain"], torch.tensor([1.0, 2, 3, 4])[:, None].expand(HEADS, WIDTH))
 
@@ -225,7 +225,7 @@ def test_fit_takes_decays_and_sizes_from_all_batches():
 def test_a_head_that_tells_nothing_gets_the_papers_decay():
     technique, attention = Retnet(), decaying([0.9] * HEADS).clone()
     attention[:, 2] = torch.eye(64)
-    begun = technique.begin(config(), 0)
+    begun = technique.initial_values(config(), 0)
     fitted = technique.fit(layer(attention), begun)
     assert fitted["decay"][2] == begun["decay"][2]
     assert fitted["decay"][1] != begun["decay"][1]
@@ -233,7 +233,7 @@ def test_a_head_that_tells_nothing_gets_the_papers_decay():
 
 def test_what_is_fitted_has_the_size_that_attention_gave():
     technique, given = Retnet(), rows()
-    weights = technique.fit(layer(decaying([0.9] * HEADS)), technique.begin(config(), 0))
+    weights = technique.fit(layer(decaying([0.9] * HEADS)), technique.initial_values(config(), 0))
     assert torch.allclose(retained(weights, *given).square().mean((0, 2, 3)).sqrt(), torch.tensor([1.0, 2, 3, 4]), atol=1e-4)
 
 
@@ -248,7 +248,7 @@ def test_a_conversion_fits_each_layer(model, command):
     )
     for index in range(3):
         part = f"model.layers.{index}.self_attn.effconvert."
-        assert torch.equal(plain[f"{part}decay"], TECHNIQUE.begin(config(), index)["decay"].bfloat16())
+        assert torch.equal(plain[f"{part}decay"], TECHNIQUE.initial_values(config(), index)["decay"].bfloat16())
         assert (plain[f"{part}gain"] == 1).all()
         assert torch.allclose(fitted[f"{part}decay"].double().sigmoid().log2(), torch.tensor(-12.0).double(), atol=0.1)
     gains = torch.stack([tensor for name, tensor in sorted(fitted.items()) if name.endswith("gain")])

@@ -23,7 +23,7 @@ EXACT = 1e-5  # of float32 values of about 1
 def mixed(technique, query, key, value, live=None, split=None, angles=None, **given):
     """What a mixer gives of all tokens, called once, or in parts with a state; `angles` are cos and sin of each token, [T, D]."""
     live = torch.ones(len(key), key.shape[2], dtype=torch.bool) if live is None else live
-    slots = {name: slot for name, slot in technique.remembers(LLAMA).items() if name != "furthest" or angles is not None}
+    slots = {name: slot for name, slot in technique.cache_slots(LLAMA).items() if name != "furthest" or angles is not None}
     state = State(slots) if split else None
     made, at = [], 0
     for size in split or [key.shape[2]]:
@@ -137,7 +137,7 @@ def test_what_is_remembered_is_the_window_before_a_token_and_the_sinks():
     heads = 2 * GROUPS * WIDTH
     assert technique.cache_bytes(LLAMA, 2) == 5 * heads * 2 + 5 + 2 * heads * 2 + 8 + 2 * WIDTH * 4
     query, key, value = rows(TOKENS)
-    state = State(technique.remembers(LLAMA))
+    state = State(technique.cache_slots(LLAMA))
     state.update(key, value)
     live = torch.ones(2, TOKENS, dtype=torch.bool)
     technique.mix({}, Call(query, key, value, 1.0, live, True, state, query, Rotation(turn, tuple(part[None] for part in angles(TOKENS)))))
@@ -182,7 +182,7 @@ def test_encoders_are_refused():
 
 
 def test_learnt_positions_end_all_the_same_and_it_is_said():
-    assert "no text can be longer than 32 tokens" in Streaming(window=6).notes(config("gpt2", n_positions=32))
+    assert "texts still cannot be longer than 32 tokens" in Streaming(window=6).notes(config("gpt2", n_positions=32))
     assert Streaming(window=6).notes(LLAMA) == ""
 
 

@@ -1,4 +1,4 @@
-"""What an encoder is measured on: how well it fills masked tokens, how far its states moved, and whether close sentences are close."""
+"""Measurements of encoders: how well they fill masked tokens, how far their hidden states moved, and whether close sentences stay close."""
 # N = windows, T = tokens, M = hidden width, V = vocabulary.
 
 import csv
@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity, kl_div, nll_loss
 
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality.paired import make
-from effconvert.eval.quality.store import Measured
+from effconvert.eval.quality.store import Result
 from effconvert.paths import expand
 from effconvert.progress import Advance
 
@@ -28,25 +28,25 @@ class Masked:
     """Windows with some tokens masked."""
 
     inputs: tuple[Tensor, ...]  # token ids, N of [T]
-    targets: tuple[Tensor, ...]  # what was there, -100 where nothing was masked
+    targets: tuple[Tensor, ...]  # the original tokens, -100 where nothing is masked
 
 
 def mask(tokenizer: Any, content: tuple[str, ...], longest: int | None, vocabulary: int) -> Masked:
-    """Mask `SHARE` of the tokens of each text, the same ones every time.
+    """Mask `SHARE` of the tokens of each text, the same ones in each run.
 
     Raises:
         ModelError: the tokenizer has no mask, or does not belong to the model.
     """
     if tokenizer.mask_token_id is None:
-        raise ModelError("the tokenizer has no mask token, so that nothing can be masked; leave out --text and give --pairs")
-    draw = torch.Generator().manual_seed(0)
+        raise ModelError("the tokenizer has no mask token, so nothing can be masked; leave out --text and give --pairs")
+    generator = torch.Generator().manual_seed(0)
     inputs, targets = [], []
     for text in content:
         ids = torch.tensor(tokenizer(text, truncation=longest is not None, max_length=longest, verbose=False).input_ids)
         if ids.max() >= vocabulary:
             raise ModelError(f"the tokenizer gives the token {int(ids.max())} and the model has {vocabulary}: they do not belong together")
         special = torch.tensor(tokenizer.get_special_tokens_mask(ids.tolist(), already_has_special_tokens=True)).bool()
-        chosen = (torch.rand(len(ids), generator=draw) < SHARE) & ~special
+        chosen = (torch.rand(len(ids), generator=generator) < SHARE) & ~special
         if not chosen.any():
             chosen[(~special).nonzero()[0]] = True
         inputs.append(ids.masked_fill(chosen, tokenizer.mask_token_id))
@@ -55,13 +55,13 @@ def mask(tokenizer: Any, content: tuple[str, ...], longest: int | None, vocabula
 
 
 @torch.inference_mode()
-def fill(model: Any, masked: Masked, reference: list[Tensor] | None, advance: Advance) -> tuple[Measured, list[Tensor]]:
-    """Measure the loss at the masked tokens; with the log-probabilities [masked, V] of the original, how far `model` is from it.
+def fill(model: Any, masked: Masked, reference: list[Tensor] | None, advance: Advance) -> tuple[Result, list[Tensor]]:
+    """Measure the loss at the masked tokens; with the original's log-probabilities [masked, V] also the distance from it.
 
     Returns:
-        What was measured, and the model's own log-probabilities, on the CPU.
+        The result, and the model's own log-probabilities, on the CPU.
     """
-    losses, kls, same, kept = [], [], [], []
+    losses, kls, same, log_probabilities = [], [], [], []
     for index, (ids, targets) in enumerate(zip(masked.inputs, masked.targets, strict=True)):
         logits = model(ids[None].to(model.device)).logits[0]  # [T, V]
         _finite(logits)
@@ -71,41 +71,41 @@ def fill(model: Any, masked: Masked, reference: list[Tensor] | None, advance: Ad
         if reference is not None:
             kls.append(max(0.0, kl_div(log, reference[index], log_target=True, reduction="sum").item()) / len(log))
             same.append((log.argmax(-1) == reference[index].argmax(-1)).float().mean().item())
-        kept.append(log)
+        log_probabilities.append(log)
         advance(len(ids))
     names = [str(index) for index in range(len(losses))]
     samples = [make("masked", "loss", "ratio", losses, names, "lower")]
     if reference is not None:
         samples.append(make("masked", "kl", "mean", kls, names, "lower"))
         samples.append(make("masked", "same_top_token", "mean", same, names, "higher"))
-    return Measured(tuple(samples)), kept
+    return Result(tuple(samples)), log_probabilities
 
 
 @torch.inference_mode()
-def states(model: Any, windows: tuple[Tensor, ...], reference: list[Tensor] | None, advance: Advance) -> tuple[Measured, list[Tensor]]:
-    """Measure, for an encoder without a head, the cosine between each token's last state and the original's.
+def states(model: Any, windows: tuple[Tensor, ...], reference: list[Tensor] | None, advance: Advance) -> tuple[Result, list[Tensor]]:
+    """Measure, for an encoder without a head, the cosine between each token's last hidden state and the original's.
 
     Returns:
-        What was measured (nothing without a reference), and the model's own states [T, M], on the CPU.
+        The result (empty without a reference), and the model's own states [T, M], on the CPU.
     """
-    cosines, kept = [], []
+    cosines, outputs = [], []
     for index, ids in enumerate(windows):
-        found = model(ids[None].to(model.device)).last_hidden_state[0].float().cpu()  # [T, M]
-        _finite(found)
-        if reference is not None and reference[index].shape != found.shape:
-            raise OptionError(f"the states are {found.shape[-1]} wide and the original's {reference[index].shape[-1]}: they cannot be compared; give --pairs")
+        state = model(ids[None].to(model.device)).last_hidden_state[0].float().cpu()  # [T, M]
+        _finite(state)
+        if reference is not None and reference[index].shape != state.shape:
+            raise OptionError(f"the states are {state.shape[-1]} wide and the original's {reference[index].shape[-1]}: they cannot be compared; give --pairs")
         if reference is not None:
-            cosines.append(cosine_similarity(found.double(), reference[index].double(), dim=-1).mean().item())
-        kept.append(found)
+            cosines.append(cosine_similarity(state.double(), reference[index].double(), dim=-1).mean().item())
+        outputs.append(state)
         advance(len(ids))
     if reference is None:
-        return Measured(()), kept
-    return Measured((make("states", "cosine", "mean", cosines, [str(index) for index in range(len(cosines))], "higher"),)), kept
+        return Result(()), outputs
+    return Result((make("states", "cosine", "mean", cosines, [str(index) for index in range(len(cosines))], "higher"),)), outputs
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Sentence pairs with how close people find them."""
+    """Sentence pairs with similarity scores by people."""
 
     name: str
     first: tuple[str, ...]
@@ -117,21 +117,21 @@ def read_pairs(path: Path) -> Pairs:
     """Read sentence pairs from JSON lines or CSV with the columns sentence1, sentence2 and score (or similarity_score).
 
     Raises:
-        OptionError: the file is not there, or not like that.
+        OptionError: the file does not exist, or has another format.
     """
     try:
         with expand(path).open(encoding="utf-8", newline="") as file:
             rows = [json.loads(line) for line in file if line.strip()] if path.suffix in (".jsonl", ".json") else list(csv.DictReader(file))
-        read = Pairs(path.name, *zip(*map(_pair, rows), strict=True)) if rows else Pairs(path.name, (), (), ())
+        pairs = Pairs(path.name, *zip(*map(_pair, rows), strict=True)) if rows else Pairs(path.name, (), (), ())
     except OSError as error:
         raise OptionError(f"--pairs {path} cannot be read ({error.strerror}); give a .jsonl or .csv file") from None
     except (ValueError, KeyError, TypeError) as error:
         raise OptionError(
             f"--pairs {path} is not rows with sentence1, sentence2 and score ({type(error).__name__}: {error}); give such a .jsonl or .csv file"
         ) from None
-    if len(read.scores) < 3:
-        raise OptionError(f"--pairs {path} has {len(read.scores)} pairs, and a rank correlation needs at least 3")
-    return read
+    if len(pairs.scores) < 3:
+        raise OptionError(f"--pairs {path} has {len(pairs.scores)} pairs, and a rank correlation needs at least 3; give more")
+    return pairs
 
 
 def _pair(row: Any) -> tuple[str, str, float]:
@@ -139,34 +139,34 @@ def _pair(row: Any) -> tuple[str, str, float]:
 
 
 @torch.inference_mode()
-def closeness(model: Any, tokenizer: Any, pairs: Pairs, pooling: str, longest: int | None, advance: Advance) -> Measured:
+def closeness(model: Any, tokenizer: Any, pairs: Pairs, pooling: str, longest: int | None, advance: Advance) -> Result:
     """Rank-correlate (Spearman) the cosine of two sentences' embeddings with the pairs' scores."""
     first, second = (embed(model, tokenizer, sentences, pooling, longest, advance) for sentences in (pairs.first, pairs.second))  # [N, M] each
     close = cosine_similarity(first, second, dim=-1).tolist()
     items = list(zip(close, pairs.scores, strict=True))
-    return Measured((make("pairs", "spearman", "spearman", items, [str(index) for index in range(len(items))], "higher", chance=0.0),))
+    return Result((make("pairs", "spearman", "spearman", items, [str(index) for index in range(len(items))], "higher", chance=0.0),))
 
 
 @torch.inference_mode()
 def embed(model: Any, tokenizer: Any, sentences: Sequence[str], pooling: str, longest: int | None, advance: Advance) -> Tensor:
-    """Return a vector of each sentence, [N, M]: the mean of its states, or the first of them (`cls`)."""
+    """Return a vector for each sentence, [N, M]: the mean of its states, or the first of them (`cls`)."""
     encoder = getattr(model, model.base_model_prefix, model)  # below a head, if there is one
     inputs = tokenizer(list(sentences), truncation=True, max_length=min(longest or 512, 512))
     lengths = [len(ids) for ids in inputs["input_ids"]]
-    made: dict[int, Tensor] = {}
-    for length in sorted(set(lengths)):  # only texts of one length together: not every class takes notice of padding
-        alike = [index for index, other in enumerate(lengths) if other == length]
+    vectors: dict[int, Tensor] = {}
+    for length in sorted(set(lengths)):  # batches of one length, as not every class respects padding
+        alike = [index for index, value in enumerate(lengths) if value == length]
         for batch in (alike[at : at + BATCH] for at in range(0, len(alike), BATCH)):
-            given = {name: torch.tensor([inputs[name][index] for index in batch], device=model.device) for name in INPUTS if name in inputs}
-            states = encoder(**given).last_hidden_state.double()  # [N, T, M]
+            arguments = {name: torch.tensor([inputs[name][index] for index in batch], device=model.device) for name in INPUTS if name in inputs}
+            states = encoder(**arguments).last_hidden_state.double()  # [N, T, M]
             _finite(states)
-            made |= dict(zip(batch, states[:, 0] if pooling == "cls" else states.mean(1), strict=True))
+            vectors |= dict(zip(batch, states[:, 0] if pooling == "cls" else states.mean(1), strict=True))
             advance(len(batch))
-    return torch.stack([made[index] for index in range(len(sentences))])
+    return torch.stack([vectors[index] for index in range(len(sentences))])
 
 
 def pooling_of(folder: Path) -> str:
-    """Return how sentence-transformers makes one vector of a sentence's states: `mean`, or `cls` where the model's own settings say so."""
+    """Return how sentence-transformers pools a sentence's states: `mean`, or `cls` where the model's own settings say so."""
     try:
         settings = json.loads((folder / "1_Pooling" / "config.json").read_text(encoding="utf-8"))
         return "cls" if settings.get("pooling_mode_cls_token") else "mean"

@@ -1,4 +1,4 @@
-"""What `effconvert eval` can be asked for. Its words are lm-eval's where lm-eval has one."""
+"""The options of `effconvert eval`. Their names are lm-eval's where lm-eval has one."""
 
 import json
 from typing import Annotated, Any, Literal
@@ -11,54 +11,54 @@ from effconvert.paths import expand
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-def _samples(given: Any) -> Any:
-    """Read `--samples` as lm-eval does: JSON, or the name of a file that holds it."""
-    if not isinstance(given, str):
-        return given
+def _samples(value: Any) -> Any:
+    """Read `--samples` as lm-eval does: JSON, or the name of a JSON file."""
+    if not isinstance(value, str):
+        return value
     try:
-        return json.loads(given if given.lstrip().startswith("{") else expand(given).read_text(encoding="utf-8"))
+        return json.loads(value if value.lstrip().startswith("{") else expand(value).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f'--samples is neither JSON like {{"piqa": [0, 2]}} nor a file that holds it ({error})') from None
+        raise ValueError(f'--samples is neither JSON like {{"piqa": [0, 2]}} nor a JSON file ({error}); give one of them') from None
 
 
 class EvalOptions(Options):
     """What is measured, on what, and how."""
 
-    tasks: Names = Field((), description="Tasks, groups or tags of lm-eval, with commas between.", json_schema_extra={"metavar": "TASK,…"})
+    tasks: Names = Field((), description="Tasks, groups or tags of lm-eval, separated by commas.", json_schema_extra={"metavar": "TASK,…"})
     include_path: HomePath | None = Field(None, description="Folder with task files of your own.", json_schema_extra={"metavar": "DIR"})
     num_fewshot: int | None = Field(None, ge=0, description="Examples before each question. Default: the task's own number.")
     limit: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="Only the first N documents of each task, or a fraction below 1.", json_schema_extra={"metavar": "N"}
     )
     samples: Annotated[dict[str, tuple[int, ...]] | None, BeforeValidator(_samples)] = Field(
-        None, description='Only these documents: JSON like {"piqa": [0, 2]}, or a file that holds it.', json_schema_extra={"metavar": "JSON"}
+        None, description='Only these documents: JSON like {"piqa": [0, 2]}, or a JSON file.', json_schema_extra={"metavar": "JSON"}
     )
-    apply_chat_template: bool = Field(False, description="Ask through the tokenizer's chat template.")
+    apply_chat_template: bool = Field(False, description="Use the tokenizer's chat template for prompts.")
     batch_size: PositiveInt | Literal["auto"] = Field(
         "auto", description="Sequences at a time; auto: as many as fit on an accelerator, 1 on a CPU.", json_schema_extra={"metavar": "N|auto"}
     )
-    max_length: int | None = Field(None, ge=2, description="Longest input of a task in tokens. Default: what all of the models can read.")
+    max_length: int | None = Field(None, ge=2, description="Longest input of a task in tokens. Default: the shortest limit of all models.")
     text: HomePath | None = TEXT
     tokens: int = TOKENS
     context: int = CONTEXT
-    generation: bool = Field(True, description="Have the models write, and look for loops.")
+    generation: bool = Field(True, description="Let the models write, and measure repetition.")
     passkey: Annotated[tuple[Annotated[int, Field(ge=64)], ...], Listed] = Field(
         (256, 1024), description="Lengths in tokens at which to hide a passkey and ask for it.", json_schema_extra={"metavar": "N,…"}
     )
     pairs: HomePath | None = Field(
         None, description="For encoders: sentence pairs with scores, .jsonl or .csv with sentence1, sentence2, score.", json_schema_extra={"metavar": "FILE"}
     )
-    device: str | None = Field(None, description="Where to compute. Default: this machine's accelerator, or cpu.")
-    dtype: Dtype = Field("auto", description="What to compute in; auto: the type of each model's weights.")
-    confirm_run_unsafe_code: bool = Field(False, description="Run tasks that execute what a model writes.")
-    cache: bool = Field(True, description="Take what was measured before from the cache; otherwise measure again.")
+    device: str | None = Field(None, description="Device. Default: this machine's accelerator, or cpu.")
+    dtype: Dtype = Field("auto", description="Type to compute in; auto: that of each model's weights.")
+    confirm_run_unsafe_code: bool = Field(False, description="Run tasks that execute code written by a model.")
+    cache: bool = Field(True, description="Reuse earlier results from the cache; otherwise measure again.")
     output: HomePath | None = Field(None, description="Write the results to this JSON file.", json_schema_extra={"short": "-o", "metavar": "FILE"})
 
     @model_validator(mode="after")
     def _one_choice(self) -> "EvalOptions":
-        of_tasks = {"num_fewshot": self.num_fewshot, "limit": self.limit, "samples": self.samples, "apply_chat_template": self.apply_chat_template or None}
-        if not self.tasks and (given := [name for name, value in of_tasks.items() if value is not None]):
-            raise ValueError(f"--{given[0].replace('_', '-')} is for lm-eval's tasks, and none is named; give --tasks, or leave it out")
+        task_options = {"num_fewshot": self.num_fewshot, "limit": self.limit, "samples": self.samples, "apply_chat_template": self.apply_chat_template or None}
+        if not self.tasks and (names := [name for name, value in task_options.items() if value is not None]):
+            raise ValueError(f"--{names[0].replace('_', '-')} is for lm-eval's tasks, and none is named; give --tasks, or leave it out")
         if self.limit is not None and self.samples is not None:
             raise ValueError("--limit and --samples both choose documents; give one of them")
         if self.limit is not None and self.limit > 1 and self.limit != int(self.limit):

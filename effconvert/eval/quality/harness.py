@@ -1,4 +1,4 @@
-"""lm-eval's tasks, through its Python API: the same tasks, requests and metrics, one task at a time, with what each document contributed."""
+"""lm-eval's tasks through its Python API: the same tasks, requests and metrics, one task at a time, with the contribution of each document."""
 
 import contextlib
 import inspect
@@ -21,7 +21,7 @@ import torch
 from effconvert.errors import EffconvertError, OptionError
 from effconvert.eval.quality.eval_options import EvalOptions
 from effconvert.eval.quality.paired import Better, Samples, pooled
-from effconvert.eval.quality.store import Measured
+from effconvert.eval.quality.store import Result
 from effconvert.paths import expand
 
 SEED, OTHER_SEED = 0, 1234  # lm-eval's own
@@ -29,39 +29,39 @@ OFFLINE = ("ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError",
 
 
 class Harness:
-    """The tasks that were asked for, loaded once for all models."""
+    """The tasks of --tasks, loaded once for all models."""
 
-    def __init__(self, options: EvalOptions, talk: bool) -> None:
-        self.options, self.talk = options, talk
+    def __init__(self, options: EvalOptions, show_bars: bool) -> None:
+        self.options, self.show_bars = options, show_bars
         self.notes: list[str] = []
-        with _quiet(self.talk):
+        with _quiet(self.show_bars):
             loaded = _load(options)
         self.tasks: dict[str, Any] = dict(loaded["tasks"])
         self.groups: dict[str, Any] = {name: group for name, group in loaded["groups"].items() if group.has_aggregation}
         for name, task in self.tasks.items():
             if getattr(task, "UNSAFE_CODE", False) and not options.confirm_run_unsafe_code:
-                raise OptionError(f"the task {name} executes what a model writes; give --confirm-run-unsafe-code where that can do no harm")
+                raise OptionError(f"the task {name} executes code written by a model; give --confirm-run-unsafe-code where that is safe")
             if getattr(task, "MULTIMODAL", False):
-                raise OptionError(f"the task {name} asks about pictures, which these models do not see; leave it out")
+                raise OptionError(f"the task {name} needs images, which these models do not read; leave it out")
             shots = options.num_fewshot if options.num_fewshot is not None else (task.get_config("num_fewshot") or 0)
             if task.get_config("num_fewshot") == 0 and options.num_fewshot:
-                self.notes.append(f"{name} sets its num_fewshot to 0, and so --num-fewshot does not hold for it, as in lm-eval")
+                self.notes.append(f"{name} sets its num_fewshot to 0, so --num-fewshot does not apply to it, as in lm-eval")
             else:
                 task.set_config(key="num_fewshot", value=shots)
         self._check_samples()
 
     def key(self, name: str) -> dict[str, Any]:
-        """Return what the score of task `name` depends on, beside the model: its definition and its very documents."""
+        """Return the part of the cache key that is the task's: its definition and its documents."""
         return {"task": self._definitions[name], "batch_size": self.options.batch_size, "apply_chat_template": self.options.apply_chat_template}
 
-    def run(self, name: str, model: Any, tokenizer: Any, max_length: int | None) -> Measured:
+    def run(self, name: str, model: Any, tokenizer: Any, max_length: int | None) -> Result:
         """Run task `name` on `model`."""
         from lm_eval import evaluate
         from lm_eval.models.huggingface import HFLM
 
         batch = self.options.batch_size
         size = 1 if batch == "auto" and model.device.type == "cpu" else batch
-        with _quiet(self.talk) as cut:
+        with _quiet(self.show_bars) as truncations:
             lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size, max_length=max_length)
             task = self.tasks[name]
             task.set_fewshot_seed(seed=OTHER_SEED)
@@ -83,23 +83,23 @@ class Harness:
                 raise EffconvertError(
                     f"no memory left for the task {name}; give a smaller --batch-size or --max-length, and run the same command again"
                 ) from None
-            except Exception as error:  # of the task's own Python: anything
-                raise OptionError(f"the task {name} broke while it ran ({type(error).__name__}: {error}); mend it, or leave it out") from error
-        notes = (f"{name}: {cut.count} inputs were longer than the model reads and lost their beginning",) if cut.count else ()
-        return Measured(tuple(self._samples(name, results)), notes=notes)
+            except Exception as error:  # the task's own Python may raise anything
+                raise OptionError(f"the task {name} failed ({type(error).__name__}: {error}); fix it, or leave it out") from error
+        notes = (f"{name}: {truncations.count} inputs were longer than the model reads and lost their beginning",) if truncations.count else ()
+        return Result(tuple(self._samples(name, results)), notes=notes)
 
     def combine(self, by_task: dict[str, tuple[Samples, ...]]) -> Iterator[Samples]:
-        """Yield the scores of the groups that were asked for, each from those of its tasks."""
+        """Yield the scores of the groups, each computed from those of its tasks."""
         from lm_eval.api.metrics import aggregate_subtask_metrics, pooled_sample_stderr, unweighted_mean_stderr
 
         for name, group in self.groups.items():
             leaves = [task.task_name for task in group.get_all_tasks()]
             for rule in group.aggregate_metric_list:
                 by_filter: dict[str, list[Samples]] = {}
-                for found in (found for leaf in leaves for found in by_task.get(leaf, ()) if found.aggregation == "mean"):
-                    metric, _, chosen = found.metric.partition(",")
+                for samples in (samples for leaf in leaves for samples in by_task.get(leaf, ()) if samples.aggregation == "mean"):
+                    metric, _, chosen = samples.metric.partition(",")
                     if metric == rule.metric and (rule.filter_list is None or (chosen or "none") in rule.filter_list):
-                        by_filter.setdefault(found.metric, []).append(found)
+                        by_filter.setdefault(samples.metric, []).append(samples)
                 for metric, parts in by_filter.items():
                     sizes, errors = [len(part.items) for part in parts], [part.error for part in parts]
                     value = aggregate_subtask_metrics([part.value for part in parts], sizes, rule.weight_by_size)
@@ -133,23 +133,23 @@ class Harness:
 
     @cached_property
     def _definitions(self) -> dict[str, str]:
-        """A hash of each task's configuration, and of the documents that are asked."""
-        made = {}
+        """A hash of each task's configuration and documents."""
+        hashes = {}
         for name, task in self.tasks.items():
-            hashed = sha256(json.dumps(task.dump_config(), default=_spelt, sort_keys=True).encode())
+            digest = sha256(json.dumps(task.dump_config(), default=_source, sort_keys=True).encode())
             chosen = self.options.samples.get(name) if self.options.samples else None
             for _, document in task.doc_iterator(limit=_count(self._limit, task), samples=list(chosen) if chosen else None):
-                hashed.update(json.dumps(document, default=str, sort_keys=True).encode())
+                digest.update(json.dumps(document, default=str, sort_keys=True).encode())
             for document in (task.fewshot_docs() or ()) if task.get_config("num_fewshot") else ():
-                hashed.update(json.dumps(document, default=str, sort_keys=True).encode())
+                digest.update(json.dumps(document, default=str, sort_keys=True).encode())
             for file in self._own_code:
-                hashed.update(file.read_bytes())
-            made[name] = hashed.hexdigest()
-        return made
+                digest.update(file.read_bytes())
+            hashes[name] = digest.hexdigest()
+        return hashes
 
     @property
     def _own_code(self) -> list[Path]:
-        """The Python beside tasks of the asker's own, any of which a task may call; lm-eval's is that of its version."""
+        """The Python files of --include-path, any of which a task may call; lm-eval's own code is covered by its version."""
         folder = self.options.include_path
         return sorted(expand(folder).rglob("*.py")) if folder else []
 
@@ -165,33 +165,33 @@ class Harness:
     def _check_samples(self) -> None:
         for name, chosen in (self.options.samples or {}).items():
             if name not in self.tasks:
-                raise OptionError(f"--samples names the task {name!r}, which is none of those that run ({', '.join(self.tasks)})")
+                raise OptionError(f"--samples names the task {name!r}, and --tasks has {', '.join(self.tasks)}; name one of these")
             count = len(self.tasks[name].eval_docs)
             if not chosen or not all(0 <= index < count for index in chosen):
                 raise OptionError(f"--samples for {name} should be numbers from 0 to {count - 1}")
 
 
 class _Truncations(logging.Handler):
-    """Counts the inputs that lm-eval says it cut short."""
+    """Counts the inputs that lm-eval truncates, by its warnings."""
 
     count = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Look at one message."""
+        """Count a message about truncation."""
         self.count += "runcat" in record.getMessage() and record.levelno >= logging.WARNING
 
 
 @contextlib.contextmanager
-def _quiet(talk: bool) -> Iterator["_Truncations"]:
-    """Keep lm-eval and the libraries under it from talking, but for their progress bars on a terminal; count the inputs that they cut short."""
+def _quiet(show_bars: bool) -> Iterator["_Truncations"]:
+    """Silence lm-eval and its libraries, except for progress bars on a terminal; count the inputs that they truncate."""
     from huggingface_hub.utils.logging import get_verbosity, set_verbosity
 
     counter, logger, hub = _Truncations(), logging.getLogger("lm_eval"), get_verbosity()
-    set_verbosity(logging.CRITICAL)  # its retries: what came of them is said once
+    set_verbosity(logging.CRITICAL)  # retries: only their result is reported
     level, propagates = logger.level, logger.propagate
     logger.addHandler(counter)
     logger.propagate = False
-    hidden = contextlib.nullcontext() if talk and sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+    hidden = contextlib.nullcontext() if show_bars and sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     try:
         with hidden, contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -204,7 +204,7 @@ def _quiet(talk: bool) -> Iterator["_Truncations"]:
 
 
 def _load(options: EvalOptions) -> Any:
-    """Find and load the tasks: among the asker's own first, which takes a moment, and then among all of lm-eval's, which takes seconds."""
+    """Find and load the tasks: first in --include-path, which is fast, then among all of lm-eval's, which takes seconds."""
     from lm_eval.tasks import TaskManager
 
     own = str(expand(options.include_path)) if options.include_path else None
@@ -213,17 +213,17 @@ def _load(options: EvalOptions) -> Any:
         if all(name in manager.task_index for name in options.tasks):
             try:
                 return manager.load(list(options.tasks))
-            except Exception:  # a group of theirs may name tasks of lm-eval's
+            except Exception:  # a group may name tasks of lm-eval's
                 logging.getLogger(__name__).debug("not loadable by themselves", exc_info=True)
     manager = TaskManager(include_path=own)
     for name in options.tasks:
         if name not in manager.task_index:
             near = get_close_matches(name, manager.all_tasks, n=3)
-            told = f"the nearest are {', '.join(near)}" if near else "`lm-eval ls tasks` lists them"
-            raise OptionError(f"there is no task {name!r}; {told}" + ("" if own else "; --include-path adds a folder of your own"))
+            reason = f"the nearest are {', '.join(near)}" if near else "`lm-eval ls tasks` lists them"
+            raise OptionError(f"there is no task {name!r}; {reason}" + ("" if own else "; --include-path adds a folder of your own"))
     try:
         return manager.load(list(options.tasks))
-    except Exception as error:  # of a task file, of the dataset library, of the network: anything
+    except Exception as error:  # task files, the dataset library and the network may raise anything
         raise _reason(error, options.tasks) from error
 
 
@@ -232,19 +232,19 @@ def _reason(error: Exception, names: tuple[str, ...]) -> EffconvertError:
     chain: list[BaseException] = [error]
     while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(inner)
-    told = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     if any(type(link).__name__ in OFFLINE or isinstance(link, ConnectionError) for link in chain):
-        return EffconvertError(f"the tasks {', '.join(names)} need data that is not here, and the Hub cannot be reached for it ({told}); try with a network")
-    return OptionError(f"the tasks {', '.join(names)} cannot be loaded ({told}); mend the task file, or leave it out")
+        return EffconvertError(f"the tasks {', '.join(names)} need data that is not here, and the Hub cannot be reached ({reason}); try again with a network")
+    return OptionError(f"the tasks {', '.join(names)} cannot be loaded ({reason}); fix the task file, or leave it out")
 
 
-def _spelt(held: Any) -> str:
-    """Write down what JSON cannot: of a function its source, and not where it lies in memory."""
-    if callable(held):
+def _source(value: Any) -> str:
+    """Serialise a value that JSON cannot: a function as its source, without its address in memory."""
+    if callable(value):
         with contextlib.suppress(OSError, TypeError):
-            return inspect.getsource(held)
-        return f"{getattr(held, '__module__', '')}.{getattr(held, '__qualname__', '')}"
-    return str(held)
+            return inspect.getsource(value)
+        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
+    return str(value)
 
 
 def _count(limit: int | float | None, task: Any) -> int | None:
@@ -255,7 +255,7 @@ def _count(limit: int | float | None, task: Any) -> int | None:
 
 
 def _numbers(item: Any) -> Any:
-    """Return an item as plain numbers, None where it is none."""
+    """Return an item as plain numbers, None where it is not numeric."""
     if isinstance(item, bool | int | float | np.number):
         return float(item)
     if isinstance(item, list | tuple) and item and all(isinstance(part, bool | int | float | np.number) for part in item):
@@ -264,11 +264,11 @@ def _numbers(item: Any) -> Any:
 
 
 def _aggregation(task: Any, metric: str) -> str:
-    """Return what lm-eval calls the function that makes one score of many, empty where it has no name."""
+    """Return lm-eval's name of a metric's aggregation function, "" where it has none."""
     from lm_eval.api.registry import AGGREGATION_REGISTRY
 
-    used = task.aggregation().get(metric)
-    return next((str(name) for name, known in AGGREGATION_REGISTRY.items() if known is used), "")
+    function = task.aggregation().get(metric)
+    return next((str(name) for name, registered in AGGREGATION_REGISTRY.items() if registered is function), "")
 
 
 def _better(higher: bool | None) -> Better | None:
@@ -276,12 +276,12 @@ def _better(higher: bool | None) -> Better | None:
 
 
 def _chance(task: Any, metric: str, documents: list[Any]) -> float | None:
-    """Return what guessing scores: one over the number of choices, or nothing where an answer has to be written."""
+    """Return the score of guessing: one over the number of choices, or 0 where an answer has to be written."""
     if metric.startswith("exact_match") or (metric == "acc" and task.OUTPUT_TYPE != "multiple_choice"):
         return 0.0
     if metric not in ("acc", "acc_norm", "acc_bytes") or not documents:
         return None
     try:
         return float(np.mean([1 / len(task.doc_to_choice(document["doc"])) for document in documents]))
-    except (AttributeError, TypeError):  # a task in Python that does not say
+    except (AttributeError, TypeError):  # a task in Python without choices
         return None

@@ -1,4 +1,4 @@
-"""What a decoder is measured on beside lm-eval's tasks: how well it predicts a text, whether it falls into loops, whether it finds what it read."""
+"""Measurements of decoders beside lm-eval's tasks: how well they predict a text, whether they fall into loops, whether they find a passkey."""
 # N = documents, T = tokens.
 
 import random
@@ -10,54 +10,54 @@ import torch
 
 from effconvert.eval.quality.paired import make
 from effconvert.eval.quality.passages import Passages
-from effconvert.eval.quality.perplexity import Recorded, greedy, logits_of, measure
-from effconvert.eval.quality.store import Measured
+from effconvert.eval.quality.perplexity import LogitsFile, greedy, logits_of, measure
+from effconvert.eval.quality.store import Result
 from effconvert.progress import Advance
 
-PROMPTS, PROMPT, LENGTH = 8, 32, 64  # continuations, tokens given and tokens asked for in each
+PROMPTS, PROMPT, LENGTH = 8, 32, 64  # number of continuations, tokens in each prompt, tokens in each continuation
 PERIOD, TAIL = 16, 24  # a loop repeats at most so many tokens, for at least so many at the end
 KEYS = 10  # passkeys at each length
 
-# The filler of Mohtashami and Jaggi 2023 (arXiv 2305.16300, section 4.2), which the passkey task is known by.
+# The filler of Mohtashami and Jaggi 2023 (arXiv 2305.16300, section 4.2), usual in passkey tasks.
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 TASK = "There is an important piece of information hidden inside a lot of irrelevant text. Find it and memorize it. "
 KEY, QUESTION = "The pass key is {0}. Remember it. {0} is the pass key. ", "What is the pass key? The pass key is"
 
 
-def text(model: Any, passages: Passages, record: Path | None, reference: Recorded | None, advance: Advance) -> Measured:
+def text(model: Any, passages: Passages, record: Path | None, reference: LogitsFile | None, advance: Advance) -> Result:
     """Measure how well `model` predicts `passages`, and how far it is from the model whose logits are the `reference`."""
-    found = measure(model, passages.windows, record, reference, advance)
-    names = [str(index) for index in range(len(found))]
-    logs = [(-window.loss, size) for window, size in zip(found, passages.bytes, strict=True)]
+    results = measure(model, passages.windows, record, reference, advance)
+    names = [str(index) for index in range(len(results))]
+    logs = [(-window.loss, size) for window, size in zip(results, passages.bytes, strict=True)]
     samples = [make("text", "bits_per_byte", "bits_per_byte", logs, names, "lower")]
     if passages.alike:
-        samples.insert(0, make("text", "perplexity", "perplexity", [-window.loss / window.tokens for window in found], names, "lower"))
+        samples.insert(0, make("text", "perplexity", "perplexity", [-window.loss / window.tokens for window in results], names, "lower"))
     if reference and not record:
-        samples.append(make("text", "kl", "mean", [(window.kl or 0.0) / window.tokens for window in found], names, "lower"))
-        samples.append(make("text", "same_top_token", "mean", [(window.same or 0) / window.tokens for window in found], names, "higher"))
-    return Measured(tuple(samples))
+        samples.append(make("text", "kl", "mean", [(window.kl or 0.0) / window.tokens for window in results], names, "lower"))
+        samples.append(make("text", "same_top_token", "mean", [(window.same or 0) / window.tokens for window in results], names, "higher"))
+    return Result(tuple(samples))
 
 
-def generation(model: Any, tokenizer: Any, passages: Passages, length: int, advance: Advance) -> Measured:
-    """Have `model` go on with the first tokens of some passages for `length` tokens, always by the most likely one, and look for repetition."""
+def generation(model: Any, tokenizer: Any, passages: Passages, length: int, advance: Advance) -> Result:
+    """Let `model` continue the first tokens of some passages greedily for `length` tokens, and measure repetition."""
     chosen = passages.windows[:: max(1, len(passages.windows) // PROMPTS)][:PROMPTS]
     prompts = [window[: prompt_length(len(window))] for window in chosen]
-    written = []
+    outputs = []
     for prompt in prompts:
-        written.append(greedy(model, tokenizer, prompt, length))
+        outputs.append(greedy(model, tokenizer, prompt, length))
         advance(1)
-    names = [str(index) for index in range(len(written))]
-    samples = (  # none is better for being high or low: a model in ruins writes noise that never repeats
-        make("generation", "distinct_2", "mean", [distinct(tokens, 2) for tokens in written], names, None),
-        make("generation", "repeated_4", "mean", [1 - distinct(tokens, 4) for tokens in written], names, None),
-        make("generation", "loops", "mean", [float(loops(tokens)) for tokens in written], names, None),
+    names = [str(index) for index in range(len(outputs))]
+    samples = (  # neither high nor low is better: a broken model writes noise that never repeats
+        make("generation", "distinct_2", "mean", [distinct(tokens, 2) for tokens in outputs], names, None),
+        make("generation", "repeated_4", "mean", [1 - distinct(tokens, 4) for tokens in outputs], names, None),
+        make("generation", "loops", "mean", [float(loops(tokens)) for tokens in outputs], names, None),
     )
-    shown = (tokenizer.decode(prompts[0], skip_special_tokens=True), tokenizer.decode(written[0], skip_special_tokens=True))
-    return Measured(samples, texts=shown)
+    example = (tokenizer.decode(prompts[0], skip_special_tokens=True), tokenizer.decode(outputs[0], skip_special_tokens=True))
+    return Result(samples, texts=example)
 
 
 def prompt_length(window: int) -> int:
-    """Return how many tokens of a window are given."""
+    """Return how many tokens of a window make the prompt."""
     return min(PROMPT, window // 2 + 1)
 
 
@@ -76,33 +76,33 @@ def loops(tokens: Sequence[int]) -> bool:
     )
 
 
-def passkey(model: Any, tokenizer: Any, length: int, advance: Advance) -> Measured:
-    """Hide a number at `KEYS` depths of a text of about `length` tokens, and see whether the answer is what `model` finds most likely."""
-    draw = random.Random(length)
-    found = []
+def passkey(model: Any, tokenizer: Any, length: int, advance: Advance) -> Result:
+    """Hide a number at `KEYS` depths of a text of about `length` tokens, and test whether `model` finds it the most likely answer."""
+    random_keys = random.Random(length)
+    results = []
     for index in range(KEYS):
-        key = draw.randint(10000, 99999)
+        key = random_keys.randint(10000, 99999)
         ids, answer = hide(tokenizer, key, (index + 0.5) / KEYS, length)
         logits = logits_of(model, torch.tensor(ids + answer))[-len(answer) - 1 : -1]  # [answer, V]
-        found.append(float(logits.argmax(-1).tolist() == answer))
+        results.append(float(logits.argmax(-1).tolist() == answer))
         advance(length)
-    return Measured((make("passkey", f"{length}_tokens", "mean", found, [str(index) for index in range(KEYS)], "higher", chance=0.0),))
+    return Result((make("passkey", f"{length}_tokens", "mean", results, [str(index) for index in range(KEYS)], "higher", chance=0.0),))
 
 
 def hide(tokenizer: Any, key: int, depth: float, length: int) -> tuple[list[int], list[int]]:
-    """Return the tokens of a text that hides `key` at `depth` (0 first, 1 last), no longer than `length` with its answer, and the tokens of the answer."""
+    """Return the tokens of a text that hides `key` at `depth` (0 first, 1 last), and those of the answer; at most `length` tokens together."""
 
     def prompt(fillers: int) -> str:
         before = round(depth * fillers)
         return f"{TASK}{FILLER * before}{KEY.format(key)}{FILLER * (fillers - before)}{QUESTION}"
 
     def tokens(fillers: int) -> tuple[list[int], list[int]]:
-        given: list[int] = tokenizer(prompt(fillers), verbose=False).input_ids
+        prompt_tokens: list[int] = tokenizer(prompt(fillers), verbose=False).input_ids
         whole: list[int] = tokenizer(f"{prompt(fillers)} {key}", verbose=False).input_ids
-        return given, whole[len(given) :]
+        return prompt_tokens, whole[len(prompt_tokens) :]
 
-    empty, one = (sum(map(len, tokens(fillers))) for fillers in (0, 1))
-    fillers = max(0, (length - empty) // max(1, one - empty))
+    empty, with_filler = (sum(map(len, tokens(fillers))) for fillers in (0, 1))
+    fillers = max(0, (length - empty) // max(1, with_filler - empty))
     while fillers and sum(map(len, tokens(fillers))) > length:
         fillers -= 1
     return tokens(fillers)

@@ -1,8 +1,8 @@
-"""Statistics of scores: a model's standard error, and its difference to the original from the same documents.
+"""Statistics of scores: a model's standard error, and its difference to the original on the same documents.
 
-Both models answer the same questions, so the difference is taken question by question: its error is that of the differences, which is far smaller
-than what the two errors would suggest (Miller 2024, "Adding Error Bars to Evals", arXiv 2411.00640, section 4). What is not a mean over
-documents is linearised (perplexities and ratios: what each document moves), or resampled (a rank correlation: paired bootstrap, both models on the same draws).
+Both models answer the same questions, so differences are taken question by question. The error of their mean is far smaller than the two models'
+errors suggest (Miller 2024, "Adding Error Bars to Evals", arXiv 2411.00640, section 4). Perplexities and ratios are not means over documents: they
+are linearised (the delta method). Rank correlations are resampled: a paired bootstrap, with the same draws for both models.
 """
 
 import math
@@ -17,7 +17,7 @@ from effconvert.eval.results import Value
 
 DRAWS = 1000  # of a bootstrap: its standard error is then within 5 % (95 % confidence)
 ABOVE_CHANCE = 1.645  # standard errors: one-sided 5 %
-LARGEST = 300.0  # nats a token or word that a perplexity is made of: beyond it nothing is said anyway
+LARGEST = 300.0  # nats a token or word at most, so that a perplexity stays finite
 Array = NDArray[np.float64]
 Better = Literal["higher", "lower"]
 
@@ -31,11 +31,11 @@ class Samples:
     better: Better | None
     chance: float | None
     version: str
-    aggregation: str  # what makes the value of the items: one of `AGGREGATIONS`, or one of lm-eval's
+    aggregation: str  # the function from items to the value: one of `AGGREGATIONS`, or one of lm-eval's
     value: float
     error: float | None
-    documents: tuple[str, ...]  # what identifies each
-    items: tuple[Any, ...]  # what each contributes: a number, or the few numbers that `aggregation` needs
+    documents: tuple[str, ...]  # the id of each
+    items: tuple[Any, ...]  # the contribution of each: a number, or the few numbers that `aggregation` needs
 
 
 def _stratified(items: Array) -> float:
@@ -56,16 +56,16 @@ AGGREGATIONS: dict[str, Callable[[Array], float]] = {
     "weighted_perplexity": lambda items: math.exp(min(-items[:, 0].sum() / items[:, 1].sum(), LARGEST)),  # (log-likelihood, words or bytes)
     "ratio": lambda items: float(items[:, 0].sum() / items[:, 1].sum()),  # (sum, count)
     "bits_per_byte": lambda items: float(-items[:, 0].sum() / items[:, 1].sum() / math.log(2)),  # (log-likelihood, bytes)
-    "stratified": _stratified,  # (which part, number): the mean of the parts' means
-    "pooled": lambda items: float(items[:, 1].mean()),  # the same, each part by its size
+    "stratified": _stratified,  # (index of the part, number): the mean of the parts' means
+    "pooled": lambda items: float(items[:, 1].mean()),  # (index of the part, number): parts weighted by size
     "spearman": _spearman,  # (similarity, score)
 }
 
-LINEAR = ("mean", "perplexity", "weighted_perplexity", "ratio", "bits_per_byte")  # of which a document's share is known, at least to first order
+LINEAR = ("mean", "perplexity", "weighted_perplexity", "ratio", "bits_per_byte")  # with a known contribution of each document, at least to first order
 
 
 def make(task: str, metric: str, aggregation: str, items: Sequence[Any], documents: Sequence[str], better: Better | None, **more: Any) -> Samples:
-    """Make samples of our own measurements, with their value and its standard error."""
+    """Build the samples of one of our own measurements, with their value and its standard error."""
     values = np.asarray(items, float)
     value = AGGREGATIONS[aggregation](values)
     error = _error(values, aggregation)
@@ -74,48 +74,48 @@ def make(task: str, metric: str, aggregation: str, items: Sequence[Any], documen
 
 
 def pooled(task: str, metric: str, version: str, parts: Sequence[Samples], value: float, error: float | None, by_size: bool) -> Samples:
-    """Make the score of a group of tasks from theirs: over all documents, or as the mean of the tasks' means."""
+    """Build the score of a group of tasks: over all documents, or as the mean of the tasks' means."""
     documents = tuple(document for part in parts for document in part.documents)
     weights = [len(part.items) if by_size else 1 for part in parts]
     chances = [part.chance for part in parts if part.chance is not None]
     chance = float(np.average(chances, weights=weights)) if len(chances) == len(parts) else None
     items = [(index, item) for index, part in enumerate(parts) for item in part.items]
-    made = make(task, metric, "pooled" if by_size else "stratified", items, documents, parts[0].better, chance=chance, version=version)
-    return replace(made, value=value, error=error)
+    samples = make(task, metric, "pooled" if by_size else "stratified", items, documents, parts[0].better, chance=chance, version=version)
+    return replace(samples, value=value, error=error)
 
 
 def compare(original: Samples, other: Samples) -> Value:
     """Return the score of `other` beside that of `original`.
 
-    The two must be of the same documents, which whoever measured them saw to.
+    Both must be of the same documents; callers check that.
     """
     assert original.documents == other.documents, f"{other.task}: other documents"
     difference = other.value - original.value
-    if not (original.aggregation and other.aggregation):  # what a document contributes is no number
+    if not (original.aggregation and other.aggregation):  # a document's contribution is no number
         return Value(other.value, other.error, difference)
     a, b = np.asarray(original.items, float), np.asarray(other.items, float)
-    kept = recovery(original, other)
+    kept_share = recovery(original, other)
     if (a == b).all():
-        return Value(other.value, other.error, difference, 0.0 if len(a) > 1 else None, 1.0 if len(a) > 1 else None, kept)
+        return Value(other.value, other.error, difference, 0.0 if len(a) > 1 else None, 1.0 if len(a) > 1 else None, kept_share)
     if original.aggregation in ("stratified", "pooled"):
         by_size = original.aggregation == "pooled"
         error = _stratified_error(a[:, 0], b[:, 1] - a[:, 1], by_size)
         p = _p_of_mean(a[:, 1], b[:, 1]) if by_size else _p_of_stratified(a[:, 0], b[:, 1] - a[:, 1])
-        return Value(other.value, other.error, difference, error, p, kept)
-    if moved := _linear(a, b, original.aggregation):
-        tested = _logarithms(a, original.aggregation), _logarithms(b, original.aggregation)
-        return Value(other.value, other.error, difference, _mean_error(moved[1] - moved[0]), _p_of_mean(*tested), kept)
-    draws = _draw(b, other.aggregation) - _draw(a, original.aggregation)
-    return Value(other.value, other.error, difference, _spread(draws), _p_of_draws(draws), kept)
+        return Value(other.value, other.error, difference, error, p, kept_share)
+    if contributions := _linear(a, b, original.aggregation):
+        test_values = _logarithms(a, original.aggregation), _logarithms(b, original.aggregation)
+        return Value(other.value, other.error, difference, _mean_error(contributions[1] - contributions[0]), _p_of_mean(*test_values), kept_share)
+    draws = _bootstrap(b, other.aggregation) - _bootstrap(a, original.aggregation)
+    return Value(other.value, other.error, difference, _spread(draws), _p_of_draws(draws), kept_share)
 
 
 def _linear(a: Array, b: Array, aggregation: str) -> tuple[Array, Array] | None:
     """Return numbers, one a document, whose means are the two scores: exact for a mean, to first order for perplexities and ratios."""
-    return (_moves(a, aggregation), _moves(b, aggregation)) if aggregation in LINEAR else None
+    return (_contributions(a, aggregation), _contributions(b, aggregation)) if aggregation in LINEAR else None
 
 
-def _moves(items: Array, aggregation: str) -> Array:
-    """Return what each document contributes to a score, to first order (the delta method)."""
+def _contributions(items: Array, aggregation: str) -> Array:
+    """Return each document's contribution to a score, to first order (the delta method)."""
     if aggregation == "mean":
         return items
     value = AGGREGATIONS[aggregation](items)
@@ -123,19 +123,19 @@ def _moves(items: Array, aggregation: str) -> Array:
         return np.asarray(value - value * (items - items.mean()))
     ratio, weights = items[:, 0].sum() / items[:, 1].sum(), items[:, 1] / items[:, 1].mean()
     slope = {"ratio": 1.0, "bits_per_byte": -1 / math.log(2), "weighted_perplexity": -value}[aggregation]
-    moved: Array = value + slope * (items[:, 0] / items[:, 1].mean() - ratio * weights)
-    return moved
+    contributions: Array = value + slope * (items[:, 0] / items[:, 1].mean() - ratio * weights)
+    return contributions
 
 
 def _logarithms(items: Array, aggregation: str) -> Array:
-    """Return what is tested: of perplexities the logarithms, which are nearer to normal."""
+    """Return the values to test: for perplexities their logarithms, which are closer to normal."""
     if aggregation == "perplexity":
         return items
-    return _moves(items, "ratio" if aggregation == "weighted_perplexity" else aggregation)
+    return _contributions(items, "ratio" if aggregation == "weighted_perplexity" else aggregation)
 
 
 def recovery(original: Samples, other: Samples) -> float | None:
-    """Return what is left of the original's advantage over guessing, (s - chance) / (t - chance); None where the original has none."""
+    """Return the share of the original's advantage over guessing that is left, (s - chance) / (t - chance); None where the original has none."""
     if original.chance is None or original.better != "higher":
         return None
     above = original.value - original.chance
@@ -160,23 +160,23 @@ def _p_of_mean(a: Array, b: Array) -> float | None:
     if set(np.unique(np.concatenate([a, b]))) <= {0.0, 1.0}:
         return float(stats.binomtest(int((differences > 0).sum()), int((differences != 0).sum())).pvalue)
     if np.ptp(differences) <= 1e-9 * abs(differences.mean()):
-        return float(2.0 ** (1 - len(differences)))  # all alike, so that t has no spread to divide by: the sign test
+        return float(2.0 ** (1 - len(differences)))  # all differences are equal, so t would divide by zero: the sign test
     return float(stats.ttest_rel(b, a).pvalue)
 
 
 def _error(values: Array, aggregation: str) -> float | None:
     if aggregation in ("stratified", "pooled"):
         return _stratified_error(values[:, 0], values[:, 1], aggregation == "pooled")
-    moved = _linear(values, values, aggregation)
-    return _spread(_draw(values, aggregation)) if moved is None else _mean_error(moved[0])
+    contributions = _linear(values, values, aggregation)
+    return _spread(_bootstrap(values, aggregation)) if contributions is None else _mean_error(contributions[0])
 
 
 def _stratified_error(strata: Array, values: Array, by_size: bool) -> float | None:
     parts = [values[strata == stratum] for stratum in np.unique(strata)]
     weights = [len(part) / len(values) if by_size else 1 / len(parts) for part in parts]
     errors = [_mean_error(part) for part in parts]
-    known = [weight * error for weight, error in zip(weights, errors, strict=True) if error is not None]
-    return math.hypot(*known) if len(known) == len(parts) else None
+    weighted = [weight * error for weight, error in zip(weights, errors, strict=True) if error is not None]
+    return math.hypot(*weighted) if len(weighted) == len(parts) else None
 
 
 def _p_of_stratified(strata: Array, differences: Array) -> float | None:
@@ -194,8 +194,8 @@ def _p_of_stratified(strata: Array, differences: Array) -> float | None:
     return float(2 * stats.t.sf(abs(mean) * len(parts) / math.sqrt(squares.sum()), freedom))
 
 
-def _draw(items: Array, aggregation: str) -> Array:
-    """Return the statistic on `DRAWS` resamplings of the documents, the same ones for every model."""
+def _bootstrap(items: Array, aggregation: str) -> Array:
+    """Return the statistic on `DRAWS` resamples of the documents, the same for every model."""
     if len(items) < 2:
         return np.full(1, np.nan)
     combine = AGGREGATIONS[aggregation] if aggregation in AGGREGATIONS else _of_lm_eval(aggregation)

@@ -1,7 +1,7 @@
-"""How well a language model predicts a text, and how far it has moved from the original.
+"""How well a language model predicts a text, and how far it is from the original.
 
-Perplexity is that of consecutive windows of fixed length, each predicted from its own beginning only; KL and top-1 agreement compare the
-next-token distributions at the same positions. The original's logits wait in a file, so that only one model is in memory at a time.
+Perplexity is that of consecutive windows of fixed length, each predicted without the text before it. KL and top-1 agreement compare the next-token
+distributions at the same positions. The original's logits are kept in a file, so that only one model is in memory at a time.
 """
 # N = windows, T = tokens in a window, V = vocabulary.
 
@@ -24,7 +24,7 @@ ROWS = 64  # positions whose distributions are in float32 at a time
 
 @dataclass(frozen=True)
 class Window:
-    """What was measured on one window of text."""
+    """The result for one window of text."""
 
     loss: float  # cross-entropy, nats, summed
     tokens: int  # predicted
@@ -49,8 +49,8 @@ class Quality:
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """A file with the logits [rows, V] of one model, for others to be compared with."""
+class LogitsFile:
+    """A file with the logits [rows, V] of one model, to compare other models with."""
 
     file: Path
     dtype: torch.dtype
@@ -62,7 +62,7 @@ class Recorded:
 
 
 def windows(tokenizer: Any, text: Text, context: int, tokens: int, vocabulary: int) -> Tensor:
-    """Cut the first `tokens` tokens of `text` into windows [N, T], each begun as the tokenizer begins a text.
+    """Cut the first `tokens` tokens of `text` into windows [N, T], each with the tokenizer's first special token.
 
     Raises:
         OptionError: the text is too short for a window.
@@ -75,50 +75,50 @@ def windows(tokenizer: Any, text: Text, context: int, tokens: int, vocabulary: i
     count = min(tokens, len(plain)) // max(body, 1)
     if body < 2:
         raise OptionError(f"{text.name} has {len(plain)} tokens, and at least {context} are needed to measure at --context {context}; give a longer --text")
-    cut = torch.tensor(plain[: count * body]).view(count, body)  # [N, T]
+    batch = torch.tensor(plain[: count * body]).view(count, body)  # [N, T]
     if start:
-        cut = torch.cat([torch.full((count, 1), start[0]), cut], 1)
-    if cut.max() >= vocabulary:
-        raise ModelError(f"the tokenizer gives the token {int(cut.max())} and the model has {vocabulary}: they do not belong together")
-    return cut
+        batch = torch.cat([torch.full((count, 1), start[0]), batch], 1)
+    if batch.max() >= vocabulary:
+        raise ModelError(f"the tokenizer gives the token {int(batch.max())} and the model has {vocabulary}: they do not belong together")
+    return batch
 
 
 def beginning(tokenizer: Any, content: str) -> list[int]:
-    """Return the token that the tokenizer begins a text with, if any: Gemma is lost without its <bos>."""
-    begun: list[int] = tokenizer(content[:64], verbose=False).input_ids
-    return begun[:1] if begun[:1] == [tokenizer.bos_token_id] else []
+    """Return the special token that the tokenizer puts first, if any: Gemma fails without its <bos>."""
+    ids: list[int] = tokenizer(content[:64], verbose=False).input_ids
+    return ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
 
 
 def measure(
-    model: Any, cut: Sequence[Tensor], record: Path | None = None, reference: Recorded | None = None, advance: Callable[[int], None] = lambda _: None
+    model: Any, batch: Sequence[Tensor], record: Path | None = None, reference: LogitsFile | None = None, advance: Callable[[int], None] = lambda _: None
 ) -> list[Window]:
-    """Measure `model` on each window of `cut`, token ids [T].
+    """Measure `model` on each of some windows, token ids [T].
 
     Args:
         model: a causal language model of transformers.
-        cut: windows, which need not be equally long.
-        record: where to leave the logits, for another model to be compared with.
-        reference: logits that another model left, on the same windows.
-        advance: told how many more tokens are done.
+        batch: windows, which need not be equally long.
+        record: file to write the logits to, to compare other models with.
+        reference: logits of another model on the same windows.
+        advance: called with the number of tokens done.
 
     Raises:
         ModelError: a logit is NaN or infinite.
     """
-    count = sum(len(window) - 1 for window in cut)
+    count = sum(len(window) - 1 for window in batch)
     if record:
         reserve(record, count * vocabulary(model) * model.dtype.itemsize)
-        reference = Recorded(record, model.dtype, vocabulary(model))
-    held = reference.rows(count) if reference else None  # [rows, V]
-    measured, start = [], 0
-    for window in cut:
+        reference = LogitsFile(record, model.dtype, vocabulary(model))
+    reference_rows = reference.rows(count) if reference else None  # [rows, V]
+    results, start = [], 0
+    for window in batch:
         logits, targets = logits_of(model, window)[:-1], window[1:]  # [T-1, V], [T-1]
-        kept = held[start : start + len(logits)] if held is not None else None
-        if record and kept is not None:
-            kept.copy_(logits)
-        measured.append(_window(logits, targets, None if record else kept))
+        rows = reference_rows[start : start + len(logits)] if reference_rows is not None else None
+        if record and rows is not None:
+            rows.copy_(logits)
+        results.append(_window(logits, targets, None if record else rows))
         start += len(logits)
         advance(len(window))
-    return measured
+    return results
 
 
 def _window(logits: Tensor, targets: Tensor, reference: Tensor | None) -> Window:
@@ -134,21 +134,21 @@ def _window(logits: Tensor, targets: Tensor, reference: Tensor | None) -> Window
     return Window(loss, len(logits)) if reference is None else Window(loss, len(logits), max(kl, 0.0), int(same))
 
 
-def summary(measured: Sequence[Window], context: int) -> Quality:
-    """Sum windows up."""
-    tokens = sum(window.tokens for window in measured)
-    kl = [window.kl for window in measured if window.kl is not None]
-    same = [window.same for window in measured if window.same is not None]
-    return Quality(sum(window.loss for window in measured) / tokens, tokens, context, sum(kl) / tokens if kl else None, sum(same) / tokens if same else None)
+def summary(results: Sequence[Window], context: int) -> Quality:
+    """Sum the results of windows."""
+    tokens = sum(window.tokens for window in results)
+    kl = [window.kl for window in results if window.kl is not None]
+    same = [window.same for window in results if window.same is not None]
+    return Quality(sum(window.loss for window in results) / tokens, tokens, context, sum(kl) / tokens if kl else None, sum(same) / tokens if same else None)
 
 
 def vocabulary(model: Any) -> int:
-    """Return how many tokens `model` gives a logit."""
+    """Return the number of logits of `model`."""
     return int(model.config.get_text_config().vocab_size)
 
 
 def reserve(file: Path, size: int) -> None:
-    """Make `file` of `size` bytes on disk, not as a hole: a full disk is an OSError here and a fatal signal in mapped memory."""
+    """Allocate `file` of `size` bytes on disk, without holes: a full disk is an OSError here, and a fatal signal in mapped memory."""
     with file.open("wb") as opened:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(opened.fileno(), 0, size)
@@ -159,10 +159,10 @@ def reserve(file: Path, size: int) -> None:
 
 @torch.inference_mode()
 def logits_of(model: Any, window: Tensor) -> Tensor:
-    """Return what `model` makes of one sequence [T]: logits [T, V], or hidden states where it has no head.
+    """Return the output of `model` for one sequence [T]: logits [T, V], or hidden states where it has no head.
 
     Raises:
-        ModelError: something in it is NaN or infinite.
+        ModelError: the output has NaN or infinity.
     """
     output = model(window[None].to(model.device), use_cache=False)
     values: Tensor = (output.logits if "logits" in output else output.last_hidden_state)[0]
@@ -173,7 +173,7 @@ def logits_of(model: Any, window: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def kv_bytes(model: Any, window: Tensor) -> tuple[int, int]:
-    """Measure the bytes of the cache object after one sequence [T]: of layers whose cache grows with it, and of mixers."""
+    """Measure the bytes of the cache object after one sequence [T]: those that grow with its length, and those of mixers."""
     from effconvert.modeling.transformers_internals import cache_among
 
     cache = cache_among(model(window[None].to(model.device), use_cache=True).values())
@@ -182,20 +182,20 @@ def kv_bytes(model: Any, window: Tensor) -> tuple[int, int]:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Return the bytes of a cache object of transformers, every layer of it."""
+    """Return the bytes of all layers of a transformers cache object."""
     return sum(layer.nbytes if hasattr(layer, "nbytes") else layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def continuation(model: Any, tokenizer: Any, prompt: Tensor, length: int) -> str:
-    """Return what `model` writes after `prompt` [T], always taking the most likely token."""
+    """Return the greedy continuation of `prompt` [T] as text."""
     return str(tokenizer.decode(greedy(model, tokenizer, prompt, length), skip_special_tokens=True))
 
 
 @torch.inference_mode()
 def greedy(model: Any, tokenizer: Any, prompt: Tensor, length: int) -> list[int]:
-    """Return the tokens, at most `length`, that `model` finds most likely after `prompt` [T], one after the other."""
+    """Return the greedy continuation of `prompt` [T], at most `length` tokens."""
     ids = prompt[None].to(model.device)
-    silent = {"temperature": None, "top_p": None, "top_k": None, "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id}
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=length, **silent)
+    unset = {"temperature": None, "top_p": None, "top_k": None, "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=length, **unset)
     tokens: list[int] = out[0, ids.shape[1] :].tolist()
     return tokens

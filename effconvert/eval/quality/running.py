@@ -1,4 +1,4 @@
-"""A model while it is measured: loaded when something has to be computed, and not before."""
+"""A model that is being measured; loaded only once something has to be computed."""
 
 import gc
 from functools import cached_property
@@ -18,12 +18,12 @@ class Running:
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """Its name in tables."""
         return self.opened.subject.name
 
     @property
     def key(self) -> dict[str, str]:
-        """What its numbers depend on."""
+        """The cache key: what its numbers depend on."""
         return {"model": self.opened.subject.digest, "dtype": str(pick_dtype(self.dtype, self.opened)), "device": torch.device(self.device).type}
 
     @cached_property
@@ -37,7 +37,7 @@ class Running:
         return load_measured(self.opened, self.dtype, self.device)
 
     def close(self) -> None:
-        """Free the memory: the next model may need it."""
+        """Free the memory for the next model."""
         if self.__dict__.pop("model", None) is not None:
             gc.collect()
             if self.device.startswith("cuda"):

@@ -1,4 +1,4 @@
-"""What was measured, kept: measuring again what has not changed costs nothing, and a run that is cut off loses one measurement at most."""
+"""A cache of measurements: repeating one costs nothing, and an interrupted run loses at most one."""
 
 import hashlib
 import json
@@ -17,44 +17,44 @@ from effconvert.eval.results import versions
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What one measurement found on one model."""
+class Result:
+    """The result of one measurement of one model."""
 
     samples: tuple[Samples, ...]
-    texts: tuple[str, ...] = field(default=())  # what it wrote
+    texts: tuple[str, ...] = field(default=())  # what the model wrote
     notes: tuple[str, ...] = field(default=())
 
 
-READER = TypeAdapter(Measured)
+READER = TypeAdapter(Result)
 
 
 class Store:
-    """Measurements by what they depend on: the model's hash, what was measured and how, and the versions of the libraries that computed it."""
+    """Results by cache key: the model's hash, the measurement with its settings, and the versions of the libraries."""
 
-    def __init__(self, used: bool) -> None:
-        self.used = used
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
 
-    def get(self, key: Mapping[str, Any]) -> Measured | None:
-        """Return what was measured before, if it was."""
-        if not self.used:
+    def get(self, key: Mapping[str, Any]) -> Result | None:
+        """Return an earlier result, if there is one."""
+        if not self.enabled:
             return None
         try:
-            return READER.validate_json(self._place(key).read_bytes())
+            return READER.validate_json(self._file(key).read_bytes())
         except (OSError, ValidationError):
             return None
 
-    def put(self, key: Mapping[str, Any], measured: Measured) -> None:
-        """Keep a measurement, in one step. A disk that cannot be written costs time later, and nothing now."""
-        place = self._place(key)
-        draft = place.with_name(f"{place.name}.{os.getpid()}.draft")
+    def put(self, key: Mapping[str, Any], result: Result) -> None:
+        """Store a result atomically. If the disk cannot be written, nothing is stored and nothing fails."""
+        file = self._file(key)
+        draft = file.with_name(f"{file.name}.{os.getpid()}.draft")
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_text(json.dumps({**asdict(measured), "key": dict(key)}, default=str), encoding="utf-8")
-            draft.replace(place)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            draft.write_text(json.dumps({**asdict(result), "key": dict(key)}, default=str), encoding="utf-8")
+            draft.replace(file)
         except OSError:
             with suppress(OSError):
                 draft.unlink(missing_ok=True)
 
-    def _place(self, key: Mapping[str, Any]) -> Path:
+    def _file(self, key: Mapping[str, Any]) -> Path:
         text = json.dumps([dict(key), versions()], sort_keys=True, default=str)
         return cache() / "eval" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"

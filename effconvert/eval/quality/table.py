@@ -1,4 +1,4 @@
-"""From each model's samples to one row a metric, every model beside the original."""
+"""Build the table of results from each model's samples: one row for each metric, every model beside the original."""
 
 import math
 from collections.abc import Sequence
@@ -8,23 +8,23 @@ from effconvert.eval.results import Row, Value
 
 
 def rows(by_model: Sequence[Sequence[Samples]], names: Sequence[str]) -> tuple[tuple[Row, ...], tuple[str, ...]]:
-    """Return the rows, and what is to be doubted about them."""
-    made, notes = [], []
-    known = [{(sample.task, sample.metric): sample for sample in samples} for samples in by_model]
-    for task, metric in dict.fromkeys(key for samples in sorted(known, key=len, reverse=True) for key in samples):
-        held = [samples.get((task, metric)) for samples in known]
-        original, any_of = held[0], next(sample for sample in held if sample)
+    """Return the rows, and notes on doubtful ones."""
+    table, notes = [], []
+    by_metric = [{(sample.task, sample.metric): sample for sample in samples} for samples in by_model]
+    for task, metric in dict.fromkeys(key for samples in sorted(by_metric, key=len, reverse=True) for key in samples):
+        row = [samples.get((task, metric)) for samples in by_metric]
+        original, some = row[0], next(sample for sample in row if sample)
         values = []
-        for sample, name in zip(held, names, strict=True):
+        for sample, name in zip(row, names, strict=True):
             if sample is not None and not math.isfinite(sample.value):
                 notes.append(f"{task} {metric} of {name} is {sample.value}")
                 sample = None
             values.append(_value(original if sample is not original else None, sample))
-        made.append(Row(task, metric, any_of.better, any_of.chance, len(any_of.documents), any_of.version, tuple(values)))
+        table.append(Row(task, metric, some.better, some.chance, len(some.documents), some.version, tuple(values)))
         if original and original.chance is not None and original.better == "higher" and recovery(original, original) is None:
             guess = f"{original.value:.3g}, chance is {original.chance:.3g}"
             notes.append(f"{task} {metric}: {names[0]} is not above guessing ({guess}), so nothing can be lost or recovered")
-    return tuple(made), tuple(notes)
+    return tuple(table), tuple(notes)
 
 
 def _value(original: Samples | None, sample: Samples | None) -> Value | None:

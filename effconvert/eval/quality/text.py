@@ -1,7 +1,7 @@
-"""Text to measure on: a file, or the docstrings of the Python that is running.
+"""Text to measure on: a file, or the docstrings of the running Python.
 
-The default text ships with nobody: it is gathered from the standard library's own source, so it exists wherever
-effconvert runs. It differs a little from one Python version to the next, which is why `Text.name` states the version.
+The default text is collected from the standard library's source, so it exists wherever effconvert runs. It differs a little between Python
+versions, so `Text.name` states the version.
 """
 
 import ast
@@ -15,7 +15,7 @@ from effconvert.errors import OptionError
 from effconvert.paths import expand
 from effconvert.quiet import quiet_datasets
 
-# Held out: the embedded model was not trained on these, and nothing may be calibrated on them.
+# Held-out modules: the embedded model was not trained on these, and nothing may be calibrated on them.
 EVALUATION_MODULES = (
     "statistics",
     "difflib",
@@ -29,13 +29,13 @@ EVALUATION_MODULES = (
     "optparse",
 )
 
-FILES = (".txt", ".md", ".json", ".jsonl", ".gz", ".csv", ".parquet")  # what no dataset's name ends in
+FILES = (".txt", ".md", ".json", ".jsonl", ".gz", ".csv", ".parquet")  # endings of file names, which no dataset's name has
 MOST = 20_000_000  # characters of a dataset that are read
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text and what to call it in a table."""
+    """A text and its name in tables."""
 
     name: str
     content: str
@@ -49,30 +49,30 @@ def default_text() -> Text:
 
 
 def calibration_text() -> Text:
-    """Return the docstrings of all other modules of the standard library that carry their source, in alphabetical order."""
+    """Return the docstrings of all other modules of the standard library with source files, in alphabetical order."""
     version = ".".join(map(str, sys.version_info[:3]))
     modules = sorted(sys.stdlib_module_names - {*EVALUATION_MODULES} - {"this", "antigravity"})
     docs = [doc for module in modules if _has_source(module) for doc in docstrings(module)]
     if not docs:
-        raise OptionError("this Python carries no source of its standard library, so there is no default text to calibrate on; give --calibrate FILE")
-    return Text(f"docstrings of the standard library, without the {len(EVALUATION_MODULES)} modules that are measured on, Python {version}", "\n\n".join(docs))
+        raise OptionError("this Python has no source of its standard library, so there is no default text to calibrate on; give --calibrate FILE")
+    return Text(f"docstrings of the standard library, without the {len(EVALUATION_MODULES)} modules for evaluation, Python {version}", "\n\n".join(docs))
 
 
-def read_calibration(given: str) -> Text:
-    """Return what `--calibrate` names: a text file, a JSON-lines file with a `text` in each line, or the training texts of a dataset on the Hub.
+def read_calibration(value: str) -> Text:
+    """Return the text that `--calibrate` names: a text file, a JSON-lines file with a `text` in each line, or the training split of a dataset on the Hub.
 
     Raises:
-        OptionError: it is none of these, or holds no text.
+        OptionError: it is none of these, or has no text.
     """
-    path = expand(given)
+    path = expand(value)
     if path.is_file() and not path.name.endswith((".jsonl", ".jsonl.gz")):
         return read_text(path, "--calibrate")
     import datasets
 
-    name, _, config = given.partition(":")
+    name, _, config = value.partition(":")
     hub = not path.exists() and name.count("/") == 1 and path.suffix not in FILES
     if not path.is_file() and not hub:
-        raise OptionError(f"--calibrate {given} is neither a file nor the name of a dataset on the Hub (owner/name, owner/name:config); give one")
+        raise OptionError(f"--calibrate {value} is neither a file nor the name of a dataset on the Hub (owner/name, owner/name:config); give one")
     try:
         with quiet_datasets():
             rows = (
@@ -89,17 +89,17 @@ def read_calibration(given: str) -> Text:
                 if size > MOST:
                     break
     except KeyError:
-        raise OptionError(f"--calibrate {given} has no column `text` with a text in each row; give a dataset that has one, or a text file") from None
-    except Exception as error:  # whatever a library makes of a damaged file, a missing dataset or no network
-        raise OptionError(f"--calibrate {given} cannot be read ({type(error).__name__}: {error}); give a text file") from None
-    return Text(path.name if not hub else given, "\n\n".join(texts))
+        raise OptionError(f"--calibrate {value} has no column `text` with a text in each row; give a dataset that has one, or a text file") from None
+    except Exception as error:  # a damaged file, a missing dataset or no network: libraries raise many types
+        raise OptionError(f"--calibrate {value} cannot be read ({type(error).__name__}: {error}); give a text file") from None
+    return Text(path.name if not hub else value, "\n\n".join(texts))
 
 
 def read_text(path: Path, option: str = "--text") -> Text:
-    """Return the UTF-8 file `path`, given by `option`, as a text.
+    """Return the UTF-8 file `path`, the value of `option`, as a text.
 
     Raises:
-        OptionError: there is no such file, or it is not UTF-8 text, or it is empty.
+        OptionError: the file does not exist, is not UTF-8 text, or is empty.
     """
     try:
         content = expand(path).read_text(encoding="utf-8")
@@ -121,7 +121,7 @@ def docstrings(module: str) -> Iterator[str]:
     """Yield the docstrings in the source of `module`, outermost first, without importing it."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-        raise OptionError(f"this Python carries no source for its module {module!r}, so there is no default text; give --text FILE")
+        raise OptionError(f"this Python has no source for its module {module!r}, so there is no default text; give --text FILE")
     tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

@@ -1,4 +1,4 @@
-"""One layer of a model, drawn from its shape: query heads, the KV heads that they share, the FFN, and which layers see a window."""
+"""Draw one layer of a model from its shape: query heads, the KV heads that they share, the FFN, and which layers have a window."""
 
 from collections import Counter
 
@@ -12,35 +12,35 @@ from effconvert.eval.results import Subject
 from effconvert.quantities import size
 
 SLOTS = 16  # boxes of query heads that can be told apart at the width of a phone
-LEFT, RIGHT = 16.0, 100.0  # of what is drawn to scale
+LEFT, RIGHT = 16.0, 100.0  # edges of the part drawn to scale
 
 
 def layers(report: Report) -> list[Picture]:
     """Draw a layer of each model, all to the same scale."""
-    shown = report.subjects[: len(SERIES)]
-    widest = max(max(subject.ffn, subject.hidden) for subject in shown)
-    deepest = max(subject.layers for subject in shown)
-    return [_layer(subject, report.labels[place], place, widest, deepest) for place, subject in enumerate(shown)]
+    subjects = report.subjects[: len(SERIES)]
+    widest = max(max(subject.ffn, subject.hidden) for subject in subjects)
+    deepest = max(subject.layers for subject in subjects)
+    return [_layer(subject, report.labels[place], place, widest, deepest) for place, subject in enumerate(subjects)]
 
 
 def _layer(subject: Subject, label: str, place: int, widest: int, deepest: int) -> Picture:
     with style():
-        drawn = figure(3.5)
-        drawn.set_layout_engine("none")  # words may reach beyond what is drawn to scale, and must not shrink it
-        axes = drawn.add_axes((0.02, 0.02, 0.96, 0.96))
+        canvas = figure(3.5)
+        canvas.set_layout_engine("none")  # text may be wider than the part drawn to scale, and must not shrink it
+        axes = canvas.add_axes((0.02, 0.02, 0.96, 0.96))
         axes.set_axis_off()
         axes.set_xlim(0, RIGHT)
         axes.set_ylim(100, 0)
         heads = _attention(axes, subject, place)
         _ffn(axes, subject, place, widest)
-        seen = _stack(axes, subject, place, deepest)
-        said = f"A layer of {label}: {heads}; FFN {subject.hidden} to {subject.ffn} to {subject.hidden}; {seen}"
+        layer_windows = _stack(axes, subject, place, deepest)
+        description = f"A layer of {label}: {heads}; FFN {subject.hidden} to {subject.ffn} to {subject.hidden}; {layer_windows}"
         stored = f" A layer stores {size(subject.kv_bytes / subject.layers)} a token." if subject.kv_bytes else ""
-        return Picture(short(label, 60), f"{subject.architecture}: {seen}.{stored}", svg(drawn, f"layer-{place}", said))
+        return Picture(short(label, 60), f"{subject.architecture}: {layer_windows}.{stored}", svg(canvas, f"layer-{place}", description))
 
 
 def shown(count: int, limit: int) -> list[int | None]:
-    """Return which of `count` things to draw in `limit` places: all, or the first ones, a gap (None), and the last."""
+    """Return which of `count` items to draw in `limit` places: all, or the first ones, a gap (None), and the last."""
     return [*range(count)] if count <= limit else [*range(max(limit - 2, 1)), None, count - 1]
 
 
@@ -51,11 +51,11 @@ def _attention(axes: Axes, subject: Subject, place: int) -> str:
     groups, shared = subject.kv_heads, max(1, subject.heads // subject.kv_heads)
     queries = shown(shared, max(3, SLOTS // min(groups, 4)))
     columns = shown(groups, max(3, SLOTS // len(queries)))
-    each = len(queries) + 0.6  # places of a group, with the gap to the next
-    step = (RIGHT - LEFT) / (sum(each if column is not None else 1 for column in columns) - 0.6)
+    group_width = len(queries) + 0.6  # places of a group, with the gap to the next
+    step = (RIGHT - LEFT) / (sum(group_width if column is not None else 1 for column in columns) - 0.6)
     step = min(step, 9)
-    said = f"{subject.heads} query heads of {subject.head_dim}, {groups} KV head{'s' if groups > 1 else ''}"
-    axes.text(0, 4, said, va="center", weight="bold")
+    description = f"{subject.heads} query heads of {subject.head_dim}, {groups} KV head{'s' if groups > 1 else ''}"
+    axes.text(0, 4, description, va="center", weight="bold")
     axes.text(0, 17, "query", va="center", fontsize=9.5)
     axes.text(0, 39, "KV", va="center", fontsize=9.5)
     x = LEFT
@@ -75,10 +75,10 @@ def _attention(axes: Axes, subject: Subject, place: int) -> str:
             axes.plot([left + 0.4 * step, middle], [21, 34], color=MUTED, linewidth=1, zorder=1)
             axes.add_patch(Rectangle((left, 13), 0.8 * step, 8, facecolor=SURFACE, edgecolor=INK, linewidth=1, zorder=2))
         axes.add_patch(Rectangle((middle - width / 2, 34), width, 10, facecolor=SERIES[place], edgecolor=INK, linewidth=1, zorder=2))
-        x += each * step
-    said_of_sharing = f"each KV head serves {shared} query heads" if shared > 1 else "each query head has a KV head of its own"
-    axes.text(0, 51, said_of_sharing, va="center", fontsize=9.5)
-    return said
+        x += group_width * step
+    sharing = f"each KV head serves {shared} query heads" if shared > 1 else "each query head has a KV head of its own"
+    axes.text(0, 51, sharing, va="center", fontsize=9.5)
+    return description
 
 
 def _ffn(axes: Axes, subject: Subject, place: int, widest: int) -> None:
@@ -91,14 +91,14 @@ def _ffn(axes: Axes, subject: Subject, place: int, widest: int) -> None:
 
 
 def _stack(axes: Axes, subject: Subject, place: int, deepest: int) -> str:
-    seen = Counter(subject.windows)
-    windows = [f"{seen[window]} see a window of {window} tokens (hatched)" for window in sorted(window for window in seen if window)]
-    if windows and seen[None]:
-        windows.append(f"{seen[None]} see everything")
-    said = f"{subject.layers} layers" + (f": {', '.join(windows)}" if windows else ", alike")
+    layer_windows = Counter(subject.windows)
+    windows = [f"{layer_windows[window]} see a window of {window} tokens (hatched)" for window in sorted(window for window in layer_windows if window)]
+    if windows and layer_windows[None]:
+        windows.append(f"{layer_windows[None]} see everything")
+    description = f"{subject.layers} layers" + (f": {', '.join(windows)}" if windows else ", alike")
     axes.text(0, 86, f"{subject.layers} layers" + (", windows hatched" if windows else ", alike"), va="center", weight="bold")
     step = (RIGHT - LEFT) / deepest
     for index, window in enumerate(subject.windows):
         face, hatch = (SURFACE, "////") if window else (SERIES[place], None)
         axes.add_patch(Rectangle((LEFT + index * step, 91), 0.82 * step, 8, facecolor=face, edgecolor=INK, linewidth=0.6, hatch=hatch))
-    return said
+    return description

@@ -1,7 +1,7 @@
-"""How every picture of a report is drawn: colours that the page decides, and SVG that can stand in it beside others.
+"""The style of a report's pictures: colours that the page chooses, and SVG that can be embedded several times.
 
-matplotlib writes sentinel colours, which become CSS custom properties, so that one picture serves light and dark. Text stays text, in the
-page's font. Nothing of matplotlib's global state is kept, and no date or random id gets into a picture.
+matplotlib writes sentinel colours, which become CSS custom properties, so that one picture serves light and dark pages. Text stays text, in the page's
+font. matplotlib's global state stays as it was, and pictures contain no dates or random ids.
 """
 
 import re
@@ -22,7 +22,7 @@ DARK = ("#56B4E9", "#D55E00", "#009E73", "#F0E442")
 MARKERS = ("o", "s", "^", "D")
 LINES = ("-", "--", "-.", (0, (4, 1, 1, 1, 1, 1)))
 
-# Sentinel -> what the page calls it.
+# Sentinel -> its name in the page.
 INK, MUTED, GRID, SURFACE = "#010203", "#010204", "#010205", "#010206"
 SERIES = ("#010207", "#010208", "#010209", "#01020a")
 NAMES = {INK: "ink", MUTED: "muted", GRID: "grid", SURFACE: "surface"} | {colour: f"series-{i}" for i, colour in enumerate(SERIES)}
@@ -66,34 +66,34 @@ STYLE = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Draw in our style, whatever matplotlib was told elsewhere."""
+    """Draw in our style, whatever matplotlib's global style is."""
     with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the browser has its own fonts
         yield
 
 
 def figure(height: float) -> Figure:
-    """Make a figure of `height` inches, to be drawn in `style`."""
+    """Return a new figure of `height` inches; use it in `style`."""
     return Figure(figsize=(WIDTH, height), layout="constrained")
 
 
-def svg(drawn: Figure, name: str, description: str) -> str:
-    """Return a figure as an SVG element for the middle of a page.
+def svg(canvas: Figure, name: str, description: str) -> str:
+    """Return a figure as an SVG element to embed in a page.
 
     Args:
         drawn: the figure.
-        name: what its ids begin with, so that no two in a page are alike.
-        description: what it shows, for who cannot see it.
+        name: prefix of its ids, which makes them unique in the page.
+        description: text for screen readers.
     """
-    written = StringIO()
-    drawn.savefig(written, format="svg", transparent=True)
-    text = written.getvalue()
+    buffer = StringIO()
+    canvas.savefig(buffer, format="svg", transparent=True)
+    text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'href="#', f'href="#{name}-', text)
     text = re.sub(r"url\(#", f"url(#{name}-", text)
-    text = re.sub("|".join(NAMES), lambda found: f"var(--{NAMES[found[0]]})", text)
+    text = re.sub("|".join(NAMES), lambda match: f"var(--{NAMES[match[0]]})", text)
     box = re.search(r'viewBox="[^"]*"', text)
     assert box
     body = text[text.index(">") + 1 :]

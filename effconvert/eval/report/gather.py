@@ -1,4 +1,4 @@
-"""Gather what a report tells from the model's folder, from what effconvert recorded in it, and from results files."""
+"""Build a report from a model's folder, its manifest, and results files."""
 
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -7,9 +7,9 @@ from pathlib import Path
 
 from effconvert.errors import OptionError
 from effconvert.eval.report.doubts import doubts
-from effconvert.eval.report.facts import Card, Report, beside_original, better, lineage, spelt
+from effconvert.eval.report.facts import Card, Report, beside_original, better, command_line, lineage
 from effconvert.eval.report.inputs import Manifest, names, read_manifest, read_results
-from effconvert.eval.report.tables import measured, number
+from effconvert.eval.report.tables import number, score
 from effconvert.eval.results import Benchmark, Evaluation, Row, Subject, Value
 from effconvert.eval.subject import open_model
 from effconvert.eval.verification import Verification
@@ -17,10 +17,10 @@ from effconvert.quantities import count, perplexity, size
 
 
 def gather(folder: Path, files: Sequence[Path]) -> Report:
-    """Gather what is known of the model in `folder`, and of it in the results `files`.
+    """Build the report on the model in `folder`, with its results in `files`.
 
     Raises:
-        OptionError: there is no such folder or file, or a file is about other models.
+        OptionError: a folder or file does not exist, or a file is about other models.
         ModelError: the model or its manifest is damaged.
     """
     if not folder.is_dir():
@@ -28,10 +28,10 @@ def gather(folder: Path, files: Sequence[Path]) -> Report:
     results = {name: read_results(path) for name, path in zip(names(files), files, strict=True)}
     manifest = read_manifest(folder)
     subject = open_model(str(folder)).subject
-    for name, held in results.items():
-        if subject.digest not in {other.digest for other in held.subjects}:
-            measured = ", ".join(other.name for other in held.subjects)
-            raise OptionError(f"{name} is about other models ({measured}), or {subject.name} has changed since; measure it, and give the new file")
+    for name, content in results.items():
+        if subject.digest not in {other.digest for other in content.subjects}:
+            others = ", ".join(other.name for other in content.subjects)
+            raise OptionError(f"{name} is about other models ({others}), or {subject.name} has changed since; measure it, and give the new file")
     subjects = _subjects(subject, results)
     report = Report(
         model=subject.name,
@@ -45,17 +45,17 @@ def gather(folder: Path, files: Sequence[Path]) -> Report:
         labels=_labels(subjects),
         this=[other.digest for other in subjects].index(subject.digest),
         manifest=manifest,
-        evaluations={name: held for name, held in results.items() if isinstance(held, Evaluation)},
-        benchmarks={name: held for name, held in results.items() if isinstance(held, Benchmark)},
+        evaluations={name: content for name, content in results.items() if isinstance(content, Evaluation)},
+        benchmarks={name: content for name, content in results.items() if isinstance(content, Benchmark)},
     )
     report = replace(report, cards=tuple(_cards(report)), missing=_missing(report), commands=tuple(_commands(report)))
     return replace(report, doubts=tuple(doubts(report, folder)))
 
 
 def _subjects(this: Subject, results: dict[str, Evaluation | Benchmark]) -> tuple[Subject, ...]:
-    measured = [subject for held in results.values() for subject in held.subjects]
-    originals = [held.subjects[0] for held in results.values() if held.subjects[0].digest != this.digest]
-    unique = {subject.digest: subject for subject in [*originals[:1], this, *measured]}
+    subjects = [subject for content in results.values() for subject in content.subjects]
+    originals = [content.subjects[0] for content in results.values() if content.subjects[0].digest != this.digest]
+    unique = {subject.digest: subject for subject in [*originals[:1], this, *subjects]}
     return tuple(this if digest == this.digest else subject for digest, subject in unique.items())
 
 
@@ -66,8 +66,8 @@ def _labels(subjects: Sequence[Subject]) -> tuple[str, ...]:
 
 def _summary(subject: Subject, manifest: Manifest | None) -> str:
     if manifest is None:
-        return f"{subject.kind}, {subject.architecture}; not written by effconvert, so nothing is known of how it was made"
-    return f"{spelt(manifest.recipe) or 'no surgery'}, from {lineage(manifest.source)}"
+        return f"{subject.kind}, {subject.architecture}; not written by effconvert, so its conversion is unknown"
+    return f"{command_line(manifest.recipe) or 'no surgery'}, from {lineage(manifest.source)}"
 
 
 def _verdict(manifest: Manifest | None) -> str:
@@ -98,19 +98,19 @@ def _cards(report: Report) -> Iterator[Card]:
 
 
 def _distance(rows: Sequence[tuple[Row, Value | None, Value | None]], verified: Verification | None) -> Iterator[Card]:
-    """Yield how far the model moved on text: with error bars where that was measured, otherwise as the verification found."""
-    told = {}
+    """Yield the distance of the model from the original on text: from the evaluation with error bars, or from the verification."""
+    texts = {}
     for row, original, value in rows:
         if row.task == "text" and value:
-            told[row.metric] = (measured(original) if original else "", *_with_note(value, row.documents))
+            texts[row.metric] = (score(original) if original else "", *_with_note(value, row.documents))
     first, last = (verified.before.quality, verified.after.quality) if verified else (None, None)
     if first and last:
-        told.setdefault("perplexity", (perplexity(first.perplexity), perplexity(last.perplexity), "in the verification"))
+        texts.setdefault("perplexity", (perplexity(first.perplexity), perplexity(last.perplexity), "in the verification"))
         if last.agreement is not None:
-            told.setdefault("same_top_token", ("", f"{last.agreement:.1%}", "as the original, in the verification"))
+            texts.setdefault("same_top_token", ("", f"{last.agreement:.1%}", "as the original, in the verification"))
     for metric, name in (("perplexity", "perplexity"), ("same_top_token", "same top token")):
-        if metric in told:
-            before, after, note = told[metric]
+        if metric in texts:
+            before, after, note = texts[metric]
             yield Card(name, before, after, note=note)
 
 
@@ -147,7 +147,7 @@ def _commands(report: Report) -> Iterator[str]:
             yield shlex.join(["effconvert", name, *typed, source.model, *revision, "-o", report.model])
         else:
             yield shlex.join(["effconvert", "run", "recipe.yaml", "-o", report.model]) + "  # the recipe above"
-    for name, held in report.results.items():
-        models = shlex.join([subject.name for subject in held.subjects])
-        yield f"effconvert {'eval' if isinstance(held, Evaluation) else 'bench'} {models} -o {shlex.quote(name)}  # with the settings below"
+    for name, content in report.results.items():
+        models = shlex.join([subject.name for subject in content.subjects])
+        yield f"effconvert {'eval' if isinstance(content, Evaluation) else 'bench'} {models} -o {shlex.quote(name)}  # with the settings below"
     yield shlex.join(["effconvert", "report", report.model, *report.results])

@@ -1,4 +1,4 @@
-"""What a report is made from: what effconvert recorded in a folder, and results files. All of it is text that somebody may have changed."""
+"""The inputs of a report: a model's manifest, and results files. Users may have edited any of them."""
 
 import json
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ from effconvert.errors import ModelError, OptionError
 from effconvert.eval.results import Benchmark, Evaluation, read
 from effconvert.eval.verification import Verification
 
-DIGITS = 18  # of a whole number that counts something; more overflow a float or an axis
+DIGITS = 18  # most digits of a whole number; more would overflow a float or an axis
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a model was converted from."""
+    """The source of a converted model."""
 
     model: str  # folder name or Hub id
     revision: str | None = None
     commit: str | None = None
-    made_by: "Conversion | None" = None  # where effconvert had made that too
+    made_by: "Conversion | None" = None  # the conversion that wrote the source, if effconvert did
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What effconvert recorded in a folder that it wrote."""
+    """The manifest of a converted model."""
 
     effconvert: str  # version
     recipe: tuple[dict[str, dict[str, Any]], ...]
@@ -44,76 +44,76 @@ class Manifest:
     verified: bool
     report: Verification | None
     files: dict[str, int]  # name -> bytes
-    versions: dict[str, str] = field(default_factory=dict)  # of what converted and verified it
+    versions: dict[str, str] = field(default_factory=dict)  # of the libraries that converted and verified it
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """Read what effconvert recorded in `folder`; None where it did not write it.
+    """Read the manifest of `folder`; None where effconvert did not write the folder.
 
     Raises:
-        ModelError: the record is damaged, or that of a conversion that never finished.
+        ModelError: the manifest is damaged, or the conversion never finished.
     """
     path = folder / MANIFEST
     if not path.is_file():
         return None
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-        _check_plain(held)
-        manifest = TypeAdapter(Manifest).validate_python(held)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        _check_plain(content)
+        manifest = TypeAdapter(Manifest).validate_python(content)
         qualities = [side.quality for side in (manifest.report.before, manifest.report.after)] if manifest.report else []
-        perplexities = [quality.perplexity for quality in qualities if quality]  # overflows where a loss is no loss
+        perplexities = [quality.perplexity for quality in qualities if quality]  # overflows for a damaged loss
     except (OSError, ValueError, RecursionError, OverflowError, ValidationError):
-        raise ModelError(f"{path} is damaged, or was left by a conversion that never finished; convert the model again, or remove that file") from None
+        raise ModelError(f"{path} is damaged, or from a conversion that never finished; convert the model again, or remove that file") from None
     if manifest.verified != (manifest.report is not None) or len(perplexities) == 1:
         raise ModelError(f"{path} contradicts itself about whether the model was verified; convert the model again, or remove that file")
     return manifest
 
 
 def read_results(path: Path) -> Evaluation | Benchmark:
-    """Read a results file, and hold it against itself.
+    """Read a results file, and check that it is consistent.
 
     Raises:
-        OptionError: it is not there, is no results file, or is damaged.
+        OptionError: the file does not exist, is no results file, or is damaged.
     """
     results = read(path)
     try:
         _check_plain(asdict(results))
     except ValueError:
-        raise OptionError(f"{path} holds a number that nobody measured, or text that is not Unicode; measure again") from None
+        raise OptionError(f"{path} has an impossible number, or text that is not Unicode; measure again") from None
     models = len(results.subjects)
     if len({subject.digest for subject in results.subjects}) < models:
-        raise OptionError(f"{path} measures the same model twice, which tells nothing of a conversion; measure again, the original and what became of it")
-    sound = models > 0
-    sound &= all(len(subject.windows) == subject.layers > 0 and subject.parameters > 0 for subject in results.subjects)
-    sound &= all(min(subject.heads, subject.kv_heads) > 0 or subject.heads == subject.kv_heads == 0 for subject in results.subjects)
+        raise OptionError(f"{path} measures the same model twice, so it cannot compare; measure again, the original and the converted model")
+    consistent = models > 0
+    consistent &= all(len(subject.windows) == subject.layers > 0 and subject.parameters > 0 for subject in results.subjects)
+    consistent &= all(min(subject.heads, subject.kv_heads) > 0 or subject.heads == subject.kv_heads == 0 for subject in results.subjects)
     if isinstance(results, Evaluation):
-        sound &= all(len(row.values) == models for row in results.rows)
+        consistent &= all(len(row.values) == models for row in results.rows)
     else:
         timings = [timing for cell in results.cells for timing in (cell.prefill, cell.first, cell.decode) if timing]
-        sound &= all(0 <= cell.subject < models and min(cell.batch, cell.context) > 0 for cell in results.cells)
-        sound &= all(0 < timing.low <= timing.median <= timing.high for timing in timings)
-    if not sound:
-        raise OptionError(f"{path} contradicts itself (its models, and what was measured of each); measure again")
+        consistent &= all(0 <= cell.subject < models and min(cell.batch, cell.context) > 0 for cell in results.cells)
+        consistent &= all(0 < timing.low <= timing.median <= timing.high for timing in timings)
+    if not consistent:
+        raise OptionError(f"{path} contradicts itself (its models and their results do not match); measure again")
     return results
 
 
 def names(files: Sequence[Path]) -> list[str]:
-    """Name files without their folders, which are nobody's business, and so that no two are alike."""
-    named: list[str] = []
+    """Return unique names of files, without their folders, which reports must not show."""
+    unique: list[str] = []
     for path in files:
-        same = sum(name.partition(" (")[0] == path.name for name in named)
-        named.append(f"{path.name} ({same + 1})" if same else path.name)
-    return named
+        same = sum(name.partition(" (")[0] == path.name for name in unique)
+        unique.append(f"{path.name} ({same + 1})" if same else path.name)
+    return unique
 
 
-def _check_plain(held: Any) -> None:
-    """Raise ValueError for NaN, infinity, half a character, and whole numbers that count nothing."""
+def _check_plain(content: Any) -> None:
+    """Raise ValueError for NaN, infinity, lone surrogates, and whole numbers with too many digits."""
 
     def whole(digits: str) -> int:
         if len(digits) > DIGITS:
             raise ValueError(digits)
         return int(digits)
 
-    text = json.dumps(held, allow_nan=False, ensure_ascii=False)
+    text = json.dumps(content, allow_nan=False, ensure_ascii=False)
     text.encode()
     json.loads(text, parse_int=whole)

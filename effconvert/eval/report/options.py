@@ -1,4 +1,4 @@
-"""What `effconvert report` can be asked for."""
+"""The options of `effconvert report`."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from effconvert.options import HomePath, Options
 
 
 class ReportOptions(Options):
-    """Where the report goes."""
+    """The output of a report."""
 
     output: HomePath | None = Field(
         None,
@@ -21,5 +21,5 @@ class ReportOptions(Options):
     @classmethod
     def _page(cls, output: Path | None) -> Path | None:
         if output is not None and output.suffix != ".html":
-            raise ValueError("it should be the name of a page, such as report.html")
+            raise ValueError("it should end in .html, such as report.html")
         return output

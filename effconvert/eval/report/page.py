@@ -1,4 +1,4 @@
-"""A report as a page, as Markdown and as JSON: three files beside each other, all of them or none."""
+"""Write a report as HTML, Markdown and JSON: all three files or none."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ FORMS = (".html", ".json", ".md")
 
 
 def check_drawing() -> None:
-    """Refuse, before anything is read or computed, to make a report without what draws its pictures: a plain install does not bring it.
+    """Refuse a report, before anything is read or computed, if matplotlib is missing: it is an optional dependency.
 
     Raises:
         EffconvertError: matplotlib is not installed.
@@ -32,7 +32,7 @@ def check_drawing() -> None:
 
 
 def check_output(folder: Path, results: Sequence[Path], page: Path, overwrite: bool) -> None:
-    """Refuse, before anything is read, a place where the three files cannot stand.
+    """Refuse, before anything is read, an output where the three files cannot be written.
 
     Raises:
         OptionError: one of them exists, is a source of the report, or would change the model.
@@ -67,12 +67,12 @@ def write(report: Report, page: Path) -> None:
         raise OptionError(f"{page} cannot be written ({error.strerror}); give another --output") from None
     finally:
         for draft in drafts:
-            with contextlib.suppress(OSError):  # none was written, and the reason is told
+            with contextlib.suppress(OSError):  # no draft was written, and the error above says why
                 draft.unlink()
 
 
 def html(report: Report) -> str:
-    """Return a page that needs nothing but itself."""
+    """Return a self-contained page."""
     from effconvert.eval.report import diagram, plots  # not before: recipes without a report need no matplotlib
     from effconvert.eval.report.drawing import DARK, LIGHT
 
@@ -87,16 +87,16 @@ def html(report: Report) -> str:
 
 
 def markdown(report: Report) -> str:
-    """Return the same without pictures."""
+    """Return the report without pictures."""
     text = _template("page.md", autoescape=False).render(**_content(report))
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
 def _content(report: Report) -> dict[str, Any]:
-    found = report.manifest and report.manifest.report
+    verification = report.manifest and report.manifest.report
     return {
         "report": report,
-        "verification": found and tables.verification(found),
+        "verification": verification and tables.verification(verification),
         "quality": list(tables.quality(report)),
         "speed": list(tables.speed(report)),
         "shapes": tables.shapes(report),
@@ -122,5 +122,5 @@ def _template(name: str, autoescape: bool) -> Template:
 
 
 def _plain(text: object) -> str:
-    """Write text so that Markdown reads it as text, on one line."""
+    """Escape text for Markdown, on one line."""
     return re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", " ".join(str(text).split()))

@@ -10,20 +10,20 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
 from effconvert.eval.report.drawing import INK, LINES, MARKERS, MUTED, SERIES, SURFACE, figure, short, style, svg
 from effconvert.eval.report.facts import Report
-from effconvert.eval.report.tables import difference, held, longest
+from effconvert.eval.report.tables import cache_bytes, difference, longest
 from effconvert.eval.results import Benchmark, Cell, Evaluation, Row, Value
 
 INTERVAL = 1.96  # standard errors on either side: 95 %
 ROWS = 40  # of differences in a picture; the table has all
 PANELS = 8
-LARGE = 1e9  # a perplexity beyond this says nothing, and no axis can show it
+LARGE = 1e9  # larger differences of perplexities fit no axis
 TICKS = 6
 LEGEND = 0.2  # inches of a line
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An SVG element and what stands under it."""
+    """An SVG element with title and caption."""
 
     title: str
     caption: str
@@ -32,7 +32,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Line:
-    """One model's curve: y at each x, with the lowest and the highest, and what was predicted."""
+    """One model's curve: y at each x, with the lowest, the highest and the predicted value."""
 
     series: int
     label: str
@@ -44,24 +44,24 @@ class Line:
 
 
 def differences(report: Report) -> Iterator[Picture]:
-    """Yield for each evaluation its paired differences: shares on one axis, what has another unit each on its own."""
+    """Yield the paired differences of each evaluation: shares on one axis, metrics with other units on their own."""
     for place, (name, evaluation) in enumerate(report.evaluations.items()):
         rows = [row for row in evaluation.rows if any(value and value.difference is not None and value.difference_error for value in row.values[1:])]
         shares = [row for row in rows if row.better == "higher" and all(0 <= value.value <= 1 for value in row.values if value)]
         others = [row for row in rows if row not in shares and all(abs(value.difference or 0) < LARGE for value in row.values if value)]
         if shares:
-            cut = f" The first {ROWS} of {len(shares)}: the table has all." if len(shares) > ROWS else ""
-            yield _forest(report, evaluation, shares[:ROWS], f"forest-{place}", f"Difference to {evaluation.subjects[0].name}", f"{name}.{cut}")
+            omission = f" The first {ROWS} of {len(shares)}: the table has all." if len(shares) > ROWS else ""
+            yield _forest(report, evaluation, shares[:ROWS], f"forest-{place}", f"Difference to {evaluation.subjects[0].name}", f"{name}.{omission}")
         if others:
-            cut = f" The first {PANELS} of {len(others)}: the table has all." if len(others) > PANELS else ""
-            yield _panels(report, evaluation, others[:PANELS], f"panels-{place}", "Differences in other units", f"{name}.{cut}")
+            omission = f" The first {PANELS} of {len(others)}: the table has all." if len(others) > PANELS else ""
+            yield _panels(report, evaluation, others[:PANELS], f"panels-{place}", "Differences in other units", f"{name}.{omission}")
 
 
 def _forest(report: Report, evaluation: Evaluation, rows: list[Row], name: str, title: str, origin: str) -> Picture:
     with style():
         models = min(len(evaluation.subjects), len(SERIES)) - 1
-        drawn = figure((0.36 + 0.1 * models) * len(rows) + 0.6 + LEGEND * models)
-        axes = drawn.add_subplot()
+        canvas = figure((0.36 + 0.1 * models) * len(rows) + 0.6 + LEGEND * models)
+        axes = canvas.add_subplot()
         for at, row in enumerate(rows):
             _intervals(axes, report, evaluation, row, at)
         axes.set_ylim(len(rows) - 0.4, -0.7)
@@ -70,19 +70,19 @@ def _forest(report: Report, evaluation: Evaluation, rows: list[Row], name: str, 
         axes.axvline(0, color=INK, linewidth=0.9, zorder=1)
         axes.xaxis.set_major_locator(MaxNLocator(TICKS))
         axes.set_xlabel("← worse · difference · better →")
-        _legend(drawn, axes)
-        said = f"{title}: {len(rows)} metrics, each a difference with its 95 % interval; the table has the numbers"
+        _legend(canvas, axes)
+        description = f"{title}: {len(rows)} metrics, each a difference with its 95 % interval; the table has the numbers"
         caption = (
             f"Paired difference ± {INTERVAL} standard errors (95 %), in the units of the table. Filled: significant at the 5 % level; hollow: not. {origin}"
         )
-        return Picture(title, caption, svg(drawn, name, said))
+        return Picture(title, caption, svg(canvas, name, description))
 
 
 def _panels(report: Report, evaluation: Evaluation, rows: list[Row], name: str, title: str, origin: str) -> Picture:
     with style():
         models = min(len(evaluation.subjects), len(SERIES)) - 1
-        drawn = figure((0.9 + 0.1 * models) * len(rows) + LEGEND * models)
-        for at, axes in enumerate(drawn.subplots(len(rows), 1, squeeze=False)[:, 0]):
+        canvas = figure((0.9 + 0.1 * models) * len(rows) + LEGEND * models)
+        for at, axes in enumerate(canvas.subplots(len(rows), 1, squeeze=False)[:, 0]):
             _intervals(axes, report, evaluation, rows[at], 0)
             axes.set_ylim(0.6, -0.7)
             axes.yaxis.set_major_locator(NullLocator())
@@ -91,23 +91,23 @@ def _panels(report: Report, evaluation: Evaluation, rows: list[Row], name: str, 
             axes.xaxis.set_major_locator(MaxNLocator(TICKS))
             axes.set_xlabel({"higher": "better →", "lower": "← better", None: ""}[rows[at].better], loc="right" if rows[at].better == "higher" else "left")
             if at == 0:
-                _legend(drawn, axes)
-        said = f"{title}: {len(rows)} metrics, each on its own axis; the table has the numbers"
-        caption = f"Each on its own axis, for their units differ: do not compare lengths of rows. ± {INTERVAL} standard errors; filled: significant. {origin}"
-        return Picture(title, caption, svg(drawn, name, said))
+                _legend(canvas, axes)
+        description = f"{title}: {len(rows)} metrics, each on its own axis; the table has the numbers"
+        caption = f"Each has its own axis and unit: do not compare lengths between rows. ± {INTERVAL} standard errors; filled: significant. {origin}"
+        return Picture(title, caption, svg(canvas, name, description))
 
 
 def _intervals(axes: Axes, report: Report, evaluation: Evaluation, row: Row, at: int) -> None:
     """Draw the differences of one metric, its name above them."""
     places = report.which(evaluation)
-    shown = [(place, value) for place, value in list(zip(places, row.values, strict=True))[1:] if value and _drawn(place, value)]
+    points = [(place, value) for place, value in list(zip(places, row.values, strict=True))[1:] if value and _can_draw(place, value)]
     behind = {"facecolor": SURFACE, "edgecolor": "none", "pad": 1.5}  # so that the line at zero does not cross the words
     above: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "center", "bbox": behind, "zorder": 1.5}
     axes.annotate(short(f"{row.task} {row.metric}", 32), (0, at - 0.38), **above)
-    if len(shown) == 1:
-        axes.annotate(difference(shown[0][1]), (1, at - 0.38), ha="right", **above)
-    for offset, (place, value) in enumerate(shown):
-        y = at + 0.12 + (offset - (len(shown) - 1) / 2) * 0.5 / max(len(shown), 2)
+    if len(points) == 1:
+        axes.annotate(difference(points[0][1]), (1, at - 0.38), ha="right", **above)
+    for offset, (place, value) in enumerate(points):
+        y = at + 0.12 + (offset - (len(points) - 1) / 2) * 0.5 / max(len(points), 2)
         axes.errorbar(
             [value.difference or 0],
             [y],
@@ -122,7 +122,7 @@ def _intervals(axes: Axes, report: Report, evaluation: Evaluation, row: Row, at:
         )
 
 
-def _drawn(place: int, value: Value) -> bool:
+def _can_draw(place: int, value: Value) -> bool:
     return place < len(SERIES) and value.difference is not None and bool(value.difference_error)
 
 
@@ -131,8 +131,8 @@ def speed(report: Report) -> dict[str, list[Picture]]:
     pictures: dict[str, list[Picture]] = {}
     for place, (name, benchmark) in enumerate(report.benchmarks.items()):
         for batch in sorted({cell.batch for cell in benchmark.cells}):
-            drawn = [_curve(report, benchmark, batch, f"speed-{place}-{batch}-{at}", *what) for at, what in enumerate(MEASURES)]
-            pictures[f"{name}, batch {batch}"] = [picture for picture in drawn if picture]
+            canvas = [_curve(report, benchmark, batch, f"speed-{place}-{batch}-{at}", *what) for at, what in enumerate(MEASURES)]
+            pictures[f"{name}, batch {batch}"] = [picture for picture in canvas if picture]
     return pictures
 
 
@@ -149,38 +149,38 @@ def _exact(value: int | None) -> tuple[float, float, float] | None:
     return None if value is None else (float(value), float(value), float(value))
 
 
-Measured = Callable[[Cell], tuple[float, float, float] | None]  # y, lowest, highest
+Measure = Callable[[Cell], tuple[float, float, float] | None]  # y, lowest, highest
 
-# Title, unit, caption, and what to draw of a cell.
-MEASURES: tuple[tuple[str, str, str, Measured], ...] = (
+# Title, unit, caption, and the function from a cell to a point.
+MEASURES: tuple[tuple[str, str, str, Measure], ...] = (
     ("Prefill", "tokens/s", "Tokens of the prompt read a second, more is better: median of the rounds, the band from the slowest to the fastest.", _rate),
     (
         "Decode",
         "ms a step",
-        "Time of a step, which gives each sequence a token, less is better: median, fastest to slowest. Dotted: moving weights and cache through memory alone.",
+        "Time of a step, which gives each sequence a token, less is better: median, fastest to slowest. Dotted: reading weights and cache from memory alone.",
         _step,
     ),
-    ("Peak memory", "B", "Memory beyond what was held before the model was loaded, less is better.", lambda cell: _exact(cell.peak_bytes)),
+    ("Peak memory", "B", "Peak memory above that before the model was loaded, less is better.", lambda cell: _exact(cell.peak_bytes)),
     ("Cache", "B", "Measured on the cache object, for the whole batch, less is better.", lambda cell: _exact(cell.cache_bytes)),
 )
 
 
-def _curve(report: Report, benchmark: Benchmark, batch: int, name: str, title: str, unit: str, caption: str, measure: Measured) -> Picture | None:
+def _curve(report: Report, benchmark: Benchmark, batch: int, name: str, title: str, unit: str, caption: str, measure: Measure) -> Picture | None:
     lines = []
     for at, place in enumerate(report.which(benchmark)):
         cells = sorted((cell for cell in benchmark.cells if (cell.subject, cell.batch) == (at, batch)), key=lambda cell: cell.context)
-        found = [(cell, measured) for cell in cells if (measured := measure(cell))]
-        if found and place < len(SERIES):
-            y, low, high = (list(values) for values in zip(*(measured for _, measured in found), strict=True))
-            predicted = [1e3 * cell.predicted for cell, _ in found if cell.predicted is not None] if measure is _step else []
-            lines.append(Line(place, short(report.labels[place]), [cell.context for cell, _ in found], y, low, high, predicted))
+        points = [(cell, point) for cell in cells if (point := measure(cell))]
+        if points and place < len(SERIES):
+            y, low, high = (list(values) for values in zip(*(point for _, point in points), strict=True))
+            predicted = [1e3 * cell.predicted for cell, _ in points if cell.predicted is not None] if measure is _step else []
+            lines.append(Line(place, short(report.labels[place]), [cell.context for cell, _ in points], y, low, high, predicted))
     return _lines(lines, name, title, unit, caption) if lines else None
 
 
 def _lines(lines: Sequence[Line], name: str, title: str, unit: str, caption: str, marked: bool = True) -> Picture:
     with style():
-        drawn = figure(2.5 + LEGEND * len(lines))
-        axes = drawn.add_subplot()
+        canvas = figure(2.5 + LEGEND * len(lines))
+        axes = canvas.add_subplot()
         for line in lines:
             colour, marker = SERIES[line.series], MARKERS[line.series] if marked else ""
             axes.plot(line.x, line.y, color=colour, marker=marker, linestyle=LINES[line.series], label=line.label, zorder=3)
@@ -194,13 +194,13 @@ def _lines(lines: Sequence[Line], name: str, title: str, unit: str, caption: str
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_formatter(EngFormatter(unit="B", sep=" ") if unit == "B" else EngFormatter(sep=""))
         axes.set_title("" if unit == "B" else unit, loc="left", fontsize=10, color=MUTED)
-        _legend(drawn, axes)
+        _legend(canvas, axes)
         ends = "; ".join(f"{line.label} {line.y[0]:.4g} to {line.y[-1]:.4g}" for line in lines)
-        return Picture(title, caption, svg(drawn, name, f"{title} against context, {unit}: {ends}"))
+        return Picture(title, caption, svg(canvas, name, f"{title} against context, {unit}: {ends}"))
 
 
 def _contexts(axes: Axes, contexts: list[int], marked: bool) -> None:
-    """Put the contexts under the axis: those that were measured, by their logarithm where they are far apart."""
+    """Label the axis with the measured contexts, on a logarithmic scale where they are far apart."""
     if marked:
         if contexts[-1] >= 8 * contexts[0]:
             axes.set_xscale("log", base=2)
@@ -216,7 +216,7 @@ def _contexts(axes: Axes, contexts: list[int], marked: bool) -> None:
 
 
 def cache(report: Report) -> Picture | None:
-    """Draw the KV cache of one sequence against context, as the shapes give it."""
+    """Draw the KV cache of one sequence against context, computed from the shapes."""
     if not report.subject.kv_bytes and not report.subject.state_bytes:
         return None
     end = longest(report.subjects)
@@ -224,12 +224,12 @@ def cache(report: Report) -> Picture | None:
     contexts = sorted({0, end, *bends})
     lines = []
     for place, subject in enumerate(report.subjects[: len(SERIES)]):
-        sizes = [held(subject, context) for context in contexts]
+        sizes = [cache_bytes(subject, context) for context in contexts]
         lines.append(Line(place, short(report.labels[place]), contexts, sizes, sizes, sizes, []))
-    caption = "Computed from heads, head width, type and windows: what one sequence holds, less is better."
+    caption = "Bytes of one sequence, computed from heads, head width, type and windows; less is better."
     return _lines(lines, "cache", "KV cache", "B", caption, marked=False)
 
 
-def _legend(drawn: Figure, axes: Axes) -> None:
+def _legend(canvas: Figure, axes: Axes) -> None:
     handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    drawn.legend(handles.values(), handles.keys(), loc="outside upper left")
+    canvas.legend(handles.values(), handles.keys(), loc="outside upper left")

@@ -1,4 +1,4 @@
-"""The numbers of a report as tables of text, which the page and the Markdown both show."""
+"""The numbers of a report as tables of text, for HTML and Markdown."""
 
 import json
 import math
@@ -16,7 +16,7 @@ CONTEXTS = (1024, 4096, 8192, 32768, 131072)
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text: the first column says what a row is about."""
+    """A table of text; the first column names the rows."""
 
     title: str
     header: tuple[str, ...]
@@ -32,15 +32,15 @@ def number(value: float, error: float | None = None, sign: bool = False) -> str:
     return f"{value:{plus}.{min(max(0, 1 - math.floor(math.log10(error))), 8)}f}"
 
 
-def measured(value: Value | None) -> str:
-    """Write what a model scored, with its standard error."""
+def score(value: Value | None) -> str:
+    """Write a score with its standard error."""
     if value is None:
         return "-"
     return number(value.value, value.error) + (f" ± {number(value.error, value.error)}" if value.error else "")
 
 
 def difference(value: Value | None) -> str:
-    """Write a paired difference, with its standard error."""
+    """Write a paired difference with its standard error."""
     if value is None or value.difference is None:
         return "-"
     error = value.difference_error
@@ -48,7 +48,7 @@ def difference(value: Value | None) -> str:
 
 
 def mark(row: Row, value: Value | None) -> str:
-    """Say by a sign and a word whether a difference means anything."""
+    """Mark a difference as significant or not, by a sign and a word."""
     if value is None or value.difference is None:
         return "-"
     if value.significant is None:
@@ -59,10 +59,10 @@ def mark(row: Row, value: Value | None) -> str:
     return f"{'◆ changed' if good is None else '▲ better' if good else '▼ worse'} (p {chance_of(value.p)})"
 
 
-def mixing(subject: Subject) -> str:
-    """Say which layers have a mixer in place of softmax attention."""
-    counted = Counter(mixer for mixer in subject.mixers if mixer)
-    return ", ".join(f"{mixer} in {number} of {subject.layers} layers" for mixer, number in counted.items()) or "softmax attention"
+def mixer_summary(subject: Subject) -> str:
+    """Summarise which layers have a mixer in place of softmax attention."""
+    layers_by_mixer = Counter(mixer for mixer in subject.mixers if mixer)
+    return ", ".join(f"{mixer} in {number} of {subject.layers} layers" for mixer, number in layers_by_mixer.items()) or "softmax attention"
 
 
 def chance_of(p: float | None) -> str:
@@ -71,7 +71,7 @@ def chance_of(p: float | None) -> str:
 
 
 def shapes(report: Report) -> Table:
-    """Return what each model is."""
+    """Return the table of the models' shapes."""
     rows = [
         ("", [subject.architecture for subject in report.subjects]),
         ("layers", [str(subject.layers) for subject in report.subjects]),
@@ -87,22 +87,22 @@ def shapes(report: Report) -> Table:
         ("KV cache a token", [size(subject.kv_bytes) if subject.kv_bytes else "none" for subject in report.subjects]),
     ]
     if any(subject.mixers for subject in report.subjects):
-        rows.insert(4, ("mixers", [mixing(subject) for subject in report.subjects]))
+        rows.insert(4, ("mixers", [mixer_summary(subject) for subject in report.subjects]))
         rows.append(("state of mixers", [size(subject.state_bytes) if subject.state_bytes else "none" for subject in report.subjects]))
     body = tuple((what or "class", *values) for what, values in rows)
     return Table("What the models are", ("", *report.labels), body)
 
 
-def verification(found: Verification) -> Table | None:
-    """Return what the verification measured."""
-    before, after = found.before.quality, found.after.quality
+def verification(report: Verification) -> Table | None:
+    """Return the table of the verification's results."""
+    before, after = report.before.quality, report.after.quality
     rows = []
     if before and after:
         rows += [("perplexity", perplexity(before.perplexity), perplexity(after.perplexity))]
         rows += [("KL from the original, nats a token", "-", number(after.kl))] if after.kl is not None else []
         rows += [("same most likely token", "-", f"{after.agreement:.1%}")] if after.agreement is not None else []
-    rows += [("largest change of a logit (none may change)", "-", f"{found.difference:.2g}")] if found.difference is not None else []
-    note = f"{found.text}: {before.tokens} tokens in windows of {before.context}, {found.dtype}, {found.device}" if before else found.unmeasured
+    rows += [("largest change of a logit (none may change)", "-", f"{report.difference:.2g}")] if report.difference is not None else []
+    note = f"{report.text}: {before.tokens} tokens in windows of {before.context}, {report.dtype}, {report.device}" if before else report.unmeasured
     return Table("Measured by the verification", ("", "original", "converted"), tuple(rows), note) if rows else None
 
 
@@ -115,15 +115,15 @@ def quality(report: Report) -> Iterator[Table]:
             header += [label, "difference", "significant?", "recovered"]
         rows = []
         for row in evaluation.rows:
-            line = [row.task, row.metric + {"higher": " ↑", "lower": " ↓", None: ""}[row.better], measured(row.values[0])]
+            line = [row.task, row.metric + {"higher": " ↑", "lower": " ↓", None: ""}[row.better], score(row.values[0])]
             for value in row.values[1:]:
                 recovered = f"{value.recovery:.1%}" if value and value.recovery is not None else "-"
-                line += [measured(value), difference(value), mark(row, value), recovered]
+                line += [score(value), difference(value), mark(row, value), recovered]
             rows.append((*line, "-" if row.chance is None else number(row.chance), str(row.documents)))
         header += ["chance", "documents"]
         note = (
-            "± is a standard error. A difference is taken document by document, so its error is its own. ↑ higher is better, ↓ lower is better. "
-            "▼ ▲ significant at the 5 % level, each for itself; ○ not. Recovered: (score - chance) / (original - chance)."
+            "± is a standard error. Differences are taken document by document and have an error of their own. ↑ higher is better, ↓ lower is better. "
+            "▼ ▲ significant at the 5 % level, each by itself; ○ not. Recovered: (score - chance) / (original - chance)."
         )
         yield Table(f"{name}, {evaluation.date[:10]}", tuple(header), tuple(rows), note)
 
@@ -137,7 +137,7 @@ def speed(report: Report) -> Iterator[Table]:
             cells = sorted((cell for cell in benchmark.cells if cell.batch == batch), key=lambda cell: (cell.context, cell.subject))
             note = (
                 "Medians, with the fastest and the slowest round in brackets, and in parentheses the ratio to the first model. "
-                f"Memory alone: what a step takes if it only moves weights and cache at the measured {size(benchmark.bandwidth)} a second."
+                f"Memory alone: a step that only reads weights and cache, at the measured {size(benchmark.bandwidth)} a second."
             )
             note += "".join(f" Failed: {report.labels[places[cell.subject]]} at {cell.context}: {cell.failure}." for cell in cells if cell.failure)
             yield Table(f"{name}, batch {batch}", header, tuple(_cell(cell, report.labels[places[cell.subject]]) for cell in cells), note)
@@ -150,8 +150,8 @@ def _cell(cell: Cell, label: str) -> tuple[str, ...]:
     def ratio(what: str) -> str:
         return f" ({cell.ratios[what]:.3g} x)" if cell.subject and what in cell.ratios else ""
 
-    def memory(held: int | None, what: str) -> str:
-        return "-" if held is None else size(held) + ratio(what)
+    def memory(amount: int | None, what: str) -> str:
+        return "-" if amount is None else size(amount) + ratio(what)
 
     return (
         str(cell.context),
@@ -170,8 +170,8 @@ def _milliseconds(timing: Timing | None) -> str:
     return "-" if timing is None else f"{number(1e3 * timing.median)} [{number(1e3 * timing.low)} to {number(1e3 * timing.high)}]"
 
 
-def held(subject: Subject, context: int) -> float:
-    """Return the bytes of the KV cache of one sequence of `context` tokens: a window of W keeps W - 1, as transformers' cache does."""
+def cache_bytes(subject: Subject, context: int) -> float:
+    """Return the bytes of the cache of one sequence of `context` tokens; a window of W keeps W - 1, as in transformers' cache."""
     growing = [window for window, mixer in zip(subject.windows, subject.mixers or [""] * subject.layers, strict=True) if not mixer]
     tokens = sum(context if window is None else min(context, window - 1) for window in growing)
     softmax = (subject.kv_bytes - subject.growth_bytes) / max(1, len(growing))  # of a layer
@@ -179,25 +179,25 @@ def held(subject: Subject, context: int) -> float:
 
 
 def longest(subjects: Sequence[Subject]) -> int:
-    """Return the longest context that all of them can hold, at most 128k."""
+    """Return the longest context that all models read, at most 128k."""
     return min([subject.longest for subject in subjects if subject.longest] + [CONTEXTS[-1]])
 
 
 def cache(report: Report) -> Table | None:
-    """Return the KV cache at a few contexts."""
+    """Return the table of the KV cache at a few contexts."""
     if not report.subject.kv_bytes and not report.subject.state_bytes:
         return None
     end = longest(report.subjects)
     contexts = sorted({context for context in CONTEXTS if context <= end} | {end})
-    rows = tuple((str(context), *(size(held(subject, context)) for subject in report.subjects)) for context in contexts)
+    rows = tuple((str(context), *(size(cache_bytes(subject, context)) for subject in report.subjects)) for context in contexts)
     return Table("KV cache of one sequence", ("context", *report.labels), rows)
 
 
 def writes(report: Report) -> Iterator[Table]:
-    """Yield what the models write after the same prompt."""
-    found = report.manifest and report.manifest.report
-    if found and (found.before.continuation or found.after.continuation):
-        both = (("original", repr(found.before.continuation)), ("converted", repr(found.after.continuation)))
+    """Yield the tables of the models' continuations of the same prompt."""
+    verified = report.manifest and report.manifest.report
+    if verified and (verified.before.continuation or verified.after.continuation):
+        both = (("original", repr(verified.before.continuation)), ("converted", repr(verified.after.continuation)))
         yield Table("What they write, in the verification", ("", "continuation"), both)
     for name, evaluation in report.evaluations.items():
         if any(evaluation.continuations):
@@ -207,7 +207,7 @@ def writes(report: Report) -> Iterator[Table]:
 
 
 def provenance(report: Report) -> Iterator[Table]:
-    """Yield where everything is from."""
+    """Yield the tables of sources, versions and settings."""
     rows: list[tuple[str, str]] = []
     if report.manifest:
         source = report.manifest.source

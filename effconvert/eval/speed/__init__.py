@@ -1,1 +1,1 @@
-"""How fast a model is, and what it holds in memory."""
+"""The speed and memory of models."""

@@ -1,6 +1,7 @@
-"""How fast models are, beside each other: prefill, first token, decoding, memory, over batch sizes and contexts.
+"""Measure the speed of models: prefill, first token, decoding and memory, over batch sizes and contexts.
 
-All models run in one process, on the same tokens, and take turns: what disturbs the machine disturbs them alike, so that ratios mean more than seconds.
+All models run in one process on the same tokens and take turns. A disturbance of the machine then affects all alike, so ratios are more reliable than
+seconds.
 """
 
 import statistics
@@ -15,53 +16,54 @@ from effconvert.eval.speed import memory
 from effconvert.eval.speed.bench_options import CONTEXTS, BenchOptions
 from effconvert.eval.speed.passes import SEED, Job, Loaded, Runner, Seconds, bandwidth, writes
 from effconvert.eval.subject import Opened, load_measured, open_model, pick_device, pick_dtype
-from effconvert.progress import Advance, Silent, Watcher
+from effconvert.progress import Advance, NoProgress, Progress
 from effconvert.quiet import quiet_transformers
 
 Result = TypeVar("Result")
-ROOM = 0.8  # of the free memory may be weights if all models are to be in it together
+WEIGHTS_SHARE = 0.8  # most of the free memory that weights may take for all models to be loaded together
 
 
-def bench(models: Sequence[str], options: BenchOptions, watcher: Watcher | None = None) -> Benchmark:
+def bench(models: Sequence[str], options: BenchOptions, progress: Progress | None = None) -> Benchmark:
     """Measure how fast each of `models` is.
 
     Args:
         models: folders, Hub ids or .gguf files; the others are compared with the first.
         options: what to run, and how often.
-        watcher: who is told how it goes on; by default nobody.
+        progress: shows the progress; by default nothing is shown.
 
     Raises:
-        OptionError: the asker wants something impossible.
-        ModelError: a model is damaged, or of a family that effconvert does not know.
+        OptionError: the options are impossible for these models.
+        ModelError: a model is damaged, or of an unknown family.
         EffconvertError: a model does not fit into memory.
     """
-    watcher = watcher or Silent()
+    progress = progress or NoProgress()
     if not models:
         raise OptionError("there is no model to measure; give at least one")
     device = device_of(options)
-    opened = [open_model(model, step=watcher.step) for model in models]
+    opened = [open_model(model, step=progress.step) for model in models]
     batches, contexts = list(dict.fromkeys(options.batch)), contexts_of(opened, options)
-    together = _fit_together(opened, options, device)
-    vocabulary = min(one.subject.vocabulary for one in opened)
-    watcher.step("measuring how fast memory is")
-    moved = bandwidth(device)
+    fit_together = _fit_together(opened, options, device)
+    vocabulary = min(model.subject.vocabulary for model in opened)
+    progress.step("measuring how fast memory is")
+    memory_bandwidth = bandwidth(device)
     cells: list[Cell] = []
     passes = len(opened) * len(batches) * len(contexts) * (options.warmup + options.rounds + 1)
-    with quiet_transformers(), watcher.bar("measuring", passes, "steps") as advance:
-        for group in [list(range(len(opened)))] if together else [[index] for index in range(len(opened))]:
+    with quiet_transformers(), progress.bar("measuring", passes, "steps") as advance:
+        for group in [list(range(len(opened)))] if fit_together else [[index] for index in range(len(opened))]:
             loaded = [Loaded(index, opened[index], load_measured(opened[index], options.dtype, device)) for index in group]
             for batch in batches:
                 for context in contexts:
-                    cells += _take_turns([Turn(one, Job(batch, context, vocabulary, options, device)) for one in loaded], options, moved, advance)
+                    runs = [CellRun(model, Job(batch, context, vocabulary, options, device)) for model in loaded]
+                    cells += _run_cells(runs, options, memory_bandwidth, advance)
             del loaded
             memory.release(device)
     cells.sort(key=lambda cell: (batches.index(cell.batch), contexts.index(cell.context), cell.subject))
     first = {(cell.batch, cell.context): cell for cell in cells if cell.subject == 0}
     return Benchmark(
-        subjects=tuple(one.subject for one in opened),
+        subjects=tuple(model.subject for model in opened),
         cells=tuple(replace(cell, ratios=_ratios(cell, first[cell.batch, cell.context])) for cell in cells),
-        bandwidth=moved,
-        notes=tuple(_notes(opened, options, contexts, together)),
+        bandwidth=memory_bandwidth,
+        notes=tuple(_notes(opened, options, contexts, fit_together)),
         settings={**options.model_dump(mode="json", exclude={"output"}), "context": contexts, "device": device, "seed": SEED},
         versions=results.versions(),
         machine=results.machine(device),
@@ -73,7 +75,7 @@ def device_of(options: BenchOptions) -> str:
     """Return the device to measure on.
 
     Raises:
-        OptionError: there is none like that, or it cannot replay graphs.
+        OptionError: the device does not exist, or cannot replay graphs.
     """
     device = pick_device(options.device)
     if options.graphs and not device.startswith("cuda"):
@@ -82,16 +84,16 @@ def device_of(options: BenchOptions) -> str:
 
 
 def contexts_of(opened: list[Opened], options: BenchOptions) -> list[int]:
-    """Return the contexts to measure at: those asked for, or those that every model reads.
+    """Return the contexts to measure at: those of --context, or the default ones that every model reads.
 
     Raises:
         OptionError: a model does not read that many tokens.
     """
-    limited = [one for one in opened if one.subject.longest]
-    least = min(limited, key=lambda one: _room(one, options), default=None)
+    limited = [model for model in opened if model.subject.longest]
+    least = min(limited, key=lambda model: _context_limit(model, options), default=None)
     if least is None:
         return list(dict.fromkeys(options.context or CONTEXTS))
-    limit = _room(least, options)
+    limit = _context_limit(least, options)
     reads = f"{least.subject.name} reads {least.subject.longest} tokens" + (f", and --new-tokens {options.new_tokens} are among them" if writes(least) else "")
     if limit < 1:
         raise OptionError(f"{reads}; give fewer of those")
@@ -100,7 +102,7 @@ def contexts_of(opened: list[Opened], options: BenchOptions) -> list[int]:
     return list(dict.fromkeys(options.context or [context for context in CONTEXTS if context <= limit] or [limit]))
 
 
-def _room(opened: Opened, options: BenchOptions) -> int:
+def _context_limit(opened: Opened, options: BenchOptions) -> int:
     return (opened.subject.longest or 0) - (options.new_tokens if writes(opened) else 0)
 
 
@@ -108,55 +110,55 @@ def _fit_together(opened: list[Opened], options: BenchOptions, device: str) -> b
     """Whether all models fit into the memory of `device` at once.
 
     Raises:
-        EffconvertError: one of them does not even fit alone.
+        EffconvertError: one of them does not fit even alone.
     """
-    sizes, left = [one.subject.parameters * pick_dtype(options.dtype, one).itemsize for one in opened], memory.free(device)
-    for one, size in zip(opened, sizes, strict=True):
-        if size > left:
+    sizes, free = [model.subject.parameters * pick_dtype(options.dtype, model).itemsize for model in opened], memory.free(device)
+    for model, size in zip(opened, sizes, strict=True):
+        if size > free:
             raise EffconvertError(
-                f"{one.subject.name} takes {size / 1e9:.1f} GB of memory and {left / 1e9:.1f} GB are free on {device}; measure it on a larger machine"
+                f"{model.subject.name} takes {size / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free on {device}; measure it on a larger machine"
             )
-    return sum(sizes) <= ROOM * left
+    return sum(sizes) <= WEIGHTS_SHARE * free
 
 
-def _notes(opened: list[Opened], options: BenchOptions, contexts: list[int], together: bool) -> list[str]:
+def _notes(opened: list[Opened], options: BenchOptions, contexts: list[int], fit_together: bool) -> list[str]:
     notes = []
-    if not together:
-        notes.append("the models do not fit into memory together: each was measured by itself, the rounds do not alternate, and small ratios mean nothing")
+    if not fit_together:
+        notes.append("the models do not fit into memory together: each was measured by itself, rounds do not alternate, and small differences mean nothing")
     if options.context is None and contexts != list(CONTEXTS):
-        left = ", ".join(str(context) for context in CONTEXTS if context not in contexts)
-        notes.append(f"no context of {left}: not every model reads that many tokens and {options.new_tokens} new ones")
-    for one in {one.subject.name: one for one in opened}.values():
-        if not writes(one):
-            why = "has no language-model head" if one.decoder else "is an encoder"
-            notes.append(f"{one.subject.name} {why} and writes no tokens: prefill only")
-    if len({pick_dtype(options.dtype, one) for one in opened}) > 1:
+        missing = ", ".join(str(context) for context in CONTEXTS if context not in contexts)
+        notes.append(f"no context of {missing}: not every model reads that many tokens and {options.new_tokens} new ones")
+    for model in {model.subject.name: model for model in opened}.values():
+        if not writes(model):
+            why = "has no language-model head" if model.decoder else "is an encoder"
+            notes.append(f"{model.subject.name} {why} and writes no tokens: prefill only")
+    if len({pick_dtype(options.dtype, model) for model in opened}) > 1:
         notes.append("the models compute in different types; give --dtype to compare the architectures alone")
     if options.cache == "static":
-        notes.append(f"a static cache is allocated for the context and {options.new_tokens} new tokens, and read whole in every step: its bytes are of that")
+        notes.append(f"a static cache is allocated for the context and {options.new_tokens} new tokens, and every step reads all of it: its bytes are those")
     return notes
 
 
-class Turn:
-    """One model's part in a cell: its passes, until one of them fails."""
+class CellRun:
+    """The passes of one model in one cell, until one of them fails."""
 
     def __init__(self, loaded: Loaded, job: Job) -> None:
         self.loaded, self.job = loaded, job
         self.runner: Runner | None = None
-        self.timed: list[Seconds] = []
+        self.seconds: list[Seconds] = []
         self.failure = ""
 
-    def take(self, timed: bool) -> None:
-        """Run once more."""
+    def run_once(self, record: bool) -> None:
+        """Run once more, and record the time."""
         seconds = self._attempt(self._run)
-        if timed and seconds:
-            self.timed.append(seconds)
+        if record and seconds:
+            self.seconds.append(seconds)
 
-    def cell(self, moved: float) -> Cell:
-        """Run once more for the memory, and say what was found."""
+    def cell(self, memory_bandwidth: float) -> Cell:
+        """Run once more to measure memory, and return the results."""
         self.runner = None
         memory.release(self.job.device)
-        beyond = self._attempt(lambda: memory.peak(self.job.device, self._run))
+        pass_bytes = self._attempt(lambda: memory.peak(self.job.device, self._run))
         cache = self.runner.cache_bytes if self.runner else None
         self.runner = None
         empty = Cell(self.loaded.index, self.job.batch, self.job.context, None, None, None, None, None, None, None, {}, self.failure)
@@ -165,13 +167,13 @@ class Turn:
         weights = self.loaded.read(self.job.batch) if cache is not None else None
         return replace(
             empty,
-            prefill=_timing(seconds.prefill for seconds in self.timed),
-            first=_timing(seconds.first for seconds in self.timed),
-            decode=_timing(seconds.decode for seconds in self.timed),
-            predicted=None if weights is None or cache is None else (weights + cache) / moved,
+            prefill=_timing(seconds.prefill for seconds in self.seconds),
+            first=_timing(seconds.first for seconds in self.seconds),
+            decode=_timing(seconds.decode for seconds in self.seconds),
+            predicted=None if weights is None or cache is None else (weights + cache) / memory_bandwidth,
             weight_bytes=weights,
             cache_bytes=cache,
-            peak_bytes=None if beyond is None else self.loaded.held + beyond,
+            peak_bytes=None if pass_bytes is None else self.loaded.own_bytes + pass_bytes,
         )
 
     def _run(self) -> Seconds:
@@ -186,30 +188,30 @@ class Turn:
             return None
         try:
             return run()
-        except Exception as error:  # whatever a class of somebody else's raises over a cache, or over a full device
+        except Exception as error:  # a model's class may raise anything over a cache or a full device
             self.failure = memory.explain(error)
         self.runner = None
-        memory.release(self.job.device)  # only here: the error held what was in memory
+        memory.release(self.job.device)  # only after the handler: the error referred to tensors
         return None
 
 
-def _take_turns(turns: list[Turn], options: BenchOptions, moved: float, advance: Advance) -> list[Cell]:
+def _run_cells(runs: list[CellRun], options: BenchOptions, memory_bandwidth: float, advance: Advance) -> list[Cell]:
     for number in range(-options.warmup, options.rounds):
-        for turn in turns if number % 2 == 0 else reversed(turns):
-            turn.take(timed=number >= 0)
+        for run in runs if number % 2 == 0 else reversed(runs):
+            run.run_once(record=number >= 0)
             advance(1)
-    for turn in turns:
-        turn.runner = None
+    for run in runs:
+        run.runner = None
     cells = []
-    for turn in turns:
-        cells.append(turn.cell(moved))
+    for run in runs:
+        cells.append(run.cell(memory_bandwidth))
         advance(1)
     return cells
 
 
 def _timing(seconds: Iterable[float | None]) -> Timing | None:
-    known = tuple(value for value in seconds if value is not None)
-    return Timing(statistics.median(known), min(known), max(known), known) if known else None
+    values = tuple(value for value in seconds if value is not None)
+    return Timing(statistics.median(values), min(values), max(values), values) if values else None
 
 
 def _ratios(cell: Cell, first: Cell) -> dict[str, float]:

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from effconvert.options import HomePath, Listed, Options
 
 Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Listed]
-CONTEXTS = (128, 512, 2048)  # measured unless others are asked for, as far as every model reads them
+CONTEXTS = (128, 512, 2048)  # the default, as far as every model reads them
 
 
 class BenchOptions(Options):
@@ -17,17 +17,17 @@ class BenchOptions(Options):
     context: Counts | None = Field(
         None, description="Tokens in each prompt. Default: 128,512,2048, as far as every model reads them.", json_schema_extra={"metavar": "N,…"}
     )
-    new_tokens: int = Field(16, ge=1, description="Tokens written after each prompt: steps of decoding in a round.")
-    rounds: int = Field(5, ge=1, description="Timed rounds, of which the median is taken. The models take turns in them.")
-    warmup: int = Field(1, ge=0, description="Rounds before them that are not timed.")
-    device: str | None = Field(None, description="Where to compute. Default: this machine's accelerator, or cpu.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="What to compute in; auto: the type of each model's weights.")
-    cache: Literal["dynamic", "static"] = Field("dynamic", description="Cache that grows, or one allocated for all tokens at once.")
-    graphs: bool = Field(False, description="Replay the step of decoding as a CUDA graph; needs --cache static.")
+    new_tokens: int = Field(16, ge=1, description="Tokens written after each prompt: decoding steps in a round.")
+    rounds: int = Field(5, ge=1, description="Timed rounds; results are medians. The models take turns in each round.")
+    warmup: int = Field(1, ge=0, description="Untimed rounds before them.")
+    device: str | None = Field(None, description="Device. Default: this machine's accelerator, or cpu.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Type to compute in; auto: that of each model's weights.")
+    cache: Literal["dynamic", "static"] = Field("dynamic", description="A cache that grows (dynamic), or one allocated for all tokens (static).")
+    graphs: bool = Field(False, description="Replay decoding steps as a CUDA graph; needs --cache static.")
     output: HomePath | None = Field(None, description="Write the results to this JSON file.", json_schema_extra={"short": "-o", "metavar": "FILE"})
 
     @model_validator(mode="after")
-    def _sound_together(self) -> "BenchOptions":
+    def _check_together(self) -> "BenchOptions":
         if not self.batch or self.context == ():
             raise ValueError("--batch and --context need at least one number each; give one, or leave the option out")
         if self.graphs and self.cache == "dynamic":

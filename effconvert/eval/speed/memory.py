@@ -1,4 +1,4 @@
-"""Memory of a device: what is free, what a pass would need, what it held at most, and how it looks when there is none left."""
+"""Memory of a device: free bytes, the need of a pass, its peak, and the errors of a full device."""
 
 import ctypes
 import gc
@@ -13,8 +13,8 @@ from effconvert.errors import EffconvertError
 from effconvert.eval.subject import Opened
 from effconvert.modeling.caches import kv_bytes
 
-SELF = Path("/proc/self")  # what Linux says of this process
-FRAGMENTS = 3  # times what a layer makes, as malloc keeps what was freed; measured on SmolLM2: 1.2 to 2.2
+SELF = Path("/proc/self")  # Linux's data about this process
+FRAGMENTS = 3  # factor on a layer's activations, as malloc keeps freed memory; measured on SmolLM2: 1.2 to 2.2
 
 
 def free(device: str) -> int:
@@ -25,7 +25,7 @@ def free(device: str) -> int:
 
 
 def release(device: str) -> None:
-    """Give back what nobody holds any more."""
+    """Free memory that is no longer used."""
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
@@ -34,7 +34,7 @@ def release(device: str) -> None:
 def needed(opened: Opened, model: Any, batch: int, context: int, new_tokens: int) -> int:
     """Estimate the bytes that a pass of `model` takes beside its weights: cache, activations of a layer, logits.
 
-    Rather too much: what one layer makes is added up as if none of it were freed, with norms and softmax in float32.
+    An upper estimate: it adds up all activations of a layer as if none were freed, with norms and softmax in float32.
     """
     from effconvert.modeling.transformers_internals import implementation
 
@@ -48,35 +48,35 @@ def needed(opened: Opened, model: Any, batch: int, context: int, new_tokens: int
 
 
 def check(opened: Opened, model: Any, batch: int, context: int, new_tokens: int) -> None:
-    """Refuse a pass that needs more of the computer's memory than is free: the kernel would end the process, where a GPU raises an error.
+    """Refuse a pass that needs more than the free main memory: the kernel would kill the process, where a GPU raises an error.
 
     Raises:
-        EffconvertError: there is not enough.
+        EffconvertError: there is not enough memory.
     """
-    need, left = needed(opened, model, batch, context, new_tokens), free("cpu")
-    if need > left:
-        raise EffconvertError(f"needs about {need / 1e9:.1f} GB of memory and {left / 1e9:.1f} GB are free; give a smaller --batch or --context")
+    need, available = needed(opened, model, batch, context, new_tokens), free("cpu")
+    if need > available:
+        raise EffconvertError(f"needs about {need / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are free; give a smaller --batch or --context")
 
 
 def peak(device: str, run: Callable[[], object]) -> int | None:
-    """Run something, and return the bytes that it held at most beyond what was held before; None where nobody counts them.
+    """Call `run`, and return its peak memory above the memory in use before; None where the system does not count it.
 
-    On CUDA those are the bytes of torch's tensors. On a CPU they are the pages of this process, which Linux counts: memory that was freed and not
-    given back is given back first, as far as the C library can do it.
+    On CUDA these are the bytes of torch's tensors. On a CPU they are the pages of this process, which Linux counts; freed memory is first returned
+    to the system, as far as the C library can.
     """
     if device.startswith("cuda"):
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    counted = device == "cpu" and _reset_peak()
-    before = _status("VmRSS") if counted else 0
+    is_counted = device == "cpu" and _reset_peak()
+    before = _status("VmRSS") if is_counted else 0
     run()
-    return max(0, _status("VmHWM") - before) if counted else None
+    return max(0, _status("VmHWM") - before) if is_counted else None
 
 
 def _reset_peak() -> bool:
-    """Have Linux forget how much memory this process once held; return whether it did."""
+    """Reset Linux's peak counter of this process; return whether that worked."""
     try:
         getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)  # of glibc
         (SELF / "clear_refs").write_text("5")
@@ -91,7 +91,7 @@ def _status(key: str) -> int:
 
 
 def explain(error: Exception) -> str:
-    """Say in a sentence why a pass failed."""
+    """Return in one sentence why a pass failed."""
     if isinstance(error, EffconvertError):
         return str(error)
     text = str(error)

@@ -1,4 +1,4 @@
-"""One pass of one model: read prompts, then write tokens, with a clock beside it. And what a pass would take if it only moved memory."""
+"""One timed pass of one model: read prompts, then write tokens. Also the time of a pass that only reads memory."""
 # B = batch, T = context.
 
 import time
@@ -18,9 +18,9 @@ from effconvert.eval.speed.bench_options import BenchOptions
 from effconvert.eval.speed.graphs import capture
 from effconvert.eval.subject import Opened
 
-SEED = 0  # of the prompts: speed does not depend on what they say
-BUFFER = 512 * 2**20  # bytes that the memory's bandwidth is measured on: far more than caches hold
-SWEEPS = 7  # over it
+SEED = 0  # of the prompts: speed does not depend on their text
+BUFFER = 512 * 2**20  # bytes for measuring the memory's bandwidth: far more than processor caches
+SWEEPS = 7  # times that the buffer is read
 
 
 @dataclass(frozen=True)
@@ -32,37 +32,37 @@ class Loaded:
     model: Any
 
     @property
-    def held(self) -> int:
+    def own_bytes(self) -> int:
         """Bytes of its parameters and buffers."""
         return sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
 
     def read(self, batch: int) -> int:
-        """Bytes of weights that a step of decoding reads for so many sequences: all but tables of which it looks up a few rows, unless one is also the head.
+        """Return the bytes of weights that a decoding step reads for `batch` sequences: all but embedding tables, unless one is also the head.
 
-        What modules share counts once: it may still be in a cache when the next of them needs it. Of experts those count that the tokens are sent to.
+        Shared parameters count once, as they may still be in a processor cache. Of experts only those that the tokens are routed to count.
         """
         chosen = getattr(self.model.config.get_text_config(), "num_experts_per_tok", None)
-        found: dict[int, int] = {}  # where a tensor lies -> bytes read of it
+        sizes: dict[int, int] = {}  # address of a tensor -> bytes read of it
         for module in self.model.modules():
             share = _share_of_experts(module, chosen, batch)
             for parameter in () if isinstance(module, nn.Embedding) else module.parameters(recurse=False):
-                found[parameter.data_ptr()] = round(share * parameter.nbytes)
-        return sum(found.values())
+                sizes[parameter.data_ptr()] = round(share * parameter.nbytes)
+        return sum(sizes.values())
 
 
 def _share_of_experts(module: nn.Module, chosen: int | None, batch: int) -> float:
-    """Return how much of a module `batch` tokens need that are each sent to `chosen` of its experts; of what holds none, all.
+    """Return the share of a module that `batch` tokens need, each routed to `chosen` of its experts; 1 for a module without experts.
 
-    Nobody knows which before the model runs: as many count as are reached if all are as likely.
+    Experts are taken as equally likely, since the routing is not known before the model runs.
     """
-    count = getattr(module, "num_experts", None)  # as transformers' classes say that hold them stacked, [E, out, in]; a router says so too, and is a matrix
+    count = getattr(module, "num_experts", None)  # transformers' classes with stacked experts [E, out, in] have this; so do routers, which are matrices
     stacked = count and any(parameter.ndim == 3 and len(parameter) == count for parameter in module.parameters(recurse=False))
     return 1 - (1 - chosen / count) ** batch if chosen and count and stacked else 1
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a model has to do in a cell."""
+    """The task of a model in one cell of the results."""
 
     batch: int
     context: int
@@ -73,7 +73,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Seconds:
-    """What one pass took."""
+    """The times of one pass."""
 
     prefill: float
     first: float | None = None
@@ -81,7 +81,7 @@ class Seconds:
 
 
 class Runner:
-    """A model and prompts, to be run again and again: each time from an empty cache."""
+    """Runs a model on prompts, each time from an empty cache."""
 
     @torch.inference_mode()
     def __init__(self, loaded: Loaded, job: Job) -> None:
@@ -95,14 +95,14 @@ class Runner:
         self.last = {"logits_to_keep": 1} if "logits_to_keep" in signature(self.model.forward).parameters else {}  # as serving does: not [B, T, V]
         static = self.writes and job.options.cache == "static"
         if static and loaded.opened.checkpoint.config.replaced:
-            raise OptionError(f"--cache static has no room for what the mixers of {loaded.opened.subject.name} remember; leave it out")
+            raise OptionError(f"--cache static cannot keep the states of the mixers of {loaded.opened.subject.name}; leave it out")
         if static and "no attention" in loaded.opened.subject.mixers:
-            raise OptionError(f"--cache static would have room in layers of {loaded.opened.subject.name} that have no attention; leave it out")
+            raise OptionError(f"--cache static would allocate layers of {loaded.opened.subject.name} that have no attention; leave it out")
         if static and loaded.opened.checkpoint.config.family.shares_kv_in_our_class:
-            raise OptionError(f"--cache static would hold the KV heads that {loaded.opened.subject.name} shares as often as they are used; leave it out")
+            raise OptionError(f"--cache static would store the shared KV heads of {loaded.opened.subject.name} once for each query head; leave it out")
         self.cache_name = cache_name(self.model) if self.writes else ""
-        self.room = StaticCache(config=self.model.config, max_cache_len=job.context + job.options.new_tokens) if static else None
-        self.replay = capture(self.model, self.prompts[:, :1].clone(), self.room) if job.options.graphs and static else None
+        self.static_cache = StaticCache(config=self.model.config, max_cache_len=job.context + job.options.new_tokens) if static else None
+        self.replay = capture(self.model, self.prompts[:, :1].clone(), self.static_cache) if job.options.graphs and static else None
         self.cache_bytes: int | None = None
 
     @torch.inference_mode()
@@ -110,9 +110,9 @@ class Runner:
         """Read the prompts, then write tokens one by one."""
         from effconvert.modeling.transformers_internals import cache_among
 
-        if self.room is not None:
-            self.room.reset()
-        options = {self.cache_name: self.room, "use_cache": True, **self.last} if self.writes else {}
+        if self.static_cache is not None:
+            self.static_cache.reset()
+        options = {self.cache_name: self.static_cache, "use_cache": True, **self.last} if self.writes else {}
         self.wait()
         start = time.perf_counter()
         output = self.model(self.prompts, **options)
@@ -134,15 +134,15 @@ class Runner:
 
 
 def writes(opened: Opened) -> bool:
-    """Whether a model can be asked for the next token."""
+    """Whether a model predicts the next token."""
     return opened.decoder and opened.head
 
 
 def bandwidth(device: str) -> float:
     """Measure how many bytes a second `device` reads from its memory, with as many threads as models have.
 
-    A sum reads everything and writes nothing, as decoding nearly does. (A matrix times a vector would be closer to it, but on CPUs MKL reaches
-    half of what a sum does, and then a model faster than its prediction would be no news.) The best sweep counts: the rest was disturbed.
+    A sum reads everything and writes nothing, which is close to decoding. (A matrix-vector product would be closer, but MKL on CPUs reaches only half
+    the bandwidth of a sum, and models would beat the prediction.) The fastest sweep counts, as the least disturbed.
     """
     size = min(BUFFER, memory.free(device) // 4)
     buffer, wait, seconds = torch.ones(size // 4, device=device), _waiter(device), []
@@ -157,5 +157,5 @@ def bandwidth(device: str) -> float:
 
 
 def _waiter(device: str) -> Callable[[], None]:
-    """Return what waits until `device` has done all that it was given."""
+    """Return a function that waits until `device` has finished its work."""
     return (lambda: None) if device == "cpu" else partial(torch.accelerator.synchronize, device)

@@ -1,4 +1,4 @@
-"""The heads of a layer's attention in float64: taken out with what they read, and put back."""
+"""Read the attention heads of a layer in float64, with the moments of their inputs, and write them back."""
 # M = hidden width (one more with a bias), H = query heads, Hk = KV heads, R = H/Hk, D = head width, P = rotary pairs, D' = D - 2P.
 
 from collections.abc import Sequence
@@ -8,21 +8,21 @@ import torch
 from torch import Tensor
 
 from effconvert.checkpoint.layer import Layer
-from effconvert.surgery._rope import apart, together
+from effconvert.surgery._rope import join_pairs, split_pairs
 
-RIDGE = 1e-6  # of the mean of the moments' diagonal: in directions that the text never showed, the weights themselves decide
+RIDGE = 1e-6  # of the mean of the moments' diagonal: in directions that the text does not cover, the weights themselves decide
 
 
 @dataclass(frozen=True)
 class Heads:
-    """The four projections of attention in float64, their biases as a last column of q, k and v, and the second moments of what they read."""
+    """The four projections of attention in float64, their biases as a last column of q, k and v, and the second moments of their inputs."""
 
     q: Tensor  # [H, D, M]
     k: Tensor  # [Hk, D, M]
     v: Tensor  # [Hk, D, M]
     o: Tensor  # [M, H, D]
     moment: Tensor  # E[x x^T], [M, M]; with biases x ends in 1
-    rotary: int  # of the D dimensions of a head, so many are rotated, in pairs
+    rotary: int  # how many of a head's D dimensions RoPE rotates, in pairs
     layout: str  # which two make a pair: see `_rope`
     normed: bool  # queries and keys go through a norm, so of their bases only signs are free
 
@@ -35,21 +35,21 @@ class Heads:
         """Put KV heads, and the query heads of each, into the order `chosen`."""
         if chosen is None:
             return self
-        kv, own = list(chosen), owned(chosen, self.shared)
+        kv, own = list(chosen), query_heads_of(chosen, self.shared)
         return replace(self, q=self.q[own], k=self.k[kv], v=self.v[kv], o=self.o[:, own])
 
     def pairs(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Take rows [..., D, M] apart: what RoPE turns, as complex numbers [..., P, M], and what it leaves alone [..., D', M]."""
-        real, imaginary, still = apart(rows, self.rotary, self.layout, dim=-2)
-        return torch.complex(real, imaginary), still
+        """Take rows [..., D, M] split_pairs: what RoPE rotates, as complex numbers [..., P, M], and what it leaves alone [..., D', M]."""
+        real, imaginary, rest = split_pairs(rows, self.rotary, self.layout, dim=-2)
+        return torch.complex(real, imaginary), rest
 
-    def rows(self, pairs: Tensor, still: Tensor) -> Tensor:
+    def rows(self, pairs: Tensor, rest: Tensor) -> Tensor:
         """Undo `pairs`."""
-        return together(pairs.real, pairs.imag, still, self.layout, dim=-2)
+        return join_pairs(pairs.real, pairs.imag, rest, self.layout, dim=-2)
 
 
 def read_heads(layer: Layer) -> Heads:
-    """Take the heads out of a layer, and look at what they read."""
+    """Return the heads of a layer, with the second moments of their inputs."""
     config, biased = layer.config, any(f"{part}.bias" in layer for part in "qkv")
 
     def rows(part: str, count: int) -> Tensor:
@@ -62,25 +62,25 @@ def read_heads(layer: Layer) -> Heads:
 
     q, k, v = rows("q", config.heads), rows("k", config.kv_heads), rows("v", config.kv_heads)
     o = layer["o"].double().unflatten(1, (config.heads, config.head_dim))
-    second = second_moment(layer, "q", biased)
-    second += RIDGE * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype)
-    return Heads(q, k, v, o, second, config.turned(layer.index), config.family.rope, config.normed)
+    moment = second_moment(layer, "q", biased)
+    moment += RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
+    return Heads(q, k, v, o, moment, config.turned(layer.index), config.family.rope, config.normed)
 
 
 def second_moment(layer: Layer, part: str, biased: bool) -> Tensor:
-    """Return E[x x^T] of what a part reads, [M, M] in float64; with a bias x ends in 1."""
+    """Return E[x x^T] of a part's inputs, [M, M] in float64; with a bias x ends in 1."""
     assert layer.activations
     total, count = torch.zeros(0), 0
-    for look in layer.activations.capture(layer, (part,), until=part):
-        read = look.inputs[part].flatten(0, -2)  # [B*T, M]
-        read = torch.cat([read, read.new_ones(len(read), 1)], 1) if biased else read
-        total = (read.T @ read).double().cpu() + (total if count else 0)
-        count += len(read)
+    for capture in layer.activations.capture(layer, (part,), until=part):
+        inputs = capture.inputs[part].flatten(0, -2)  # [B*T, M]
+        inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1) if biased else inputs
+        total = (inputs.T @ inputs).double().cpu() + (total if count else 0)
+        count += len(inputs)
     return total / count
 
 
 def write_heads(heads: Heads, layer: Layer, chosen: Sequence[int] | None) -> None:
-    """Put the heads back into their layer; what has a number for each channel of a KV head, and is no projection, is averaged over those that were pooled."""
+    """Write the heads back to their layer; other parts with a number for each channel of a KV head are averaged over the pooled heads."""
     config, groups = layer.config, len(heads.k)
     for part, rows in (("q", heads.q), ("k", heads.k), ("v", heads.v)):
         flat, width = rows.flatten(0, 1), layer[part].shape[1]
@@ -92,15 +92,15 @@ def write_heads(heads: Heads, layer: Layer, chosen: Sequence[int] | None) -> Non
     for part in set(layer.per_kv_head) - {"k", "v", "k.bias", "v.bias"}:
         layer[part] = layer[part].unflatten(0, (config.kv_heads, -1))[order].unflatten(0, (groups, -1)).mean(1).flatten(0, 1)
     if chosen is not None and norms_heads(layer):
-        own = owned(order, config.heads // config.kv_heads)
+        own = query_heads_of(order, config.heads // config.kv_heads)
         layer["q_norm"] = layer["q_norm"].unflatten(0, (config.heads, -1))[own].flatten(0, 1)
 
 
 def norms_heads(layer: Layer) -> bool:
-    """Whether a norm of queries has gains for each head: they go where their head goes."""
+    """Whether the norm of queries has gains for each head, which must move with their head."""
     return "q_norm" in layer and len(layer["q_norm"]) == layer.config.heads * layer.config.head_dim
 
 
-def owned(kv_heads: Sequence[int], shared: int) -> list[int]:
+def query_heads_of(kv_heads: Sequence[int], shared: int) -> list[int]:
     """Return the query heads of KV heads, `shared` each."""
-    return [head * shared + each for head in kv_heads for each in range(shared)]
+    return [head * shared + index for head in kv_heads for index in range(shared)]

@@ -1,8 +1,8 @@
-"""Make one key and value head of several, by what the heads compute on real text.
+"""Pool several key and value heads into one, by what the heads compute on real text.
 
-Queries and keys, and values and outputs, meet in products only, so the bases of their heads are free: heads that do the same may look
-unrelated. They are brought into a common basis first, exactly, and what is lost then is only what they do not share. All in float64, from
-second moments of what the projections read.
+Queries and keys meet only in products, and so do values and outputs. So the basis of a head is free, and heads that compute the same can have
+unrelated weights. Pooling first brings heads into a common basis, which is exact; only what they do not share is lost. All in float64, from second
+moments of the projections' inputs.
 """
 # M = hidden width (one more with a bias), H = query heads, Hk = KV heads, G = groups, S = Hk/G KV heads in a group, R = H/Hk,
 # D = head width, P = rotary pairs, D' = D - 2P.
@@ -15,11 +15,11 @@ from torch import Tensor
 from effconvert.surgery.attention._heads import Heads
 
 JITTER = 1e-8  # of the mean of a matrix's diagonal, so that it has a Cholesky factor
-ROUNDS, SETTLED = 100, 1e-5  # of the alternation between a mean and what is aligned to it; the relative change that ends it
+ROUNDS, SETTLED = 100, 1e-5  # most rounds of averaging heads and aligning them to the mean; the relative change that ends it
 
 
 def pool(heads: Heads, groups: int, rule: str) -> Heads:
-    """Make G KV heads of Hk by a rule, and fit q and o to them."""
+    """Pool Hk KV heads into G by a rule, and fit q and o to them."""
     if rule == "pca":
         v, o = pca_values(heads, groups, heads.v.shape[1])
         if heads.normed:
@@ -37,30 +37,30 @@ def pool(heads: Heads, groups: int, rule: str) -> Heads:
 
 
 def align(heads: Heads, groups: int) -> Heads:
-    """Bring the KV heads of each group into the basis in which they are most alike, exactly: values by Procrustes, keys by a phase for each rotary pair.
+    """Rotate the KV heads of each group into the basis in which they are most alike; exact. Values by Procrustes, keys by a phase for each rotary pair.
 
-    Under QK-norm a pair keeps its phase but for the sign, which is what its norm's gains allow.
+    Under QK-norm only the sign of a pair may change, because of the norm's gains.
     """
     v, o, k, q = heads.v.clone(), heads.o.clone(), heads.k.clone(), heads.q.clone()
     size = len(k) // groups
     for first in range(0, len(k), size):
         kv = slice(first, first + size)
         own = slice(first * heads.shared, (first + size) * heads.shared)
-        turns = _procrustes(heads.v[kv], heads.moment)  # [S, D, D]
-        v[kv] = turns @ heads.v[kv]
-        o[:, own] = torch.einsum("hde,mhe->mhd", turns.repeat_interleave(heads.shared, 0), heads.o[:, own])
-        pairs, still = heads.pairs(heads.k[kv])
+        rotations = _procrustes(heads.v[kv], heads.moment)  # [S, D, D]
+        v[kv] = rotations @ heads.v[kv]
+        o[:, own] = torch.einsum("hde,mhe->mhd", rotations.repeat_interleave(heads.shared, 0), heads.o[:, own])
+        pairs, rest = heads.pairs(heads.k[kv])
         phases = _phases(pairs, heads.moment, heads.normed)  # [S, P]
-        mixes = _signs(still, heads.moment) if heads.normed else _procrustes(still, heads.moment)  # [S, D', D']
-        k[kv] = heads.rows(phases[..., None] * pairs, mixes @ still)
-        pairs, still = heads.pairs(heads.q[own])
-        by_head = (each.repeat_interleave(heads.shared, 0) for each in (phases, mixes))
-        q[own] = heads.rows(next(by_head)[..., None] * pairs, next(by_head) @ still)
+        mixes = _signs(rest, heads.moment) if heads.normed else _procrustes(rest, heads.moment)  # [S, D', D']
+        k[kv] = heads.rows(phases[..., None] * pairs, mixes @ rest)
+        pairs, rest = heads.pairs(heads.q[own])
+        query_phases, query_mixes = (tensor.repeat_interleave(heads.shared, 0) for tensor in (phases, mixes))
+        q[own] = heads.rows(query_phases[..., None] * pairs, query_mixes @ rest)
     return replace(heads, q=q, k=k, v=v, o=o)
 
 
 def mean(rows: Tensor, groups: int) -> Tensor:
-    """Average the heads of each group, [Hk, D, M] -> [G, D, M], and give the average the size (Frobenius norm) that its members have on the mean."""
+    """Average the heads of each group, [Hk, D, M] -> [G, D, M], and scale the average to the mean Frobenius norm of its members."""
     by_group = rows.unflatten(0, (groups, -1))
     average = by_group.mean(1)
     size = torch.linalg.matrix_norm(by_group).mean(1) / torch.linalg.matrix_norm(average).clamp_min(1e-300)
@@ -71,7 +71,7 @@ def mean(rows: Tensor, groups: int) -> Tensor:
 def pca_values(heads: Heads, groups: int, keep: int) -> tuple[Tensor, Tensor]:
     """Return v [G, keep, M] and o [M, H, keep]: the directions of a group's values that matter most to the output (PCA weighted by o).
 
-    With `keep` = S*D nothing is lost; with D the group's heads have become one.
+    With `keep` = S*D nothing is lost; with `keep` = D the group becomes one head.
     """
     size = len(heads.k) // groups
     shared, outputs = [], []
@@ -87,100 +87,100 @@ def pca_values(heads: Heads, groups: int, keep: int) -> tuple[Tensor, Tensor]:
 def pca_keys(heads: Heads, groups: int) -> tuple[Tensor, Tensor]:
     """Return q [H, D, M] and k [G, D, M]: for each rotary pair the one complex direction of a group's keys that matters most to the scores.
 
-    A pair is a complex number that RoPE turns; a turn and a gain of a key, undone in its queries, change no score. What RoPE leaves alone may be mixed freely.
+    A pair is a complex number that RoPE rotates. A rotation and a gain of a key, undone in its queries, change no score. Other dimensions mix freely.
     """
     size = len(heads.k) // groups
     queries, keys = [], []
     for k, q in zip(heads.k.split(size), heads.q.unflatten(0, (len(heads.k), -1)).split(size), strict=True):  # [S, D, M], [S, R, D, M]
-        (pairs, still_k), (asking, still_q) = heads.pairs(k), heads.pairs(q)  # [S, P, M], [S, R, P, M]
-        second = heads.moment.to(pairs.dtype)
-        energy = torch.einsum("srpm,mn,srpn->sp", asking, second, asking.conj()).real.clamp_min(0)  # [S, P]
+        (pairs, rest_k), (query_pairs, rest_q) = heads.pairs(k), heads.pairs(q)  # [S, P, M], [S, R, P, M]
+        moment = heads.moment.to(pairs.dtype)
+        energy = torch.einsum("srpm,mn,srpn->sp", query_pairs, moment, query_pairs.conj()).real.clamp_min(0)  # [S, P]
         gain = (energy / heads.shared).sqrt()
-        gain = gain.clamp_min(1e-6 * gain.mean().clamp_min(1e-30)) if gain.numel() else gain  # queries that never ask: any gain would do
+        gain = gain.clamp_min(1e-6 * gain.mean().clamp_min(1e-30)) if gain.numel() else gain  # any gain would do for queries that are zero
         weighted = pairs * gain[..., None]
-        gram = torch.einsum("spm,mn,tpn->pst", weighted, second, weighted.conj())
+        gram = torch.einsum("spm,mn,tpn->pst", weighted, moment, weighted.conj())
         top = torch.linalg.eigh(gram).eigenvectors[..., -1].T  # [S, P]
-        together = torch.einsum("sp,spm->pm", top.conj(), weighted)
-        turned = asking * (top.conj() / gain)[:, None, :, None]
-        if still_k.shape[1]:
-            factors = _cholesky(torch.einsum("srdm,mn,sren->sde", still_q, heads.moment, still_q))
-            rows, back = _principal(still_k, factors, heads.moment, still_k.shape[1])
-            still_q = torch.einsum("sde,srdm->srem", back, still_q)
+        pooled = torch.einsum("sp,spm->pm", top.conj(), weighted)
+        rotated_queries = query_pairs * (top.conj() / gain)[:, None, :, None]
+        if rest_k.shape[1]:
+            factors = _cholesky(torch.einsum("srdm,mn,sren->sde", rest_q, heads.moment, rest_q))
+            rows, back = _principal(rest_k, factors, heads.moment, rest_k.shape[1])
+            rest_q = torch.einsum("sde,srdm->srem", back, rest_q)
         else:
-            rows = still_k[0]
-        keys.append(heads.rows(together, rows))
-        queries.append(heads.rows(turned, still_q).flatten(0, 1))
+            rows = rest_k[0]
+        keys.append(heads.rows(pooled, rows))
+        queries.append(heads.rows(rotated_queries, rest_q).flatten(0, 1))
     return torch.cat(queries), torch.stack(keys)
 
 
 def order(heads: Heads, groups: int) -> list[int]:
-    """Return the KV heads so that those which lose least by becoming one stand together.
+    """Order the KV heads so that heads which lose least by pooling are adjacent.
 
-    From adjacent heads on, two heads of different groups change places as long as the sum of all losses within groups falls.
+    Starts from the model's order; two heads of different groups swap as long as the sum of all losses within groups falls.
     """
     count, size = len(heads.k), len(heads.k) // groups
     cost = torch.zeros(count, count, dtype=torch.float64)
-    for one in range(count):
-        for other in range(one):
-            cost[one, other] = cost[other, one] = _loss(heads, [one, other])
-    placed = list(range(count))
+    for first in range(count):
+        for second in range(first):
+            cost[first, second] = cost[second, first] = _loss(heads, [first, second])
+    arrangement = list(range(count))
 
     def within(head: int, group: int, without: int) -> float:
-        return sum(float(cost[head, other]) for other in placed[group * size : (group + 1) * size] if other != without)
+        return sum(float(cost[head, other]) for other in arrangement[group * size : (group + 1) * size] if other != without)
 
     better = groups > 1 and size > 1
     while better:
         better = False
-        for here in range(count):
-            for there in range((here // size + 1) * size, count):
-                one, other, mine, theirs = placed[here], placed[there], here // size, there // size
-                change = within(other, mine, one) + within(one, theirs, other) - within(one, mine, one) - within(other, theirs, other)
+        for index in range(count):
+            for partner in range((index // size + 1) * size, count):
+                first, second, mine, theirs = arrangement[index], arrangement[partner], index // size, partner // size
+                change = within(second, mine, first) + within(first, theirs, second) - within(first, mine, first) - within(second, theirs, second)
                 if change < -1e-9:
-                    placed[here], placed[there], better = other, one, True
-    return [head for group in sorted(sorted(placed[at : at + size]) for at in range(0, count, size)) for head in group]
+                    arrangement[index], arrangement[partner], better = second, first, True
+    return [head for group in sorted(sorted(arrangement[at : at + size]) for at in range(0, count, size)) for head in group]
 
 
 def _loss(heads: Heads, chosen: list[int]) -> float:
-    """Return which part of the heads' weighted energy, of values and of keys, is lost where they become one."""
+    """Return the share of the heads' weighted energy, of values and of keys, that is lost by pooling them."""
     some = heads.reordered(chosen)
     by_head = some.o.unflatten(1, (len(chosen), -1))
     factors = _cholesky(torch.einsum("msrd,msre->sde", by_head, by_head))
     weighted = (factors.mT @ some.v).flatten(0, 1)
     values = torch.linalg.eigvalsh(weighted @ some.moment @ weighted.T)
-    pairs, still = some.pairs(some.k)
+    pairs, rest = some.pairs(some.k)
     gram = torch.einsum("spm,mn,tpn->pst", pairs, some.moment.to(pairs.dtype), pairs.conj())
     keys = torch.linalg.eigvalsh(gram)  # [P, S]
-    flat = still.flatten(0, 1)
-    rest = torch.linalg.eigvalsh(flat @ some.moment @ flat.T)
-    lost = keys[..., :-1].sum() + rest[: -still.shape[1] or None].sum() * bool(still.shape[1])
+    flat = rest.flatten(0, 1)
+    others = torch.linalg.eigvalsh(flat @ some.moment @ flat.T)
+    lost = keys[..., :-1].sum() + others[: -rest.shape[1] or None].sum() * bool(rest.shape[1])
     width = some.v.shape[1]
-    return float(values[:-width].sum() / values.sum().clamp_min(1e-300) + lost / (keys.sum() + rest.sum()).clamp_min(1e-300))
+    return float(values[:-width].sum() / values.sum().clamp_min(1e-300) + lost / (keys.sum() + others.sum()).clamp_min(1e-300))
 
 
-def _principal(rows: Tensor, factors: Tensor, second: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """Return the `keep` rows that hold most of `rows` [S, D, M] as weighted by `factors` [S, D, D], and what makes each head of them again [S, D, keep]."""
+def _principal(rows: Tensor, factors: Tensor, moment: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """Return the `keep` principal rows of `rows` [S, D, M] weighted by `factors` [S, D, D], and the matrices that map them back to heads [S, D, keep]."""
     weighted = (factors.mT @ rows).flatten(0, 1)  # [S*D, M]
-    top = torch.linalg.eigh(weighted @ second @ weighted.T).eigenvectors[:, -keep:]  # [S*D, keep]
+    top = torch.linalg.eigh(weighted @ moment @ weighted.T).eigenvectors[:, -keep:]  # [S*D, keep]
     back = torch.linalg.solve_triangular(factors.mT, top.unflatten(0, rows.shape[:2]), upper=True)
     return top.T @ weighted, back
 
 
-def _procrustes(rows: Tensor, second: Tensor) -> Tensor:
+def _procrustes(rows: Tensor, moment: Tensor) -> Tensor:
     """Return the rotations [S, D, D] that bring heads [S, D, M] nearest to their common mean."""
     common = rows[0]
-    turns = torch.eye(rows.shape[1], dtype=rows.dtype).expand(len(rows), -1, -1)
+    rotations = torch.eye(rows.shape[1], dtype=rows.dtype).expand(len(rows), -1, -1)
     for _ in range(ROUNDS if rows.shape[1] else 0):
-        left, _, right = torch.linalg.svd(common @ second @ rows.mT)
-        turns, before = left @ right, common
-        common = (turns @ rows).mean(0)
+        left, _, right = torch.linalg.svd(common @ moment @ rows.mT)
+        rotations, before = left @ right, common
+        common = (rotations @ rows).mean(0)
         if torch.linalg.norm(common - before) <= SETTLED * torch.linalg.norm(before):
             break
-    return turns
+    return rotations
 
 
-def _phases(pairs: Tensor, second: Tensor, signs: bool) -> Tensor:
+def _phases(pairs: Tensor, moment: Tensor, signs: bool) -> Tensor:
     """Return the unit complex numbers [S, P] that bring keys [S, P, M] nearest to their common mean; with `signs` only 1 or -1."""
-    common, weight = pairs[0], second.to(pairs.dtype)
+    common, weight = pairs[0], moment.to(pairs.dtype)
     phases = torch.ones(pairs.shape[:2], dtype=pairs.dtype)
     for _ in range(ROUNDS if pairs.shape[1] else 0):
         inner = torch.einsum("pm,mn,spn->sp", common, weight, pairs.conj())
@@ -191,9 +191,9 @@ def _phases(pairs: Tensor, second: Tensor, signs: bool) -> Tensor:
     return phases
 
 
-def _signs(rows: Tensor, second: Tensor) -> Tensor:
+def _signs(rows: Tensor, moment: Tensor) -> Tensor:
     """Return diagonal matrices [S, D, D] of 1 and -1 that bring keys [S, D, M] nearest to their common mean."""
-    return torch.diag_embed(_phases(rows.to(torch.complex128), second, signs=True).real)
+    return torch.diag_embed(_phases(rows.to(torch.complex128), moment, signs=True).real)
 
 
 def _cholesky(gram: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Repeat the shared key and value heads: exact GQA to MHA."""
 # H = query heads, Hk = KV heads, G = KV heads after, D = head width.
 
-from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
+from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 from typing import TYPE_CHECKING
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class ExpandKv(Surgery):
     """Repeat the shared key and value heads: exact GQA to MHA.
 
-    The same model with equal logits and a larger cache; also a finer GQA. For what needs one KV head per query head, and for
-    comparing ways to pool them again. Query head h used KV head h*Hk//H, so each head is repeated in place.
+    The logits stay equal and the cache grows. Use it for tools that need one KV head per query head, or to compare ways of pooling heads again.
+    --groups makes a finer GQA instead. Query head h used KV head h*Hk//H, so each head is repeated in place.
 
     \b
     Examples:
@@ -57,7 +57,7 @@ class ExpandKv(Surgery):
         return config.with_kv_heads(self._count(config))
 
     def layer(self, layer: Layer) -> None:
-        """Repeat the rows of k and v (and what goes with them) head by head."""
+        """Repeat the rows of k and v (and of parts that go with them) head by head."""
         times = self._count(layer.config) // layer.config.kv_heads
         for part in layer.per_kv_head:
             heads = layer[part].unflatten(0, (layer.config.kv_heads, layer.config.head_dim))  # [Hk, D, ...]
@@ -68,9 +68,9 @@ class ExpandKv(Surgery):
 
 
 def _choices(config: Config) -> list[int]:
-    config.place("scores")  # says so where nothing attends, or by itself
+    config.place("scores")  # raises where nothing attends, or a family does so by itself
     if config.family.fixed_kv_heads:
-        config.with_kv_heads(config.heads)  # says why
+        config.with_kv_heads(config.heads)  # raises with the reason
     larger = [count for count in range(config.kv_heads + 1, config.heads + 1) if count % config.kv_heads == 0 and config.heads % count == 0]
     if not larger:
         raise ModelError(f"this {config.kind} has a KV head for each of its {config.heads} query heads already; there is nothing to repeat")

@@ -1,7 +1,7 @@
 """Share each key and value head among a group of query heads (GQA)."""
 # M = hidden width, H = query heads, Hk = KV heads, G = KV heads after, D = head width.
 
-from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
+from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,20 +18,20 @@ Pool = Literal["pca", "aligned", "mean", "first"]
 Grouping = Literal["adjacent", "similar"]
 POOL: Any = Field(
     "pca",
-    description="How a group's heads become one: by what most of their outputs and scores need (pca), their mean in a common basis (aligned), both after "
-    "calibration; their mean as they are (the paper's rule), or the first of them.",
+    description="How a group's heads are pooled. After calibration: weighted PCA of what outputs and scores need (pca), or the mean in a common basis "
+    "(aligned). Without it: the plain mean, which is the paper's rule (mean), or the first head (first).",
 )
-LOOKING = ("pca", "aligned")  # rules that look at what heads compute
-NORMED = "its queries and keys go through a norm, which leaves their heads' bases fixed but for signs: keys are averaged, and --pool counts for values alone"
-CLIPPED = "its queries, keys and values are clipped (clip_qkv), of which pooling knows nothing: the more is clipped, the less heads are what they were"
+CALIBRATED_RULES = ("pca", "aligned")  # rules that need calibration
+NORMED = "its queries and keys go through a norm, which fixes their heads' bases but for signs: keys are averaged, and --pool applies to values alone"
+CLIPPED = "its queries, keys and values are clipped (clip_qkv), which pooling ignores: the more is clipped, the less heads are what they were"
 
 
 class Gqa(Surgery):
     """Share each key and value head among a group of query heads (GQA).
 
-    The KV cache shrinks to G/Hk of its size, from multi-head models and from those that share heads already. The model is run on a text first, a layer at a
-    time, to see what its heads share; --refit then brings more back than any choice of --pool. Neutral where G is the model's own number of KV heads.
-    Ainslie et al. 2023, arXiv 2305.13245; the rules are measured in docs/gqa.md.
+    The KV cache shrinks to G/Hk of its size; models that share heads already work too. The model first runs on a text, layer by layer, to see what
+    its heads share. --refit then recovers more quality than any choice of --pool. Neutral where G is the model's own number of KV heads.
+    Ainslie et al. 2023, arXiv 2305.13245; docs/gqa.md measures the rules.
 
     \b
     Examples:
@@ -41,7 +41,7 @@ class Gqa(Surgery):
 
     groups: int = Field(ge=1, description="KV heads to keep, G: a divisor of the model's.", json_schema_extra={"metavar": "G"})
     pool: Pool = POOL
-    grouping: Grouping = Field("adjacent", description="Which heads become one: neighbours, or those that lose least by it (after calibration).")
+    grouping: Grouping = Field("adjacent", description="Which heads are pooled: neighbours, or those that lose least by it (after calibration).")
 
     @classmethod
     def allowed_options(cls, config: Config) -> str:
@@ -56,7 +56,7 @@ class Gqa(Surgery):
             raise OptionError(f"--groups {self.groups} is more than this model's {config.kv_heads} KV heads; give {_either(possible)}{more}")
         if config.kv_heads % self.groups:
             raise OptionError(f"--groups {self.groups} does not divide this model's {config.kv_heads} KV heads; give {_either(possible)}")
-        config.with_kv_heads(self.groups)  # says why, where this number cannot be written
+        config.with_kv_heads(self.groups)  # raises where the family cannot store this number
 
     def is_exact(self, config: Config) -> bool:
         """Only with as many groups as heads."""
@@ -67,19 +67,19 @@ class Gqa(Surgery):
         return config.with_kv_heads(self.groups)
 
     def needs_calibration(self, config: Config) -> bool:
-        """If a rule does, and there is something to pool."""
-        return not self.is_exact(config) and (self.pool in LOOKING or self._reorders)
+        """If the rule or the grouping does, and there is something to pool."""
+        return not self.is_exact(config) and (self.pool in CALIBRATED_RULES or self._reorders)
 
     def notes(self, config: Config) -> str:
-        """Say what norms of queries and keys forbid, and what is done in spite of clipping."""
-        if self.pool not in LOOKING or self.is_exact(config):
+        """Say what norms of queries and keys rule out, and what is done in spite of clipping."""
+        if self.pool not in CALIBRATED_RULES or self.is_exact(config):
             return ""
-        return "; ".join(told for told, holds in ((NORMED, config.normed), (CLIPPED, config.get("clip_qkv"))) if holds)
+        return "; ".join(note for note, applies in ((NORMED, config.normed), (CLIPPED, config.get("clip_qkv"))) if applies)
 
     def layer(self, layer: Layer) -> None:
-        """Make one head of each group of KV heads, in k and v and what goes with them, and fit q and o to it."""
+        """Pool each group of KV heads into one, in k, v and the parts that go with them, and fit q and o to it."""
         if self.groups == layer.config.kv_heads or "k" not in layer:
-            return  # not even through float32: a mean over one turns -0.0 into 0.0
+            return  # keeps the bytes: a mean over one head would turn -0.0 into 0.0
         if not self.needs_calibration(layer.config):
             self._plain(layer, self.pool)
         elif layer.activations:
@@ -87,8 +87,8 @@ class Gqa(Surgery):
             from effconvert.surgery.attention._pooling import order, pool
 
             heads = read_heads(layer)
-            chosen = order(heads, self.groups) if self._reorders else None
-            write_heads(pool(heads.reordered(chosen), self.groups, self.pool), layer, chosen)
+            new_order = order(heads, self.groups) if self._reorders else None
+            write_heads(pool(heads.reordered(new_order), self.groups, self.pool), layer, new_order)
         else:
             self._shapes(layer)
 
@@ -97,7 +97,7 @@ class Gqa(Surgery):
         return self.grouping == "similar" and self.groups > 1
 
     def _shapes(self, layer: Layer) -> None:
-        """Say what will change, and how large it becomes."""
+        """Mark the parts that will change, with their new shapes."""
         from effconvert.surgery.attention._heads import norms_heads
 
         for part in ("q", "q.bias", "o", *(["q_norm"] if self._reorders and norms_heads(layer) else [])):
@@ -108,7 +108,7 @@ class Gqa(Surgery):
     def _plain(self, layer: Layer, rule: str) -> None:
         for part in layer.per_kv_head:
             heads = layer[part].unflatten(0, (self.groups, -1, layer.config.head_dim))  # [G, Hk/G, D, ...]
-            # On the meta device only the shape counts, and `mean` there would import torch's compiler: 1.5 s and 150 MB for every plan.
+            # On the meta device only the shape matters, and `mean` would import torch's compiler: 1.5 s and 150 MB for every plan.
             layer[part] = (heads[:, 0] if rule == "first" or heads.is_meta else heads.mean(1)).flatten(0, 1)
 
 

@@ -1,6 +1,6 @@
 """Share one key and value head among all query heads (MQA)."""
 
-from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
+from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 from typing import TYPE_CHECKING, ClassVar
 
@@ -21,7 +21,7 @@ class Mqa(Gqa):
       effconvert mqa --calibrate mine.txt ./SmolLM2-135M -o ./mqa
     """
 
-    groups: ClassVar[int] = 1  # type: ignore[misc]  # no options here, as they are there
+    groups: ClassVar[int] = 1  # type: ignore[misc]  # options of gqa, fixed here
     grouping: ClassVar[Grouping] = "adjacent"  # type: ignore[misc]
 
     @classmethod

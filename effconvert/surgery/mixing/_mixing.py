@@ -1,7 +1,7 @@
-"""What techniques are that mix tokens otherwise than softmax attention does: in the place of all of it, or between its projections."""
+"""Base classes of techniques that replace softmax attention: all of it, or what is between its projections."""
 # B = batch, H = query heads, Hk = KV heads, T = tokens, D = head width.
 
-from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
+from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar
@@ -20,43 +20,43 @@ if TYPE_CHECKING:
 
 
 class TokenMixing(Replacement):
-    """A technique that does in some layers what softmax attention does in the others."""
+    """A technique that replaces softmax attention in some layers."""
 
     where = frozenset({"layers", "keep_softmax"})
-    leaves_windows: ClassVar[bool] = False  # whether layers that see no more than a window stay as they are: these are linear in the length already
+    leaves_windows: ClassVar[bool] = False  # whether layers with a sliding window stay: they are linear in the length already
 
     keep_softmax: Layers = layers_field("Layers to leave as they are, written like --layers: 0,-1.")
 
     @property
     def nothing_chosen(self) -> str:
-        """Why no layer may be left to change."""
-        return "no layer is left to change: --layers names none, --keep-softmax all of them, or they have a window that is no longer"
+        """The message for a choice without any layer."""
+        return "no layer is left to change: --layers names none, --keep-softmax names all, or each has a window that is no longer; name other layers"
 
     @property
     def softmax_tokens(self) -> int:
-        """How many of the last tokens are attended to by softmax all the same: layers with a window of their own that is no longer stay as they are."""
+        """How many of the last tokens softmax still attends to; layers with a window no longer than that stay as they are."""
         return 0
 
     def chosen(self, config: Config) -> set[int]:
-        """Return the layers to change: not those that are kept, nor those with a window that has nothing to gain."""
-        kept = self.named("keep_softmax", config) if self.keep_softmax else set()
-        kept |= {index for index, own in enumerate(config.windows()) if own and (self.leaves_windows or own <= self.softmax_tokens)}
-        return super().chosen(config) - kept
+        """Return the layers to change: without those of --keep-softmax, and those whose window leaves nothing to gain."""
+        excluded = self.named_layers("keep_softmax", config) if self.keep_softmax else set()
+        excluded |= {index for index, own in enumerate(config.windows()) if own and (self.leaves_windows or own <= self.softmax_tokens)}
+        return super().chosen(config) - excluded
 
 
 class Mixing(TokenMixing):
-    """A technique with a mixer of its own, between q, k, v and o: in one file are its options, its parameters, what it remembers and how it mixes."""
+    """A technique with its own mixer between q, k, v and o. One file holds its options, parameters, cache slots and maths."""
 
     place = "scores"
-    softcaps: ClassVar[bool] = False  # whether soft-capped scores are computed as such
+    softcaps: ClassVar[bool] = False  # whether it computes soft-capped scores
 
     @abstractmethod
     def mix(self, weights: Mapping[str, Tensor], call: Call) -> Tensor:
-        """Return what each query mixes, [B, H, T, D]; after T tokens in any number of calls the same."""
+        """Return the output of each query, [B, H, T, D]; the result does not depend on how the tokens are split into calls."""
 
     @classmethod
     def check_family(cls, config: Config) -> None:
-        """Refuse what attends otherwise than this mixer can follow."""
+        """Refuse families whose kind of attention this mixer cannot replace."""
         super().check_family(config)
         name = cls.__module__.rpartition(".")[2].replace("_", "-")
         if config.get("attn_logit_softcapping") and not cls.softcaps:

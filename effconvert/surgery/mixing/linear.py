@@ -1,7 +1,7 @@
 """Linear attention by feature maps, with or without a softmax window."""
 # B = batch, H = query heads, Hk = KV heads, R = query heads that share one, T = tokens, D = head width, m = features, W = window.
 
-from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
+from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from effconvert.checkpoint.config import Config
     from effconvert.surgery.mixing._call import Call, Slots
 
-SHARE = -2.197  # logit of 0.1, the weight of the window when nothing was trained, as LoLCATs begin
+SHARE = -2.197  # logit of 0.1, the initial weight of the window, as in LoLCATs
 
 
 class Linear(Mixing):
     """Linear attention by feature maps, with or without a softmax window.
 
-    What a token knows of all that is older than the window is a matrix of fixed size a head, so a long context costs no more than a short one. Without
-    a window, or before `transfer` trained the feature maps, little of the model is left. Neutral where the window is as long as the longest context.
+    Tokens older than the window are summed into a matrix of fixed size for each head, so a long context costs no more than a short one. Without a
+    window, or before `transfer` trains the feature maps, quality is poor. Neutral where the window is as long as the longest context.
     Katharopoulos et al. 2020, arXiv 2006.16236; Kasai et al. 2021, arXiv 2103.13076; Zhang et al. 2024, arXiv 2402.04347 and arXiv 2410.10254.
 
     \b
@@ -35,10 +35,10 @@ class Linear(Mixing):
 
     feature: Literal["hedgehog", "t2r", "elu"] = Field(
         "hedgehog",
-        description="What makes features of queries and keys: softmax of W x and of -W x, W to be trained, 2 D features (hedgehog); relu of W x + b, "
-        "likewise, --features of them (t2r); elu(x) + 1, nothing to train, D features (elu).",
+        description="Feature map of queries and keys: softmax of W x and of -W x with trainable W, 2 D features (hedgehog); relu of W x + b with trainable W "
+        "and b, --features of them (t2r); or elu(x) + 1 without parameters, D features (elu).",
     )
-    window: int = Field(0, ge=0, description="Tokens that go through softmax, itself and those before it, W (decoders).", json_schema_extra={"metavar": "W"})
+    window: int = Field(0, ge=0, description="Last tokens that softmax attends to, the query's own included, W (decoders).", json_schema_extra={"metavar": "W"})
     features: int | None = Field(None, ge=1, description="Features of t2r, m. Default: 32, as in its paper.", json_schema_extra={"metavar": "M"})
 
     @model_validator(mode="after")
@@ -51,11 +51,11 @@ class Linear(Mixing):
         """Refuse a window in an encoder."""
         super().check(config)
         if self.window and not config.family.decoder:
-            raise OptionError(f"--window {self.window} is for decoders, whose older tokens are what is left for linear attention; leave it out")
+            raise OptionError(f"--window {self.window} is for decoders, and {config.kind} is an encoder; leave it out")
 
     @property
     def softmax_tokens(self) -> int:
-        """Those of the window."""
+        """The window."""
         return self.window
 
     def is_exact(self, config: Config) -> bool:
@@ -63,8 +63,8 @@ class Linear(Mixing):
         return config.longest is not None and self.window >= config.longest
 
     def parameters(self, config: Config, place: str = "") -> Mapping[str, tuple[int, ...]]:
-        """The maps of queries and of keys, a head each, and how much the window counts."""
-        width, count = config.head_dim, self._made(config)
+        """The feature maps of queries and keys for each head, and the weight of the window."""
+        width, count = config.head_dim, self._feature_count(config)
         maps: dict[str, tuple[int, ...]] = {}
         if self.feature != "elu":
             rows = width if self.feature == "hedgehog" else count
@@ -73,8 +73,8 @@ class Linear(Mixing):
             maps |= {"query_bias": (config.heads, count), "key_bias": (config.kv_heads, count)}
         return {**maps, **({"share": (config.heads,)} if self.window else {})}
 
-    def begin(self, config: Config, index: int) -> Mapping[str, Tensor]:
-        """Identity for Hedgehog; random rows of length 1 for T2R; a window that counts a tenth."""
+    def initial_values(self, config: Config, index: int) -> Mapping[str, Tensor]:
+        """Identity for Hedgehog; random rows of length 1 for T2R; a window weight of 0.1."""
         import torch
 
         values: dict[str, Tensor] = {}
@@ -90,17 +90,17 @@ class Linear(Mixing):
                 values[name] = torch.nn.functional.normalize(torch.randn(shape, generator=draw), dim=-1)
         return values
 
-    def remembers(self, config: Config) -> Slots:
-        """The sum over all older tokens, and the window."""
+    def cache_slots(self, config: Config) -> Slots:
+        """The sum over older tokens, and the tokens of the window."""
         from effconvert.surgery.mixing._call import past
 
         if not config.family.decoder:
             return {}
-        state: Slots = {"state": ((config.kv_heads, 1, self._made(config), config.head_dim + 1), "float32")}
+        state: Slots = {"state": ((config.kv_heads, 1, self._feature_count(config), config.head_dim + 1), "float32")}
         return {**state, **(past(self.window, config.kv_heads, config.head_dim) if self.window else {})}
 
     def mix(self, weights: Mapping[str, Tensor], call: Call) -> Tensor:
-        """Divide what window and features give of the values by what they give of ones: one normaliser for both."""
+        """Apply window and features to the values and to ones, and divide the two: one normaliser for both."""
         import torch
         from torch.nn import functional
 
@@ -111,17 +111,17 @@ class Linear(Mixing):
         query = self._features(call.query, weights, "query").unflatten(1, (groups, -1))  # [B, Hk, R, T, m]
         key, value, live = call.with_window(self.window) if self.window else (call.key, call.value, call.live)
         tokens = call.query.shape[-2]
-        known = functional.pad(value.float(), (0, 1), value=1.0)  # [B, Hk, P + T, D + 1]: of ones the normaliser
-        # A token leaves the window W tokens after it came: what the features see is the same sequence, W tokens later.
+        augmented = functional.pad(value.float(), (0, 1), value=1.0)  # [B, Hk, P + T, D + 1]: the ones give the normaliser
+        # A token leaves the window W tokens after it came, so the features get the same sequence W tokens later.
         back = self.window + tokens - key.shape[-2]  # without a state the sequence begins with the first token, not W before it
-        old_key, old_value, old_live = (functional.pad(rows, (0, 0, back, 0))[..., :tokens, :] for rows in (key, known, live[:, None, :, None].float()))
+        old_key, old_value, old_live = (functional.pad(rows, (0, 0, back, 0))[..., :tokens, :] for rows in (key, augmented, live[:, None, :, None].float()))
         features = (self._features(old_key, weights, "key") * old_live)[:, :, None]
         if not call.causal:
             state = features.mT @ old_value[:, :, None]
-            made = query @ state
+            sums = query @ state
         else:
-            shape = (groups, 1, query.shape[-1], known.shape[-1])
-            made, state = linear_attention(query, features, old_value, call.read("state", {"state": (shape, "float32")}))
+            shape = (groups, 1, query.shape[-1], augmented.shape[-1])
+            sums, state = linear_attention(query, features, old_value, call.read("state", {"state": (shape, "float32")}))
             call.write(state=state)
         if self.window:
             soft = call.prescaled
@@ -129,22 +129,22 @@ class Linear(Mixing):
             scores = (scores.float() * soft.scaling).masked_fill(~counted, torch.finfo(torch.float32).min)
             highest = scores.amax(-1, keepdim=True)
             share = weights["share"].float().sigmoid().unflatten(0, (groups, -1))[..., None, None]
-            made = made + share * window_values((scores - highest).exp() * counted, known)
-        mixed: Tensor = made[..., :-1] / made[..., -1:].clamp_min(1e-30)
-        return mixed.flatten(1, 2)
+            sums = sums + share * window_values((scores - highest).exp() * counted, augmented)
+        output: Tensor = sums[..., :-1] / sums[..., -1:].clamp_min(1e-30)
+        return output.flatten(1, 2)
 
-    def _made(self, config: Config) -> int:
+    def _feature_count(self, config: Config) -> int:
         return {"hedgehog": 2 * config.head_dim, "elu": config.head_dim, "t2r": self.features or 32}[self.feature]
 
     def _features(self, rows: Tensor, weights: Mapping[str, Tensor], which: str) -> Tensor:
-        """Make features [B, H, T, m] of rows [B, H, T, D]; none is negative."""
+        """Map rows [B, H, T, D] to features [B, H, T, m], none of which is negative."""
         import torch
         from torch.nn import functional
 
         rows = rows.float()
         if self.feature == "elu":
             return functional.elu(rows) + 1
-        mapped = rows @ weights[f"{which}_map"].float().mT
+        products = rows @ weights[f"{which}_map"].float().mT
         if self.feature == "t2r":
-            return (mapped + weights[f"{which}_bias"].float()[:, None]).relu()
-        return torch.cat([mapped.softmax(-1), (-mapped).softmax(-1)], -1)
+            return (products + weights[f"{which}_bias"].float()[:, None]).relu()
+        return torch.cat([products.softmax(-1), (-products).softmax(-1)], -1)

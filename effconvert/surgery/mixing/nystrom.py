@@ -1,7 +1,7 @@
-"""Attention by way of a few landmarks (Nyströmformer)."""
+"""Attention through a few landmarks (Nyströmformer)."""
 # B = batch, H = query heads, Hk = KV heads, R = query heads that share one, T = tokens, D = head width, m = landmarks.
 
-from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
+from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field, model_validator
 
 from effconvert.surgery.mixing._mixing import Mixing
-from effconvert.surgery.mixing.linformer import MEANS_OF_ROTATED, attended
+from effconvert.surgery.mixing.linformer import ROPE_MEANS, masked_attention
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class Nystrom(Mixing):
-    """Attention by way of a few landmarks (Nyströmformer).
+    """Attention through a few landmarks (Nyströmformer).
 
-    Landmarks are means of consecutive tokens, m of them whatever the length. Attention is that of tokens to landmarks, times the pseudo-inverse of that
-    among landmarks, times that of landmarks to tokens; a depthwise convolution of the values is added, which begins as nothing. Weights may be negative.
-    Neutral where m is the longest text and the pseudo-inverse exact (--iterations 0). Layers that see no more than a window are left alone.
+    Landmarks are m means of consecutive tokens, for any length. Attention is a product of three matrices: tokens to landmarks, the pseudo-inverse of
+    landmarks to landmarks, and landmarks to tokens. Its weights may be negative. A depthwise convolution of the values is added, which starts at zero.
+    Neutral where m is the longest text and the pseudo-inverse exact (--iterations 0). Layers with a sliding window stay as they are.
     Xiong et al. 2021, arXiv 2102.03902.
 
     \b
@@ -37,18 +37,18 @@ class Nystrom(Mixing):
     )
     leaves_windows = True
 
-    landmarks: int = Field(ge=1, description="Means of consecutive tokens, m; a shorter text is taken as it is.", json_schema_extra={"metavar": "M"})
+    landmarks: int = Field(ge=1, description="Landmarks, m; a text with fewer tokens has one for each token.", json_schema_extra={"metavar": "M"})
     iterations: int = Field(
-        6, ge=0, le=100, description="Steps towards the pseudo-inverse; more magnify more of what landmarks miss. 0: all the way, by singular values."
+        6, ge=0, le=100, description="Iterations of the pseudo-inverse; more magnify the landmarks' errors. 0: the exact inverse, by singular values."
     )
     conv: int = Field(
-        65, ge=0, le=1023, description="Tokens that the convolution of a head's values is wide, odd; 0: none.", json_schema_extra={"metavar": "WIDTH"}
+        65, ge=0, le=1023, description="Width of the convolution of a head's values in tokens, odd; 0: none.", json_schema_extra={"metavar": "WIDTH"}
     )
 
     @model_validator(mode="after")
     def _sound(self) -> Nystrom:
         if self.conv and self.conv % 2 == 0:
-            raise ValueError(f"--conv {self.conv} is even, so that it would look further to one side; give {self.conv + 1}, or 0 for none")
+            raise ValueError(f"--conv {self.conv} is even, so it would reach further to one side; give {self.conv + 1}, or 0 for none")
         return self
 
     def is_exact(self, config: Config) -> bool:
@@ -56,45 +56,45 @@ class Nystrom(Mixing):
         return config.longest is not None and self.landmarks >= config.longest and self.iterations == 0
 
     def notes(self, config: Config) -> str:
-        """Say what becomes of rotated keys."""
-        return MEANS_OF_ROTATED if config.family.rope else ""
+        """Warn of means of rotated keys."""
+        return ROPE_MEANS if config.family.rope else ""
 
     def parameters(self, config: Config, place: str = "") -> Mapping[str, tuple[int, ...]]:
         """The convolution, a kernel for each head."""
         return {"conv": (config.heads, self.conv)} if self.conv else {}
 
-    def begin(self, config: Config, index: int) -> Mapping[str, Tensor]:
-        """Nothing is convolved."""
+    def initial_values(self, config: Config, index: int) -> Mapping[str, Tensor]:
+        """Zeros: the convolution adds nothing."""
         import torch
 
         return {name: torch.zeros(shape) for name, shape in self.parameters(config).items()}
 
     def mix(self, weights: Mapping[str, Tensor], call: Call) -> Tensor:
-        """Attend to landmarks, from these to each other backwards, and from them to tokens: not in half precision, whose errors a pseudo-inverse magnifies."""
+        """Multiply the three matrices; not in half precision, as the pseudo-inverse magnifies rounding errors."""
         import torch
         from torch.nn import functional
 
-        precise = torch.promote_types(call.query.dtype, torch.float32 if self.iterations else torch.float64)  # nothing limits what the exact one magnifies
+        precise = torch.promote_types(call.query.dtype, torch.float32 if self.iterations else torch.float64)  # the exact inverse magnifies without limit
         query, key, value = (rows.to(precise) for rows in (call.grouped, call.key, call.value * call.live[:, None, :, None]))
         means = segments(call.live, min(self.landmarks, call.live.shape[1])).to(precise)  # [B, m, T]
         alive = means.any(-1)[:, None]  # [B, 1, m]
         query_marks, key_marks = means[:, None, None] @ query, means[:, None] @ key  # [B, Hk, R, m, D], [B, Hk, m, D]
         scores = query_marks @ key_marks[:, :, None].mT * call.scaling  # [B, Hk, R, m, m]
-        among = scores.masked_fill(~alive[:, :, None, None], torch.finfo(scores.dtype).min).softmax(-1)
-        unit = torch.eye(among.shape[-1], dtype=precise, device=among.device)
-        among = torch.where(alive[..., None, :, None], among, unit)  # what is no landmark stands alone
-        seen = attended(query_marks, key, value, call.live[:, None], call.scaling)  # [B, H, m, D]
-        told = pseudo_inverse(among, self.iterations).flatten(1, 2) @ seen
-        every = key_marks.repeat_interleave(query.shape[2], 1)
-        mixed = attended(query.flatten(1, 2)[:, :, None], every, told, alive, call.scaling)
+        kernel = scores.masked_fill(~alive[:, :, None, None], torch.finfo(scores.dtype).min).softmax(-1)
+        unit = torch.eye(kernel.shape[-1], dtype=precise, device=kernel.device)
+        kernel = torch.where(alive[..., None, :, None], kernel, unit)  # rows without a landmark become those of the identity
+        landmark_outputs = masked_attention(query_marks, key, value, call.live[:, None], call.scaling)  # [B, H, m, D]
+        landmark_values = pseudo_inverse(kernel, self.iterations).flatten(1, 2) @ landmark_outputs
+        landmark_keys = key_marks.repeat_interleave(query.shape[2], 1)
+        output = masked_attention(query.flatten(1, 2)[:, :, None], landmark_keys, landmark_values, alive, call.scaling)
         if self.conv:
             values = value.repeat_interleave(query.shape[2], 1)
-            mixed = mixed + functional.conv2d(values, weights["conv"].to(precise)[:, None, :, None], padding=(self.conv // 2, 0), groups=values.shape[1])
-        return mixed
+            output = output + functional.conv2d(values, weights["conv"].to(precise)[:, None, :, None], padding=(self.conv // 2, 0), groups=values.shape[1])
+        return output
 
 
 def segments(live: Tensor, count: int) -> Tensor:
-    """Return weights [B, m, T] that make means of consecutive live tokens; of a text with fewer than m each token alone, and rows of 0."""
+    """Return the weights [B, m, T] of means of consecutive live tokens; for a text with fewer than m tokens one row each, and rows of 0."""
     import torch
 
     tokens = live.sum(1, keepdim=True)  # [B, 1]
@@ -106,8 +106,8 @@ def segments(live: Tensor, count: int) -> Tensor:
 def pseudo_inverse(matrix: Tensor, iterations: int) -> Tensor:
     """Return the Moore-Penrose inverse of matrices [..., m, m] whose rows sum to 1.
 
-    By the paper's iteration (its eq. 14), begun for each matrix from its own norms, so that no text depends on what others are in its batch; or with
-    0 iterations by singular values.
+    Uses the paper's iteration (its eq. 14), or with 0 iterations singular values. Each matrix starts from its own norms, so that no text depends on
+    the others in its batch.
     """
     import torch
 

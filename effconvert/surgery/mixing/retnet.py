@@ -1,7 +1,7 @@
 """Linear attention that decays with the distance (RetNet)."""
 # B = batch, H = query heads, Hk = KV heads, R = query heads that share one, T = tokens, D = head width, M = hidden width.
 
-from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
+from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 EPSILON = 1e-10  # of the group norm
 OPEN = 1.2784645  # silu of it is 1
-SHORTEST, LONGEST = 2.0**-3, 2.0**-12  # 1 - gamma of heads that look least far back, and furthest
+SHORTEST, LONGEST = 2.0**-3, 2.0**-12  # 1 - gamma of heads with the shortest reach, and with the longest
 
 
 class Retnet(Mixing):
     """Linear attention that decays with the distance (RetNet).
 
-    A head's output is the sum over earlier tokens of gamma^distance (q k) v, brought to a size by a norm, and gated by what the token is. There is no
-    softmax: scores have signs, so of a pretrained model nothing is left until it is trained again. What a decoder remembers is a matrix of D x D a query
-    head, however long the text. Queries and keys keep the family's RoPE. Sun et al. 2023, arXiv 2307.08621.
+    A head's output is the sum over earlier tokens of gamma^distance (q k) v, followed by a norm and a gate that depends on the token. There is no
+    softmax and scores can be negative, so a pretrained model has to be trained again. The state is a D x D matrix for each query head, for any length.
+    Queries and keys keep the family's RoPE. Sun et al. 2023, arXiv 2307.08621.
 
     \b
     Examples:
@@ -35,25 +35,25 @@ class Retnet(Mixing):
       effconvert retnet --decay paper ./SmolLM2-135M
     """
 
-    no_encoders = "looks back only, and forgets with the distance; encoders see what comes after a token too: linear and performer are for them"
+    no_encoders = "looks back only, and decays with the distance; encoders see later tokens too: linear and performer are for them"
 
     decay: Literal["fitted", "paper"] = Field(
         "fitted",
-        description="Gamma of each head: as its attention falls with the distance on the calibration text, with an output of the size that it had (fitted); "
-        "or 1 - 2^(-5 - h) of head h, with one of size 1 (paper).",
+        description="Gamma of each head: fitted to how its attention falls with the distance on the calibration text, with outputs of their original size "
+        "(fitted); or 1 - 2^(-5 - h) for head h, with outputs of size 1 (paper).",
     )
 
     def parameters(self, config: Config, place: str = "") -> Mapping[str, tuple[int, ...]]:
-        """How fast heads forget, the size of what they give, and the gate."""
+        """The decay of each head, the gain of its output, and the gate."""
         inner = config.heads * config.head_dim
         return {"decay": (config.heads,), "gain": (config.heads, config.head_dim), "gate": (inner, config.hidden), "gate_bias": (inner,)}
 
-    def begin(self, config: Config, index: int) -> Mapping[str, Tensor]:
-        """The paper's decays, which are the same in all layers, and a gate that lets all through."""
+    def initial_values(self, config: Config, index: int) -> Mapping[str, Tensor]:
+        """The paper's decays, the same in all layers, and a gate of 1."""
         import torch
 
         shapes = self.parameters(config)
-        # Kept is the logit of 1 - gamma: in bfloat16 gammas near 1 would be all the same, and training cannot take it out of bounds.
+        # Stores the logit of 1 - gamma: in bfloat16 gammas near 1 would be equal, and a logit cannot leave its bounds in training.
         decay = torch.logit(2.0 ** (-5 - torch.arange(config.heads, dtype=torch.float64))).float()
         return {
             "decay": decay,
@@ -63,36 +63,36 @@ class Retnet(Mixing):
         }
 
     def needs_calibration(self, config: Config) -> bool:
-        """Where decays are fitted."""
+        """If decays are fitted."""
         return self.decay == "fitted"
 
     def fit(self, layer: Layer, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Fit the decays to how attention falls with the distance, and the gains to the size of what it gives."""
+        """Fit the decays to how attention falls with the distance, and the gains to the size of its outputs."""
         import torch
 
         assert layer.activations
-        heads, attended, squares, count = layer.config.heads, torch.zeros(0), torch.zeros(layer.config.heads, dtype=torch.float64), 0
-        for look in layer.activations.capture(layer, ("o",), until="o"):
-            assert look.weights is not None
-            found = by_distance(look.weights).double().cpu()  # [H, T // 2]
-            attended = attended + found if len(attended) else found
-            given = look.inputs["o"].reshape(*look.state.shape[:2], heads, -1)  # [B, T, H, D]
-            squares += given.double().square().mean((1, 3)).sum(0).cpu()
-            count += len(given)
-        far = fitted_decay(attended)
+        heads, attention, squares, count = layer.config.heads, torch.zeros(0), torch.zeros(layer.config.heads, dtype=torch.float64), 0
+        for capture in layer.activations.capture(layer, ("o",), until="o"):
+            assert capture.weights is not None
+            batch = by_distance(capture.weights).double().cpu()  # [H, T // 2]
+            attention = attention + batch if len(attention) else batch
+            outputs = capture.inputs["o"].reshape(*capture.state.shape[:2], heads, -1)  # [B, T, H, D]
+            squares += outputs.double().square().mean((1, 3)).sum(0).cpu()
+            count += len(outputs)
+        far = fit_decay(attention)
         decay = torch.where(far.isnan(), values["decay"].double(), torch.logit(far)).float()
         size = (squares / count).sqrt().float()  # the norm makes every head's root mean square 1
         return {**values, "decay": decay, "gain": size[:, None].expand_as(values["gain"]).clone()}
 
-    def remembers(self, config: Config) -> Slots:
-        """The sum over all tokens, as each query head forgets it."""
+    def cache_slots(self, config: Config) -> Slots:
+        """The decayed sum over all tokens, for each query head."""
         return {"state": ((config.kv_heads, config.heads // config.kv_heads, config.head_dim, config.head_dim), "float32")}
 
     def mix(self, weights: Mapping[str, Tensor], call: Call) -> Tensor:
         """Retain, norm and gate.
 
-        The paper's code scales scores and decays so that no sum grows large, each form in its own way, and the norm takes that out again. In float32 no
-        form needs it, and so all of them give the same whatever the norm's epsilon.
+        The paper's code scales scores and decays to keep sums small, and the norm undoes it. float32 does not need that, and without it the parallel,
+        chunked and recurrent forms agree for any epsilon of the norm.
         """
         from torch.nn import functional
 
@@ -100,12 +100,12 @@ class Retnet(Mixing):
 
         query, live = call.grouped.float() * call.scaling, call.live.float()
         key, value = call.key.float() * live[:, None, :, None], call.value.float()
-        fall = functional.logsigmoid(-weights["decay"].float()).unflatten(0, query.shape[1:3])[..., None] * live[:, None, None]  # padding makes nobody forget
+        fall = functional.logsigmoid(-weights["decay"].float()).unflatten(0, query.shape[1:3])[..., None] * live[:, None, None]  # no decay at padding
         shape = (*query.shape[1:3], key.shape[-1], value.shape[-1])
-        made, state = linear_attention(query, key[:, :, None], value, call.read("state", {"state": (shape, "float32")}), fall)
+        sums, state = linear_attention(query, key[:, :, None], value, call.read("state", {"state": (shape, "float32")}), fall)
         call.write(state=state)
-        made = made.flatten(1, 2)  # [B, H, T, D]
-        normed = made * (made.square().mean(-1, keepdim=True) + EPSILON).rsqrt() * weights["gain"].float()[:, None]
+        sums = sums.flatten(1, 2)  # [B, H, T, D]
+        normed = sums * (sums.square().mean(-1, keepdim=True) + EPSILON).rsqrt() * weights["gain"].float()[:, None]
         gate = functional.linear(call.hidden, weights["gate"].to(call.hidden.dtype)).float() + weights["gate_bias"].float()
         gated: Tensor = normed * functional.silu(gate).unflatten(-1, (normed.shape[1], -1)).transpose(1, 2)
         return gated
@@ -114,8 +114,8 @@ class Retnet(Mixing):
 def by_distance(weights: Tensor) -> Tensor:
     """Sum attention [B, H, T, T] over the batch for each distance, [H, T // 2].
 
-    Only over the later half of the queries, which have all these distances: of the earlier ones attention is shared among fewer keys. So the first token
-    is left out, too, which many heads look at when there is nothing to look at.
+    Only the later half of the queries counts, which have all these distances: earlier ones share attention among fewer keys. This also leaves out the
+    first token, an attention sink of many heads.
     """
     import torch
 
@@ -124,18 +124,18 @@ def by_distance(weights: Tensor) -> Tensor:
     return torch.stack([weights[:, :, tokens - far :].diagonal(tokens - far - distance, -2, -1).sum((0, -1)) for distance in range(far)], -1)
 
 
-def fitted_decay(attended: Tensor) -> Tensor:
-    """Return 1 - gamma of each head [H], by least squares of log attention [H, distances] on the distance; NaN where no two distances are attended to.
+def fit_decay(attention: Tensor) -> Tensor:
+    """Return 1 - gamma of each head [H], by least squares of log attention [H, distances] on the distance; NaN where no two distances get attention.
 
-    A distance counts by the attention that it gets: else the many far ones, which hardly any head looks at, would decide.
+    Distances are weighted by their attention, or the many distant ones with hardly any attention would decide.
     """
     import torch
 
-    weight = attended / attended.sum(-1, keepdim=True).clamp_min(torch.finfo(attended.dtype).tiny)
-    distance = torch.arange(attended.shape[-1], dtype=attended.dtype)
-    log = attended.clamp_min(torch.finfo(attended.dtype).tiny).log()
+    weight = attention / attention.sum(-1, keepdim=True).clamp_min(torch.finfo(attention.dtype).tiny)
+    distance = torch.arange(attention.shape[-1], dtype=attention.dtype)
+    log = attention.clamp_min(torch.finfo(attention.dtype).tiny).log()
     off = distance - (weight * distance).sum(-1, keepdim=True)
     spread = (weight * off.square()).sum(-1)
     slope = (weight * off * log).sum(-1) / spread
     far = -torch.expm1(slope)
-    return torch.where((attended > 0).sum(-1) > 1, far.clamp(LONGEST, SHORTEST), torch.nan)
+    return torch.where((attention > 0).sum(-1) > 1, far.clamp(LONGEST, SHORTEST), torch.nan)

@@ -1,7 +1,7 @@
 """Attend to the last tokens and the first few only (StreamingLLM)."""
 # B = batch, H = query heads, Hk = KV heads, R = query heads that share one, T = tokens, D = head width, W = window, S = sinks.
 
-from __future__ import annotations  # what only types need is not imported: `--help` must not wait for torch
+from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -21,10 +21,9 @@ if TYPE_CHECKING:
 class Streaming(Mixing):
     """Attend to the last tokens and the first few only (StreamingLLM).
 
-    The KV cache stops growing at W + S tokens, and text of any length goes on being read. Nothing is trained. Positions are those inside the cache: a query
-    never sees a sink further away than W + S - 1. Neutral where the window is as long as the longest context. Without sinks, families that have a sliding
-    window of their own are written with that, as stock checkpoints (a llama of which all layers are changed becomes a mistral).
-    Xiao et al. 2023, arXiv 2309.17453.
+    The KV cache stops growing at W + S tokens, and the model reads text of any length. Nothing is trained. Positions are those inside the cache: a
+    query's distance to a sink is at most W + S - 1. Neutral where the window is as long as the longest context. Without sinks, families with a sliding
+    window of their own use that, as stock checkpoints (a llama becomes a mistral if all layers change). Xiao et al. 2023, arXiv 2309.17453.
 
     \b
     Examples:
@@ -37,20 +36,18 @@ class Streaming(Mixing):
     )
     softcaps = True
 
-    window: int = Field(ge=1, description="Tokens that a token sees, itself and those before it, W.", json_schema_extra={"metavar": "W"})
+    window: int = Field(ge=1, description="Last tokens that a token sees, itself included, W.", json_schema_extra={"metavar": "W"})
     sinks: int = Field(4, ge=0, description="First tokens of the text that all tokens see, S.")
 
     @model_validator(mode="after")
     def _sound(self) -> Streaming:
         if self.window < self.sinks:
-            raise ValueError(
-                f"--window {self.window} is smaller than --sinks {self.sinks}, so the first tokens would be all that is seen; give a longer window"
-            )
+            raise ValueError(f"--window {self.window} is smaller than --sinks {self.sinks}; give a window of at least {self.sinks}, or fewer sinks")
         return self
 
     @property
     def softmax_tokens(self) -> int:
-        """Those of the window."""
+        """The window."""
         return self.window
 
     @classmethod
@@ -67,11 +64,11 @@ class Streaming(Mixing):
         return config.longest is not None and self.window >= config.longest
 
     def notes(self, config: Config) -> str:
-        """Say where texts end all the same."""
-        return "" if config.family.rope else f"its positions are learnt, so that no text can be longer than {config.longest} tokens all the same"
+        """Warn where learnt positions limit the length."""
+        return "" if config.family.rope else f"its positions are learnt, so texts still cannot be longer than {config.longest} tokens"
 
     def config(self, config: Config) -> Config:
-        """Put the mixer into the chosen layers; without sinks write the family's own sliding window instead, where it has one."""
+        """Record the mixer for the chosen layers; without sinks write the family's own sliding window instead, where it has one."""
         native = None if self.sinks else config.with_window(self.window, self.chosen(config))
         return native or super().config(config)
 
@@ -79,46 +76,46 @@ class Streaming(Mixing):
         """None."""
         return {}
 
-    def remembers(self, config: Config) -> Slots:
-        """The window, the sinks, and the angles at which a query is furthest from them."""
+    def cache_slots(self, config: Config) -> Slots:
+        """The window, the sinks, and the angles of the last position inside the cache."""
         from effconvert.surgery.mixing._call import past, sinks
 
         heads = config.kv_heads, config.head_dim
-        turned: Slots = {"furthest": ((2, config.rotary), "float32")} if config.rotary else {}
-        return {**past(self.window - 1, *heads), **sinks(self.sinks, *heads), "count": ((), "int64"), **turned}
+        angles: Slots = {"furthest": ((2, config.rotary), "float32")} if config.rotary else {}
+        return {**past(self.window - 1, *heads), **sinks(self.sinks, *heads), "count": ((), "int64"), **angles}
 
     def mix(self, weights: Mapping[str, Tensor], call: Call) -> Tensor:
-        """One softmax over the window and over those sinks that it does not hold."""
+        """One softmax over the window and over the sinks outside it."""
         import torch
 
         from effconvert.kernels.window import window_scores, window_values
 
         call = call.prescaled
-        ranks = call.positions()  # [B, T]
+        positions = call.positions()  # [B, T]
         key, value, live = call.with_window(self.window - 1)
         near, counted = window_scores(call.grouped, key, live, self.window)
-        sink_key, sink_value = call.first_tokens(self.sinks, ranks)  # [B, Hk, S, D]
-        far = self._moved(call, ranks).unflatten(1, (key.shape[1], -1)) @ sink_key[:, :, None].mT  # [B, Hk, R, T, S]
-        left = ranks[:, :, None] - torch.arange(self.sinks, device=ranks.device) >= self.window  # [B, T, S]: the window has gone past them
+        sink_key, sink_value = call.first_tokens(self.sinks, positions)  # [B, Hk, S, D]
+        far = self._inside_cache(call, positions).unflatten(1, (key.shape[1], -1)) @ sink_key[:, :, None].mT  # [B, Hk, R, T, S]
+        outside_window = positions[:, :, None] - torch.arange(self.sinks, device=positions.device) >= self.window  # [B, T, S]
         scores = torch.cat([near, far], -1).float() * call.scaling
         if call.softcap is not None:
             scores = call.softcap * torch.tanh(scores / call.softcap)
-        every = torch.cat([counted, left[:, None, None]], -1)
+        every = torch.cat([counted, outside_window[:, None, None]], -1)
         weight = scores.masked_fill(~every, torch.finfo(scores.dtype).min).softmax(-1).to(value.dtype)
         near, far = weight.split([near.shape[-1], self.sinks], -1)
-        mixed: Tensor = window_values(near, value) + far @ sink_value[:, :, None]
-        return mixed.flatten(1, 2)
+        output: Tensor = window_values(near, value) + far @ sink_value[:, :, None]
+        return output.flatten(1, 2)
 
-    def _moved(self, call: Call, ranks: Tensor) -> Tensor:
-        """Return the queries at the last position inside the cache, where they have gone past it."""
+    def _inside_cache(self, call: Call, positions: Tensor) -> Tensor:
+        """Return the queries, with those past the cache's last position moved to it."""
         import torch
 
         if call.rotation is None:
             return call.query
         last = self.window + self.sinks - 1
         angles = call.rotation.angles  # [B, 2, T, rotary]
-        here = ((ranks == last) & call.live)[:, None, None].to(angles.dtype)  # [B, 1, 1, T]
-        furthest = call.read("furthest", {"furthest": ((2, angles.shape[-1]), "float32")}) + (here @ angles)[:, :, 0].float()
+        at_last = ((positions == last) & call.live)[:, None, None].to(angles.dtype)  # [B, 1, 1, T]
+        furthest = call.read("furthest", {"furthest": ((2, angles.shape[-1]), "float32")}) + (at_last @ angles)[:, :, 0].float()
         call.write(furthest=furthest)
-        to = torch.where((ranks > last)[:, None, :, None], furthest[:, :, None].to(angles.dtype), angles)
-        return call.rotation.moved(call.query, to)
+        to = torch.where((positions > last)[:, None, :, None], furthest[:, :, None].to(angles.dtype), angles)
+        return call.rotation.at_angles(call.query, to)

@@ -13,11 +13,11 @@ class BlendedLayer(Replacement):
     def parameters(self, config, place=""):
         return {"share": (1,)}
 
-    def begin(self, config, index):
+    def initial_values(self, config, index):
         return {"share": torch.ones(1)}
 
     def is_exact(self, config):
         return True
 
-    def forward(self, weights, hidden, around):
-        return hidden + weights["share"] * (around.original(hidden) - hidden)
+    def forward(self, weights, hidden, context):
+        return hidden + weights["share"] * (context.original(hidden) - hidden)

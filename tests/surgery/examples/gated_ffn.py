@@ -13,11 +13,11 @@ class GatedFfn(Replacement):
     def parameters(self, config, place=""):
         return {"gain": (config.hidden,)}
 
-    def begin(self, config, index):
+    def initial_values(self, config, index):
         return {"gain": torch.ones(config.hidden)}
 
     def is_exact(self, config):
         return True
 
-    def forward(self, weights, hidden, around):
-        return weights["gain"] * around.original(hidden)
+    def forward(self, weights, hidden, context):
+        return weights["gain"] * context.original(hidden)

@@ -15,8 +15,8 @@ class MeanAttention(Replacement):
     def parameters(self, config, place=""):
         return {"gain": (config.hidden,)}
 
-    def begin(self, config, index):
+    def initial_values(self, config, index):
         return {"gain": torch.ones(config.hidden)}
 
-    def forward(self, weights, hidden, around):
-        return weights["gain"] * (hidden * around.live[..., None]).cumsum(1) / around.live.cumsum(1).clamp_min(1)[..., None]
+    def forward(self, weights, hidden, context):
+        return weights["gain"] * (hidden * context.live[..., None]).cumsum(1) / context.live.cumsum(1).clamp_min(1)[..., None]

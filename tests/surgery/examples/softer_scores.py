@@ -20,10 +20,10 @@ class SofterScores(Mixing):
     def parameters(self, config, place=""):
         return {"temperature": (config.heads,)}
 
-    def begin(self, config, index):
+    def initial_values(self, config, index):
         return {"temperature": torch.ones(config.heads)}
 
-    def remembers(self, config):
+    def cache_slots(self, config):
         return past(self.window - 1, config.kv_heads, config.head_dim)
 
     def is_exact(self, config):

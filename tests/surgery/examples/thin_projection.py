@@ -28,5 +28,5 @@ class ThinProjection(Replacement):
         left, size, right = torch.linalg.svd(layer[place], full_matrices=False)
         return {"left": left[:, : self.rank] * size[: self.rank], "right": right[: self.rank]}
 
-    def forward(self, weights, hidden, around):
+    def forward(self, weights, hidden, context):
         return hidden @ weights["right"].T @ weights["left"].T
