@@ -135,7 +135,7 @@ class Terminal:
     def inspection(self, seen: Inspection) -> None:
         """Print what a model is."""
         config, checkpoint = seen.checkpoint.config, seen.checkpoint
-        kind = "decoder" if config.family.decoder else "encoder"
+        kind = "decoder" if config.decoder else "encoder"
         self.out.print(f"[bold]{escape(self.model)}[/]: {config.kind} ({escape(config.architecture)}), {kind}, {checkpoint.dtype}", soft_wrap=True)
         self.out.print(f"{_shape(config)}, width {config.hidden}, vocabulary {config.get('vocab_size')}")
         if windows := sorted({window for window in config.windows() if window}):
@@ -155,7 +155,7 @@ class Terminal:
             table.add_row("active for a token", count(seen.size.active), f"{config.top_k} of {config.experts} experts")
         self.out.print()
         self.out.print(table)
-        if config.family.decoder:
+        if config.decoder:
             at = ", ".join(f"{size(held)} at {context // 1024}k" for context, held in seen.kv_bytes.items())
             self.out.print(f"\nKV cache: {size(seen.size.kv_bytes)} a token, {at}")
         self.out.print()

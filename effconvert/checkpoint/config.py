@@ -92,7 +92,7 @@ class Config(Shape):
     def _check_lending(self, layers: Sequence[int]) -> None:
         """Refuse layers that cannot read the keys and values of the first of them."""
         family = self.family
-        if not family.decoder or family.shares_kv_in_our_class or not family.kv_heads_key:
+        if not self.decoder or family.shares_kv_in_our_class or not family.kv_heads_key:
             raise ModelError(f"{self.kind} has no keys and values of their own that layers could share; give a decoder such as llama")
         for part in {"k", "v"}:
             self.place(part)  # says so where it is in one module with others

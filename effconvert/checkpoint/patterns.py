@@ -18,6 +18,8 @@ def windows(get: Get, family: Family, layers: int) -> list[int | None]:
     window = get(family.window_key)
     if window is None or get("use_sliding_window") is False:
         return [None] * layers
+    if get(family.both_ways_key):  # half of it on each side
+        window = window // 2 + 1
     kinds = get("layer_types")
     if kinds is None and family.turned_key:
         kinds = ["full_attention" if turned else "sliding_attention" for turned in turns(get, family, layers)]

@@ -61,6 +61,12 @@ class Shape:
         return fused
 
     @property
+    def decoder(self) -> bool:
+        """Whether a token sees earlier ones only: so in a decoder, unless its config says that it attends both ways, as text embedders do."""
+        both_ways = self.get("is_causal") is False or bool(self.family.both_ways_key and self.get(self.family.both_ways_key))
+        return self.family.decoder and not both_ways
+
+    @property
     def blocks(self) -> int:
         """Of how many blocks of heads a tensor of fused queries, keys and values is made, each with a share of every part."""
         return self.kv_heads if self.family.per_head else self.family.blocks or 1

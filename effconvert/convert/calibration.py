@@ -50,7 +50,7 @@ def prepare(plan: Plan, options: Conversion) -> Calibration:
     if len(ids) < count:
         raise OptionError(f"{text.name} has {ids.numel()} tokens in windows of {window}, and {asked}")
     ids = ids[[index * len(ids) // count for index in range(count)]]
-    if config.family.decoder:
+    if config.decoder:
         return Calibration(text.name, ids)
     ends = _ends(tokenizer)
     least = SHORTEST + sum(map(len, ends))

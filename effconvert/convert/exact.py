@@ -17,13 +17,14 @@ from effconvert.progress import Advance
 TOLERANCE = 1e-5  # of the largest logit, in float32
 SHORT, GROWTH = 128, 4  # tokens of the first text, and how many times longer the next is
 PLACES = 96  # of a text, all over it, whose logits are compared
+SEEN = 1e-3  # of the largest number: a change below it is rounding, as in experts that get other tokens together
 PATIENCE = 120  # seconds that one may take
 
 
 def texts(config: Config, tokens: int, free: int) -> list[Tensor]:
     """Make random texts [T], each of which begins the next: the longest has `tokens`, or what the model reads, or what fits into `free` bytes of memory."""
     tokens = min(config.longest or tokens, tokens)
-    logits = 0 if config.family.decoder else 8 * config.vocabulary  # bytes a token: encoders give all of them
+    logits = 0 if config.decoder else 8 * config.vocabulary  # bytes a token: encoders give all of them
     while tokens > SHORT and 16 * config.heads * tokens**2 + logits * tokens > free:  # as if the scores of all tokens were kept, a few times over
         tokens //= 2
     text = torch.randint(config.vocabulary, (tokens,), generator=torch.Generator().manual_seed(0))
@@ -82,6 +83,19 @@ def _all_over(model: Any, text: Tensor, decoder: bool) -> Tensor:
 def _given(output: Any) -> Tensor:
     given: Tensor = (output.logits if "logits" in output else output.last_hidden_state)[0]
     return given
+
+
+@torch.inference_mode()
+def sees_later(model: Any, text: Tensor) -> bool:
+    """Whether what `model` makes of some token of a text [T] depends on a later one: on the last, or on one in the middle."""
+    before = _given(model(text[None].to(model.device)))
+    for place in {len(text) // 2, len(text) - 1} - {0}:
+        changed = text.clone()
+        changed[place] = changed[place] - 1 if changed[place] else 1
+        earlier = (_given(model(changed[None].to(model.device))) - before)[:place].abs()
+        if earlier.max() > SEEN * before.abs().max():
+            return True
+    return False
 
 
 def compare(read: Sequence[Tensor], before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[float, int]:

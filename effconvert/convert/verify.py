@@ -92,7 +92,7 @@ def prepare(plan: Plan, text: Text, options: RunOptions) -> Material:
     context = min(options.context, config.longest or options.context)
     random = torch.randint(config.vocabulary, (1, min(context, 2 * PROMPT)), generator=torch.Generator().manual_seed(0))
     texts = tuple(exact.texts(config, options.tokens, psutil.virtual_memory().available - check_memory(plan, options))) if plan.is_exact else ()
-    if not config.family.decoder:
+    if not config.decoder:
         return Material(None, random, text.name, f"{config.kind} is an encoder and predicts no next token", texts)
     if config.architecture != config.family.lm:
         return Material(None, random, text.name, f"{config.architecture} has no language-model head", texts)
@@ -117,31 +117,43 @@ def verify(plan: Plan, folder: Path, material: Material, scratch: Path, progress
                 check_finite(folder, plan, advance)
             count = material.windows.numel() + sum(map(len, material.texts))
             with progress.bar("measuring the original", count, "tokens") as advance:
-                before, expected, device = _side(plan, plan.checkpoint.folder, material, advance, record=scratch)
+                original = _run(plan, plan.checkpoint.folder, material, advance, record=scratch)
             with progress.bar("measuring the converted model", count, "tokens") as advance:
                 recorded = LogitsFile(scratch, measuring_dtype(plan), plan.checkpoint.config.vocabulary)
-                after, found, _ = _side(plan, folder, material, advance, reference=recorded)
+                converted = _run(plan, folder, material, advance, reference=recorded)
     finally:
         scratch.unlink(missing_ok=True)
-    _check(plan.before, before, "the original")
-    _check(plan.after, after, "the converted model")
-    difference, compared = exact.compare([_head(material), *material.texts], expected, found) if plan.is_exact else (None, 0)
+    if original.sees_later != converted.sees_later:
+        one, other = ("the original", "the converted model")[:: 1 if original.sees_later else -1]
+        raise ModelError(f"tokens see later ones in {one}, and not in {other}: a technique that is not made for such attention, please report it")
+    _check(plan.before, original.side, "the original")
+    _check(plan.after, converted.side, "the converted model")
+    texts = [_head(material), *material.texts]
+    difference, compared = exact.compare(texts, original.logits, converted.logits) if plan.is_exact else (None, 0)
     dtype = str(measuring_dtype(plan)).removeprefix("torch.")
-    return Verification(before, after, difference, material.text, dtype, device, material.unmeasured, compared)
+    return Verification(original.side, converted.side, difference, material.text, dtype, original.device, material.unmeasured, compared)
 
 
-def _side(
-    plan: Plan, folder: Path, material: Material, advance: Advance, record: Path | None = None, reference: LogitsFile | None = None
-) -> tuple[Side, list[Tensor], str]:
+@dataclass(frozen=True)
+class Run:
+    """What one of the two models does on the material."""
+
+    side: Side
+    logits: list[Tensor]  # of each text, [places, V]
+    sees_later: bool  # whether tokens see later ones
+    device: str
+
+
+def _run(plan: Plan, folder: Path, material: Material, advance: Advance, record: Path | None = None, reference: LogitsFile | None = None) -> Run:
     config = plan.config if folder != plan.checkpoint.folder else plan.checkpoint.config
     whole, cut, scored = loading.load(folder, config, measuring_dtype(plan)), material.windows, not material.unmeasured
     model, parameters = loading.measured(whole, config), sum(parameter.numel() for parameter in whole.parameters())
     prompt = cut[0, :PROMPT]
-    logits = [perplexity.logits_of(model, _head(material)).float().cpu(), *exact.logits(model, material.texts, config.family.decoder, advance)]
+    logits = [perplexity.logits_of(model, _head(material)).float().cpu(), *exact.logits(model, material.texts, config.decoder, advance)]
     measured = perplexity.summary(perplexity.measure(model, list(cut), record, reference, advance), cut.shape[1]) if scored else None
     written = perplexity.continuation(model, material.tokenizer, prompt, PROMPT) if scored else ""
     cache = state = 0
-    if plan.config.family.decoder:
+    if plan.config.decoder:
         windows = [window - 1 for window in config.windows() if window]
         short = prompt[: max(1, min([len(prompt), *windows]))]  # before any window is full
         itemsize = FLOATS[plan.checkpoint.dtype].itemsize
@@ -151,7 +163,8 @@ def _side(
             if held != (said := state_bytes(config, model.dtype.itemsize, len(seen))):
                 raise ModelError(f"its mixers hold {held} bytes after {len(seen)} tokens, and the plan said {said}: a fault of effconvert")
         cache, state = growing // len(short) * itemsize // model.dtype.itemsize + growth_bytes(config, itemsize), state_bytes(config, itemsize)
-    return Side(parameters, cache, measured, written, state), logits, str(model.device)
+    later = exact.sees_later(model, cut[0][: 2 * PROMPT])
+    return Run(Side(parameters, cache, measured, written, state), logits, later, str(model.device))
 
 
 def _head(material: Material) -> Tensor:

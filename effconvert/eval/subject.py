@@ -36,7 +36,7 @@ class Opened:
     @property
     def decoder(self) -> bool:
         """Whether it predicts the next token."""
-        return self.checkpoint.config.family.decoder
+        return self.checkpoint.config.decoder
 
     @property
     def head(self) -> bool:

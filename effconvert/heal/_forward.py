@@ -36,7 +36,7 @@ class Forward:
         count = max(1, min(len(self._batches), round(tokens * len(self._batches) / sum(batch.numel() for batch in self._batches))))
         ids = [self._batches[index * len(self._batches) // count].to(device()) for index in range(count)]
         self._outer = self._model().outer
-        self._runner = LayerRunner(self.config, outer_tensors(self._outer, ids), ids, device(), head=self.config.family.decoder)
+        self._runner = LayerRunner(self.config, outer_tensors(self._outer, ids), ids, device(), head=self.config.decoder)
         return self._runner.begin()
 
     def layer(self, index: int, states: Sequence[Tensor], without: str = "") -> list[Tensor]:

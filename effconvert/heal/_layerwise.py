@@ -82,7 +82,7 @@ class LayerRunner:
     @property
     def arguments(self) -> dict[str, Any]:
         """The bare model's arguments beside token ids."""
-        return {"use_cache": False} if self.config.family.decoder else {}
+        return {"use_cache": False} if self.config.decoder else {}
 
     def begin(self) -> list[Tensor]:
         """Return the inputs of the first layer, [B, T, M] for each batch."""

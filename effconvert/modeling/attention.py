@@ -73,7 +73,7 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
         angles = None  # layers get them that RoPE leaves alone, too
     tokens, scaling = query.shape[-2], kwargs.get("scaling")
     live = _visible(attention_mask, 0, tokens, len(query), query.device)
-    causal, order, packing = module.effconvert.config.family.decoder, None, None
+    causal, order, packing = module.effconvert.config.decoder, None, None
     if causal and attention_mask is not None and state is None and (packing := _packing(attention_mask, live)):
         query, key, value, hidden = map(packing.apart, (query, key, value, hidden))
         angles = angles and tuple(map(packing.apart, angles))

@@ -23,7 +23,7 @@ def caches(config: Config) -> Iterator[Kept]:
     """Yield what each layer keeps; of an encoder nothing."""
     for index, window in enumerate(config.windows()):
         record = next((record for record in config.replaced_in(index) if record.place == "scores" or "k" in record.drops), None)
-        if not config.family.decoder:
+        if not config.decoder:
             yield Kept(softmax=False)
         elif config.cache_of(index) != index:
             yield Kept(softmax=False, lender=config.cache_of(index))

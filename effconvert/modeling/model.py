@@ -142,7 +142,7 @@ def _with_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     wanted = getattr(model.config, "use_cache", False) and not model.training if asked is None else asked
     if cache_among((*args, *kwargs.values())) is not None:
         return args, kwargs
-    if not wanted or (model.training and checkpoints(model)):
+    if not wanted or not own_config(model.config).decoder or (model.training and checkpoints(model)):
         return args, {**kwargs, "use_cache": False}  # else the family makes one of its own
     return args, {**kwargs, cache_name(model): cache_for(model.config)}
 
@@ -155,8 +155,8 @@ def _refuse(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
         raise ValueError("mixers know of padding only: give an attention_mask [batch, tokens], or none")
     if mask is not None or positions is None or positions.shape[-1] < 2 or not bool((positions.diff(dim=-1) != 1).any()):
         return args, kwargs
-    family = own_config(model.config).family
-    if not (family.decoder and family.packs):
+    ours = own_config(model.config)
+    if not (ours.decoder and ours.family.packs):
         raise ValueError("several texts in one row (position_ids that begin anew) would be mixed with each other; give each a row of its own, padded")
     if cache_among(named.values()) is not None or named.get("use_cache"):
         raise ValueError("several texts in one row (position_ids that begin anew) cannot be gone on with in a cache; leave use_cache and the cache out")

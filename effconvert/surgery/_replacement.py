@@ -95,8 +95,8 @@ class Replacement(Layerwise):
         name = cls.__module__.rpartition(".")[2].replace("_", "-")
         if cls.place in ("scores", "attention"):
             config.place(cls.place)  # raises where nothing attends
-        if why := cls.no_decoders if config.family.decoder else cls.no_encoders:
-            raise ModelError(f"{config.kind} is {'a decoder' if config.family.decoder else 'an encoder'}, and {name} {why}")
+        if why := cls.no_decoders if config.decoder else cls.no_encoders:
+            raise ModelError(f"{config.kind} is {'a decoder' if config.decoder else 'an encoder'}, and {name} {why}")
 
     def check(self, config: Config) -> None:
         """Refuse layers that do not exist or have a technique at that place already, and families that the technique does not fit."""

@@ -263,7 +263,7 @@ def test_a_config_without_its_mixers_is_the_one_it_was(kind):
     config = stock_config(model)
     for step in (load(NAME[kind])(**small(NAME[kind], kind), layers="0"), load(NAME[kind])(**small(NAME[kind], kind), layers="1")):
         config = step.config(config)
-    raw, _, replaced = decode(json.loads(json.dumps(config.content)))
+    raw, _, replaced, _ = decode(json.loads(json.dumps(config.content)))
     assert raw == json.loads(json.dumps(stock_config(model).raw))
     assert replaced == config.replaced
     assert [entry["layers"] for entry in config.content["effconvert"]["replaced"]] == [[0, 1]]  # the same in both

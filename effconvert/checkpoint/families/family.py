@@ -46,6 +46,8 @@ class Family:
     scales_queries: bool = False  # by their position in the text
 
     decoder: bool = True
+    both_ways_key: str = ""  # what says that a decoder attends both ways, and so halves its window, beside `is_causal`, which all heed
+    not_on: Mapping[str, str] = field(default_factory=dict)  # switches that may not be on: key -> why
     own_attention: bool = False  # its attention is not called through transformers' AttentionInterface: nothing can stand between its projections
     adds_inside: frozenset[str] = frozenset()  # places whose module adds to the stream itself: attention, ffn
     kinds_key: str = ""  # a list of [[kinds of attention], how often], one after the other the layers'

@@ -50,7 +50,7 @@ class Linear(Mixing):
     def check(self, config: Config) -> None:
         """Refuse a window in an encoder."""
         super().check(config)
-        if self.window and not config.family.decoder:
+        if self.window and not config.decoder:
             raise OptionError(f"--window {self.window} is for decoders, and {config.kind} is an encoder; leave it out")
 
     @property
@@ -94,7 +94,7 @@ class Linear(Mixing):
         """The sum over older tokens, and the tokens of the window."""
         from effconvert.surgery.mixing._call import past
 
-        if not config.family.decoder:
+        if not config.decoder:
             return {}
         state: Slots = {"state": ((config.kv_heads, 1, self._feature_count(config), config.head_dim + 1), "float32")}
         return {**state, **(past(self.window, config.kv_heads, config.head_dim) if self.window else {})}

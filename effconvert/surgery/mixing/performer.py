@@ -47,7 +47,7 @@ class Performer(Mixing):
 
     def cache_slots(self, config: Config) -> Slots:
         """The sum over all tokens, and the exponent of its scale."""
-        if not config.family.decoder:
+        if not config.decoder:
             return {}
         return {"state": ((config.kv_heads, 1, self.features, config.head_dim + 1), "float32"), "highest": ((config.kv_heads,), "float32")}
 
