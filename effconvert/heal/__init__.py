@@ -1,1 +1,1 @@
-"""One file here is one healing method: what brings quality back after surgery. A step of a recipe like a technique, and a command of its own."""
+"""Each file here is one healing method, which recovers quality after surgery. It is a step of recipes and a command of its own, as techniques are."""

@@ -73,13 +73,13 @@ def history(manifest: Mapping[str, Any]) -> History:
                 raise TypeError(step)
     except (AttributeError, KeyError, TypeError):
         raise ModelError("effconvert.json is damaged: it does not say what was converted, and how; convert again") from None
-    # A snapshot in huggingface_hub's cache that was given as a folder is called like its commit.
+    # A folder in huggingface_hub's cache is named like its commit.
     hub = bool(commit and commit != model and HUB_ID.match(model))
     return History(model, hub, commit or source.get("revision"), tuple(steps), last)
 
 
 def verification(manifest: Mapping[str, Any]) -> Verification | None:
-    """Return what the conversion measured, None where nothing was verified.
+    """Return the verification's results, None where the model was not verified.
 
     Raises:
         ModelError: the manifest is damaged, or another version wrote it.
@@ -93,7 +93,7 @@ def verification(manifest: Mapping[str, Any]) -> Verification | None:
 
 
 def front_matter(readme: str) -> dict[str, Any]:
-    """Return the metadata of a README.md, empty where there is none that can be read."""
+    """Return the metadata of a README.md; empty where there is none, or it cannot be read."""
     match = REGEX_YAML_BLOCK.search(readme.removeprefix("\ufeff"))
     try:
         content = yaml.load(match[2], yaml.BaseLoader) if match else {}  # every value as text, so that Norwegian (no) is not False

@@ -1,1 +1,1 @@
-"""One file in this folder or below is one technique: its name is the command, its class holds the options."""
+"""Each file in this folder or below is one technique: its name is the command's, and its class has the options."""

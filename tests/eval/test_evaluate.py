@@ -238,7 +238,7 @@ def test_no_model_is_refused(command):
         (2, r"there is no folder .*nowhere/model", ["nowhere/model"]),
         (2, r"--context 65 is more than the 64 tokens that tiny reads; give at most 64", ["MODEL", *EASY, "--context", "65"]),
         (2, r"--max-length 65 is more than the 64 tokens", ["MODEL", *EASY, "--max-length", "65"]),
-        (2, r"--device qpu cannot be used here; there is cpu", ["MODEL", *EASY, "--device", "qpu"]),
+        (2, r"--device qpu cannot be used here; give one of cpu", ["MODEL", *EASY, "--device", "qpu"]),
         (2, r"--device meta holds no numbers", ["MODEL", *EASY, "--device", "meta"]),
         (2, r"--output . is a folder", ["MODEL", "-o", "."]),
         (2, r"--output file/eval.json cannot be written", ["MODEL", "-o", "file/eval.json"]),
@@ -272,7 +272,7 @@ def test_what_cannot_be_is_refused_in_a_line_before_anything_is_computed(command
 def test_a_model_without_a_tokenizer_is_refused(command, model, idle):
     for file in model.glob("tokenizer*"):
         file.unlink()
-    refused(command, 1, "model has no tokenizer beside it", model, *EASY)
+    refused(command, 1, "model has no tokenizer, which", model, *EASY)
 
 
 def test_a_model_without_a_head_is_refused(command, llama, tmp_path, idle):

@@ -443,7 +443,7 @@ def test_a_task_that_executes_what_a_model_writes_is_refused_unless_it_is_allowe
     with (tasks / "write.yaml").open("a") as file:
         file.write("unsafe_code: true\n")
     refused(
-        command, 2, "the task write executes what a model writes; give --confirm-run-unsafe-code", llama, *EASY, "--tasks", "write", "--include-path", tasks
+        command, 2, "the task write executes code written by a model; give --confirm-run-unsafe-code", llama, *EASY, "--tasks", "write", "--include-path", tasks
     )
     evaluation = measure(llama, tasks="write", include_path=tasks, confirm_run_unsafe_code=True, limit=2)
     assert row(evaluation, "write", "exact_match").documents == 2

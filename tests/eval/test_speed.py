@@ -450,7 +450,7 @@ def test_what_cannot_be_asked_for_is_refused_in_a_line(command, many, arguments,
     ("kind", "surgery", "told"),
     [
         ("llama", ("linear", "--window", "6"), "has no room for what the mixers of out remember"),
-        ("gpt2", ("gqa", "--groups", "2", "--pool", "mean"), "would hold the KV heads that out shares as often as they are used"),
+        ("gpt2", ("gqa", "--groups", "2", "--pool", "mean"), "would store the shared KV heads of out once for each query head"),
     ],
 )
 def test_a_static_cache_for_what_is_ours_is_told_of_in_the_table(command, kind, surgery, told):

@@ -86,11 +86,11 @@ def _cards(report: Report) -> Iterator[Card]:
     if this.kv_bytes or this.state_bytes:
         yield _card("KV cache a token", before.kv_bytes if before else None, this.kv_bytes, size)
     rows = list(report.rows())
-    judged = [(row, value) for row, _, value in rows if value and value.difference is not None and value.significant is not None]
-    if judged:
-        worse = sum(better(row, value) is False for row, value in judged)
-        gained = sum(better(row, value) is True for row, value in judged)
-        yield Card("significantly worse", "", f"{worse} of {len(judged)}", note=f"measured differences; {gained} significantly better, at the 5 % level")
+    tested = [(row, value) for row, _, value in rows if value and value.difference is not None and value.significant is not None]
+    if tested:
+        worse = sum(better(row, value) is False for row, value in tested)
+        improved = sum(better(row, value) is True for row, value in tested)
+        yield Card("significantly worse", "", f"{worse} of {len(tested)}", note=f"measured differences; {improved} significantly better, at the 5 % level")
     yield from _distance(rows, verified)
     if cells := [cell for cell, _ in beside_original(report) if cell.decode and "decode" in cell.ratios]:
         cell = max(cells, key=lambda cell: (-cell.batch, cell.context))
@@ -142,9 +142,9 @@ def _commands(report: Report) -> Iterator[str]:
         source, steps = report.manifest.source, [item for step in report.manifest.recipe for item in step.items()]
         if len(steps) == 1:
             name, options = steps[0]
-            typed = [text for key, value in options.items() if value is not None for text in (f"--{key}", str(value))]
+            arguments = [text for key, value in options.items() if value is not None for text in (f"--{key}", str(value))]
             revision = ["--revision", source.commit or source.revision or ""] if source.commit or source.revision else []
-            yield shlex.join(["effconvert", name, *typed, source.model, *revision, "-o", report.model])
+            yield shlex.join(["effconvert", name, *arguments, source.model, *revision, "-o", report.model])
         else:
             yield shlex.join(["effconvert", "run", "recipe.yaml", "-o", report.model]) + "  # the recipe above"
     for name, content in report.results.items():
