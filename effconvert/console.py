@@ -149,7 +149,7 @@ class Terminal:
         table.add_row(
             "all",
             count(seen.size.parameters),
-            f"{size(seen.size.bytes)} on disk" + (", head tied to embed" if config.tied and config.architecture == config.family.lm else ""),
+            f"{size(seen.size.bytes)} on disk" + (", head tied to embed" if config.tied and config.predicts else ""),
         )
         if seen.size.active < seen.size.parameters:
             table.add_row("active for a token", count(seen.size.active), f"{config.top_k} of {config.experts} experts")

@@ -19,6 +19,7 @@ from effconvert.checkpoint.reading import read_config
 from effconvert.checkpoint.replaced import OWN
 from effconvert.checkpoint.shards import FLOATS, Stored
 from effconvert.checkpoint.tensors import check_plain, read_tensors
+from effconvert.checkpoint.wrappers import PREFIXES, head_prefix
 from effconvert.errors import ModelError, OptionError
 from effconvert.quantities import some
 
@@ -146,7 +147,8 @@ def _prefix(folder: Path, config: Config, tensors: Mapping[str, Stored]) -> str:
     pattern = re.compile(rf"^(.*?){re.escape(config.family.layers)}\.\d+\.(.+)\.\w+$")
     matches = [match for match in map(pattern.match, tensors) if match and match[2] in config.modules]
     prefixes = [prefix for prefix, _ in Counter(match[1] for match in matches).most_common()]
-    known = [prefix for prefix in prefixes if prefix in ("", f"{config.family.prefix}.", *HEAD_PREFIXES)]
+    allowed = PREFIXES if config.wrapper else ("", f"{config.family.prefix}.", *HEAD_PREFIXES)
+    known = [prefix for prefix in prefixes if prefix in allowed]
     if len(known) > 1:
         raise ModelError(f"{folder} names some layers {known[0]}{config.family.layers}.… and others {known[1]}{config.family.layers}.…; save the model anew")
     if not known:
@@ -165,7 +167,7 @@ def _inside(config: Config, place: str) -> str:
 def check_types(checkpoint: Checkpoint) -> None:
     """Refuse weights that nobody can compute with, wherever they are; buffers, which nobody reads, may be of any type."""
     family = checkpoint.config.family
-    places = (*(checkpoint.prefix + module for module in family.outer.values()), *family.head.values())
+    places = (*(checkpoint.prefix + module for module in family.outer.values()), *(head_prefix(checkpoint.prefix) + module for module in family.head.values()))
     for name, tensor in checkpoint.outer.items():
         if name.startswith(tuple(f"{place}." for place in places)):
             tensor.check_float()
@@ -205,7 +207,7 @@ def check_shapes(checkpoint: Checkpoint) -> None:
         if name not in checkpoint.outer and not ("norm" in name and "final_norm" in family.optional):
             raise ModelError(f"{checkpoint.folder} has no {name}, which {config.kind} needs; fetch the missing shard")
     for name, tensor in checkpoint.outer.items():
-        want = places.get(name, table if name == f"{family.head['head']}.weight" else tensor.shape)
+        want = places.get(name, table if name == f"{head_prefix(checkpoint.prefix)}{family.head['head']}.weight" else tensor.shape)
         if None not in want:
             _check_shape(name, tensor.shape, want, config)
     positions = checkpoint.outer.get(f"{checkpoint.prefix}{family.outer.get('positions')}.weight")

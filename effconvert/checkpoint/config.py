@@ -14,6 +14,7 @@ from effconvert.checkpoint.families import FAMILIES
 from effconvert.checkpoint.replaced import SKIPS, Replaced, by_layer, encode, overlap, skipped
 from effconvert.checkpoint.shape import Shape
 from effconvert.checkpoint.shared import CACHE_PARTS, Shared, kept_of, overlapping
+from effconvert.checkpoint.wrappers import Wrapper
 from effconvert.errors import ModelError, OptionError
 
 CONFIG = "config.json"
@@ -26,11 +27,41 @@ class Config(Shape):
 
     replaced: tuple[Replaced, ...] = ()  # what techniques put in place of the family's own
     shared: tuple[Shared, ...] = ()  # what layers have in common
+    wrapper: Wrapper | None = None  # what this language model is inside of
 
     @property
     def content(self) -> dict[str, Any]:
         """What config.json says."""
-        return encode(self.raw, self.family, self.replaced, self.shared)
+        alone = encode(self.raw, self.family, self.replaced, self.shared)
+        return self.wrapper.content(alone) if self.wrapper else alone
+
+    @property
+    def alone(self) -> "Config":
+        """The language model by itself, without what it is inside of."""
+        return replace(self, wrapper=None)
+
+    @property
+    def architecture(self) -> str:
+        """The class that the checkpoint was saved from."""
+        named = (self.wrapper.raw if self.wrapper else self.raw).get("architectures")
+        return str((named or [self.family.lm])[0])
+
+    @property
+    def predicts(self) -> bool:
+        """Whether it has the head that it was pretrained with: for language models, one that predicts tokens."""
+        return self.architecture.endswith("ForConditionalGeneration") if self.wrapper else self.architecture == self.family.lm
+
+    def check_alone(self) -> None:
+        """Refuse what needs another class than the whole has.
+
+        Raises:
+            ModelError: this is the language model inside of another.
+        """
+        if self.wrapper:
+            raise ModelError(
+                f"{self.kind} is inside a {self.wrapper.raw['model_type']} here, whose own class has no place for that; gqa, mqa, expand-kv, refit and "
+                "dropping whole layers keep the class, or save the language model alone"
+            )
 
     @property
     def needs_effconvert(self) -> bool:
@@ -62,6 +93,7 @@ class Config(Shape):
                     raise OptionError(
                         f"layer {layer} has {other.technique} in place of its {other.place} already; leave it out of --layers, or begin from the original"
                     )
+        self.check_alone()
         self.place(record.place)
         same = next((other for other in self.replaced if replace(other, layers=()) == replace(record, layers=())), None)
         if same:
@@ -75,6 +107,7 @@ class Config(Shape):
             OptionError: they share it already.
             ModelError: the family cannot.
         """
+        self.check_alone()
         record = Shared(what, tuple(sorted(layers)))
         for other in self.shared:
             if clash := overlapping(record, other):
@@ -196,6 +229,7 @@ class Config(Shape):
 
     def with_skips(self, place: str, layers: Iterable[int]) -> "Config":
         """Return the config of this model without the attention or the ffn of these layers, in transformers' words."""
+        self.check_alone()
         said = by_layer(self.raw)
         word = next(word for word, skips in SKIPS.items() if skips == place)
         for layer in layers:
@@ -220,6 +254,7 @@ class Config(Shape):
         shared = replace(self, raw={**self.raw, stock.grouped.kv_heads_key: count}, family=stock.grouped)
         if stock.kv_heads_key:
             return shared
+        self.check_alone()
         plain = replace(self, raw={key: value for key, value in self.raw.items() if key != stock.grouped.kv_heads_key}, family=stock)
         if count == self.heads:
             return plain
@@ -260,6 +295,7 @@ class Config(Shape):
 
     def become(self, kind: str) -> "Config":
         """Return this config as that of the related family `kind`."""
+        self.check_alone()
         family = FAMILIES[kind]
         for key, only in family.absent.items():
             if self.raw.get(key, only) != only:

@@ -10,6 +10,7 @@ import torch
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.parts import Deferred, Parts
 from effconvert.checkpoint.shards import FLOATS, Stored
+from effconvert.checkpoint.wrappers import head_prefix
 from effconvert.errors import ModelError
 
 OTHER = "other:"  # begins the part of a tensor outside the layers for which the family's row has no name, such as a classifier
@@ -85,7 +86,9 @@ class Outer(Parts):
         if stem is None:
             return part
         inside = part.removeprefix(stem).removeprefix(".") or "weight"
-        return f"{outer_prefix(self._source, self._prefix, config)}{family.outer[stem]}.{inside}" if stem in family.outer else f"{family.head[stem]}.{inside}"
+        if stem in family.outer:
+            return f"{outer_prefix(self._source, self._prefix, config)}{family.outer[stem]}.{inside}"
+        return f"{head_prefix(self._prefix)}{family.head[stem]}.{inside}"
 
     def _stored_parts(self) -> list[str]:
         return [part_outside(name, self._prefix, self._source) for name in self._stored]
@@ -103,7 +106,8 @@ def outer_prefix(source: Config, prefix: str, target: Config) -> str:
 
 def part_outside(name: str, prefix: str, config: Config) -> str:
     """Return the part that a tensor outside the layers is."""
-    places = [(prefix + module, part) for part, module in config.family.outer.items()] + [(module, part) for part, module in config.family.head.items()]
+    places = [(prefix + module, part) for part, module in config.family.outer.items()]
+    places += [(head_prefix(prefix) + module, part) for part, module in config.family.head.items()]
     inside = [(module, part) for module, part in places if name.startswith(f"{module}.")]
     if not inside:
         return OTHER + name

@@ -11,6 +11,7 @@ from effconvert.checkpoint.config import CONFIG, Config
 from effconvert.checkpoint.families import FAMILIES
 from effconvert.checkpoint.replaced import KIND, Replaced, check_depth, read
 from effconvert.checkpoint.shared import Shared
+from effconvert.checkpoint.wrappers import unwrap
 from effconvert.errors import ModelError, OptionError
 
 
@@ -30,6 +31,9 @@ def read_config(folder: Path) -> Config:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not JSON ({error}); fetch the file again") from None
+    wrapper = None
+    if isinstance(raw, dict) and (inside := unwrap(raw)):
+        raw, wrapper = inside
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     replaced: tuple[Replaced, ...] = ()
     shared: tuple[Shared, ...] = ()
@@ -42,7 +46,7 @@ def read_config(folder: Path) -> Config:
         hint = f"the nearest is {near[0]!r}; " if near else ""
         raise ModelError(f"{path} names the family {kind!r}, which effconvert does not know; {hint}it knows {', '.join(FAMILIES)}")
     check_depth(raw, family)
-    config = Config(raw, family, replaced, shared)
+    config = Config(raw, family, replaced, shared, wrapper)
     config.skips(0)  # says so where `per_layer_config` makes no sense
     for key, why in family.not_on.items():
         if raw.get(key):
@@ -56,7 +60,7 @@ def read_config(folder: Path) -> Config:
         if config.get(key) is not None and not unused and not fits(config.get(key)):
             raise ModelError(f"{path} says {key} = {config.get(key)!r}, where {needed} is needed; mend the file")
     stem = family.base.removesuffix("Model")
-    if config.architecture not in (family.base, family.lm) and not re.fullmatch(rf"{stem}For[A-Za-z]+", config.architecture):
+    if not wrapper and config.architecture not in (family.base, family.lm) and not re.fullmatch(rf"{stem}For[A-Za-z]+", config.architecture):
         raise ModelError(f"{path} names the class {config.architecture!r}, which is none of {kind}'s ({family.base}, {family.lm}, {stem}For…); mend the file")
     for key in ("attn_implementation", "_attn_implementation"):
         if "/" in str(raw.get(key)):

@@ -127,11 +127,6 @@ class Shape:
         return str(self.raw["model_type"])
 
     @property
-    def architecture(self) -> str:
-        """The class that the checkpoint was saved from."""
-        return str((self.get("architectures") or [self.family.lm])[0])
-
-    @property
     def heads(self) -> int:
         """Query heads, H; 0 where nothing attends."""
         return self._whole(self.family.heads_key) if self.family.heads_key else 0

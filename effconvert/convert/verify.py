@@ -94,7 +94,7 @@ def prepare(plan: Plan, text: Text, options: RunOptions) -> Material:
     texts = tuple(exact.texts(config, options.tokens, psutil.virtual_memory().available - check_memory(plan, options))) if plan.is_exact else ()
     if not config.decoder:
         return Material(None, random, text.name, f"{config.kind} is an encoder and predicts no next token", texts)
-    if config.architecture != config.family.lm:
+    if not config.predicts:
         return Material(None, random, text.name, f"{config.architecture} has no language-model head", texts)
     if not loading.has_tokenizer(folder):
         return Material(None, random, text.name, "the model has no tokenizer", texts)

@@ -41,7 +41,7 @@ class Opened:
     @property
     def head(self) -> bool:
         """Whether it has a language-model head."""
-        return self.checkpoint.config.architecture == self.checkpoint.config.family.lm
+        return self.checkpoint.config.predicts
 
 
 def open_model(model: str, step: Callable[[str], None] = lambda _: None) -> Opened:

@@ -183,6 +183,7 @@ def skeleton(config: Config, device: torch.device, architecture: str) -> Any:
     from effconvert.modeling.transformers_internals import attend_by
 
     _register()
+    config = config.alone
     with quiet_transformers(), init_empty_weights(include_buffers=False), torch.device(device):
         model_class = class_of(replace(config, raw={**config.raw, "architectures": [architecture]}))
         model = model_class(model_class.config_class.from_dict(config.content)).eval()

@@ -38,7 +38,7 @@ def load(folder: Path, config: Config, dtype: torch.dtype, device: str | None = 
 
 def measured(model: Any, config: Config) -> Any:
     """Return what of a model is run where it is measured: all of it where it gives logits of tokens, else what is below its head."""
-    return model if config.architecture in (config.family.lm, config.family.base) else model.base_model
+    return model if config.predicts or config.architecture == config.family.base else model.base_model
 
 
 def class_of(config: Config) -> Any:

@@ -10,6 +10,7 @@ import torch
 from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.shards import CHUNK, FLOATS, Stored
+from effconvert.checkpoint.wrappers import head_prefix
 from effconvert.errors import ModelError
 from effconvert.modeling.loading import class_of
 from effconvert.quantities import some
@@ -125,7 +126,7 @@ def check_tie(checkpoint: Checkpoint) -> None:
     if not config.tied or embedding is None:
         return
     for module in family.head.values():
-        head = checkpoint.outer.get(f"{module}.weight")
+        head = checkpoint.outer.get(f"{head_prefix(checkpoint.prefix)}{module}.weight")
         if head is not None and head.shape == embedding.shape and not _same(head, embedding):
             raise ModelError(
                 f"{head.name} and {embedding.name} in {checkpoint.folder} differ, and config.json says that they are one (tie_word_embeddings = true); "

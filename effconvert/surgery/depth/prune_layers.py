@@ -132,7 +132,7 @@ class PruneLayers(Layerwise):
     def _check_choice(self, config: Config) -> None:
         if self.by == "angular" and self.only:
             raise OptionError(f"--by angular chooses a run of whole layers; for --only {self.only} use --by search or influence")
-        if self.by in (None, "search") and config.architecture != config.family.lm:
+        if self.by in (None, "search") and not config.predicts:
             raise OptionError(f"--by search compares predictions, and {config.architecture} has no language-model head; use --by influence or angular")
         if self.by in (None, "search") and not config.decoder:
             raise OptionError(f"--by search compares predictions of the next token, and {config.kind} is an encoder; use --by influence or angular")
