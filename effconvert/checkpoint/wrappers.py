@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 TEXT = "text_config"  # the key of config.json that holds the config of the language model
-WRAPPERS = ("gemma3", "idefics3", "llava", "llava_next", "mistral3", "paligemma", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm")  # model_type
+WRAPPERS = ("gemma3", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm")  # model_type
 # The language model inside -> the family that is laid out, and reads texts, like it.
 ALIKE = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 PREFIXES = ("language_model.model.", "model.language_model.", "model.text_model.", "model.")  # of the language model in names on disk
