@@ -224,7 +224,7 @@ def test_a_repository_that_is_there_gets_a_commit_on_a_branch_and_keeps_its_own(
     assert repo.messages[repo.refs["pooled"]] == "Fewer heads"
     assert repo.files("pooled")["config.json"] == (folder / "config.json").read_bytes()
     assert repo.files("pooled")["NOTES.md"] == b"mine"
-    assert "still there: NOTES.md" in done.stdout
+    assert "in the repository before, left alone: NOTES.md" in done.stdout
 
     told = gives_up(push(folder, "--private"), 2)
     assert "lab/pushed exists and is public" in told

@@ -97,7 +97,7 @@ def killed(nursery: multiprocessing.context.ForkServerContext) -> Kill:
         (FINAL, "after", 1, 0),  # it only says what is to be done
         (MANIFEST, "after", 2, 2),
         ("os.fsync", "before", 6, 2),  # the third shard is written whole, and not yet named; a manifest is flushed for each, and before them
-        ("os.sendfile", "after", 4, None),  # in the middle of a shard
+        ("effconvert.convert.write.copy_run", "after", 4, None),  # in the middle of a shard
         (MANIFEST, "before", 3, 2),  # a shard is named, and not yet recorded
         ("effconvert.convert.write._write_others", "before", 1, 5),
         ("effconvert.convert.output.publish", "before", 1, 5),
