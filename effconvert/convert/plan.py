@@ -117,7 +117,7 @@ class Plan:
         files += sorted({tensor.file for tensor in self.teacher.stored} - {*files})
         source = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         targets = [(shard, target.name, target.dtype, target.shape) for shard, inside in self.shards.items() for target in inside]
-        text = json.dumps([__version__, self.recipe, self.config.content, source, targets, self.files, self.calibration and self.calibration.sha256])
+        text = json.dumps([__version__, self.recipe, self.config.content, source, targets, self.files, self.calibration and self.calibration.identity])
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property

@@ -11,7 +11,7 @@ from effconvert.checkpoint import sources
 from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.digest import file_hash
 from effconvert.checkpoint.manifest import CARD, RECIPE, read_manifest, save_manifest
-from effconvert.convert import drafts, output
+from effconvert.convert import drafts, output, selftext
 from effconvert.convert.calibration import prepare as prepare_calibration
 from effconvert.convert.decide import decide
 from effconvert.convert.plan import Plan, plan
@@ -87,6 +87,8 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, watche
     watcher.plan(model, planned, target, memory)
     if options.dry_run:
         return Outcome(planned, target, None)
+    if planned.calibration:
+        planned = replace(planned, calibration=selftext.write(planned, planned.calibration, watcher))
 
     with output.workplace(planned, target) as partial:
         if planned.calibration and left(planned, partial):
