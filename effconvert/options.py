@@ -117,7 +117,7 @@ class Conversion(Options):
         None,
         description="Text to run the model on, for steps that need to see what it computes: a text file, a file of JSON lines with a `text`, a dataset on the "
         "Hub (owner/name, or owner/name:config), `self` (the model writes it, which loads the model whole, once), or `docstrings` (of the standard library, "
-        "other modules than --text has). Default: docstrings.",
+        "other modules than --text has). Default: self; docstrings for models that write no text, such as encoders.",
         json_schema_extra={"metavar": "FILE|DATASET|self|docstrings"},
     )
     calibration_tokens: int = Field(16384, ge=64, le=10**9, description="Tokens of it: more are better and take longer.")

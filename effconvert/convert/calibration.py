@@ -41,7 +41,9 @@ def prepare(plan: Plan, options: Conversion) -> Calibration:
         )
     window = _window(options, min(config.longest or MOST, plan.teacher.config.longest or MOST))
     tokenizer = loading.load_tokenizer(folder)
-    chosen = DOCSTRINGS if options.calibrate is None else options.calibrate
+    chosen = options.calibrate
+    if chosen is None:
+        chosen = DOCSTRINGS if selftext.refusal(plan.teacher) else selftext.SELF
     if chosen == selftext.SELF:
         return selftext.prepare(plan, tokenizer, options.calibration_tokens // window, window)
     text = calibration_text() if chosen == DOCSTRINGS else read_calibration(chosen)

@@ -253,6 +253,16 @@ def test_progress_is_told_token_by_token(model):
     assert max(told) <= 3
 
 
+# The default
+
+
+def test_decoders_write_by_default_and_encoders_read_docstrings(model, writing):
+    look(calibrated=None)
+    assert len(writing) == 1
+    put(Path("encoder"), "bert")
+    assert prepared("encoder", calibrate=None, calibration_tokens=1024).name.startswith("docstrings")
+
+
 # Refusals
 
 
