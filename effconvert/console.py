@@ -12,6 +12,7 @@ from rich.table import Table
 
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.replaced import CLASS, SKIPS
+from effconvert.convert import selftext
 from effconvert.convert.calibration import calibration_bytes
 from effconvert.convert.inspection import Inspection
 from effconvert.convert.plan import Plan
@@ -62,6 +63,9 @@ class Terminal:
         if plan.calibration:
             tokens = f"{plan.calibration.ids.numel():,} tokens of {plan.calibration.name}"
             self.out.print(f"calibrates on {escape(tokens)}, which takes about {size(calibration_bytes(plan))} of memory", soft_wrap=True)
+            if plan.calibration.pending:
+                need = size(selftext.memory(plan.teacher, *plan.calibration.ids.shape))
+                self.out.print(f"writes that text first, once for this model, which takes about {need} of memory", soft_wrap=True)
         for remark in plan.notes:
             self.out.print(f"[bold]note[/]  {escape(remark)}", soft_wrap=True)
         need = f"needs about {size(plan.peak)} of memory to write and {size(plan.disk + plan.draft_bytes)} of disk"

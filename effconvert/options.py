@@ -115,9 +115,10 @@ class Conversion(Options):
     context: int = CONTEXT
     calibrate: str | None = Field(
         None,
-        description="Calibration text: a text file, a file of JSON lines with a `text`, or a dataset on the Hub (owner/name, or owner/name:config). "
-        "Default: docstrings of the standard library, of other modules than --text.",
-        json_schema_extra={"metavar": "FILE|DATASET"},
+        description="Text to run the model on, for steps that need to see what it computes: a text file, a file of JSON lines with a `text`, a dataset on the "
+        "Hub (owner/name, or owner/name:config), `self` (the model writes it, which loads the model whole, once), or `docstrings` (of the standard library, "
+        "other modules than --text has). Default: self; docstrings for models that write no text, such as encoders.",
+        json_schema_extra={"metavar": "FILE|DATASET|self|docstrings"},
     )
     calibration_tokens: int = Field(16384, ge=64, le=10**9, description="Tokens of the calibration text; more are better and slower.")
     calibration_window: int | None = Field(

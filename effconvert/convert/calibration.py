@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from effconvert.convert import selftext
 from effconvert.convert.plan import Plan
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality.perplexity import windows
@@ -10,6 +11,7 @@ from effconvert.heal._calibration import Calibration, batch_size
 from effconvert.modeling import loading
 from effconvert.options import Conversion
 
+DOCSTRINGS = "docstrings"  # the value of --calibrate
 WINDOW = 512  # tokens
 PIECES = (1, 4, 16)  # an encoder's windows are cut into so many texts in turn: it is to be good at short ones too
 SHORTEST = 14  # tokens of such a text, but for those that begin and end it
@@ -32,7 +34,6 @@ def prepare(plan: Plan, options: Conversion) -> Calibration:
             f"layer {lent[0]} reads the keys and values of layer {plan.config.cache_of(lent[0])}, and calibration runs one layer at a time; "
             "do what needs calibration first, and share the cache last"
         )
-    text = read_calibration(options.calibrate) if options.calibrate is not None else calibration_text()
     if plan.teacher.config.vocabulary < config.vocabulary:
         raise ModelError(
             f"the teacher knows {plan.teacher.config.vocabulary} tokens and the student {config.vocabulary}: they do not read the same text; "
@@ -40,6 +41,12 @@ def prepare(plan: Plan, options: Conversion) -> Calibration:
         )
     window = _window(options, min(config.longest or MOST, plan.teacher.config.longest or MOST))
     tokenizer = loading.load_tokenizer(folder)
+    chosen = options.calibrate
+    if chosen is None:
+        chosen = DOCSTRINGS if selftext.refusal(plan.teacher) else selftext.SELF
+    if chosen == selftext.SELF:
+        return selftext.prepare(plan, tokenizer, options.calibration_tokens // window, window)
+    text = calibration_text() if chosen == DOCSTRINGS else read_calibration(chosen)
     asked = f"--calibration-tokens {options.calibration_tokens} are asked for; give a longer text, or ask for fewer"
     try:
         ids = windows(tokenizer, text, window, MOST, config.vocabulary)

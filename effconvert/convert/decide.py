@@ -15,6 +15,7 @@ import torch
 
 from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.sources import cache
+from effconvert.convert import selftext
 from effconvert.convert.calibration import prepare
 from effconvert.convert.plan import Plan, plan
 from effconvert.errors import OptionError
@@ -40,7 +41,7 @@ def decide(checkpoint: Checkpoint, steps: Sequence[Step], teacher: Checkpoint | 
                     f"{step.name} chooses by what the model computes, and that is not known while {decided[-1].name} before it is still to be fitted; "
                     f"put {step.name} first, or convert twice"
                 )
-            step = _decide(step, replace(before, calibration=prepare(before, options)), progress)
+            step = _decide(step, replace(before, calibration=selftext.write(before, prepare(before, options), progress)), progress)
         decided.append(step)
     return tuple(decided)
 

@@ -124,7 +124,7 @@ class Plan:
         source = [(file.name, file.stat().st_size, file.stat().st_mtime_ns, sample(file)) for file in files]
         code = [file_hash(Path(getfile(type(surgery)))) for surgery in self.surgeries]  # what a technique does may change while it is written
         targets = [(shard, target.name, target.dtype, target.shape) for shard, inside in self.shards.items() for target in inside]
-        text = json.dumps([__version__, code, self.recipe, self.config.content, source, targets, self.files, self.calibration and self.calibration.sha256])
+        text = json.dumps([__version__, code, self.recipe, self.config.content, source, targets, self.files, self.calibration and self.calibration.identity])
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property

@@ -12,7 +12,7 @@ from effconvert.checkpoint.belonging import text_of
 from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.digest import file_hash
 from effconvert.checkpoint.manifest import CARD, RECIPE, read_manifest, save_manifest
-from effconvert.convert import drafts, output
+from effconvert.convert import drafts, output, selftext
 from effconvert.convert.calibration import prepare as prepare_calibration
 from effconvert.convert.decide import decide
 from effconvert.convert.plan import Plan, plan
@@ -96,6 +96,8 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progre
     progress.plan(model, planned, target, memory)
     if options.dry_run:
         return Outcome(planned, target, None)
+    if planned.calibration:
+        planned = replace(planned, calibration=selftext.write(planned, planned.calibration, progress))
 
     with output.workplace(planned, target) as partial:
         if planned.calibration and left(planned, partial):

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import get_args
 
+from effconvert.convert.calibration import DOCSTRINGS
 from effconvert.convert.run import Outcome, convert
 from effconvert.options import RunOptions
 from effconvert.progress import Progress
@@ -19,6 +20,12 @@ def demo(folder: Path, progress: Progress) -> dict[str, Outcome]:
     ways = [(rule, False) for rule in reversed(get_args(Pool))] + [(get_args(Pool)[0], True)]
     for rule, refit in ways:
         name = f"{GROUPS}-{rule}{'-refit' * refit}"
-        options = RunOptions(output=folder / name, overwrite=True, refit=refit, calibration_tokens=TOKENS)  # replaces only outputs of an earlier demo
+        options = RunOptions(
+            output=folder / name,
+            overwrite=True,  # replaces only what an earlier demo wrote
+            refit=refit,
+            calibrate=DOCSTRINGS,  # like the text that is measured on
+            calibration_tokens=TOKENS,
+        )
         outcomes[f"--pool {rule}{' --refit' * refit}"] = convert(str(MODEL), (Gqa(groups=GROUPS, pool=rule),), options, progress)
     return outcomes

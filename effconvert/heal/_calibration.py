@@ -21,6 +21,7 @@ class Calibration:
     ids: Tensor  # token ids, [N, T]
     pieces: tuple[int, ...] = (1,)  # how many texts each window is cut into; batches take these numbers in turn
     ends: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # special tokens that replace the first and last tokens of each text
+    key: str = ""  # identifies a text that the model writes, whose ids are on the meta device until it is written
 
     @property
     def batches(self) -> list[Tensor]:
@@ -35,6 +36,16 @@ class Calibration:
                 texts[:, -1 - place] = token
             batches.append(texts)
         return batches
+
+    @property
+    def pending(self) -> bool:
+        """Whether the text is still to be written."""
+        return self.ids.is_meta
+
+    @property
+    def identity(self) -> str:
+        """Identify the texts before they are written, too."""
+        return self.key or self.sha256
 
     @property
     def sha256(self) -> str:
