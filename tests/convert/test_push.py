@@ -227,7 +227,7 @@ def test_a_repository_that_is_there_gets_a_commit_on_a_branch_and_keeps_its_own(
     assert "in the repository before, left alone: NOTES.md" in done.stdout
 
     told = gives_up(push(folder, "--private"), 2)
-    assert "lab/pushed exists and is public" in told
+    assert "lab/pushed is public" in told
     assert repo.refs["main"] == first
 
     repo.commit("main", {"adapter_model.safetensors": b"of another model"}, "second")
