@@ -7,6 +7,7 @@ BIN := .venv/bin
 
 demo: .venv/installed  ## Install, and convert the embedded model by every rule of pooling.
 	$(BIN)/effconvert demo
+	@echo 'Next: . .venv/bin/activate; then effconvert inspect effconvert/demo/model'
 
 test: .venv/tested  ## Install what tests need, check the code, run the tests.
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
@@ -30,7 +31,7 @@ clean:
 	$(PYTHON) -m venv .venv
 
 .venv/installed: .venv/bin/pip pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[report]'
 	@touch $@
 
 .venv/tested: .venv/installed

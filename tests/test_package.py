@@ -75,6 +75,7 @@ def test_a_report_without_matplotlib_is_refused_with_what_installs_it(model, pyt
     done = without_matplotlib(python, environment, "report", "model")
     assert done.returncode == 1
     assert "pip install 'effconvert[report]'" in done.stderr
+    assert "pip install '.[report]'" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert [path.name for path in Path().iterdir()] == ["model"]
 

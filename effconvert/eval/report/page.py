@@ -28,7 +28,9 @@ def check_drawing() -> None:
         EffconvertError: matplotlib is not installed.
     """
     if find_spec("matplotlib") is None:
-        raise EffconvertError("matplotlib, which draws the pictures of a report, is not installed: pip install 'effconvert[report]'")
+        raise EffconvertError(
+            "a report needs matplotlib, which is not installed; run: pip install 'effconvert[report]' (in a clone of the repository: pip install '.[report]')"
+        )
 
 
 def check_output(folder: Path, results: Sequence[Path], page: Path, overwrite: bool) -> None:
