@@ -224,10 +224,10 @@ def test_a_repository_that_is_there_gets_a_commit_on_a_branch_and_keeps_its_own(
     assert repo.messages[repo.refs["pooled"]] == "Fewer heads"
     assert repo.files("pooled")["config.json"] == (folder / "config.json").read_bytes()
     assert repo.files("pooled")["NOTES.md"] == b"mine"
-    assert "still there: NOTES.md" in done.stdout
+    assert "left alone: NOTES.md" in done.stdout
 
     told = gives_up(push(folder, "--private"), 2)
-    assert "lab/pushed exists and is public" in told
+    assert "lab/pushed is public" in told
     assert repo.refs["main"] == first
 
     repo.commit("main", {"adapter_model.safetensors": b"of another model"}, "second")

@@ -449,7 +449,7 @@ def test_what_cannot_be_asked_for_is_refused_in_a_line(command, many, arguments,
 @pytest.mark.parametrize(
     ("kind", "surgery", "told"),
     [
-        ("llama", ("linear", "--window", "6"), "has no room for what the mixers of out remember"),
+        ("llama", ("linear", "--window", "6"), "cannot keep the states of the mixers of out"),
         ("gpt2", ("gqa", "--groups", "2", "--pool", "mean"), "would store the shared KV heads of out once for each query head"),
     ],
 )
