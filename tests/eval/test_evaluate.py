@@ -291,7 +291,7 @@ def test_a_folder_that_may_not_be_written_is_refused_before_anything_is_computed
     Path("locked").mkdir()
     real = os.access
     monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "locked" and real(path, mode))  # root may write everywhere
-    refused(command, 2, "--output locked/deep/eval.json cannot be written: .*locked is not a folder", llama, "-o", "locked/deep/eval.json")
+    refused(command, 2, "--output locked/deep/eval.json cannot be written: .*locked is not a writable folder", llama, "-o", "locked/deep/eval.json")
 
 
 def test_a_damaged_model_says_so_in_a_line(command, model):

@@ -410,7 +410,7 @@ def test_a_broken_task_file_is_refused(command, llama, tasks, old, new, told):
 @pytest.mark.parametrize(
     ("samples", "told"),
     [
-        ('{"pik": [0]}', "--samples names the task 'pik', which is none of those that run (pick)"),
+        ('{"pik": [0]}', "--samples names the task 'pik', and --tasks has pick"),
         ('{"pick": [0, 12]}', "--samples for pick should be numbers from 0 to 11"),
         ('{"pick": [-1]}', "--samples for pick should be numbers from 0 to 11"),
         ('{"pick": []}', "--samples for pick should be numbers"),
