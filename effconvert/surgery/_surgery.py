@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from effconvert.checkpoint.outer import Outer
 
 
-class Forward(Protocol):
+class ForwardProtocol(Protocol):
     """Runs the model after the steps before, on the calibration text with one layer in memory: `effconvert.heal._forward.Forward`.
 
     States are [B, T, M] for each batch of texts.
@@ -94,7 +94,7 @@ class Step(Options):
         """Whether these options leave a choice to `decide`."""
         return False
 
-    def decide(self, forward: Forward) -> Self:
+    def decide(self, forward: ForwardProtocol) -> Self:
         """Return this step with every option decided; called before the plan, and the recipe records the result."""
         return self
 
