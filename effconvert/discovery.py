@@ -19,12 +19,20 @@ def load(package: ModuleType, name: str) -> Any:
 
     Raises:
         KeyError: there is none.
+        TechniqueError: its file cannot be imported, or defines no such class, or an incomplete one.
     """
     from importlib import import_module
 
+    from effconvert.errors import EffconvertError, TechniqueError
+
     for file, module in _files(package.__path__):
         if _command(file) == name:
-            return _options_of(import_module(f"{package.__name__}.{module}"))
+            try:
+                return _options_of(import_module(f"{package.__name__}.{module}"))
+            except EffconvertError:
+                raise
+            except Exception as error:  # whatever the author's code raises
+                raise TechniqueError(f"{file} cannot be used: {type(error).__name__}: {error}") from error
     raise KeyError(name)
 
 
@@ -54,5 +62,7 @@ def _options_of(module: ModuleType) -> Any:
     """Return the class of a step's options: the one class of the file that is a step."""
     own = [cls for cls in vars(module).values() if isinstance(cls, type) and cls.__module__ == module.__name__ and hasattr(cls, "rewrite")]
     if len(own) != 1:
-        raise TypeError(f"{module.__name__} must define one class derived from Surgery or Healing, and defines {len(own)}")
+        raise TypeError(f"it must define one class derived from Surgery or Healing, and defines {len(own)}")
+    if missing := sorted(getattr(own[0], "__abstractmethods__", ())):
+        raise TypeError(f"its class {own[0].__name__} lacks {', '.join(missing)}")
     return own[0]

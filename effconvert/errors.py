@@ -1,4 +1,4 @@
-"""The two ways to fail. A message says what was found, what is needed and what to do next."""
+"""The ways to fail. A message says what was found, what is needed and what to do next."""
 
 
 class EffconvertError(Exception):
@@ -15,5 +15,11 @@ class OptionError(EffconvertError):
 
 class ModelError(EffconvertError):
     """This model cannot be operated on; the text says which part of it, and why."""
+
+    exit_code = 1
+
+
+class TechniqueError(EffconvertError):
+    """The file of a technique is wrong; the text names the technique or its file, and the mistake that its author has to mend."""
 
     exit_code = 1

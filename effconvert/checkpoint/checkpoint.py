@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.layer import Activations, Layer, Model
+from effconvert.checkpoint.layer import ActivationsProtocol, Layer, Model
 from effconvert.checkpoint.outer import Outer
 from effconvert.checkpoint.reading import read_config
 from effconvert.checkpoint.replaced import OWN
@@ -39,11 +39,13 @@ class Checkpoint:
     unread: frozenset[str] = frozenset()  # what it does not read outside the layers, such as the pooler of a language model, and goes along as it is
     remarks: tuple[str, ...] = ()  # what is odd about the folder and does no harm
 
-    def layer(self, index: int, device: str, originals: range | None = None, activations: Activations | None = None) -> Layer:
+    def layer(self, index: int, device: str, originals: range | None = None, activations: ActivationsProtocol | None = None) -> Layer:
         """Return layer `index`, its tensors on `device` (cpu, or meta for shapes alone); see `Layer` for the rest."""
         return Layer(index, self.config, self.layers[index], device, originals=originals, activations=activations)
 
-    def model(self, device: str, originals: Sequence[range] | None = None, activations: Activations | None = None, teacher: Config | None = None) -> Model:
+    def model(
+        self, device: str, originals: Sequence[range] | None = None, activations: ActivationsProtocol | None = None, teacher: Config | None = None
+    ) -> Model:
         """Return all of it as a surgery finds it, its tensors on `device`; healing goes towards `teacher`, or else this model itself."""
         stand_for = originals or [range(index, index + 1) for index in range(self.config.layers)]
         layers = [self.layer(index, device, stands, activations) for index, stands in enumerate(stand_for)]

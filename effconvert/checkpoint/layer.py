@@ -21,7 +21,7 @@ from effconvert.checkpoint.shared import CACHE_PARTS, Shared
 from effconvert.errors import ModelError
 
 
-class Activations(Protocol):
+class ActivationsProtocol(Protocol):
     """What layers compute on the calibration text: `effconvert.heal._activations.Activations`."""
 
     @property
@@ -72,7 +72,7 @@ class Layer(Parts):
         device: str,
         below: Layer | None = None,
         originals: range | None = None,
-        activations: Activations | None = None,
+        activations: ActivationsProtocol | None = None,
     ) -> None:
         super().__init__(config, stored, device, below)
         self.index, self.activations = index, activations

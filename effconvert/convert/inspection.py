@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from effconvert import steps
 from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.shards import FLOATS, ITEMSIZE
-from effconvert.errors import ModelError
+from effconvert.errors import ModelError, TechniqueError
 from effconvert.modeling.caches import kv_bytes
 from effconvert.modeling.size import Size, size_of
 
 CONTEXTS = (4096, 32768, 131072)
+BROKEN = "its file is broken"  # begins the reason where a technique cannot be asked
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
             allowed_options[name] = steps.load(name).allowed_options(config)
         except ModelError as error:
             refusals[name] = str(error)
+        except Exception as error:  # of a technique that its author has to mend: what the others say of this model holds all the same
+            refusals[name] = f"{BROKEN}: {error if isinstance(error, TechniqueError) else f'{name} fails with {error!r}'}"
     cache = {context: kv_bytes(config, ITEMSIZE[checkpoint.dtype], context) for context in CONTEXTS}
     return Inspection(checkpoint, size_of(checkpoint), parts(checkpoint), cache, allowed_options, refusals)
 

@@ -13,7 +13,7 @@ import psutil
 from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.config import CONFIG, Config
 from effconvert.checkpoint.digest import file_hash, sample
-from effconvert.checkpoint.layer import Activations, Model
+from effconvert.checkpoint.layer import ActivationsProtocol, Model
 from effconvert.checkpoint.manifest import CARD, RECIPE
 from effconvert.checkpoint.outer import outer_prefix
 from effconvert.checkpoint.parts import Deferred, Parts
@@ -162,7 +162,7 @@ class Plan:
             found |= {name: target for name, target in names if self.config.stored_in(index, name) == layer}
         return found
 
-    def models(self, device: str, activations: Activations | None = None) -> list[Model]:
+    def models(self, device: str, activations: ActivationsProtocol | None = None) -> list[Model]:
         """Return the model before each step and after the last: lazy, so that nothing is read before a layer is asked for its tensors.
 
         With a `walk` for steps that look, layers are to be asked in order.

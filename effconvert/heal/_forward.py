@@ -18,7 +18,7 @@ ROWS = 8192  # rows of the head in memory at a time
 
 
 class Forward:
-    """See `effconvert.surgery._surgery.Forward`."""
+    """See `effconvert.surgery._surgery.ForwardProtocol`."""
 
     def __init__(self, model: Callable[[], Model], batches: Sequence[Tensor], bar: Callable[[int], AbstractContextManager[Advance]]) -> None:
         """Prepare; nothing runs yet.

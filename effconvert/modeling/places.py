@@ -36,7 +36,7 @@ class Own(nn.Module):
     @torch.no_grad()
     def begin(self) -> None:
         """Give the parameters the values that they have before anything was fitted."""
-        begun = self.technique.initial_values(self.config, self.index)
+        begun = self.technique.initial_values(self.config, self.index, self.place)
         for name, parameter in self.named_parameters():
             if name in begun:
                 parameter.copy_(begun[name])

@@ -7,10 +7,11 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from effconvert.checkpoint.replaced import OWN, Replaced
-from effconvert.errors import ModelError, OptionError
+from effconvert.checkpoint.families import FAMILIES
+from effconvert.checkpoint.replaced import OWN, PLACES, Replaced
+from effconvert.errors import ModelError, OptionError, TechniqueError
 from effconvert.surgery._surgery import Layerwise
 
 if TYPE_CHECKING:
@@ -51,14 +52,14 @@ class Replacement(Layerwise):
 
     @abstractmethod
     def parameters(self, config: Config, place: str = "") -> Mapping[str, tuple[int, ...]]:
-        """Name the new parameters at a place of a layer, with their shapes."""
+        """Name the new parameters at a place of a layer, with their shapes; {} if there are none."""
 
-    def initial_values(self, config: Config, index: int) -> Mapping[str, Tensor]:
-        """Return the initial values of the parameters; the same on each call."""
+    def initial_values(self, config: Config, index: int, place: str = "") -> Mapping[str, Tensor]:
+        """Return the initial values of the parameters at a place of layer `index`: float32 on the CPU, the same on each call."""
         return {}
 
     def fit(self, layer: Layer, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return the parameters fitted to this layer's activations; called where `needs_calibration` is true."""
+        """Return the parameters fitted to this layer's activations, float32 on the CPU; called where `needs_calibration` is true."""
         return values
 
     def cache_slots(self, config: Config) -> Slots:
@@ -79,11 +80,9 @@ class Replacement(Layerwise):
 
     @classmethod
     def allowed_options(cls, config: Config) -> str:
-        """The required options, or the reason why none would do."""
+        """The options that have to be given, or the reason why none would do."""
         cls.check_family(config)
-        needed = [(name, field) for name, field in cls.model_fields.items() if field.is_required()]
-        metavars = ((name, (cast(Any, field.json_schema_extra) or {}).get("metavar", "N")) for name, field in needed)
-        return " ".join(f"--{name.replace('_', '-')} {metavar}" for name, metavar in metavars) or "as it is"
+        return super().allowed_options(config)
 
     @classmethod
     def check_family(cls, config: Config) -> None:
@@ -100,6 +99,8 @@ class Replacement(Layerwise):
 
     def check(self, config: Config) -> None:
         """Refuse layers that do not exist or have a technique at that place already, and families that the technique does not fit."""
+        if wrong := [place for place in self.places(config) if place not in PLACES]:
+            raise TechniqueError(f"{self.name} runs at {wrong[0]!r}, and there is no such place; its author can choose from {', '.join(PLACES)}")
         self.check_family(config)
         if not self.chosen(config):
             raise OptionError(self.nothing_chosen)
@@ -133,9 +134,13 @@ class Replacement(Layerwise):
     def layer(self, layer: Layer) -> None:
         """Add the new parameters, and delete the parts that the technique drops."""
         places = self.places(layer.config)
+        if layer.shapes_only and layer.index == min(self.chosen(layer.config)):
+            self._check_file(layer.config, layer.index)
         for place in places:
-            for name, value in self.values(layer, place).items():
-                layer[f"{place}.{OWN}{name}"] = value
+            shapes, values = self.parameters(layer.config, place), self.values(layer, place)
+            self._check_values("values", values, shapes, place)
+            for name in shapes:
+                layer[f"{place}.{OWN}{name}"] = values[name]
         removed = [part for part in layer if part in self.drops or (part.removesuffix(".bias") in self.drops and part.removesuffix(".bias") not in places)]
         for part in removed:  # the bias of a projection that is itself replaced stays: it is added to the replacement's output
             del layer[part]
@@ -148,5 +153,38 @@ class Replacement(Layerwise):
         if layer.shapes_only or (self.needs_calibration(layer.config) and not layer.activations):
             return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         initial = self.initial_values(layer.config, layer.index)
-        values = self.fit(layer, initial) if layer.activations and self.needs_calibration(layer.config) else initial
-        return {name: values[name] for name in shapes}
+        return self.fit(layer, initial) if layer.activations and self.needs_calibration(layer.config) else initial
+
+    def _check_file(self, config: Config, index: int) -> None:
+        """Refuse mistakes of the technique's author that would else show when the model is written or run; the plan calls it once.
+
+        Raises:
+            TechniqueError: the mistake.
+        """
+        known = {part for family in FAMILIES.values() for part in family.parts} | config.parts.keys()
+        if unknown := [part for part in self.drops if part not in known]:
+            raise TechniqueError(f"{self.name} drops {unknown[0]!r}, which is no part of a layer; the parts of {config.kind} are {', '.join(config.parts)}")
+        kind = type(self)
+        for place in self.places(config):
+            if place == "scores" and not hasattr(self, "mix"):
+                raise TechniqueError(f"{self.name} runs at scores without a mixer; its author has to derive it from Mixing and write `mix`")
+            if place != "scores" and kind.forward is Replacement.forward:
+                raise TechniqueError(f"{self.name} has no `forward`, which would run in place of {place}; its author has to write it")
+            shapes, initial = self.parameters(config, place), self.initial_values(config, index, place)
+            fitted = kind.values is not Replacement.values or (self.needs_calibration(config) and kind.fit is not Replacement.fit)
+            self._check_values("initial_values", initial, {name: shapes[name] for name in shapes if name in initial or not fitted}, place)
+
+    def _check_values(self, source: str, values: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], place: str) -> None:
+        """Refuse values that are not those of `parameters`.
+
+        Raises:
+            TechniqueError: one is missing, left over or of another shape.
+        """
+        if missing := [name for name in shapes if name not in values]:
+            raise TechniqueError(f"{self.name} has a parameter {missing[0]!r} at {place}, and its `{source}` gives no value for it")
+        if extra := [name for name in values if name not in shapes]:
+            raise TechniqueError(f"{self.name} gives a value for {extra[0]!r} in `{source}`, and its `parameters` has none of that name at {place}")
+        for name, shape in shapes.items():
+            if tuple(values[name].shape) != tuple(shape):
+                given, needed = (" x ".join(map(str, sizes)) or "a single number" for sizes in (values[name].shape, shape))
+                raise TechniqueError(f"{self.name} has a parameter {name!r} at {place} that is {needed} by `parameters` and {given} by `{source}`")

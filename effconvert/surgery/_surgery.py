@@ -5,8 +5,8 @@ from __future__ import annotations  # type imports stay lazy: `--help` must not 
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, Self
+from contextlib import AbstractContextManager, suppress
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, Self, cast
 
 from pydantic import BeforeValidator, Field
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from effconvert.checkpoint.outer import Outer
 
 
-class Forward(Protocol):
+class ForwardProtocol(Protocol):
     """Runs the model after the steps before, on the calibration text with one layer in memory: `effconvert.heal._forward.Forward`.
 
     States are [B, T, M] for each batch of texts.
@@ -64,13 +64,18 @@ class Step(Options):
         return {self.name: {key.replace("_", "-"): value for key, value in self.model_dump(mode="json").items()}}
 
     @classmethod
-    @abstractmethod
     def allowed_options(cls, config: Config) -> str:
-        """Say in a few words which options this model allows.
+        """Return the options that this model allows, in a few words for `inspect`. Default: those that have to be given, "as it is" if there are none.
 
         Raises:
-            ModelError: none; the text says why.
+            ModelError: the step cannot be done to this model; the text says why.
         """
+        needed = [(name, field) for name, field in cls.model_fields.items() if field.is_required()]
+        if not needed:
+            with suppress(OptionError):  # other options than the defaults would do
+                cls().check(config)
+        metavars = ((name, (cast(Any, field.json_schema_extra) or {}).get("metavar", "N")) for name, field in needed)
+        return " ".join(f"--{name.replace('_', '-')} {metavar}" for name, metavar in metavars) or "as it is"
 
     @abstractmethod
     def check(self, config: Config) -> None:
@@ -94,7 +99,7 @@ class Step(Options):
         """Whether these options leave a choice to `decide`."""
         return False
 
-    def decide(self, forward: Forward) -> Self:
+    def decide(self, forward: ForwardProtocol) -> Self:
         """Return this step with every option decided; called before the plan, and the recipe records the result."""
         return self
 

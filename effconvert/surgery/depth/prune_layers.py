@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from effconvert.checkpoint.config import Config
     from effconvert.checkpoint.layer import Layer, Model
-    from effconvert.surgery._surgery import Forward
+    from effconvert.surgery._surgery import ForwardProtocol
 
     States = Sequence[Tensor]  # hidden states between two layers, [B, T, M] for each batch of texts
 
@@ -97,7 +97,7 @@ class PruneLayers(Layerwise):
         """If only their number is known."""
         return self.drop is not None
 
-    def decide(self, forward: Forward) -> PruneLayers:
+    def decide(self, forward: ForwardProtocol) -> PruneLayers:
         """Choose the layers, and name them in the order of choice, so that a user can drop fewer of them."""
         ways = {"influence": self._by_influence, "angular": self._by_angle}
         chosen = ways.get(self.by or "", self._by_search)(forward, self.drop or 0)
@@ -151,7 +151,7 @@ class PruneLayers(Layerwise):
                 required[index] = f"where {others[0]} stands in place of that"
         return required
 
-    def _by_search(self, forward: Forward, count: int) -> list[int]:
+    def _by_search(self, forward: ForwardProtocol, count: int) -> list[int]:
         """Drop one layer at a time, the one without which predictions change least.
 
         The divergence that a drop adds hardly falls after other drops. So a layer is tested again only while its last known increase is the smallest.
@@ -174,7 +174,7 @@ class PruneLayers(Layerwise):
                 streams[best + 1 :] = self._run_from(forward, streams[best], best, dropped)
         return dropped
 
-    def _by_influence(self, forward: Forward, count: int) -> list[int]:
+    def _by_influence(self, forward: ForwardProtocol, count: int) -> list[int]:
         """Choose the layers that change the direction of the stream least, each by itself: 1 - cosine of input and output."""
         influence: dict[int, float] = {}
         states: States = forward.begin(TOKENS)
@@ -189,7 +189,7 @@ class PruneLayers(Layerwise):
         candidates = influence.keys() - self._required(forward.config).keys()
         return sorted(candidates, key=lambda index: influence[index])[:count]
 
-    def _by_angle(self, forward: Forward, count: int) -> list[int]:
+    def _by_angle(self, forward: ForwardProtocol, count: int) -> list[int]:
         """Choose the run of layers with the smallest mean angle between its input and its output."""
         angles: dict[int, float] = {}
         states: States = forward.begin(TOKENS)
@@ -204,7 +204,7 @@ class PruneLayers(Layerwise):
         first = min(candidates, key=lambda index: angles[index])
         return list(range(first, first + count))
 
-    def _run_from(self, forward: Forward, states: States, first: int, dropped: Sequence[int]) -> Iterator[States]:
+    def _run_from(self, forward: ForwardProtocol, states: States, first: int, dropped: Sequence[int]) -> Iterator[States]:
         """Yield the output of each layer from `first` on, without the dropped ones."""
         for index in range(first, forward.config.layers):
             if index not in dropped:

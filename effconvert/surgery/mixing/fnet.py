@@ -94,7 +94,7 @@ class Fnet(TokenMixing):
             return {"filter": (frequencies(config), config.hidden, 2)}
         return {"scale": (1,)} if self.filter == "scale" else {}
 
-    def initial_values(self, config: Config, index: int) -> Mapping[str, Tensor]:
+    def initial_values(self, config: Config, index: int, place: str = "") -> Mapping[str, Tensor]:
         """Zeros: the mixer adds nothing to a token."""
         import torch
 

@@ -73,7 +73,7 @@ class Linear(Mixing):
             maps |= {"query_bias": (config.heads, count), "key_bias": (config.kv_heads, count)}
         return {**maps, **({"share": (config.heads,)} if self.window else {})}
 
-    def initial_values(self, config: Config, index: int) -> Mapping[str, Tensor]:
+    def initial_values(self, config: Config, index: int, place: str = "") -> Mapping[str, Tensor]:
         """Identity for Hedgehog; random rows of length 1 for T2R; a window weight of 0.1."""
         import torch
 

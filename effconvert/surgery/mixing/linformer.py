@@ -71,7 +71,7 @@ class Linformer(Mixing):
         shape = (config.kv_heads if self.share == "none" else 1, self.rank, longest(config))
         return {"key_map": shape} if self.share == "key-value" else {"key_map": shape, "value_map": shape}
 
-    def initial_values(self, config: Config, index: int) -> Mapping[str, Tensor]:
+    def initial_values(self, config: Config, index: int, place: str = "") -> Mapping[str, Tensor]:
         """Means of consecutive tokens."""
         means = segment_means(self.rank, longest(config))
         return {name: means.expand(shape).clone() for name, shape in self.parameters(config).items()}

@@ -69,7 +69,7 @@ class LinformerCausal(Mixing):
         maps = {"key_map": shape} if self.share == "key-value" else {"key_map": shape, "value_map": shape}
         return {**maps, "weight": (config.heads,)}
 
-    def initial_values(self, config: Config, index: int) -> Mapping[str, Tensor]:
+    def initial_values(self, config: Config, index: int, place: str = "") -> Mapping[str, Tensor]:
         """Means of consecutive tokens, weighted by their number of tokens."""
         import torch
 

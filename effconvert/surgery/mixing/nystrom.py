@@ -63,7 +63,7 @@ class Nystrom(Mixing):
         """The convolution, a kernel for each head."""
         return {"conv": (config.heads, self.conv)} if self.conv else {}
 
-    def initial_values(self, config: Config, index: int) -> Mapping[str, Tensor]:
+    def initial_values(self, config: Config, index: int, place: str = "") -> Mapping[str, Tensor]:
         """Zeros: the convolution adds nothing."""
         import torch
 

@@ -39,7 +39,7 @@ class Performer(Mixing):
         """The random projections; one set for all heads of a layer."""
         return {"omega": (self.features, config.head_dim)}
 
-    def initial_values(self, config: Config, index: int) -> Mapping[str, Tensor]:
+    def initial_values(self, config: Config, index: int, place: str = "") -> Mapping[str, Tensor]:
         """Random projections, different for each layer."""
         import torch
 

@@ -48,7 +48,7 @@ class Retnet(Mixing):
         inner = config.heads * config.head_dim
         return {"decay": (config.heads,), "gain": (config.heads, config.head_dim), "gate": (inner, config.hidden), "gate_bias": (inner,)}
 
-    def initial_values(self, config: Config, index: int) -> Mapping[str, Tensor]:
+    def initial_values(self, config: Config, index: int, place: str = "") -> Mapping[str, Tensor]:
         """The paper's decays, the same in all layers, and a gate of 1."""
         import torch
 
