@@ -112,6 +112,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         module, _, suffix = inside.rpartition(".")
         if own or inside in config.family.buffers or (module in config.modules and suffix in ("weight", "bias")):
             layers[index][inside] = tensor
+        elif OWN in inside:
+            raise ModelError(f"{folder} holds {name}, for which its config.json has no place; take the file that effconvert wrote")
         else:
             check_plain(folder, name)
             ignored.append(name)

@@ -42,7 +42,7 @@ def read_config(folder: Path) -> Config:
         raw, family, replaced, shared = read(raw)
         kind = raw["model_type"]
     if not isinstance(kind, str) or family is None:
-        near = get_close_matches(str(kind), FAMILIES, n=1, cutoff=0.8)  # a misspelling, and not another family of a similar name
+        near = get_close_matches(str(kind), FAMILIES, n=1, cutoff=0.88)  # a misspelling, and not another family of a similar name
         hint = f"the nearest is {near[0]!r}; " if near else ""
         raise ModelError(f"{path} names the family {kind!r}, which effconvert does not know; {hint}it knows {', '.join(FAMILIES)}")
     check_depth(raw, family)

@@ -122,7 +122,7 @@ class Plan:
         files = sorted({tensor.file for tensor in self.checkpoint.stored})
         files += sorted({tensor.file for tensor in self.teacher.stored} - {*files})
         source = [(file.name, file.stat().st_size, file.stat().st_mtime_ns, sample(file)) for file in files]
-        code = [file_hash(Path(getfile(type(surgery)))) for surgery in self.surgeries]  # what a technique does may change while it is written
+        code = [_code(surgery) for surgery in self.surgeries]  # what a technique does may change while it is written
         targets = [(shard, target.name, target.dtype, target.shape) for shard, inside in self.shards.items() for target in inside]
         text = json.dumps([__version__, code, self.recipe, self.config.content, source, targets, self.files, self.calibration and self.calibration.identity])
         return hashlib.sha256(text.encode()).hexdigest()
@@ -173,6 +173,14 @@ class Plan:
         """Return a layer of the converted model, or what is outside them, and what stands before its names."""
         model = self.models(device)[-1]
         return ("", model.outer) if unit == OUTER else (self.layer_prefix(unit), model.layers[unit])
+
+
+def _code(surgery: Step) -> str:
+    """Return a hash of the file that a step is in; nothing where that is no file."""
+    try:
+        return file_hash(Path(getfile(type(surgery))))
+    except (TypeError, OSError):
+        return ""
 
 
 def _models(model: Model, surgeries: Sequence[Step], configs: Sequence[Config]) -> Iterator[Model]:

@@ -46,7 +46,7 @@ def read_as_stock(config: Config, tensors: Shapes) -> Reading:
         )
     empty = {name: torch.empty(1, dtype=FLOATS.get(code, torch.uint8)).expand(shape or (1,)).view(shape) for name, (code, shape) in tensors.items()}
     try:
-        with quiet_transformers():
+        with quiet_transformers(), torch.inference_mode(False):  # in which tied parameters could not be set
             made = class_of(config)
             own = made.config_class.from_dict(config.content)
             options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, "device_map": {"": "meta"}}

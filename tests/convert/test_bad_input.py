@@ -287,12 +287,6 @@ def test_an_index_that_seeks_a_tensor_in_the_wrong_shard_is_named_with_the_tenso
     assert first in told
 
 
-def test_a_tensor_that_no_index_names_is_named(refused: Check, model: Path) -> None:
-    where = json.loads((model / INDEX).read_text())["weight_map"]
-    edit(model / INDEX, weight_map={name: file for name, file in where.items() if name != "model.layers.1.self_attn.k_proj.weight"})
-    assert "model.layers.1.self_attn.k_proj.weight" in refused(MODEL, *gqa(model))
-
-
 @pytest.mark.parametrize(
     ("key", "value", "named"),
     [
