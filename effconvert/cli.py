@@ -63,7 +63,9 @@ def _technique(name: str, summary: str) -> click.Command:
     from effconvert.options import RunOptions
 
     technique = steps.load(name)
-    return OptionsCommand(name, [click.Argument(["model"])], lambda: (technique, RunOptions), convert, help=technique.__doc__, short_help=summary)
+    return OptionsCommand(
+        name, [click.Argument(["model"], type=click.Path())], lambda: (technique, RunOptions), convert, help=technique.__doc__, short_help=summary
+    )
 
 
 def convert(model: str, **values: Any) -> None:

@@ -69,10 +69,10 @@ class Terminal:
         for remark in plan.notes:
             self.out.print(f"[bold]note[/]  {escape(remark)}", soft_wrap=True)
         need = f"needs about {size(plan.peak)} of memory to write and {size(plan.disk + plan.draft_bytes)} of disk"
-        self.out.print(need + (f", {size(verify_bytes)} of memory to verify" if verify_bytes else ""))
+        self.out.print(need + (f", {size(verify_bytes)} of memory to verify" if verify_bytes else ""), soft_wrap=True)
         name = plan.config.architecture
         opens = f"{CLASS}{name}, where effconvert is installed" if plan.config.needs_effconvert else f"{name} in stock transformers"
-        self.out.print(f"loads as {escape(opens)}" + ("; no logit may change" if plan.is_exact else ""))
+        self.out.print(f"loads as {escape(opens)}" + ("; no logit may change" if plan.is_exact else ""), soft_wrap=True)
 
     def step(self, what: str) -> None:
         """Say what begins."""
@@ -98,7 +98,7 @@ class Terminal:
             self.transfer(outcome.told)
         if outcome.report is None:
             place = escape(str(outcome.output))
-            self.out.print(f"[bold]NOT VERIFIED[/]: {place} was written and never loaded; leave --no-verify out to have it run and measured")
+            self.out.print(f"[bold]NOT VERIFIED[/]: {place} was written and never loaded; leave --no-verify out to have it run and measured", soft_wrap=True)
             return
         self.report(outcome.report)
         self.out.print(f"verified, and {'still in' if outcome.found else 'written to'} [bold]{escape(str(outcome.output))}[/]", soft_wrap=True)
@@ -132,9 +132,9 @@ class Terminal:
             self.out.print(f"original writes:  {before.continuation!r}", soft_wrap=True, markup=False)
             self.out.print(f"converted writes: {after.continuation!r}", soft_wrap=True, markup=False)
         else:
-            self.out.print(f"no quality was measured: {escape(report.unmeasured)}")
+            self.out.print(f"no quality was measured: {escape(report.unmeasured)}", soft_wrap=True)
         if report.difference is not None:
-            self.out.print(f"largest change of a logit: {report.difference:.2g}, on up to {report.compared} tokens (nothing may change)")
+            self.out.print(f"largest change of a logit: {report.difference:.2g}, on up to {report.compared} tokens (nothing may change)", soft_wrap=True)
 
     def inspection(self, seen: Inspection) -> None:
         """Print what a model is."""
@@ -189,7 +189,9 @@ class Terminal:
         quality = qualities[0]
         self.out.print(f"on {escape(first.text)}: {quality.tokens} tokens in windows of {quality.context}, {first.dtype}, {first.device}", soft_wrap=True)
         self.out.print(
-            "A quarter of the cache, no training: the mean of heads leaves ruins, linear algebra most of the model. Now yours: effconvert gqa --help"
+            "All five have a quarter of the cache, and nothing was trained: averaging heads ruins the model, --pool pca --refit keeps most of it. "
+            "Now yours: effconvert gqa --help",
+            soft_wrap=True,
         )
         if kept:
             self.out.print(f"kept: {', '.join(str(outcome.output) for outcome in outcomes.values())}", soft_wrap=True, markup=False)

@@ -3,12 +3,14 @@
 They are frozen pydantic models, and the same error gives the same message everywhere.
 """
 
+import re
 import reprlib
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from effconvert.errors import OptionError
 from effconvert.paths import expand
@@ -25,6 +27,10 @@ Listed = BeforeValidator(_listed)
 Names = Annotated[tuple[str, ...], Listed]
 HomePath = Annotated[Path, AfterValidator(expand)]  # `~` is the home folder
 
+
+LAYERS, LAYER_RANGE = "LAYERS", r"-?\d+(-\d+(/\d+)?)?"  # the metavar of options that name layers, and what they consist of
+
+ELSEWHERE = {"teacher": "--refit and --transfer heal towards MODEL itself; for a model converted before: effconvert refit MODEL --teacher ORIGINAL"}
 
 SHORT = reprlib.Repr()
 SHORT.maxlevel, SHORT.maxdict, SHORT.maxlist, SHORT.maxtuple, SHORT.maxstring, SHORT.maxother, SHORT.maxlong = 2, 3, 3, 3, 80, 80, 40
@@ -57,8 +63,11 @@ class Options(BaseModel):
     def unknown(cls, name: str) -> str:
         """Return the message for an unknown option `name`, with the nearest known one."""
         flag, known = name.replace("_", "-"), [field.replace("_", "-") for field in cls.model_fields]
-        near = get_close_matches(flag, known, n=1)
-        return f"there is no option --{flag}; " + (f"did you mean --{near[0]}?" if near else f"there are {', '.join('--' + field for field in known)}")
+        if near := get_close_matches(flag, known, n=1):
+            return f"there is no option --{flag}; did you mean --{near[0]}?"
+        if flag in ELSEWHERE:
+            return f"there is no option --{flag} here; {ELSEWHERE[flag]}"
+        return f"there is no option --{flag}; there are {', '.join('--' + field for field in known)}, and --help shows all"
 
     @classmethod
     def _value_error(cls, name: str, value: Any) -> str:
@@ -69,6 +78,8 @@ class Options(BaseModel):
             return f"--{name.replace('_', '-')} is {shown(value)}, and it should be a value, not yes or no"
         if any(isinstance(part, str | Path) and ("\0" in str(part) or not _encodable(str(part))) for part in parts):
             return f"--{name.replace('_', '-')} is {shown(value)}, which has a character that no name can have; leave it out"
+        if field and isinstance(value, str) and _metavar(field) == LAYERS:
+            return _layers_error(f"--{name.replace('_', '-')}", value)
         return ""
 
     @classmethod
@@ -85,6 +96,21 @@ class Options(BaseModel):
             return f"{option} is {shown(error['input'])}, and it should be a whole number"
         requirement = error["msg"].replace("Input should be", "it should be").removesuffix(".")
         return f"{option} is {shown(error['input'])}, and {requirement[0].lower()}{requirement[1:]}"
+
+
+def _metavar(field: FieldInfo) -> Any:
+    return field.json_schema_extra.get("metavar") if isinstance(field.json_schema_extra, dict) else None
+
+
+def _layers_error(option: str, value: str) -> str:
+    """Return the error of a list of layers that no model could have: it is spelt wrongly, or a range runs backwards."""
+    if not re.fullmatch(rf"{LAYER_RANGE}(,{LAYER_RANGE})*", value):
+        return f"{option} is {shown(value)}, and it should be numbers and ranges with a comma between them: 0,2,-1, or 0-11, or 1-29/2 for every second layer"
+    for part in value.split(","):
+        ends = re.fullmatch(r"(\d+)-(\d+)(/\d+)?", part)
+        if ends and int(ends[1]) > int(ends[2]):
+            return f"{option} {part} runs backwards; write the lower number first: {ends[2]}-{ends[1]}{ends[3] or ''}"
+    return ""
 
 
 def _encodable(text: str) -> bool:

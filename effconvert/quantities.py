@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 def count(number: int) -> str:
     """Write a number of parameters."""
+    if number < 1e4:
+        return str(number)
     if number < 1e6:
         return f"{number / 1e3:.4g} k"
     return f"{number / 1e9:.3f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"

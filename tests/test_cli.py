@@ -14,6 +14,8 @@ from click.testing import Result
 import effconvert
 from effconvert.__main__ import main as module_main
 from effconvert.cli import main
+from effconvert.errors import OptionError
+from effconvert.quantities import count
 
 Command = Callable[..., Result]
 SLOW = {"asyncio", "torch", "transformers", "pydantic", "numpy", "rich", "huggingface_hub"}
@@ -230,3 +232,64 @@ def test_brackets_in_a_path_are_printed_as_they_are(command: Command, model: Pat
     assert Path("out[red]x/config.json").is_file()
     assert "model[bold]" in result.stdout
     assert "NOT VERIFIED: out[red]x" in result.stdout
+
+
+def completions(python: str, environment: dict[str, str], *words: str) -> list[str]:
+    """Return what a shell is told to complete the last of `words` with."""
+    typed = {"_EFFCONVERT_COMPLETE": "bash_complete", "COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+    done = subprocess.run([python, "-m", "effconvert"], env={**environment, **typed}, capture_output=True, text=True, timeout=60)
+    return done.stdout.split()
+
+
+def test_a_shell_completes_commands_options_their_words_and_files(python: str, environment: dict[str, str]) -> None:
+    script = subprocess.run(
+        [python, "-m", "effconvert"], env={**environment, "_EFFCONVERT_COMPLETE": "bash_source"}, capture_output=True, text=True, timeout=60
+    )
+    assert "_effconvert_completion()" in script.stdout
+    assert completions(python, environment, "effconvert", "pru") == ["plain,prune-layers"]
+    assert completions(python, environment, "effconvert", "gqa", "--po") == ["plain,--pool"]
+    assert completions(python, environment, "effconvert", "gqa", "--pool", "me") == ["plain,mean"]
+    assert completions(python, environment, "effconvert", "gqa", "mod") == ["file,mod"]
+    assert completions(python, environment, "effconvert", "gqa", "--calibrate", "my") == ["file,my"]
+
+
+def test_the_demo_says_first_what_it_is_about_to_show(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise OptionError("stopped")
+
+    monkeypatch.setattr("effconvert.demo.demo", stop)
+    assert command("demo").stdout.startswith("This converts a small model that comes with effconvert")
+
+
+def test_an_unknown_option_leads_to_all_of_them_and_teacher_to_refit(command: Command) -> None:
+    assert "--help shows all" in command("gqa", "--sizes", "2", "model").stderr
+    assert "effconvert refit MODEL --teacher ORIGINAL" in command("gqa", "--teacher", "original", "model").stderr
+
+
+@pytest.mark.parametrize(
+    ("layers", "told"),
+    [
+        ("0,,1", "should be numbers and ranges with a comma between them: 0,2,-1, or 0-11, or 1-29/2 for every second layer"),
+        ("0,3-1", "--layers 3-1 runs backwards; write the lower number first: 1-3"),
+        ("2-0/2", "--layers 2-0/2 runs backwards; write the lower number first: 0-2/2"),
+    ],
+)
+def test_layers_that_no_model_could_have_are_refused_in_a_sentence(command: Command, model: Path, layers: str, told: str) -> None:
+    result = command("streaming", "--window", "8", "--layers", layers, str(model))
+    assert (result.exit_code, told in result.stderr) == (2, True), result.stderr
+
+
+def test_an_output_without_a_name_is_named_after_what_was_typed(command: Command, model: Path) -> None:
+    Path("latest").symlink_to(model)
+    for typed in ("latest", "./latest/"):
+        assert "-> latest-gqa-2" in command("gqa", "--groups", "2", "--pool", "mean", typed, "--dry-run").stdout
+
+
+def test_a_warning_is_one_line_in_a_pipe(command: Command, model: Path) -> None:
+    folder = f"{'long' * 30}"
+    told = command("gqa", "--groups", "2", "--pool", "mean", str(model), "-o", folder, "--no-verify").stdout.splitlines()
+    assert f"NOT VERIFIED: {folder} was written and never loaded; leave --no-verify out to have it run and measured" in told
+
+
+def test_numbers_below_ten_thousand_are_written_out() -> None:
+    assert [count(number) for number in (0, 256, 9999, 10_000, 524_288, 3_672_320)] == ["0", "256", "9999", "10 k", "524.3 k", "3.67 M"]

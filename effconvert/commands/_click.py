@@ -5,6 +5,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import click
+from click.shell_completion import CompletionItem
 
 from effconvert.errors import OptionError
 from effconvert.options import Options
@@ -52,8 +53,22 @@ def parameters(kind: type[Options]) -> list[click.Parameter]:
         default_text = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         default = "  [required]" if field.is_required() else f"  [default: {default_text}]" if default_text not in (None, "") else ""
         names = [flag] + ([str(extra["short"])] if "short" in extra else [])
-        options.append(click.Option(names, metavar=str(metavar), help=f"{field.description}{default}"))
+        options.append(
+            click.Option(names, metavar=str(metavar), help=f"{field.description}{default}", shell_complete=_completion(field.annotation, str(metavar)))
+        )
     return options
+
+
+def _completion(kind: Any, metavar: str) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
+    """Return what a shell may write for an option: one of its words, or a file."""
+    words = [str(word) for part in (kind, *get_args(kind)) if get_origin(part) is Literal for word in get_args(part)]
+
+    def complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        if words:
+            return [CompletionItem(word) for word in words if word.startswith(incomplete)]
+        return [CompletionItem(incomplete, type="file")] if {"FILE", "DIR"} & {*metavar.split("|")} else []
+
+    return complete
 
 
 def given_options(values: dict[str, Any]) -> dict[str, Any]:

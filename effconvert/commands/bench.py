@@ -58,7 +58,7 @@ def run(models: tuple[str, ...], **values: Any) -> None:
         raise EffconvertError(f"nothing could be measured: {benchmark.cells[0].failure}")
 
 
-command = OptionsCommand("bench", [click.Argument(["models"], nargs=-1, required=True, metavar="MODEL...")], lambda: (BenchOptions,), run)
+command = OptionsCommand("bench", [click.Argument(["models"], type=click.Path(), nargs=-1, required=True, metavar="MODEL...")], lambda: (BenchOptions,), run)
 
 
 def show(benchmark: "Benchmark") -> None:
@@ -96,7 +96,9 @@ def show(benchmark: "Benchmark") -> None:
     out.print(f"\nmedians of {settings['rounds']} rounds, each of {settings['new_tokens']} steps; {dtypes}, {cache}; x: to model 1", soft_wrap=True)
     out.print(
         f"memory alone: a step that only reads weights and cache, at the {size(benchmark.bandwidth)}/s measured here. "
-        "A step far above it waits for something else: arithmetic, copies of the cache, Python. Peak: weights, and the memory of a pass beside them."
+        "A step far above it waits for something else: arithmetic, copies of the cache, Python. Of it weights: the share of these bytes that are weights. "
+        "Peak: weights, and the memory of a pass beside them.",
+        soft_wrap=True,
     )
     for note in benchmark.notes:
         out.print(f"note: {escape(note)}", soft_wrap=True)

@@ -11,6 +11,8 @@ from effconvert.eval.quality.eval_options import EvalOptions
 if TYPE_CHECKING:
     from effconvert.eval.results import Evaluation, Row, Value
 
+CHANCE = "chance?"  # marks a difference that is not significant
+
 
 def run(models: tuple[str, ...], **values: Any) -> None:
     """Measure how good models are, the original first.
@@ -40,7 +42,7 @@ def run(models: tuple[str, ...], **values: Any) -> None:
         terminal.out.print(f"written to {options.output}", soft_wrap=True, markup=False)
 
 
-command = OptionsCommand("eval", [click.Argument(["models"], nargs=-1, required=True, metavar="MODEL...")], lambda: (EvalOptions,), run)
+command = OptionsCommand("eval", [click.Argument(["models"], type=click.Path(), nargs=-1, required=True, metavar="MODEL...")], lambda: (EvalOptions,), run)
 
 
 def show(evaluation: "Evaluation") -> None:
@@ -71,7 +73,9 @@ def show(evaluation: "Evaluation") -> None:
     out.print(
         f"text: {escape(str(settings['text']))}, {settings['tokens']} tokens in windows of {settings['context']}; {escape(evaluation.machine)}", soft_wrap=True
     )
-    out.print("± is one standard error; differences are taken on the same n documents (windows of text); ~ may be chance (p >= 0.05)", soft_wrap=True)
+    out.print(
+        f"± is one standard error; differences are taken on the same n documents (windows of text); {CHANCE} it may be chance (p >= 0.05)", soft_wrap=True
+    )
     for note in evaluation.notes:
         out.print(f"note: {note}", soft_wrap=True, markup=False)
     if evaluation.prompt:
@@ -101,7 +105,7 @@ def mark(row: "Row", value: "Value") -> str:
     if value.significant is None:
         return "?"
     if not value.significant:
-        return "~"
+        return CHANCE
     if row.better is None:
         return "more" if value.difference > 0 else "less"
     return "better" if (value.difference > 0) == (row.better == "higher") else "worse"

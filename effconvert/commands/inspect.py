@@ -4,12 +4,12 @@ import click
 
 
 @click.command(name="inspect")
-@click.argument("model")
+@click.argument("model", type=click.Path())
 @click.option("--revision", metavar="TEXT", help="Branch, tag or commit of a model on the Hub.")
 def command(model: str, revision: str | None) -> None:
     """Show a model's shape and size, and which techniques apply.
 
-    Reads only the config and the headers, so the largest model takes a second.
+    Reads only the config and the headers, whatever the model's size. That takes a few seconds, most of them for imports.
 
     \b
     Examples:

@@ -50,4 +50,4 @@ def run(folder: str, repo: str, **values: Any) -> None:
         show(f"pushed to {escape(pushed.repo)}, {escape(pushed.revision)}: [bold]{escape(str(pushed.url))}[/]", soft_wrap=True)
 
 
-command = OptionsCommand("push", [click.Argument(["folder"], metavar="DIR"), click.Argument(["repo"])], lambda: (PushOptions,), run)
+command = OptionsCommand("push", [click.Argument(["folder"], type=click.Path(), metavar="DIR"), click.Argument(["repo"])], lambda: (PushOptions,), run)

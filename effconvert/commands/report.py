@@ -34,4 +34,6 @@ def run(model: str, results: tuple[str, ...], **values: Any) -> None:
     out.print(f"written to {page}, and beside it as .json and .md", soft_wrap=True, markup=False)
 
 
-command = OptionsCommand("report", [click.Argument(["model"]), click.Argument(["results"], nargs=-1)], lambda: (ReportOptions,), run)
+command = OptionsCommand(
+    "report", [click.Argument(["model"], type=click.Path()), click.Argument(["results"], nargs=-1, type=click.Path())], lambda: (ReportOptions,), run
+)

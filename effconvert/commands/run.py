@@ -6,7 +6,7 @@ import click
 
 
 @click.command(name="run")
-@click.argument("recipe", metavar="RECIPE")
+@click.argument("recipe", type=click.Path(), metavar="RECIPE")
 @click.option("--model", metavar="MODEL", help="Convert this model instead of the recipe's.")
 @click.option("--output", "-o", metavar="DIR", help="Write to this folder instead of the recipe's.")
 @click.option("--overwrite", is_flag=True, default=None, help="Replace output folders if effconvert wrote them.")
@@ -15,7 +15,7 @@ def command(recipe: str, dry_run: bool, **values: Any) -> None:
     """Run a recipe: convert, measure, report.
 
     RECIPE is a YAML file; `effconvert schema` prints its JSON schema for editors. Every conversion writes one beside its weights, effconvert.yaml, which
-    gives the same bytes again. An interrupted run resumes where it stopped.
+    gives the same bytes again. An interrupted run resumes where it stopped. `report: true` needs matplotlib: pip install 'effconvert[report]'.
 
     \b
     model: HuggingFaceTB/SmolLM2-135M

@@ -1,5 +1,6 @@
 """One conversion from end to end: locate, plan, stream, verify, publish."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from effconvert.hub.card import render
 from effconvert.hub.card_data import verification
 from effconvert.modeling.stock import check_writable, open_as_stock
 from effconvert.options import RunOptions
-from effconvert.paths import expand, real
+from effconvert.paths import expand
 from effconvert.progress import NoProgress, Progress
 from effconvert.surgery._placed import open_checked
 from effconvert.surgery._surgery import Step
@@ -170,6 +171,6 @@ def _texts(model: str, plan: Plan, options: RunOptions, record: dict[str, Any]) 
 
 
 def default_name(model: str, surgeries: tuple[Step, ...]) -> str:
-    """Name the output: SmolLM2-135M by gqa --groups 1 is SmolLM2-135M-gqa-1."""
-    stem = real(model).name.removesuffix(".gguf")
+    """Name the output after what was typed, a link too: SmolLM2-135M by gqa --groups 1 is SmolLM2-135M-gqa-1."""
+    stem = Path(os.path.abspath(expand(model))).name.removesuffix(".gguf")
     return "-".join([stem, *(surgery.label for surgery in surgeries)])

@@ -225,7 +225,9 @@ def machine(device: str) -> str:
 
     if device.startswith("cuda"):
         return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
-    return f"{processor()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, {torch.get_num_threads()} threads"
+    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
+    memory = f"{psutil.virtual_memory().total / 2**30:.0f} GiB"
+    return f"{processor()}, {cores} core{'s' * (cores > 1)}, {memory}, {threads} thread{'s' * (threads > 1)}"
 
 
 def processor() -> str:

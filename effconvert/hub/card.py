@@ -79,7 +79,7 @@ def _summary(past: History, report: Verification | None, manifest: Mapping[str, 
     lines = [f"{_link(past)}, converted to a cheaper architecture by effconvert {plain(str(manifest.get('effconvert', '')))}: `{_steps(past.recipe)}`."]
     if not past.hub and head.base_model:
         base_models = [head.base_model] if isinstance(head.base_model, str) else head.base_model
-        lines[0] += f" The source's card names {', '.join(map(plain, base_models))} as its base model."
+        lines[0] += f" The original's card names {', '.join(map(plain, base_models))} as its base model."
     if report is None:
         lines.append("**Not verified**: this checkpoint was written and never loaded or run.")
     elif report.difference is not None:
@@ -113,13 +113,16 @@ def _cost(past: History, report: Verification | None) -> str:
     if before.quality and after.quality:
         rows.append(("perplexity ↓", *(f"{side.perplexity:.4g}" for side in (before.quality, after.quality)), ""))
     if after.quality and after.quality.kl is not None and after.quality.agreement is not None:
-        rows += [("KL from the source, nats a token ↓", "0", f"{after.quality.kl:.4g}", ""), ("same top token ↑", "100%", f"{after.quality.agreement:.1%}", "")]
+        rows += [
+            ("KL from the original, nats a token ↓", "0", f"{after.quality.kl:.4g}", ""),
+            ("same top token ↑", "100%", f"{after.quality.agreement:.1%}", ""),
+        ]
     if report.difference is not None:
         rows.append(("largest change of a logit", "", f"{report.difference:.2g}", ""))
-    source = "the source" if past.last == len(past.recipe) else "before the last conversion"
-    parts = [table(["", source, THIS, "ratio"], rows)]
+    original = "the original" if past.last == len(past.recipe) else "before the last conversion"
+    parts = [table(["", original, THIS, "ratio"], rows)]
     if before.quality:
-        prompts = f"source: {json.dumps(before.continuation, ensure_ascii=False)}\nthis:   {json.dumps(after.continuation, ensure_ascii=False)}"
+        prompts = f"original: {json.dumps(before.continuation, ensure_ascii=False)}\nthis:     {json.dumps(after.continuation, ensure_ascii=False)}"
         parts.append(f"Greedy continuations of the same prompt:\n\n```text\n{prompts}\n```")
     return "\n\n".join(parts)
 
@@ -194,7 +197,7 @@ def _limits(
             f"{plain(report.device)}{f', with {plain(made_with)}' if made_with else ''}."
         )
         if past.last < len(past.recipe):
-            yield f"The verification compares the last conversion ({plain(_steps(past.recipe[-past.last :]))}) with its own source."
+            yield f"The verification compares the last conversion ({plain(_steps(past.recipe[-past.last :]))}) with the model before it."
         if quality:
             yield (
                 f"Perplexity, KL and agreement are of one text ({plain(report.text)}): {quality.tokens:,} tokens in windows of {quality.context}, "
@@ -208,7 +211,7 @@ def _limits(
         yield "No task was evaluated."
     yield "The evaluation results of the original's card are not repeated here: they are of another model. Its licence, limits and biases apply here too."
     if not head.license:
-        yield "The source names no licence: find out which it is before you use or share this model."
+        yield "The original names no licence: find out which it is before you use or share this model."
     yield from (plain(note) for result in results for note in result.notes)
 
 

@@ -15,7 +15,7 @@ from effconvert.errors import ModelError
 from effconvert.eval.results import Benchmark, Evaluation
 from effconvert.eval.verification import Verification
 
-# Metadata that a converted model shares with its source. Evaluation results are not among it: the model is another.
+# Metadata that a converted model shares with its original. Evaluation results are not among it: the model is another.
 CARRIED = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag", "datasets")
 # Tags of files that a conversion leaves behind.
 FORMATS = {"coreml", "exl2", "gguf", "jax", "mlx", "onnx", "openvino", "pytorch", "tf", "tflite", "transformers.js"}
@@ -33,9 +33,9 @@ TASKS = {
 
 @dataclass(frozen=True)
 class History:
-    """The conversions that led to a model, from the first source on."""
+    """The conversions that led to a model, from the first original on."""
 
-    source: str  # Hub id or folder name of the first source
+    source: str  # Hub id or folder name of the first original
     hub: bool  # whether it is on the Hub
     revision: str | None  # its commit, where that is known
     recipe: tuple[Mapping[str, Mapping[str, Any]], ...]  # all steps since
@@ -133,7 +133,7 @@ def _verified(report: Verification | None, task: str | None) -> list[EvalResult]
     if not report or not quality:
         return []
     about: dict[str, Any] = {"dataset_type": "text", "dataset_name": report.text, "dataset_args": {"tokens": quality.tokens, "context": quality.context}}
-    values = {"perplexity": quality.perplexity, "kl_from_source": quality.kl, "same_top_token_as_source": quality.agreement}
+    values = {"perplexity": quality.perplexity, "kl_from_original": quality.kl, "same_top_token_as_original": quality.agreement}
     return [EvalResult(task or "other", metric_type=metric, metric_value=value, **about) for metric, value in values.items() if value is not None]
 
 

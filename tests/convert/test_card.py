@@ -146,8 +146,8 @@ def test_results_are_read_back_as_they_were_given() -> None:
     read = {(result.dataset_name, result.metric_type): result.metric_value for result in card.data.eval_results}
     assert read == {
         ("novels.txt", "perplexity"): report().after.quality.perplexity,
-        ("novels.txt", "kl_from_source"): 1.25,
-        ("novels.txt", "same_top_token_as_source"): 0.375,
+        ("novels.txt", "kl_from_original"): 1.25,
+        ("novels.txt", "same_top_token_as_original"): 0.375,
         ("piqa", "acc_norm"): 0.6012345678901234,
         ("wiki|text", "word_perplexity"): 12.625,
     }

@@ -63,7 +63,7 @@ def test_what_was_measured_is_what_is_shown(converted, results, tmp_path):
     assert (cards["perplexity"].before, cards["perplexity"].after) == ("7.5 ± 1.0", "11.3")
     assert (cards["same top token"].after, cards["same top token"].note) == ("0.710", "± 0.012, one standard error, 8 documents")
     assert made.missing == {}
-    assert f"| source | tiny |\n| versions | python {platform.python_version()}, " in markdown
+    assert f"| original | tiny |\n| versions | python {platform.python_version()}, " in markdown
     assert f"| SHA-256 of tiny-gqa-2 | {made.subject.digest} |" in markdown
     page = (tmp_path / "out.html").read_text()
     assert page.count("<svg") == 2 + 2 * 4 + 2 + 1  # differences, speed of two batch sizes, layers, cache
