@@ -90,18 +90,18 @@ class Terminal:
 
     def outcome(self, outcome: Outcome) -> None:
         """Print what came of it."""
-        if outcome.found:
+        if outcome.already_there:
             self.out.print(f"{escape(str(outcome.output))} was there already, by this very conversion", soft_wrap=True)
         if outcome.resumed:
             self.out.print(f"{outcome.resumed} shards were there from an interrupted run")
-        if outcome.told:
-            self.transfer(outcome.told)
+        if outcome.layer_errors:
+            self.transfer(outcome.layer_errors)
         if outcome.report is None:
             place = escape(str(outcome.output))
             self.out.print(f"[bold]NOT VERIFIED[/]: {place} was written and never loaded; leave --no-verify out to have it run and measured", soft_wrap=True)
             return
         self.report(outcome.report)
-        self.out.print(f"verified, and {'still in' if outcome.found else 'written to'} [bold]{escape(str(outcome.output))}[/]", soft_wrap=True)
+        self.out.print(f"verified, and {'still in' if outcome.already_there else 'written to'} [bold]{escape(str(outcome.output))}[/]", soft_wrap=True)
 
     def transfer(self, told: Mapping[str, Mapping[str, float]]) -> None:
         """Print how far what was taught of each layer was from the original's, and is."""

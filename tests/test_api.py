@@ -115,7 +115,7 @@ def test_steps_are_objects_mappings_or_bare_names(steps, model, contents, comman
     )
     assert command("run", "r.yaml").exit_code == 0
     assert contents(Path("out")) == contents(Path("other"))
-    assert (done.output, done.report, done.found) == (Path("out"), None, False)
+    assert (done.output, done.report, done.already_there) == (Path("out"), None, False)
 
 
 def test_what_comes_back_is_what_the_command_writes(model, command, contents):

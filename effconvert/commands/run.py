@@ -42,7 +42,7 @@ def command(recipe: str, dry_run: bool, **values: Any) -> None:
     terminal = Terminal(recipes[0].model)
     for result in replay(recipes, dry_run, terminal):
         if dry_run:
-            for folder in (conversion.output for conversion in result.conversions if conversion.found):
+            for folder in (conversion.output for conversion in result.conversions if conversion.already_there):
                 terminal.out.print(f"{folder} exists already, from this same conversion", soft_wrap=True, markup=False)
         else:
             _show(result, terminal)

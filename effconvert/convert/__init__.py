@@ -1,1 +1,1 @@
-"""One conversion: plan, calibrate, write, output folder, verify. Called itself, `effconvert.convert(...)`, it converts: see `effconvert.api.convert`."""
+"""The stages of a conversion: plan, calibrate, write, output folder, verify. The package is callable: `effconvert.convert(...)` is `effconvert.api.convert`."""

@@ -1,7 +1,7 @@
-"""Run a model on a text while it is converted, layer by layer: each is fed by the *converted* layers below it, which is what it will see.
+"""Run the calibration text through a model while it is converted, layer by layer. Each layer gets the outputs of the *converted* layers below it.
 
-Steps that look at what layers compute do so here. What becomes of a layer is left in the output's working folder, from where it is written, so a
-killed run takes the finished layers from there, and runs them, but for nothing else.
+Steps that need activations run here. Converted layers are saved as drafts in the output's working folder, and the shards are written from these.
+After a kill, the next run reads the finished drafts. It runs these layers only to get the inputs of the next.
 """
 
 from pathlib import Path
@@ -18,9 +18,9 @@ from effconvert.heal._layerwise import return_memory, stored_tensors
 from effconvert.progress import Progress
 
 
-@torch.no_grad()  # and not inference mode: transfer trains on what is made here
+@torch.no_grad()  # not inference mode: transfer trains on these tensors
 def calibrate(plan: Plan, folder: Path, progress: Progress) -> None:
-    """Convert the layers of `plan` one after the other, looking at what they compute, and leave what became of each in `folder`.
+    """Convert the layers of `plan` in order, with activations, and save each as a draft in `folder`.
 
     Raises:
         ModelError: the model computes NaN or infinity.
@@ -28,28 +28,35 @@ def calibrate(plan: Plan, folder: Path, progress: Progress) -> None:
     assert plan.calibration
     ids = plan.calibration.ids
     after = [model.outer.on_top(config) for model, config in zip(plan.models("cpu"), plan.configs[1:], strict=False)]
-    outer = [plan.checkpoint.model("cpu").outer, *after]  # none has changes in it that its config knows nothing of
+    outer = [plan.checkpoint.model("cpu").outer, *after]  # the configs know of all changes outside the layers
     activations = Activations(plan.checkpoint, plan.teacher, outer, plan.calibration.batches)
     layers: list[Layer | None] = [*plan.models("cpu", activations)[-1].layers]
     with progress.bar("calibrating", len(layers) * ids.numel(), "tokens") as advance:
         for index in range(len(layers)):
             layer, file = layers[index], folder / drafts.names(plan)[index]
-            waited = [folder / drafts.names(plan)[other] for other in range(index, len(layers)) if index in {other, *plan.config.leaders(other)}]
+            # Itself, and later layers that share its tensors.
+            needed_for = [
+                later for later in range(index, len(layers)) if index in {later, *plan.config.leaders(later)}
+            ]  # itself, and layers that share its tensors
             drafts.discard_damaged(file)
-            if layer is not None and not all(draft.is_file() for draft in waited):  # a layer's truth value would be its number of parts, and compute it
-                made = {name: numbers.to(FLOATS[origin.dtype]) for name, (origin, numbers, new) in stored_tensors(layer, stored=True).items() if new}
-                if not file.is_file():  # what it stores for a later layer, which is still to be made, was computed again: activations have gone on by then
-                    drafts.save(file, made, activations.notes.get(index, {}))
-            activations.advance(index, _finished(plan, index, folder))
-            layers[index] = None  # what it computed is on disk
+            if layer is not None and not all(
+                (folder / drafts.names(plan)[later]).is_file() for later in needed_for
+            ):  # plain `if layer` would compute it: it calls len
+                tensors = {name: numbers.to(FLOATS[origin.dtype]) for name, (origin, numbers, new) in stored_tensors(layer, stored=True).items() if new}
+                if not file.is_file():  # else the layer was computed again for a later one, before activations advance
+                    drafts.save(file, tensors, activations.notes.get(index, {}))
+            activations.advance(index, _layer_tensors(plan, index, folder))
+            layers[index] = None  # its tensors are on disk
             return_memory()
             advance(ids.numel())
 
 
-def _finished(plan: Plan, index: int, folder: Path) -> dict[str, Tensor]:
-    """Return all of a layer of the converted model, in float32."""
-    inside, buffers = plan.inside(index), plan.config.family.buffers
-    made = {unit: drafts.read(plan, unit, folder) for unit in {target.unit for target in inside.values()} if unit is not None}
+def _layer_tensors(plan: Plan, index: int, folder: Path) -> dict[str, Tensor]:
+    """Return all tensors of a converted layer but its buffers, in float32."""
+    targets, buffers = plan.layer_targets(index), plan.config.family.buffers
+    changed = {unit: drafts.read(plan, unit, folder) for unit in {target.unit for target in targets.values()} if unit is not None}
     return {
-        name: target.origin.read("cpu") if target.unit is None else made[target.unit][name].float() for name, target in inside.items() if name not in buffers
+        name: target.origin.read("cpu") if target.unit is None else changed[target.unit][name].float()
+        for name, target in targets.items()
+        if name not in buffers
     }

@@ -1,4 +1,4 @@
-"""Make the tokens to calibrate on, and say what calibration takes; the run itself is in `effconvert.convert.calibrate`."""
+"""Prepare calibration: its tokens, and the memory it takes. The run itself is in `effconvert.convert.calibrate`."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ from effconvert.options import Conversion
 
 DOCSTRINGS = "docstrings"  # the value of --calibrate
 WINDOW = 512  # tokens
-PIECES = (1, 4, 16)  # an encoder's windows are cut into so many texts in turn: it is to be good at short ones too
-SHORTEST = 14  # tokens of such a text, but for those that begin and end it
-LEAST = 8  # windows: one of them is held out
-LIBRARIES = 400_000_000  # bytes; transformers, and what PyTorch sets up to compute
+PIECES = (1, 4, 16)  # texts that an encoder's windows are cut into, in turn: short texts must count too
+SHORTEST = 14  # tokens of such a text, without special tokens
+LEAST = 8  # windows; one of them is held out
+LIBRARIES = 400_000_000  # bytes of transformers and PyTorch
 
 
 def prepare(plan: Plan, options: Conversion) -> Calibration:
-    """Make the tokens to calibrate on: windows from all over the text, for encoders texts of several lengths, begun and ended as theirs are.
+    """Make the calibration tokens: windows from all over the text. Encoders get texts of several lengths, with special tokens.
 
     Raises:
         OptionError: the text cannot be read, or is too short.
@@ -32,11 +32,11 @@ def prepare(plan: Plan, options: Conversion) -> Calibration:
     if lent := [layer for layer in range(plan.config.layers) if plan.config.cache_of(layer) != layer]:
         raise ModelError(
             f"layer {lent[0]} reads the keys and values of layer {plan.config.cache_of(lent[0])}, and calibration runs one layer at a time; "
-            "do what needs calibration first, and share the cache last"
+            "put steps that need calibration first, and share the cache last"
         )
     if plan.teacher.config.vocabulary < config.vocabulary:
         raise ModelError(
-            f"the teacher knows {plan.teacher.config.vocabulary} tokens and the student {config.vocabulary}: they do not read the same text; "
+            f"the teacher has a vocabulary of {plan.teacher.config.vocabulary} and the student of {config.vocabulary}, so they do not read the same text; "
             "name the model that the student was made from"
         )
     window = _window(options, min(config.longest or MOST, plan.teacher.config.longest or MOST))
@@ -47,15 +47,15 @@ def prepare(plan: Plan, options: Conversion) -> Calibration:
     if chosen == selftext.SELF:
         return selftext.prepare(plan, tokenizer, options.calibration_tokens // window, window)
     text = calibration_text() if chosen == DOCSTRINGS else read_calibration(chosen)
-    asked = f"--calibration-tokens {options.calibration_tokens} are asked for; give a longer text, or ask for fewer"
+    advice = f"--calibration-tokens is {options.calibration_tokens}; give a longer text, or a smaller number"
     try:
         ids = windows(tokenizer, text, window, MOST, config.vocabulary)
-    except OptionError:  # which speaks of the options of measuring
-        found = len(tokenizer(text.content, add_special_tokens=False).input_ids)
-        raise OptionError(f"{text.name} has {found} tokens, and {asked}") from None
+    except OptionError:  # whose message names the options of evaluation
+        length = len(tokenizer(text.content, add_special_tokens=False).input_ids)
+        raise OptionError(f"{text.name} has {length} tokens, and {advice}") from None
     count = options.calibration_tokens // window
     if len(ids) < count:
-        raise OptionError(f"{text.name} has {ids.numel()} tokens in windows of {window}, and {asked}")
+        raise OptionError(f"{text.name} has {ids.numel()} tokens in windows of {window}, and {advice}")
     ids = ids[[index * len(ids) // count for index in range(count)]]
     if config.decoder:
         return Calibration(text.name, ids)
@@ -65,28 +65,28 @@ def prepare(plan: Plan, options: Conversion) -> Calibration:
 
 
 def _window(options: Conversion, longest: int) -> int:
-    """Return how many tokens are read together, of a model that reads `longest`."""
-    asked, tokens = options.calibration_window, options.calibration_tokens
-    if asked is None:
+    """Return the tokens of a window, for a model that reads at most `longest`."""
+    window, tokens = options.calibration_window, options.calibration_tokens
+    if window is None:
         return min(WINDOW, longest, tokens // LEAST)
-    if asked > longest:
-        raise OptionError(f"--calibration-window {asked} is more than the {longest} tokens that the model reads; give at most that")
-    if asked > tokens // LEAST:
-        raise OptionError(f"--calibration-window {asked} needs {LEAST * asked} --calibration-tokens, {LEAST} windows, and {tokens} are asked for")
-    return asked
+    if window > longest:
+        raise OptionError(f"--calibration-window {window} is more than the {longest} tokens that the model reads; give at most that")
+    if window > tokens // LEAST:
+        raise OptionError(f"--calibration-window {window} needs --calibration-tokens {LEAST * window} ({LEAST} windows) or more, and it is {tokens}")
+    return window
 
 
 def _ends(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the tokens that the tokenizer puts before and after a text; none where that cannot be told."""
+    """Return the tokens that the tokenizer puts before and after a text; none if they cannot be recognised."""
     plain, whole = (tokenizer("a 1 .", add_special_tokens=special, verbose=False).input_ids for special in (False, True))
-    start = next((place for place in range(len(whole)) if plain and whole[place : place + len(plain)] == plain), None)
+    start = next((index for index in range(len(whole)) if plain and whole[index : index + len(plain)] == plain), None)
     if start is None:
         return (), ()
     return tuple(whole[:start]), tuple(whole[start + len(plain) :])
 
 
 def calibration_bytes(plan: Plan) -> int:
-    """Return about how many bytes of memory `calibrate` takes with a refit, the largest there is, and half of that again between freed blocks."""
+    """Estimate the bytes of memory of `calibrate` with a refit, which takes most. Fragmentation adds half to the activations."""
     assert plan.calibration
     config, ids = plan.checkpoint.config, plan.calibration.ids
     window, inner = ids.shape[1], config.heads * config.head_dim

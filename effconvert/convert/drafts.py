@@ -1,4 +1,4 @@
-"""Converted layers that wait in the working folder, where they are computed in order and written file by file."""
+"""Drafts: converted layers in the working folder. Calibration computes them in order, and shards are written file by file."""
 
 import json
 from collections.abc import Mapping
@@ -15,12 +15,12 @@ from effconvert.errors import ModelError
 
 
 def names(plan: Plan) -> list[str]:
-    """Return the name of each layer's draft; none where layers are computed when they are written."""
+    """Return the name of each layer's draft; empty without calibration, where layers are computed as they are written."""
     return [f"layer-{index:05}{DRAFT}" for index in range(plan.config.layers)] if plan.needs_calibration else []
 
 
 def save(file: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, float]) -> None:
-    """Write what became of a layer, and what steps noted of it, in one piece."""
+    """Write the tensors of a converted layer, and the notes of steps on it, in one piece."""
     unfinished = file.with_name(f"{file.name}{DRAFT}")
     save_file({name: numbers.contiguous().cpu() for name, numbers in tensors.items()}, unfinished, {"notes": json.dumps(notes)})
     to_disk(unfinished)
@@ -28,12 +28,12 @@ def save(file: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, float]) 
 
 
 def read(plan: Plan, index: int, folder: Path) -> dict[str, Tensor]:
-    """Return what became of layer `index`, but for what did not change."""
+    """Return the tensors of layer `index` that the conversion changed."""
     return load_file(folder / names(plan)[index])
 
 
 def discard_damaged(file: Path) -> None:
-    """Remove a draft that cannot be read, so that its layer is computed again: a disk may lose what it had."""
+    """Remove a draft that cannot be read, so that its layer is computed again. Disks may lose data in a crash."""
     if file.is_file():
         try:
             read_header(file)
@@ -42,16 +42,16 @@ def discard_damaged(file: Path) -> None:
 
 
 def notes(plan: Plan, folder: Path) -> dict[str, dict[str, float]]:
-    """Return what steps noted of the layers they looked at: layer -> what."""
-    noted = {}
+    """Return the notes of steps on layers: layer -> name -> value."""
+    result = {}
     for index, name in enumerate(names(plan)):
         if (folder / name).is_file():
             with safe_open(folder / name, "pt") as file:
-                noted[str(index)] = json.loads((file.metadata() or {}).get("notes", "{}"))
-    return {index: of_layer for index, of_layer in noted.items() if of_layer}
+                result[str(index)] = json.loads((file.metadata() or {}).get("notes", "{}"))
+    return {index: values for index, values in result.items() if values}
 
 
 def discard(plan: Plan, folder: Path) -> None:
-    """Remove them: all is written."""
+    """Remove all drafts, when everything is written."""
     for name in names(plan):
         (folder / name).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What a checkpoint is and what can be done to it, from its config and headers alone."""
+"""Inspect a checkpoint: its size, its parts, and the techniques that fit, from its config and headers alone."""
 
 import math
 import re
@@ -18,7 +18,7 @@ BROKEN = "its file is broken"  # begins the reason where a technique cannot be a
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `effconvert inspect` tells."""
+    """The result of `effconvert inspect`."""
 
     checkpoint: Checkpoint
     size: Size
@@ -29,7 +29,7 @@ class Inspection:
 
 
 def inspect(checkpoint: Checkpoint) -> Inspection:
-    """Look at `checkpoint` without reading a weight."""
+    """Inspect `checkpoint` without reading a weight."""
     config = checkpoint.config
     allowed_options, refusals = {}, {}
     for name in steps.techniques():
@@ -46,13 +46,13 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
 def parts(checkpoint: Checkpoint) -> dict[str, int]:
     """Count the parameters of each part, biases with their matrices, and all experts together."""
     family = checkpoint.config.family
-    counted: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     places = {f"{checkpoint.prefix}{module}": part for part, module in family.outer.items()} | {module: part for part, module in family.head.items()}
     for name, tensor in checkpoint.outer.items():
         part = next((part for module, part in places.items() if name.startswith(f"{module}.")), "other")
-        counted[part] += math.prod(tensor.shape) if tensor.dtype in FLOATS else 0
+        counts[part] += math.prod(tensor.shape) if tensor.dtype in FLOATS else 0
     for index in range(checkpoint.config.layers):
         layer = checkpoint.layer(index, "meta")
         for part in [part for part in layer if checkpoint.config.stored_for(index, part) == index]:
-            counted[re.sub(r"^experts\.\d+", "experts", part.removesuffix(".bias"))] += layer[part].numel()
-    return {part: number for part, number in counted.items() if number}  # old files hold position ids, which are no parameters
+            counts[re.sub(r"^experts\.\d+", "experts", part.removesuffix(".bias"))] += layer[part].numel()
+    return {part: number for part, number in counts.items() if number}  # old files contain position ids, which are no parameters

@@ -1,7 +1,7 @@
-"""The output folder: what may stand there, who is writing it, and how it appears whole.
+"""The output folder: checks before it is written, the lock, and the rename at the end.
 
-Everything goes to `OUT.partial` first, with a manifest that says what belongs there; `OUT` appears by one rename. What is replaced waits in
-`OUT.replaced` until then. Nothing is removed that a manifest does not name with its size: what somebody put there, or trained further, stays.
+Everything is written to `OUT.partial` first, with a manifest of its files. One rename makes it `OUT`. An old output is kept in `OUT.replaced` until
+then. Only files that a manifest lists with their size are removed. Files that somebody added, or trained further, stay.
 """
 
 import contextlib
@@ -30,17 +30,17 @@ def partial_folder(output: Path) -> Path:
 
 
 def replaced_folder(output: Path) -> Path:
-    """Return where an output that is being replaced waits until the new one stands."""
+    """Return the folder that holds an old output until the new one is in place."""
     return output.with_name(output.name + ".replaced")
 
 
 def lock_file(output: Path) -> Path:
-    """Return the empty file that whoever writes `output` holds."""
+    """Return the empty file that is locked while `output` is written."""
     return output.with_name(f".{output.name}.lock")
 
 
 def check(plan: Plan, output: Path, overwrite: bool, scratch: int) -> None:
-    """Refuse, before anything is written, a place where the result (and `scratch` bytes while it is measured) could not stand.
+    """Refuse an output folder that cannot be used, before anything is written. Verification needs `scratch` bytes beside it.
 
     Raises:
         OptionError: it exists, cannot be written, has too little room, or would touch the source.
@@ -58,7 +58,7 @@ def check(plan: Plan, output: Path, overwrite: bool, scratch: int) -> None:
 
 
 def check_free(output: Path, overwrite: bool) -> None:
-    """Refuse to touch what effconvert did not write."""
+    """Refuse a folder with files that effconvert did not write."""
     if output.is_symlink():
         raise OptionError(f"{output} is a link; give --output the folder that it stands for")
     if output.exists() and not output.is_dir():
@@ -67,7 +67,7 @@ def check_free(output: Path, overwrite: bool) -> None:
         if not overwrite:
             raise OptionError(f"{output} exists; give another --output, or --overwrite to replace what effconvert wrote")
         if foreign := foreign_files(output):
-            raise OptionError(f"{output} holds what effconvert did not write ({foreign[0]}), so it stays; give another --output")
+            raise OptionError(f"{output} holds files that effconvert did not write ({foreign[0]}), so it is not replaced; give another --output")
     lock = lock_file(output)
     if lock.is_symlink() or (lock.exists() and lock.stat().st_size):
         raise OptionError(f"{lock} is in the way and effconvert did not write it; move it, or give another --output")
@@ -96,74 +96,74 @@ def _check_room(plan: Plan, output: Path, scratch: int) -> None:
 
 @contextlib.contextmanager
 def workplace(plan: Plan, output: Path) -> Iterator[Path]:
-    """Make `OUT.partial`, with a manifest of what will be in it, while nobody else may write `output`.
+    """Make `OUT.partial` with a manifest of its future files, and lock `output` meanwhile.
 
     Raises:
         OptionError: another effconvert is writing there.
-        EffconvertError: the disk is full or cannot be written; what is finished stays for the next try.
+        EffconvertError: the disk is full or cannot be written; finished shards stay for the next try.
     """
     partial, lock = partial_folder(output), lock_file(output)
     try:
         partial.mkdir(parents=True, exist_ok=True)
         with FileLock(lock, timeout=0):
             try:
-                _begin(plan, partial)
+                _prepare(plan, partial)
                 yield partial
             finally:
                 lock.unlink(missing_ok=True)
     except Timeout:
         raise OptionError(f"another effconvert is writing {output}; wait for it, or give another --output") from None
     except OSError as error:
-        again = f"the finished shards wait in {partial}, and the same command goes on from there"
+        advice = f"the finished shards are in {partial}, and the same command resumes there"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise EffconvertError(f"no room left for {output} ({error.strerror}); make some: {again}") from None
-        raise EffconvertError(f"{error.filename or output}: {error.strerror or error}; {again}") from None
+            raise EffconvertError(f"no room left for {output} ({error.strerror}); make some: {advice}") from None
+        raise EffconvertError(f"{error.filename or output}: {error.strerror or error}; {advice}") from None
 
 
-def _begin(plan: Plan, partial: Path) -> None:
+def _prepare(plan: Plan, partial: Path) -> None:
     manifest = read_manifest(partial)
     (partial / SCRATCH).unlink(missing_ok=True)
-    done = manifest.get("shards") if manifest.get("fingerprint") == plan.fingerprint else None
-    if not isinstance(done, dict):
-        done = {}
-        for path in partial.iterdir():  # of another model or recipe (`check_free` saw to it that it is ours): nothing of it can be used
+    shards = manifest.get("shards") if manifest.get("fingerprint") == plan.fingerprint else None
+    if not isinstance(shards, dict):
+        shards = {}
+        for path in partial.iterdir():  # of another model or recipe, and useless; `check_free` checked that effconvert wrote it
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    told = {key: manifest[key] for key in ("transfer",) if done and key in manifest}
-    save_manifest(partial, {**about(plan), **told, "files": dict.fromkeys([*plan.written, SCRATCH, *drafts.names(plan)]), "shards": done})
+    transfer = {key: manifest[key] for key in ("transfer",) if shards and key in manifest}
+    save_manifest(partial, {**identity(plan), **transfer, "files": dict.fromkeys([*plan.output_files, SCRATCH, *drafts.names(plan)]), "shards": shards})
 
 
-def finished(plan: Plan, output: Path, verified: bool) -> dict[str, Any]:
-    """Return the manifest of `output` if it is just what `plan` would write (and was verified, where that is asked for), else nothing."""
+def matching_manifest(plan: Plan, output: Path, verify: bool) -> dict[str, Any]:
+    """Return the manifest of `output` if it is what `plan` would write, else an empty one. With `verify` it must be verified too."""
     manifest = read_manifest(output)
-    whole = manifest.get("fingerprint") == plan.fingerprint and set(manifest["files"]) == set(plan.written)
-    sound = whole and all((output / name).is_file() for name in plan.written) and not foreign_files(output)
-    copied = [name for name in plan.files if name not in plan.edits and (name != TOKENIZER or not plan.tokenizer)]
-    sound = sound and all(filecmp.cmp(plan.checkpoint.folder / name, output / name, shallow=False) for name in copied)
+    sound = manifest.get("fingerprint") == plan.fingerprint and set(manifest["files"]) == set(plan.output_files)
+    sound = sound and all((output / name).is_file() for name in plan.output_files) and not foreign_files(output)
+    copies = [name for name in plan.files if name not in plan.edits and (name != TOKENIZER or not plan.tokenizer)]
+    sound = sound and all(filecmp.cmp(plan.checkpoint.folder / name, output / name, shallow=False) for name in copies)
     sound = sound and all((output / name).read_text(encoding="utf-8") == text for name, text in plan.edits.items())
-    return manifest if sound and (manifest.get("verified") or not verified) else {}
+    return manifest if sound and (manifest.get("verified") or not verify) else {}
 
 
-def describe(partial: Path, texts: dict[str, str]) -> None:
-    """Write what goes beside the weights for people to read."""
+def write_texts(partial: Path, texts: dict[str, str]) -> None:
+    """Write the files that people read, such as the model card."""
     for name, text in texts.items():
         (partial / name).write_text(text, encoding="utf-8")
         to_disk(partial / name)
 
 
-def forget(partial: Path) -> None:
-    """Have the next try write everything anew: what is there is not sound."""
+def forget_shards(partial: Path) -> None:
+    """Mark all shards as unsound, so that the next try writes them again."""
     save_manifest(partial, {**read_manifest(partial), "shards": {}})
 
 
 def publish(plan: Plan, partial: Path, output: Path, overwrite: bool, record: dict[str, Any]) -> None:
-    """Complete the manifest with `record` and move `partial` to where it belongs, replacing what was there.
+    """Complete the manifest with `record`, and rename `partial` to `output`, replacing an old output.
 
     Raises:
-        OptionError: meanwhile somebody put something there.
+        OptionError: somebody put files there meanwhile.
     """
     check_free(output, overwrite)
-    final = {**about(plan), **record, "files": {name: (partial / name).stat().st_size for name in plan.written}}
-    save_manifest(partial, {**final, "shards": read_manifest(partial)["shards"]})  # still to be found by a next try, if this one is killed
+    final = {**identity(plan), **record, "files": {name: (partial / name).stat().st_size for name in plan.output_files}}
+    save_manifest(partial, {**final, "shards": read_manifest(partial)["shards"]})  # for the next try, if this one is killed
     to_disk(partial)
     old = replaced_folder(output)
     if output.exists():
@@ -178,12 +178,12 @@ def publish(plan: Plan, partial: Path, output: Path, overwrite: bool, record: di
 
 
 def complete(output: Path, manifest: dict[str, Any]) -> None:
-    """End what `publish` had begun when it was killed: the output stands where it belongs."""
+    """Finish a `publish` that was killed after the rename."""
     save_manifest(output, {key: value for key, value in manifest.items() if key != "shards"})
     if replaced_folder(output).exists():
         shutil.rmtree(replaced_folder(output))
 
 
-def about(plan: Plan) -> dict[str, Any]:
-    """Return what a manifest says of every conversion."""
+def identity(plan: Plan) -> dict[str, Any]:
+    """Return the entries that every manifest has: version, fingerprint, recipe."""
     return {"effconvert": __version__, "fingerprint": plan.fingerprint, "recipe": plan.recipe}

@@ -1,4 +1,4 @@
-"""Plan a conversion: run every layer on the meta device, so that all errors and all sizes are known before a byte is written."""
+"""Plan a conversion: run every layer on the meta device, so that errors and sizes are known before a byte is written."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from effconvert.checkpoint.parts import Deferred, Parts
 from effconvert.checkpoint.replaced import STUB_FILE
 from effconvert.checkpoint.shards import ITEMSIZE, Stored
 from effconvert.checkpoint.tensors import INDEX, SINGLE
-from effconvert.convert.files import beside
+from effconvert.convert.files import other_files
 from effconvert.convert.originals import stand_for
 from effconvert.errors import ModelError, OptionError
 from effconvert.heal._calibration import Calibration
@@ -30,13 +30,13 @@ from effconvert.surgery._surgery import Step
 from effconvert.version import __version__
 
 TOKENIZER = "tokenizer_config.json"
-OUTER = -1  # in place of a layer's number: what is outside the layers
-LARGEST = 5_000_000_000  # bytes of a shard, as huggingface_hub has it, where the source's own shards are not larger
+OUTER = -1  # in place of a layer's number: the tensors outside the layers
+LARGEST = 5_000_000_000  # bytes of a shard, as in huggingface_hub, unless the source's shards are larger
 
 
 @dataclass(frozen=True)
 class Target:
-    """A tensor to write: layer `unit`, or what is `OUTER`, computes it; None where the bytes of `origin` are copied."""
+    """A tensor to write. `unit` is the layer that computes it, or `OUTER`; None where the bytes of `origin` are copied."""
 
     name: str
     dtype: str
@@ -52,20 +52,20 @@ class Target:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be written and what it will take."""
+    """Everything that a conversion will write and need."""
 
     checkpoint: Checkpoint
     surgeries: tuple[Step, ...]
     config: Config
     shards: dict[str, list[Target]]  # file name -> its tensors in order
-    files: tuple[str, ...]  # what else belongs to the model
+    files: tuple[str, ...]  # other files of the model
     peak: int  # bytes of resident memory while writing
-    teacher: Checkpoint  # what healing goes towards: by default the checkpoint itself
-    configs: Sequence[Config]  # before each step, and at last the one to write
-    originals: Sequence[range]  # for each layer of the checkpoint, which layers of the teacher it stands for
-    calibration: Calibration | None = None  # what it is run on, where a step looks at what layers compute
-    edits: Mapping[str, str] = field(default_factory=dict)  # what becomes of those of `files` that are not copied: name -> text
-    remarks: tuple[str, ...] = ()  # on files: what is left out, what is dropped
+    teacher: Checkpoint  # the model that healing goes towards; by default the checkpoint itself
+    configs: Sequence[Config]  # before each step, and last the one to write
+    originals: Sequence[range]  # for each layer of the checkpoint, the layers of the teacher that it stands for
+    calibration: Calibration | None = None  # the calibration tokens, where a step needs activations
+    edits: Mapping[str, str] = field(default_factory=dict)  # those of `files` that are not copied: name -> text
+    remarks: tuple[str, ...] = ()  # on files that are left out or changed
 
     @property
     def before(self) -> Size:
@@ -75,14 +75,14 @@ class Plan:
     @property
     def after(self) -> Size:
         """The size of the converted model."""
-        read = ((target.name, target.dtype, target.shape) for target in self.targets if target.name not in self.checkpoint.unread)
-        return size_of_tensors(read, self.config, self.checkpoint.dtype)
+        tensors = ((target.name, target.dtype, target.shape) for target in self.targets if target.name not in self.checkpoint.unread)
+        return size_of_tensors(tensors, self.config, self.checkpoint.dtype)
 
     @property
     def targets(self) -> Iterator[Target]:
         """Every tensor to write, shard by shard."""
-        for inside in self.shards.values():
-            yield from inside
+        for targets in self.shards.values():
+            yield from targets
 
     @property
     def is_exact(self) -> bool:
@@ -91,24 +91,24 @@ class Plan:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether a step looks at what layers compute, so that the model has to be calibrated before it is written."""
+        """Whether a step needs activations, so that calibration must run before the model is written."""
         return any(surgery.needs_calibration(config) for surgery, config in zip(self.surgeries, self.configs, strict=False))
 
     @property
     def recipe(self) -> list[dict[str, dict[str, object]]]:
-        """The surgeries as a recipe."""
+        """The steps as a recipe spells them."""
         return [surgery.recipe for surgery in self.surgeries]
 
     @property
     def notes(self) -> list[str]:
-        """What is different for this model, step by step, on this text, and in its files."""
-        told = [f"{surgery.name}: {said}" for surgery, config in zip(self.surgeries, self.configs, strict=False) if (said := surgery.notes(config))]
-        about = self.calibration.notes(self.checkpoint.config) if self.calibration else ""
-        return [*self.checkpoint.notes, *told, *([about] if about else []), *self.remarks]
+        """Remarks on this conversion: on the folder, on each step, on calibration and on files."""
+        steps = [f"{surgery.name}: {note}" for surgery, config in zip(self.surgeries, self.configs, strict=False) if (note := surgery.notes(config))]
+        calibration = self.calibration.notes(self.checkpoint.config) if self.calibration else ""
+        return [*self.checkpoint.notes, *steps, *([calibration] if calibration else []), *self.remarks]
 
     @property
     def draft_bytes(self) -> int:
-        """Bytes of disk that converted layers take while they wait to be written."""
+        """Bytes of disk that drafts take."""
         return sum(target.bytes for target in self.targets if target.unit not in (None, OUTER)) if self.needs_calibration else 0
 
     @property
@@ -118,59 +118,59 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """Identify source, recipe and layout: a half-written output with the same fingerprint can be finished."""
+        """Identifies source, recipe and layout. An interrupted run with the same fingerprint can be resumed."""
         files = sorted({tensor.file for tensor in self.checkpoint.stored})
         files += sorted({tensor.file for tensor in self.teacher.stored} - {*files})
         source = [(file.name, file.stat().st_size, file.stat().st_mtime_ns, sample(file)) for file in files]
-        code = [_code(surgery) for surgery in self.surgeries]  # what a technique does may change while it is written
-        targets = [(shard, target.name, target.dtype, target.shape) for shard, inside in self.shards.items() for target in inside]
+        code = [_code(surgery) for surgery in self.surgeries]  # a technique's code may change during its development
+        targets = [(shard, target.name, target.dtype, target.shape) for shard, members in self.shards.items() for target in members]
         text = json.dumps([__version__, code, self.recipe, self.config.content, source, targets, self.files, self.calibration and self.calibration.identity])
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
-    def indexed(self) -> bool:
+    def has_index(self) -> bool:
         """Whether the checkpoint is in several files with an index."""
         return list(self.shards) != [SINGLE]
 
     @property
-    def written(self) -> list[str]:
+    def output_files(self) -> list[str]:
         """The names of all files of the output but its manifest."""
-        named = [TOKENIZER] if self.tokenizer and TOKENIZER not in self.files else []
-        return [*self.shards, *self.files, CONFIG, RECIPE, CARD, *self.code, *named, *([INDEX] if self.indexed else [])]
+        tokenizer = [TOKENIZER] if self.tokenizer and TOKENIZER not in self.files else []
+        return [*self.shards, *self.files, CONFIG, RECIPE, CARD, *self.code, *tokenizer, *([INDEX] if self.has_index else [])]
 
     @property
     def tokenizer(self) -> str:
-        """The class of the tokenizer, to be named in its config where it is not: the family that the model becomes would look for another. Else empty."""
+        """The tokenizer's class, which its config must name if the new family has another by default; else empty."""
         before, after = self.checkpoint.config.family.tokenizer, self.config.family.tokenizer
         return before if before != after and has_tokenizer(self.checkpoint.folder) else ""
 
     @property
     def code(self) -> list[str]:
-        """The file that says what a model in a class of ours needs to be loaded."""
+        """The stub of code beside a model that needs effconvert: it says how to load the model."""
         return [STUB_FILE] if self.config.needs_effconvert else []
 
     def layer_prefix(self, index: int) -> str:
-        """Return what stands before the names of layer `index` of the converted model."""
+        """Return the prefix of the names in layer `index` of the converted model."""
         return f"{outer_prefix(self.checkpoint.config, self.checkpoint.prefix, self.config)}{self.config.family.layers}.{index}."
 
-    def inside(self, index: int) -> dict[str, Target]:
-        """Return what layer `index` of the converted model computes with, by its name inside the layer: what an earlier layer stores for it too."""
-        found: dict[str, Target] = {}
+    def layer_targets(self, index: int) -> dict[str, Target]:
+        """Return all tensors of layer `index` of the converted model by their names inside the layer, also those that an earlier layer stores."""
+        result: dict[str, Target] = {}
         for layer in {*self.config.leaders(index), index}:
             prefix = self.layer_prefix(layer)
             names = ((target.name.removeprefix(prefix), target) for target in self.targets if target.name.startswith(prefix))
-            found |= {name: target for name, target in names if self.config.stored_in(index, name) == layer}
-        return found
+            result |= {name: target for name, target in names if self.config.stored_in(index, name) == layer}
+        return result
 
     def models(self, device: str, activations: ActivationsProtocol | None = None) -> list[Model]:
-        """Return the model before each step and after the last: lazy, so that nothing is read before a layer is asked for its tensors.
+        """Return the model before each step and after the last. They are lazy: a tensor is read when it is first used.
 
-        With a `walk` for steps that look, layers are to be asked in order.
+        With `activations`, layers must be used in order.
         """
         return list(_models(self.checkpoint.model(device, self.originals, activations, self.teacher.config), self.surgeries, self.configs))
 
     def parts(self, unit: int, device: str = "cpu") -> tuple[str, Parts]:
-        """Return a layer of the converted model, or what is outside them, and what stands before its names."""
+        """Return a layer of the converted model, or the parts outside the layers, and the prefix of its names."""
         model = self.models(device)[-1]
         return ("", model.outer) if unit == OUTER else (self.layer_prefix(unit), model.layers[unit])
 
@@ -192,7 +192,7 @@ def _models(model: Model, surgeries: Sequence[Step], configs: Sequence[Config]) 
 
 
 def plan(checkpoint: Checkpoint, surgeries: tuple[Step, ...], teacher: Checkpoint | None = None) -> Plan:
-    """Run `surgeries` over the shapes of `checkpoint`, healing towards `teacher`, or else what it was itself.
+    """Run `surgeries` over the shapes of `checkpoint`. Healing goes towards `teacher`, by default `checkpoint` itself.
 
     Raises:
         OptionError, ModelError: the conversion cannot be done.
@@ -200,28 +200,28 @@ def plan(checkpoint: Checkpoint, surgeries: tuple[Step, ...], teacher: Checkpoin
     configs = [checkpoint.config]
     for surgery in surgeries:
         if surgery.undecided:
-            raise ValueError(f"{surgery.name} leaves open what it changes; ask effconvert.convert.decide first")
+            raise ValueError(f"{surgery.name} has options without a value; call effconvert.convert.decide first")
         surgery.check(configs[-1])
         configs.append(surgery.config(configs[-1]))
     check_tokenizer(checkpoint, configs[-1])
-    files, originals = beside(checkpoint, configs[-1]), stand_for(checkpoint, teacher or checkpoint)
+    files, originals = other_files(checkpoint, configs[-1]), stand_for(checkpoint, teacher or checkpoint)
     config = configs[-1] = files.config
     draft = Plan(checkpoint, surgeries, config, {}, files.files, 0, teacher or checkpoint, tuple(configs), tuple(originals), None, files.edits, files.notes)
     *before, model = draft.models("meta")
-    for surgery, changed in zip(surgeries, before, strict=True):
-        _check_shared(surgery, changed)
+    for surgery, state in zip(surgeries, before, strict=True):
+        _check_shared(surgery, state)
     if len(model.layers) != config.layers:
-        raise ModelError(f"{len(model.layers)} layers came of the surgery, and its config says {config.layers}: a fault of effconvert, please report it")
+        raise ModelError(f"the conversion has {len(model.layers)} layers, and its config says {config.layers}: a fault of effconvert, please report it")
     targets, work = list(_targets(OUTER, "", model.outer)), model.outer.touched
     for index, layer in enumerate(model.layers):
         targets += _targets(index, draft.layer_prefix(index), layer)
         work = max(work, layer.touched)
-    # A layer in float32, the same again while it is read and rounded, and the layer before it; the rest is Python and torch themselves.
+    # A layer in float32, a copy while it is read and rounded, and the layer before it. The rest is Python and torch themselves.
     return replace(draft, shards=_shards(targets, checkpoint), peak=psutil.Process().memory_info().rss + 3 * work)
 
 
 def check_tokenizer(checkpoint: Checkpoint, config: Config) -> None:
-    """Refuse a tokenizer's config that is to be changed and cannot be read.
+    """Refuse a tokenizer's config that must be changed and cannot be read.
 
     Raises:
         ModelError: it is no JSON object.
@@ -230,46 +230,46 @@ def check_tokenizer(checkpoint: Checkpoint, config: Config) -> None:
     if checkpoint.config.family.tokenizer == config.family.tokenizer or not file.is_file():
         return
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file} is not JSON ({error}); fetch the file again") from None
-    if not isinstance(said, dict):
+    if not isinstance(content, dict):
         raise ModelError(f"{file} holds no names and values; fetch the file again")
 
 
 def _check_shared(surgery: Step, model: Model) -> None:
-    """Refuse a step that would give layers different values of what they share.
+    """Refuse a step that would give different values to layers that share parameters.
 
     Raises:
-        OptionError: it changes some of these layers alone, or each of them by what that one computes.
+        OptionError: it changes only some of these layers, or each by its own activations.
     """
-    given = {layer.index: {part for part in layer.assigned if part.removesuffix(".bias") in model.config.parts} for layer in model.layers}
+    assigned = {layer.index: {part for part in layer.assigned if part.removesuffix(".bias") in model.config.parts} for layer in model.layers}
     for record in model.config.shared:
-        here = [index for index in record.layers if index in given]
-        parts = {index: {part for part in given[index] if record.has(part.removesuffix(".bias"))} for index in here}
+        members = [index for index in record.layers if index in assigned]
+        parts = {index: {part for part in assigned[index] if record.has(part.removesuffix(".bias"))} for index in members}
         changed = sorted(set().union(*parts.values()))
-        if changed and (surgery.needs_calibration(model.config) or any(of_one != parts[here[0]] for of_one in parts.values())):
+        if changed and (surgery.needs_calibration(model.config) or any(changes != parts[members[0]] for changes in parts.values())):
             raise OptionError(
-                f"layers {', '.join(map(str, here))} share their {record.what}, and {surgery.name} would give each of them another {changed[0]}; "
+                f"layers {', '.join(map(str, members))} share their {record.what}, and {surgery.name} would give each of them another {changed[0]}; "
                 f"do {surgery.name} first and share afterwards, or take options that leave it alone"
             )
 
 
 def _targets(unit: int, prefix: str, parts: Parts) -> Iterator[Target]:
     for name, origin, value in parts.tensors(stored=True):
-        assert not isinstance(value, Deferred)  # nothing is put off while only shapes count
+        assert not isinstance(value, Deferred)  # nothing is deferred on the meta device
         shape = origin.shape if value is None else value.shape
         yield Target(prefix + name, origin.dtype, tuple(shape), origin, None if value is None else unit)
 
 
 def _shards(targets: Iterable[Target], checkpoint: Checkpoint) -> dict[str, list[Target]]:
-    """Put targets into files: those of the source, in the order of its bytes; a file that would grow beyond the usual size becomes several."""
+    """Sort targets into files: those of the source, in the order of its bytes. A file that would get too large is split."""
     files: dict[Path, list[Target]] = {}
     for target in sorted(targets, key=lambda target: (target.origin.file, target.origin.start)):
         files.setdefault(target.origin.file, []).append(target)
-    pieces = [piece for file, inside in files.items() for piece in _pieces(inside, max(LARGEST, file.stat().st_size))]
+    pieces = [piece for file, members in files.items() for piece in _pieces(members, max(LARGEST, file.stat().st_size))]
     if len(pieces) == len(files):
-        return {file.relative_to(checkpoint.folder).as_posix(): inside for file, inside in files.items()}
+        return {file.relative_to(checkpoint.folder).as_posix(): members for file, members in files.items()}
     return {f"model-{number:05}-of-{len(pieces):05}.safetensors": piece for number, piece in enumerate(pieces, 1)}
 
 

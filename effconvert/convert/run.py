@@ -18,7 +18,7 @@ from effconvert.convert.calibration import prepare as prepare_calibration
 from effconvert.convert.decide import decide
 from effconvert.convert.plan import Plan, plan
 from effconvert.convert.verify import check_memory, prepare, scratch_bytes, verify
-from effconvert.convert.write import left, write
+from effconvert.convert.write import is_unfinished, write
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality.text import default_text, read_text
 from effconvert.eval.results import versions
@@ -36,138 +36,138 @@ from effconvert.surgery._placed import open_checked
 from effconvert.surgery._surgery import Step
 from effconvert.version import __version__
 
-CALIBRATING = ("calibrate", "calibration_tokens", "calibration_window")  # options that say what is looked at
+CALIBRATION_OPTIONS = ("calibrate", "calibration_tokens", "calibration_window")  # options of calibration
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it."""
+    """The result of a conversion."""
 
     plan: Plan
     output: Path
-    report: Verification | None  # None: nothing was verified, or nothing was written
-    resumed: int = 0  # shards that an earlier, interrupted run had finished
-    found: bool = False  # whether all of it was there already
-    told: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # layer -> held-out error of its attention before and after `transfer`
+    report: Verification | None  # None where nothing was verified or written
+    resumed: int = 0  # shards that an interrupted run had finished
+    already_there: bool = False  # whether this very conversion had been written before
+    layer_errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # layer -> held-out error of its attention before and after `transfer`
 
 
 def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progress: Progress | None = None, *, reuse: bool = False) -> Outcome:
-    """Convert `model` by `surgeries`, one after the other, as `options` say.
+    """Convert `model` by `surgeries`, one after the other.
 
     Args:
         model: a folder, a Hub id or a .gguf file.
-        surgeries: what to do to it.
-        options: where to write, what to measure on.
+        surgeries: the steps, in order.
+        options: where to write, what to measure on, and more.
         progress: shows the progress; by default nothing is shown.
-        reuse: take an output that this very conversion wrote before as it is.
+        reuse: return an output that this very conversion wrote before.
 
     Raises:
-        OptionError: the asker wants something impossible.
-        ModelError: the model cannot be converted, or what was written is not sound.
-        EffconvertError: the disk or the network failed; the same call goes on from there.
+        OptionError: the options are impossible for this model.
+        ModelError: the model cannot be converted, or the result failed verification.
+        EffconvertError: the disk or the network failed; the same call resumes.
     """
     progress = progress or NoProgress()
     if not surgeries:
-        raise OptionError("nothing is to be done to the model; name at least one technique")
+        raise OptionError("there is no step to do; name at least one technique")
     text = None
     if options.verify:
         text = read_text(options.text) if options.text else default_text()
     folder = sources.locate(model, options.revision, progress.step)
     surgeries = (*surgeries, *([Transfer()] if options.transfer else []), *([Refit()] if options.refit else []))
-    opening = open_as_stock if options.verify or options.dry_run else open_checked  # the former imports transformers, which takes longer than much of the rest
+    opening = open_as_stock if options.verify or options.dry_run else open_checked  # the former imports transformers, which is slow
     checkpoint, teacher, target = opening(folder), _teacher(surgeries, progress), expand(options.output or default_name(model, surgeries))
     if any(step.undecided for step in surgeries):
         if not reuse:
             output.check_free(target, options.overwrite)
         surgeries = decide(checkpoint, surgeries, teacher, options, progress)
-    planned = plan(checkpoint, surgeries, teacher)
+    conversion = plan(checkpoint, surgeries, teacher)
     if options.verify or options.dry_run:
-        check_writable(planned.config, {target.name: (target.dtype, target.shape) for target in planned.targets})
-    if planned.needs_calibration:
-        planned = replace(planned, calibration=prepare_calibration(planned, options))
-    manifest = output.finished(planned, target, options.verify)
-    if manifest and "shards" in manifest:  # a run that was killed when all was done but for the last record
+        check_writable(conversion.config, {target.name: (target.dtype, target.shape) for target in conversion.targets})
+    if conversion.needs_calibration:
+        conversion = replace(conversion, calibration=prepare_calibration(conversion, options))
+    manifest = output.matching_manifest(conversion, target, options.verify)
+    if manifest and "shards" in manifest:  # a run that was killed before it wrote the final manifest
         output.complete(target, manifest)
         reuse = True
     if reuse and manifest:
-        return Outcome(planned, target, verification(manifest), found=True)
-    output.check(planned, target, options.overwrite, max(planned.draft_bytes, scratch_bytes(planned, options) if options.verify else 0))
-    memory = check_memory(planned, options) if options.verify else 0
-    material = prepare(planned, text, options) if text else None
-    progress.plan(model, planned, target, memory)
+        return Outcome(conversion, target, verification(manifest), already_there=True)
+    output.check(conversion, target, options.overwrite, max(conversion.draft_bytes, scratch_bytes(conversion, options) if options.verify else 0))
+    memory = check_memory(conversion, options) if options.verify else 0
+    material = prepare(conversion, text, options) if text else None
+    progress.plan(model, conversion, target, memory)
     if options.dry_run:
-        return Outcome(planned, target, None)
-    if planned.calibration:
-        planned = replace(planned, calibration=selftext.write(planned, planned.calibration, progress))
+        return Outcome(conversion, target, None)
+    if conversion.calibration:
+        conversion = replace(conversion, calibration=selftext.write(conversion, conversion.calibration, progress))
 
-    with output.workplace(planned, target) as partial:
-        if planned.calibration and left(planned, partial):
-            from effconvert.convert.calibrate import calibrate  # which imports transformers: what is only copied and pooled does not wait for it
+    with output.workplace(conversion, target) as partial:
+        if conversion.calibration and is_unfinished(conversion, partial):
+            from effconvert.convert.calibrate import calibrate  # imports transformers, so only where it is needed
 
-            calibrate(planned, partial, progress)
-        told = _told(planned, partial)
-        with progress.bar(f"writing {target}", planned.after.bytes, "bytes") as advance:
-            resumed = write(planned, partial, advance)
-        drafts.discard(planned, partial)
+            calibrate(conversion, partial, progress)
+        layer_errors = _layer_errors(conversion, partial)
+        with progress.bar(f"writing {target}", conversion.after.bytes, "bytes") as advance:
+            resumed = write(conversion, partial, advance)
+        drafts.discard(conversion, partial)
         report = None
         if material:
             try:
-                report = verify(planned, partial, material, partial / output.SCRATCH, progress)
-            except Exception as error:  # a fault of a technique's author too: what he mends must not find the old shards
-                output.forget(partial)
+                report = verify(conversion, partial, material, partial / output.SCRATCH, progress)
+            except Exception as error:  # also a bug of a technique: its next version must not find the old shards
+                output.forget_shards(partial)
                 if not isinstance(error, ModelError):
                     raise
-                raise ModelError(f"{error}; nothing was put at {target}, and what was written is in {partial}") from error
+                raise ModelError(f"{error}; {target} was not written, and the unsound result is in {partial}") from error
         record = {"source": _source(model, options, folder), "verified": report is not None, "report": report and asdict(report), "versions": versions()}
-        if planned.calibration:
-            record["calibration"] = planned.calibration.record
-        if told:
-            record["transfer"] = told
-        output.describe(partial, _texts(model, planned, options, record))
-        if report:  # what was verified is known by its content: `push` holds the folder to it
-            record["sha256"] = {name: file_hash(partial / name) for name in planned.written}
-        output.publish(planned, partial, target, options.overwrite, record)
-    return Outcome(planned, target, report, resumed, told=told)
+        if conversion.calibration:
+            record["calibration"] = conversion.calibration.record
+        if layer_errors:
+            record["transfer"] = layer_errors
+        output.write_texts(partial, _texts(model, conversion, options, record))
+        if report:  # `push` checks that the folder is what was verified
+            record["sha256"] = {name: file_hash(partial / name) for name in conversion.output_files}
+        output.publish(conversion, partial, target, options.overwrite, record)
+    return Outcome(conversion, target, report, resumed, layer_errors=layer_errors)
 
 
-def _told(planned: Plan, partial: Path) -> dict[str, dict[str, float]]:
-    """Return what `transfer` had to tell of layers, now or before an interruption, and keep it: the drafts that hold it are not there much longer."""
+def _layer_errors(conversion: Plan, partial: Path) -> dict[str, dict[str, float]]:
+    """Return the errors that `transfer` noted in drafts, and copy them to the manifest: drafts are removed before the end."""
     manifest = read_manifest(partial)
-    told: dict[str, dict[str, float]] = drafts.notes(planned, partial) or manifest.get("transfer", {})
-    if told:
-        save_manifest(partial, {**manifest, "transfer": told})
-    return told
+    errors: dict[str, dict[str, float]] = drafts.notes(conversion, partial) or manifest.get("transfer", {})
+    if errors:
+        save_manifest(partial, {**manifest, "transfer": errors})
+    return errors
 
 
 def _teacher(surgeries: tuple[Step, ...], progress: Progress) -> Checkpoint | None:
-    """Open what a step heals towards, where it names a model."""
-    named = {surgery.teacher for surgery in surgeries if isinstance(surgery, Healing) and surgery.teacher}
-    if len(named) > 1:
-        raise OptionError(f"the steps name different teachers ({', '.join(sorted(named))}); heal towards one at a time")
-    if not named and isinstance(surgeries[0], Healing):
-        raise OptionError("--teacher is needed: the model that this one was made from, towards which it is healed")
-    return open_checked(sources.locate(named.pop(), None, progress.step)) if named else None
+    """Open the model that a step names as its teacher."""
+    names = {surgery.teacher for surgery in surgeries if isinstance(surgery, Healing) and surgery.teacher}
+    if len(names) > 1:
+        raise OptionError(f"the steps name different teachers ({', '.join(sorted(names))}); heal towards one at a time")
+    if not names and isinstance(surgeries[0], Healing):
+        raise OptionError("--teacher is needed: the model that this one was made from")
+    return open_checked(sources.locate(names.pop(), None, progress.step)) if names else None
 
 
 def _source(model: str, options: RunOptions, folder: Path) -> dict[str, Any]:
-    """Say where the model came from, back to what nobody converted; of a folder only its name, for this will be read by others."""
+    """Return where the model came from, back to the first original. Of a folder only the name: others will read this."""
     source = {"model": folder.name if expand(model).exists() else model, "revision": options.revision, "commit": sources.commit(folder)}
     before = read_manifest(folder)
-    made_by = {key: before[key] for key in ("effconvert", "recipe", "source", "verified") if key in before}
-    return {**source, **({"made_by": made_by} if made_by else {})}
+    origin = {key: before[key] for key in ("effconvert", "recipe", "source", "verified") if key in before}
+    return {**source, **({"made_by": origin} if origin else {})}
 
 
 def _texts(model: str, plan: Plan, options: RunOptions, record: dict[str, Any]) -> dict[str, str]:
-    """Write what people read: the recipe, which makes the same bytes again, and the model card."""
+    """Return the files that people read: the recipe, which makes the same bytes again, and the model card."""
     source = record["source"]
     revision = None if expand(model).exists() else source["commit"] or source["revision"]
-    asked = {name.replace("_", "-"): getattr(options, name) for name in CALIBRATING} if plan.needs_calibration else {}
-    recipe = {"model": model, "revision": revision, "steps": plan.recipe, **asked}
-    told = f"# Written by effconvert {__version__}. The same bytes again: effconvert run {RECIPE} -o DIR\n"
+    settings = {name.replace("_", "-"): getattr(options, name) for name in CALIBRATION_OPTIONS} if plan.needs_calibration else {}
+    recipe = {"model": model, "revision": revision, "steps": plan.recipe, **settings}
+    recipe_text = f"# Written by effconvert {__version__}. The same bytes again: effconvert run {RECIPE} -o DIR\n"
     before = text_of(plan.checkpoint.folder / CARD) or ""
-    manifest = {**output.about(plan), **record, "files": dict.fromkeys(plan.written)}
-    told += yaml.safe_dump({key: value for key, value in recipe.items() if value}, sort_keys=False, allow_unicode=True)
-    return {RECIPE: told, CARD: render(manifest, plan.config.content, before)}
+    manifest = {**output.identity(plan), **record, "files": dict.fromkeys(plan.output_files)}
+    recipe_text += yaml.safe_dump({key: value for key, value in recipe.items() if value}, sort_keys=False, allow_unicode=True)
+    return {RECIPE: recipe_text, CARD: render(manifest, plan.config.content, before)}
 
 
 def default_name(model: str, surgeries: tuple[Step, ...]) -> str:

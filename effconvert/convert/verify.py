@@ -1,4 +1,4 @@
-"""Prove a conversion: reload it from disk in stock transformers, run it, and measure it beside the original."""
+"""Verify a conversion: reload it from disk in transformers, run it, and measure it beside the original."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +22,12 @@ from effconvert.options import RunOptions
 from effconvert.progress import Advance, Progress
 from effconvert.quiet import quiet_transformers
 
-LIBRARIES = 330_000_000  # bytes; measured on SmolLM2 beyond what is counted: 0.32 GB in float32, 0.03 GB in bfloat16
-PROMPT = 24  # tokens given, and tokens asked for
+LIBRARIES = 330_000_000  # bytes; measured on SmolLM2 beyond the sizes below: 0.32 GB in float32, 0.03 GB in bfloat16
+PROMPT = 24  # tokens of the prompt, and of its continuation
 
 
 def measuring_dtype(plan: Plan) -> torch.dtype:
-    """Return the type to run both models in: their own, or float32 where equality is to be shown or one of them can no other."""
+    """Return the type to run both models in: their own, or float32 if the conversion is exact or one of them needs it."""
     return torch.float32 if plan.is_exact or plan.config.family.float32_only else plan.checkpoint.computing
 
 
@@ -40,13 +40,13 @@ def check_memory(plan: Plan, options: RunOptions) -> int:
     """Return the bytes of memory that verification takes.
 
     Raises:
-        OptionError: there are fewer than that.
+        OptionError: that much is not free.
     """
     itemsize = measuring_dtype(plan).itemsize
     states = state_bytes(plan.config, itemsize)
-    states += 2 * states // plan.config.layers  # that of a layer beside the new tokens, and cut again
+    states += 2 * states // plan.config.layers  # a layer's state beside the new tokens, and once more when it is sliced
     weights = max(plan.before.parameters, plan.after.parameters) * itemsize + states
-    # One window's logits, twice; transformers, and what PyTorch sets up to compute. What is mapped from files can be dropped and does not count.
+    # One window's logits, twice, and the libraries. Pages mapped from files can be dropped and do not count.
     size = weights + 2 * scratch_bytes(plan, options) * options.context // options.tokens + plan.peak + LIBRARIES
     free = psutil.virtual_memory().available
     if size > free:
@@ -72,17 +72,17 @@ def check_finite(folder: Path, plan: Plan, advance: Advance) -> None:
 
 @dataclass(frozen=True)
 class Material:
-    """What both models are run on."""
+    """The inputs of both models."""
 
     tokenizer: Any
     windows: Tensor  # token ids, [N, T]
     text: str
-    unmeasured: str  # why no quality can be measured, empty where it can
-    texts: tuple[Tensor, ...] = ()  # token ids [T] that an exact conversion is held to its claim on, beside the beginning of the first window
+    unmeasured: str  # why no quality can be measured; empty where it can
+    texts: tuple[Tensor, ...] = ()  # token ids [T] for checking an exact conversion, beside the beginning of the first window
 
 
 def prepare(plan: Plan, text: Text, options: RunOptions) -> Material:
-    """Make the tokens to measure on, before anything is written.
+    """Prepare the tokens to measure on, before anything is written.
 
     Raises:
         OptionError: the text is too short.
@@ -109,7 +109,7 @@ def verify(plan: Plan, folder: Path, material: Material, scratch: Path, progress
     """Reload the model in `folder` and compare it with its original.
 
     Raises:
-        ModelError: it does not load as it should, computes NaN, or is not what the plan or the surgery promised.
+        ModelError: it does not load, computes NaN, or differs from the plan.
     """
     try:
         with quiet_transformers():
@@ -124,11 +124,11 @@ def verify(plan: Plan, folder: Path, material: Material, scratch: Path, progress
     finally:
         scratch.unlink(missing_ok=True)
     if original.sees_later != converted.sees_later:
-        one, other = ("the original", "the converted model")[:: 1 if original.sees_later else -1]
-        raise ModelError(f"tokens see later ones in {one}, and not in {other}: a technique that is not made for such attention, please report it")
+        bidirectional, causal = ("the original", "the converted model")[:: 1 if original.sees_later else -1]
+        raise ModelError(f"tokens see later ones in {bidirectional}, and not in {causal}: the technique does not fit such attention, please report it")
     _check(plan.before, original.side, "the original")
     _check(plan.after, converted.side, "the converted model")
-    texts = [_head(material), *material.texts]
+    texts = [_beginning(material), *material.texts]
     difference, compared = exact.compare(texts, original.logits, converted.logits) if plan.is_exact else (None, 0)
     dtype = str(measuring_dtype(plan)).removeprefix("torch.")
     return Verification(original.side, converted.side, difference, material.text, dtype, original.device, material.unmeasured, compared)
@@ -136,7 +136,7 @@ def verify(plan: Plan, folder: Path, material: Material, scratch: Path, progress
 
 @dataclass(frozen=True)
 class Run:
-    """What one of the two models does on the material."""
+    """The results of one of the two models."""
 
     side: Side
     logits: list[Tensor]  # of each text, [places, V]
@@ -146,32 +146,32 @@ class Run:
 
 def _run(plan: Plan, folder: Path, material: Material, advance: Advance, record: Path | None = None, reference: LogitsFile | None = None) -> Run:
     config = plan.config if folder != plan.checkpoint.folder else plan.checkpoint.config
-    whole, cut, scored = loading.load(folder, config, measuring_dtype(plan)), material.windows, not material.unmeasured
+    whole, windows, has_quality = loading.load(folder, config, measuring_dtype(plan)), material.windows, not material.unmeasured
     model, parameters = loading.measured(whole, config), sum(parameter.numel() for parameter in whole.parameters())
-    prompt = cut[0, :PROMPT]
-    logits = [perplexity.logits_of(model, _head(material)).float().cpu(), *exact.logits(model, material.texts, config.decoder, advance)]
-    measured = perplexity.summary(perplexity.measure(model, list(cut), record, reference, advance), cut.shape[1]) if scored else None
-    written = perplexity.continuation(model, material.tokenizer, prompt, PROMPT) if scored else ""
+    prompt = windows[0, :PROMPT]
+    logits = [perplexity.logits_of(model, _beginning(material)).float().cpu(), *exact.logits(model, material.texts, config.decoder, advance)]
+    quality = perplexity.summary(perplexity.measure(model, list(windows), record, reference, advance), windows.shape[1]) if has_quality else None
+    continuation = perplexity.continuation(model, material.tokenizer, prompt, PROMPT) if has_quality else ""
     cache = state = 0
     if plan.config.decoder:
-        windows = [window - 1 for window in config.windows() if window]
-        short = prompt[: max(1, min([len(prompt), *windows]))]  # before any window is full
+        spans = [window - 1 for window in config.windows() if window]
+        short = prompt[: max(1, min([len(prompt), *spans]))]  # before any window is full
         itemsize = FLOATS[plan.checkpoint.dtype].itemsize
         growing, _ = perplexity.kv_bytes(model, short)
-        for seen in (short, cut[0]) if config.replaced else ():  # a state may grow, and not with each token
-            _, held = perplexity.kv_bytes(model, seen)
-            if held != (said := state_bytes(config, model.dtype.itemsize, len(seen))):
-                raise ModelError(f"its mixers hold {held} bytes after {len(seen)} tokens, and the plan said {said}: a fault of effconvert")
+        for tokens in (short, windows[0]) if config.replaced else ():  # a state may grow, and not with each token
+            _, actual = perplexity.kv_bytes(model, tokens)
+            if actual != (planned := state_bytes(config, model.dtype.itemsize, len(tokens))):
+                raise ModelError(f"its mixers hold {actual} bytes after {len(tokens)} tokens, and the plan said {planned}: a fault of effconvert")
         cache, state = growing // len(short) * itemsize // model.dtype.itemsize + growth_bytes(config, itemsize), state_bytes(config, itemsize)
-    later = exact.sees_later(model, cut[0][: 2 * PROMPT])
-    return Run(Side(parameters, cache, measured, written, state), logits, later, str(model.device))
+    later = exact.sees_later(model, windows[0][: 2 * PROMPT])
+    return Run(Side(parameters, cache, quality, continuation, state), logits, later, str(model.device))
 
 
-def _head(material: Material) -> Tensor:
+def _beginning(material: Material) -> Tensor:
     return material.windows[0][: 4 * PROMPT]
 
 
-def _check(planned: Any, side: Side, which: str) -> None:
-    for what, expected, found in (("parameters", planned.parameters, side.parameters), ("bytes of KV cache a token", planned.kv_bytes, side.kv_bytes)):
-        if expected != found:
-            raise ModelError(f"{which} has {found} {what} in transformers, and the plan said {expected}: its config.json and its tensors do not agree")
+def _check(size: Any, side: Side, which: str) -> None:
+    for what, expected, actual in (("parameters", size.parameters, side.parameters), ("bytes of KV cache a token", size.kv_bytes, side.kv_bytes)):
+        if expected != actual:
+            raise ModelError(f"{which} has {actual} {what} in transformers, and the plan said {expected}: its config.json and its tensors do not agree")

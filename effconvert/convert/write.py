@@ -1,6 +1,6 @@
-"""Write a planned conversion, a tensor at a time, so that a kill at any moment loses one shard at most.
+"""Write a planned conversion, a tensor at a time. A kill at any moment loses one shard at most.
 
-A finished shard is flushed to disk, renamed and recorded in the manifest, and the same command finds it again. Memory is two layers,
+A finished shard is flushed to disk, renamed and recorded in the manifest. The same command resumes after it. Writing holds two layers in memory,
 whatever the model's size.
 """
 
@@ -28,30 +28,30 @@ from effconvert.progress import Advance
 
 
 def write(plan: Plan, partial: Path, advance: Advance) -> int:
-    """Write what is missing of `plan` to `partial`, and return how many shards were there already."""
+    """Write the missing files of `plan` to `partial`, and return how many shards were there already."""
     manifest = read_manifest(partial)
-    done: dict[str, list[int]] = manifest["shards"]
-    kept = 0
+    stamps: dict[str, list[int]] = manifest["shards"]
+    resumed = 0
     with _Layers(plan, partial) as layers:
         for name, targets in plan.shards.items():
             path = partial / name
-            if path.is_file() and done.get(name) == _stamp(path):
-                kept += 1
-                layers.forget(targets)
+            if path.is_file() and stamps.get(name) == _stamp(path):
+                resumed += 1
+                layers.mark_written(targets)
                 advance(sum(target.bytes for target in targets))
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
             _write_shard(path, targets, layers, advance)
-            done[name] = _stamp(path)
+            stamps[name] = _stamp(path)
             save_manifest(partial, manifest)
     _write_others(plan, partial)
-    return kept
+    return resumed
 
 
-def left(plan: Plan, partial: Path) -> bool:
-    """Whether anything of `plan` is still to be written to `partial`."""
-    done: dict[str, list[int]] = read_manifest(partial)["shards"]
-    return not all((partial / name).is_file() and done.get(name) == _stamp(partial / name) for name in plan.shards)
+def is_unfinished(plan: Plan, partial: Path) -> bool:
+    """Whether a shard of `plan` is still missing in `partial`."""
+    stamps: dict[str, list[int]] = read_manifest(partial)["shards"]
+    return not all((partial / name).is_file() and stamps.get(name) == _stamp(partial / name) for name in plan.shards)
 
 
 def _stamp(path: Path) -> list[int]:
@@ -60,15 +60,15 @@ def _stamp(path: Path) -> list[int]:
 
 
 class _Layers:
-    """The converted tensors of the layer at work, and of the next one, which is computed while this one and what lies between is copied."""
+    """The converted tensors of the current layer, and of the next one, which a thread computes while this one is written."""
 
     def __init__(self, plan: Plan, partial: Path) -> None:
         self.plan, self.partial = plan, partial
-        needed = (target.unit for shard in plan.shards.values() for target in shard)
-        self.left = Counter(index for index in needed if index is not None)  # layer -> its tensors still to be written
+        units = (target.unit for shard in plan.shards.values() for target in shard)
+        self.remaining = Counter(unit for unit in units if unit is not None)  # layer -> its tensors that are not written yet
         self.ready: dict[int, dict[str, Tensor | Deferred]] = {}
-        self.ahead: dict[int, Future[dict[str, Tensor | Deferred]]] = {}
-        self.order = list(self.left)
+        self.futures: dict[int, Future[dict[str, Tensor | Deferred]]] = {}
+        self.order = list(self.remaining)
         self.worker = ThreadPoolExecutor(1)
 
     def __enter__(self) -> Self:
@@ -82,27 +82,27 @@ class _Layers:
         index = target.unit
         assert index is not None
         if index not in self.ready:
-            self._begin(index)
-            self.ready[index] = self.ahead.pop(index).result()
-            if len(self.ready) > 2:  # a file that holds its tensors kind by kind: rather compute a layer again than keep them all
+            self._start(index)
+            self.ready[index] = self.futures.pop(index).result()
+            if len(self.ready) > 2:  # in a file sorted by kind of tensor; computing a layer again saves memory
                 del self.ready[next(iter(self.ready))]
-            if following := [other for other in self.order[self.order.index(index) + 1 :] if self.left[other]]:
-                self._begin(following[0])
+            if later := [unit for unit in self.order[self.order.index(index) + 1 :] if self.remaining[unit]]:
+                self._start(later[0])
         value = self.ready[index].pop(target.name)
-        self.forget([target])
+        self.mark_written([target])
         yield from value.pieces() if isinstance(value, Deferred) else [value]
 
-    def forget(self, targets: list[Target]) -> None:
+    def mark_written(self, targets: list[Target]) -> None:
         """Count `targets` as written."""
         for target in targets:
             if target.unit is not None:
-                self.left[target.unit] -= 1
-                if not self.left[target.unit]:
+                self.remaining[target.unit] -= 1
+                if not self.remaining[target.unit]:
                     self.ready.pop(target.unit, None)
 
-    def _begin(self, index: int) -> None:
-        if index not in self.ahead and index not in self.ready:
-            self.ahead[index] = self.worker.submit(self._compute, index)
+    def _start(self, index: int) -> None:
+        if index not in self.futures and index not in self.ready:
+            self.futures[index] = self.worker.submit(self._compute, index)
 
     def _compute(self, unit: int) -> dict[str, Tensor | Deferred]:
         if self.plan.needs_calibration and unit != OUTER:
@@ -114,7 +114,7 @@ class _Layers:
 
 def _write_shard(path: Path, targets: list[Target], layers: _Layers, advance: Advance) -> None:
     draft = path.with_name(path.name + DRAFT)
-    source = targets[0].origin.file  # a shard is written from the one it replaces, but for what layers compute
+    source = targets[0].origin.file  # a shard copies from the one it replaces; layers compute the rest
     try:
         with draft.open("wb") as file, source.open("rb", buffering=0) as original:
             file.write(header({target.name: (target.dtype, target.shape) for target in targets}))
@@ -130,7 +130,7 @@ def _write_shard(path: Path, targets: list[Target], layers: _Layers, advance: Ad
 
 
 def _runs(targets: list[Target], file: BinaryIO, original: FileIO, advance: Advance) -> Iterator[Target]:
-    """Copy untouched neighbours together; yield, between the runs, what has to be computed."""
+    """Copy runs of unchanged neighbours. Yield, between the runs, the targets that must be computed."""
     start = stop = 0
     for target in [*targets, None]:
         if target is not None and target.unit is None and target.origin.start == stop:
@@ -161,20 +161,20 @@ def _write_others(plan: Plan, partial: Path) -> None:
         (partial / CONFIG).write_text(json.dumps(plan.config.content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if plan.config.needs_effconvert:
         (partial / STUB_FILE).write_text(STUB.format(kind=plan.config.kind), encoding="utf-8")
-    if plan.indexed:
+    if plan.has_index:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8")) if (folder / INDEX).is_file() else {}
         index["metadata"] = {**index.get("metadata", {}), "total_size": plan.after.bytes}
         if "total_parameters" in index["metadata"]:
             index["metadata"]["total_parameters"] = plan.after.parameters
         index["weight_map"] = {target.name: shard for shard, targets in plan.shards.items() for target in targets}
         (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for name in plan.written:
+    for name in plan.output_files:
         if name not in (*plan.shards, RECIPE, CARD):
             to_disk(partial / name)
 
 
 def _name_tokenizer(path: Path, name: str) -> None:
-    """Say in a tokenizer's config of what class it is, if nothing is said there yet."""
-    said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if not said.get("tokenizer_class"):
-        path.write_text(json.dumps({**said, "tokenizer_class": name}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Add the class to a tokenizer's config that names none."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not content.get("tokenizer_class"):
+        path.write_text(json.dumps({**content, "tokenizer_class": name}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

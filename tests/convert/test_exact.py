@@ -67,7 +67,7 @@ def test_a_text_that_would_take_too_long_is_not_read(seconds, read, monkeypatch)
         clock.now += seconds[lengths.index(len(text))]
         return torch.full((1, 1), float(len(text)))
 
-    monkeypatch.setattr(exact, "_all_over", take)
+    monkeypatch.setattr(exact, "_spread_logits", take)
     monkeypatch.setattr(exact, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     texts = [torch.zeros(length) for length in lengths]
     made = exact.logits(None, texts, True, lambda _: None)
@@ -81,7 +81,7 @@ def test_a_device_that_is_full_ends_the_texts_but_not_before_the_first(monkeypat
             raise torch.OutOfMemoryError
         return torch.ones(1, 1)
 
-    monkeypatch.setattr(exact, "_all_over", take)
+    monkeypatch.setattr(exact, "_spread_logits", take)
     read = [torch.zeros(length) for length in (128, 512)]
     assert len(exact.logits(128, read, True, lambda _: None)) == 1
     with pytest.raises(torch.OutOfMemoryError):

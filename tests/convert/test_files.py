@@ -355,7 +355,7 @@ def test_entries_of_auto_map_without_their_code_are_dropped_as_if_transformers_i
     assert "processing_gone.py is not there" in note(notes, "tokenizer_config.json: AutoProcessor of auto_map dropped")
 
     again = convert(str(model), (HALF,), RunOptions(output=Path("out"), verify=False), reuse=True)
-    assert again.found
+    assert again.already_there
 
 
 def test_where_no_entry_stays_there_is_no_auto_map(model: Path) -> None:

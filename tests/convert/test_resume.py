@@ -329,7 +329,7 @@ def test_verification_that_fails_leaves_what_was_written_and_no_output(model: Pa
     monkeypatch.setattr(run, "verify", failing)
     result = command("gqa", "--groups", "2", "--pool", "mean", "model", "-o", "out")
     assert result.exit_code == 1
-    assert "it computes nonsense; nothing was put at out" in result.stderr
+    assert "it computes nonsense; out was not written" in result.stderr
     assert not Path("out").exists()
     monkeypatch.undo()
     os.chdir(model.parent)

@@ -44,8 +44,8 @@ def test_another_model_is_not_taken_for_what_is_there():
     twins()
     options = RunOptions(output=Path("out"), verify=False, overwrite=True)
     convert("a", (Gqa(groups=2, pool="mean"),), options, reuse=True)
-    assert convert("a", (Gqa(groups=2, pool="mean"),), options, reuse=True).found
-    assert not convert("b", (Gqa(groups=2, pool="mean"),), options, reuse=True).found
+    assert convert("a", (Gqa(groups=2, pool="mean"),), options, reuse=True).already_there
+    assert not convert("b", (Gqa(groups=2, pool="mean"),), options, reuse=True).already_there
 
 
 def test_a_technique_that_was_changed_is_another(monkeypatch, tmp_path):
@@ -72,7 +72,7 @@ def test_a_run_that_is_killed_at_its_very_end_is_ended_by_the_same_command(monke
         convert("a", (step,), options)
     assert Path("out").exists()
     monkeypatch.setattr(output, "save_manifest", real)
-    assert convert("a", (step,), options).found
+    assert convert("a", (step,), options).already_there
     assert "shards" not in json.loads(Path("out/effconvert.json").read_text())
 
 
@@ -123,7 +123,7 @@ def alike(folder="alike", layers=4):
 def test_layers_that_cannot_be_told_apart_are_not_healed():
     alike()
     convert("alike", (PruneLayers(layers="1"),), RunOptions(output=Path("less"), verify=False))
-    with pytest.raises(ModelError, match=r"layer 0 of the student has the norms of layer 0 of the teacher and of layer 1, so nobody can tell"):
+    with pytest.raises(ModelError, match=r"layer 0 of the student has the norms of layer 0 of the teacher and of layer 1, so it is unknown which"):
         stand_for(open_checkpoint(Path("less")), open_checkpoint(Path("alike")))
     shutil.copytree("alike", "same")
     assert stand_for(open_checkpoint(Path("same")), open_checkpoint(Path("alike"))) == [range(index, index + 1) for index in range(4)]

@@ -207,7 +207,7 @@ def test_what_is_only_read_is_not_sorted_into_what_would_be_copied(command, mode
     def asked(*_):
         raise AssertionError("somebody asked which files belong to the model")
 
-    monkeypatch.setattr("effconvert.convert.plan.beside", asked)
+    monkeypatch.setattr("effconvert.convert.plan.other_files", asked)
     monkeypatch.setattr(passes, "BUFFER", 2**20)
     (model / "checkpoint-500").mkdir()
     (model / "latest").symlink_to(model / "checkpoint-500")

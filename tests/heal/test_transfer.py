@@ -102,7 +102,7 @@ def test_attention_of_each_layer_comes_nearer_on_text_that_nobody_saw(taught, na
     assert min(before) > 1e-3
     for index, (plain, healed) in enumerate(zip(before, after, strict=True)):
         assert healed < plain, index
-    for said in outcome.told.values():
+    for said in outcome.layer_errors.values():
         assert said["after"] < said["before"]
 
 
@@ -137,7 +137,7 @@ def test_layers_without_a_mixer_keep_their_bytes():
     outcome = run(source, step, Transfer(epochs=2))
     every = changed("plain", "out")
     assert {name.split(".")[2] for name in every} == {"1", "2"}
-    assert set(outcome.told) == {"1", "2"}
+    assert set(outcome.layer_errors) == {"1", "2"}
     assert outcome.plan.notes == ["transfer: trains the 2 layers that have a mixer"]
 
 
@@ -145,8 +145,8 @@ def test_what_was_said_is_the_error_on_held_out_windows(taught):
     """Of the first layer, measured in the models as they lie on disk; what reaches later layers in the plain model is something else."""
     place, outcome = taught("llama")
     ids = heldout_ids(place, TOKENS)
-    assert outcome.told["0"]["before"] == pytest.approx(squared_error(place, "plain", ids), rel=1e-4)
-    assert outcome.told["0"]["after"] == pytest.approx(squared_error(place, "taught", ids), rel=1e-4)
+    assert outcome.layer_errors["0"]["before"] == pytest.approx(squared_error(place, "plain", ids), rel=1e-4)
+    assert outcome.layer_errors["0"]["after"] == pytest.approx(squared_error(place, "taught", ids), rel=1e-4)
 
 
 def heldout_ids(place, count):
@@ -187,7 +187,7 @@ def test_the_best_epoch_is_kept_and_not_the_last():
     """Where there is so little text that it is learnt by heart."""
     place = Path()
     source = put(place / "model")
-    said = run(source, Linear(window=6), Transfer(rate=0.01, epochs=60), place="taught", calibration_tokens=256).told["0"]
+    said = run(source, Linear(window=6), Transfer(rate=0.01, epochs=60), place="taught", calibration_tokens=256).layer_errors["0"]
     assert said["after"] < said["before"]
     assert said["after"] == pytest.approx(squared_error(place, "taught", heldout_ids(place, 256)), rel=1e-4)
 
@@ -198,7 +198,7 @@ def test_what_predicts_held_out_windows_no_better_is_not_kept(monkeypatch):
     source = put(Path("model"))
     run(source, Linear(window=6), place="plain")
     outcome = run(source, Linear(window=6), Transfer(rate=1.0, epochs=1))
-    worse = [index for index, said in outcome.told.items() if said["after"] == said["before"]]
+    worse = [index for index, said in outcome.layer_errors.items() if said["after"] == said["before"]]
     assert worse
     assert not {name for name in changed("plain", "out") if name.split(".")[2] in worse}
 
@@ -244,7 +244,7 @@ def test_what_is_neutral_stays_as_it_is():
     source = put(Path("model"))
     run(source, Linear(window=64), place="plain")
     outcome = run(source, Linear(window=64), Transfer(epochs=1))
-    for said in outcome.told.values():
+    for said in outcome.layer_errors.values():
         assert said["before"] < 1e-9
         assert said["after"] <= said["before"]
 
@@ -254,7 +254,7 @@ def test_a_model_of_half_precision_is_taught_as_it_is_stored(taught):
     opened(source).to(torch.bfloat16).save_pretrained(source)
     outcome = run(source, Linear(window=6), Transfer())
     assert {tensor.dtype for tensor in tensors(Path("out")).values()} == {torch.bfloat16}
-    for said in outcome.told.values():
+    for said in outcome.layer_errors.values():
         assert said["after"] < said["before"]
     run(source, Linear(window=6), place="plain")
     assert all(after < before for before, after in zip(*off(source, "plain", "out"), strict=True))
@@ -294,7 +294,7 @@ def test_the_recipe_beside_it_makes_it_again(taught):
 def test_the_manifest_and_the_outcome_say_what_it_brought(taught):
     place, outcome = taught("llama")
     said = json.loads((place / "taught" / "effconvert.json").read_text())["transfer"]
-    assert said == outcome.told
+    assert said == outcome.layer_errors
     assert set(said) == {"0", "1"}
     assert "transfer" not in json.loads((place / "plain" / "effconvert.json").read_text())
 
@@ -352,7 +352,7 @@ def test_a_chain_of_sharing_heads_and_mixers_is_taught_towards_the_first():
     steps = Gqa(groups=2, pool="mean"), Linear(window=6)
     run(source, *steps, place="plain")
     outcome = run(source, *steps, Transfer())
-    assert all(said["after"] < said["before"] for said in outcome.told.values())
+    assert all(said["after"] < said["before"] for said in outcome.layer_errors.values())
     assert all(after < before for before, after in zip(*off(source, "plain", "out"), strict=True))
 
 
@@ -408,8 +408,8 @@ def test_a_killed_run_goes_on_from_the_last_layer_to_the_same_bytes_and_notes():
     outcome = run(source, *steps)
     assert TAUGHT == [2]
     assert not changed("out", "unbroken")
-    assert manifest("out")["transfer"] == manifest("unbroken")["transfer"] == outcome.told
-    assert set(outcome.told) == {"0", "1", "2"}
+    assert manifest("out")["transfer"] == manifest("unbroken")["transfer"] == outcome.layer_errors
+    assert set(outcome.layer_errors) == {"0", "1", "2"}
 
 
 def test_a_run_killed_after_its_layers_were_written_keeps_the_notes(monkeypatch):
@@ -428,7 +428,7 @@ def test_a_run_killed_after_its_layers_were_written_keeps_the_notes(monkeypatch)
     assert not TAUGHT
     assert not changed("out", "unbroken")
     assert manifest("out").get("transfer") == manifest("unbroken")["transfer"]
-    assert outcome.told == manifest("unbroken")["transfer"]
+    assert outcome.layer_errors == manifest("unbroken")["transfer"]
 
 
 def test_the_rate_warms_up_and_cools_down():

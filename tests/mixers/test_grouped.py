@@ -285,8 +285,8 @@ def test_a_refit_brings_it_nearer_to_its_original(kind, tmp_path):
 def test_a_mixer_on_top_of_it_can_be_taught(kind, tmp_path):
     steps = (Gqa(groups=2, pool="mean"), mixer("linear", kind), Transfer(epochs=1))
     _, outcome = convert_to(tmp_path / "out", save(tiny(kind), tmp_path / "source"), *steps)
-    assert set(outcome.told) == {"0", "1"}
-    assert all(said["after"] <= said["before"] for said in outcome.told.values())
+    assert set(outcome.layer_errors) == {"0", "1"}
+    assert all(said["after"] <= said["before"] for said in outcome.layer_errors.values())
 
 
 def test_a_head_of_ones_own_comes_along(tmp_path):

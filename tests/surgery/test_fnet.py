@@ -230,7 +230,7 @@ def test_the_tokenizer_still_tells_padding(named, there):
     outcome = run(source, Fnet())
     made = AutoTokenizer.from_pretrained("out")(["a b c", "d"], padding=True)
     assert made.attention_mask == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
-    assert "tokenizer_config.json" in outcome.plan.written
+    assert "tokenizer_config.json" in outcome.plan.output_files
     if named and there:
         assert (Path("out") / "tokenizer_config.json").read_bytes() == before
 
@@ -444,8 +444,8 @@ def test_layers_are_taught_as_a_whole(kind, step):
     run(source, step, place="plain")
     outcome = run(source, step, Transfer(epochs=4))
     taught = [index for index in range(2) if step.keep_softmax is None or index == 0]
-    assert list(outcome.told) == [str(index) for index in taught]
-    for said in outcome.told.values():
+    assert list(outcome.layer_errors) == [str(index) for index in taught]
+    for said in outcome.layer_errors.values():
         assert said["after"] < said["before"]
     assert far(source, "out", 0) < far(source, "plain", 0)
     family, (before, after) = outcome.plan.config.family, (load_file(f"{place}/model.safetensors") for place in ("plain", "out"))

@@ -437,7 +437,7 @@ def test_a_recipe_may_leave_open_which_ones_and_is_found_done(monkeypatch):
     recipe = {"model": "model", "output": "out", "steps": [{"prune-layers": {"drop": 1, "by": "influence"}}, "refit"], "verify": False}
     Path("recipe.yaml").write_text(yaml.safe_dump({**recipe, "calibrate": "text.txt", "calibration-tokens": TOKENS}))
     first, second = (replay(read(Path("recipe.yaml")))[0].conversions[0] for _ in range(2))
-    assert (first.found, second.found, len(begun)) == (False, True, 1)
+    assert (first.already_there, second.already_there, len(begun)) == (False, True, 1)
 
 
 def test_layers_are_chosen_of_what_the_steps_before_leave():
