@@ -69,7 +69,7 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
     if mixing is None:
         return softmax(module, query, key, value, attention_mask, **kwargs)
     state, hidden, angles = mixing
-    if not module.effconvert.config.turned(module.effconvert.index):
+    if not module.effconvert.config.rotary_of(module.effconvert.index):
         angles = None  # layers get them that RoPE leaves alone, too
     tokens, scaling = query.shape[-2], kwargs.get("scaling")
     live = _visible(attention_mask, 0, tokens, len(query), query.device)

@@ -9,7 +9,7 @@ import torch
 
 from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.shards import CHUNK, FLOATS, Stored
+from effconvert.checkpoint.shards import CHUNK, FLOATS, StoredTensor
 from effconvert.checkpoint.wrappers import head_prefix
 from effconvert.errors import ModelError
 from effconvert.modeling.loading import class_of
@@ -134,7 +134,7 @@ def check_tie(checkpoint: Checkpoint) -> None:
             )
 
 
-def _same(one: Stored, other: Stored) -> bool:
+def _same(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two tensors have the same bytes."""
     if one.dtype != other.dtype:
         return False

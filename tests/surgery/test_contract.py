@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import effconvert.modeling
 from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.checkpoint.families import FAMILIES
-from effconvert.checkpoint.outer import part_outside
+from effconvert.checkpoint.outer import outer_part
 from effconvert.checkpoint.reading import read_config
 from effconvert.checkpoint.replaced import KIND
 from effconvert.convert.run import convert
@@ -71,7 +71,7 @@ CASES = {
     ),
     "expand-kv": Case(
         *({"groups": 4}, HEADS[2], False, {"groups": 2}, HEADS[1], GROUPING),
-        "has a KV head for each|cannot be written with another number|does not attend|attends by itself",
+        "has a KV head for each|cannot be written with another number|does not attend|has attention of its own",
     ),
     "fnet": Case(
         *({}, {}, False, {}, {}, [*mixing.ENCODERS, "mpnet"], "is a decoder, and fnet mixes|does not attend|adds to the stream"),
@@ -245,7 +245,7 @@ def renamed(plan):
             if (part := checkpoint.config.modules[module][0]) in config.parts.keys() - config.lacks(index):
                 names[checkpoint.layer_prefix(index) + name] = f"{plan.layer_prefix(index)}{config.parts[part]}.{suffix}"
     outer = plan.models("meta")[-1].outer
-    return names | {name: outer.place(part_outside(name, checkpoint.prefix, checkpoint.config)) for name in checkpoint.outer}
+    return names | {name: outer.place(outer_part(name, checkpoint.prefix, checkpoint.config)) for name in checkpoint.outer}
 
 
 def hold_what_stays(before, after, gone):
