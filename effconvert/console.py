@@ -1,4 +1,4 @@
-"""What people see: tables on stdout, progress on stderr and only on a terminal."""
+"""Output for people: tables on stdout, and progress on stderr if that is a terminal."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -21,8 +21,8 @@ from effconvert.eval.verification import Verification
 from effconvert.progress import Advance, Unit
 from effconvert.quantities import count, perplexity, size
 
-PLACES = {"scores": "softmax attention"}  # what people call a place, where it is another word
-WIDTH = 110  # of what goes to a file or a pipe
+PLACES = {"scores": "softmax attention"}  # name of a place, where people use another word
+WIDTH = 110  # of output to a file or a pipe
 
 
 def stdout() -> Console:
@@ -31,17 +31,17 @@ def stdout() -> Console:
 
 
 class Terminal:
-    """Tells a person how a conversion goes on."""
+    """Prints the plan, the progress and the results of conversions."""
 
     def __init__(self, model: str) -> None:
-        self.model = model  # as the asker calls it
+        self.model = model  # as the user gave it
         self.out = stdout()
         self.err = Console(stderr=True, highlight=False)
 
     def plan(self, model: str, plan: Plan, output: Path, verify_bytes: int) -> None:
         """Print the plan."""
         before, after = plan.before, plan.after
-        steps = " -> ".join(f"{name} {_spelt(options)}".strip() for step in plan.recipe for name, options in step.items())
+        steps = " -> ".join(f"{name} {_options(options)}".strip() for step in plan.recipe for name, options in step.items())
         self.out.print(f"[bold]{escape(steps)}[/]: {escape(model)} -> {escape(str(output))}", soft_wrap=True)
         rows = [
             ("parameters", before.parameters, after.parameters, count),
@@ -57,8 +57,8 @@ class Terminal:
         becomes = plan.checkpoint.config.kind != plan.config.kind
         self.out.print(f"{plan.checkpoint.config.kind}, {_shape(plan.checkpoint.config)}")
         self.out.print(f"becomes {plan.config.kind + ', ' if becomes else ''}{_shape(plan.config)}")
-        for said in _mixing(plan.config):
-            self.out.print(said, soft_wrap=True)
+        for line in _differences(plan.config):
+            self.out.print(line, soft_wrap=True)
         self.out.print(table)
         if plan.calibration:
             tokens = f"{plan.calibration.ids.numel():,} tokens of {plan.calibration.name}"
@@ -66,8 +66,8 @@ class Terminal:
             if plan.calibration.pending:
                 need = size(selftext.memory(plan.teacher, *plan.calibration.ids.shape))
                 self.out.print(f"writes that text first, once for this model, which takes about {need} of memory", soft_wrap=True)
-        for remark in plan.notes:
-            self.out.print(f"[bold]note[/]  {escape(remark)}", soft_wrap=True)
+        for note in plan.notes:
+            self.out.print(f"[bold]note[/]  {escape(note)}", soft_wrap=True)
         need = f"needs about {size(plan.peak)} of memory to write and {size(plan.disk + plan.draft_bytes)} of disk"
         self.out.print(need + (f", {size(verify_bytes)} of memory to verify" if verify_bytes else ""), soft_wrap=True)
         name = plan.config.architecture
@@ -75,21 +75,21 @@ class Terminal:
         self.out.print(f"loads as {escape(opens)}" + ("; no logit may change" if plan.is_exact else ""), soft_wrap=True)
 
     def step(self, what: str) -> None:
-        """Say what begins."""
+        """Print the name of a step that begins."""
         if self.err.is_terminal:
             self.err.print(f"[dim]{escape(what)} …[/]")
 
     @contextmanager
     def bar(self, what: str, total: int, unit: Unit) -> Iterator[Advance]:
-        """Show how much is done."""
+        """Show a progress bar; yields a function that takes how much more is done."""
         amount = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(), TextColumn(unit))
         columns = (TextColumn("{task.description}"), BarColumn(), *amount, TimeRemainingColumn())
         with Progress(*columns, console=self.err, disable=not self.err.is_terminal, transient=True) as progress:
             task = progress.add_task(escape(what), total=total)
-            yield lambda moved: progress.advance(task, moved)
+            yield lambda amount: progress.advance(task, amount)
 
     def outcome(self, outcome: Outcome) -> None:
-        """Print what came of it."""
+        """Print the result of a conversion."""
         if outcome.already_there:
             self.out.print(f"{escape(str(outcome.output))} was there already, by this very conversion", soft_wrap=True)
         if outcome.resumed:
@@ -103,17 +103,17 @@ class Terminal:
         self.report(outcome.report)
         self.out.print(f"verified, and {'still in' if outcome.already_there else 'written to'} [bold]{escape(str(outcome.output))}[/]", soft_wrap=True)
 
-    def transfer(self, told: Mapping[str, Mapping[str, float]]) -> None:
-        """Print how far what was taught of each layer was from the original's, and is."""
+    def transfer(self, layer_errors: Mapping[str, Mapping[str, float]]) -> None:
+        """Print the error of each layer's new attention, before and after `transfer`."""
         table = Table("layer", "error before transfer", "after", box=None, pad_edge=False, header_style="bold")
-        for layer, said in told.items():
-            table.add_row(layer, f"{said['before']:.3g}", f"{said['after']:.3g}")
+        for layer, errors in layer_errors.items():
+            table.add_row(layer, f"{errors['before']:.3g}", f"{errors['after']:.3g}")
         self.out.print()
         self.out.print(table)
         self.out.print("squared, of what was taught, on held-out windows, relative to its size")
 
     def report(self, report: Verification) -> None:
-        """Print what a conversion cost."""
+        """Print the verification: sizes and quality before and after."""
         self.out.print()
         table = Table("measured", "original", "converted", box=None, pad_edge=False, header_style="bold")
         before, after = report.before, report.after
@@ -136,42 +136,42 @@ class Terminal:
         if report.difference is not None:
             self.out.print(f"largest change of a logit: {report.difference:.2g}, on up to {report.compared} tokens (nothing may change)", soft_wrap=True)
 
-    def inspection(self, seen: Inspection) -> None:
-        """Print what a model is."""
-        config, checkpoint = seen.checkpoint.config, seen.checkpoint
+    def inspection(self, inspection: Inspection) -> None:
+        """Print the shape, parts and sizes of a model, and the techniques that fit."""
+        config, checkpoint = inspection.checkpoint.config, inspection.checkpoint
         kind = "decoder" if config.decoder else "encoder"
         self.out.print(f"[bold]{escape(self.model)}[/]: {config.kind} ({escape(config.architecture)}), {kind}, {checkpoint.dtype}", soft_wrap=True)
         self.out.print(f"{_shape(config)}, width {config.hidden}, vocabulary {config.get('vocab_size')}")
         if windows := sorted({window for window in config.windows() if window}):
-            held = sum(window is not None for window in config.windows())
-            self.out.print(f"{held} of {config.layers} layers see a sliding window of {windows[0]} tokens")
-        for said in _mixing(config):
-            self.out.print(said, soft_wrap=True)
+            sliding = sum(window is not None for window in config.windows())
+            self.out.print(f"{sliding} of {config.layers} layers see a sliding window of {windows[0]} tokens")
+        for line in _differences(config):
+            self.out.print(line, soft_wrap=True)
         table = Table("part", "parameters", "share", box=None, pad_edge=False, header_style="bold")
-        for part, number in sorted(seen.parts.items(), key=lambda item: -item[1]):
-            table.add_row(part, count(number), f"{number / sum(seen.parts.values()):.1%}")
+        for part, number in sorted(inspection.parts.items(), key=lambda item: -item[1]):
+            table.add_row(part, count(number), f"{number / sum(inspection.parts.values()):.1%}")
         table.add_row(
             "all",
-            count(seen.size.parameters),
-            f"{size(seen.size.bytes)} on disk" + (", head tied to embed" if config.tied and config.predicts else ""),
+            count(inspection.size.parameters),
+            f"{size(inspection.size.bytes)} on disk" + (", head tied to embed" if config.tied and config.predicts else ""),
         )
-        if seen.size.active < seen.size.parameters:
-            table.add_row("active for a token", count(seen.size.active), f"{config.top_k} of {config.experts} experts")
+        if inspection.size.active < inspection.size.parameters:
+            table.add_row("active for a token", count(inspection.size.active), f"{config.top_k} of {config.experts} experts")
         self.out.print()
         self.out.print(table)
         if config.decoder:
-            at = ", ".join(f"{size(held)} at {context // 1024}k" for context, held in seen.kv_bytes.items())
-            self.out.print(f"\nKV cache: {size(seen.size.kv_bytes)} a token, {at}")
+            sizes = ", ".join(f"{size(cache)} at {context // 1024}k" for context, cache in inspection.kv_bytes.items())
+            self.out.print(f"\nKV cache: {size(inspection.size.kv_bytes)} a token, {sizes}")
         self.out.print()
         table = Table("technique", "", box=None, pad_edge=False, header_style="bold")
-        for name, options in seen.allowed_options.items():
+        for name, options in inspection.allowed_options.items():
             table.add_row(name, f"applies: {escape(options)}")
-        for name, reason in seen.refusals.items():
+        for name, reason in inspection.refusals.items():
             table.add_row(name, f"does not apply: {escape(reason.split('; ')[0])}")
         self.out.print(table)
 
     def demo(self, outcomes: dict[str, Outcome], kept: bool) -> None:
-        """Print the ways of pooling side by side."""
+        """Print the results of all rules of pooling side by side."""
         reports = {options: outcome.report for options, outcome in outcomes.items() if outcome.report}
         first = next(iter(reports.values()))
         sides = {"original": first.before, **{options: report.after for options, report in reports.items()}}
@@ -198,15 +198,15 @@ class Terminal:
 
 
 class Demonstration(Terminal):
-    """Prints the first plan alone: those that follow differ in the rule of pooling only."""
+    """Prints only the first plan: the others differ only in the rule of pooling."""
 
-    planned = False
+    has_plan = False
 
     def plan(self, model: str, plan: Plan, output: Path, verify_bytes: int) -> None:
         """Print the first plan."""
-        if not self.planned:
+        if not self.has_plan:
             super().plan(model, plan, output, verify_bytes)
-        self.planned = True
+        self.has_plan = True
 
 
 def _shape(config: Config) -> str:
@@ -214,10 +214,10 @@ def _shape(config: Config) -> str:
     return f"{config.layers} layers, {attention}"
 
 
-def _mixing(config: Config) -> Iterator[str]:
+def _differences(config: Config) -> Iterator[str]:
     for record in config.replaced:
-        spelt = f"{record.technique} {_spelt(dict(record.options))}".strip()
-        yield f"{len(record.layers)} of {config.layers} layers have {spelt} in place of {PLACES.get(record.place, record.place)}"
+        technique = f"{record.technique} {_options(dict(record.options))}".strip()
+        yield f"{len(record.layers)} of {config.layers} layers have {technique} in place of {PLACES.get(record.place, record.place)}"
     for common in config.shared:
         what = {"layer": "all that they have", "cache": "keys and values"}.get(common.what, f"their {common.what}")
         yield f"layers {', '.join(map(str, common.layers))} share {what}"
@@ -226,5 +226,5 @@ def _mixing(config: Config) -> Iterator[str]:
             yield f"{gone} of {config.layers} layers have no {word}"
 
 
-def _spelt(options: dict[str, object]) -> str:
+def _options(options: dict[str, object]) -> str:
     return " ".join(f"--{key} {value}" for key, value in options.items() if value is not None)

@@ -1,1 +1,1 @@
-"""What lies on disk: a checkpoint's config, its tensors as lazy layers, and where it came from."""
+"""Checkpoints on disk: the config, the tensors as lazy layers, and where they came from."""

@@ -1,6 +1,6 @@
-"""A checkpoint as a sequence of lazy layers: `Checkpoint(config, outer, layers)` is what a folder holds, sorted by the family's row.
+"""A checkpoint as a sequence of lazy layers: the tensors of a folder, sorted by the family's row.
 
-Opening reads the config and the headers, kilobytes whatever the model's size, and refuses what is damaged or contradicts itself.
+Opening reads only the config and the headers: kilobytes, whatever the model's size. Damaged or contradictory files are refused.
 """
 
 import re
@@ -17,27 +17,27 @@ from effconvert.checkpoint.layer import ActivationsProtocol, Layer, Model
 from effconvert.checkpoint.outer import Outer
 from effconvert.checkpoint.reading import read_config
 from effconvert.checkpoint.replaced import OWN
-from effconvert.checkpoint.shards import FLOATS, Stored
+from effconvert.checkpoint.shards import FLOATS, StoredTensor
 from effconvert.checkpoint.tensors import check_plain, read_tensors
 from effconvert.checkpoint.wrappers import PREFIXES, head_prefix
 from effconvert.errors import ModelError, OptionError
 from effconvert.quantities import some
 
-HEAD_PREFIXES = ("transformer.",)  # of the bare model in classes that call it otherwise than their family does: ...ForQuestionAnswering
+HEAD_PREFIXES = ("transformer.",)  # of the base model in classes with their own name for it: ...ForQuestionAnswering
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a folder holds: a config, the tensors outside the layers, and those of each layer (name inside the layer -> tensor)."""
+    """The content of a folder: a config, the tensors outside the layers, and those of each layer (name inside the layer -> tensor)."""
 
     folder: Path
     config: Config
     prefix: str  # of the base model in the names on disk, with its dot; may be empty
-    outer: Mapping[str, Stored]  # full name -> tensor
-    layers: tuple[Mapping[str, Stored], ...]  # what layers share stands in each of them
-    ignored: tuple[str, ...] = ()  # what transformers does not read in layers, and stays behind
-    unread: frozenset[str] = frozenset()  # what it does not read outside the layers, such as the pooler of a language model, and goes along as it is
-    remarks: tuple[str, ...] = ()  # what is odd about the folder and does no harm
+    outer: Mapping[str, StoredTensor]  # full name -> tensor
+    layers: tuple[Mapping[str, StoredTensor], ...]  # a shared tensor is in each of its layers
+    ignored: tuple[str, ...] = ()  # tensors in layers that transformers does not read; they are not copied
+    unread: frozenset[str] = frozenset()  # those outside the layers, such as the pooler of a language model; they are copied
+    remarks: tuple[str, ...] = ()  # oddities of the folder that do no harm
 
     def layer(self, index: int, device: str, originals: range | None = None, activations: ActivationsProtocol | None = None) -> Layer:
         """Return layer `index`, its tensors on `device` (cpu, or meta for shapes alone); see `Layer` for the rest."""
@@ -46,36 +46,36 @@ class Checkpoint:
     def model(
         self, device: str, originals: Sequence[range] | None = None, activations: ActivationsProtocol | None = None, teacher: Config | None = None
     ) -> Model:
-        """Return all of it as a surgery finds it, its tensors on `device`; healing goes towards `teacher`, or else this model itself."""
-        stand_for = originals or [range(index, index + 1) for index in range(self.config.layers)]
-        layers = [self.layer(index, device, stands, activations) for index, stands in enumerate(stand_for)]
+        """Return the model for surgeries, its tensors on `device`. Healing goes towards `teacher`, by default this model itself."""
+        ranges = originals or [range(index, index + 1) for index in range(self.config.layers)]
+        layers = [self.layer(index, device, layers, activations) for index, layers in enumerate(ranges)]
         return Model(self.config, layers, Outer(self.config, self.prefix, self.outer, device), teacher or self.config)
 
     def layer_prefix(self, index: int) -> str:
-        """Return what stands before the names of layer `index`, in the family's layout."""
+        """Return the prefix of the names in layer `index`, in the family's layout."""
         return f"{self.prefix}{self.config.family.layers}.{index}."
 
     @property
     def notes(self) -> list[str]:
-        """What is odd about the folder and does no harm; each a sentence."""
-        behind = f"transformers does not read {some(self.ignored)} in the layers, and what it does not read there stays behind"
-        along = f"transformers does not read {some(sorted(self.unread))}, and what it does not read outside the layers goes along as it is"
-        return [*self.remarks, *([behind] if self.ignored else []), *([along] if self.unread else [])]
+        """Oddities of the folder that do no harm, each as a sentence."""
+        dropped = f"transformers does not read {some(self.ignored)} in the layers, and the output leaves that out"
+        copied = f"transformers does not read {some(sorted(self.unread))} outside the layers, and the output has a plain copy of that"
+        return [*self.remarks, *([dropped] if self.ignored else []), *([copied] if self.unread else [])]
 
     @property
     def dtype(self) -> str:
-        """The type of the attention weights, and so of the KV cache (safetensors' code); where nothing attends, that of most weights."""
+        """The type of the attention weights, and so of the KV cache (safetensors' code). Without attention, that of most weights."""
         key = f"{self.config.parts.get('k')}.weight"
         keys = [layer[key].dtype for layer in self.layers if key in layer]
         return Counter(keys or [tensor.dtype for layer in self.layers for tensor in layer.values() if tensor.dtype in FLOATS]).most_common(1)[0][0]
 
     @property
     def computing(self) -> torch.dtype:
-        """The type that the model computes in where nobody asks for another: that of its weights, if its class can."""
+        """The type that the model computes in by default: that of its weights, or float32 if its class needs it."""
         return torch.float32 if self.config.family.float32_only else FLOATS[self.dtype]
 
     @property
-    def stored(self) -> Iterator[Stored]:
+    def stored(self) -> Iterator[StoredTensor]:
         """Every tensor on disk."""
         yield from self.outer.values()
         yield from {tensor.name: tensor for layer in self.layers for tensor in layer.values()}.values()
@@ -86,7 +86,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
     Raises:
         OptionError: there is no such folder, or no model in it.
-        ModelError: the model is damaged, contradicts its config, or is of a kind that cannot be operated on.
+        ModelError: the model is damaged, contradicts its config, or is of an unsupported kind.
     """
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
@@ -96,9 +96,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     check_quantised(folder, config, tensors)
     prefix = _prefix(folder, config, tensors)
     pattern = re.compile(rf"^{re.escape(prefix)}{re.escape(config.family.layers)}\.(\d+)\.(.+)$")
-    outer: dict[str, Stored] = {}
+    outer: dict[str, StoredTensor] = {}
     ignored: list[str] = []
-    layers: list[dict[str, Stored]] = [{} for _ in range(config.layers)]
+    layers: list[dict[str, StoredTensor]] = [{} for _ in range(config.layers)]
     for name, tensor in tensors.items():
         if not (match := pattern.match(name)):
             outer[name] = tensor
@@ -107,8 +107,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         if index >= config.layers:
             raise ModelError(f"{folder} holds {name}, and its config.json says {config.family.layers_key} = {config.layers}; one of the two is wrong")
         if config.stored_in(index, inside) != index:
-            raise ModelError(f"{folder} holds {name}, which its config.json says that an earlier layer stores for this one; one of the two is wrong")
-        own = any(inside.startswith(_inside(config, record.place)) for record in config.replaced_in(index))
+            raise ModelError(f"{folder} holds {name}, and by its config.json an earlier layer stores that for this one; one of the two is wrong")
+        own = any(inside.startswith(_own_prefix(config, record.place)) for record in config.replaced_in(index))
         module, _, suffix = inside.rpartition(".")
         if own or inside in config.family.buffers or (module in config.modules and suffix in ("weight", "bias")):
             layers[index][inside] = tensor
@@ -117,7 +117,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         else:
             check_plain(folder, name)
             ignored.append(name)
-    for index, layer in enumerate(layers):  # those that store something for others come first
+    for index, layer in enumerate(layers):  # layers that store something for later ones come first
         for first in config.leaders(index):
             layer |= {name: tensor for name, tensor in layers[first].items() if config.stored_in(index, name) == first}
     checkpoint = Checkpoint(folder, config, prefix, outer, tuple(layers), tuple(ignored), remarks=remarks)
@@ -126,11 +126,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return checkpoint
 
 
-def check_quantised(folder: Path, config: Config, tensors: Mapping[str, Stored]) -> None:
-    """Refuse a model whose config says that it is quantised, and say what to do: other than usual where its tensors are plain numbers all the same.
+def check_quantised(folder: Path, config: Config, tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuse a model whose config says that it is quantised.
 
     Raises:
-        ModelError: it is.
+        ModelError: it is. The advice differs where its tensors are plain numbers all the same.
     """
     quantization = config.get("quantization_config")
     if not quantization:
@@ -141,13 +141,13 @@ def check_quantised(folder: Path, config: Config, tensors: Mapping[str, Stored])
     if all(tensor.dtype in FLOATS for name, tensor in tensors.items() if name.endswith(".weight")):
         raise ModelError(
             f"config.json of {folder} says that it is quantised ({method}), and its tensors are plain numbers: remove quantization_config from it, "
-            "which transformers would else heed"
+            "since transformers would read them as quantised"
         )
     raise ModelError(f"{folder} is quantised ({method}), and surgery needs the numbers themselves; give the checkpoint that it was made from")
 
 
-def _prefix(folder: Path, config: Config, tensors: Mapping[str, Stored]) -> str:
-    """Return what stands before the names of the bare model, with its dot; empty where that was saved alone."""
+def _prefix(folder: Path, config: Config, tensors: Mapping[str, StoredTensor]) -> str:
+    """Return the prefix of the base model's names, with its dot; empty where the base model was saved alone."""
     pattern = re.compile(rf"^(.*?){re.escape(config.family.layers)}\.\d+\.(.+)\.\w+$")
     matches = [match for match in map(pattern.match, tensors) if match and match[2] in config.modules]
     prefixes = [prefix for prefix, _ in Counter(match[1] for match in matches).most_common()]
@@ -163,13 +163,13 @@ def _prefix(folder: Path, config: Config, tensors: Mapping[str, Stored]) -> str:
     return known[0]
 
 
-def _inside(config: Config, place: str) -> str:
-    """Return what begins the names of a technique's own tensors in a layer."""
+def _own_prefix(config: Config, place: str) -> str:
+    """Return the prefix of a technique's own tensors in a layer."""
     return ".".join(filter(None, [config.place(place), OWN]))
 
 
 def check_types(checkpoint: Checkpoint) -> None:
-    """Refuse weights that nobody can compute with, wherever they are; buffers, which nobody reads, may be of any type."""
+    """Refuse weights that are no floating-point numbers. Buffers may be of any type, since nothing reads them."""
     family = checkpoint.config.family
     places = (*(checkpoint.prefix + module for module in family.outer.values()), *(head_prefix(checkpoint.prefix) + module for module in family.head.values()))
     for name, tensor in checkpoint.outer.items():
@@ -196,11 +196,11 @@ def check_shapes(checkpoint: Checkpoint) -> None:
             module, _, kind = name.rpartition(".")
             parts = config.modules.get(module, ())
             if not parts:
-                continue  # of a technique, which knows the shape
-            want = first.setdefault(name, tensor.shape)
+                continue  # of a technique, which checks the shape itself
+            expected = first.setdefault(name, tensor.shape)
             if kind == "weight" and parts[0] in config.matrices:
-                want = config.stored_shape(parts)
-            _check_shape(at + name, tensor.shape, want, config)
+                expected = config.stored_shape(parts)
+            _check_shape(at + name, tensor.shape, expected, config)
     # OPT and ELECTRA may have embeddings narrower than their layers, with a projection between them.
     narrow = f"{checkpoint.prefix}{family.outer.get('project_in')}.weight" in checkpoint.outer
     table = (config.get("vocab_size"), config.get(family.embed_key) if narrow else width)
@@ -211,22 +211,22 @@ def check_shapes(checkpoint: Checkpoint) -> None:
         if name not in checkpoint.outer and not ("norm" in name and "final_norm" in family.optional):
             raise ModelError(f"{checkpoint.folder} has no {name}, which {config.kind} needs; fetch the missing shard")
     for name, tensor in checkpoint.outer.items():
-        want = places.get(name, table if name == f"{head_prefix(checkpoint.prefix)}{family.head['head']}.weight" else tensor.shape)
-        if None not in want:
-            _check_shape(name, tensor.shape, want, config)
+        expected = places.get(name, table if name == f"{head_prefix(checkpoint.prefix)}{family.head['head']}.weight" else tensor.shape)
+        if None not in expected:
+            _check_shape(name, tensor.shape, expected, config)
     positions = checkpoint.outer.get(f"{checkpoint.prefix}{family.outer.get('positions')}.weight")
-    if positions and positions.shape[:1] < ((said := config.get(family.positions_key) or 0),):  # transformers makes buffers as long as that
-        raise ModelError(f"{positions.name} is {_times(positions.shape)}, but config.json says {family.positions_key} = {said}; one is wrong")
+    if positions and positions.shape[:1] < ((length := config.get(family.positions_key) or 0),):  # transformers makes buffers of that length
+        raise ModelError(f"{positions.name} is {_times(positions.shape)}, but config.json says {family.positions_key} = {length}; one is wrong")
 
 
-def _check_shape(name: str, shape: tuple[int, ...], want: tuple[int, ...], config: Config) -> None:
+def _check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...], config: Config) -> None:
     if 0 in shape:
         raise ModelError(f"{name} is empty, as DeepSpeed ZeRO-3 leaves it where weights were not gathered; save with zero_to_fp32.py, or save_16bit_model")
-    if shape != want:
+    if shape != expected:
         family = config.family
         keys = (family.hidden_key, family.heads_key, family.kv_heads_key, "head_dim", family.ffn_key, "vocab_size")
-        said = ", ".join(f"{key} = {config.get(key)}" for key in keys if config.get(key) is not None)
-        raise ModelError(f"{name} is {_times(shape)}, but config.json ({said}) makes it {_times(want)}; one is wrong")
+        values = ", ".join(f"{key} = {config.get(key)}" for key in keys if config.get(key) is not None)
+        raise ModelError(f"{name} is {_times(shape)}, but config.json ({values}) makes it {_times(expected)}; one is wrong")
 
 
 def _times(shape: tuple[int, ...]) -> str:

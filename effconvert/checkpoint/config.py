@@ -1,6 +1,6 @@
-"""A model's config.json: its shape, what techniques put into it, what its layers share, and how it says that it has become another.
+"""A model's config.json: its shape, the records of techniques and of shared layers, and the config of another model made from it.
 
-Read as JSON and not by transformers, so that a plan needs no import of it, and keys that nobody knows survive.
+It is read as JSON, not by transformers: a plan needs no import of transformers, and unknown keys survive.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ from effconvert.checkpoint import patterns
 from effconvert.checkpoint.families import FAMILIES
 from effconvert.checkpoint.replaced import SKIPS, Replaced, by_layer, encode, overlap, skipped
 from effconvert.checkpoint.shape import Shape
-from effconvert.checkpoint.shared import CACHE_PARTS, Shared, kept_of, overlapping
+from effconvert.checkpoint.shared import CACHE_PARTS, Shared, clash_of, renumber
 from effconvert.checkpoint.wrappers import Wrapper
 from effconvert.errors import ModelError, OptionError
 
@@ -23,39 +23,39 @@ LAYER_NUMBERS = ("mlp_only_layers",)  # keys that hold numbers of layers
 
 @dataclass(frozen=True)
 class Config(Shape):
-    """The content of config.json, with the row that says what its keys are called."""
+    """The content of config.json, with the family's row for the names of its keys."""
 
-    replaced: tuple[Replaced, ...] = ()  # what techniques put in place of the family's own
-    shared: tuple[Shared, ...] = ()  # what layers have in common
-    wrapper: Wrapper | None = None  # what this language model is inside of
+    replaced: tuple[Replaced, ...] = ()  # techniques that replace the family's own modules
+    shared: tuple[Shared, ...] = ()  # parameters that layers share
+    wrapper: Wrapper | None = None  # the model that contains this language model
 
     @property
     def content(self) -> dict[str, Any]:
-        """What config.json says."""
+        """The content of config.json on disk."""
         alone = encode(self.raw, self.family, self.replaced, self.shared)
         return self.wrapper.content(alone) if self.wrapper else alone
 
     @property
     def alone(self) -> "Config":
-        """The language model by itself, without what it is inside of."""
+        """The language model by itself, without its wrapper."""
         return replace(self, wrapper=None)
 
     @property
     def architecture(self) -> str:
         """The class that the checkpoint was saved from."""
-        named = (self.wrapper.raw if self.wrapper else self.raw).get("architectures")
-        return str((named or [self.family.lm])[0])
+        classes = (self.wrapper.raw if self.wrapper else self.raw).get("architectures")
+        return str((classes or [self.family.lm])[0])
 
     @property
     def predicts(self) -> bool:
-        """Whether it has the head that it was pretrained with: for language models, one that predicts tokens."""
+        """Whether it has the head of its pretraining, which predicts tokens in language models."""
         return self.architecture.endswith("ForConditionalGeneration") if self.wrapper else self.architecture == self.family.lm
 
     def check_alone(self) -> None:
-        """Refuse what needs another class than the whole has.
+        """Refuse a language model inside another model, for changes that need another class.
 
         Raises:
-            ModelError: this is the language model inside of another.
+            ModelError: this is inside another model.
         """
         if self.wrapper:
             raise ModelError(
@@ -65,22 +65,22 @@ class Config(Shape):
 
     @property
     def needs_effconvert(self) -> bool:
-        """Whether the model is opened with a class of effconvert, since transformers has none."""
+        """Whether loading needs a class of effconvert, because transformers has none."""
         return self.family.shares_kv_in_our_class or bool(self.replaced or self.shared or self._skipped)
 
     def replaced_in(self, layer: int) -> list[Replaced]:
-        """Return what techniques put into a layer."""
+        """Return the records of techniques in a layer."""
         return [record for record in self.replaced if layer in record.layers]
 
     def replaced_at(self, layer: int, place: str) -> Replaced | None:
-        """Return what a technique put into a layer at `place`."""
+        """Return the record of the technique at `place` of a layer; None without one."""
         return next((record for record in self.replaced_in(layer) if record.place == place), None)
 
     def with_replaced(self, record: Replaced) -> "Config":
-        """Return the config of this model with one thing more replaced.
+        """Return this config with one more record of a technique.
 
         Raises:
-            OptionError: something is replaced there already.
+            OptionError: there is a technique at that place already.
             ModelError: the family has no such place.
         """
         for layer in record.layers:
@@ -88,29 +88,29 @@ class Config(Shape):
                 raise OptionError(f"layer {layer} has no {gone[0]}, so nothing can be put in its place; leave it out of --layers")
             if overlap(record.place, "attention") and any(common.what == "cache" and layer in common.layers for common in self.shared):
                 raise OptionError(f"layer {layer} shares its keys and values with others, so nothing can be put in place of its {record.place}")
-            for other in self.replaced_in(layer):
-                if overlap(other.place, record.place):
+            for previous in self.replaced_in(layer):
+                if overlap(previous.place, record.place):
                     raise OptionError(
-                        f"layer {layer} has {other.technique} in place of its {other.place} already; leave it out of --layers, or begin from the original"
+                        f"layer {layer} has {previous.technique} in place of its {previous.place} already; leave it out of --layers, or begin from the original"
                     )
         self.check_alone()
         self.place(record.place)
-        same = next((other for other in self.replaced if replace(other, layers=()) == replace(record, layers=())), None)
+        same = next((previous for previous in self.replaced if replace(previous, layers=()) == replace(record, layers=())), None)
         if same:
             record = replace(record, layers=tuple(sorted({*same.layers, *record.layers})))
-        return replace(self, replaced=(*(other for other in self.replaced if other is not same), record))
+        return replace(self, replaced=(*(previous for previous in self.replaced if previous is not same), record))
 
     def with_shared(self, what: str, layers: Iterable[int]) -> "Config":
-        """Return the config of this model with layers that have something in common, which the first of them stores.
+        """Return this config with layers that share `what`; the first of them stores it.
 
         Raises:
             OptionError: they share it already.
-            ModelError: the family cannot.
+            ModelError: the family cannot share that.
         """
         self.check_alone()
         record = Shared(what, tuple(sorted(layers)))
-        for other in self.shared:
-            if clash := overlapping(record, other):
+        for previous in self.shared:
+            if clash := clash_of(record, previous):
                 raise OptionError(f"{clash} already; leave it out of --layers, or begin from the original")
         if what == "cache":
             self._check_lending(record.layers)
@@ -128,18 +128,18 @@ class Config(Shape):
         if not self.decoder or family.shares_kv_in_our_class or not family.kv_heads_key:
             raise ModelError(f"{self.kind} has no keys and values of their own that layers could share; give a decoder such as llama")
         for part in {"k", "v"}:
-            self.place(part)  # says so where it is in one module with others
+            self.place(part)  # raises where it is fused with others
         if len({self.windows()[layer] for layer in layers}) > 1:
             raise ModelError(f"layers {', '.join(map(str, layers))} have other windows, so they cannot read the same keys and values")
-        if len({self.turned(layer) for layer in layers}) > 1:
+        if len({self.rotary_of(layer) for layer in layers}) > 1:
             raise ModelError(f"RoPE turns keys in some of layers {', '.join(map(str, layers))} only, so they cannot read the same keys and values")
         self.check_interface()
         for layer in layers:
             if "attention" in self.skips(layer):
                 raise OptionError(f"layer {layer} has no attention, so it shares no keys and values; leave it out of --layers")
-            if other := next((record for record in self.replaced_in(layer) if overlap(record.place, "attention")), None):
+            if technique := next((record for record in self.replaced_in(layer) if overlap(record.place, "attention")), None):
                 raise OptionError(
-                    f"layer {layer} has {other.technique} in place of its {other.place}, so it shares no keys and values; leave it out of --layers"
+                    f"layer {layer} has {technique.technique} in place of its {technique.place}, so it shares no keys and values; leave it out of --layers"
                 )
 
     def cache_of(self, layer: int) -> int:
@@ -152,26 +152,26 @@ class Config(Shape):
         return self._stored_for.get((layer, stem), layer)
 
     def stored_in(self, layer: int, name: str) -> int:
-        """Return the layer that stores what is called `name` in this one, a tensor of the family's or a technique's own."""
+        """Return the layer that stores the tensor `name` of this one, of the family or of a technique."""
         parts = self.modules.get(name.rpartition(".")[0], ())
         return self.stored_for(layer, parts[0]) if parts else layer
 
     def leaders(self, layer: int) -> set[int]:
         """Return the layers that store something for this one."""
-        return {first for (other, _), first in self._stored_for.items() if other == layer and first != layer}
+        return {first for (user, _), first in self._stored_for.items() if user == layer and first != layer}
 
     @cached_property
     def _stored_for(self) -> dict[tuple[int, str], int]:
-        found: dict[tuple[int, str], int] = {}
+        result: dict[tuple[int, str], int] = {}
         for record in self.shared:
             lacks = {layer: self.lacks(layer) for layer in record.layers}
             for part in filter(record.has, self.parts):
                 first = next((layer for layer in record.layers if part not in lacks[layer]), record.layers[0])
-                found |= dict.fromkeys(((layer, part) for layer in record.layers), first)
-        return found
+                result |= dict.fromkeys(((layer, part) for layer in record.layers), first)
+        return result
 
     def place(self, name: str) -> str:
-        """Return the module of a layer that is at a place; empty for the layer itself.
+        """Return the module at a place of a layer; empty for the layer itself.
 
         Raises:
             ModelError: this family has no module there.
@@ -194,7 +194,7 @@ class Config(Shape):
         return module
 
     def skips(self, layer: int) -> set[str]:
-        """Return the places of a layer where nothing is computed: attention, ffn (transformers' `per_layer_config`)."""
+        """Return the places that a layer skips: attention, ffn (transformers' `per_layer_config`)."""
         return self._skipped.get(layer, set())
 
     @cached_property
@@ -202,7 +202,7 @@ class Config(Shape):
         return skipped(self.raw, self.family)
 
     def lacks(self, layer: int) -> set[str]:
-        """Return the parts that a layer does without: what is skipped or was dropped, and either the experts or the dense FFN where the family has both."""
+        """Return the parts that a layer lacks: those skipped or dropped, and where a family has both, its experts or its dense FFN."""
         gone = {part for record in self.replaced_in(layer) for part in record.drops}
         gone |= {part for place in self.skips(layer) for part in self.sublayer(place)}
         gone |= self.family.first_lacks if layer == 0 else set()
@@ -212,36 +212,36 @@ class Config(Shape):
             gone |= {"gate", "up", "down"} if self.sparse(layer) else experts
         return gone
 
-    def with_layers(self, kept: Sequence[int]) -> "Config":
-        """Return the config of this model with these of its layers only, in this order: everything that config.json says of layers goes with them."""
-        raw = {**self.raw, **patterns.of_layers(self.get, self.family, self.layers, kept), self.family.layers_key: len(kept)}
+    def with_layers(self, layers: Sequence[int]) -> "Config":
+        """Return the config of a model of only these layers, in this order. Every entry of config.json for single layers follows."""
+        raw = {**self.raw, **patterns.select_layers(self.get, self.family, self.layers, layers), self.family.layers_key: len(layers)}
         if self.family.experts_key and (self.get("decoder_sparse_step") or 1) > 1:
             raw |= {"decoder_sparse_step": 1, "mlp_only_layers": [layer for layer in range(self.layers) if not self.sparse(layer)]}
-        if said := by_layer(raw):
-            raw["per_layer_config"] = {str(new): said[old] for new, old in enumerate(kept) if old in said}
+        if entries := by_layer(raw):
+            raw["per_layer_config"] = {str(new): entries[old] for new, old in enumerate(layers) if old in entries}
             if not raw["per_layer_config"]:
                 del raw["per_layer_config"]
         for key in LAYER_NUMBERS:
             if raw.get(key):
-                raw[key] = [new for new, old in enumerate(kept) if old in raw[key]]
-        moved = (replace(record, layers=tuple(new for new, old in enumerate(kept) if old in record.layers)) for record in self.replaced)
-        return replace(self, raw=raw, replaced=tuple(record for record in moved if record.layers), shared=kept_of(self.shared, kept))
+                raw[key] = [new for new, old in enumerate(layers) if old in raw[key]]
+        records = (replace(record, layers=tuple(new for new, old in enumerate(layers) if old in record.layers)) for record in self.replaced)
+        return replace(self, raw=raw, replaced=tuple(record for record in records if record.layers), shared=renumber(self.shared, layers))
 
     def with_skips(self, place: str, layers: Iterable[int]) -> "Config":
-        """Return the config of this model without the attention or the ffn of these layers, in transformers' words."""
+        """Return this config without the attention or the ffn of these layers, by transformers' `per_layer_config`."""
         self.check_alone()
-        said = by_layer(self.raw)
+        entries = by_layer(self.raw)
         word = next(word for word, skips in SKIPS.items() if skips == place)
         for layer in layers:
-            entry = dict(said.get(layer) or {})
-            said[layer] = {**entry, "skip": sorted({*(entry.get("skip") or ()), word})}
-        return replace(self, raw={**self.raw, "per_layer_config": {str(layer): said[layer] for layer in sorted(said)}})
+            entry = dict(entries.get(layer) or {})
+            entries[layer] = {**entry, "skip": sorted({*(entry.get("skip") or ()), word})}
+        return replace(self, raw={**self.raw, "per_layer_config": {str(layer): entries[layer] for layer in sorted(entries)}})
 
     def with_kv_heads(self, count: int) -> "Config":
-        """Return the config of the same model with `count` KV heads: as its family says it, or a related one, or else in a class of ours.
+        """Return this config with `count` KV heads: of its family or a related one if they can, else of a class of effconvert.
 
         Raises:
-            ModelError: nothing is this family with `count` KV heads.
+            ModelError: no class can have `count` KV heads.
         """
         if self.replaced and count != self.kv_heads:
             raise ModelError(f"its mixers are made for {self.kv_heads} KV heads; change their number first, and put mixers in afterwards")
@@ -259,12 +259,12 @@ class Config(Shape):
         if count == self.heads:
             return plain
         if count == 1 and stock.multi_query:
-            with suppress(ModelError):  # it lacks a switch that this model has on
+            with suppress(ModelError):  # the related family lacks a switch that this model uses
                 return plain.become(stock.multi_query)
         return shared
 
     def with_window(self, window: int, layers: set[int]) -> "Config | None":
-        """Return the config of this model with a sliding window of that many tokens in `layers`, None where no class of transformers is that."""
+        """Return this config with a sliding window of `window` tokens in `layers`; None where transformers has no class for it."""
         family = FAMILIES.get(self.family.windowed)
         if family is None or window < 2 or any(self.windows()) or (family.layers_alike and len(layers) < self.layers):
             return None
@@ -276,7 +276,7 @@ class Config(Shape):
         types = {} if family.layers_alike else {"layer_types": kinds, "max_window_layers": 0}
         return replace(own, raw={**own.raw, **family.window_keys, "sliding_window": window, **types})
 
-    def saying(self, keys: Mapping[str, Any]) -> "Config":
+    def with_keys(self, keys: Mapping[str, Any]) -> "Config":
         """Return this config with other values of some keys."""
         return replace(self, raw={**self.raw, **keys})
 
@@ -284,8 +284,8 @@ class Config(Shape):
         """Return this config without some keys."""
         return replace(self, raw={key: value for key, value in self.raw.items() if key not in keys})
 
-    def spelt_out(self) -> "Config":
-        """Return this config with what transformers takes where it is silent written out, for a class that takes something else."""
+    def with_defaults(self) -> "Config":
+        """Return this config with transformers' defaults written out, for a class with other defaults."""
         raw = {**self.family.defaults, **self.raw, "head_dim": self.head_dim}
         if self.family.kv_heads_key:
             raw[self.family.kv_heads_key] = self.kv_heads
@@ -294,14 +294,14 @@ class Config(Shape):
         return replace(self, raw=raw)
 
     def become(self, kind: str) -> "Config":
-        """Return this config as that of the related family `kind`."""
+        """Return this config as one of the related family `kind`."""
         self.check_alone()
         family = FAMILIES[kind]
-        for key, only in family.absent.items():
-            if self.raw.get(key, only) != only:
-                raise ModelError(f"{self.kind} with {key} = {self.raw[key]!r} has no counterpart in {kind}, which needs {only!r}; nothing else is like it")
+        for key, needed in family.absent.items():
+            if self.raw.get(key, needed) != needed:
+                raise ModelError(f"{self.kind} with {key} = {self.raw[key]!r} has no counterpart in {kind}, which needs {needed!r}; no other family is like it")
         classes = {self.family.base: family.base, self.family.lm: family.lm}
         if self.architecture not in classes:
             raise ModelError(f"{self.architecture} has no counterpart in {kind}; it must be one of {', '.join(classes)}")
-        kept = {key: value for key, value in self.raw.items() if key not in family.absent}
-        return Config({**kept, **family.constants, "model_type": kind, "architectures": [classes[self.architecture]]}, family, self.replaced, self.shared)
+        raw = {key: value for key, value in self.raw.items() if key not in family.absent}
+        return Config({**raw, **family.constants, "model_type": kind, "architectures": [classes[self.architecture]]}, family, self.replaced, self.shared)

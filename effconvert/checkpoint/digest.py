@@ -1,4 +1,4 @@
-"""What identifies a model: a hash over its weights, config and tokenizer, whatever its folder is called."""
+"""The digest of a model: a hash of its weights, config and tokenizer, whatever the name of its folder."""
 
 import hashlib
 import json
@@ -10,10 +10,10 @@ from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.config import CONFIG
 from effconvert.checkpoint.sources import cache
 
-# Files beside the weights that change what a model computes, by how their names begin or end.
+# Beginnings and endings of names of files, beside the weights, that change what a model computes.
 BEGIN = ("added_tokens", "chat_template", "generation_config", "merges", "sentencepiece", "special_tokens_map", "spiece", "tokenizer", "vocab")
 END = (".jinja", ".model", ".tiktoken")
-PIECES, PIECE = 16, 1 << 16  # of a file that is sampled: how many, and bytes of each
+PIECES, PIECE = 16, 1 << 16  # of a sampled file: their number, and bytes of each
 
 
 def matters(name: str) -> bool:
@@ -24,19 +24,19 @@ def matters(name: str) -> bool:
 def digest(checkpoint: Checkpoint) -> str:
     """Return the SHA-256 of `checkpoint`'s files.
 
-    A file's own hash is remembered by its place, size and time, so that a large model is read through once.
+    A file's hash is cached by its path, size and time, so a large model is read only once.
     """
     folder = checkpoint.folder
     weights = {tensor.file for tensor in checkpoint.stored}
-    beside = {path for path in folder.iterdir() if path.is_file() and not path.name.endswith(".safetensors") and matters(path.name)}
-    known = _remembered()
-    hashes = {path.relative_to(folder).as_posix(): _file_hash(path, known) for path in sorted(weights | beside | {folder / CONFIG})}
-    _remember(known)
+    others = {path for path in folder.iterdir() if path.is_file() and not path.name.endswith(".safetensors") and matters(path.name)}
+    hashes_by_file = _load_hashes()
+    hashes = {path.relative_to(folder).as_posix(): _file_hash(path, hashes_by_file) for path in sorted(weights | others | {folder / CONFIG})}
+    _save_hashes(hashes_by_file)
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 def sample(path: Path) -> str:
-    """Return a SHA-256 of some of a file's bytes, from all over it: files of the same name, size and time may still be of other models."""
+    """Return the SHA-256 of samples from all over a file. Files of different models may have the same name, size and time."""
     status = path.stat()
     return _sample(path, status.st_size, status.st_mtime_ns, status.st_ino)
 
@@ -52,36 +52,36 @@ def _sample(path: Path, size: int, *_: int) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, read anew."""
+    """Return the SHA-256 of a file's bytes, without the cache."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _file_hash(path: Path, known: dict[str, str]) -> str:
+def _file_hash(path: Path, hashes_by_file: dict[str, str]) -> str:
     status = path.stat()
     key = f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ino}"
-    if key not in known:
-        known[key] = file_hash(path)
-    return known[key]
+    if key not in hashes_by_file:
+        hashes_by_file[key] = file_hash(path)
+    return hashes_by_file[key]
 
 
-def _place() -> Path:
+def _cache_file() -> Path:
     return cache() / "digests.json"
 
 
-def _remembered() -> dict[str, str]:
+def _load_hashes() -> dict[str, str]:
     try:
-        known = json.loads(_place().read_text(encoding="utf-8"))
+        hashes_by_file = json.loads(_cache_file().read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return known if isinstance(known, dict) else {}
+    return hashes_by_file if isinstance(hashes_by_file, dict) else {}
 
 
-def _remember(known: dict[str, str]) -> None:
+def _save_hashes(hashes_by_file: dict[str, str]) -> None:
     try:
-        _place().parent.mkdir(parents=True, exist_ok=True)
-        draft = _place().with_name(f"digests.{os.getpid()}.draft")
-        draft.write_text(json.dumps(known), encoding="utf-8")
-        draft.replace(_place())
+        _cache_file().parent.mkdir(parents=True, exist_ok=True)
+        draft = _cache_file().with_name(f"digests.{os.getpid()}.draft")
+        draft.write_text(json.dumps(hashes_by_file), encoding="utf-8")
+        draft.replace(_cache_file())
     except OSError:
-        return  # a cache that cannot be written costs time, and nothing else
+        return  # without the cache it only takes longer

@@ -1,6 +1,6 @@
 """A layer of a model as lazy parts, and the model that surgeries rewrite.
 
-A surgery sees plain [out, in] matrices named by what they do; how a family fuses or transposes them is undone and done again here.
+A surgery sees plain [out, in] matrices, named by part. This module converts from and to the layouts of families, which fuse and transpose them.
 """
 # M = hidden width, H = query heads, Hk = KV heads, D = head width, E = experts.
 
@@ -16,13 +16,13 @@ from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.outer import Outer
 from effconvert.checkpoint.parts import Deferred, Parts
 from effconvert.checkpoint.replaced import OWN
-from effconvert.checkpoint.shards import Stored
+from effconvert.checkpoint.shards import StoredTensor
 from effconvert.checkpoint.shared import CACHE_PARTS, Shared
 from effconvert.errors import ModelError
 
 
 class ActivationsProtocol(Protocol):
-    """What layers compute on the calibration text: `effconvert.heal._activations.Activations`."""
+    """The activations of layers on the calibration text: `effconvert.heal._activations.Activations`."""
 
     @property
     def ids(self) -> Sequence[torch.Tensor]:
@@ -30,23 +30,23 @@ class ActivationsProtocol(Protocol):
 
     @property
     def states(self) -> Sequence[torch.Tensor]:
-        """What arrives at the layer at work, [B, T, M] for each batch."""
+        """The inputs of the current layer, [B, T, M] for each batch."""
 
     @property
     def scores(self) -> int:
-        """How many numbers the weights of one head's attention are, over all texts."""
+        """The number of attention weights of one head, over all texts."""
 
     def capture(self, layer: Layer, parts: Sequence[str] = (), until: str = "") -> Iterator[Any]:
-        """Run a layer as it stands, and yield what each batch was in it."""
+        """Run a layer in its present state, and yield the captured tensors of each batch."""
 
     def original(self, layers: Sequence[int], parts: Sequence[str] = (), until: str = "") -> Iterator[Any]:
-        """Run layers of the original on what arrives here, and yield what each batch was in the last of them."""
+        """Run layers of the original on the current inputs, and yield the captured tensors of each batch in the last one."""
 
     def original_stream(self, step: int) -> Sequence[torch.Tensor]:
-        """Return the stream of the original where nothing was converted: before its layer l for 2 l, between that one's halves for 2 l + 1."""
+        """Return the residual stream in the unconverted original: step 2 l is before its layer l, 2 l + 1 between that layer's halves."""
 
     def stored(self, layer: Layer) -> dict[str, torch.Tensor]:
-        """Return a layer as it will lie on disk: name in the layer -> numbers."""
+        """Return the tensors of a layer as they will be on disk: name in the layer -> tensor."""
 
     def place_output(self, layer: Layer, place: str, trainable: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor], batch: int) -> torch.Tensor:
         """Return the output at a place of a layer on one batch, with gradients for the `trainable` parts."""
@@ -56,19 +56,19 @@ class ActivationsProtocol(Protocol):
 
 
 class Layer(Parts):
-    """One layer as a surgery finds it: `layer["k"]` is its key projection [Hk*D, M] in float32; of a technique's own parts, `layer["ffn.effconvert.NAME"]`.
+    """One layer, for a surgery: `layer["k"]` is its key projection [Hk*D, M] in float32, `layer["ffn.effconvert.NAME"]` a part of a technique.
 
     Attributes:
-        index: which layer of the model this is, from 0.
-        originals: which layers of the model that healing goes towards it stands for; of several, the later ones were dropped.
-        activations: what the model computes on a text, where a surgery asked to look at it; None while only shapes count.
+        index: number of the layer, from 0.
+        originals: the layers of the teacher that it stands for. Of several, all but the first were dropped.
+        activations: of the calibration text, where a surgery needs them; None on the meta device.
     """
 
     def __init__(
         self,
         index: int,
         config: Config,
-        stored: Mapping[str, Stored],
+        stored: Mapping[str, StoredTensor],
         device: str,
         below: Layer | None = None,
         originals: range | None = None,
@@ -80,11 +80,11 @@ class Layer(Parts):
         self._source_index: int = index if below is None else below._source_index
 
     def on_top(self, index: int, config: Config) -> Layer:
-        """Return this layer as the next surgery finds it."""
+        """Return this layer for the next surgery."""
         return Layer(index, config, self._stored, self._device, self, self.originals, self.activations)
 
     def share(self, first: Self, what: str) -> None:
-        """Have `what` (see `SHARES`) in common with an earlier layer: these parts are that layer's, whatever it becomes; its config has to say so."""
+        """Share `what` (see `SHARES`) with an earlier layer: these parts follow that layer's from now on. The config must record it too."""
         if what == "cache":
             for part in [part for part in self if part.removesuffix(".bias") in CACHE_PARTS]:
                 del self[part]
@@ -95,18 +95,20 @@ class Layer(Parts):
 
     @property
     def per_kv_head(self) -> list[str]:
-        """The parts of this layer, biases among them, whose rows come KV head by KV head: [Hk*D, ...]."""
+        """The parts of this layer, with biases, whose rows are sorted by KV head: [Hk*D, ...]."""
         names = self.config.family.per_kv_head
         return [part for stem in names for part in (stem, f"{stem}.bias") if part in self]
 
-    def tensors(self, stored: bool = False) -> Iterator[tuple[str, Stored, torch.Tensor | Deferred | None]]:
-        """Yield the layer in the layout of its config: see `Parts.tensors`; names are relative to the layer."""
+    def tensors(self, stored: bool = False) -> Iterator[tuple[str, StoredTensor, torch.Tensor | Deferred | None]]:
+        """Yield the layer in the layout of its config: see `Parts.tensors`. Names are relative to the layer."""
         config, source = self.config, self._source
         own = [part for part in self if f".{OWN}" in part and config.replaced_at(self.index, part.partition(".")[0])]
         known = config.parts.keys() - config.lacks(self.index)
         known |= {f"{record.place}.bias" for record in config.replaced_in(self.index)}
-        if lost := [part for part in self if part not in known and part.removesuffix(".bias") not in known and part not in own]:
-            raise ModelError(f"layer {self.index} became one with {', '.join(lost)}, for which {config.family.lm} has no place; it has {', '.join(known)}")
+        if unknown := [part for part in self if part not in known and part.removesuffix(".bias") not in known and part not in own]:
+            raise ModelError(
+                f"layer {self.index} has {', '.join(unknown)} after surgery, for which {config.family.lm} has no place; its parts are {', '.join(known)}"
+            )
         for module, parts in config.modules.items():
             for suffix in ("", ".bias"):
                 present = [part + suffix for part in parts if part + suffix in self]
@@ -115,8 +117,8 @@ class Layer(Parts):
                 if len(present) != len(parts):
                     raise ModelError(f"layer {self.index}: {module} holds {', '.join(parts)} in one tensor, and only {', '.join(present)} is there")
                 name = f"{module}.bias" if suffix else f"{module}.weight"
-                if copied := self._same_bytes(present):
-                    yield name, copied, None
+                if origin := self._same_bytes(present):
+                    yield name, origin, None
                 elif config.stacked(present) or (len(present) == 1 and self._late(present[0])):
                     yield name, self._origin((present[0], *parts)), self._deferred(present)
                 else:
@@ -130,33 +132,33 @@ class Layer(Parts):
         return f"layer {self.index}"
 
     def _late(self, part: str) -> bool:
-        """Whether a part is to be computed when it is written: somebody said so, or it is a copy, of which there may be many."""
+        """Whether a part is computed only when it is written: if it was deferred, or is a copy, of which there may be many."""
         if part in self._assigned:
             return isinstance(self._assigned[part], Deferred)
         return part in self._copies or (self._below is not None and part not in self._deleted and self._below._late(part))
 
     def _deferred(self, parts: list[str]) -> torch.Tensor | Deferred:
-        """Return what is fused of these parts, to be computed when it is written."""
+        """Return the tensor that fuses these parts, deferred until it is written."""
         stacked = self.config.stacked(parts)
         if self.shapes_only:
             return torch.empty(self.config.stored_shape(parts), device="meta") if stacked else join([self[parts[0]]], parts, self.config)
         return Deferred(lambda: join([self[part] for part in parts], parts, self.config), (lambda: (self[part] for part in parts)) if stacked else None)
 
-    def _same_bytes(self, parts: list[str]) -> Stored | None:
-        """Return the tensor on disk that holds these parts just as the target lays them out, None where they are computed or laid out anew."""
+    def _same_bytes(self, parts: list[str]) -> StoredTensor | None:
+        """Return the tensor on disk with exactly these parts in the target's layout; None where they are computed or the layout changes."""
         on_disk = [self._on_disk(part) for part in parts]
         if None in on_disk:
             return None
         names = {self._name(part, self._source) for part in on_disk if part}
         family, source = self.config.family, self._source.family
         stems = tuple(part.removesuffix(".bias") for part in on_disk if part)
-        together = self._source.modules[self._source.parts[stems[0]]] == stems
-        laid_out = family.transposed == source.transposed and (len(parts) == 1 or family.per_head == source.per_head)
-        return self._stored[names.pop()] if together and laid_out and len(names) == 1 else None
+        same_parts = self._source.modules[self._source.parts[stems[0]]] == stems
+        same_layout = family.transposed == source.transposed and (len(parts) == 1 or family.per_head == source.per_head)
+        return self._stored[names.pop()] if same_parts and same_layout and len(names) == 1 else None
 
     def _name(self, part: str, config: Config) -> str:
-        place, inside, name = part.partition(f".{OWN}")
-        if inside:
+        place, separator, name = part.partition(f".{OWN}")
+        if separator:
             return ".".join(filter(None, [config.place(place), OWN + name]))
         stem = part.removesuffix(".bias")
         return f"{config.parts.get(stem, stem)}.{'bias' if part != stem else 'weight'}"
@@ -164,8 +166,8 @@ class Layer(Parts):
     def _stored_parts(self) -> list[str]:
         parts = [part for stem in self._source.parts for part in (stem, f"{stem}.bias")]
         for record in self._source.replaced_in(self._source_index):
-            inside = ".".join(filter(None, [self._source.place(record.place), OWN]))
-            parts += [f"{record.place}.{OWN}{name.removeprefix(inside)}" for name in self._stored if name.startswith(inside)]
+            prefix = ".".join(filter(None, [self._source.place(record.place), OWN]))
+            parts += [f"{record.place}.{OWN}{name.removeprefix(prefix)}" for name in self._stored if name.startswith(prefix)]
         return parts
 
     def _read(self, part: str) -> torch.Tensor:
@@ -181,20 +183,20 @@ class Layer(Parts):
 
 @dataclass
 class Model:
-    """A model as a surgery finds it; layers can be dropped or reordered by assigning `layers`."""
+    """A model, for a surgery. Assigning `layers` drops or reorders layers."""
 
     config: Config
     layers: list[Layer]
     outer: Outer
-    original: Config  # of the model that healing goes towards
+    original: Config  # of the teacher
 
     def on_top(self, config: Config) -> Model:
-        """Return the model as the next surgery finds it."""
+        """Return the model for the next surgery."""
         return Model(config, [layer.on_top(index, config) for index, layer in enumerate(self.layers)], self.outer.on_top(config), self.original)
 
 
 def split(tensor: torch.Tensor, parts: tuple[str, ...], config: Config) -> tuple[torch.Tensor, ...]:
-    """Take a tensor [out, ...] apart into the `parts` that are fused in it."""
+    """Split a tensor [out, ...] into the `parts` that are fused in it."""
     if config.stacked(parts):
         tensor = tensor.flatten(0, 1)  # [E, out, in]
     if "q" not in parts:
@@ -207,7 +209,7 @@ def split(tensor: torch.Tensor, parts: tuple[str, ...], config: Config) -> tuple
 
 
 def join(tensors: list[torch.Tensor], parts: Sequence[str], config: Config) -> torch.Tensor:
-    """Undo `split`, and store [in, out] where the family does."""
+    """Undo `split`, and transpose to [in, out] where the family stores that."""
     if len(tensors) == 3 and config.blocks > 1:
         tensor = torch.cat([part.unflatten(0, (config.blocks, -1)) for part in tensors], 1).flatten(0, 1)
     else:

@@ -1,4 +1,4 @@
-"""What effconvert records beside the weights that it wrote: which files are its own, from what they came, and how."""
+"""The manifest beside the weights: which files effconvert wrote, from what, and how."""
 
 import json
 import os
@@ -7,13 +7,13 @@ from typing import Any
 
 MANIFEST = "effconvert.json"
 RECIPE, CARD = "effconvert.yaml", "README.md"  # written anew beside every conversion
-DRAFT = ".effconvert-draft"  # ends the name of a file that is being written
+DRAFT = ".effconvert-draft"  # suffix of files that are being written
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """Return what lies in `folder` beside what its manifest says that effconvert wrote: other names or sizes, links, and what changed since.
+    """Return the files in `folder` that effconvert did not write, by its manifest: other names or sizes, links, and changes since.
 
-    The manifest is written last: what is newer was changed by somebody.
+    The manifest is written last, so a newer file was changed by somebody.
     """
     ours, written = {f"{MANIFEST}{DRAFT}": None}, 0
     if manifest := read_manifest(folder):
@@ -22,11 +22,11 @@ def foreign_files(folder: Path) -> list[str]:
     foreign = []
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
-        planned = name.removesuffix(DRAFT) if ours.get(name.removesuffix(DRAFT), 0) is None else name
+        target = name.removesuffix(DRAFT) if ours.get(name.removesuffix(DRAFT), 0) is None else name
         if path.is_symlink():
             foreign.append(name)
         elif not path.is_dir():
-            size = ours.get(planned, -1)
+            size = ours.get(target, -1)
             status = path.stat()
             if size is not None and (size != status.st_size or status.st_mtime_ns > written):
                 foreign.append(name)
@@ -34,7 +34,7 @@ def foreign_files(folder: Path) -> list[str]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return what effconvert recorded in `folder`, empty if it did not write it."""
+    """Return the manifest of `folder`; empty if effconvert did not write the folder."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Parts of a model as a lazy mapping: nothing is read from disk until a surgery asks for a part, and what nobody assigns stays where it lies."""
+"""Parts of a model as a lazy mapping. A part is read from disk when it is first used; the bytes of unassigned parts are copied."""
 
 import math
 from abc import abstractmethod
@@ -10,65 +10,65 @@ from typing import Any, Self
 import torch
 
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.shards import FLOATS, Stored
+from effconvert.checkpoint.shards import FLOATS, StoredTensor
 from effconvert.errors import ModelError
 
 
 @dataclass(frozen=True)
 class Deferred:
-    """A tensor that is computed when it is written, so that a layer of many large ones need not be in memory whole."""
+    """A tensor that is computed when it is written, so that a layer of many large ones is never in memory whole."""
 
     compute: Callable[[], torch.Tensor]  # float32, on the CPU
-    in_pieces: Callable[[], Iterator[torch.Tensor]] | None = None  # the same numbers in the same order, where the whole is large
+    in_pieces: Callable[[], Iterator[torch.Tensor]] | None = None  # the same numbers in the same order, for large tensors
 
     def pieces(self) -> Iterator[torch.Tensor]:
-        """Yield it a piece at a time."""
+        """Yield the tensor in pieces."""
         yield from self.in_pieces() if self.in_pieces else [self.compute()]
 
 
 class Parts(MutableMapping[str, torch.Tensor]):
-    """Named tensors in float32 on the CPU, or of shapes only on the meta device; `parts["k.bias"]` is the bias of part k; assigning replaces them.
+    """Named tensors in float32 on the CPU, or on the meta device for shapes alone; `parts["k.bias"]` is the bias of part k.
 
-    What is read is a copy: to change a part, assign it. Each surgery gets parts of its own on top of those before, so that what is kept for later stays
-    what it was.
+    Reading gives a copy: to change a part, assign it. Each surgery has its own parts on top of those of the surgery before, so that deferred
+    changes still see these.
 
     Attributes:
         config: the shape of the model.
     """
 
-    def __init__(self, config: Config, stored: Mapping[str, Stored], device: str, below: Self | None = None) -> None:
+    def __init__(self, config: Config, stored: Mapping[str, StoredTensor], device: str, below: Self | None = None) -> None:
         self.config = config
         self._source: Config = config if below is None else below._source
         self._stored, self._device, self._below = stored, device, below
         self._assigned: dict[str, torch.Tensor | Deferred] = {}
-        self._copies: dict[str, str] = {}  # part -> the part that it is a copy of, as that was before this surgery
+        self._copies: dict[str, str] = {}  # part -> the part that it copies, from before this surgery
         self._deleted: set[str] = set()
-        self._borrowed: dict[str, Self] = {}  # part -> the layer whose part of that name it is
-        self._waiting: list[Callable[[Any], None]] = []
-        self._touched: dict[str, int] = {}  # part that was read, or assigned -> bytes in float32
+        self._borrowed: dict[str, Self] = {}  # part -> the layer that it shares this part with
+        self._pending: list[Callable[[Any], None]] = []
+        self._touched: dict[str, int] = {}  # part that was read or assigned -> bytes in float32
 
     @property
     def shapes_only(self) -> bool:
-        """Whether tensors have no numbers in them: a plan is being made."""
+        """Whether tensors have shapes but no numbers, as in a plan."""
         return self._device == "meta"
 
     @property
     def touched(self) -> int:
-        """Bytes in float32 of all that was read or assigned so far, for the estimate of peak memory."""
+        """Bytes in float32 of all parts that were read or assigned so far, for the estimate of peak memory."""
         return sum(self._touched.values()) + (0 if self._below is None else self._below.touched)
 
     @property
     def assigned(self) -> set[str]:
-        """The parts that this surgery gives."""
+        """The parts that this surgery assigns, copies or shares."""
         self._catch_up()
         return {*self._assigned, *self._copies, *self._borrowed}
 
     def later(self, change: Callable[[Self], None]) -> None:
-        """Have `change` called with these parts before anything is asked of them."""
-        self._waiting.append(change)
+        """Call `change` with these parts before they are first used."""
+        self._pending.append(change)
 
     def copy(self, part: str, to: str) -> None:
-        """Make `to` the same as `part`, which may be changed or deleted afterwards; what lies on disk unchanged is copied as bytes."""
+        """Make `to` a copy of `part`, which may be changed or deleted afterwards. Unchanged parts on disk are copied as bytes."""
         self._catch_up()
         if part in self.assigned:
             self[to] = self[part]
@@ -77,14 +77,14 @@ class Parts(MutableMapping[str, torch.Tensor]):
             self._copies[to] = part
 
     def defer(self, part: str, shape: tuple[int, ...], compute: Callable[[], torch.Tensor]) -> None:
-        """Assign what `compute` returns, when it is written; `shape` is known before."""
+        """Assign the tensor of `shape` that `compute` returns; it is called when the part is written."""
         self._catch_up()
         self._forget(part)
         self._assigned[part] = torch.empty(shape, device="meta") if self.shapes_only else Deferred(compute)
         self._touched["deferred"] = max(self._touched.get("deferred", 0), 4 * math.prod(shape))
 
     def before(self, part: str) -> torch.Tensor:
-        """Return a part as it was before this surgery, whatever has become of it since."""
+        """Return a part as it was before this surgery, even if it was changed since."""
         if self._below is not None:
             return self._below._rounded(part)
         tensor = self._read(part)
@@ -129,13 +129,13 @@ class Parts(MutableMapping[str, torch.Tensor]):
         return sum(1 for _ in self)
 
     @abstractmethod
-    def tensors(self, stored: bool = False) -> Iterator[tuple[str, Stored, torch.Tensor | Deferred | None]]:
-        """Yield these parts in the layout of their config: a name, the tensor on disk that it comes from, and what it became.
+    def tensors(self, stored: bool = False) -> Iterator[tuple[str, StoredTensor, torch.Tensor | Deferred | None]]:
+        """Yield these parts in the layout of their config: a name, the tensor on disk it comes from, and its new value.
 
-        None: it did not change, and its bytes on disk can be copied.
+        The value is None where nothing changed, so that the bytes on disk can be copied.
 
         Args:
-            stored: leave out what an earlier layer stores for these.
+            stored: leave out tensors that an earlier layer stores.
 
         Raises:
             ModelError: the layout has no place for a part.
@@ -147,7 +147,7 @@ class Parts(MutableMapping[str, torch.Tensor]):
 
     @abstractmethod
     def _name(self, part: str, config: Config) -> str:
-        """Return what a part is called on disk in the layout of `config`."""
+        """Return the name of a part on disk in the layout of `config`."""
 
     @abstractmethod
     def _stored_parts(self) -> list[str]:
@@ -164,9 +164,9 @@ class Parts(MutableMapping[str, torch.Tensor]):
         self._deleted.discard(part)
 
     def _catch_up(self) -> None:
-        """Do what was put off, in order; what a change asks of its own parts meanwhile finds nothing waiting."""
-        waiting, self._waiting = self._waiting, []
-        for change in waiting:
+        """Apply pending changes in order. The list is emptied first, since changes use these parts."""
+        changes, self._pending = self._pending, []
+        for change in changes:
             change(self)
 
     def _changed(self, part: str) -> bool:
@@ -175,7 +175,7 @@ class Parts(MutableMapping[str, torch.Tensor]):
         return part in self.assigned or part in self._deleted or (self._below is not None and self._below._changed(part))
 
     def _on_disk(self, part: str) -> str | None:
-        """Return the part on disk whose unchanged bytes this part is, None where it is computed."""
+        """Return the part on disk with the unchanged bytes of this part; None where it is computed."""
         self._catch_up()
         if part in self._assigned or part in self._deleted or part in self._borrowed:
             return None
@@ -183,31 +183,31 @@ class Parts(MutableMapping[str, torch.Tensor]):
         return part if self._below is None else self._below._on_disk(part)
 
     def _rounded(self, part: str) -> torch.Tensor:
-        """Return `part` as it would be read from disk, had the surgery of these parts been the last.
+        """Return `part` as it would be read from disk after the surgery of these parts.
 
-        So a chain gives the bytes of the commands one after the other, where no step looks at what layers compute: what looks is fed by the layers below
-        after all steps.
+        So a recipe without calibration gives the same bytes as its commands one after the other. With calibration it does not: there, inputs come from
+        layers below after all steps.
         """
         tensor = self[part]
         if not self._changed(part) or tensor.is_meta:
             return tensor
         return tensor.to(FLOATS[self._origin([part]).dtype]).float()
 
-    def _origin(self, parts: Sequence[str]) -> Stored:
-        """Return the tensor on disk that these parts, fused in one, come from; of what is new, one that it stands beside: the first that attends."""
-        names = [self._name(part, self._source) for part in (*parts, *filter(None, map(self._copied, parts)))]
+    def _origin(self, parts: Sequence[str]) -> StoredTensor:
+        """Return the tensor on disk that these parts, fused in one, come from; for new parts a neighbour, usually the queries."""
+        names = [self._name(part, self._source) for part in (*parts, *filter(None, map(self._copy_source, parts)))]
         return next((self._stored[name] for name in names if name in self._stored), self._neighbour)
 
-    def _copied(self, part: str) -> str:
+    def _copy_source(self, part: str) -> str:
         """Return the part that this one was copied from."""
-        return self._copies.get(part) or ("" if self._below is None else self._below._copied(part))
+        return self._copies.get(part) or ("" if self._below is None else self._below._copy_source(part))
 
     @property
-    def _neighbour(self) -> Stored:
-        """A tensor on disk of the type that new ones are stored in: that of the queries, or else the most common."""
+    def _neighbour(self) -> StoredTensor:
+        """A tensor on disk with the type for new ones: the queries, or else one of the most common type."""
         floats = {name: stored for name, stored in self._stored.items() if stored.dtype in FLOATS and name not in self._source.family.buffers}
         if not floats:
             raise ModelError(f"{self._where()} of this {self._source.kind} has no tensor of floating-point numbers on disk")
-        usual = Counter(stored.dtype for stored in floats.values()).most_common(1)[0][0]
+        common = Counter(stored.dtype for stored in floats.values()).most_common(1)[0][0]
         first = floats.get(self._name("q", self._source))
-        return first or next(stored for stored in floats.values() if stored.dtype == usual)
+        return first or next(stored for stored in floats.values() if stored.dtype == common)

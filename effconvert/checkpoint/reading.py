@@ -1,4 +1,4 @@
-"""Read config.json, and refuse what cannot be: it is somebody else's file."""
+"""Read config.json and check it: the file comes from somebody else."""
 
 import json
 import re
@@ -20,7 +20,7 @@ def read_config(folder: Path) -> Config:
 
     Raises:
         OptionError: the folder holds no model.
-        ModelError: it holds one that cannot be operated on: unknown family, quantised, an adapter.
+        ModelError: it holds an unsupported one: unknown family, quantised, an adapter.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -32,8 +32,8 @@ def read_config(folder: Path) -> Config:
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not JSON ({error}); fetch the file again") from None
     wrapper = None
-    if isinstance(raw, dict) and (inside := unwrap(raw)):
-        raw, wrapper = inside
+    if isinstance(raw, dict) and (language := unwrap(raw)):
+        raw, wrapper = language
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     replaced: tuple[Replaced, ...] = ()
     shared: tuple[Shared, ...] = ()
@@ -42,21 +42,21 @@ def read_config(folder: Path) -> Config:
         raw, family, replaced, shared = read(raw)
         kind = raw["model_type"]
     if not isinstance(kind, str) or family is None:
-        near = get_close_matches(str(kind), FAMILIES, n=1, cutoff=0.88)  # a misspelling, and not another family of a similar name
+        near = get_close_matches(str(kind), FAMILIES, n=1, cutoff=0.88)  # for misspellings, not for other families with similar names
         hint = f"the nearest is {near[0]!r}; " if near else ""
         raise ModelError(f"{path} names the family {kind!r}, which effconvert does not know; {hint}it knows {', '.join(FAMILIES)}")
     check_depth(raw, family)
     config = Config(raw, family, replaced, shared, wrapper)
-    config.skips(0)  # says so where `per_layer_config` makes no sense
+    config.skips(0)  # raises where `per_layer_config` makes no sense
     for key, why in family.not_on.items():
         if raw.get(key):
             raise ModelError(f"{path} says {key} = {raw[key]!r}, and {why}; set it to false, or take another model")
     for key, needed in family.constants.items():
         if raw.get(key, needed) != needed:
             raise ModelError(f"{kind} with {key} = {raw[key]!r} is laid out differently from the {kind} that effconvert knows, which needs {needed!r}")
-    for key, (fits, needed) in SOUND.items():
-        unused = key == family.window_key and config.get("use_sliding_window") is False  # qwen2_moe's own class writes 0 then
-        unused |= key == family.pattern_key and (config.get(family.window_key) is None or config.get("layer_types") is not None)  # exaone4's own, too
+    for key, (fits, needed) in CHECKS.items():
+        unused = key == family.window_key and config.get("use_sliding_window") is False  # then qwen2_moe's class writes 0
+        unused |= key == family.pattern_key and (config.get(family.window_key) is None or config.get("layer_types") is not None)  # exaone4's class too
         if config.get(key) is not None and not unused and not fits(config.get(key)):
             raise ModelError(f"{path} says {key} = {config.get(key)!r}, where {needed} is needed; mend the file")
     stem = family.base.removesuffix("Model")
@@ -64,7 +64,7 @@ def read_config(folder: Path) -> Config:
         raise ModelError(f"{path} names the class {config.architecture!r}, which is none of {kind}'s ({family.base}, {family.lm}, {stem}For…); mend the file")
     for key in ("attn_implementation", "_attn_implementation"):
         if "/" in str(raw.get(key)):
-            raise ModelError(f"{path} asks for the attention kernel {raw[key]!r} from the Hub, which is somebody's code; remove {key} from it")
+            raise ModelError(f"{path} asks for the attention kernel {raw[key]!r} from the Hub, which is foreign code; remove {key} from it")
     if config.get("layer_types") is not None and len(config.get("layer_types")) != config.layers:
         raise ModelError(f"{path} has {len(config.get('layer_types'))} layer_types for {config.layers} layers; mend the file")
     if config.get(family.turned_key) is not None and len(config.get(family.turned_key)) < config.layers:
@@ -72,7 +72,7 @@ def read_config(folder: Path) -> Config:
     return config
 
 
-def _whole(least: int) -> tuple[Callable[[Any], bool], str]:
+def _integer(least: int) -> tuple[Callable[[Any], bool], str]:
     return lambda value: type(value) is int and value >= least, f"a whole number of at least {least}, or null,"
 
 
@@ -92,26 +92,26 @@ def _ropes(value: Any) -> bool:
     return isinstance(value, dict) and all(_fraction(value[key]) for key in ("partial_rotary_factor",) if value.get(key) is not None)
 
 
-# What a key may hold beside null, for those that are looked at: a config is somebody else's file.
-SOUND: dict[str, tuple[Callable[[Any], bool], str]] = {
+# Values that a key may have beside null -> check, and its description.
+CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "architectures": (_names, "a list of names"),
     "layer_types": (_names, "a list of names"),
-    "sliding_window": _whole(2),
-    "sliding_window_pattern": _whole(1),
-    "local_attention": _whole(2),
-    "global_attn_every_n_layers": _whole(1),
-    "max_window_layers": _whole(0),
-    "max_position_embeddings": _whole(1),
-    "n_positions": _whole(1),
-    "vocab_size": _whole(1),
-    "num_experts_per_tok": _whole(1),
-    "decoder_sparse_step": _whole(1),
+    "sliding_window": _integer(2),
+    "sliding_window_pattern": _integer(1),
+    "local_attention": _integer(2),
+    "global_attn_every_n_layers": _integer(1),
+    "max_window_layers": _integer(0),
+    "max_position_embeddings": _integer(1),
+    "n_positions": _integer(1),
+    "vocab_size": _integer(1),
+    "num_experts_per_tok": _integer(1),
+    "decoder_sparse_step": _integer(1),
     "mlp_only_layers": (_numbers, "a list of the numbers of layers"),
     "rope_parameters": (_ropes, "a mapping"),
     "partial_rotary_factor": (_fraction, "a number from 0 to 1"),
     "rotary_pct": (_fraction, "a number from 0 to 1"),
     "no_rope_layers": (_numbers, "a list with 1 for each layer that RoPE turns, and 0 for each other,"),
-    "no_rope_layer_interval": _whole(1),
+    "no_rope_layer_interval": _integer(1),
     "tie_word_embeddings": (lambda value: isinstance(value, bool), "true or false"),
     "use_sliding_window": (lambda value: isinstance(value, bool), "true or false"),
 }

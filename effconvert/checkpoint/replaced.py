@@ -1,7 +1,7 @@
-"""How config.json says that a technique runs in place of something: under a `model_type` of its own, so that nobody opens such a model as what it is not.
+"""Records of techniques in config.json. The `model_type` is effconvert's own, so that no other class opens such a model.
 
-Records only: a technique's code runs where somebody asks for it (`effconvert.surgery._replacement`). The family's own keys stay as they are but for
-`layer_types`, which names what stock classes refuse: they would else leave the replacements out.
+This module handles records only; the code of techniques is in `effconvert.surgery._replacement`. The family's own keys stay, except `layer_types`: its
+entries make stock classes refuse the model. They would ignore the replacements.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,8 +13,8 @@ from effconvert.checkpoint.shared import Shared, read_shared
 from effconvert.errors import ModelError
 from effconvert.options import shown
 
-KIND, CLASS = "effconvert_", "Effconvert"  # begin the model_type, and the names of classes
-OWN = "effconvert."  # begins the names of a technique's own tensors, in the module of its place
+KIND, CLASS = "effconvert_", "Effconvert"  # prefixes of the model_type and of class names
+OWN = "effconvert."  # prefix of a technique's own tensors, in the module of its place
 STUB_FILE = "modeling_effconvert.py"
 STUB = '''"""This {kind} has parts of effconvert in it: `pip install effconvert`, then `import effconvert`, or trust_remote_code=True."""
 
@@ -29,39 +29,39 @@ AUTO = {"AutoModelForCausalLM": "lm", "AutoModelForMaskedLM": "lm", "AutoModel":
 
 @dataclass(frozen=True)
 class Replaced:
-    """What a technique put into some layers: config.json holds a list of these."""
+    """A technique in some layers; config.json has a list of these."""
 
     technique: str  # its command
     options: Mapping[str, Any]
     place: str  # where it runs: scores, attention, ffn, layer, or a part such as q
     layers: tuple[int, ...]
-    drops: tuple[str, ...] = ()  # parts of these layers that are no longer there
+    drops: tuple[str, ...] = ()  # parts that these layers no longer have
 
 
-# Each place, and the places inside it: what is replaced whole has nothing inside it that could be replaced as well.
+# Each place, and the places inside it. Where the whole is replaced, nothing inside can be.
 INSIDE: Mapping[str, tuple[str, ...]] = {
     "layer": ("attention", "ffn", "scores", "q", "k", "v", "o", "gate", "up", "down"),
     "attention": ("scores", "q", "k", "v", "o"),
     "ffn": ("gate", "up", "down"),
 }
 DEEPEST = 10_000  # layers, or experts
-SKIPS = {"attention": "attention", "mlp": "ffn"}  # what transformers' `per_layer_config` calls a place that a layer skips
+SKIPS = {"attention": "attention", "mlp": "ffn"}  # words of transformers' `per_layer_config` -> places that a layer skips
 PLACES = (*INSIDE, "scores", "q", "k", "v", "o", "gate", "up", "down")
 
 
 def overlap(place: str, other: str) -> bool:
-    """Whether two places share something, so that one technique alone can run there."""
+    """Whether two places overlap, so that only one technique can run there."""
     return place == other or other in INSIDE.get(place, ()) or place in INSIDE.get(other, ())
 
 
 def encode(raw: Mapping[str, Any], family: Family, replaced: tuple[Replaced, ...] = (), shared: tuple[Shared, ...] = ()) -> dict[str, Any]:
-    """Return config.json of the model `raw` with what was `replaced` in its layers, what they have in common, and KV heads shared as in `family`."""
+    """Return config.json of the model `raw` with the records `replaced` and `shared`, and with KV heads shared as in `family`."""
     grouped, skips = family.shares_kv_in_our_class, skipped(raw, family)
     if not (replaced or shared or grouped or skips):
         return dict(raw)
     count = raw[family.layers_key]
-    usual = raw.get("layer_types")
-    names = [f"{KIND}gqa"] * count if grouped else list(usual or ["full_attention"] * count)
+    original = raw.get("layer_types")
+    names = [f"{KIND}gqa"] * count if grouped else list(original or ["full_attention"] * count)
     for index in skips:
         names[index] = f"{KIND}skip"
     for common in shared:
@@ -73,7 +73,7 @@ def encode(raw: Mapping[str, Any], family: Family, replaced: tuple[Replaced, ...
     module = STUB_FILE.removesuffix(".py")
     heads = ("AutoModelForCausalLM", "AutoModel") if family.decoder else ("AutoModelForMaskedLM", "AutoModel")
     classes = {auto: f"{module}.{CLASS}{getattr(family, AUTO[auto])}" for auto in heads}
-    block: dict[str, Any] = {"replaced": _plain(replaced), "layer_types": usual}
+    block: dict[str, Any] = {"replaced": _plain(replaced), "layer_types": original}
     block |= {"shared": _plain(shared)} if shared else {}
     block |= {"grouped": True} if grouped else {}
     return {
@@ -90,30 +90,30 @@ def _plain(records: Iterable[Replaced | Shared]) -> list[dict[str, Any]]:
     return [{key: list(value) if isinstance(value, tuple) else value for key, value in asdict(record).items()} for record in records]
 
 
-def read(given: Mapping[str, Any]) -> tuple[dict[str, Any], Family, tuple[Replaced, ...], tuple[Shared, ...]]:
-    """Read a config.json whose `model_type` says that effconvert wrote it.
+def read(content: Mapping[str, Any]) -> tuple[dict[str, Any], Family, tuple[Replaced, ...], tuple[Shared, ...]]:
+    """Read a config.json with a `model_type` of effconvert.
 
     Raises:
-        ModelError: its records make no sense, or there are none.
+        ModelError: its records are missing or make no sense.
     """
-    raw, family, replaced, shared = decode(given)
+    raw, family, replaced, shared = decode(content)
     if not (replaced or shared or family.shares_kv_in_our_class or skipped(raw, family)):
-        raise ModelError(f"config.json is of a {given['model_type']} and says nothing of what was replaced or is skipped; take the file that effconvert wrote")
+        raise ModelError(f"config.json is of a {content['model_type']} and has no record of what differs; take the file that effconvert wrote")
     return raw, family, replaced, shared
 
 
-def decode(given: Mapping[str, Any]) -> tuple[dict[str, Any], Family, tuple[Replaced, ...], tuple[Shared, ...]]:
+def decode(content: Mapping[str, Any]) -> tuple[dict[str, Any], Family, tuple[Replaced, ...], tuple[Shared, ...]]:
     """Undo `encode`: the config of the model without replacements, its family, and the records.
 
     Raises:
         ModelError: the records make no sense.
     """
-    block = given.get("effconvert")
-    kind = str(given["model_type"]).removeprefix(KIND)
+    block = content.get("effconvert")
+    kind = str(content["model_type"]).removeprefix(KIND)
     family = FAMILIES[kind]
-    check_depth(given, family)
+    check_depth(content, family)
     if block is None:
-        return {**given, "model_type": kind}, family, (), ()
+        return {**content, "model_type": kind}, family, (), ()
     if isinstance(block, Mapping) and "mixers" in block:
         raise ModelError(
             "effconvert 0.1.0 wrote this model, and names have changed since; make it anew from the recipe in its folder: effconvert run effconvert.yaml -o DIR"
@@ -121,30 +121,30 @@ def decode(given: Mapping[str, Any]) -> tuple[dict[str, Any], Family, tuple[Repl
     try:
         if block.get("grouped"):
             family = family.grouped
-            if given[family.heads_key] % given[family.kv_heads_key]:
-                raise ValueError(f"{given[family.kv_heads_key]} KV heads cannot be shared by {given[family.heads_key]}")
+            if content[family.heads_key] % content[family.kv_heads_key]:
+                raise ValueError(f"{content[family.kv_heads_key]} KV heads cannot be shared by {content[family.heads_key]}")
         replaced = tuple(_record(entry) for entry in block["replaced"])
-        _check(replaced, given[family.layers_key], skipped(given, family))
-        if not all(isinstance(name, str) for name in given.get("architectures") or ()):
-            raise ValueError(f"architectures are {given['architectures']}, and no names")
-        shared = read_shared(block.get("shared", ()), given[family.layers_key])
-    except Exception as error:  # whatever Python says to a file that somebody edited
-        told = f"config.json says of what was replaced or is shared {shown(block)}, which makes no sense ({error})"
-        raise ModelError(f"{told}; take the file that effconvert wrote") from None
-    kept = {key: value for key, value in given.items() if key not in ("effconvert", "auto_map", "layer_types")}
+        _check(replaced, content[family.layers_key], skipped(content, family))
+        if not all(isinstance(name, str) for name in content.get("architectures") or ()):
+            raise ValueError(f"architectures are {content['architectures']}, and no names")
+        shared = read_shared(block.get("shared", ()), content[family.layers_key])
+    except Exception as error:  # any error, since somebody may have edited the file
+        message = f"config.json says effconvert = {shown(block)}, which makes no sense ({error})"
+        raise ModelError(f"{message}; take the file that effconvert wrote") from None
+    raw = {key: value for key, value in content.items() if key not in ("effconvert", "auto_map", "layer_types")}
     if block.get("layer_types") is not None:
-        kept["layer_types"] = block["layer_types"]
-    kept["model_type"] = kind
-    if kept.get("architectures"):
-        kept["architectures"] = [name.removeprefix(CLASS) for name in kept["architectures"]]
-    return kept, family, replaced, shared
+        raw["layer_types"] = block["layer_types"]
+    raw["model_type"] = kind
+    if raw.get("architectures"):
+        raw["architectures"] = [name.removeprefix(CLASS) for name in raw["architectures"]]
+    return raw, family, replaced, shared
 
 
 def check_depth(raw: Mapping[str, Any], family: Family) -> None:
-    """Refuse more layers or experts than any model has: lists of as many are made before a tensor is looked at, and the file is somebody else's.
+    """Refuse more layers or experts than any model has. Their number sets the length of lists, and the file comes from somebody else.
 
     Raises:
-        ModelError: there are.
+        ModelError: there are more.
     """
     for key in (family.layers_key, *(EXPERTS_KEYS if family.experts_key else ())):
         if isinstance(count := raw.get(key), int | float) and count > DEEPEST:
@@ -152,23 +152,23 @@ def check_depth(raw: Mapping[str, Any], family: Family) -> None:
 
 
 def skipped(raw: Mapping[str, Any], family: Family) -> dict[int, set[str]]:
-    """Return which places (attention, ffn) the layers of a model skip, of those that skip any.
+    """Return the places (attention, ffn) that layers skip, for layers that skip any.
 
     Raises:
         ModelError: `per_layer_config` makes no sense.
     """
-    found: dict[int, set[str]] = {}
+    skips: dict[int, set[str]] = {}
     try:
-        for layer, said in by_layer(raw).items():
-            words = said.get("skip") or []
+        for layer, entry in by_layer(raw).items():
+            words = entry.get("skip") or []
             if not isinstance(words, list) or not 0 <= layer < raw[family.layers_key]:
                 raise ValueError(f"of layer {layer}")
             if words:
-                found[layer] = {SKIPS[word] for word in words}
+                skips[layer] = {SKIPS[word] for word in words}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        told = f"config.json says per_layer_config = {shown(raw.get('per_layer_config'))}, which makes no sense ({error})"
-        raise ModelError(f"{told}; layers of this model can skip {' and '.join(SKIPS)}: mend the file") from None
-    return found
+        message = f"config.json says per_layer_config = {shown(raw.get('per_layer_config'))}, which makes no sense ({error})"
+        raise ModelError(f"{message}; layers of this model can skip {' and '.join(SKIPS)}: mend the file") from None
+    return skips
 
 
 def by_layer(raw: Mapping[str, Any]) -> dict[int, Any]:
@@ -188,14 +188,14 @@ def _record(entry: Mapping[str, Any]) -> Replaced:
 
 
 def _check(replaced: tuple[Replaced, ...], layers: int, skips: Mapping[int, set[str]]) -> None:
-    """Refuse layers that are not there, techniques in places that a layer skips, and two where there is room for one."""
+    """Refuse layers that do not exist, techniques at places that a layer skips, and two at one place."""
     taken: dict[int, list[str]] = {}
     for record in replaced:
         for index in record.layers:
             if type(index) is not int or not 0 <= index < layers:
                 raise ValueError(f"there is no layer {index}")
             if gone := [place for place in skips.get(index, ()) if overlap(place, record.place)]:
-                raise ValueError(f"layer {index} skips {gone[0]}, where {record.technique} would be")
+                raise ValueError(f"layer {index} skips {gone[0]}, where {record.technique} should run")
             if both := [place for place in taken.get(index, ()) if overlap(place, record.place)]:
                 raise ValueError(f"layer {index} has two techniques for {record.place} and {both[0]}")
             taken.setdefault(index, []).append(record.place)

@@ -1,4 +1,4 @@
-"""The shape of a model: the few numbers in config.json that surgeries ask for, read through the family's row."""
+"""The shape of a model: the numbers in config.json that surgeries need, read by the family's row."""
 # L = layers, M = hidden width, H = query heads, Hk = KV heads, D = head width, F = width of the FFN, E = experts, V = vocabulary.
 
 from collections.abc import Mapping, Sequence
@@ -10,26 +10,26 @@ from effconvert.checkpoint import patterns
 from effconvert.checkpoint.families import EXPERTS_KEYS, Family
 from effconvert.errors import ModelError
 
-ATTENDING = ("q", "k", "v", "o", "q_norm", "k_norm", "attn_norm", "attn_post_norm")  # the parts of attention, with the norms that are its own
+ATTENTION_PARTS = ("q", "k", "v", "o", "q_norm", "k_norm", "attn_norm", "attn_post_norm")  # the parts of attention, with its norms
 TOP_K_KEY = "num_experts_per_tok"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The content of config.json as the family's own class would have it, with the row that says what its keys are called."""
+    """The content of config.json as the family's own class has it, with the family's row for the names of its keys."""
 
     raw: Mapping[str, Any]
     family: Family
 
     @cached_property
     def parts(self) -> dict[str, str]:
-        """Where a layer keeps its parts: part -> module; `experts.*.gate` of the family's row once for each expert."""
-        lacking = {part for part, (key, value) in self.family.lacking.items() if self.get(key) == value}
-        laid = {part: module for part, module in self.family.parts.items() if "*" not in part and part not in lacking}
-        each = {part: module for part, module in self.family.parts.items() if "*" in part}
+        """The modules of a layer's parts: part -> module. `experts.*.gate` in the family's row is repeated for each expert."""
+        missing = {part for part, (key, value) in self.family.lacking.items() if self.get(key) == value}
+        modules = {part: module for part, module in self.family.parts.items() if "*" not in part and part not in missing}
+        of_expert = {part: module for part, module in self.family.parts.items() if "*" in part}
         for number in map(str, range(self.experts)):
-            laid |= {part.replace("*", number): module.replace("*", number) for part, module in each.items()}
-        return laid
+            modules |= {part.replace("*", number): module.replace("*", number) for part, module in of_expert.items()}
+        return modules
 
     @cached_property
     def matrices(self) -> dict[str, tuple[int, int]]:
@@ -42,7 +42,7 @@ class Shape:
         return shapes
 
     def stacked(self, parts: Sequence[str]) -> bool:
-        """Whether what is fused of these parts is a tensor [E, out, in]: the experts of a family that keeps them together."""
+        """Whether these parts are fused in a tensor [E, out, in], as the experts of some families are."""
         return self.family.experts_stacked and parts[0].startswith("experts.")
 
     def stored_shape(self, parts: Sequence[str]) -> tuple[int, ...]:
@@ -62,23 +62,23 @@ class Shape:
 
     @property
     def decoder(self) -> bool:
-        """Whether a token sees earlier ones only: so in a decoder, unless its config says that it attends both ways, as text embedders do."""
+        """Whether a token sees only earlier ones: true of decoders, unless the config makes attention bidirectional, as in text embedders."""
         both_ways = self.get("is_causal") is False or bool(self.family.both_ways_key and self.get(self.family.both_ways_key))
         return self.family.decoder and not both_ways
 
     @property
     def blocks(self) -> int:
-        """Of how many blocks of heads a tensor of fused queries, keys and values is made, each with a share of every part."""
+        """Blocks of heads in a tensor of fused queries, keys and values; each block has a share of every part."""
         return self.kv_heads if self.family.per_head else self.family.blocks or 1
 
     def check_interface(self) -> None:
-        """Refuse models whose attention is out of reach.
+        """Refuse models whose attention function cannot be replaced.
 
         Raises:
             ModelError: it is not called through transformers' AttentionInterface.
         """
         if self.family.own_attention:
-            raise ModelError(f"{self.kind} attends by itself, and not through transformers' AttentionInterface, so what it attends by cannot be changed")
+            raise ModelError(f"{self.kind} has attention of its own, outside transformers' AttentionInterface, so its attention function cannot be changed")
 
     @property
     def attention(self) -> str:
@@ -90,35 +90,35 @@ class Shape:
         """Experts of a layer, E; 0 where the family has none."""
         if not self.family.experts_key:
             return 0
-        return self._whole(next((key for key in EXPERTS_KEYS if key in self.raw), self.family.experts_key))
+        return self._integer(next((key for key in EXPERTS_KEYS if key in self.raw), self.family.experts_key))
 
     @property
     def top_k(self) -> int:
         """Experts that run for a token; 0 where the family has none."""
-        return min(self._whole(TOP_K_KEY), self.experts) if self.experts else 0
+        return min(self._integer(TOP_K_KEY), self.experts) if self.experts else 0
 
     @property
     def expert_ffn(self) -> int:
         """Width inside an expert."""
-        return self._whole(self.family.expert_ffn_key) if self.family.expert_ffn_key else self.ffn
+        return self._integer(self.family.expert_ffn_key) if self.family.expert_ffn_key else self.ffn
 
     def sparse(self, layer: int) -> bool:
-        """Whether a layer has experts: all do in a family of experts, but for those that its config leaves dense."""
+        """Whether a layer has experts. In a family with experts all layers do, except those that its config leaves dense."""
         if not self.experts:
             return False
         step = self.get("decoder_sparse_step") or 1
         return layer not in (self.get("mlp_only_layers") or ()) and (layer + 1) % step == 0
 
     def sublayer(self, place: str) -> set[str]:
-        """Return the parts of a layer that are its attention or its ffn, with the norms that are that one's alone."""
-        attention = self.parts.keys() & ATTENDING
+        """Return the parts of a layer's attention or ffn, with the norms that serve it alone."""
+        attention = self.parts.keys() & ATTENTION_PARTS
         if not any(part.startswith("mlp_") for part in self.parts):
-            attention -= {"attn_norm"}  # what goes into attention and FFN alike, side by side
+            attention -= {"attn_norm"}  # parallel attention and FFN share this norm
         return attention if place == "attention" else self.parts.keys() - attention - {"attn_norm"}
 
     @property
     def norms_stream(self) -> bool:
-        """Whether layers normalise what they add to, and not only what they read: then none of them is the identity where it adds nothing."""
+        """Whether layers normalise the residual stream itself. Then a layer that adds nothing is not the identity."""
         return self.family.norms_stream or self.get("do_layer_norm_before") is False
 
     @property
@@ -129,7 +129,7 @@ class Shape:
     @property
     def heads(self) -> int:
         """Query heads, H; 0 where nothing attends."""
-        return self._whole(self.family.heads_key) if self.family.heads_key else 0
+        return self._integer(self.family.heads_key) if self.family.heads_key else 0
 
     @property
     def kv_heads(self) -> int:
@@ -137,44 +137,44 @@ class Shape:
         if self.family.fixed_kv_heads:
             return self.family.fixed_kv_heads
         key = self.family.kv_heads_key
-        return self._whole(key) if key and self.get(key) is not None else self.heads
+        return self._integer(key) if key and self.get(key) is not None else self.heads
 
     @property
     def layers(self) -> int:
         """Number of layers, L."""
-        return self._whole(self.family.layers_key)
+        return self._integer(self.family.layers_key)
 
     @property
     def hidden(self) -> int:
         """Width of the residual stream, M."""
-        return self._whole(self.family.hidden_key)
+        return self._integer(self.family.hidden_key)
 
     @property
     def ffn(self) -> int:
         """Width inside the MLP, F (GPT-2 leaves it out where it is 4 M)."""
-        return self._whole(self.family.ffn_key) if self.get(self.family.ffn_key) is not None else 4 * self.hidden
+        return self._integer(self.family.ffn_key) if self.get(self.family.ffn_key) is not None else 4 * self.hidden
 
     @property
     def head_dim(self) -> int:
         """Width of a head, D."""
-        return self._whole("head_dim") if self.get("head_dim") is not None else self.hidden // max(1, self.heads)
+        return self._integer("head_dim") if self.get("head_dim") is not None else self.hidden // max(1, self.heads)
 
     @property
     def scale(self) -> float:
-        """What scores are multiplied by, of a family that takes them as they come from queries and keys."""
+        """The factor of attention scores."""
         return float(self.get(self.family.scale_key)) if self.family.scale_key else self.head_dim**-0.5
 
     @property
     def rotary(self) -> int:
-        """Dimensions of a head that RoPE turns, the first ones; in some families in some layers only: `turned`."""
+        """Dimensions of a head that RoPE turns, always the first ones. Some families skip layers: see `rotary_of`."""
         parameters = self.get("rope_parameters") or {}
         part = parameters.get("partial_rotary_factor", self.get(self.family.rotary_key))
         if self.family.rotary_counts and part is not None:
             return int(part)
         return int(self.head_dim * (1 if part is None else part)) if self.family.rope else 0
 
-    def turned(self, layer: int) -> int:
-        """Dimensions of a head that RoPE turns in a layer; 0 where it leaves that alone."""
+    def rotary_of(self, layer: int) -> int:
+        """Dimensions of a head that RoPE turns in a layer; 0 in layers without RoPE."""
         return self.rotary if self._turns[layer] else 0
 
     @cached_property
@@ -194,7 +194,7 @@ class Shape:
     @property
     def vocabulary(self) -> int:
         """Number of tokens, V."""
-        return self._whole("vocab_size")
+        return self._integer("vocab_size")
 
     @property
     def longest(self) -> int | None:
@@ -205,14 +205,14 @@ class Shape:
         return length - int(self.get("pad_token_id") or 0) - 1
 
     def get(self, key: str) -> Any:
-        """Return the value of `key`, transformers' own where the file is silent, None where there is none."""
+        """Return the value of `key`, else transformers' default, else None."""
         return self.raw.get(key, self.family.defaults.get(key))
 
     def windows(self) -> list[int | None]:
-        """Return each layer's sliding window in tokens, None where it sees everything."""
+        """Return each layer's sliding window in tokens, None without a window."""
         return patterns.windows(self.get, self.family, self.layers)
 
-    def _whole(self, key: str) -> int:
+    def _integer(self, key: str) -> int:
         value = self.get(key)
         if type(value) is not int or value < 1:
             raise ModelError(f"config.json of this {self.kind} says {key} = {value!r}, where a whole number of at least 1 is needed; mend the file")

@@ -1,8 +1,8 @@
 """Safetensors files as ranges of bytes: read a header, read one tensor, copy a run, write a file front to back.
 
-Ours and not the library's, because a stream needs two things that the library does not offer: where a tensor's bytes lie (so that
-untouched runs are copied without being read as tensors), and writing a file without holding it in memory.
-The format: 8 bytes little-endian length, a JSON header of that length, then the tensors' bytes without holes.
+The safetensors library lacks two things that streaming needs: the offsets of a tensor's bytes, so that unchanged runs are copied without decoding,
+and writing a file that is not in memory as a whole.
+The format: 8 bytes little-endian length, a JSON header of that length, then the tensors' bytes without gaps.
 """
 
 import json
@@ -30,8 +30,8 @@ LARGEST_HEADER = 100_000_000  # the library's own limit
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """A tensor where it lies: bytes `start` to `stop` of a safetensors file."""
+class StoredTensor:
+    """A tensor on disk: bytes `start` to `stop` of a safetensors file."""
 
     name: str
     file: Path
@@ -41,10 +41,10 @@ class Stored:
     stop: int
 
     def check_float(self) -> None:
-        """Refuse weights of a type that cannot be computed with.
+        """Refuse weights that are no floating-point numbers.
 
         Raises:
-            ModelError: it is such a type.
+            ModelError: they are of another type.
         """
         if self.dtype not in FLOATS:
             raise ModelError(_not_float(self.name, self.dtype))
@@ -53,7 +53,7 @@ class Stored:
         """Return the tensor in float32, or only its shape where `device` is meta.
 
         Raises:
-            ModelError: it is of a type that cannot be computed with, or holds NaN or infinity.
+            ModelError: it holds no floating-point numbers, or NaN or infinity.
         """
         self.check_float()
         if device == "meta":
@@ -65,13 +65,13 @@ class Stored:
             while len(view):
                 view = view[file.readinto(view) or _truncated(self.file) :]
         tensor = flat.view(FLOATS[self.dtype]).view(self.shape).float()
-        if not finite(tensor):
+        if not is_finite(tensor):
             raise ModelError(f"{self.name} in {self.file.name} holds NaN or infinity, so the model cannot be sound; fetch it again or ask its author")
         return tensor
 
     def mapped(self) -> torch.Tensor:
-        """Return the tensor as it is stored, its bytes still on disk: for taking a few rows out of a large one."""
-        if self.start % ITEMSIZE[self.dtype]:  # somebody's file with an odd header
+        """Return the tensor memory-mapped in its own type, for reading a few rows of a large one."""
+        if self.start % ITEMSIZE[self.dtype]:  # an unusual header, without alignment
             return self.read("cpu")
         return torch.from_file(str(self.file), shared=False, size=self.stop, dtype=torch.uint8)[self.start :].view(FLOATS[self.dtype]).view(self.shape)
 
@@ -81,42 +81,42 @@ def _not_float(name: str, dtype: str) -> str:
 
 
 def _truncated(file: Path) -> int:
-    raise ModelError(f"{file} ended before its header said; it changed while it was read")
+    raise ModelError(f"{file} is shorter than its header says; it changed while it was read")
 
 
-def read_header(file: Path) -> dict[str, Stored]:
-    """Return what `file` holds, by name, in the order of its bytes.
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of `file`, by name, in the order of its bytes.
 
     Raises:
         ModelError: the file is missing, cut short, or no safetensors file.
     """
     damaged = f"{file} is damaged: "
-    mend = "; fetch the file again"
+    advice = "; fetch the file again"
     try:
         size = file.stat().st_size
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             if size < 8 or length > min(size - 8, LARGEST_HEADER):
-                raise ModelError(f"{damaged}its header would need {length + 8} bytes and the file has {size}{mend}")
+                raise ModelError(f"{damaged}its header would need {length + 8} bytes and the file has {size}{advice}")
             header = json.loads(opened.read(length))
         header.pop("__metadata__", None)
         stored = [_entry(file, name, entry, 8 + length) for name, entry in header.items()]
     except OSError as error:
-        raise ModelError(f"{file} cannot be read ({error.strerror}){mend}") from None
+        raise ModelError(f"{file} cannot be read ({error.strerror}){advice}") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{damaged}its header is no safetensors header ({error}){mend}") from None
+        raise ModelError(f"{damaged}its header is no safetensors header ({error}){advice}") from None
     stored.sort(key=lambda tensor: (tensor.start, tensor.stop))
     expected = 8 + length
     for tensor in stored:
         if tensor.start != expected or tensor.stop - tensor.start != math.prod(tensor.shape) * ITEMSIZE[tensor.dtype]:
-            raise ModelError(f"{damaged}the bytes of {tensor.name!r} do not lie where its header says{mend}")
+            raise ModelError(f"{damaged}the bytes of {tensor.name!r} do not lie where its header says{advice}")
         expected = tensor.stop
     if expected != size:
-        raise ModelError(f"{damaged}its header describes {expected} bytes and the file has {size}{mend}")
+        raise ModelError(f"{damaged}its header describes {expected} bytes and the file has {size}{advice}")
     return {tensor.name: tensor for tensor in stored}
 
 
-def _entry(file: Path, name: str, entry: Mapping[str, Any], base: int) -> Stored:
+def _entry(file: Path, name: str, entry: Mapping[str, Any], base: int) -> StoredTensor:
     start, stop = entry["data_offsets"]
     shape = tuple(entry["shape"])
     if entry["dtype"] in PACKED:
@@ -125,11 +125,11 @@ def _entry(file: Path, name: str, entry: Mapping[str, Any], base: int) -> Stored
         raise ValueError(f"{name!r} is of the unknown type {entry['dtype']!r}")
     if not all(type(number) is int and number >= 0 for number in (start, stop, *shape)):
         raise ValueError(f"{name!r} has a shape or an offset that is no whole number")
-    return Stored(name, file, entry["dtype"], shape, base + start, base + stop)
+    return StoredTensor(name, file, entry["dtype"], shape, base + start, base + stop)
 
 
 def header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
-    """Return the head of a file that will hold `tensors` (name -> type code, shape) in that order."""
+    """Return the header of a file with `tensors` (name -> type code, shape) in that order."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (dtype, shape) in tensors.items():
@@ -142,47 +142,47 @@ def header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
 
 
 def as_bytes(tensor: torch.Tensor, dtype: str, name: str) -> memoryview:
-    """Return `tensor` rounded to the type `dtype` as bytes in C order.
+    """Round `tensor` to the type `dtype`, and return its bytes in C order.
 
     Raises:
-        ModelError: a finite number of it is infinite in `dtype`.
+        ModelError: a finite number overflows in `dtype`.
     """
     rounded = tensor.to(FLOATS[dtype]).contiguous()
-    if not finite(rounded):
+    if not is_finite(rounded):
         raise ModelError(f"{name} as computed does not fit {dtype}: the largest number is {tensor.abs().max():.3g}; convert the model to BF16 first")
     return rounded.reshape(-1).view(torch.uint8).numpy().data
 
 
-def finite(tensor: torch.Tensor) -> bool:
-    """Whether no number of `tensor` is NaN or infinite; by its sum where that tells, at a tenth of the time."""
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no number of `tensor` is NaN or infinite. A finite sum proves it in a tenth of the time."""
     return math.isfinite(tensor.sum(dtype=torch.float32)) or bool(torch.isfinite(tensor).all())
 
 
-def settle(file: int, written: int) -> None:
-    """Start to write the first `written` bytes of `file` to disk, and give back the memory of those that have arrived there.
+def flush_behind(file: int, length: int) -> None:
+    """Start to flush the first `length` bytes of `file` to disk, and free the page cache of those that are there.
 
-    It all has to be on disk before a shard counts as finished. Done as it goes, and in pages that are used again instead of ever new ones,
-    a copy of 3.4 GB takes 2.5 s, its `fsync` included, where copying first and waiting then took 5.9 s (decision 6).
+    A shard counts as finished only when it is on disk. Flushing during the copy reuses pages of memory: a copy of 3.4 GB takes 2.5 s with its `fsync`,
+    and 5.9 s if everything is flushed at the end (decision 6).
     """
-    os.posix_fadvise(file, max(0, written - CHUNK), CHUNK, os.POSIX_FADV_DONTNEED)
-    if written > 4 * CHUNK:
-        os.posix_fadvise(file, 0, written - 4 * CHUNK, os.POSIX_FADV_DONTNEED)
+    os.posix_fadvise(file, max(0, length - CHUNK), CHUNK, os.POSIX_FADV_DONTNEED)
+    if length > 4 * CHUNK:
+        os.posix_fadvise(file, 0, length - 4 * CHUNK, os.POSIX_FADV_DONTNEED)
 
 
 def copy_run(source: FileIO, target: BinaryIO, start: int, stop: int, advance: Callable[[int], None]) -> None:
-    """Append bytes `start` to `stop` of `source` to `target`, and tell `advance` how many.
+    """Append bytes `start` to `stop` of `source` to `target`, and call `advance` with their number.
 
-    By way of a megabyte that stays in the processor's cache: `sendfile` is half as fast where a byte's place in its page changes, as it does
-    behind another header.
+    The buffer of one megabyte stays in the processor's cache. `sendfile` is half as fast where offsets within pages change, as they do after another
+    header.
     """
     buffer = memoryview(bytearray(PIECE))
     source.seek(start)
     while start < stop:
         if sys.platform == "linux" and start % CHUNK < PIECE:
-            os.posix_fadvise(source.fileno(), start + CHUNK, CHUNK, os.POSIX_FADV_WILLNEED)  # read ahead while this is written
-        moved = source.readinto(buffer[: min(stop - start, PIECE)]) or _truncated(Path(source.name))
-        target.write(buffer[:moved])
+            os.posix_fadvise(source.fileno(), start + CHUNK, CHUNK, os.POSIX_FADV_WILLNEED)  # read ahead during the write
+        count = source.readinto(buffer[: min(stop - start, PIECE)]) or _truncated(Path(source.name))
+        target.write(buffer[:count])
         if sys.platform == "linux" and target.tell() % CHUNK < PIECE:
-            settle(target.fileno(), target.tell())
-        advance(moved)
-        start += moved
+            flush_behind(target.fileno(), target.tell())
+        advance(count)
+        start += count

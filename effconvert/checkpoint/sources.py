@@ -1,4 +1,4 @@
-"""Find the model that the asker means: a folder, a model on the Hub, or a GGUF file; always ends in a folder of safetensors."""
+"""Locate a model: a folder, a model on the Hub, or a GGUF file. The result is always a folder of safetensors."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from effconvert.checkpoint.belonging import ADAPTER, KNOWN, named
+from effconvert.checkpoint.belonging import ADAPTER, KNOWN, own_patterns
 from effconvert.checkpoint.config import CONFIG
 from effconvert.checkpoint.manifest import CARD, MANIFEST
 from effconvert.checkpoint.tensors import INDEX, PICKLES, SINGLE
@@ -22,7 +22,7 @@ from effconvert.paths import expand
 from effconvert.quiet import quiet_hub
 
 HUB_ID = re.compile(r"^[\w][\w.-]*(/[\w][\w.-]*)?$")
-FIRST = [CONFIG, INDEX, CARD, MANIFEST, ADAPTER, *KNOWN]  # what is fetched before it is known what else is named
+FIRST = [CONFIG, INDEX, CARD, MANIFEST, ADAPTER, *KNOWN]  # fetched first; these files name the others
 NEVER = [f"*{ending}" for ending in PICKLES]
 
 
@@ -31,7 +31,7 @@ def locate(model: str, revision: str | None = None, step: Callable[[str], None] 
 
     Raises:
         OptionError: there is no such model.
-        ModelError: it is there and cannot be had: gated, without safetensors, a damaged GGUF file.
+        ModelError: it exists and cannot be used: gated, without safetensors, a damaged GGUF file.
     """
     path = expand(model)
     try:
@@ -46,13 +46,13 @@ def locate(model: str, revision: str | None = None, step: Callable[[str], None] 
         step(f"unpacking {path.name}")
         return unpack_gguf(path)
     if path.exists() or not HUB_ID.match(model):
-        return path  # opening it says what is wrong with it
+        return path  # opening it raises the right error
     step(f"fetching {model}")
     return fetch(model, revision)
 
 
 def fetch(model: str, revision: str | None) -> Path:
-    """Return the Hub's snapshot of `model` in huggingface_hub's cache, with the token that is logged in, if any."""
+    """Download `model` from the Hub, with the user's token if logged in, and return its snapshot in huggingface_hub's cache."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -75,7 +75,7 @@ def fetch(model: str, revision: str | None) -> Path:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{INDEX} of {model} is no index of shards ({error}); tell its author") from None
     except (HfHubHTTPError, OSError) as error:
-        raise EffconvertError(f"fetching {model} broke off ({type(error).__name__}: {error}); the same command goes on where it stopped") from None
+        raise EffconvertError(f"fetching {model} broke off ({type(error).__name__}: {error}); the same command resumes it") from None
 
 
 def _snapshot(model: str, revision: str | None) -> Path:
@@ -83,11 +83,11 @@ def _snapshot(model: str, revision: str | None) -> Path:
 
     with quiet_hub(bars=sys.stderr.isatty()):
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=FIRST, ignore_patterns=NEVER))
-        # Only the weights that the index names: some repositories hold them a second time in one file.
+        # Only the weights that the index names: some repositories have a second copy in one file.
         shards = list(json.loads((folder / INDEX).read_text())["weight_map"].values()) if (folder / INDEX).is_file() else [SINGLE]
-        asked: set[str] = set()
-        while more := {*shards, *named(folder)} - asked:  # code may import code, which is known when it is there
-            asked |= more
+        fetched: set[str] = set()
+        while more := {*shards, *own_patterns(folder)} - fetched:  # code may import more code, which shows when it is here
+            fetched |= more
             folder = Path(snapshot_download(model, revision=folder.name, allow_patterns=sorted(more), ignore_patterns=NEVER))
         if not any((folder / shard).is_file() for shard in shards):
             pickles = [file for file in HfApi().list_repo_files(model, revision=folder.name) if file.endswith(PICKLES)]
@@ -97,9 +97,9 @@ def _snapshot(model: str, revision: str | None) -> Path:
 
 
 def unpack_gguf(path: Path) -> Path:
-    """Return a folder with the model of a GGUF file in bfloat16, kept in the cache for the next time.
+    """Return a folder with the model of a GGUF file in bfloat16, cached for the next time.
 
-    The numbers are those of the quantised file, written out: what quantisation lost stays lost. Needs the model's size in memory, in float32.
+    The numbers are the dequantised ones; the loss of quantisation remains. Needs the whole model in memory, in float32.
     """
     status = path.stat()
     key = hashlib.sha256(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:16]
@@ -113,7 +113,7 @@ def unpack_gguf(path: Path) -> Path:
     from effconvert.quiet import quiet_transformers
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    hidden = nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO())  # its progress bar is for people
+    hidden = nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO())  # a progress bar only on a terminal
     with quiet_transformers(), TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as scratch:
         draft = Path(scratch) / "model"
         try:
@@ -123,20 +123,20 @@ def unpack_gguf(path: Path) -> Path:
                 )
             tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             repair_digits(tokenizer, path)
-        except Exception as error:  # what readers of a damaged file raise is anybody's guess: struct.error, a bare Exception, ...
+        except Exception as error:  # a damaged file raises anything: struct.error, a bare Exception, ...
             raise ModelError(f"{path} cannot be unpacked by transformers {transformers.__version__}: {error}") from error
         model.to(torch.bfloat16).save_pretrained(draft)
         tokenizer.save_pretrained(draft)
         try:
             draft.rename(folder)
         except OSError as error:
-            if not (folder / CONFIG).is_file():  # else somebody unpacked it meanwhile, and theirs stays
-                raise EffconvertError(f"{path} was unpacked, and {folder} is in the way ({error.strerror}); remove that, and give the same command") from None
+            if not (folder / CONFIG).is_file():  # else another process unpacked it meanwhile, and that stays
+                raise EffconvertError(f"{path} was unpacked, and {folder} is in the way ({error.strerror}); remove that, and repeat the command") from None
     return folder
 
 
 def repair_digits(tokenizer: Any, path: Path) -> None:
-    """Put back the digit-by-digit split of SmolLM's tokenizer, which transformers' GGUF converter drops and llama.cpp keeps."""
+    """Restore the digit-by-digit split of SmolLM's tokenizer: transformers' GGUF converter drops it, llama.cpp keeps it."""
     from gguf import GGUFReader
     from tokenizers import pre_tokenizers
 
@@ -152,5 +152,5 @@ def commit(folder: Path) -> str | None:
 
 
 def cache() -> Path:
-    """Return where effconvert keeps what it can make again: $EFFCONVERT_CACHE, or ~/.cache/effconvert."""
+    """Return effconvert's cache folder, whose files can be made again: $EFFCONVERT_CACHE, or ~/.cache/effconvert."""
     return expand(os.environ.get("EFFCONVERT_CACHE") or "~/.cache/effconvert")

@@ -1,11 +1,11 @@
-"""The tensors of a folder: what its index and its files name, under the names that transformers has for them today."""
+"""The tensors of a folder, by its index and files, under the names that transformers has today."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from effconvert.checkpoint.families import Family
-from effconvert.checkpoint.shards import Stored, read_header
+from effconvert.checkpoint.shards import StoredTensor, read_header
 from effconvert.errors import ModelError
 from effconvert.quantities import some
 
@@ -13,7 +13,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
-# What marks tensors as those of something else than a plain model -> what that is, and what to do.
+# A mark in tensor names of anything but plain weights -> what that is, and what to do.
 FOREIGN: Mapping[str, str] = {
     "lora_": "a LoRA adapter that was not merged; merge it (PeftModel.merge_and_unload, then save_pretrained)",
     "base_layer.": "a PEFT model that was not merged; merge it (PeftModel.merge_and_unload, then save_pretrained)",
@@ -38,10 +38,10 @@ FOREIGN: Mapping[str, str] = {
 
 
 def check_plain(folder: Path, name: str) -> None:
-    """Refuse a tensor that shows what kind of checkpoint this is, if it is none of plain weights.
+    """Refuse a tensor whose name shows that this is no checkpoint of plain weights.
 
     Raises:
-        ModelError: it says what the tensor is a part of, and how to get plain weights.
+        ModelError: with the kind of checkpoint, and how to get plain weights.
     """
     if name.startswith("module."):
         raise ModelError(f"{folder} holds {name}: a model that DataParallel has wrapped; save the original one (model.module.save_pretrained)")
@@ -50,22 +50,22 @@ def check_plain(folder: Path, name: str) -> None:
             raise ModelError(f"{folder} holds {name}, which is of {what}")
 
 
-def read_tensors(folder: Path, family: Family | None = None) -> tuple[dict[str, Stored], tuple[str, ...]]:
-    """Return all tensors of `folder`, each shard's in the order of its bytes, and what is odd about them and does no harm.
+def read_tensors(folder: Path, family: Family | None = None) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
+    """Return all tensors of `folder`, each shard's in the order of its bytes, and remarks on harmless oddities.
 
-    As transformers does: a single file comes before an index, all tensors of the shards are read, and old names become today's (`Family.aliases`).
+    As in transformers, a single file comes before an index, all tensors of shards are read, and old names become today's (`Family.aliases`).
 
     Raises:
         ModelError: there are no weights, a file is missing or damaged, or it is not clear which bytes a tensor has.
     """
     files, where = _files(folder)
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, StoredTensor] = {}
     for file in files:
         for name, tensor in read_header(file).items():
             today = _today(name, family)
-            if other := tensors.get(today):
-                same = f"as {other.name} in {other.file.name} and as {name} in {file.name}" if other.file != file else f"as {other.name} and as {name}"
-                raise ModelError(f"{folder} holds {today} twice, {same}, and loaders differ in which one they take; remove one of the two")
+            if first := tensors.get(today):
+                names = f"as {first.name} in {first.file.name} and as {name} in {file.name}" if first.file != file else f"as {first.name} and as {name}"
+                raise ModelError(f"{folder} holds {today} twice, {names}, and loaders differ in which one they take; remove one of the two")
             tensors[today] = tensor
     if where is None:
         return tensors, ()
@@ -81,7 +81,7 @@ def read_tensors(folder: Path, family: Family | None = None) -> tuple[dict[str, 
 
 
 def _files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """Return the files of the weights, and what the index says: tensor -> file; None where there is a single file."""
+    """Return the files of the weights, and the index as tensor -> file; None for a single file."""
     index = folder / INDEX
     if (folder / SINGLE).is_file():
         return [folder / SINGLE], None
@@ -121,11 +121,11 @@ def _no_weights(folder: Path) -> str:
 
 
 def _today(name: str, family: Family | None) -> str:
-    """Return the name that a tensor has today in the row of its family."""
+    """Return today's name of a tensor, as in the row of its family."""
     for old, new in {**OLD_NAMES, **(family.aliases if family else {})}.items():
         if old in name:
             return name.replace(old, new)
     return name
 
 
-OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # of models that were made in TensorFlow
+OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # of models from TensorFlow

@@ -34,14 +34,10 @@ def calibrate(plan: Plan, folder: Path, progress: Progress) -> None:
     with progress.bar("calibrating", len(layers) * ids.numel(), "tokens") as advance:
         for index in range(len(layers)):
             layer, file = layers[index], folder / drafts.names(plan)[index]
-            # Itself, and later layers that share its tensors.
-            needed_for = [
-                later for later in range(index, len(layers)) if index in {later, *plan.config.leaders(later)}
-            ]  # itself, and layers that share its tensors
+            users = [later for later in range(index, len(layers)) if index in {later, *plan.config.leaders(later)}]
             drafts.discard_damaged(file)
-            if layer is not None and not all(
-                (folder / drafts.names(plan)[later]).is_file() for later in needed_for
-            ):  # plain `if layer` would compute it: it calls len
+            complete = all((folder / drafts.names(plan)[user]).is_file() for user in users)
+            if layer is not None and not complete:  # not `if layer`, which computes its length
                 tensors = {name: numbers.to(FLOATS[origin.dtype]) for name, (origin, numbers, new) in stored_tensors(layer, stored=True).items() if new}
                 if not file.is_file():  # else the layer was computed again for a later one, before activations advance
                     drafts.save(file, tensors, activations.notes.get(index, {}))

@@ -151,7 +151,7 @@ def _without_dead_code(checkpoint: Checkpoint, config: Config) -> tuple[Config, 
         obsolete = [key for key in entries if key.startswith(("AutoConfig", "AutoModel"))] if changed else []
         entries = {key: value for key, value in entries.items() if key not in obsolete} if obsolete else entries
         if missing or obsolete:
-            config = config.saying({"auto_map": entries}) if entries else config.without("auto_map")
+            config = config.with_keys({"auto_map": entries}) if entries else config.without("auto_map")
         notes += _missing_code(CONFIG, missing)
         notes += [f"{CONFIG}: {', '.join(obsolete)} of auto_map are dropped, since that code is of a {checkpoint.config.kind}"] if obsolete else []
     for name in NAMES_CODE:

@@ -18,7 +18,7 @@ from effconvert.checkpoint.manifest import CARD, RECIPE
 from effconvert.checkpoint.outer import outer_prefix
 from effconvert.checkpoint.parts import Deferred, Parts
 from effconvert.checkpoint.replaced import STUB_FILE
-from effconvert.checkpoint.shards import ITEMSIZE, Stored
+from effconvert.checkpoint.shards import ITEMSIZE, StoredTensor
 from effconvert.checkpoint.tensors import INDEX, SINGLE
 from effconvert.convert.files import other_files
 from effconvert.convert.originals import stand_for
@@ -41,7 +41,7 @@ class Target:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    origin: Stored
+    origin: StoredTensor
     unit: int | None
 
     @property

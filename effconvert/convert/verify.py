@@ -147,7 +147,7 @@ class Run:
 def _run(plan: Plan, folder: Path, material: Material, advance: Advance, record: Path | None = None, reference: LogitsFile | None = None) -> Run:
     config = plan.config if folder != plan.checkpoint.folder else plan.checkpoint.config
     whole, windows, has_quality = loading.load(folder, config, measuring_dtype(plan)), material.windows, not material.unmeasured
-    model, parameters = loading.measured(whole, config), sum(parameter.numel() for parameter in whole.parameters())
+    model, parameters = loading.measurable(whole, config), sum(parameter.numel() for parameter in whole.parameters())
     prompt = windows[0, :PROMPT]
     logits = [perplexity.logits_of(model, _beginning(material)).float().cpu(), *exact.logits(model, material.texts, config.decoder, advance)]
     quality = perplexity.summary(perplexity.measure(model, list(windows), record, reference, advance), windows.shape[1]) if has_quality else None

@@ -15,7 +15,7 @@ from effconvert.checkpoint.digest import digest
 from effconvert.errors import EffconvertError, OptionError
 from effconvert.eval.results import Subject
 from effconvert.modeling.caches import state_bytes
-from effconvert.modeling.loading import load, measured
+from effconvert.modeling.loading import load, measurable
 from effconvert.modeling.size import size_of
 from effconvert.modeling.stock import open_as_stock
 from effconvert.paths import expand, real
@@ -128,5 +128,5 @@ def load_model(opened: Opened, dtype: str, device: str) -> Any:
 
 
 def load_measured(opened: Opened, dtype: str, device: str) -> Any:
-    """Load what of a model is measured: see `load_model`, and `effconvert.modeling.loading.measured`."""
-    return measured(load_model(opened, dtype, device), opened.checkpoint.config)
+    """Load what of a model is measured: see `load_model`, and `effconvert.modeling.loading.measurable`."""
+    return measurable(load_model(opened, dtype, device), opened.checkpoint.config)

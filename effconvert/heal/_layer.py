@@ -141,7 +141,7 @@ def _rotation(layer: Layer, capture: Capture) -> Rotation | None:
     """Estimate what the family does to queries between their projection and the scores; None where that is no rotation."""
     config, weights = layer.config, _weights_and_bias(layer, "q")
     inputs = _with_ones(capture.inputs["q"], layer)
-    return Rotation.estimate(by_head(inputs @ weights.to(inputs).T, config.heads), _present(capture.query), config.turned(layer.index), config.family.rope)
+    return Rotation.estimate(by_head(inputs @ weights.to(inputs).T, config.heads), _present(capture.query), config.rotary_of(layer.index), config.family.rope)
 
 
 def _weights_and_bias(layer: Layer, part: str) -> Tensor:

@@ -20,7 +20,7 @@ from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.layer import Layer
 from effconvert.checkpoint.outer import Outer
 from effconvert.checkpoint.parts import Deferred
-from effconvert.checkpoint.shards import FLOATS, Stored, finite
+from effconvert.checkpoint.shards import FLOATS, StoredTensor, is_finite
 from effconvert.errors import ModelError
 from effconvert.modeling.attention import attend
 from effconvert.modeling.loading import class_of
@@ -221,7 +221,7 @@ def zero_sublayer(layer: Layer, place: str) -> Layer:
 
 def check_finite(tensors: Sequence[Tensor], where: str) -> None:
     """Refuse NaN and infinity, on which linear algebra would fail later."""
-    if not all(map(finite, tensors)):
+    if not all(map(is_finite, tensors)):
         raise ModelError(f"{where} computes NaN or infinity on the calibration text; give another --calibrate, or ask the model's author")
 
 
@@ -238,13 +238,13 @@ def empty(module: nn.Module) -> None:
                 inner._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
 
-def stored_tensors(layer: Layer, stored: bool = False) -> dict[str, tuple[Stored, Tensor, bool]]:
+def stored_tensors(layer: Layer, stored: bool = False) -> dict[str, tuple[StoredTensor, Tensor, bool]]:
     """Return a layer as it will be on disk: name in the layer -> source tensor, numbers rounded to its dtype, whether the numbers are new.
 
     Args:
         stored: leave out tensors that an earlier layer stores for this one.
     """
-    tensors: dict[str, tuple[Stored, Tensor, bool]] = {}
+    tensors: dict[str, tuple[StoredTensor, Tensor, bool]] = {}
     for name, origin, tensor in layer.tensors(stored):
         if name in layer.config.family.buffers:
             continue
@@ -260,7 +260,7 @@ def return_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def embedding_rows(stored: Stored, ids: Tensor) -> Tensor:
+def embedding_rows(stored: StoredTensor, ids: Tensor) -> Tensor:
     """Return an embedding table [V, M] with only the rows of `ids` filled; the pages of other rows take no memory."""
     table, rows = torch.from_numpy(numpy.zeros(stored.shape, numpy.float32)), ids.unique()  # torch.zeros would write every page
     table[rows] = stored.mapped()[rows].float()

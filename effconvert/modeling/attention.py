@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from effconvert.checkpoint.config import Config
-from effconvert.modeling.grouped import each
+from effconvert.modeling.grouped import unique_heads
 from effconvert.modeling.packed import Packing
 from effconvert.modeling.places import NAME as OWN_NAME
 from effconvert.modeling.places import Own
@@ -18,8 +18,8 @@ from effconvert.surgery.mixing._call import Call, Rotation, padding_first, reord
 from effconvert.surgery.mixing._mixing import Mixing
 
 NAME = "effconvert"  # of our function in transformers' registry
-SLICE = 2048  # tokens that a mixer gets at a time, where it can be called again with the next: what it works on need not be as long as a prompt
-SOFTMAX = ("sdpa", "eager")  # what layers without a mixer may run
+SLICE = 2048  # tokens of a decoder's mixer per call, which limits its memory on long prompts
+SOFTMAX = ("sdpa", "eager")  # implementations for layers without a mixer
 
 
 class Mixer(Own):
@@ -38,7 +38,7 @@ class Mixer(Own):
             return self.technique.mix(weights, call)
         if call.state is None:
             state = State(self.slots)
-            state.update(call.key, call.value)  # as a model does before: all of a prompt
+            state.update(call.key, call.value)  # as a model does before attention: the whole prompt
             call = replace(call, state=state)
         return torch.cat([self.technique.mix(weights, call.part(start, start + SLICE)) for start in range(0, tokens, SLICE)], 2)
 
@@ -46,39 +46,39 @@ class Mixer(Own):
 def install(module: nn.Module, technique: Mixing, config: Config, index: int) -> None:
     """Put a mixer into an attention module."""
     setattr(module, OWN_NAME, Mixer(technique, config, index))
-    module.register_forward_pre_hook(_hand_down, with_kwargs=True)
+    module.register_forward_pre_hook(_pass_inputs, with_kwargs=True)
 
 
-def _hand_down(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Pass on to our attention function what a family's attention module is given and keeps to itself."""
+def _pass_inputs(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Pass the cache, hidden states and RoPE angles, which attention modules keep to themselves, to our attention function."""
     cache = cache_among((*args, *kwargs.values()))
     state = None
     if cache is not None:
         state = cache.layers[module.effconvert.index] if module.effconvert.index < len(cache.layers) else None
         if not isinstance(state, State):
             raise ValueError(
-                f"this cache has no place for what the mixer of layer {module.effconvert.index} remembers; leave it out, "
+                f"this cache has no room for the state of the mixer in layer {module.effconvert.index}; leave it out, "
                 "or make one with effconvert.modeling.cache_for(model.config)"
             )
     return args, {**kwargs, "mixing": (state, *attention_inputs(args, kwargs))}
 
 
 def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, mixing: Any = None, **kwargs: Any) -> Any:
-    """Attend by the module's mixer, or by softmax where it has none: an attention function for transformers' registry."""
-    key, value = each(module, query, key), each(module, query, value)
+    """Attend by the module's mixer, or by softmax without one: an attention function for transformers' registry."""
+    key, value = unique_heads(module, query, key), unique_heads(module, query, value)
     if mixing is None:
         return softmax(module, query, key, value, attention_mask, **kwargs)
     state, hidden, angles = mixing
-    if not module.effconvert.config.turned(module.effconvert.index):
-        angles = None  # layers get them that RoPE leaves alone, too
+    if not module.effconvert.config.rotary_of(module.effconvert.index):
+        angles = None  # transformers passes angles to layers without RoPE too
     tokens, scaling = query.shape[-2], kwargs.get("scaling")
     live = _visible(attention_mask, 0, tokens, len(query), query.device)
     causal, order, packing = module.effconvert.config.decoder, None, None
     if causal and attention_mask is not None and state is None and (packing := _packing(attention_mask, live)):
-        query, key, value, hidden = map(packing.apart, (query, key, value, hidden))
-        angles = angles and tuple(map(packing.apart, angles))
+        query, key, value, hidden = map(packing.split, (query, key, value, hidden))
+        angles = angles and tuple(map(packing.split, angles))
         live = packing.live
-    if causal and attention_mask is not None and live.shape[1] > 1:  # wherever padding stood, live tokens are the last, and next to each other
+    if causal and attention_mask is not None and live.shape[1] > 1:  # move padding to the front, so that live tokens are contiguous
         order = padding_first(live)
         query, key, value, hidden = (reorder(rows, order) for rows in (query, key, value, hidden))
         live = live.gather(1, order)
@@ -89,15 +89,15 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
     if order is not None:
         out = reorder(out, order.argsort(1))
     if packing:
-        out = packing.together(out)
+        out = packing.join(out)
     return out.to(query.dtype).transpose(1, 2).contiguous(), None
 
 
 def softmax(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
-    """Attend as the family does without us; soft-capped scores are only in its eager implementation."""
+    """Attend as the family does without a mixer. Soft-capped scores need its eager implementation."""
     if kwargs.get("softcap") is None and getattr(module, "softmax", "sdpa") == "sdpa":
         return sdpa(module, query, key, value, attention_mask, **kwargs)
-    key, value = (rows.repeat_interleave(getattr(module, "repeats", 1), 1) for rows in (key, value))  # as such a family expects them
+    key, value = (rows.repeat_interleave(getattr(module, "repeats", 1), 1) for rows in (key, value))  # one for each query head, as the family expects
     tokens, known = query.shape[-2], key.shape[-2]
     if attention_mask is None and getattr(module, "is_causal", False) and tokens > 1:
         attention_mask = torch.ones(tokens, known, dtype=torch.bool, device=query.device).tril(known - tokens)[None, None]
@@ -107,7 +107,7 @@ def softmax(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
 
 
 def _visible(mask: Tensor | None, back: int, tokens: int, batch: int, device: torch.device) -> Tensor:
-    """Return which of the new tokens may see the one so far back, [B, T - back]: one that may not even see itself is padding."""
+    """Return which new tokens may see the token `back` before them, [B, T - back]. Padding may not even see itself."""
     if mask is None:
         return torch.ones(batch, tokens - back, dtype=torch.bool, device=device)
     diagonal = mask[:, 0].diagonal(mask.shape[-1] - tokens - back, -2, -1)
@@ -115,11 +115,11 @@ def _visible(mask: Tensor | None, back: int, tokens: int, batch: int, device: to
 
 
 def _packing(mask: Tensor, live: Tensor) -> Packing | None:
-    """Find texts that share a row: the first token of each may not see the one before it, though that is no padding (transformers packs without any)."""
+    """Find texts that share a row, where no token is padding: the first token of each text may not see the token before it."""
     if not bool(live.all()):
         return None
     follows = _visible(mask, 1, live.shape[1], len(live), live.device)
-    return Packing.seen(live & ~nn.functional.pad(follows, (1, 0)))
+    return Packing.from_starts(live & ~nn.functional.pad(follows, (1, 0)))
 
 
 AttentionInterface.register(NAME, attend)

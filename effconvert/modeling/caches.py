@@ -1,4 +1,4 @@
-"""What each layer of a model keeps of earlier tokens while it writes: declared once, for the cache that is made and the bytes that are promised."""
+"""What each layer caches of earlier tokens. One description serves the caches at run time and the sizes in plans."""
 
 import math
 from collections.abc import Iterator
@@ -10,43 +10,43 @@ from effconvert.surgery._replacement import Replacement
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What a layer keeps: keys and values of all tokens or of a window, the state of a technique, or nothing."""
+class LayerCache:
+    """The cache of a layer: keys and values of all tokens or of a window, the state of a technique, or nothing."""
 
     softmax: bool
-    window: int | None = None  # tokens whose keys and values are kept, None: all
-    technique: Replacement | None = None  # whose state is kept; it may be of size 0
-    lender: int | None = None  # the layer whose keys and values it reads, and keeps none
+    window: int | None = None  # tokens with cached keys and values; None: all
+    technique: Replacement | None = None  # with a state, maybe of size 0
+    lender: int | None = None  # the layer whose keys and values it reads; it has none of its own
 
 
-def caches(config: Config) -> Iterator[Kept]:
-    """Yield what each layer keeps; of an encoder nothing."""
+def caches(config: Config) -> Iterator[LayerCache]:
+    """Yield the cache of each layer; encoders have none."""
     for index, window in enumerate(config.windows()):
         record = next((record for record in config.replaced_in(index) if record.place == "scores" or "k" in record.drops), None)
         if not config.decoder:
-            yield Kept(softmax=False)
+            yield LayerCache(softmax=False)
         elif config.cache_of(index) != index:
-            yield Kept(softmax=False, lender=config.cache_of(index))
+            yield LayerCache(softmax=False, lender=config.cache_of(index))
         elif record:
-            yield Kept(softmax=False, technique=technique_of(record))
+            yield LayerCache(softmax=False, technique=technique_of(record))
         else:
-            yield Kept(softmax="attention" not in config.skips(index), window=window)
+            yield LayerCache(softmax="attention" not in config.skips(index), window=window)
 
 
 def kv_bytes(config: Config, itemsize: int, context: int) -> int:
     """Return the bytes of the cache of one sequence of `context` tokens, `itemsize` bytes an element.
 
-    A window of W tokens keeps W - 1, as transformers' cache does: the newest token is not looked up.
+    A window of W tokens caches W - 1, as in transformers: the newest token is not read from the cache.
     """
-    tokens = sum(context if kept.window is None else min(context, kept.window - 1) for kept in caches(config) if kept.softmax)
+    tokens = sum(context if cache.window is None else min(context, cache.window - 1) for cache in caches(config) if cache.softmax)
     return 2 * config.kv_heads * config.head_dim * itemsize * tokens + state_bytes(config, itemsize, context)
 
 
 def state_bytes(config: Config, itemsize: int, context: int = 0) -> int:
-    """Return the part of that which states of techniques take; of no tokens, what they take however few went by."""
-    return sum(kept.technique.cache_bytes(config, itemsize, context) for kept in caches(config) if kept.technique)
+    """Return the bytes of the states of techniques after `context` tokens; at 0 tokens, the part that does not grow."""
+    return sum(cache.technique.cache_bytes(config, itemsize, context) for cache in caches(config) if cache.technique)
 
 
 def growth_bytes(config: Config, itemsize: int) -> int:
-    """Return the bytes that a token adds to states: on average, as some add many at a time, and rounded up."""
-    return math.ceil(sum(kept.technique.token_bytes(config, itemsize) for kept in caches(config) if kept.technique))
+    """Return the bytes that a token adds to states, rounded up. It is an average, since some grow by many tokens at a time."""
+    return math.ceil(sum(cache.technique.token_bytes(config, itemsize) for cache in caches(config) if cache.technique))

@@ -1,4 +1,4 @@
-"""Models of transformers with mixers in them: each class is derived from the family's own, so whatever works on that works on this."""
+"""transformers models with techniques in them. Each class inherits from the family's own, so everything that works with that works here."""
 
 from functools import lru_cache, partial, wraps
 from inspect import signature
@@ -37,27 +37,27 @@ from effconvert.modeling.transformers_internals import (
 from effconvert.surgery._placed import check_replaced, technique_of
 from effconvert.surgery.mixing._mixing import Mixing
 
-PARSED = "_effconvert"  # the attribute of a config in which what effconvert reads of it is kept
+PARSED = "_effconvert"  # the attribute of a transformers config that caches our own
 
 
 class ConvertedConfig:
-    """What the config of a converted model is beside its family's: which layers have which mixers, and whether KV heads are shared, in `effconvert`."""
+    """Mixin for configs of converted models. The key `effconvert` has their records: replaced places, and shared KV heads."""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Read a config.json."""
+        """Build the config from the content of config.json."""
         own = Config(*read({"model_type": cls.model_type, **config_dict}))  # type: ignore[attr-defined]
         check_replaced(own)
-        placed = {key: config_dict[key] for key in ("effconvert", "auto_map") if key in config_dict}
-        return super().from_dict({**own.raw, **placed}, **kwargs)  # type: ignore[misc]
+        records = {key: config_dict[key] for key in ("effconvert", "auto_map") if key in config_dict}
+        return super().from_dict({**own.raw, **records}, **kwargs)  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
-        """Write one."""
+        """Return the content of config.json."""
         return encode(*decode(_plain(self)))
 
 
-class Converted(Sharing):
-    """What a converted model is beside its family's: mixers in its attention modules, and a cache that has room for what they remember."""
+class ConvertedModel(Sharing):
+    """Mixin for converted models: techniques in their modules, and a cache with room for the states of mixers."""
 
     config: Any
 
@@ -66,7 +66,7 @@ class Converted(Sharing):
         ours = own_config(self.config)
         softmax = implementation(config) or "sdpa"
         if not ours.family.own_attention:
-            self._run_softmax_by(softmax if softmax != NAME else "sdpa")
+            self._set_softmax(softmax if softmax != NAME else "sdpa")
         for index, layer in enumerate(layers_of(self, ours)):
             for place in ours.skips(index):
                 leave_out(layer, place, ours, index)
@@ -83,24 +83,24 @@ class Converted(Sharing):
                     put(layer, record, ours, index)
         if ours.shared:
             self._share(layers_of(self, ours), ours)
-        self._fresh()
+        self._initialize()
         self._mixes = bool(ours.replaced)
         if ours.family.decoder and self.base_model is not self:  # type: ignore[attr-defined]
             self.base_model.register_forward_pre_hook(_with_cache, with_kwargs=True)  # type: ignore[attr-defined]
 
-    def _fresh(self) -> None:
-        """Give mixers their first values, where they are not about to be loaded."""
+    def _initialize(self) -> None:
+        """Set the initial values of techniques, except where weights will be loaded."""
         for module in self.modules():  # type: ignore[attr-defined]
             if isinstance(module, Own) and not any(parameter.is_meta for parameter in module.parameters()):
-                module.begin()
+                module.initialize()
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Own):
-            module.begin()
+            module.initialize()
         else:
             super()._init_weights(module)  # type: ignore[misc]
 
-    def _run_softmax_by(self, name: str) -> None:
+    def _set_softmax(self, name: str) -> None:
         if name not in SOFTMAX:
             raise ValueError(f"layers without a mixer can run {' or '.join(SOFTMAX)} beside those with one, not {name!r}")
         for module in self.modules():  # type: ignore[attr-defined]
@@ -109,48 +109,48 @@ class Converted(Sharing):
         attend_by(self.config, NAME)
 
     def set_attn_implementation(self, attn_implementation: Any, *_: Any, **__: Any) -> None:
-        """Choose what layers without a mixer run; those with one go on as they are, and so does all where a mapping names other models than this."""
-        chosen = attn_implementation.get("") if isinstance(attn_implementation, dict) else attn_implementation
+        """Choose the implementation of layers without a mixer. Mixers stay. A mapping without an entry for this model changes nothing."""
+        name = attn_implementation.get("") if isinstance(attn_implementation, dict) else attn_implementation
         if own_config(self.config).family.own_attention:
             super().set_attn_implementation(attn_implementation, *_, **__)  # type: ignore[misc]
-        elif chosen is not None:
-            self._run_softmax_by(chosen)
+        elif name is not None:
+            self._set_softmax(name)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        chosen = generation_config.cache_implementation
-        if chosen not in (None, "dynamic"):
-            raise ValueError(f"cache_implementation={chosen!r} has no room for what mixers remember; leave it out")
-        generation_config.cache_implementation = None  # beside a cache that is there it may not be named
+        requested = generation_config.cache_implementation
+        if requested not in (None, "dynamic"):
+            raise ValueError(f"cache_implementation={requested!r} has no room for the states of mixers; leave it out")
+        generation_config.cache_implementation = None  # transformers refuses it together with a cache
         name = cache_name(self)
         if generation_config.use_cache and model_kwargs.get(name) is None:
             model_kwargs[name] = cache_for(self.config)
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save as any model, with the few lines that say what it needs to be loaded."""
+        """Save the model, with a stub of code that says how to load it."""
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         (Path(save_directory) / STUB_FILE).write_text(STUB.format(kind=own_config(self.config).kind), encoding="utf-8")
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Do nothing: this class is found by `import effconvert`, and its source is not to be copied into checkpoints."""
+        """Do nothing: `import effconvert` registers the class, and checkpoints must not contain its source."""
 
 
 def _with_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Make a cache with room for mixers, where the family would make one without."""
-    asked = kwargs.get("use_cache")
-    wanted = getattr(model.config, "use_cache", False) and not model.training if asked is None else asked
+    use_cache = kwargs.get("use_cache")
+    use_cache = getattr(model.config, "use_cache", False) and not model.training if use_cache is None else use_cache
     if cache_among((*args, *kwargs.values())) is not None:
         return args, kwargs
-    if not wanted or not own_config(model.config).decoder or (model.training and checkpoints(model)):
-        return args, {**kwargs, "use_cache": False}  # else the family makes one of its own
+    if not use_cache or not own_config(model.config).decoder or (model.training and checkpoints(model)):
+        return args, {**kwargs, "use_cache": False}  # else the family makes its own cache
     return args, {**kwargs, cache_name(model): cache_for(model.config)}
 
 
 def _refuse(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Refuse what a mask can say to softmax attention and not to a mixer, which would mix what it should not; read packed texts without a cache."""
-    named = {**dict(zip(signature(model.forward).parameters, args, strict=False)), **kwargs} if len(args) > 1 else kwargs
-    mask, positions = named.get("attention_mask"), named.get("position_ids")
+    """Refuse masks that mixers cannot follow: they would mix hidden tokens. Packed texts are read without a cache."""
+    arguments = {**dict(zip(signature(model.forward).parameters, args, strict=False)), **kwargs} if len(args) > 1 else kwargs
+    mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
     if mask is not None and getattr(mask, "ndim", 2) != 2:
         raise ValueError("mixers know of padding only: give an attention_mask [batch, tokens], or none")
     if mask is not None or positions is None or positions.shape[-1] < 2 or not bool((positions.diff(dim=-1) != 1).any()):
@@ -158,30 +158,30 @@ def _refuse(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     ours = own_config(model.config)
     if not (ours.decoder and ours.family.packs):
         raise ValueError("several texts in one row (position_ids that begin anew) would be mixed with each other; give each a row of its own, padded")
-    if cache_among(named.values()) is not None or named.get("use_cache"):
+    if cache_among(arguments.values()) is not None or arguments.get("use_cache"):
         raise ValueError("several texts in one row (position_ids that begin anew) cannot be gone on with in a cache; leave use_cache and the cache out")
     return args, {**kwargs, "use_cache": False}
 
 
 def cache_for(config: Any) -> Cache:
-    """Make an empty cache for a converted model: states where it has mixers, and what transformers takes elsewhere."""
+    """Make an empty cache for a converted model: states for mixers, and transformers' own layers elsewhere."""
     ours = own_config(config)
-    usual = DynamicCache(config=config).layers
+    stock = DynamicCache(config=config).layers
     layers: list[Any] = []
-    for index, kept in enumerate(caches(ours)):
-        if kept.lender is not None:
-            layers.append(LentLayer(layers[kept.lender]))
-        elif not kept.softmax:
-            layers.append(State(kept.technique.cache_slots(ours) if kept.technique else {}))
+    for index, cache in enumerate(caches(ours)):
+        if cache.lender is not None:
+            layers.append(LentLayer(layers[cache.lender]))
+        elif not cache.softmax:
+            layers.append(State(cache.technique.cache_slots(ours) if cache.technique else {}))
         elif ours.family.shares_kv_in_our_class:
             layers.append(Grouped(ours.heads // ours.kv_heads))
         else:
-            layers.append(usual[index] if index < len(usual) else DynamicLayer())
+            layers.append(stock[index] if index < len(stock) else DynamicLayer())
     return Cache(layers=layers)
 
 
 def own_config(config: Any) -> Config:
-    """Return a config of transformers as effconvert reads it: read once, and kept on the object."""
+    """Return our config of a transformers config. It is parsed once, and cached on the object."""
     own: Config | None = config.__dict__.get(PARSED)
     if own is None:
         own = Config(*decode(_plain(config)))
@@ -190,12 +190,12 @@ def own_config(config: Any) -> Config:
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    """Return what a config of transformers would say of itself without us."""
+    """Return the content of a transformers config without ours."""
     parsed = config.__dict__.pop(PARSED, None)
     try:
         stock: Any = super(ConvertedConfig, config) if isinstance(config, ConvertedConfig) else config
-        said: dict[str, Any] = stock.to_dict()
-        return said
+        content: dict[str, Any] = stock.to_dict()
+        return content
     finally:
         if parsed is not None:
             config.__dict__[PARSED] = parsed
@@ -212,15 +212,15 @@ def layers_of(model: Any, config: Config) -> list[nn.Module]:
 def config_class(kind: str) -> Any:
     """Return the config class of a converted family."""
     stock = type(transformers.AutoConfig.for_model(kind))
-    made = type(f"{CLASS}{stock.__name__}", (ConvertedConfig, stock), {"model_type": KIND + kind, "__module__": "effconvert.modeling"})
-    for opens, name in auto_classes(kind):  # the config's class comes before any model's
-        opens.register(made, stand_in(partial(model_class, name), config_class=made), exist_ok=True)
-    return made
+    converted = type(f"{CLASS}{stock.__name__}", (ConvertedConfig, stock), {"model_type": KIND + kind, "__module__": "effconvert.modeling"})
+    for auto_class, name in auto_classes(kind):  # the config's class comes before any model's
+        auto_class.register(converted, stand_in(partial(model_class, name), config_class=converted), exist_ok=True)
+    return converted
 
 
 @lru_cache(None)
 def model_class(architecture: str) -> Any:
-    """Return the class that is `architecture` of transformers with mixers.
+    """Return the class `architecture` of transformers with techniques in it.
 
     Raises:
         ModelError: there is none.
@@ -233,25 +233,25 @@ def model_class(architecture: str) -> Any:
     keep_names(architecture, kind, CLASS + architecture)
 
     @wraps(stock.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:  # not as hooks, which PEFT passes by when it calls `forward`
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:  # no hooks: PEFT calls `forward` directly, without them
         if self._mixes:
             args, kwargs = _refuse(self, args, kwargs)
         if FAMILIES[kind].decoder:
             args, kwargs = _with_cache(self, args, kwargs)
         return stock.forward(self, *args, **kwargs)
 
-    made = {"config_class": config_class(kind), "__module__": "effconvert.modeling", "forward": forward}
-    return type(CLASS + architecture, (Converted, stock), made)
+    members = {"config_class": config_class(kind), "__module__": "effconvert.modeling", "forward": forward}
+    return type(CLASS + architecture, (ConvertedModel, stock), members)
 
 
 def _is_of(stock: Any, family: Family, kind: str) -> bool:
     return stock is not None and getattr(getattr(stock, "config_class", None), "model_type", None) == kind and family.base != ""
 
 
-def named(name: str) -> Any:
+def class_by_name(name: str) -> Any:
     """Return the class of that name: EffconvertLlamaForCausalLM, EffconvertLlamaConfig."""
-    inside = name.removeprefix(CLASS)
+    architecture = name.removeprefix(CLASS)
     for kind in FAMILIES:
-        if inside.endswith("Config") and name == config_class(kind).__name__:
+        if architecture.endswith("Config") and name == config_class(kind).__name__:
             return config_class(kind)
-    return model_class(inside)
+    return model_class(architecture)

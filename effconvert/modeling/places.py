@@ -1,4 +1,4 @@
-"""Techniques inside modules of transformers' models: the module of a place keeps its name, and runs what the technique says."""
+"""Techniques inside modules of transformers' models: the module at a place keeps its name, and runs the technique."""
 # B = batch, T = tokens, M = hidden width.
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from effconvert.modeling.transformers_internals import cache_among
 from effconvert.surgery._placed import technique_of
 from effconvert.surgery._replacement import PlaceContext, Replacement
 
-NAME = OWN.removesuffix(".")  # of the child that holds a technique's parameters
+NAME = OWN.removesuffix(".")  # of the child module with a technique's parameters
 
 
 class Own(nn.Module):
@@ -34,51 +34,51 @@ class Own(nn.Module):
         return dict(self.named_parameters())
 
     @torch.no_grad()
-    def begin(self) -> None:
-        """Give the parameters the values that they have before anything was fitted."""
-        begun = self.technique.initial_values(self.config, self.index, self.place)
+    def initialize(self) -> None:
+        """Set the parameters to the technique's initial values."""
+        values = self.technique.initial_values(self.config, self.index, self.place)
         for name, parameter in self.named_parameters():
-            if name in begun:
-                parameter.copy_(begun[name])
+            if name in values:
+                parameter.copy_(values[name])
 
 
-class Nothing(nn.Module):
-    """What stands where a layer has no attention or no FFN: it adds nothing to the stream, and counts tokens for a cache that asks this layer."""
+class SkippedModule(nn.Module):
+    """In place of a skipped attention or FFN: adds zeros to the residual stream, and counts tokens for the cache."""
 
     def __init__(self, place: str, index: int) -> None:
         super().__init__()
         self.place, self.index = place, index
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return zeros in the form that the family's module has."""
+        """Return zeros in the format of the family's module."""
         hidden = args[0] if args else kwargs["hidden_states"]
-        added = torch.zeros_like(hidden)
+        zeros = torch.zeros_like(hidden)
         if self.place != "attention":
-            return added
+            return zeros
         cache = cache_among((*args, *kwargs.values()))
         if cache is not None and self.index < len(cache.layers) and isinstance(state := cache.layers[self.index], State):
             state.update(hidden[:, None], hidden[:, None])
         elif cache is not None and self.index == 0:
             raise ValueError("this cache takes its length from layer 0, which has no attention; make one with effconvert.modeling.cache_for(model.config)")
-        return added, None
+        return zeros, None
 
 
 def leave_out(layer: nn.Module, place: str, config: Config, index: int) -> None:
-    """Take the attention or the FFN out of a layer, with the norms that are its own."""
-    layer.set_submodule(config.place(place), Nothing(place, index))
+    """Remove the attention or the FFN from a layer, with its norms."""
+    layer.set_submodule(config.place(place), SkippedModule(place, index))
     for part in config.sublayer(place):
         if part.endswith("_norm") and not config.parts[part].startswith(f"{config.place(place)}."):
             layer.set_submodule(config.parts[part], nn.Identity())
 
 
 def put(layer: nn.Module, record: Replaced, config: Config, index: int) -> None:
-    """Put a technique into the module of its place, and take away the parts that it drops."""
+    """Put a technique into the module of its place, and remove the parts that it drops."""
     path = config.place(record.place)
     module: Any = layer.get_submodule(path)
     for part in record.drops:
         _drop(layer, path, config.parts.get(part, ""))
     setattr(module, NAME, Own(technique_of(record), config, index, record.place))
-    module.__class__ = _placed(type(module))  # type: ignore[arg-type]
+    module.__class__ = _class_with_technique(type(module))  # type: ignore[arg-type]
 
 
 def _drop(layer: nn.Module, path: str, part: str) -> None:
@@ -86,7 +86,7 @@ def _drop(layer: nn.Module, path: str, part: str) -> None:
     if part == path:  # a projection that is itself replaced
         layer.get_submodule(path).register_parameter("weight", None)  # its bias stays
     elif not part or not hasattr(layer.get_submodule(parent), name):
-        return  # this model does without it
+        return  # this model lacks the part
     elif path in ("", parent) or parent.startswith(f"{path}."):
         delattr(layer.get_submodule(parent), name)
     else:
@@ -94,36 +94,36 @@ def _drop(layer: nn.Module, path: str, part: str) -> None:
 
 
 @lru_cache(None)
-def _placed(family: type[nn.Module]) -> type[nn.Module]:
-    """Return the class of a family's module with a technique in it: what it is asked and how it answers stay the same."""
-    takes, *others = (name for name in signature(family.forward).parameters if name != "self")  # hidden states, and what goes with them
+def _class_with_technique(family: type[nn.Module]) -> type[nn.Module]:
+    """Return the class of a family's module with a technique in it; arguments and outputs have the same format."""
+    first_name, *names = (name for name in signature(family.forward).parameters if name != "self")  # hidden states, and further arguments
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        hidden: Tensor = args[0] if args else kwargs.pop(takes)
-        beside: tuple[Any, ...] | None = None  # what the family's own gives besides, where it answers in a tuple
+        hidden: Tensor = args[0] if args else kwargs.pop(first_name)
+        extra: tuple[Any, ...] | None = None  # further outputs of the family's module, if it returns a tuple
 
         def original(rows: Tensor) -> Tensor:
-            nonlocal beside
+            nonlocal extra
             out = family.forward(self, rows, *args[1:], **kwargs)
-            beside = out[1:] if isinstance(out, tuple) else None
+            extra = out[1:] if isinstance(out, tuple) else None
             first: Tensor = out[0] if isinstance(out, tuple) else out
             return first
 
         own: Own = getattr(self, NAME)
-        made = own.technique.forward(own.weights, hidden, _place_context(original, hidden, {**dict(zip(others, args[1:], strict=False)), **kwargs}))
-        if getattr(self, "weight", made) is None and self.bias is not None:  # a projection without its matrix
-            made = made + self.bias
+        result = own.technique.forward(own.weights, hidden, _place_context(original, hidden, {**dict(zip(names, args[1:], strict=False)), **kwargs}))
+        if getattr(self, "weight", result) is None and self.bias is not None:  # a projection without its matrix
+            result = result + self.bias
         if own.place == "attention":
-            return made, None  # attention answers with its weights as well, which nobody asks for
-        return made if beside is None else (made, *beside)
+            return result, None  # attention returns its weights as well; nothing uses them
+        return result if extra is None else (result, *extra)
 
     return type(family.__name__, (family,), {"forward": forward, "__module__": family.__module__})
 
 
-def _place_context(original: Callable[[Tensor], Tensor], hidden: Tensor, given: dict[str, Any]) -> PlaceContext:
-    mask = given.get("attention_mask")
+def _place_context(original: Callable[[Tensor], Tensor], hidden: Tensor, arguments: dict[str, Any]) -> PlaceContext:
+    mask = arguments.get("attention_mask")
     live = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-    if mask is not None and mask.ndim == 4:  # a token that may not even see itself is padding
+    if mask is not None and mask.ndim == 4:  # padding may not even see itself
         diagonal = mask[:, 0].diagonal(0, -2, -1)
         live = (diagonal if mask.dtype == torch.bool else diagonal == 0).expand(len(hidden), -1)
     return PlaceContext(original, live)

@@ -1,4 +1,4 @@
-"""Make transformers' AutoConfig know the families with techniques in them: what `import effconvert` does as soon as somebody imports it."""
+"""Register converted families with transformers' AutoConfig. `import effconvert` does it as soon as AutoConfig is imported."""
 
 from functools import partial
 from typing import Any
@@ -9,7 +9,7 @@ from effconvert.modeling.stand_ins import stand_in
 
 
 def configs() -> None:
-    """Register the configs; called when transformers' AutoConfig has been imported, maybe while other modules of it still are."""
+    """Register the configs. It is called when AutoConfig has been imported; other modules of transformers may not be yet."""
     from transformers import AutoConfig
 
     for kind in FAMILIES:
@@ -17,6 +17,6 @@ def configs() -> None:
 
 
 def _config_class(kind: str) -> Any:
-    from effconvert.modeling.model import config_class  # not before: it needs transformers whole
+    from effconvert.modeling.model import config_class  # imported late: it needs all of transformers
 
     return config_class(kind)

@@ -1,4 +1,4 @@
-"""What a model weighs: parameters, bytes on disk, and what a token takes in its cache."""
+"""The size of a model: parameters, bytes on disk, and bytes of cache for a token."""
 
 import math
 import re
@@ -13,25 +13,25 @@ from effconvert.modeling.caches import growth_bytes, kv_bytes, state_bytes
 
 @dataclass(frozen=True)
 class Size:
-    """What a model weighs."""
+    """The size of a model."""
 
     parameters: int  # a tied head is not counted again
     bytes: int  # on disk
     kv_bytes: int  # of the KV cache, for a token
-    state_bytes: int = 0  # of what techniques remember of a sequence, however short it is
-    growth_bytes: int = 0  # of kv_bytes, what techniques remember: an average
-    active: int = 0  # of the parameters, those that a token uses: of experts only the chosen ones
+    state_bytes: int = 0  # of the states of techniques for a sequence, however short
+    growth_bytes: int = 0  # of kv_bytes, the growth of states for a token, an average
+    active: int = 0  # parameters that a token uses: of experts only the chosen ones
 
 
 def size_of(checkpoint: Checkpoint) -> Size:
-    """Return what a checkpoint weighs."""
+    """Return the size of a checkpoint."""
     unread = {checkpoint.outer[name] for name in checkpoint.unread}
     tensors = [(tensor.name, tensor.dtype, tensor.shape) for tensor in checkpoint.stored if tensor not in unread]
     return size_of_tensors(tensors, checkpoint.config, checkpoint.dtype)
 
 
 def size_of_tensors(tensors: Iterable[tuple[str, str, tuple[int, ...]]], config: Config, dtype: str) -> Size:
-    """Return what a model of these tensors (name, type, shape) weighs, whose keys and values are of type `dtype`."""
+    """Return the size of a model of these tensors (name, type, shape), with keys and values of type `dtype`."""
     tensors, family = list(tensors), config.family
     embedding = next((shape for name, _, shape in tensors if name.endswith(f"{family.outer['embed']}.weight")), None)
     heads = tuple(family.head.values())
@@ -50,7 +50,7 @@ def size_of_tensors(tensors: Iterable[tuple[str, str, tuple[int, ...]]], config:
 
 
 def _experts(tensors: Iterable[tuple[str, str, tuple[int, ...]]], config: Config) -> int:
-    """Return how many of the parameters are in experts of which a token chooses some."""
+    """Return how many parameters are in experts that tokens choose from."""
     modules = [re.escape(module).replace(r"\*", r"\d+") for part, module in config.family.parts.items() if part.startswith("experts.")]
-    inside = re.compile(rf"\.({'|'.join(modules)})\.weight$")
-    return sum(math.prod(shape) for name, _, shape in tensors if modules and inside.search(name))
+    pattern = re.compile(rf"\.({'|'.join(modules)})\.weight$")
+    return sum(math.prod(shape) for name, _, shape in tensors if modules and pattern.search(name))

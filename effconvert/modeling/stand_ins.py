@@ -1,11 +1,11 @@
-"""Stand-ins for classes: making a class of ours imports its family, and importing all families takes seconds."""
+"""Stand-ins for classes. A real class of effconvert imports its family, and importing all families takes seconds."""
 
 from collections.abc import Callable
 from typing import Any
 
 
 class _StandIn(type):
-    """The class of classes that stand for another until something is asked of them."""
+    """The metaclass of stand-ins: the first use of one makes the real class."""
 
     _make: Callable[[], Any]
 
@@ -19,5 +19,5 @@ class _StandIn(type):
 
 
 def stand_in(make: Callable[[], Any], **known: Any) -> Any:
-    """Return a class that stands for the one that `make` returns, and has the attributes `known` before."""
+    """Return a stand-in for the class that `make` returns. It has the attributes `known` without calling `make`."""
     return _StandIn("StandIn", (), {"_make": staticmethod(make), **known})

@@ -1,4 +1,4 @@
-"""What transformers reads of a checkpoint, known from its config and headers alone: it loads tensors that take no memory."""
+"""Which tensors of a checkpoint transformers reads, by config and headers alone. It loads tensors that take no memory; stock means without effconvert."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ import torch
 
 from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.shards import CHUNK, FLOATS, Stored
+from effconvert.checkpoint.shards import CHUNK, FLOATS, StoredTensor
 from effconvert.checkpoint.wrappers import head_prefix
 from effconvert.errors import ModelError
 from effconvert.modeling.loading import class_of
@@ -22,16 +22,16 @@ Shapes = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> safetensors' code 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a class of transformers makes of the names and shapes of a checkpoint."""
+    """How a class of transformers reads the names and shapes of a checkpoint."""
 
     architecture: str  # the class, with the version of transformers
-    missing: tuple[str, ...]  # parameters that it would begin with random numbers
-    mismatched: tuple[str, ...]  # tensors of another shape than the class has
-    unread: frozenset[str]  # tensors that it leaves lying
+    missing: tuple[str, ...]  # parameters that it would fill with random numbers
+    mismatched: tuple[str, ...]  # tensors whose shape differs from the class's
+    unread: frozenset[str]  # tensors that it does not read
 
 
 def read_as_stock(config: Config, tensors: Shapes) -> Reading:
-    """Return what the class that `config` names makes of `tensors`.
+    """Return how the class that `config` names reads `tensors`.
 
     Raises:
         ModelError: transformers has no such class, or refuses the config.
@@ -47,37 +47,37 @@ def read_as_stock(config: Config, tensors: Shapes) -> Reading:
     empty = {name: torch.empty(1, dtype=FLOATS.get(code, torch.uint8)).expand(shape or (1,)).view(shape) for name, (code, shape) in tensors.items()}
     try:
         with quiet_transformers(), torch.inference_mode(False):  # in which tied parameters could not be set
-            made = class_of(config)
-            own = made.config_class.from_dict(config.content)
+            kind = class_of(config)
+            own = kind.config_class.from_dict(config.content)
             options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, "device_map": {"": "meta"}}
-            _, info = made.from_pretrained(None, config=own, state_dict=empty, **options)
-    except Exception as error:  # whatever a class of somebody else's raises over a strange config
+            _, info = kind.from_pretrained(None, config=own, state_dict=empty, **options)
+    except Exception as error:  # classes raise anything over a strange config
         raise ModelError(f"{stock} cannot be built from config.json ({type(error).__name__}: {' '.join(str(error).split())}); mend the file") from error
     names = {what: sorted(name if isinstance(name, str) else str(name[0]) for name in info[what]) for what in ("missing_keys", "mismatched_keys")}
     return Reading(stock, tuple(names["missing_keys"]), tuple(names["mismatched_keys"]), frozenset(info["unexpected_keys"]))
 
 
 def open_as_stock(folder: Path) -> Checkpoint:
-    """Open a model folder as transformers does: what that would leave lying stays behind, and what it would miss is refused.
+    """Open a model folder as transformers does. Tensors in layers that it does not read are left out; missing ones are refused.
 
     Raises:
         OptionError: there is no such folder, or no model in it.
-        ModelError: the model is damaged, contradicts its config, lacks a tensor, or is of a kind that cannot be operated on.
+        ModelError: the model is damaged, contradicts its config, lacks a tensor, or is of an unsupported kind.
     """
     checkpoint = open_checked(folder)
     config = checkpoint.config
-    inside = {  # whole name -> tensor
+    in_layers = {  # complete name -> tensor
         checkpoint.layer_prefix(index) + name: tensor
         for index, layer in enumerate(checkpoint.layers)
         for name, tensor in layer.items()
         if config.stored_in(index, name) == index
     }
-    stored = {**checkpoint.outer, **inside}
+    stored = {**checkpoint.outer, **in_layers}
     reading = read_as_stock(config, {name: (tensor.dtype, tensor.shape) for name, tensor in stored.items()})
     check_complete(folder, config, reading)
     check_tie(checkpoint)
     buffers = tuple(f".{name}" for name in config.family.buffers)
-    unread = {name for name in inside if name in reading.unread and not name.endswith(buffers)}
+    unread = {name for name in in_layers if name in reading.unread and not name.endswith(buffers)}
     layers = tuple(
         {name: tensor for name, tensor in layer.items() if checkpoint.layer_prefix(index) + name not in unread} for index, layer in enumerate(checkpoint.layers)
     )
@@ -85,7 +85,7 @@ def open_as_stock(folder: Path) -> Checkpoint:
 
 
 def check_complete(folder: Path, config: Config, reading: Reading) -> None:
-    """Refuse a checkpoint that lacks what its class reads.
+    """Refuse a checkpoint that lacks tensors of its class.
 
     Raises:
         ModelError: the first tensors that are missing or of another shape are named.
@@ -94,32 +94,32 @@ def check_complete(folder: Path, config: Config, reading: Reading) -> None:
         raise ModelError(f"{some(reading.mismatched)} in {folder} {_are(reading.mismatched)} of another shape than config.json gives {reading.architecture}")
     if not reading.missing:
         return
-    lacks = f"{folder} has no {some(reading.missing)}, which {reading.architecture} reads and would begin with random numbers"
+    lacks = f"{folder} has no {some(reading.missing)}, which {reading.architecture} reads and would fill with random numbers"
     if not config.tied and all(name.startswith(tuple(config.family.head.values())) for name in reading.missing):
         raise ModelError(f"{lacks}: config.json says tie_word_embeddings = false; say true if the head is the embedding, else fetch the missing file")
     raise ModelError(f"{lacks}; fetch the missing file, or name the class that the model was saved from in architectures")
 
 
 def check_writable(config: Config, tensors: Shapes) -> None:
-    """Hold that what will be written can be read: every tensor of a layer, and nothing missing.
+    """Check before writing that the output can be read: every tensor of a layer, and nothing missing.
 
     Raises:
-        ModelError: it cannot, which is a fault of ours.
+        ModelError: it cannot, which is a fault of effconvert.
     """
     reading = read_as_stock(config, tensors)
     buffers = tuple(f".{name}" for name in config.family.buffers)
-    inside = f"{config.family.layers}."
-    lost = tuple(sorted(name for name in reading.unread if inside in name and not name.endswith(buffers)))
-    wrong = {"missing": reading.missing, "of another shape": reading.mismatched, "unread": lost}
-    if listed := "; ".join(f"{what}: {some(names)}" for what, names in wrong.items() if names):
-        raise ModelError(f"{reading.architecture} could not open the output ({listed}): a fault of effconvert, please report it")
+    prefix = f"{config.family.layers}."
+    unread = tuple(sorted(name for name in reading.unread if prefix in name and not name.endswith(buffers)))
+    wrong = {"missing": reading.missing, "of another shape": reading.mismatched, "unread": unread}
+    if message := "; ".join(f"{what}: {some(names)}" for what, names in wrong.items() if names):
+        raise ModelError(f"{reading.architecture} could not open the output ({message}): a fault of effconvert, please report it")
 
 
 def check_tie(checkpoint: Checkpoint) -> None:
-    """Refuse a head of its own in a model that says that the head is the embedding: versions of transformers differ in which one they take.
+    """Refuse a separate head in a model with tied embeddings: versions of transformers differ in which one they take.
 
     Raises:
-        ModelError: both are there and differ.
+        ModelError: both exist and differ.
     """
     config, family = checkpoint.config, checkpoint.config.family
     embedding = checkpoint.outer.get(f"{checkpoint.prefix}{family.outer['embed']}.weight")
@@ -134,19 +134,19 @@ def check_tie(checkpoint: Checkpoint) -> None:
             )
 
 
-def _same(one: Stored, other: Stored) -> bool:
-    """Whether two tensors have the same bytes."""
-    if one.dtype != other.dtype:
+def _same(head: StoredTensor, embedding: StoredTensor) -> bool:
+    """Whether two tensors of one shape have the same bytes."""
+    if head.dtype != embedding.dtype:
         return False
-    with one.file.open("rb") as first, other.file.open("rb") as second:
-        first.seek(one.start)
-        second.seek(other.start)
-        left = one.stop - one.start
-        while left:
-            size = min(left, CHUNK)
+    with head.file.open("rb") as first, embedding.file.open("rb") as second:
+        first.seek(head.start)
+        second.seek(embedding.start)
+        remaining = head.stop - head.start
+        while remaining:
+            size = min(remaining, CHUNK)
             if first.read(size) != second.read(size):
                 return False
-            left -= size
+            remaining -= size
     return True
 
 

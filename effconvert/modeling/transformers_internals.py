@@ -1,7 +1,7 @@
-"""Everything that effconvert uses of transformers without its promise: names that the next version may not have.
+"""All names that effconvert uses of transformers beyond its public API; the next version may not have them.
 
-No other file uses such a name, tests/mixers/test_transformers_internals.py has a test for each, and whoever has a version without one is told which
-versions were tested.
+No other file uses such a name. tests/mixers/test_transformers_internals.py has a test for each. If a version lacks one, the error names the versions
+that were tested.
 """
 
 import sys
@@ -19,10 +19,10 @@ from effconvert.errors import EffconvertError, ModelError
 TESTED = ">=5.17,<5.25"  # versions of transformers; pyproject.toml says the same
 
 
-def untested(lacking: str) -> EffconvertError:
-    """Return the error that this version of transformers lacks something."""
-    found = f"effconvert uses what transformers {transformers.__version__} does not have ({lacking})"
-    return EffconvertError(f"{found}; it was tested with transformers {TESTED}: pip install 'transformers{TESTED}'")
+def untested(name: str) -> EffconvertError:
+    """Return the error for a name that this version of transformers lacks."""
+    message = f"effconvert uses what transformers {transformers.__version__} does not have ({name})"
+    return EffconvertError(f"{message}; it was tested with transformers {TESTED}: pip install 'transformers{TESTED}'")
 
 
 try:
@@ -35,20 +35,20 @@ except ImportError as error:
     raise untested(str(error).partition(" (")[0]) from error
 
 __all__ = ["AttentionInterface", "AttentionMaskInterface", "Cache", "CacheLayerMixin", "DynamicCache", "DynamicLayer", "eager_mask", "sdpa_mask"]
-CACHE_NAMES = ("cache", "past_key_values")  # of the argument that a model takes its cache in: since 5.24, and before
+CACHE_NAMES = ("cache", "past_key_values")  # of a model's argument for the cache: since 5.24, and before
 CHECKPOINTING = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the newer name first
 IMPLEMENTATION = "_attn_implementation"  # of a config: the name of the attention function
-OVERRIDDEN = ("_init_weights", "_adjust_bias", "get_expanded_tied_weights_keys")  # methods of models, which ours have in their place
-GENERATING = "_prepare_cache_for_generation"  # likewise, where a model generates
+OVERRIDDEN = ("_init_weights", "_adjust_bias", "get_expanded_tied_weights_keys")  # methods of models that our classes override
+GENERATING = "_prepare_cache_for_generation"  # likewise, of models that generate
 
 
 def cache_among(values: Iterable[Any]) -> Any:
-    """Return the cache among arguments or outputs, whatever its name (transformers 5.24 gave it another); None where there is none."""
+    """Return the cache among arguments or outputs, whatever its name (transformers 5.24 renamed it); None without one."""
     return next((value for value in values if isinstance(value, Cache)), None)
 
 
 def cache_name(model: Any) -> str:
-    """Return the name of the argument that `model` takes its cache in."""
+    """Return the name of `model`'s argument for the cache."""
     return _cache_name(type(model).forward)
 
 
@@ -62,7 +62,7 @@ def _cache_name(forward: Callable[..., Any]) -> str:
 
 
 def attention_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Return what an attention module is called with beside masks and caches: hidden states [B, T, M]; cosines and sines of RoPE, where the family has them."""
+    """Return the hidden states [B, T, M] of a call of an attention module, and cosines and sines of RoPE, where the family has them."""
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(args), None)
     if not isinstance(hidden, Tensor):
         raise untested("hidden_states, which attention is called with")
@@ -70,29 +70,29 @@ def attention_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Ten
 
 
 def implementation(config: Any) -> str | None:
-    """Return the name of the attention function that models with this config run."""
+    """Return the name of the attention function of models with this config."""
     _check_has(config, IMPLEMENTATION)
     return getattr(config, IMPLEMENTATION)  # type: ignore[no-any-return]
 
 
 def attend_by(config: Any, name: str) -> None:
-    """Have models with this config run the attention function of that name, which nobody checks."""
+    """Set the attention function of models with this config, without a check of the name."""
     _check_has(config, IMPLEMENTATION)
     setattr(config, IMPLEMENTATION, name)
 
 
 def sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
-    """Attend by torch's own function, as transformers calls it."""
+    """Attend by torch's function, as transformers calls it."""
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
 
 
 def eager(module: nn.Module) -> Callable[..., Any]:
-    """Return the attention of a module's family in single steps."""
+    """Return the eager attention function of a module's family."""
     return _of_family(module, "eager_attention_forward")
 
 
 def rotary(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return what applies RoPE in a module's family: of queries, keys, cosines, sines."""
+    """Return the function that applies RoPE in a module's family: of queries, keys, cosines, sines."""
     return _of_family(module, "apply_rotary_pos_emb")
 
 
@@ -103,17 +103,17 @@ def _of_family(module: nn.Module, name: str) -> Callable[..., Any]:
 
 
 def attends(module: nn.Module) -> bool:
-    """Whether `module` is one of those that call the attention function."""
+    """Whether `module` calls the attention function."""
     return hasattr(module, "is_causal")
 
 
 def repeat_heads(attention: nn.Module, times: int) -> None:
-    """Have `sdpa` take each KV head for so many query heads of this module."""
+    """Set how many query heads of a module share a KV head, for `sdpa`."""
     attention.num_key_value_groups = times  # type: ignore[assignment]
 
 
 def checkpoints(model: Any) -> bool:
-    """Whether `model` keeps no activations in training and makes them anew, so that it can have no cache."""
+    """Whether `model` recomputes activations in training (checkpointing), so that it can have no cache."""
     for name in CHECKPOINTING:
         if hasattr(type(model), name):
             return bool(getattr(model, name))
@@ -121,32 +121,32 @@ def checkpoints(model: Any) -> bool:
 
 
 def check_overridden(model: Any) -> None:
-    """Hold that a class of models has the methods that ours have in their place: else nobody would call them.
+    """Check that a class of models has the methods that our classes override; else nothing would call ours.
 
     Raises:
-        EffconvertError: it does not.
+        EffconvertError: it lacks one.
     """
     for name in (*OVERRIDDEN, GENERATING) if hasattr(model, "generate") else OVERRIDDEN:
         _check_has(model, name)
 
 
 def keep_names(architecture: str, kind: str, ours: str) -> None:
-    """Have the class `ours` find its tensors under the names that `architecture` has on disk, where those are others than in memory (experts)."""
-    if renamed := _renamed(architecture, kind):
-        register_checkpoint_conversion_mapping(ours, renamed, overwrite=True)
+    """Make the class `ours` read the names that `architecture` has on disk, where they differ from those in memory (experts)."""
+    if mapping := _name_mapping(architecture, kind):
+        register_checkpoint_conversion_mapping(ours, mapping, overwrite=True)
 
 
-def _renamed(architecture: str, kind: str) -> list[Any] | None:
-    """Return what transformers does to the names of a class of models, or of its `model_type`, when it loads them."""
+def _name_mapping(architecture: str, kind: str) -> list[Any] | None:
+    """Return transformers' mapping of names on disk to names in memory, of a class of models or of its `model_type`."""
     return get_checkpoint_conversion_mapping(architecture) or get_checkpoint_conversion_mapping(kind)  # type: ignore[no-any-return]
 
 
 def names_at_run_time(stored: Mapping[str, Tensor], architecture: str, kind: str, expected: Mapping[str, Tensor], partial: bool = False) -> dict[str, Tensor]:
-    """Return tensors under the names and in the shapes that they have in memory, as in `from_pretrained`: experts that lie one by one become one tensor.
+    """Return tensors with their names and shapes in memory, as in `from_pretrained`: separate experts become one tensor.
 
     Args:
-        stored: name on disk, from the bare model on -> tensor.
-        architecture: the class of transformers that the names are of.
+        stored: name on disk, inside the base model -> tensor.
+        architecture: the class of transformers with these names.
         kind: its `model_type`.
         expected: name in memory -> a tensor of the right shape.
         partial: whether some may be missing.
@@ -156,43 +156,43 @@ def names_at_run_time(stored: Mapping[str, Tensor], architecture: str, kind: str
     """
     if stored.keys() == expected.keys() or (partial and stored.keys() <= expected.keys()):
         return dict(stored)
-    mapping = [*(_renamed(architecture, kind) or []), *(get_checkpoint_conversion_mapping("legacy") or [])]
+    mapping = [*(_name_mapping(architecture, kind) or []), *(get_checkpoint_conversion_mapping("legacy") or [])]
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    found: dict[str, Tensor] = {}
+    result: dict[str, Tensor] = {}
     fused: dict[str, Any] = {}
     for name in sorted(stored, key=dot_natural_key):  # experts in the order of their numbers
         target, pattern = rename_source_key(name, renamings, converters)
         if target not in expected and name in expected:
             target, pattern = name, None
         if pattern is None:
-            found[target] = stored[name]
+            result[target] = stored[name]
         else:
             fused.setdefault(target, deepcopy(by_pattern[pattern])).add_tensor(target, name, pattern, stored[name])
     for target, converter in fused.items():
         for name, value in converter.convert(target).items():
-            found[name] = value[0] if isinstance(value, list) else value
-    missing = set() if partial else expected.keys() - found.keys()
-    other = {name for name in expected.keys() & found.keys() if found[name].shape != expected[name].shape}
-    wrong = {"missing": missing, "left over": found.keys() - expected.keys(), "of another shape": other}
-    if told := "; ".join(f"{what}: {', '.join(sorted(names))}" for what, names in wrong.items() if names):
-        raise ModelError(f"{architecture} does not find the tensors that it needs ({told}): a fault of effconvert, please report it")
-    return found
+            result[name] = value[0] if isinstance(value, list) else value
+    missing = set() if partial else expected.keys() - result.keys()
+    mismatched = {name for name in expected.keys() & result.keys() if result[name].shape != expected[name].shape}
+    wrong = {"missing": missing, "left over": result.keys() - expected.keys(), "of another shape": mismatched}
+    if message := "; ".join(f"{what}: {', '.join(sorted(names))}" for what, names in wrong.items() if names):
+        raise ModelError(f"{architecture} does not find the tensors that it needs ({message}): a fault of effconvert, please report it")
+    return result
 
 
 def auto_classes(kind: str) -> Iterator[tuple[Any, str]]:
-    """Yield each Auto class that knows models of type `kind`, and the name of the class that it makes of them."""
+    """Yield each Auto class for models of type `kind`, and the name of the class that it loads them with."""
     from transformers.models.auto import modeling_auto
 
-    found = False
-    for opens in vars(modeling_auto).values():
-        if isinstance(opens, type) and (mapping := getattr(opens, "_model_mapping", None)) is not None:
+    is_known = False
+    for auto_class in vars(modeling_auto).values():
+        if isinstance(auto_class, type) and (mapping := getattr(auto_class, "_model_mapping", None)) is not None:
             _check_has(mapping, "_model_mapping")
-            if made := mapping._model_mapping.get(kind):
-                found = True
-                yield opens, made if isinstance(made, str) else made[0]
-    if not found:
+            if names := mapping._model_mapping.get(kind):
+                is_known = True
+                yield auto_class, names if isinstance(names, str) else names[0]
+    if not is_known:
         raise untested(f"an Auto class for {kind}")
 
 

@@ -311,7 +311,7 @@ def test_the_layers_that_rope_turns_are_those_where_transformers_calls_it(kind, 
         layer.register_forward_pre_hook(lambda *_, index=index: at.append(index))
     model(torch.arange(3, 9)[None])
     config = Config(raw, FAMILIES[kind])
-    assert {index for index in range(8) if config.turned(index)} == turned
+    assert {index for index in range(8) if config.rotary_of(index)} == turned
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "llama"])

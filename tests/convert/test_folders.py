@@ -99,7 +99,7 @@ def test_the_layout_of_a_pretrained_bert(kind, old):
     model, missing = stock("model")
     assert not missing
     outcome = done(groups=2)
-    assert any("pooler" in note and "goes along" in note for note in outcome.plan.notes)
+    assert any("pooler" in note and "has a plain copy" in note for note in outcome.plan.notes)
     assert outcome.report.before.parameters == sum(parameter.numel() for parameter in model.parameters())
     written = state("out")
     assert all(torch.equal(written[name], tensor) for name, tensor in extra.items())
@@ -186,7 +186,7 @@ def test_what_transformers_does_not_read_in_a_layer_stays_behind():
     model, missing = stock("model")
     assert not missing
     outcome = done()
-    assert any("k_proj.bias" in note and "stays behind" in note for note in outcome.plan.notes)
+    assert any("k_proj.bias" in note and "the output leaves that out" in note for note in outcome.plan.notes)
     assert state("out").keys() == plain.keys()
     torch.testing.assert_close(outputs(stock("out")[0]), outputs(model))
 

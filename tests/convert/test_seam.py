@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from effconvert.checkpoint.checkpoint import open_checkpoint
-from effconvert.checkpoint.shards import Stored
+from effconvert.checkpoint.shards import StoredTensor
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError
 from effconvert.options import RunOptions
@@ -105,7 +105,7 @@ def test_an_encoder_is_verified_without_cache_and_perplexity(kind, tmp_path):
 @pytest.mark.parametrize(("kind", "surgery", "lost"), [("gpt2", AddGate(), "gate"), ("llama", Misspelt(), "ups")], ids=["no gate", "misspelt"])
 def test_a_part_that_the_layout_has_no_place_for_is_refused(kind, surgery, lost, tmp_path):
     source = save(tiny(kind), tmp_path / "source")
-    with pytest.raises(ModelError, match=f"became one with {lost}, for which"):
+    with pytest.raises(ModelError, match=f"layer 0 has {lost} after surgery, for which"):
         convert(str(source), (surgery,), RunOptions(output=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
@@ -195,14 +195,14 @@ def test_sharing_and_pooling_go_in_either_order(tmp_path):
 
 
 def test_each_tensor_that_is_needed_is_read_once_and_no_other(tmp_path, monkeypatch):
-    real, read = Stored.read, []
+    real, read = StoredTensor.read, []
 
     def counting(self, device):
         if device == "cpu":
             read.append(self.name)
         return real(self, device)
 
-    monkeypatch.setattr(Stored, "read", counting)
+    monkeypatch.setattr(StoredTensor, "read", counting)
     source = save(tiny("llama", num_hidden_layers=4), tmp_path / "source", max_shard_size="40KB")
     convert(str(source), (Gqa(groups=2, pool="mean"), Gqa(groups=1, pool="mean")), RunOptions(output=tmp_path / "out", verify=False))
     assert sorted(read) == sorted(f"model.layers.{index}.self_attn.{part}_proj.{kind}" for index in range(4) for part in "kv" for kind in ("weight", "bias"))

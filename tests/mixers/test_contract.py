@@ -182,7 +182,7 @@ def test_bfloat16_is_run_and_stays_bfloat16(models, name, kind):
         assert pieces.isfinite().all()
         for layer in cache.layers:  # a type that changed on the way would change what the plan says of its size
             for slot, (_, dtype) in layer.slots.items() if hasattr(layer, "slots") else ():
-                assert layer.held[slot].dtype == (torch.bfloat16 if dtype == "model" else getattr(torch, dtype)), slot
+                assert layer.tensors[slot].dtype == (torch.bfloat16 if dtype == "model" else getattr(torch, dtype)), slot
 
 
 @pytest.mark.parametrize(("name", "kind"), FEW_CAUSAL, ids=map("-".join, FEW_CAUSAL))
@@ -191,12 +191,12 @@ def test_the_state_has_the_size_that_was_planned_however_long_the_text(models, n
     config = load(name)(**small(name, kind)).config(stock_config(model))
     for length in (1, 20, 60):
         _, cache = in_pieces(other, tokens(1, length), [length])
-        states = [layer for layer in cache.layers if hasattr(layer, "held")]
+        states = [layer for layer in cache.layers if hasattr(layer, "tensors")]
         assert sum(state.nbytes for state in states) == state_bytes(config, 4, length) > 0
         assert 0 <= state_bytes(config, 4, length) - state_bytes(config, 4) <= length * growth_bytes(config, 4)
         assert len(states) == sum(name is not None for name in names(config))
         for state in states:  # a part of something larger would keep all of it
-            for slot, tensor in state.held.items():
+            for slot, tensor in state.tensors.items():
                 assert tensor.untyped_storage().nbytes() == tensor.nbytes, slot
 
 
@@ -208,7 +208,7 @@ def test_under_autocast_states_keep_their_types(models, name, kind):
     assert made.isfinite().all()
     for layer in cache.layers:
         for slot, (_, dtype) in layer.slots.items() if hasattr(layer, "slots") else ():
-            assert dtype == "model" or layer.held[slot].dtype == getattr(torch, dtype), slot
+            assert dtype == "model" or layer.tensors[slot].dtype == getattr(torch, dtype), slot
 
 
 @pytest.mark.parametrize(("name", "kind"), FEW, ids=map("-".join, FEW))
@@ -311,7 +311,7 @@ def test_float16_holds_scores_that_only_their_scaling_brings_into_its_range(name
 def mixed(technique, config, rows, split):
     """What a mixer gives of queries, keys and values in parts, in their type."""
     mixer = Mixer(technique, config, 0).to(rows[0].dtype)
-    mixer.begin()
+    mixer.initialize()
     state, made = State(mixer.slots) if len(split) > 1 else None, []
     for query, key, value in zip(*(tensor.split(split, 2) for tensor in rows), strict=True):
         if state:

@@ -97,15 +97,15 @@ def test_a_cache_for_them_is_refused(given):
 
 def test_texts_apart_and_together():
     begins = torch.tensor([[1, 0, 1, 0, 0], [1, 0, 0, 0, 0]]).bool()
-    packing = Packing.seen(begins)
+    packing = Packing.from_starts(begins)
     rows = torch.arange(2 * 3 * 5 * 2).view(2, 3, 5, 2).float()
-    texts = packing.apart(rows)
+    texts = packing.split(rows)
     assert packing.live.tolist() == [[True, True, False, False, False], [True, True, True, False, False], [True] * 5]
     assert texts.shape == (3, 3, 5, 2)
     assert torch.equal(texts[0, :, :2], rows[0, :, :2])
     assert torch.equal(texts[1, :, :3], rows[0, :, 2:])
     assert torch.equal(texts[2], rows[1])
     assert torch.equal(texts[0, :, 2:], rows[0, :, 1:2].expand(-1, 3, -1))  # behind a text its last token, which is finite
-    assert torch.equal(packing.together(texts), rows)
-    assert torch.equal(packing.apart(rows[:1])[2], rows[0])  # one row for all, as angles are
-    assert Packing.seen(begins[1:]) is None
+    assert torch.equal(packing.join(texts), rows)
+    assert torch.equal(packing.split(rows[:1])[2], rows[0])  # one row for all, as angles are
+    assert Packing.from_starts(begins[1:]) is None

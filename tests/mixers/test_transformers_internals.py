@@ -108,7 +108,7 @@ def test_a_layer_of_a_cache_is_what_caches_expect():
     cache = internals.Cache(layers=[layer, internals.DynamicLayer()])
     rows = torch.zeros(2, 1, 3, 4)
     assert all(torch.equal(*pair) for pair in zip(cache.update(rows, rows, 0), (rows, rows), strict=True))
-    assert (cache.get_seq_length(0), cache.get_mask_sizes(2, 0), layer.held["sum"].shape) == (3, (5, 0), (2, 4))
+    assert (cache.get_seq_length(0), cache.get_mask_sizes(2, 0), layer.tensors["sum"].shape) == (3, (5, 0), (2, 4))
     assert cache.is_sliding == [False, False]
     config = tiny("llama").config
     assert [type(kept) for kept in internals.DynamicCache(config=config).layers] == [internals.DynamicLayer] * config.num_hidden_layers

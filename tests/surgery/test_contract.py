@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import effconvert.modeling
 from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.checkpoint.families import FAMILIES
-from effconvert.checkpoint.outer import part_outside
+from effconvert.checkpoint.outer import outer_part
 from effconvert.checkpoint.reading import read_config
 from effconvert.checkpoint.replaced import KIND
 from effconvert.convert.run import convert
@@ -74,7 +74,7 @@ CASES = {
         {"groups": 2},
         {"groups": 4},
         GROUPING,
-        "has a KV head for each|cannot be written with another number|does not attend|attends by itself",
+        "has a KV head for each|cannot be written with another number|does not attend|has attention of its own",
         parts=("kv",),
         keys=("num_key_value_heads",),
         cache=True,
@@ -284,7 +284,7 @@ def renamed(plan):
             if part in config.parts.keys() - config.lacks(index) or biased:
                 names[checkpoint.layer_prefix(index) + name] = f"{plan.layer_prefix(index)}{config.parts[part]}.{suffix}"
     outer = plan.models("meta")[-1].outer
-    return names | {name: outer.place(part_outside(name, checkpoint.prefix, checkpoint.config)) for name in checkpoint.outer}
+    return names | {name: outer.place(outer_part(name, checkpoint.prefix, checkpoint.config)) for name in checkpoint.outer}
 
 
 def hold_whole_layers(before, after, case):

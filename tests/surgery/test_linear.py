@@ -170,8 +170,8 @@ def test_what_is_remembered_is_a_matrix_a_head_and_the_window():
     held.update(key, value)
     technique.mix({}, Call(query, key, value, 1.0, torch.ones(2, TOKENS, dtype=torch.bool), True, held, query, None))
     mapped = torch.nn.functional.elu(key) + 1
-    assert torch.allclose(held.held["state"][:, :, 0, :, :-1], mapped.mT @ value, atol=1e-4)
-    assert torch.allclose(held.held["state"][:, :, 0, :, -1], mapped.sum(2), atol=1e-4)
+    assert torch.allclose(held.tensors["state"][:, :, 0, :, :-1], mapped.mT @ value, atol=1e-4)
+    assert torch.allclose(held.tensors["state"][:, :, 0, :, -1], mapped.sum(2), atol=1e-4)
 
 
 def test_it_is_exact_where_no_text_is_longer_than_the_window():

@@ -181,9 +181,9 @@ def test_mixtures_of_a_block_that_is_not_finished_are_never_seen():
     weights = trained(technique)
 
     def spoil(state):
-        finished = int(state.held["count"][0]) // 6 * 2
+        finished = int(state.tensors["count"][0]) // 6 * 2
         for name in ("mixed_key", "mixed_value"):
-            state.held[name][:, :, finished:] = 1e4
+            state.tensors[name][:, :, finished:] = 1e4
 
     for sizes in ([1] * TEXT, (4, 9, 10), (11, 1, 11)):
         made = mixed(technique, weights, *rows(), sizes, change=spoil)
@@ -231,7 +231,7 @@ def test_what_begins_are_means_that_count_as_often_as_they_have_tokens(block, ra
 def test_the_state_grows_with_finished_blocks():
     technique = LinformerCausal(block=6, rank=2)
     seen = []
-    mixed(technique, trained(technique), *rows(), [1] * TEXT, change=lambda state: seen.append({name: tensor.shape for name, tensor in state.held.items()}))
+    mixed(technique, trained(technique), *rows(), [1] * TEXT, change=lambda state: seen.append({name: tensor.shape for name, tensor in state.tensors.items()}))
     assert [shapes["mixed_key"] for shapes in seen] == [(2, GROUPS, count // 6 * 2, WIDTH) for count in range(1, TEXT + 1)]
     assert [shapes["mixed_value"] for shapes in seen] == [shapes["mixed_key"] for shapes in seen]
     assert {shapes["past_key"] for shapes in seen} == {(2, GROUPS, 5, WIDTH)}

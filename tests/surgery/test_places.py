@@ -142,7 +142,7 @@ def test_a_technique_that_claims_to_be_somewhere_else_is_refused(tmp_path):
     file = tmp_path / "out/config.json"
     good = file.read_text()
     for before, after, told in (
-        ('"place": "ffn"', '"place": "attention"', "it runs at ffn|mlp.effconvert.gain, for which llama has no place"),
+        ('"place": "ffn"', '"place": "attention"', "it runs at ffn|mlp.effconvert.gain, for which its config.json has no place"),
         ('"technique": "gated-ffn"', '"technique": "gqa"', "gqa replaces nothing"),
         ('"place": "ffn"', '"place": "nowhere"', "there is no place 'nowhere'"),
     ):

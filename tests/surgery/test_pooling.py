@@ -347,7 +347,7 @@ def test_the_dimensions_that_a_family_turns_are_those_of_its_row(kind, tmp_path)
     for index in UNTURNED.get(kind, ()):
         [later] = runner.run(index, base.get_submodule(family.layers)[index].state_dict(), [look.out], ("q",))  # of causal attention no position sees another
         assert close(later.query, later.query[:, :, :1].expand_as(later.query), 1e-5)
-        assert (config.turned(0), config.turned(index)) == (config.rotary, 0)
+        assert (config.rotary_of(0), config.rotary_of(index)) == (config.rotary, 0)
     query = look.query[0]  # [H, T, D]
     if config.normed:  # before RoPE the query of the first position, which is turned by nothing
         plain = query[:, :1].expand_as(query)

@@ -253,7 +253,7 @@ def test_the_layers_that_are_left_keep_their_windows_and_positions(kind, said, t
     pruned = PruneLayers(layers="2,4-5").config(config)
     assert pruned.layers == 5
     assert pruned.windows() == [config.windows()[index] for index in kept]
-    assert [pruned.turned(index) for index in range(5)] == [config.turned(index) for index in kept]
+    assert [pruned.rotary_of(index) for index in range(5)] == [config.rotary_of(index) for index in kept]
     (tmp_path / "config.json").write_text(json.dumps({**pruned.content, "intermediate_size": 48}))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     full = [window is None for window in pruned.windows()]
@@ -447,7 +447,7 @@ def test_layers_are_chosen_of_what_the_steps_before_leave():
     run(Path("one"), PruneLayers(drop=2), place="two")
     assert Path("once/model.safetensors").read_bytes() == Path("two/model.safetensors").read_bytes()
     run(source, Gqa(groups=2, pool="mean"), PruneLayers(drop=1), place="grouped")
-    with pytest.raises(OptionError, match="not known while gqa before it is still to be fitted; put prune-layers first, or convert twice"):
+    with pytest.raises(OptionError, match="gqa before it is not fitted yet; put prune-layers first, or convert twice"):
         run(source, Gqa(groups=2), PruneLayers(drop=1), place="fitted")
     assert not Path("fitted").exists()
 

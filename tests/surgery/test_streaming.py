@@ -141,12 +141,12 @@ def test_what_is_remembered_is_the_window_before_a_token_and_the_sinks():
     state.update(key, value)
     live = torch.ones(2, TOKENS, dtype=torch.bool)
     technique.mix({}, Call(query, key, value, 1.0, live, True, state, query, Rotation(turn, tuple(part[None] for part in angles(TOKENS)))))
-    assert torch.equal(state.held["past_key"], key[:, :, -5:])
-    assert torch.equal(state.held["past_value"], value[:, :, -5:])
-    assert torch.equal(state.held["sink_key"], key[:, :, :2])
-    assert torch.equal(state.held["sink_value"], value[:, :, :2])
-    assert state.held["count"].tolist() == [TOKENS, TOKENS]
-    assert torch.equal(state.held["furthest"], torch.stack([part[7] for part in angles(TOKENS)]).expand(2, -1, -1))
+    assert torch.equal(state.tensors["past_key"], key[:, :, -5:])
+    assert torch.equal(state.tensors["past_value"], value[:, :, -5:])
+    assert torch.equal(state.tensors["sink_key"], key[:, :, :2])
+    assert torch.equal(state.tensors["sink_value"], value[:, :, :2])
+    assert state.tensors["count"].tolist() == [TOKENS, TOKENS]
+    assert torch.equal(state.tensors["furthest"], torch.stack([part[7] for part in angles(TOKENS)]).expand(2, -1, -1))
     assert state.nbytes == 2 * technique.cache_bytes(LLAMA, 4)
 
 

@@ -1,7 +1,7 @@
-"""All families that effconvert knows, by their `model_type`: data, and the only place that spells a parameter's name.
+"""All families, by their `model_type`: rows of data, and the only place with names of parameters.
 
 Adding a family is adding a row to `decoders.py`, `llamas.py`, `sparse.py`, `own_attention.py` or `encoders.py`; a test builds a tiny model of every row
-and holds that each parameter has exactly one place.
+and checks that each parameter has exactly one place.
 """
 
 from collections.abc import Mapping

@@ -157,7 +157,7 @@ DECODERS: Mapping[str, Family] = {
         base="CohereModel",
         lm="CohereForCausalLM",
         rope="interleaved",
-        parts={part: at for part, at in LLAMA.parts.items() if part != "mlp_norm"},  # attention and MLP read the same, side by side
+        parts={part: at for part, at in LLAMA.parts.items() if part != "mlp_norm"},  # parallel attention and MLP share a norm
         defaults={"tie_word_embeddings": True},
         constants={"use_qk_norm": False},
     ),

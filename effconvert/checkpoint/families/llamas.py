@@ -1,4 +1,4 @@
-"""Rows of decoders that are llama but for where norms stand, which layers RoPE turns, and what is beside what: see `Family`."""
+"""Rows of decoders that differ from llama in norms, in layers with RoPE, or by parallel attention and MLP: see `Family`."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -7,7 +7,7 @@ from effconvert.checkpoint.families.decoders import LLAMA, OLMO2, POST_NORMS, QK
 from effconvert.checkpoint.families.family import Family
 
 WITHOUT_GATE = {part: at for part, at in LLAMA.parts.items() if part != "gate"}
-ONE_NORM = {part: at for part, at in LLAMA.parts.items() if part != "mlp_norm"}  # attention and MLP read the same, side by side
+ONE_NORM = {part: at for part, at in LLAMA.parts.items() if part != "mlp_norm"}  # parallel attention and MLP share a norm
 WITHOUT_NORMS = {part: at for part, at in LLAMA.parts.items() if not part.endswith("_norm")}
 
 LLAMAS: Mapping[str, Family] = {

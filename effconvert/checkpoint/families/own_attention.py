@@ -1,4 +1,4 @@
-"""Rows of families whose classes attend by themselves, and not through transformers' AttentionInterface: see `Family`."""
+"""Rows of families whose classes do not call transformers' AttentionInterface: see `Family`."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,7 +17,7 @@ GPTJ = replace(
         "o": "attn.out_proj",
         "up": "mlp.fc_in",
         "down": "mlp.fc_out",
-        "attn_norm": "ln_1",  # attention and MLP read the same, side by side
+        "attn_norm": "ln_1",  # parallel attention and MLP share a norm
     },
     outer={"embed": "wte", "final_norm": "ln_f"},
     own_attention=True,

@@ -64,7 +64,7 @@ def read_heads(layer: Layer) -> Heads:
     o = layer["o"].double().unflatten(1, (config.heads, config.head_dim))
     moment = second_moment(layer, "q", biased)
     moment += RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
-    return Heads(q, k, v, o, moment, config.turned(layer.index), config.family.rope, config.normed)
+    return Heads(q, k, v, o, moment, config.rotary_of(layer.index), config.family.rope, config.normed)
 
 
 def second_moment(layer: Layer, part: str, biased: bool) -> Tensor:

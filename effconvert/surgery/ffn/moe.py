@@ -133,7 +133,7 @@ class Moe(Layerwise):
         keys |= {family.expert_ffn_key or family.ffn_key: inner, "output_router_logits": False, "router_aux_loss_coef": BALANCE}
         keys |= {family.shared_ffn_key: SHARED} if family.shared_ffn_key else {}
         keys |= {family.dense_layers_key: sorted(set(range(config.layers)) - chosen)} if family.dense_layers_key else {}
-        return target.saying(keys)
+        return target.with_keys(keys)
 
     def _expert(self, layer: Layer, number: int, part: str) -> None:
         to, inner, width = f"experts.{number}.{part}", layer.config.ffn // self.granularity, layer.config.hidden
@@ -194,7 +194,7 @@ def _with_experts(config: Config) -> dict[str, Config]:
     reasons: dict[str, None] = {}
     for target, keys in family.upcycled.items():
         try:
-            configs[target] = _as(config, target).saying(keys)
+            configs[target] = _as(config, target).with_keys(keys)
         except ModelError as error:
             reasons[str(error).partition(";")[0]] = None
     if not configs:
@@ -208,7 +208,7 @@ def _as(config: Config, kind: str) -> Config:
     Raises:
         ModelError: it would compute something else.
     """
-    target, family, windows = config.spelt_out().become(kind), FAMILIES[kind], config.windows()
+    target, family, windows = config.with_defaults().become(kind), FAMILIES[kind], config.windows()
     if config.rotary != config.head_dim:
         raise ModelError(f"{config.kind} rotates {config.rotary} of the {config.head_dim} dimensions of a head by RoPE, and {kind} rotates all")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -222,4 +222,4 @@ def _as(config: Config, kind: str) -> Config:
         keys |= {key: bool(windows[0]) for key in family.window_keys}
     else:
         keys["layer_types"] = ["full_attention" if window is None else "sliding_attention" for window in windows]
-    return target.without(*CODE).saying(keys)
+    return target.without(*CODE).with_keys(keys)

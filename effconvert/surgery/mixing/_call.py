@@ -18,12 +18,12 @@ class Memory(Protocol):
     """The state of a sequence: `effconvert.modeling.state.State`.
 
     Attributes:
-        held: name -> tensor [B, ...].
-        seen: number of tokens so far, padding included.
+        tensors: name -> tensor [B, ...].
+        tokens: number of tokens so far, padding included.
     """
 
-    held: dict[str, Tensor]
-    seen: int
+    tensors: dict[str, Tensor]
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Call:
     @property
     def max_tokens(self) -> int:
         """An upper bound on the number of live tokens so far, these included: padding is counted."""
-        return self.query.shape[-2] if self.state is None else self.state.seen - self.pending
+        return self.query.shape[-2] if self.state is None else self.state.tokens - self.pending
 
     @property
     def grouped(self) -> Tensor:
@@ -99,7 +99,7 @@ class Call:
     def read(self, name: str, slots: Slots) -> Tensor:
         """Return the state's tensor `name`, [B, ...]; zeros without a state."""
         if self.state is not None:
-            return self.state.held[name]
+            return self.state.tensors[name]
         shape, kind = slots[name]
         dtype = self.key.dtype if kind == "model" else getattr(torch, kind)
         return torch.zeros(len(self.key), *shape, dtype=dtype, device=self.key.device)
@@ -108,7 +108,7 @@ class Call:
         """Store tensors [B, ...] in the state, if there is one: with the shapes of the slots, or larger ones where a technique's cache grows."""
         if self.state is not None:
             for name, tensor in tensors.items():
-                self.state.held[name] = tensor.to(self.state.held[name].dtype)
+                self.state.tensors[name] = tensor.to(self.state.tensors[name].dtype)
 
     def with_window(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return keys and values [B, Hk, P + T, D] and which are live [B, P + T]; P are the last `count` earlier tokens (slots: `past`).
@@ -122,7 +122,7 @@ class Call:
             old_key = old_value = like.new_zeros(shape)
             old_live = torch.zeros(len(like), count, dtype=torch.bool, device=like.device)
         else:
-            old_key, old_value, old_live = (self.state.held[name] for name in ("past_key", "past_value", "past_live"))
+            old_key, old_value, old_live = (self.state.tensors[name] for name in ("past_key", "past_value", "past_live"))
         key, value = torch.cat([old_key, self.key], 2), torch.cat([old_value, self.value], 2)
         live = torch.cat([old_live, self.live], 1)
         if self.padded:  # padding between earlier and new tokens must not take up places in the window

@@ -23,4 +23,4 @@ class AsMistral(Surgery):
 
     def config(self, config: Config) -> Config:
         """Become a mistral, which has a window unless its config says otherwise."""
-        return config.become("mistral").saying({"sliding_window": None})
+        return config.become("mistral").with_keys({"sliding_window": None})
