@@ -178,10 +178,20 @@ def publish(plan: Plan, partial: Path, output: Path, overwrite: bool, record: di
 
 
 def complete(output: Path, manifest: dict[str, Any]) -> None:
-    """Finish a `publish` that was killed after the rename."""
-    save_manifest(output, {key: value for key, value in manifest.items() if key != "shards"})
-    if replaced_folder(output).exists():
-        shutil.rmtree(replaced_folder(output))
+    """Finish the `publish` of a run that was killed: the output is in its place, and the final manifest is missing.
+
+    Raises:
+        OptionError: another effconvert is writing there.
+    """
+    lock = lock_file(output)
+    try:
+        with FileLock(lock, timeout=0):
+            save_manifest(output, {key: value for key, value in manifest.items() if key != "shards"})
+            if replaced_folder(output).exists():
+                shutil.rmtree(replaced_folder(output))
+            lock.unlink(missing_ok=True)
+    except Timeout:
+        raise OptionError(f"another effconvert is writing {output}; wait for it, or give another --output") from None
 
 
 def identity(plan: Plan) -> dict[str, Any]:

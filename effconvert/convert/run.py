@@ -86,7 +86,7 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progre
     if conversion.needs_calibration:
         conversion = replace(conversion, calibration=prepare_calibration(conversion, options))
     manifest = output.matching_manifest(conversion, target, options.verify)
-    if manifest and "shards" in manifest:  # a run that was killed before it wrote the final manifest
+    if manifest and "shards" in manifest and not options.dry_run:  # a run that was killed before it wrote the final manifest
         output.complete(target, manifest)
         reuse = True
     if reuse and manifest:
