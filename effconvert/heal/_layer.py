@@ -24,11 +24,13 @@ def refit_attention(layer: Layer, original: int) -> None:
     if _relative_error(layer, targets, bias) < NEGLIGIBLE:
         return
     if windows:
-        _fit_queries(layer, windows)
+        if "q" in layer:  # a technique may run in its place
+            _fit_queries(layer, windows)
         for window, weights in zip(windows, _attention_weights(layer), strict=True):
             window.weights.copy_(weights)  # use the converted layer's attention weights from here on
         _fit_output(layer, targets)
-        _fit_values(layer, windows)
+        if "v" in layer:
+            _fit_values(layer, windows)
     _fit_output(layer, targets)
 
 

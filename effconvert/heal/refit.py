@@ -31,8 +31,7 @@ class Refit(Healing):
         notes = ["its queries go through a norm, so they are not refitted to scores; values and outputs are"] if config.normed else []
         notes += ["its queries are clipped (clip_qkv), so they stay where the text shows it; values and outputs are refitted"] if config.get("clip_qkv") else []
         notes += ["a norm follows its MLP, so dropped layers or attention are hardly made up for"] if "mlp_post_norm" in config.family.parts else []
-        notes += ["in layers with a mixer only the output projection is refitted; transfer does more"] if config.replaced else []
-        return "; ".join(notes)
+        return "; ".join(notes + _notes_by_place(config))
 
     def changes(self, layer: Layer, originals: range) -> list[str]:
         """Queries, values and outputs of attention; the MLP's output where a technique replaces all of attention."""
@@ -66,6 +65,25 @@ class Refit(Healing):
 def _without_attention(layer: Layer) -> bool:
     """Whether a technique replaces all of a layer's attention, with its output projection."""
     return any("o" in record.drops for record in layer.config.replaced_in(layer.index))
+
+
+def _notes_by_place(config: Config) -> list[str]:
+    """Say what is refitted in layers with techniques, by where these run."""
+    notes = []
+    for record in config.replaced:
+        name = f"{record.technique} in place of their {record.place}"
+        linear = "down" in config.parts and not any("down" in other.drops for index in record.layers for other in config.replaced_in(index))
+        if record.place == "scores":
+            notes.append("in layers with a mixer only the output projection is refitted; transfer does more")
+        elif "o" in record.drops and linear and "mlp_post_norm" not in config.parts:
+            notes.append(f"in layers with {name} only the MLP's output projection is refitted; transfer does more")
+        elif "o" in record.drops:
+            notes.append(f"in layers with {name} nothing is refitted; use transfer")
+        elif record.place in ("ffn", "gate", "up", "down"):
+            notes.append(f"nothing makes up for {name}: attention is refitted where it differs from the original's, and else nothing is; use transfer")
+        elif record.place in ("q", "k", "v"):
+            notes.append(f"in layers with {name} that stays as it is, and the rest of attention is refitted")
+    return list(dict.fromkeys(notes))
 
 
 def after_gaps(model: Model) -> list[dict[str, int]]:

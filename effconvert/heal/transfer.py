@@ -37,14 +37,17 @@ class Transfer(Healing):
     rate: float = Field(3e-3, gt=0, le=1, description="Highest learning rate of the projections (AdamW); the mixer's own parameters get ten times that.")
 
     def check(self, config: Config) -> None:
-        """Refuse models without mixers."""
+        """Refuse models in which no technique runs."""
         if config.attention and not config.replaced:
-            raise OptionError("none of its layers has a mixer, so there is nothing to train; put one in first (effconvert linear, ...), or use refit")
+            raise OptionError("no technique runs in its layers, so there is nothing to train; put one in first (effconvert linear, ...), or use refit")
 
     def notes(self, config: Config) -> str:
-        """Say which layers."""
+        """Say which layers, and what is in them."""
+        if not config.replaced:
+            return f"trains the {config.layers} layers, which have no attention"
         count = len({index for record in config.replaced for index in record.layers}) if config.attention else config.layers
-        return f"trains the {count} layers that have a mixer"
+        kinds = dict.fromkeys("a mixer" if record.place == "scores" else f"{record.technique} in place of their {record.place}" for record in config.replaced)
+        return f"trains the {count} layers that have {' or '.join(kinds)}"
 
     def changes(self, layer: Layer, originals: range) -> list[str]:
         """The parts that are trained at any place."""

@@ -273,8 +273,8 @@ def test_an_encoder_has_no_window(tmp_path):
 def test_there_is_nothing_to_transfer_in_a_model_without_mixers(tmp_path):
     model = save(tiny("llama"), tmp_path / "model")
     characters(model)
-    refused(model, OptionError, "none of its layers has a mixer", Transfer(teacher=str(model)))
-    refused(model, OptionError, "none of its layers has a mixer", step("gqa", groups=2, pool="mean"), transfer=True)
+    refused(model, OptionError, "no technique runs in its layers", Transfer(teacher=str(model)))
+    refused(model, OptionError, "no technique runs in its layers", step("gqa", groups=2, pool="mean"), transfer=True)
 
 
 def test_the_command_line_says_the_same(command, folder):

@@ -13,9 +13,11 @@ from effconvert.checkpoint.families import FAMILIES
 from effconvert.convert.plan import plan
 from effconvert.convert.run import convert
 from effconvert.errors import EffconvertError, ModelError, OptionError
+from effconvert.heal.refit import Refit
+from effconvert.heal.transfer import Transfer
 from effconvert.options import RunOptions
 from effconvert.recipe import step
-from tests.models import characters, heed_caps, logits, save, tiny
+from tests.models import characters, heed_caps, logits, on_disk, save, tiny
 
 FOLDER = Path(__file__).parent / "examples"
 EXACT = {  # options at which no logit may change, and families
@@ -81,6 +83,47 @@ def test_what_changes_something_is_written_opened_and_saved_again(name, kind, tm
     model.train()(torch.arange(3, 12)[None]).logits.square().mean().backward()
     own = {name: parameter for name, parameter in model.named_parameters() if ".effconvert." in name}
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in own.values())
+
+
+HEALED = {  # what the plan says of refitting and training each, by its place
+    "gated-ffn": (
+        "llama",
+        "nothing makes up for gated-ffn in place of their ffn: attention is refitted where it differs from the original's, and else nothing is; use transfer",
+        "trains the 2 layers that have gated-ffn in place of their ffn",
+    ),
+    "softer-scores": (
+        "llama",
+        "in layers with a mixer only the output projection is refitted; transfer does more",
+        "trains the 2 layers that have a mixer",
+    ),
+    "mean-attention": (
+        "modernbert",
+        "in layers with mean-attention in place of their attention only the MLP's output projection is refitted; transfer does more",
+        "trains the 2 layers that have mean-attention in place of their attention",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEALED)
+def test_the_plan_says_what_healing_does_at_a_place(name, tmp_path):
+    kind, refitted, trained = HEALED[name]
+    notes = plan(open_checkpoint(source(kind, tmp_path)), (step({name: {}}, "step"), Transfer(), Refit())).notes
+    assert {f"transfer: {trained}", f"refit: {refitted}"} <= {*notes}
+
+
+@pytest.mark.parametrize(("places", "changed"), [(("gate",), set()), (("q",), {"v", "o"}), (("v",), {"q", "o"})])
+def test_refit_leaves_alone_what_a_technique_runs_in_place_of(places, changed, tmp_path, monkeypatch):
+    monkeypatch.setattr(steps.load("thin-projection"), "places", lambda self, config: places)
+    monkeypatch.setattr(steps.load("thin-projection"), "drops", places)
+    folder, thin = source("llama", tmp_path), (step({"thin-projection": {"rank": 4}}, "step"),)
+    text = characters(folder)
+    for name, refit in (("plain", False), ("refitted", True)):
+        convert(str(folder), thin, RunOptions(output=tmp_path / name, refit=refit, verify=False, calibrate=str(text), calibration_tokens=512))
+    plain, refitted = on_disk(tmp_path / "plain"), on_disk(tmp_path / "refitted")
+    assert plain.keys() == refitted.keys()
+    found = {name.split(".")[-2].removesuffix("_proj") for name in plain if not torch.equal(plain[name], refitted[name])}
+    assert found <= changed
+    assert bool(found) == bool(changed)
 
 
 @pytest.mark.parametrize("name", ["every-second-layer", "shared-ffn", "lent-cache"])
