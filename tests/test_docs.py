@@ -1,6 +1,7 @@
 """The documents say what the code says."""
 
 import re
+import runpy
 from pathlib import Path
 
 from effconvert import commands, steps
@@ -77,3 +78,9 @@ def test_the_readme_is_short():
     lines = text(ROOT / "README.md").splitlines()
     assert len(lines) <= 120
     assert [line for line in lines if len(line) >= 120] == []
+
+
+def test_the_picture_is_what_its_script_draws_from_the_results():
+    drawn = runpy.run_path(str(ROOT / "benchmarks" / "plot_cache.py"))["picture"]()
+    assert text(DOCS / "cache.svg") == drawn
+    assert len(drawn) < 60_000

@@ -73,9 +73,7 @@ def show(evaluation: "Evaluation") -> None:
     out.print(
         f"text: {escape(str(settings['text']))}, {settings['tokens']} tokens in windows of {settings['context']}; {escape(evaluation.machine)}", soft_wrap=True
     )
-    out.print(
-        f"± is one standard error; differences are taken on the same n documents (windows of text); {CHANCE} it may be chance (p >= 0.05)", soft_wrap=True
-    )
+    out.print(f"± is one standard error; differences are taken on the same n documents (windows of text); {CHANCE} if p >= 0.05", soft_wrap=True)
     for note in evaluation.notes:
         out.print(f"note: {note}", soft_wrap=True, markup=False)
     if evaluation.prompt:

@@ -21,7 +21,8 @@ def command(recipe: str, dry_run: bool, **values: Any) -> None:
     model: HuggingFaceTB/SmolLM2-135M
     output: smol-mqa
     steps:
-      - gqa: {groups: 1, pool: mean}
+      - gqa: {groups: 1}
+      - refit
     evaluate: {tasks: [piqa, arc_easy], limit: 200}
     bench: {context: [512, 2048]}
     report: true

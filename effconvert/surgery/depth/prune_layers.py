@@ -33,7 +33,7 @@ class PruneLayers(Layerwise):
     A model without some whole layers stays in its own class. One without some attention or MLP modules needs effconvert's class, and config.json uses
     transformers' per_layer_config. --layers names the layers. --drop chooses them on a text: by search, by how little a layer changes its input (Men et
     al. 2024, arXiv 2403.03853), or as the run of layers with the smallest angle (Gromov et al. 2024, arXiv 2403.17887). --refit recovers a part of the
-    loss, and dropping attention alone costs least. docs/prune.md has the measurements.
+    loss. docs/prune.md has the measurements.
 
     \b
     Examples:
