@@ -115,10 +115,10 @@ def test_a_step_says_what_it_allows_without_a_line_of_its_own(llama_checkpoint):
 
         rank: int
 
-    config = llama_checkpoint.config.saying({"attention_bias": False, "mlp_bias": False})
+    config = llama_checkpoint.config.with_keys({"attention_bias": False, "mlp_bias": False})
     assert (Plain.allowed_options(config), Rank.allowed_options(config)) == ("as it is", "--rank N")
     with pytest.raises(ModelError, match="mlp_bias"):
-        Plain.allowed_options(config.saying({"mlp_bias": True}))
+        Plain.allowed_options(config.with_keys({"mlp_bias": True}))
 
 
 FILES = {

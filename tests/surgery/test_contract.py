@@ -52,10 +52,16 @@ class Case:
 MULTI_HEAD = [kind for kind in ATTENDING if not FAMILIES[kind].fixed_kv_heads]
 DENSE = [kind for kind, family in FAMILIES.items() if family.upcycled]
 SUBLAYERS = [kind for kind, family in FAMILIES.items() if not family.norms_stream and "attention" not in family.adds_inside]
+POOLED = {"parts": ("kv", "q", "q.bias", "o"), "keys": ("num_key_value_heads",), "cache": True, "same_bytes": True}
+OUT_OF_REACH = "has attention of its own|does not attend"
 HEADS = {count: {"num_key_value_heads": count} for count in (1, 2, 4)}
 CASES = {
-    "gqa": Case({"groups": 2}, {"groups": 4}, MULTI_HEAD, parts=("kv", "q", "q.bias", "o"), keys=("num_key_value_heads",), cache=True, same_bytes=True),
-    "mqa": Case({}, {}, MULTI_HEAD, parts=("kv", "q", "q.bias", "o"), keys=("num_key_value_heads",), cache=True, same_bytes=True, neutral_from=HEADS[1]),
+    "gqa": Case(
+        {"groups": 2}, {"groups": 4}, MULTI_HEAD, OUT_OF_REACH, parts=("kv", "q", "q.bias", "o"), keys=("num_key_value_heads",), cache=True, same_bytes=True
+    ),
+    "mqa": Case(
+        {}, {}, MULTI_HEAD, OUT_OF_REACH, parts=("kv", "q", "q.bias", "o"), keys=("num_key_value_heads",), cache=True, same_bytes=True, neutral_from=HEADS[1]
+    ),
     "moe": Case(
         {"experts": 4, "noise": 0.5},
         {"experts": 4},
