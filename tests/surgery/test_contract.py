@@ -113,7 +113,7 @@ NEUTRAL = [
     for name, kind in MATRIX
     if CASES[name].neutral is not None and name not in TABLED and (kind in GROUPING or not CASES[name].neutral_from)  # which only these can have
 ]
-NEUTRAL += [("mqa", "gpt_bigcode"), *((name, kind) for name, kind in mixing.NEUTRAL if kind in KINDS[name])]
+NEUTRAL += [("mqa", "gpt_bigcode"), *(case for case in mixing.NEUTRAL if case in MATRIX)]
 OTHERWISE = [("mqa", "gpt_bigcode"), ("gqa", "gpt_bigcode")]  # nothing to refuse, or the options are wrong and not the model
 REFUSED = [(name, kind) for name in CASES for kind in FAMILIES if kind not in KINDS[name] and (name, kind) not in OTHERWISE and name not in TABLED]
 REFUSED += [(name, next(iter(row.refused))) for name, row in mixing.ROWS.items()]
