@@ -110,7 +110,7 @@ class Terminal:
             table.add_row(layer, f"{errors['before']:.3g}", f"{errors['after']:.3g}")
         self.out.print()
         self.out.print(table)
-        self.out.print("squared, of what was taught, on held-out windows, relative to its size")
+        self.out.print("squared error of the outputs that were trained, on held-out windows, relative to their size")
 
     def report(self, report: Verification) -> None:
         """Print the verification: sizes and quality before and after."""

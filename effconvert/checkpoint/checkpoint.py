@@ -132,7 +132,7 @@ def check_quantised(folder: Path, config: Config, tensors: Mapping[str, StoredTe
     Raises:
         ModelError: it is. The advice differs where its tensors are plain numbers all the same.
     """
-    quantization = config.get("quantization_config")
+    quantization = (config.wrapper.raw if config.wrapper else config.raw).get("quantization_config") or config.get("quantization_config")
     if not quantization:
         return
     method = quantization.get("quant_method", "an unnamed method") if isinstance(quantization, dict) else quantization

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -62,9 +62,7 @@ def read_config(folder: Path) -> Config:
     stem = family.base.removesuffix("Model")
     if not wrapper and config.architecture not in (family.base, family.lm) and not re.fullmatch(rf"{stem}For[A-Za-z]+", config.architecture):
         raise ModelError(f"{path} names the class {config.architecture!r}, which is none of {kind}'s ({family.base}, {family.lm}, {stem}For…); mend the file")
-    for key in ("attn_implementation", "_attn_implementation"):
-        if "/" in str(raw.get(key)):
-            raise ModelError(f"{path} asks for the attention kernel {raw[key]!r} from the Hub, which is foreign code; remove {key} from it")
+    _check_kernels(path, wrapper.raw if wrapper else raw)
     if config.get("layer_types") is not None and len(config.get("layer_types")) != config.layers:
         raise ModelError(f"{path} has {len(config.get('layer_types'))} layer_types for {config.layers} layers; mend the file")
     if config.get(family.turned_key) is not None and len(config.get(family.turned_key)) < config.layers:
@@ -82,6 +80,19 @@ def _numbers(value: Any) -> bool:
 
 def _names(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 0 and all(isinstance(name, str) for name in value)
+
+
+def _check_kernels(path: Path, content: Mapping[str, Any]) -> None:
+    """Refuse attention kernels from the Hub, in the config of a model inside another one too.
+
+    Raises:
+        ModelError: config.json names one.
+    """
+    for key, value in content.items():
+        if key in ("attn_implementation", "_attn_implementation") and "/" in str(value):
+            raise ModelError(f"{path} asks for the attention kernel {value!r} from the Hub, which is foreign code; remove {key} from it")
+        if isinstance(value, dict):
+            _check_kernels(path, value)
 
 
 def _fraction(value: Any) -> bool:

@@ -173,7 +173,7 @@ def skipped(raw: Mapping[str, Any], family: Family) -> dict[int, set[str]]:
 
 def by_layer(raw: Mapping[str, Any]) -> dict[int, Any]:
     """Return what config.json says of single layers: transformers writes their numbers with zeros before them."""
-    return {int(layer): said for layer, said in (raw.get("per_layer_config") or {}).items()}
+    return {int(layer): entry for layer, entry in (raw.get("per_layer_config") or {}).items()}
 
 
 def _record(entry: Mapping[str, Any]) -> Replaced:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from effconvert.checkpoint.config import Config
 from effconvert.convert import selftext
 from effconvert.convert.plan import Plan
 from effconvert.errors import ModelError, OptionError
@@ -29,11 +30,8 @@ def prepare(plan: Plan, options: Conversion) -> Calibration:
     config, folder = plan.checkpoint.config, plan.checkpoint.folder
     if not loading.has_tokenizer(folder):
         raise ModelError(f"{folder} has no tokenizer, so the model cannot be run on a text; put it there, or take options that need no calibration")
-    if lent := [layer for layer in range(plan.config.layers) if plan.config.cache_of(layer) != layer]:
-        raise ModelError(
-            f"layer {lent[0]} reads the keys and values of layer {plan.config.cache_of(lent[0])}, and calibration runs one layer at a time; "
-            "put steps that need calibration first, and share the cache last"
-        )
+    for shape in (plan.config, plan.teacher.config):
+        _check_caches(shape)
     if plan.teacher.config.vocabulary < config.vocabulary:
         raise ModelError(
             f"the teacher has a vocabulary of {plan.teacher.config.vocabulary} and the student of {config.vocabulary}, so they do not read the same text; "
@@ -62,6 +60,15 @@ def prepare(plan: Plan, options: Conversion) -> Calibration:
     ends = _ends(tokenizer)
     least = SHORTEST + sum(map(len, ends))
     return Calibration(text.name, ids, tuple(pieces for pieces in PIECES if pieces == 1 or window // pieces >= least), ends)
+
+
+def _check_caches(config: Config) -> None:
+    """Refuse a model with layers that read an earlier layer's keys and values: calibration runs one layer at a time."""
+    if readers := [layer for layer in range(config.layers) if config.cache_of(layer) != layer]:
+        raise ModelError(
+            f"layer {readers[0]} reads the keys and values of layer {config.cache_of(readers[0])}, and calibration runs one layer at a time; "
+            "do what needs calibration first, and share the cache last"
+        )
 
 
 def _window(options: Conversion, longest: int) -> int:

@@ -127,12 +127,12 @@ def sample(
         for batch in prompt.split(TOGETHER):
             ids = batch.to(model.device)
 
-            def told(so_far: Tensor, _: Any) -> Tensor:
+            def count_tokens(so_far: Tensor, _: Any) -> Tensor:
                 advance(len(so_far))
                 return torch.zeros(len(so_far), dtype=torch.bool, device=so_far.device)
 
             try:
-                ids = model.generate(ids, attention_mask=torch.ones_like(ids), stopping_criteria=StoppingCriteriaList([told]))
+                ids = model.generate(ids, attention_mask=torch.ones_like(ids), stopping_criteria=StoppingCriteriaList([count_tokens]))
             except RuntimeError as error:  # of NaN among probabilities, or of a device that is full
                 raise ModelError(f"{writer.folder} cannot write text to calibrate on ({error}); give --calibrate FILE") from error
             batches.append(ids.cpu())

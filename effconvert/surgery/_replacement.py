@@ -75,7 +75,7 @@ class Replacement(Layerwise):
         return 0.0
 
     def forward(self, weights: Mapping[str, Tensor], hidden: Tensor, context: PlaceContext) -> Tensor:
-        """Return the output for hidden states [B, T, M]; only for places that are modules."""
+        """Return the output for hidden states [B, T, M]; only for places that are modules. The plan refuses such a technique without it."""
         raise NotImplementedError(f"{self.name} has nothing that runs at a module")
 
     @classmethod

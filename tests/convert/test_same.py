@@ -102,12 +102,12 @@ def test_shards_of_a_faulty_technique_are_not_used_by_the_mended_one(monkeypatch
     twins()
 
     def broken(*_, **__):
-        raise NotImplementedError("no forward")
+        raise AttributeError("a bug of the technique")
 
     options = RunOptions(output=Path("out"), tokens=64, context=32)
     with monkeypatch.context() as patched:
         patched.setattr("effconvert.convert.run.verify", broken)
-        with pytest.raises(NotImplementedError):
+        with pytest.raises(AttributeError, match="a bug of the technique"):
             convert("a", (Gqa(groups=2, pool="mean"),), options)
     assert convert("a", (Gqa(groups=2, pool="mean"),), options).resumed == 0
 

@@ -154,3 +154,21 @@ def test_a_language_model_inside_that_nobody_knows_is_refused():
     Path("model/config.json").write_text(json.dumps(content))
     with pytest.raises(ModelError, match="names the family 'internlm2', which effconvert does not know"):
         open_checkpoint(Path("model"))
+
+
+@pytest.mark.parametrize("place", ["", "text_config", "vision_config"])
+def test_a_kernel_from_the_hub_is_refused_wherever_the_config_names_it(place):
+    put("llava")
+    content = json.loads(Path("model/config.json").read_text())
+    (content[place] if place else content)["_attn_implementation"] = "somebody/kernel"
+    Path("model/config.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match="asks for the attention kernel 'somebody/kernel' from the Hub"):
+        open_checkpoint(Path("model"))
+
+
+def test_a_leftover_of_quantisation_is_seen_in_the_config_of_the_whole():
+    put("llava")
+    content = json.loads(Path("model/config.json").read_text())
+    Path("model/config.json").write_text(json.dumps({**content, "quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(ModelError, match=r"says that it is quantised \(awq\), and its tensors are plain numbers"):
+        open_checkpoint(Path("model"))

@@ -348,3 +348,6 @@ def test_what_cannot_lend_is_refused():
     put(Path("model"), num_hidden_layers=4)
     with pytest.raises(ModelError, match="layer 2 reads the keys and values of layer 1, and calibration runs one layer at a time"):
         run("model", Share(what="cache"), Refit())
+    to("lent", Share(what="cache"))
+    with pytest.raises(ModelError, match="layer 2 reads the keys and values of layer 1"):  # as a teacher, too
+        run("model", Refit(teacher="lent"))
