@@ -17,7 +17,7 @@ from effconvert.convert import drafts, output, selftext
 from effconvert.convert.calibration import prepare as prepare_calibration
 from effconvert.convert.decide import decide
 from effconvert.convert.plan import Plan, plan
-from effconvert.convert.verify import check_memory, prepare, scratch_bytes, verify
+from effconvert.convert.verify import Material, check_memory, prepare, scratch_bytes, verify
 from effconvert.convert.write import is_unfinished, write
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality.text import default_text, read_text
@@ -80,11 +80,7 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progre
         if not reuse:
             output.check_free(target, options.overwrite)
         surgeries = decide(checkpoint, surgeries, teacher, options, progress)
-    conversion = plan(checkpoint, surgeries, teacher)
-    if options.verify or options.dry_run:
-        check_writable(conversion.config, {target.name: (target.dtype, target.shape) for target in conversion.targets})
-    if conversion.needs_calibration:
-        conversion = replace(conversion, calibration=prepare_calibration(conversion, options))
+    conversion = _plan(checkpoint, surgeries, teacher, options)
     manifest = output.matching_manifest(conversion, target, options.verify)
     if manifest and "shards" in manifest and not options.dry_run:  # a run that was killed before it wrote the final manifest
         output.complete(target, manifest)
@@ -109,15 +105,7 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progre
         with progress.bar(f"writing {target}", conversion.after.bytes, "bytes") as advance:
             resumed = write(conversion, partial, advance)
         drafts.discard(conversion, partial)
-        report = None
-        if material:
-            try:
-                report = verify(conversion, partial, material, partial / output.SCRATCH, progress)
-            except Exception as error:  # also a bug of a technique: its next version must not find the old shards
-                output.forget_shards(partial)
-                if not isinstance(error, ModelError):
-                    raise
-                raise ModelError(f"{error}; {target} was not written, and the unsound result is in {partial}") from error
+        report = _verify(conversion, target, partial, material, progress) if material else None
         record = {"source": _source(model, options, folder), "verified": report is not None, "report": report and asdict(report), "versions": versions()}
         if conversion.calibration:
             record["calibration"] = conversion.calibration.record
@@ -128,6 +116,27 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progre
             record["sha256"] = {name: file_hash(partial / name) for name in conversion.output_files}
         output.publish(conversion, partial, target, options.overwrite, record)
     return Outcome(conversion, target, report, resumed, layer_errors=layer_errors)
+
+
+def _plan(checkpoint: Checkpoint, surgeries: tuple[Step, ...], teacher: Checkpoint | None, options: RunOptions) -> Plan:
+    """Plan the conversion and its calibration, and ask transformers whether it could open the output."""
+    conversion = plan(checkpoint, surgeries, teacher)
+    if options.verify or options.dry_run:
+        check_writable(conversion.config, {target.name: (target.dtype, target.shape) for target in conversion.targets})
+    if conversion.needs_calibration:
+        conversion = replace(conversion, calibration=prepare_calibration(conversion, options))
+    return conversion
+
+
+def _verify(conversion: Plan, target: Path, partial: Path, material: Material, progress: Progress) -> Verification:
+    """Verify what is in `partial`; where that fails, its shards are not used again."""
+    try:
+        return verify(conversion, partial, material, partial / output.SCRATCH, progress)
+    except Exception as error:  # also a bug of a technique: its next version must not find the old shards
+        output.forget_shards(partial)
+        if not isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{error}; {target} was not written, and the unsound result is in {partial}") from error
 
 
 def _layer_errors(conversion: Plan, partial: Path) -> dict[str, dict[str, float]]:

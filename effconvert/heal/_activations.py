@@ -10,7 +10,8 @@ from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.layer import Layer
 from effconvert.checkpoint.outer import Outer
 from effconvert.checkpoint.shards import FLOATS
-from effconvert.heal._layerwise import Capture, LayerRunner, check_finite, device, outer_tensors, stored_tensors, zero_sublayer
+from effconvert.heal._capture import Capture
+from effconvert.heal._layerwise import LayerRunner, check_finite, device, outer_tensors, stored_tensors, zero_sublayer
 
 
 class Activations:

@@ -8,7 +8,7 @@ arguments of layers come from that class, so no family needs code here, and a mo
 import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy
@@ -22,32 +22,13 @@ from effconvert.checkpoint.outer import Outer
 from effconvert.checkpoint.parts import Deferred
 from effconvert.checkpoint.shards import FLOATS, StoredTensor, is_finite
 from effconvert.errors import ModelError
-from effconvert.modeling.attention import attend
+from effconvert.heal._capture import PROBE, Capture, StopForwardError, record, register
 from effconvert.modeling.loading import class_of
 from effconvert.modeling.transformers_internals import names_at_run_time
 from effconvert.quiet import quiet_transformers
 
-PROBE = "effconvert_probe"  # the name of our attention function in transformers' registry
 OUTPUT_PARTS = {"scores": "o", "attention": "o", "ffn": "down"}  # place -> the part whose output is the place's output
 Tensors = Mapping[str, Tensor]  # name in a layer -> tensor, as the family stores it
-
-
-@dataclass
-class Capture:
-    """The activations of one batch of windows in a layer."""
-
-    state: Tensor  # the layer's input, [B, T, M]
-    out: Tensor = field(default_factory=lambda: torch.empty(0))  # its output, [B, T, M]
-    inputs: dict[str, Tensor] = field(default_factory=dict)  # part -> input of its module, [B, T, ...]
-    outputs: dict[str, Tensor] = field(default_factory=dict)  # part -> output of its module
-    query: Tensor | None = None  # after RoPE and norms, [B, H, T, D]
-    key: Tensor | None = None  # likewise, [B, Hk, T, D]
-    scaling: float | None = None  # of their scores
-    weights: Tensor | None = None  # of attention, [B, H, T, T]
-
-
-class _StopForwardError(Exception):
-    """Stops a forward pass once all that is needed was recorded."""
 
 
 class LayerRunner:
@@ -90,7 +71,7 @@ class LayerRunner:
 
         def note(state: Tensor, *_: Any, **__: Any) -> None:
             states.append(state)
-            raise _StopForwardError
+            raise StopForwardError
 
         with _replace_forward(self.layers[:1], [note]):
             for batch in self.ids:
@@ -120,7 +101,7 @@ class LayerRunner:
             calls.append((args, kwargs))
             shapes.add(state.shape)
             if len(calls) == len(self.layers) or len(shapes) > 1:
-                raise _StopForwardError
+                raise StopForwardError
             return self.wrap_output(state)
 
         with _replace_forward(self.layers, [note] * len(self.layers)):
@@ -138,7 +119,7 @@ class LayerRunner:
                 args, kwargs = self.call(index, state)
                 capture = Capture(state)
                 fill(module, tensors)  # for each batch: between batches the caller may run the same layer with other weights
-                with _record(module, {part: self._module(module, part) for part in parts}, capture, until):
+                with record(module, {part: self._module(module, part) for part in parts}, capture, until):
                     out = module(state, *args, **kwargs)
                     capture.out = out[0] if isinstance(out, tuple) else out
                 yield capture
@@ -149,7 +130,7 @@ class LayerRunner:
         """Run layer `index` on one batch up to a place, and return the output there, with gradients for `tensors`."""
         module, (args, kwargs) = self.layers[index], self.call(index, state)
         capture = Capture(state)
-        with _record(module, {place: self._module(module, place)}, capture, place):
+        with record(module, {place: self._module(module, place)}, capture, place):
             functional_call(module, self._run_time_tensors(index, tensors), (state, *args), kwargs)
         return capture.outputs[place]
 
@@ -172,7 +153,7 @@ class LayerRunner:
     def _run_until_stopped(self, batch: Tensor) -> None:
         try:
             self.model(input_ids=batch, **self.arguments)
-        except _StopForwardError:
+        except StopForwardError:
             return
 
 
@@ -182,7 +163,7 @@ def skeleton(config: Config, device: torch.device, architecture: str) -> Any:
 
     from effconvert.modeling.transformers_internals import attend_by
 
-    _register()
+    register()
     config = config.alone
     with quiet_transformers(), init_empty_weights(include_buffers=False), torch.device(device):
         model_class = class_of(replace(config, raw={**config.raw, "architectures": [architecture]}))
@@ -277,52 +258,3 @@ def _replace_forward(modules: Sequence[nn.Module], functions: Sequence[Callable[
     finally:
         for module in modules:
             del module.__dict__["forward"]
-
-
-@contextmanager
-def _record(module: nn.Module, parts: Mapping[str, str], capture: Capture, until: str) -> Iterator[None]:
-    """Record in `capture` the inputs and outputs of submodules (part -> name) and of attention; stop the forward pass after the submodule of part `until`."""
-
-    def recorder(part: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], out: Any) -> None:
-            capture.inputs[part], capture.outputs[part] = args[0], out[0] if isinstance(out, tuple) else out
-            if part == until:
-                raise _StopForwardError
-
-        return hook
-
-    handles = [module.get_submodule(name).register_forward_hook(recorder(part)) for part, name in parts.items()]
-    _CAPTURES.append(capture)
-    try:
-        yield
-    except _StopForwardError:
-        return
-    finally:
-        _CAPTURES.pop()
-        for handle in handles:
-            handle.remove()
-
-
-_CAPTURES: list[Capture] = []
-
-
-def _probe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
-    """Attend as the family's own eager implementation does, and record queries, keys, scaling and weights."""
-    if "mixing" in kwargs:
-        out, weights = attend(module, query, key, value, attention_mask, **kwargs)
-    else:
-        from effconvert.modeling.transformers_internals import eager
-
-        out, weights = eager(module)(module, query, key, value, attention_mask, **kwargs)
-    if _CAPTURES:
-        capture, scaling = _CAPTURES[-1], kwargs.get("scaling")
-        capture.query, capture.key, capture.weights = query, key[:, :: getattr(module, "repeats", 1)], weights
-        capture.scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return out, weights
-
-
-def _register() -> None:
-    from effconvert.modeling.transformers_internals import AttentionInterface, AttentionMaskInterface, eager_mask
-
-    AttentionInterface.register(PROBE, _probe)
-    AttentionMaskInterface.register(PROBE, eager_mask)

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from effconvert.errors import ModelError, OptionError
-from effconvert.heal._layerwise import Capture
+from effconvert.heal._capture import Capture
 from effconvert.surgery.mixing._call import Call
 from effconvert.surgery.mixing.linformer import Linformer, columns, masked_attention
 from tests.surgery.rows import GROUPS, HEADS, WIDTH, random

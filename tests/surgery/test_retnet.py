@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.families import FAMILIES
 from effconvert.errors import ModelError, OptionError
-from effconvert.heal._layerwise import Capture
+from effconvert.heal._capture import Capture
 from effconvert.kernels.linear_attention import linear_attention
 from effconvert.modeling.attention import Mixer
 from effconvert.modeling.state import State
