@@ -106,11 +106,7 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progre
             resumed = write(conversion, partial, advance)
         drafts.discard(conversion, partial)
         report = _verify(conversion, target, partial, material, progress) if material else None
-        record = {"source": _source(model, options, folder), "verified": report is not None, "report": report and asdict(report), "versions": versions()}
-        if conversion.calibration:
-            record["calibration"] = conversion.calibration.record
-        if layer_errors:
-            record["transfer"] = layer_errors
+        record = _record(conversion, _source(model, options, folder), report, layer_errors)
         output.write_texts(partial, _texts(model, conversion, options, record))
         if report:  # `push` checks that the folder is what was verified
             record["sha256"] = {name: file_hash(partial / name) for name in conversion.output_files}
@@ -156,6 +152,16 @@ def _teacher(surgeries: tuple[Step, ...], progress: Progress) -> Checkpoint | No
     if not names and isinstance(surgeries[0], Healing):
         raise OptionError("--teacher is needed: the model that this one was made from")
     return open_checked(sources.locate(names.pop(), None, progress.step)) if names else None
+
+
+def _record(conversion: Plan, source: dict[str, Any], report: Verification | None, layer_errors: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the manifest says of this conversion."""
+    record = {"source": source, "verified": report is not None, "report": report and asdict(report), "versions": versions()}
+    if conversion.calibration:
+        record["calibration"] = conversion.calibration.record
+    if layer_errors:
+        record["transfer"] = layer_errors
+    return record
 
 
 def _source(model: str, options: RunOptions, folder: Path) -> dict[str, Any]:
