@@ -13,7 +13,7 @@ from pathlib import Path
 
 from effconvert import steps
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.families import FAMILIES
+from effconvert.families import FAMILIES
 from effconvert.modeling.caches import kv_bytes
 
 RESULTS = Path(__file__).parent / "results"

@@ -33,11 +33,11 @@ ONE = """
 import json, resource, sys, time
 import torch, transformers
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.families import FAMILIES
+from effconvert.families import FAMILIES
 from effconvert.modeling.model import config_class, model_class
 from effconvert.eval.quality.perplexity import cache_bytes
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.families import FAMILIES
+from effconvert.families import FAMILIES
 from effconvert.modeling.model import config_class, model_class
 from effconvert.modeling.transformers_internals import cache_among, cache_name
 from effconvert.eval.quality import cache_bytes

@@ -10,8 +10,6 @@ from typing import TypeVar
 from effconvert.convert.run import Outcome, convert
 from effconvert.errors import EffconvertError, OptionError
 from effconvert.eval.quality.evaluate import evaluate, prepare
-from effconvert.eval.report import report
-from effconvert.eval.report.page import FORMS, check_drawing
 from effconvert.eval.results import Benchmark, Evaluation, check_output, machine, read, save, versions
 from effconvert.eval.speed.bench import bench, contexts_of, device_of
 from effconvert.eval.subject import open_model
@@ -19,6 +17,8 @@ from effconvert.options import Conversion, RunOptions
 from effconvert.paths import expand, real
 from effconvert.progress import NoProgress, Progress
 from effconvert.recipe import Recipe, outputs
+from effconvert.report import report
+from effconvert.report.page import FORMS, check_drawing
 from effconvert.surgery._surgery import Step
 
 Result = TypeVar("Result")

@@ -6,7 +6,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from effconvert.checkpoint.families import FAMILIES
+from effconvert.families import FAMILIES
 
 BASIC = {"vocab_size": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}

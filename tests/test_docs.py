@@ -6,8 +6,8 @@ from pathlib import Path
 
 from effconvert import commands, steps
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.families import FAMILIES
 from effconvert.errors import ModelError
+from effconvert.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -10,12 +10,12 @@ from functools import cached_property
 from typing import Any
 
 from effconvert.checkpoint import patterns
-from effconvert.checkpoint.families import FAMILIES
 from effconvert.checkpoint.replaced import SKIPS, Replaced, by_layer, encode, overlap, skipped
 from effconvert.checkpoint.shape import Shape
 from effconvert.checkpoint.shared import CACHE_PARTS, Shared, clash_of, renumber
 from effconvert.checkpoint.wrappers import Wrapper
 from effconvert.errors import ModelError, OptionError
+from effconvert.families import FAMILIES
 
 CONFIG = "config.json"
 LAYER_NUMBERS = ("mlp_only_layers",)  # keys that hold numbers of layers

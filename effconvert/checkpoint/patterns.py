@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from effconvert.checkpoint.families import Family
+from effconvert.families import Family
 
 BY_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")  # keys of lists with an entry for each layer
 Get = Callable[[str], Any]  # key of config.json -> its value, or transformers' default

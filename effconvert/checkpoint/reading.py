@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from effconvert.checkpoint.config import CONFIG, Config
-from effconvert.checkpoint.families import FAMILIES
 from effconvert.checkpoint.replaced import KIND, Replaced, check_depth, read
 from effconvert.checkpoint.shared import Shared
 from effconvert.checkpoint.wrappers import unwrap
 from effconvert.errors import ModelError, OptionError
+from effconvert.families import FAMILIES
 
 
 def read_config(folder: Path) -> Config:

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from effconvert.checkpoint.families import EXPERTS_KEYS, FAMILIES, Family
 from effconvert.checkpoint.shared import Shared, read_shared
 from effconvert.errors import ModelError
+from effconvert.families import EXPERTS_KEYS, FAMILIES, Family
 from effconvert.options import shown
 
 KIND, CLASS = "effconvert_", "Effconvert"  # prefixes of the model_type and of class names

@@ -7,8 +7,8 @@ from functools import cached_property
 from typing import Any
 
 from effconvert.checkpoint import patterns
-from effconvert.checkpoint.families import EXPERTS_KEYS, Family
 from effconvert.errors import ModelError
+from effconvert.families import EXPERTS_KEYS, Family
 
 ATTENTION_PARTS = ("q", "k", "v", "o", "q_norm", "k_norm", "attn_norm", "attn_post_norm")  # the parts of attention, with its norms
 TOP_K_KEY = "num_experts_per_tok"

@@ -4,9 +4,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from effconvert.checkpoint.families import Family
 from effconvert.checkpoint.shards import StoredTensor, read_header
 from effconvert.errors import ModelError
+from effconvert.families import Family
 from effconvert.quantities import some
 
 INDEX = "model.safetensors.index.json"

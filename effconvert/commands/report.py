@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from effconvert.commands._click import OptionsCommand, given_options
-from effconvert.eval.report.options import ReportOptions
+from effconvert.report.options import ReportOptions
 
 
 def run(model: str, results: tuple[str, ...], **values: Any) -> None:
@@ -23,8 +23,8 @@ def run(model: str, results: tuple[str, ...], **values: Any) -> None:
     options = ReportOptions(**given_options(values))
 
     from effconvert.console import stdout
-    from effconvert.eval.report import default_page, report
     from effconvert.paths import expand
+    from effconvert.report import default_page, report
 
     page = options.output or default_page(Path(model))
     result = report(expand(model), [expand(file) for file in results], page, options.overwrite)

@@ -69,9 +69,7 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progre
     progress = progress or NoProgress()
     if not surgeries:
         raise OptionError("there is no step to do; name at least one technique")
-    text = None
-    if options.verify:
-        text = read_text(options.text) if options.text else default_text()
+    text = (read_text(options.text) if options.text else default_text()) if options.verify else None
     folder = sources.locate(model, options.revision, progress.step)
     surgeries = (*surgeries, *([Transfer()] if options.transfer else []), *([Refit()] if options.refit else []))
     opening = open_as_stock if options.verify or options.dry_run else open_checked  # the former imports transformers, which is slow

@@ -24,7 +24,6 @@ from effconvert.checkpoint.manifest import CARD, MANIFEST, RECIPE, foreign_files
 from effconvert.checkpoint.replaced import STUB_FILE
 from effconvert.checkpoint.tensors import INDEX, PICKLES, SINGLE
 from effconvert.errors import EffconvertError, ModelError, OptionError
-from effconvert.eval.report.inputs import read_results
 from effconvert.eval.results import Benchmark, Evaluation
 from effconvert.hub.card import render
 from effconvert.hub.hub_errors import explain_errors
@@ -32,6 +31,7 @@ from effconvert.hub.publishable import last_name, without_paths
 from effconvert.hub.push_options import PushOptions
 from effconvert.progress import NoProgress, Progress
 from effconvert.quiet import quiet_hub
+from effconvert.report.inputs import read_results
 from effconvert.surgery._placed import open_checked
 
 WEIGHTS = (".safetensors", ".safetensors.index.json")  # a repository may have only one set of these

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.families import FAMILIES
+from effconvert.families import FAMILIES
 from effconvert.modeling.transformers_internals import DynamicLayer, repeat_heads
 
 

@@ -9,9 +9,9 @@ import transformers
 from torch import nn
 
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.families import FAMILIES, Family
 from effconvert.checkpoint.replaced import CLASS, KIND, STUB, STUB_FILE, decode, encode, read
 from effconvert.errors import ModelError
+from effconvert.families import FAMILIES, Family
 from effconvert.modeling.attention import NAME, SOFTMAX, install
 from effconvert.modeling.caches import caches
 from effconvert.modeling.grouped import Grouped, share

@@ -3,8 +3,8 @@
 from functools import partial
 from typing import Any
 
-from effconvert.checkpoint.families import FAMILIES
 from effconvert.checkpoint.replaced import KIND
+from effconvert.families import FAMILIES
 from effconvert.modeling.stand_ins import stand_in
 
 

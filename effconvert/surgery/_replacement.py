@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from effconvert.checkpoint.families import FAMILIES
 from effconvert.checkpoint.replaced import OWN, PLACES, Replaced
 from effconvert.errors import ModelError, OptionError, TechniqueError
+from effconvert.families import FAMILIES
 from effconvert.surgery._surgery import Layerwise
 
 if TYPE_CHECKING:

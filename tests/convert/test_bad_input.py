@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 import effconvert
 import effconvert.convert.run
 import effconvert.surgery.attention.gqa  # before somebody becomes nobody, who may not even read Python's own files
-from effconvert.checkpoint.families import FAMILIES
 from effconvert.checkpoint.shards import header
 from effconvert.cli import main
+from effconvert.families import FAMILIES
 from tests.models import save, tiny
 
 ASKER, MODEL = 2, 1  # exit codes: whose fault it is

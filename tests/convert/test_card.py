@@ -9,11 +9,11 @@ import transformers
 import yaml
 from huggingface_hub import ModelCard
 
-from effconvert.checkpoint.families import FAMILIES
 from effconvert.errors import ModelError
 from effconvert.eval.quality.perplexity import Quality
 from effconvert.eval.results import Benchmark, Cell, Evaluation, Row, Subject, Timing, Value
 from effconvert.eval.verification import Side, Verification
+from effconvert.families import FAMILIES
 from effconvert.hub.card import render
 from effconvert.hub.card_data import auto_class
 from effconvert.hub.publishable import cut_paths, without_paths

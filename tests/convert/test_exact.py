@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.families import FAMILIES
 from effconvert.convert import exact
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError
+from effconvert.families import FAMILIES
 from effconvert.options import RunOptions
 from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.mixing._call import Call

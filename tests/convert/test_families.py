@@ -10,11 +10,11 @@ from transformers import AutoConfig, DynamicCache
 
 from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.families import FAMILIES
 from effconvert.checkpoint.parts import Deferred
 from effconvert.checkpoint.reading import read_config
 from effconvert.convert.plan import plan
 from effconvert.errors import ModelError
+from effconvert.families import FAMILIES
 from effconvert.modeling.caches import kv_bytes
 from tests.mixers.mixing import with_cache
 from tests.models import DECODERS, GROUPING, SETTINGS, on_disk, save, tiny

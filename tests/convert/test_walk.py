@@ -9,9 +9,9 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from effconvert.checkpoint.checkpoint import open_checkpoint
-from effconvert.checkpoint.families import FAMILIES
 from effconvert.checkpoint.shards import read_header
 from effconvert.errors import ModelError
+from effconvert.families import FAMILIES
 from effconvert.heal._capture import Capture
 from effconvert.heal._layerwise import LayerRunner, embedding_rows, stored_tensors
 from tests.models import ATTENDING, DECODERS, save, tiny

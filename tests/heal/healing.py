@@ -8,8 +8,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from effconvert.checkpoint.families import FAMILIES
 from effconvert.convert.run import convert
+from effconvert.families import FAMILIES
 from effconvert.options import RunOptions
 from tests.models import tiny
 

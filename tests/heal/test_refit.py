@@ -11,9 +11,9 @@ import yaml
 
 import effconvert
 from effconvert.checkpoint.checkpoint import open_checkpoint
-from effconvert.checkpoint.families import FAMILIES
 from effconvert.convert.plan import plan, stand_for
 from effconvert.errors import ModelError, OptionError
+from effconvert.families import FAMILIES
 from effconvert.heal._layer import _is_held_out
 from effconvert.heal._regression import Problem
 from effconvert.heal.refit import Refit

@@ -11,11 +11,11 @@ import yaml
 
 import effconvert
 from effconvert.checkpoint.checkpoint import open_checkpoint
-from effconvert.checkpoint.families import FAMILIES
 from effconvert.convert import run as running
 from effconvert.convert.calibration import prepare
 from effconvert.convert.plan import plan
 from effconvert.errors import ModelError
+from effconvert.families import FAMILIES
 from effconvert.heal._layer import _is_held_out
 from effconvert.heal._training import _held_out_batches, _rate_factor, train
 from effconvert.heal.refit import Refit

@@ -7,7 +7,7 @@ from types import MappingProxyType
 import torch
 
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.families import FAMILIES
+from effconvert.families import FAMILIES
 from effconvert.modeling.model import config_class, model_class
 from effconvert.modeling.transformers_internals import cache_among, cache_name
 from effconvert.steps import load

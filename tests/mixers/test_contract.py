@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from effconvert.checkpoint.families import FAMILIES
 from effconvert.errors import ModelError
+from effconvert.families import FAMILIES
 from effconvert.modeling.attention import Mixer
 from effconvert.modeling.caches import growth_bytes, state_bytes
 from effconvert.modeling.model import model_class

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from effconvert.checkpoint.families import FAMILIES
 from effconvert.checkpoint.replaced import Replaced
+from effconvert.families import FAMILIES
 from effconvert.modeling.model import config_class, model_class
 from tests.mixers.mixing import SAME, far, in_pieces, pair, run, stock_config, tokens
 from tests.models import tiny

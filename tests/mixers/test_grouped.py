@@ -11,12 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.families import FAMILIES
 from effconvert.checkpoint.reading import read_config
 from effconvert.convert.inspection import inspect
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality.perplexity import cache_bytes
+from effconvert.families import FAMILIES
 from effconvert.heal.refit import Refit
 from effconvert.heal.transfer import Transfer
 from effconvert.modeling import cache_for

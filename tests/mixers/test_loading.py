@@ -13,10 +13,10 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 
 import effconvert
-from effconvert.checkpoint.families import FAMILIES
 from effconvert.checkpoint.replaced import STUB_FILE, decode
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError
+from effconvert.families import FAMILIES
 from effconvert.options import RunOptions
 from effconvert.steps import load
 from tests.mixers.mixing import pair, run, small, stock_config, tokens, wide

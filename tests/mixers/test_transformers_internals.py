@@ -17,8 +17,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from transformers import GenerationMixin, cache_utils, masking_utils, modeling_utils
 
-from effconvert.checkpoint.families import FAMILIES
 from effconvert.errors import EffconvertError
+from effconvert.families import FAMILIES
 from effconvert.modeling import transformers_internals as internals
 from effconvert.modeling.model import model_class
 from effconvert.modeling.state import State

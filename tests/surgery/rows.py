@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.families import FAMILIES
+from effconvert.families import FAMILIES
 
 HEADS, GROUPS, WIDTH = 4, 2, 8
 

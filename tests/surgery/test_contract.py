@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 
 import effconvert.modeling
 from effconvert.checkpoint.checkpoint import open_checkpoint
-from effconvert.checkpoint.families import FAMILIES
 from effconvert.checkpoint.outer import outer_part
 from effconvert.checkpoint.reading import read_config
 from effconvert.checkpoint.replaced import KIND
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError
+from effconvert.families import FAMILIES
 from effconvert.modeling.loading import class_of
 from effconvert.modeling.model import own_config
 from effconvert.options import RunOptions

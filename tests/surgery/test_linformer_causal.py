@@ -14,12 +14,12 @@ from effconvert.convert.inspection import inspect
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality.perplexity import cache_bytes
-from effconvert.eval.report import tables
 from effconvert.eval.subject import open_model
 from effconvert.modeling import cache_for
 from effconvert.modeling.caches import growth_bytes, kv_bytes, state_bytes
 from effconvert.modeling.state import State
 from effconvert.options import RunOptions
+from effconvert.report import tables
 from effconvert.surgery._placed import open_checked
 from effconvert.surgery.mixing._call import Call
 from effconvert.surgery.mixing._mixing import Mixing

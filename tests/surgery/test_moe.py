@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from effconvert import steps
 from effconvert.checkpoint.checkpoint import open_checkpoint
-from effconvert.checkpoint.families import FAMILIES
 from effconvert.checkpoint.layer import Deferred
 from effconvert.checkpoint.reading import read_config
 from effconvert.cli import main
@@ -23,6 +22,7 @@ from effconvert.convert import plan as planning
 from effconvert.convert.plan import plan
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError, OptionError
+from effconvert.families import FAMILIES
 from effconvert.options import RunOptions
 from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.ffn.moe import Moe

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.families import FAMILIES
+from effconvert.families import FAMILIES
 from effconvert.kernels.linear_attention import linear_attention
 from effconvert.modeling.attention import Mixer
 from effconvert.modeling.state import State

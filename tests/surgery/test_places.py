@@ -9,10 +9,10 @@ import transformers
 import effconvert.surgery
 from effconvert import steps
 from effconvert.checkpoint.checkpoint import open_checkpoint
-from effconvert.checkpoint.families import FAMILIES
 from effconvert.convert.plan import plan
 from effconvert.convert.run import convert
 from effconvert.errors import EffconvertError, ModelError, OptionError
+from effconvert.families import FAMILIES
 from effconvert.heal.refit import Refit
 from effconvert.heal.transfer import Transfer
 from effconvert.options import RunOptions

@@ -9,10 +9,10 @@ import transformers
 
 from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.families import FAMILIES
 from effconvert.checkpoint.reading import read_config
 from effconvert.convert.plan import plan
 from effconvert.convert.run import convert
+from effconvert.families import FAMILIES
 from effconvert.heal._activations import Activations
 from effconvert.heal._layerwise import LayerRunner
 from effconvert.options import RunOptions

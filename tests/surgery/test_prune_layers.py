@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 import effconvert.modeling
 from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.families import FAMILIES
 from effconvert.checkpoint.reading import read_config
 from effconvert.convert.originals import stand_for
 from effconvert.convert.plan import plan
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError, OptionError
+from effconvert.families import FAMILIES
 from effconvert.heal import _forward
 from effconvert.heal._activations import Activations
 from effconvert.heal._forward import Forward

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.families import FAMILIES
 from effconvert.errors import ModelError, OptionError
+from effconvert.families import FAMILIES
 from effconvert.heal._capture import Capture
 from effconvert.kernels.linear_attention import linear_attention
 from effconvert.modeling.attention import Mixer

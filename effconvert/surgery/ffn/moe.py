@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from effconvert.checkpoint.families import FAMILIES
 from effconvert.checkpoint.replaced import DEEPEST, overlap
 from effconvert.checkpoint.shape import TOP_K_KEY
 from effconvert.errors import ModelError, OptionError
+from effconvert.families import FAMILIES
 from effconvert.surgery._surgery import Layerwise
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
-from effconvert.eval.report.drawing import INK, LINES, MARKERS, MUTED, SERIES, SURFACE, figure, short, style, svg
-from effconvert.eval.report.facts import Report
-from effconvert.eval.report.tables import cache_bytes, difference, longest
 from effconvert.eval.results import Benchmark, Cell, Evaluation, Row, Value
+from effconvert.report.drawing import INK, LINES, MARKERS, MUTED, SERIES, SURFACE, figure, short, style, svg
+from effconvert.report.facts import Report
+from effconvert.report.tables import cache_bytes, difference, longest
 
 INTERVAL = 1.96  # standard errors on either side: 95 %
 ROWS = 40  # of differences in a picture; the table has all

@@ -14,9 +14,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from effconvert.errors import EffconvertError, OptionError
-from effconvert.eval.report import tables
-from effconvert.eval.report.facts import Report
-from effconvert.eval.report.inputs import Manifest
+from effconvert.report import tables
+from effconvert.report.facts import Report
+from effconvert.report.inputs import Manifest
 
 FORMS = (".html", ".json", ".md")
 
@@ -75,8 +75,8 @@ def write(report: Report, page: Path) -> None:
 
 def html(report: Report) -> str:
     """Return a self-contained page."""
-    from effconvert.eval.report import diagram, plots  # not before: recipes without a report need no matplotlib
-    from effconvert.eval.report.drawing import DARK, LIGHT
+    from effconvert.report import diagram, plots  # not before: recipes without a report need no matplotlib
+    from effconvert.report.drawing import DARK, LIGHT
 
     pictures = {
         "differences": list(plots.differences(report)),
@@ -117,7 +117,7 @@ def _recipe(manifest: Manifest) -> str:
 
 def _template(name: str, autoescape: bool) -> Template:
     environment = Environment(
-        loader=PackageLoader("effconvert.eval.report", ""), autoescape=autoescape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("effconvert.report", ""), autoescape=autoescape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"md": _plain, "svg": Markup, "block": lambda text: "\n".join(f"    {line}" for line in str(text).splitlines())}
     return environment.get_template(name)

@@ -7,7 +7,7 @@ from effconvert.eval.results import save
 from effconvert.eval.subject import open_model
 from effconvert.options import RunOptions
 from effconvert.surgery.attention.gqa import Gqa
-from tests.eval.report.examples import benchmark, evaluation
+from tests.report.examples import benchmark, evaluation
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from effconvert.checkpoint.families.family import Family
+from effconvert.families.family import Family
 
 LLAMA = Family(
     base="LlamaModel",

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from effconvert.eval.report.inputs import Manifest, Source
 from effconvert.eval.results import Benchmark, Cell, Evaluation, Row, Subject, Value
+from effconvert.report.inputs import Manifest, Source
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ and checks that each parameter has exactly one place.
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from effconvert.checkpoint.families.decoders import DECODERS
-from effconvert.checkpoint.families.encoders import ENCODERS
-from effconvert.checkpoint.families.family import EXPERTS_KEYS, Family
-from effconvert.checkpoint.families.llamas import LLAMAS
-from effconvert.checkpoint.families.own_attention import OWN_ATTENTION
-from effconvert.checkpoint.families.sparse import SPARSE
+from effconvert.families.decoders import DECODERS
+from effconvert.families.encoders import ENCODERS
+from effconvert.families.family import EXPERTS_KEYS, Family
+from effconvert.families.llamas import LLAMAS
+from effconvert.families.own_attention import OWN_ATTENTION
+from effconvert.families.sparse import SPARSE
 
 __all__ = ["EXPERTS_KEYS", "FAMILIES", "Family"]
 

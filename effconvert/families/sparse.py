@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from effconvert.checkpoint.families.decoders import LLAMA, MULTIPLIERS, OLMO2, QK_NORMS, QWEN2, QWEN3, QWEN_DEFAULTS
-from effconvert.checkpoint.families.family import Family
+from effconvert.families.decoders import LLAMA, MULTIPLIERS, OLMO2, QK_NORMS, QWEN2, QWEN3, QWEN_DEFAULTS
+from effconvert.families.family import Family
 
 WITHOUT_FFN = {part: at for part, at in LLAMA.parts.items() if part not in ("gate", "up", "down")}
 EXPERTS = {"router": "mlp.gate", **{f"experts.*.{part}": f"mlp.experts.*.{part}_proj" for part in ("gate", "up", "down")}}

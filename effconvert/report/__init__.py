@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from effconvert.paths import real
 
 if TYPE_CHECKING:
-    from effconvert.eval.report.facts import Report
+    from effconvert.report.facts import Report
 
 
 def default_page(folder: Path) -> Path:
@@ -33,8 +33,8 @@ def report(folder: Path, results: Sequence[Path] = (), output: Path | None = Non
         ModelError: the model or its manifest is damaged.
         EffconvertError: matplotlib is not installed.
     """
-    from effconvert.eval.report.gather import gather  # imports torch, which `--help` must not load
-    from effconvert.eval.report.page import check_drawing, check_output, write
+    from effconvert.report.gather import gather  # imports torch, which `--help` must not load
+    from effconvert.report.page import check_drawing, check_output, write
 
     check_drawing()
     page = output or default_page(folder)

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from effconvert.checkpoint.families.decoders import LLAMA, OLMO2, POST_NORMS, QK_NORMS
-from effconvert.checkpoint.families.family import Family
+from effconvert.families.decoders import LLAMA, OLMO2, POST_NORMS, QK_NORMS
+from effconvert.families.family import Family
 
 WITHOUT_GATE = {part: at for part, at in LLAMA.parts.items() if part != "gate"}
 ONE_NORM = {part: at for part, at in LLAMA.parts.items() if part != "mlp_norm"}  # parallel attention and MLP share a norm

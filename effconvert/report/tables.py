@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from effconvert.eval.report.facts import Report, better, lineage
 from effconvert.eval.results import Cell, Evaluation, Row, Subject, Timing, Value
 from effconvert.eval.verification import Verification
 from effconvert.quantities import count, perplexity, size
+from effconvert.report.facts import Report, better, lineage
 
 CONTEXTS = (1024, 4096, 8192, 32768, 131072)
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from effconvert.checkpoint.families.decoders import LLAMA
-from effconvert.checkpoint.families.family import Family
+from effconvert.families.decoders import LLAMA
+from effconvert.families.family import Family
 
 BERT = Family(
     base="BertModel",

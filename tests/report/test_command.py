@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from effconvert.eval.results import Value, save
-from tests.eval.report.examples import benchmark, evaluation
+from tests.report.examples import benchmark, evaluation
 
 FORMS = (".html", ".json", ".md")
 
@@ -130,5 +130,5 @@ def test_help_waits_for_nothing_heavy(python, environment):
     done = subprocess.run([python, "-c", program, "report", "--help"], env=environment, capture_output=True, text=True, timeout=60)
     assert "RESULTS" in done.stdout
     loaded = set(done.stdout.rpartition("|")[2].split())
-    assert "effconvert.eval.report.options" in loaded
+    assert "effconvert.report.options" in loaded
     assert not loaded & {"torch", "transformers", "matplotlib", "jinja2", "lm_eval", "huggingface_hub", "numpy"}

@@ -5,11 +5,11 @@ from collections import Counter
 from matplotlib.axes import Axes
 from matplotlib.patches import Polygon, Rectangle
 
-from effconvert.eval.report.drawing import GRID, INK, MUTED, SERIES, SURFACE, figure, short, style, svg
-from effconvert.eval.report.facts import Report
-from effconvert.eval.report.plots import Picture
 from effconvert.eval.results import Subject
 from effconvert.quantities import size
+from effconvert.report.drawing import GRID, INK, MUTED, SERIES, SURFACE, figure, short, style, svg
+from effconvert.report.facts import Report
+from effconvert.report.plots import Picture
 
 SLOTS = 16  # boxes of query heads that can be told apart at the width of a phone
 LEFT, RIGHT = 16.0, 100.0  # edges of the part drawn to scale

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from effconvert.checkpoint.digest import matters
-from effconvert.eval.report.facts import Report, beside_original, better
 from effconvert.eval.results import Evaluation, Timing
+from effconvert.report.facts import Report, beside_original, better
 
 FEW_DOCUMENTS = 100  # an accuracy then has a standard error of up to 0.05
 FEW_ROUNDS = 5

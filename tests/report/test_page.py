@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from effconvert.eval.report import report
-from effconvert.eval.report.drawing import DARK, LIGHT
 from effconvert.eval.results import save
-from tests.eval.report import browser as chromium
-from tests.eval.report.examples import HOSTILE, benchmark, evaluation
+from effconvert.report import report
+from effconvert.report.drawing import DARK, LIGHT
+from tests.report import browser as chromium
+from tests.report.examples import HOSTILE, benchmark, evaluation
 
 # Machado, Oliveira & Fernandes (2009), "A Physiologically-based Model for Simulation of Color Vision Deficiency", table 1, severity 1.0;
 # applied to linear RGB: https://www.inf.ufrgs.br/~oliveira/pubs_files/CVD_Simulation/CVD_Simulation.html

@@ -6,14 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from effconvert.errors import OptionError
-from effconvert.eval.report.doubts import doubts
-from effconvert.eval.report.facts import Card, Report, beside_original, better, command_line, lineage
-from effconvert.eval.report.inputs import Manifest, names, read_manifest, read_results
-from effconvert.eval.report.tables import number, score
 from effconvert.eval.results import Benchmark, Evaluation, Row, Subject, Value
 from effconvert.eval.subject import open_model
 from effconvert.eval.verification import Verification
 from effconvert.quantities import count, perplexity, size
+from effconvert.report.doubts import doubts
+from effconvert.report.facts import Card, Report, beside_original, better, command_line, lineage
+from effconvert.report.inputs import Manifest, names, read_manifest, read_results
+from effconvert.report.tables import number, score
 
 
 def gather(folder: Path, files: Sequence[Path]) -> Report:

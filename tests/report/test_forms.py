@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from effconvert.convert.run import convert
-from effconvert.eval.report import report
 from effconvert.eval.results import save
 from effconvert.eval.subject import open_model
 from effconvert.options import RunOptions
+from effconvert.report import report
 from effconvert.surgery.attention.gqa import Gqa
-from tests.eval.report.examples import HOSTILE, benchmark, evaluation
 from tests.models import save as save_model
 from tests.models import tiny
+from tests.report.examples import HOSTILE, benchmark, evaluation
 
 
 def text_of(page):
