@@ -9,7 +9,6 @@ Gap closed: (loss of the mean of heads - loss) / (loss of the mean of heads - lo
 
 import csv
 import os
-import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import click
+from refit import timed
 
 FIELDS = ["model", "groups", "options", "calibration", "calibration_tokens", "heldout", "loss", "closed", "writing_seconds", "seconds", "peak_gb", "tokens"]
 FIELDS += ["date", "cores", "versions"]
@@ -52,12 +52,7 @@ def main(model, groups, texts, calibration_tokens, heldout, tokens, output):
                 place = Path(scratch) / "converted"
                 command = [sys.executable, "-m", "effconvert", "gqa", "--groups", str(groups), *options.split(), "--no-verify", "--overwrite"]
                 command += [*given, "--calibration-tokens", str(calibration_tokens), model, "-o", str(place)]
-                begin = time.perf_counter()
-                process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-                _, status, usage = os.wait4(process.pid, 0)
-                seconds, peak = time.perf_counter() - begin, usage.ru_maxrss / 1e6
-                if status:
-                    raise SystemExit(f"{' '.join(command)} failed")
+                seconds, peak = timed(command)
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 measured, installed = pool.submit(losses_of, str(place), heldout, tokens).result()
             for name, loss in measured.items():

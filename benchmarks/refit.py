@@ -47,12 +47,7 @@ def main(model, groups, options, both, calibrate, calibration_tokens, heldout, t
                 place = Path(scratch) / f"{count}{chosen.replace(' ', '')}"
                 asked = ["--calibration-tokens", str(calibration_tokens), *(["--calibrate", calibrate] if calibrate else [])]
                 command = [sys.executable, "-m", "effconvert", "gqa", "--groups", str(count), *chosen.split(), *asked, "--no-verify", model, "-o", str(place)]
-                begin = time.perf_counter()
-                process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-                _, status, usage = os.wait4(process.pid, 0)
-                seconds, peak = time.perf_counter() - begin, usage.ru_maxrss / 1e6
-                if status:
-                    raise SystemExit(f"{' '.join(command)} failed")
+                seconds, peak = timed(command)
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 loss, name, installed = pool.submit(loss_of, str(place), heldout, tokens).result()
             about = {"calibration": calibrate and Path(calibrate).name, "heldout": name, "model": Path(model).name}
@@ -61,6 +56,16 @@ def main(model, groups, options, both, calibrate, calibration_tokens, heldout, t
             writer.writerow({**about, **measured, **here})
             file.flush()
             click.echo(f"{count or '':>3} {chosen:40} {loss:.3f}  {seconds:.0f} s  {peak:.2f} GB")
+
+
+def timed(command):
+    """Run a command, and return its seconds and its peak memory in GB."""
+    begin = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed")
+    return time.perf_counter() - begin, usage.ru_maxrss / 1e6
 
 
 def loss_of(model, heldout, tokens):

@@ -12,7 +12,7 @@ from effconvert.checkpoint import sources
 from effconvert.checkpoint.belonging import text_of
 from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.digest import file_hash
-from effconvert.checkpoint.manifest import CARD, RECIPE, read_manifest, save_manifest
+from effconvert.checkpoint.manifest import CARD, MANIFEST, RECIPE, read_manifest, save_manifest
 from effconvert.convert import drafts, output, selftext
 from effconvert.convert.calibration import prepare as prepare_calibration
 from effconvert.convert.decide import decide
@@ -177,6 +177,8 @@ def _texts(model: str, plan: Plan, options: RunOptions, record: dict[str, Any]) 
     settings = {name.replace("_", "-"): getattr(options, name) for name in CALIBRATION_OPTIONS} if plan.needs_calibration else {}
     recipe = {"model": model, "revision": revision, "steps": plan.recipe, **settings}
     recipe_text = f"# Written by effconvert {__version__}. The same bytes again: effconvert run {RECIPE} -o DIR\n"
+    if plan.calibration and plan.calibration.key:
+        recipe_text += f"# The model wrote its calibration text. Other machines and versions may sample another one; {MANIFEST} has the sha256 of this one.\n"
     before = text_of(plan.checkpoint.folder / CARD) or ""
     manifest = {**output.identity(plan), **record, "files": dict.fromkeys(plan.output_files)}
     recipe_text += yaml.safe_dump({key: value for key, value in recipe.items() if value}, sort_keys=False, allow_unicode=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from effconvert.checkpoint.checkpoint import open_checkpoint
-from effconvert.convert import drafts, output
+from effconvert.convert import output
 from effconvert.convert.originals import stand_for
 from effconvert.convert.plan import plan
 from effconvert.convert.run import convert
@@ -18,7 +18,7 @@ from effconvert.options import RunOptions
 from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.depth.prune_layers import PruneLayers
 from tests.convert.test_seam import Plain
-from tests.heal.healing import put, run, tensors
+from tests.heal.healing import killed_saving, put, run, tensors
 from tests.models import save, tiny
 
 
@@ -81,19 +81,7 @@ def test_a_draft_that_was_damaged_is_made_again(monkeypatch):
     Path("text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40)
     step = Gqa(groups=2, pool="pca")
     run("model", step, place="whole")
-    real, left = drafts.save, [2]
-
-    def dying(file, *rest):
-        real(file, *rest)
-        left[0] -= 1
-        if not left[0]:
-            file.write_bytes(file.read_bytes()[:-40])
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(drafts, "save", dying)
-    with pytest.raises(KeyboardInterrupt):
-        run("model", step)
-    monkeypatch.setattr(drafts, "save", real)
+    killed_saving(monkeypatch, 2, lambda: run("model", step), lambda file: file.write_bytes(file.read_bytes()[:-40]))
     run("model", step)
     assert all(torch.equal(tensor, tensors(Path("whole"))[name]) for name, tensor in tensors(Path("out")).items())
 

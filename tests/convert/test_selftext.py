@@ -135,6 +135,8 @@ def test_the_record_says_what_was_written(model):
         "sha256": expected.sha256,
     }
     assert "calibrate: self" in Path("out/effconvert.yaml").read_text()
+    recipe = Path("out/effconvert.yaml").read_text()
+    assert "Other machines and versions may sample another one; effconvert.json has the sha256" in recipe
 
 
 def test_a_file_that_is_called_self_is_read_by_its_path(model, writing):

@@ -4,10 +4,12 @@ import random
 import warnings
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 
+from effconvert.convert import drafts
 from effconvert.convert.run import convert
 from effconvert.families import FAMILIES
 from effconvert.options import RunOptions
@@ -72,6 +74,23 @@ def apart(original, *folders):
 def tensors(folder):
     """All tensors of a model, by name."""
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def killed_saving(monkeypatch, number, convert, damage=lambda file: None):
+    """Convert in a run that is killed when it has saved so many drafts of layers, after some damage to the last one."""
+    real, left = drafts.save, [number]
+
+    def dying(file, *rest):
+        real(file, *rest)
+        left[0] -= 1
+        if not left[0]:
+            damage(file)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(drafts, "save", dying)
+        with pytest.raises(KeyboardInterrupt):
+            convert()
 
 
 def run(model, *steps, place="out", **more):

@@ -31,7 +31,7 @@ from effconvert.replay import replay
 from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.depth.prune_layers import PruneLayers
 from effconvert.surgery.mixing.streaming import Streaming
-from tests.heal.healing import TOKENS, apart, heldout, prose, put
+from tests.heal.healing import TOKENS, apart, heldout, killed_saving, prose, put
 from tests.mixers.mixing import with_cache
 from tests.models import DECODERS, heed_caps, logits, save, tiny
 
@@ -547,20 +547,7 @@ def test_a_refit_that_was_cut_off_goes_on_with_the_stream_of_the_original(monkey
     source = put(Path("model"), **deep("llama"))
     steps = (PruneLayers(layers="1"), Refit())
     run(source, *steps, place="whole")
-    from effconvert.convert import drafts
-
-    real, saved = drafts.save, []
-
-    def dying(file, *rest):
-        real(file, *rest)
-        saved.append(file)
-        if len(saved) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(drafts, "save", dying)
-    with pytest.raises(KeyboardInterrupt):
-        run(source, *steps)
-    monkeypatch.setattr(drafts, "save", real)
+    killed_saving(monkeypatch, 2, lambda: run(source, *steps))
     run(source, *steps)
     assert Path("out/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
 

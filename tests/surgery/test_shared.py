@@ -10,7 +10,6 @@ import transformers
 
 import effconvert
 from effconvert.checkpoint.shared import SHARES
-from effconvert.convert import drafts
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality.perplexity import cache_bytes
@@ -23,7 +22,7 @@ from effconvert.surgery.depth.prune_layers import PruneLayers
 from effconvert.surgery.mixing.linear import Linear
 from tests.convert.test_seam import Plain
 from tests.heal import healing
-from tests.heal.healing import prose, put, run
+from tests.heal.healing import killed_saving, prose, put, run
 from tests.models import logits, save, tiny
 
 
@@ -197,18 +196,7 @@ def test_a_calibrated_sharing_that_was_cut_off_goes_on_to_the_same_numbers(saved
     put(Path("model"), num_hidden_layers=4)
     step = ShareFitted(what="attention", group=(1, 3))
     run("model", step, place="whole")
-    real, left = drafts.save, [saved]
-
-    def dying(*given):
-        real(*given)
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(drafts, "save", dying)
-    with pytest.raises(KeyboardInterrupt):
-        run("model", step)
-    monkeypatch.setattr(drafts, "save", real)
+    killed_saving(monkeypatch, saved, lambda: run("model", step))
     run("model", step)
     assert Path("out/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
     changed = {name for name, tensor in tensors("whole").items() if not torch.equal(tensor, tensors("model")[name])}
