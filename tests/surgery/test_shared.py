@@ -23,6 +23,7 @@ from effconvert.surgery.mixing.linear import Linear
 from tests.convert.test_seam import Plain
 from tests.heal import healing
 from tests.heal.healing import killed_saving, prose, put, run
+from tests.mixers.mixing import keep_no_activations, with_cache
 from tests.models import logits, save, tiny
 
 
@@ -280,7 +281,7 @@ def test_layers_that_read_an_earlier_ones_keys_and_values_keep_none(kind, group)
     assert outcome.plan.after.kv_bytes == outcome.plan.before.kv_bytes * (5 - len(group)) // 4
     ids = torch.arange(3, 27)[None]  # longer than a window
     cache = cache_for(model.config)
-    steps = [model(ids[:, :9], past_key_values=cache), *(model(ids[:, at : at + 1], past_key_values=cache) for at in range(9, 24))]
+    steps = [model(ids[:, :9], **with_cache(model, cache)), *(model(ids[:, at : at + 1], **with_cache(model, cache)) for at in range(9, 24))]
     torch.testing.assert_close(torch.cat([step.logits for step in steps], 1), expected(ids).logits)
     assert cache_bytes(cache) == kv_bytes(outcome.plan.config, 4, 24)
     beams = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "eos_token_id": None}
@@ -299,7 +300,7 @@ def test_gradients_reach_the_keys_that_are_lent(checkpointing):
     for model in (opened("out"), lent_by_hand(num_hidden_layers=4)):
         model.train()
         if checkpointing:
-            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+            keep_no_activations(model)
         model(torch.arange(3, 12)[None], use_cache=False).logits.square().mean().backward()
         found.append(model.model.layers[1].self_attn.k_proj.weight.grad)
     torch.testing.assert_close(*found)
@@ -310,8 +311,8 @@ def test_a_cache_of_transformers_own_gives_the_same_and_keeps_more():
     to("out", Share(what="cache"))
     model, ids = opened("out"), torch.arange(3, 15)[None]
     stock = transformers.DynamicCache(config=model.config)
-    first = model(ids[:, :6], past_key_values=stock).logits
-    torch.testing.assert_close(torch.cat([first, model(ids[:, 6:], past_key_values=stock).logits], 1), model(ids).logits)
+    first = model(ids[:, :6], **with_cache(model, stock)).logits
+    torch.testing.assert_close(torch.cat([first, model(ids[:, 6:], **with_cache(model, stock)).logits], 1), model(ids).logits)
 
 
 def test_what_cannot_lend_is_refused():
