@@ -87,7 +87,8 @@ def with_technique(tmp_path: Path, environment: dict[str, str], python: str) -> 
         site = tmp_path / "site"
         shutil.copytree(Path(effconvert.__file__).parent, site / "effconvert", ignore=shutil.ignore_patterns("__pycache__"))
         (site / f"effconvert/surgery/{name}.py").write_text(text)
-        held = {"env": {**environment, "PYTHONPATH": str(site)}, "capture_output": True, "text": True, "timeout": 100}
+        own = {**environment, "PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": ""}  # compiled once, not by every command
+        held = {"env": own, "capture_output": True, "text": True, "timeout": 100}
         return lambda *arguments: subprocess.run([python, "-m", "effconvert", *map(str, arguments)], **held)
 
     return added

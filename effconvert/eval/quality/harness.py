@@ -213,8 +213,9 @@ def _load(options: EvalOptions) -> Any:
         if all(name in manager.task_index for name in options.tasks):
             try:
                 return manager.load(list(options.tasks))
-            except Exception:  # a group may name tasks of lm-eval's
-                logging.getLogger(__name__).debug("not loadable by themselves", exc_info=True)
+            except Exception as error:  # task files, the dataset library and the network may raise anything
+                if not set(options.tasks) & set(manager.all_groups):  # only a group may name tasks of lm-eval's
+                    raise _reason(error, options.tasks) from error
     manager = TaskManager(include_path=own)
     for name in options.tasks:
         if name not in manager.task_index:
@@ -223,7 +224,7 @@ def _load(options: EvalOptions) -> Any:
             raise OptionError(f"there is no task {name!r}; {reason}" + ("" if own else "; --include-path adds a folder of your own"))
     try:
         return manager.load(list(options.tasks))
-    except Exception as error:  # task files, the dataset library and the network may raise anything
+    except Exception as error:
         raise _reason(error, options.tasks) from error
 
 
