@@ -3,13 +3,13 @@
 import json
 import re
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from effconvert.checkpoint.config import CONFIG, Config
 from effconvert.checkpoint.replaced import KIND, Replaced, check_depth, read
 from effconvert.checkpoint.shared import Shared
+from effconvert.checkpoint.unsupported import OWN_CODE, instead, own_code, unknown_family
 from effconvert.checkpoint.wrappers import unwrap
 from effconvert.errors import ModelError, OptionError
 from effconvert.families import FAMILIES
@@ -26,6 +26,8 @@ def read_config(folder: Path) -> Config:
     if not path.is_file():
         if (folder / "adapter_config.json").is_file():
             raise ModelError(f"{folder} is a PEFT adapter, not a model; merge it into its base first (PeftModel.merge_and_unload, then save_pretrained)")
+        if what := instead(file.name for file in folder.iterdir()):
+            raise OptionError(f"{folder} has no config.json, and holds {what}")
         raise OptionError(f"{folder} holds no model: there is no config.json in it; give a folder written by save_pretrained, a Hub id or a .gguf file")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -42,9 +44,8 @@ def read_config(folder: Path) -> Config:
         raw, family, replaced, shared = read(raw)
         kind = raw["model_type"]
     if not isinstance(kind, str) or family is None:
-        near = get_close_matches(str(kind), FAMILIES, n=1, cutoff=0.88)  # for misspellings, not for other families with similar names
-        hint = f"the nearest is {near[0]!r}; " if near else ""
-        raise ModelError(f"{path} names the family {kind!r}, which effconvert does not know; {hint}it knows {', '.join(FAMILIES)}")
+        raise ModelError(unknown_family(path, raw if isinstance(raw, dict) else {}))
+    raw = family.renamed(raw)
     check_depth(raw, family)
     config = Config(raw, family, replaced, shared, wrapper)
     config.skips(0)  # raises where `per_layer_config` makes no sense
@@ -53,7 +54,8 @@ def read_config(folder: Path) -> Config:
             raise ModelError(f"{path} says {key} = {raw[key]!r}, and {why}; set it to false, or take another model")
     for key, needed in family.constants.items():
         if raw.get(key, needed) != needed:
-            raise ModelError(f"{kind} with {key} = {raw[key]!r} is laid out differently from the {kind} that effconvert knows, which needs {needed!r}")
+            different = f"{kind} with {key} = {raw[key]!r} is laid out differently from the {kind} that effconvert knows"
+            raise ModelError(f"{different}, which needs {needed!r}; take a model that has that")
     for key, (fits, needed) in CHECKS.items():
         unused = key == family.window_key and config.get("use_sliding_window") is False  # then qwen2_moe's class writes 0
         unused |= key == family.pattern_key and (config.get(family.window_key) is None or config.get("layer_types") is not None)  # exaone4's class too
@@ -61,7 +63,11 @@ def read_config(folder: Path) -> Config:
             raise ModelError(f"{path} says {key} = {config.get(key)!r}, where {needed} is needed; mend the file")
     stem = family.base.removesuffix("Model")
     if not wrapper and config.architecture not in (family.base, family.lm) and not re.fullmatch(rf"{stem}For[A-Za-z]+", config.architecture):
-        raise ModelError(f"{path} names the class {config.architecture!r}, which is none of {kind}'s ({family.base}, {family.lm}, {stem}For…); mend the file")
+        known = f"{kind}'s ({family.base}, {family.lm}, {stem}For…)"
+        if code := own_code(raw):
+            advice = f"if one of {known} reads these weights, write its name into architectures"
+            raise ModelError(f"{path} names the class {config.architecture!r}, which is code of its own ({code}); {OWN_CODE}, or {advice}")
+        raise ModelError(f"{path} names the class {config.architecture!r}, which is none of {known}; mend the file")
     _check_kernels(path, wrapper.raw if wrapper else raw)
     if config.get("layer_types") is not None and len(config.get("layer_types")) != config.layers:
         raise ModelError(f"{path} has {len(config.get('layer_types'))} layer_types for {config.layers} layers; mend the file")

@@ -15,7 +15,9 @@ from typing import Any
 from effconvert.checkpoint.belonging import ADAPTER, KNOWN, own_patterns
 from effconvert.checkpoint.config import CONFIG
 from effconvert.checkpoint.manifest import CARD, MANIFEST
-from effconvert.checkpoint.tensors import INDEX, PICKLES, SINGLE
+from effconvert.checkpoint.reading import read_config
+from effconvert.checkpoint.tensors import INDEX, PICKLES, SINGLE, check_plain
+from effconvert.checkpoint.unsupported import instead
 from effconvert.errors import EffconvertError, ModelError, OptionError
 from effconvert.options import shown
 from effconvert.paths import expand
@@ -84,15 +86,23 @@ def _snapshot(model: str, revision: str | None) -> Path:
     with quiet_hub(bars=sys.stderr.isatty()):
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=FIRST, ignore_patterns=NEVER))
         # Only the weights that the index names: some repositories have a second copy in one file.
-        shards = list(json.loads((folder / INDEX).read_text())["weight_map"].values()) if (folder / INDEX).is_file() else [SINGLE]
+        names = json.loads((folder / INDEX).read_text())["weight_map"] if (folder / INDEX).is_file() else {}
+        shards = list(names.values()) or [SINGLE]
+        if (folder / CONFIG).is_file():
+            read_config(folder)  # what cannot be converted is refused before its weights are fetched
+            for name in names:
+                check_plain(folder, name)
         fetched: set[str] = set()
         while more := {*shards, *own_patterns(folder)} - fetched:  # code may import more code, which shows when it is here
             fetched |= more
             folder = Path(snapshot_download(model, revision=folder.name, allow_patterns=sorted(more), ignore_patterns=NEVER))
         if not any((folder / shard).is_file() for shard in shards):
-            pickles = [file for file in HfApi().list_repo_files(model, revision=folder.name) if file.endswith(PICKLES)]
-            instead = f", only pickle ({pickles[0]}), which can run code when opened" if pickles else ""
-            raise ModelError(f"{model} has no safetensors on the Hub{instead}; take a revision that has them")
+            files = HfApi().list_repo_files(model, revision=folder.name)
+            pickles = [file for file in files if file.endswith(PICKLES)]
+            if not (folder / CONFIG).is_file() and (what := instead(files)):
+                raise ModelError(f"{model} has no config.json on the Hub, and holds {what}")
+            rest = f", only pickle ({pickles[0]}), which can run code when opened" if pickles else ""
+            raise ModelError(f"{model} has no safetensors on the Hub{rest}; take a revision that has them")
         return folder
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from effconvert import steps
 from effconvert.checkpoint.checkpoint import Checkpoint
+from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.shards import FLOATS, ITEMSIZE
 from effconvert.errors import ModelError, TechniqueError
 from effconvert.modeling.caches import kv_bytes
@@ -31,6 +32,13 @@ class Inspection:
 def inspect(checkpoint: Checkpoint) -> Inspection:
     """Inspect `checkpoint` without reading a weight."""
     config = checkpoint.config
+    allowed_options, refusals = applicable(config)
+    cache = {context: kv_bytes(config, ITEMSIZE[checkpoint.dtype], context) for context in CONTEXTS}
+    return Inspection(checkpoint, size_of(checkpoint), parts(checkpoint), cache, allowed_options, refusals)
+
+
+def applicable(config: Config) -> tuple[dict[str, str], dict[str, str]]:
+    """Ask each technique about a model. Returns the options that it allows, of those that apply, and the reasons of the others."""
     allowed_options, refusals = {}, {}
     for name in steps.techniques():
         try:
@@ -39,8 +47,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
             refusals[name] = str(error)
         except Exception as error:  # of a technique that its author has to mend: what the others say of this model holds all the same
             refusals[name] = f"{BROKEN}: {error if isinstance(error, TechniqueError) else f'{name} fails with {error!r}'}"
-    cache = {context: kv_bytes(config, ITEMSIZE[checkpoint.dtype], context) for context in CONTEXTS}
-    return Inspection(checkpoint, size_of(checkpoint), parts(checkpoint), cache, allowed_options, refusals)
+    return allowed_options, refusals
 
 
 def parts(checkpoint: Checkpoint) -> dict[str, int]:

@@ -69,6 +69,7 @@ class Family:
     experts_stacked: bool = False  # all experts of a layer are in one tensor [E, out, in]
     dense_layers_key: str = ""  # numbers of the layers with an FFN instead of experts; empty: all layers have experts
     upcycled: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # families that are this one with experts, the best first -> keys that they need
+    spellings: Mapping[str, str] = field(default_factory=dict)  # other names that transformers reads for keys of config.json -> the row's: see `renamed`
     scale_key: str = ""  # the factor of attention scores; empty: one over the root of a head's width
     multi_query: str = ""  # the family that is this one with a single KV head
     window_key: str = "sliding_window"
@@ -90,6 +91,12 @@ class Family:
     def attention(self) -> str:
         """The attention module of a layer, which has its queries; empty without attention."""
         return self.parts.get("q", "").rpartition(".")[0]
+
+    def renamed(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """Return config.json with its keys as the row has them. Classes with names of their own for the shape read the usual ones too."""
+        usual = {"num_attention_heads": self.heads_key, "num_hidden_layers": self.layers_key, "hidden_size": self.hidden_key}
+        names = {other: key for other, key in {**usual, **self.spellings}.items() if key and key not in raw}
+        return {names.get(key, key): value for key, value in raw.items()}
 
     @property
     def grouped(self) -> "Family":

@@ -93,7 +93,7 @@ OWN_ATTENTION: Mapping[str, Family] = {
         kinds_key="attention_types",
         multi_query="",
     ),
-    "bloom": BLOOM,
+    "bloom": replace(BLOOM, spellings={"n_embed": "hidden_size"}),
     "mpt": replace(
         BLOOM,
         base="MptModel",

@@ -91,6 +91,7 @@ class Replacement(Layerwise):
         Raises:
             ModelError: the reason.
         """
+        config.check_alone()
         name = cls.__module__.rpartition(".")[2].replace("_", "-")
         if cls.place in ("scores", "attention"):
             config.place(cls.place)  # raises where nothing attends

@@ -90,6 +90,31 @@ def test_a_folder_without_a_model_is_the_askers_mistake(refused: Check, tmp_path
     assert "empty holds no model: there is no config.json" in refused(ASKER, *gqa(tmp_path / "empty"))
 
 
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        ("modules.json", "a sentence-transformers model in parts; give the folder of its part"),
+        ("model_index.json", "a diffusers pipeline"),
+        ("params.json", "a model in its author's own format; take the copy for transformers"),
+        ("tiny-q4_k_m.gguf", "GGUF files; give the path of one of them"),
+    ],
+)
+def test_a_folder_with_something_else_says_what_that_is(refused: Check, tmp_path: Path, file: str, told: str) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / file).write_text("{}")
+    assert f"other has no config.json, and holds {told}" in refused(ASKER, *gqa(tmp_path / "other"))
+
+
+def test_a_config_without_a_family_is_told_the_one_of_its_class(refused: Check, model: Path) -> None:
+    edit(model / "config.json", model_type=None)
+    assert "its class is LlamaForCausalLM, so write model_type = 'llama' into it" in refused(MODEL, *gqa(model))
+
+
+def test_an_unknown_family_that_is_quantised_as_well_says_both(refused: Check, model: Path) -> None:
+    edit(model / "config.json", model_type="gpt_oss", quantization_config={"quant_method": "mxfp4"})
+    assert "does not know; its weights are quantised too ('mxfp4'); it knows llama" in refused(MODEL, *gqa(model))
+
+
 def test_a_file_instead_of_a_folder_is_the_askers_mistake(refused: Check, model: Path) -> None:
     told = refused(ASKER, *gqa(model / "config.json"))
     assert "config.json is a file" in told

@@ -372,6 +372,23 @@ def test_a_checkpoint_without_one_of_its_layers_is_refused(tmp_path):
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neo", "bloom", "mpt", "distilbert"])
+def test_the_usual_names_of_keys_are_read_as_well(kind, tmp_path):
+    """As bigscience/bloom-560m has them. The output has the class's own names, and opens."""
+    family, path = FAMILIES[kind], tmp_path / "config.json"
+    usual = {
+        family.heads_key: "num_attention_heads",
+        family.layers_key: "num_hidden_layers",
+        family.hidden_key: "n_embed" if kind == "bloom" else "hidden_size",
+    }
+    save(tiny(kind), tmp_path)
+    before = read_config(tmp_path)
+    path.write_text(json.dumps({usual.get(key, key): value for key, value in json.loads(path.read_text()).items()}))
+    assert transformers.AutoConfig.from_pretrained(tmp_path).hidden_size == before.hidden
+    config = open_checkpoint(tmp_path).config
+    assert config.raw == before.raw
+
+
 def test_a_multi_head_gpt_bigcode_is_refused(tmp_path):
     model = transformers.GPTBigCodeForCausalLM(transformers.GPTBigCodeConfig(n_embd=32, n_layer=1, n_head=4, vocab_size=128, multi_query=False))
     with pytest.raises(ModelError, match="multi_query = False"):

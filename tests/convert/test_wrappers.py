@@ -1,6 +1,7 @@
 """Models that look at images: the language model inside is converted in place, and what looks at images stays as it is, to the bit."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from effconvert.checkpoint.checkpoint import open_checkpoint
-from effconvert.checkpoint.wrappers import PREFIXES, WRAPPERS
+from effconvert.checkpoint.reading import read_config
+from effconvert.checkpoint.wrappers import PREFIXES, SHAPES, WRAPPERS
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError
 from effconvert.heal.refit import Refit
@@ -137,7 +139,8 @@ def test_inspect_and_eval_take_it(command):
     put("llava")
     result = command("inspect", "model")
     assert result.exit_code == 0, result.output
-    assert "does not apply: llama is inside a llava here" in result.output
+    for technique in ("linear", "streaming"):  # one that needs no option, and one that does
+        assert re.search(rf"^{technique} +does not apply: llama is inside a llava here", result.output, re.MULTILINE)
     result = command("eval", "model", "--text", "text.txt", "--tokens", "64", "--context", "32", "-o", "results.json")
     assert result.exit_code == 0, result.output
 
@@ -145,6 +148,37 @@ def test_inspect_and_eval_take_it(command):
 def test_every_wrapper_is_one_of_transformers():
     known = transformers.models.auto.configuration_auto.CONFIG_MAPPING
     assert all(kind in known for kind in WRAPPERS)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
+def test_a_config_without_a_text_config_as_they_are_published_stays_one(kind):
+    model = put(kind)
+    content = json.loads(Path("model/config.json").read_text())
+    text = content.pop("text_config")
+    Path("model/config.json").write_text(json.dumps({**text, **content}))
+    assert opened("model").config.get_text_config().num_hidden_layers == 3
+    to(Gqa(groups=2, pool="mean"), PruneLayers(layers="1"))
+    converted, written = opened("out"), json.loads(Path("out/config.json").read_text())
+    assert type(converted) is type(model)
+    assert (converted.config.get_text_config().num_key_value_heads, converted.config.get_text_config().num_hidden_layers) == (2, 2)
+    assert written["vision_config"] == content["vision_config"]
+    assert "text_config" not in written
+    assert written.keys() <= {*text, *content}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_the_shape_that_an_old_config_leaves_out_is_that_of_transformers(kind):
+    stock = transformers.AutoConfig.for_model(kind)
+    assert all(getattr(stock, key) == value for key, value in SHAPES[kind].items())
+
+
+def test_what_an_old_config_leaves_out_is_filled_in():
+    """As google/gemma-3-4b-it: its heads are transformers' default."""
+    raw = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "hidden_size": 2560, "num_hidden_layers": 34}}
+    Path("config.json").write_text(json.dumps(raw))
+    theirs, ours = transformers.AutoConfig.from_pretrained(".").get_text_config(), read_config(Path("."))
+    assert (ours.hidden, ours.layers, ours.heads, ours.kv_heads, ours.ffn) == (2560, 34, 8, 4, 9216)
+    assert (theirs.num_attention_heads, theirs.num_key_value_heads, theirs.intermediate_size) == (8, 4, 9216)
 
 
 def test_a_language_model_inside_that_nobody_knows_is_refused():
