@@ -43,6 +43,7 @@ SETTINGS = {
     "nemotron": {**GROUPED, **HEAD_DIM, "attention_bias": True, "mlp_bias": True},
     "seed_oss": {**GROUPED, **HEAD_DIM, "attention_out_bias": True},
     "arcee": {**GROUPED, **HEAD_DIM, "attention_bias": True, "mlp_bias": True},
+    "apertus": {**GROUPED, "attention_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "ministral3": {**GROUPED, **HEAD_DIM, "sliding_window": 8, "rope_parameters": SCALED_BY_POSITION},
     "ernie4_5": {**GROUPED, **HEAD_DIM, "use_bias": True},
     "hunyuan_v1_dense": {**GROUPED, **HEAD_DIM},

@@ -153,7 +153,7 @@ class Config(Shape):
 
     def stored_in(self, layer: int, name: str) -> int:
         """Return the layer that stores the tensor `name` of this one, of the family or of a technique."""
-        parts = self.modules.get(name.rpartition(".")[0], ())
+        parts = self.parts_in(name)
         return self.stored_for(layer, parts[0]) if parts else layer
 
     def leaders(self, layer: int) -> set[int]:

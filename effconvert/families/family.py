@@ -22,11 +22,12 @@ class Family:
     parts: Mapping[str, str]  # in a layer: part -> module
     outer: Mapping[str, str]  # outside the layers, inside the base model: part -> module
     head: Mapping[str, str]  # outside the base model: part -> module
+    loose: frozenset[str] = frozenset()  # parts that are no module's weight: in `parts` is the name of the parameter itself
     optional: frozenset[str] = frozenset()  # parts that some models of the family lack
     lacking: Mapping[str, tuple[str, object]] = field(default_factory=dict)  # parts that a model lacks if its config has this: part -> key, value
     first_lacks: frozenset[str] = frozenset()  # parts that layer 0 lacks and all others have
     norms_stream: bool = False  # whether layers normalise the residual stream itself
-    buffers: tuple[str, ...] = ()  # tensors in layers that old versions of transformers saved and nothing reads
+    buffers: tuple[str, ...] = ()  # tensors in layers that are no parameters: constants of its class, or what old versions of transformers saved
 
     aliases: Mapping[str, str] = field(default_factory=dict)  # in names of tensors: another spelling that transformers reads -> this row's
 

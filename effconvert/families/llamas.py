@@ -73,6 +73,22 @@ LLAMAS: Mapping[str, Family] = {
     "nemotron": replace(LLAMA, base="NemotronModel", lm="NemotronForCausalLM", parts=WITHOUT_GATE, defaults={"partial_rotary_factor": 0.5}),
     "seed_oss": replace(LLAMA, base="SeedOssModel", lm="SeedOssForCausalLM", defaults={"num_key_value_heads": 8, "head_dim": 128}),
     "arcee": replace(LLAMA, base="ArceeModel", lm="ArceeForCausalLM", parts=WITHOUT_GATE),
+    "apertus": replace(
+        LLAMA,
+        base="ApertusModel",
+        lm="ApertusForCausalLM",
+        parts={
+            **WITHOUT_GATE,
+            **QK_NORMS,
+            "attn_norm": "attention_layernorm",
+            "mlp_norm": "feedforward_layernorm",
+            "act_positive": "mlp.act_fn.alpha_p",  # two trained numbers of its activation, xIELU
+            "act_negative": "mlp.act_fn.alpha_n",
+        },
+        loose=frozenset({"act_positive", "act_negative"}),
+        optional=frozenset({"act_positive", "act_negative"}),  # another activation has none
+        buffers=("mlp.act_fn.beta", "mlp.act_fn.eps"),
+    ),
     "ministral3": replace(
         LLAMA,
         base="Ministral3Model",
