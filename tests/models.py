@@ -65,6 +65,7 @@ SETTINGS = {
     },
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
     "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
+    "falcon": {**{key: value for key, value in SHAPE.items() if key != "intermediate_size"}, "ffn_hidden_size": 48},
     "opt": {**{key: value for key, value in SHAPE.items() if key != "intermediate_size"}, "ffn_dim": 48, "word_embed_proj_dim": 16},
     "bert": SHAPE,
     "roberta": {**SHAPE, "type_vocab_size": 1},

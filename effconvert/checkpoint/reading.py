@@ -45,6 +45,7 @@ def read_config(folder: Path) -> Config:
         near = get_close_matches(str(kind), FAMILIES, n=1, cutoff=0.88)  # for misspellings, not for other families with similar names
         hint = f"the nearest is {near[0]!r}; " if near else ""
         raise ModelError(f"{path} names the family {kind!r}, which effconvert does not know; {hint}it knows {', '.join(FAMILIES)}")
+    family = family.of(raw)
     check_depth(raw, family)
     config = Config(raw, family, replaced, shared, wrapper)
     config.skips(0)  # raises where `per_layer_config` makes no sense

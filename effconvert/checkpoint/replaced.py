@@ -110,7 +110,7 @@ def decode(content: Mapping[str, Any]) -> tuple[dict[str, Any], Family, tuple[Re
     """
     block = content.get("effconvert")
     kind = str(content["model_type"]).removeprefix(KIND)
-    family = FAMILIES[kind]
+    family = FAMILIES[kind].of(content)
     check_depth(content, family)
     if block is None:
         return {**content, "model_type": kind}, family, (), ()

@@ -154,6 +154,11 @@ class Shape:
         return self._integer(key) if key and self.get(key) is not None else self.heads
 
     @property
+    def cached_heads(self) -> int:
+        """Heads of keys and values in the cache."""
+        return self.heads if self.family.caches_query_heads else self.kv_heads
+
+    @property
     def layers(self) -> int:
         """Number of layers, L."""
         return self._integer(self.family.layers_key)

@@ -62,6 +62,7 @@ class Family:
     ffn_key: str = "intermediate_size"
     kv_heads_key: str = "num_key_value_heads"  # empty: the family has no such key, and `fixed_kv_heads` or one per query head
     fixed_kv_heads: int = 0
+    caches_query_heads: bool = False  # whether its class repeats keys and values for each query head before it caches them
     shares_kv_in_our_class: bool = False  # query heads share KV heads, in a class of effconvert: transformers has none for this family
     ffn: str = ""  # the FFN module of a layer; empty: its projections are in the layer itself
     expert_ffn_key: str = ""  # width inside an expert, if not `ffn_key`
@@ -86,6 +87,15 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)  # transformers' defaults
     constants: Mapping[str, object] = field(default_factory=dict)  # values that the config must have
     absent: Mapping[str, object] = field(default_factory=dict)  # keys of related families that it lacks, and the value that it behaves like
+    variants: tuple[tuple[Mapping[str, object], Mapping[str, Any]], ...] = ()  # keys with values -> what differs here in models that have them, in turn
+
+    def of(self, raw: Mapping[str, Any]) -> "Family":
+        """Return this row as it is for a model with the config.json `raw`: its variants hold where all of their keys have these values."""
+        changes: dict[str, Any] = {}
+        for keys, differing in self.variants:
+            if all(raw.get(key, self.defaults.get(key)) == value for key, value in keys.items()):
+                changes |= differing
+        return replace(self, **changes) if changes else self
 
     @property
     def attention(self) -> str:

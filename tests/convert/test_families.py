@@ -78,7 +78,7 @@ def test_the_config_is_read_as_transformers_reads_it(kind, tmp_path):
         return
     assert config.heads == theirs.num_attention_heads
     assert config.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
-    assert config.kv_heads == (1 if kind == "gpt_bigcode" else 4)
+    assert config.kv_heads == (FAMILIES[kind].fixed_kv_heads or 4)
 
 
 def expected_parts(kind, state, module, part, config):
