@@ -77,7 +77,9 @@ class Shape:
     @property
     def decoder(self) -> bool:
         """Whether a token sees only earlier ones: true of decoders, unless the config makes attention bidirectional, as in text embedders."""
-        both_ways = self.get("is_causal") is False or bool(self.family.both_ways_key and self.get(self.family.both_ways_key))
+        both_ways = (not self.raw.get("is_causal", True) and not self.family.always_causal) or bool(
+            self.family.both_ways_key and self.get(self.family.both_ways_key)
+        )
         return self.family.decoder and not both_ways
 
     @property

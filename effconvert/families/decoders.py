@@ -58,10 +58,11 @@ OLMO2 = replace(
     defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "rope_theta": 10000.0, "pad_token_id": 1, "eos_token_id": 50279},
     upcycled={"flex_olmo": {"norm_topk_prob": True}},
 )
-ONE_WAY = {"use_bidirectional_attention": "its class attends both ways in one implementation of attention and not in another"}
+BY_IMPLEMENTATION = "its class attends both ways in one implementation of attention and not in another"
+ONE_WAY = {"use_bidirectional_attention": (True, BY_IMPLEMENTATION)}
 GEMMA2 = replace(
     LLAMA,
-    not_on=ONE_WAY,
+    refused=ONE_WAY,
     base="Gemma2Model",
     lm="Gemma2ForCausalLM",
     defaults={
@@ -127,7 +128,7 @@ DECODERS: Mapping[str, Family] = {
         LLAMA, base="GraniteModel", lm="GraniteForCausalLM", scale_key="attention_multiplier", defaults=MULTIPLIERS, upcycled={"granitemoe": {}}
     ),
     "gemma": replace(
-        LLAMA, not_on=ONE_WAY, base="GemmaModel", lm="GemmaForCausalLM", defaults={"tie_word_embeddings": True, "head_dim": 256, "num_key_value_heads": 16}
+        LLAMA, refused=ONE_WAY, base="GemmaModel", lm="GemmaForCausalLM", defaults={"tie_word_embeddings": True, "head_dim": 256, "num_key_value_heads": 16}
     ),
     "gemma2": GEMMA2,
     "gemma3_text": replace(
@@ -137,7 +138,7 @@ DECODERS: Mapping[str, Family] = {
         parts={**GEMMA2.parts, **QK_NORMS},
         defaults={**GEMMA2.defaults, "sliding_window_pattern": 6},
         both_ways_key="use_bidirectional_attention",
-        not_on={},
+        refused={},
     ),
     "olmo2": OLMO2,
     "phi3": replace(

@@ -47,8 +47,9 @@ class Family:
     scales_queries: bool = False  # whether queries are scaled by their position in the text
 
     decoder: bool = True
-    both_ways_key: str = ""  # a key that makes a decoder's attention bidirectional and halves its window; all classes have `is_causal` too
-    not_on: Mapping[str, str] = field(default_factory=dict)  # switches that may not be on: key -> why
+    both_ways_key: str = ""  # a key that makes a decoder's attention bidirectional and halves its window; classes have `is_causal` too
+    always_causal: bool = False  # whether its class does not heed `is_causal`
+    refused: Mapping[str, tuple[bool, str]] = field(default_factory=dict)  # switches: key -> the value that they may not have, and why
     own_attention: bool = False  # attention is not called through transformers' AttentionInterface, so `scores` cannot be replaced
     adds_inside: frozenset[str] = frozenset()  # places whose module adds to the residual stream itself: attention, ffn
     kinds_key: str = ""  # a list of [[kinds of attention], repetitions], which gives the layers in order

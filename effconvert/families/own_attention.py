@@ -126,6 +126,7 @@ OWN_ATTENTION: Mapping[str, Family] = {
         ffn_key="intermediate_size",
         positions_key="max_position_embeddings",
         kinds_key="attention_types",
+        always_causal=True,
         multi_query="",
     ),
     "bloom": BLOOM,
@@ -150,5 +151,6 @@ OWN_ATTENTION: Mapping[str, Family] = {
         hidden_key="d_model",
         positions_key="max_seq_len",
         ffn="ffn",
+        refused={"is_causal": (False, "its class cannot run with it")},
     ),
 }
