@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from effconvert.families.decoders import BY_IMPLEMENTATION, LLAMA, OLMO2, POST_NORMS, QK_NORMS
+from effconvert.families.decoders import BY_IMPLEMENTATION, LLAMA, OLMO2, POST_NORMS, QK_NORMS, sizes
 from effconvert.families.family import Family
 
 WITHOUT_GATE = {part: at for part, at in LLAMA.parts.items() if part != "gate"}
@@ -57,7 +57,7 @@ LLAMAS: Mapping[str, Family] = {
         turns_windows=True,
         parts=ONE_NORM,
         pattern=4,
-        defaults={"tie_word_embeddings": True, "sliding_window": 4096},
+        defaults={"tie_word_embeddings": True, "sliding_window": 4096, **sizes(8192, 22528, 40, 64, 256000)},
     ),
     "glm4": replace(
         LLAMA,

@@ -12,10 +12,12 @@ from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.parts import Deferred
 from effconvert.checkpoint.reading import read_config
+from effconvert.checkpoint.replaced import read
 from effconvert.convert.plan import plan
 from effconvert.errors import ModelError
 from effconvert.families import FAMILIES
 from effconvert.modeling.caches import kv_bytes
+from effconvert.surgery.mixing.linear import Linear
 from tests.mixers.mixing import with_cache
 from tests.models import DECODERS, GROUPING, SETTINGS, on_disk, save, tiny
 
@@ -344,6 +346,12 @@ def test_a_deleted_part_is_gone_and_an_assigned_one_is_back(tmp_path):
     assert "self_attn.k_proj.bias" not in {name for name, _, _ in layer.tensors()}
     layer["k.bias"] = bias
     assert "k.bias" in layer
+
+
+def test_a_config_that_leaves_its_layers_out_says_how_many_once_a_technique_is_in_it():
+    config = Linear().config(Config({"model_type": "llama"}, FAMILIES["llama"]))
+    again, *records = read(config.content)
+    assert (again["num_hidden_layers"], len(records[1][0].layers)) == (32, 32)
 
 
 @pytest.mark.parametrize(
