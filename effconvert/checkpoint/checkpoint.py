@@ -109,8 +109,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         if config.stored_in(index, inside) != index:
             raise ModelError(f"{folder} holds {name}, and by its config.json an earlier layer stores that for this one; one of the two is wrong")
         own = any(inside.startswith(_own_prefix(config, record.place)) for record in config.replaced_in(index))
-        module, _, suffix = inside.rpartition(".")
-        if own or inside in config.family.buffers or (module in config.modules and suffix in ("weight", "bias")):
+        if own or inside in config.family.buffers or config.parts_in(inside):
             layers[index][inside] = tensor
         elif OWN in inside:
             raise ModelError(f"{folder} holds {name}, for which its config.json has no place; take the file that effconvert wrote")
@@ -187,18 +186,18 @@ def check_shapes(checkpoint: Checkpoint) -> None:
     first: dict[str, tuple[int, ...]] = {}  # of the first layer that has such a tensor
     for index, stored in enumerate(checkpoint.layers):
         at, lacks = checkpoint.layer_prefix(index), config.lacks(index)
-        for module, parts in config.modules.items():
-            if f"{module}.weight" not in stored and not family.optional.intersection(parts) and not lacks.issuperset(parts):
-                raise ModelError(f"{checkpoint.folder} has no {at}{module}.weight, which {config.kind} needs; fetch the missing shard")
-            if lacks.intersection(parts) and f"{module}.weight" in stored:
-                raise ModelError(f"{checkpoint.folder} holds {at}{module}.weight, which its config.json says was dropped; one of the two is wrong")
+        for parts in config.modules.values():
+            name = config.tensor_name(parts[0])
+            if name not in stored and not family.optional.intersection(parts) and not lacks.issuperset(parts):
+                raise ModelError(f"{checkpoint.folder} has no {at}{name}, which {config.kind} needs; fetch the missing shard")
+            if lacks.intersection(parts) and name in stored:
+                raise ModelError(f"{checkpoint.folder} holds {at}{name}, which its config.json says was dropped; one of the two is wrong")
         for name, tensor in stored.items():
-            module, _, kind = name.rpartition(".")
-            parts = config.modules.get(module, ())
+            parts = config.parts_in(name)
             if not parts:
                 continue  # of a technique, which checks the shape itself
             expected = first.setdefault(name, tensor.shape)
-            if kind == "weight" and parts[0] in config.matrices:
+            if name.endswith(".weight") and parts[0] in config.matrices:
                 expected = config.stored_shape(parts)
             _check_shape(at + name, tensor.shape, expected, config)
     # OPT and ELECTRA may have embeddings narrower than their layers, with a projection between them.

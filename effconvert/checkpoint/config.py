@@ -51,6 +51,11 @@ class Config(Shape):
         """Whether it has the head of its pretraining, which predicts tokens in language models."""
         return self.architecture.endswith("ForConditionalGeneration") if self.wrapper else self.architecture == self.family.lm
 
+    @property
+    def needs_eager(self) -> bool:
+        """Whether its class computes what it should in eager attention alone: capped scores, or one way where it masks for a language model inside."""
+        return bool(self.get("attn_logit_softcapping")) or (self.wrapper is not None and self.wrapper.masks)
+
     def check_alone(self) -> None:
         """Refuse a language model inside another model, for changes that need another class.
 
@@ -153,7 +158,7 @@ class Config(Shape):
 
     def stored_in(self, layer: int, name: str) -> int:
         """Return the layer that stores the tensor `name` of this one, of the family or of a technique."""
-        parts = self.modules.get(name.rpartition(".")[0], ())
+        parts = self.parts_in(name)
         return self.stored_for(layer, parts[0]) if parts else layer
 
     def leaders(self, layer: int) -> set[int]:

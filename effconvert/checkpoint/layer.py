@@ -116,7 +116,7 @@ class Layer(Parts):
                     continue
                 if len(present) != len(parts):
                     raise ModelError(f"layer {self.index}: {module} holds {', '.join(parts)} in one tensor, and only {', '.join(present)} is there")
-                name = f"{module}.bias" if suffix else f"{module}.weight"
+                name = config.tensor_name(parts[0] + suffix)
                 if origin := self._same_bytes(present):
                     yield name, origin, None
                 elif config.stacked(present) or (len(present) == 1 and self._late(present[0])):
@@ -126,7 +126,8 @@ class Layer(Parts):
         for part in own:
             yield self._name(part, config), self._origin([part]), self[part] if self._changed(part) else None
         if config.family == source.family:
-            yield from ((name, self._stored[name], None) for name in config.family.buffers if name in self._stored)
+            gone = tuple(f"{config.place(place)}." for place in config.skips(self.index))
+            yield from ((name, self._stored[name], None) for name in config.family.buffers if name in self._stored and not name.startswith(gone))
 
     def _where(self) -> str:
         return f"layer {self.index}"
@@ -160,8 +161,7 @@ class Layer(Parts):
         place, separator, name = part.partition(f".{OWN}")
         if separator:
             return ".".join(filter(None, [config.place(place), OWN + name]))
-        stem = part.removesuffix(".bias")
-        return f"{config.parts.get(stem, stem)}.{'bias' if part != stem else 'weight'}"
+        return config.tensor_name(part)
 
     def _stored_parts(self) -> list[str]:
         parts = [part for stem in self._source.parts for part in (stem, f"{stem}.bias")]

@@ -46,12 +46,13 @@ def read_config(folder: Path) -> Config:
     if not isinstance(kind, str) or family is None:
         raise ModelError(unknown_family(path, raw if isinstance(raw, dict) else {}))
     raw = family.renamed(raw)
+    family = family.of(raw)
     check_depth(raw, family)
     config = Config(raw, family, replaced, shared, wrapper)
     config.skips(0)  # raises where `per_layer_config` makes no sense
-    for key, why in family.not_on.items():
-        if raw.get(key):
-            raise ModelError(f"{path} says {key} = {raw[key]!r}, and {why}; set it to false, or take another model")
+    for key, (value, why) in family.refused.items():
+        if key in raw and bool(raw[key]) is value:
+            raise ModelError(f"{path} says {key} = {raw[key]!r}, and {why}; set it to {'false' if value else 'true'}, or take another model")
     for key, needed in family.constants.items():
         if raw.get(key, needed) != needed:
             different = f"{kind} with {key} = {raw[key]!r} is laid out differently from the {kind} that effconvert knows"

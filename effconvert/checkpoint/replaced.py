@@ -59,7 +59,7 @@ def encode(raw: Mapping[str, Any], family: Family, replaced: tuple[Replaced, ...
     grouped, skips = family.shares_kv_in_our_class, skipped(raw, family)
     if not (replaced or shared or grouped or skips):
         return dict(raw)
-    count = raw[family.layers_key]
+    count = raw.get(family.layers_key, family.defaults.get(family.layers_key))
     original = raw.get("layer_types")
     names = [f"{KIND}gqa"] * count if grouped else list(original or ["full_attention"] * count)
     for index in skips:
@@ -78,6 +78,7 @@ def encode(raw: Mapping[str, Any], family: Family, replaced: tuple[Replaced, ...
     block |= {"grouped": True} if grouped else {}
     return {
         **raw,
+        family.layers_key: count,
         "model_type": KIND + str(raw["model_type"]),
         "architectures": [CLASS + name for name in raw.get("architectures") or [family.lm]],
         "auto_map": {"AutoConfig": f"{module}.{CLASS}{family.base.removesuffix('Model')}Config", **classes},
@@ -110,7 +111,7 @@ def decode(content: Mapping[str, Any]) -> tuple[dict[str, Any], Family, tuple[Re
     """
     block = content.get("effconvert")
     kind = str(content["model_type"]).removeprefix(KIND)
-    family = FAMILIES[kind]
+    family = FAMILIES[kind].of(content)
     check_depth(content, family)
     if block is None:
         return {**content, "model_type": kind}, family, (), ()

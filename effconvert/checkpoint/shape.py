@@ -60,10 +60,26 @@ class Shape:
             fused[module] = (*fused.get(module, ()), part)
         return fused
 
+    def tensor_name(self, part: str) -> str:
+        """Return the name in a layer of the tensor that a part is in; that of a bias for "k.bias"."""
+        stem = part.removesuffix(".bias")
+        place = self.parts.get(stem, stem)
+        return place if part in self.family.loose else f"{place}.{'weight' if part == stem else 'bias'}"
+
+    def parts_in(self, name: str) -> tuple[str, ...]:
+        """Return the parts that are fused in the tensor `name` of a layer, in order, without `.bias`; none where the family has no such tensor."""
+        return self._parts_in.get(name, ())
+
+    @cached_property
+    def _parts_in(self) -> dict[str, tuple[str, ...]]:
+        return {self.tensor_name(parts[0] + suffix): parts for parts in self.modules.values() for suffix in ("", ".bias")}
+
     @property
     def decoder(self) -> bool:
         """Whether a token sees only earlier ones: true of decoders, unless the config makes attention bidirectional, as in text embedders."""
-        both_ways = self.get("is_causal") is False or bool(self.family.both_ways_key and self.get(self.family.both_ways_key))
+        both_ways = (not self.raw.get("is_causal", True) and not self.family.always_causal) or bool(
+            self.family.both_ways_key and self.get(self.family.both_ways_key)
+        )
         return self.family.decoder and not both_ways
 
     @property
@@ -138,6 +154,11 @@ class Shape:
             return self.family.fixed_kv_heads
         key = self.family.kv_heads_key
         return self._integer(key) if key and self.get(key) is not None else self.heads
+
+    @property
+    def cached_heads(self) -> int:
+        """Heads of keys and values in the cache."""
+        return self.heads if self.family.caches_query_heads else self.kv_heads
 
     @property
     def layers(self) -> int:

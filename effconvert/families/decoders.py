@@ -5,6 +5,12 @@ from dataclasses import replace
 
 from effconvert.families.family import Family
 
+
+def sizes(hidden: int, ffn: int, layers: int, heads: int, vocabulary: int) -> dict[str, int]:
+    """Return transformers' default sizes of a family: the config of a language model inside another model leaves out those that it has."""
+    return {"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers, "num_attention_heads": heads, "vocab_size": vocabulary}
+
+
 LLAMA = Family(
     base="LlamaModel",
     lm="LlamaForCausalLM",
@@ -35,7 +41,7 @@ QWEN2 = replace(
     LLAMA,
     base="Qwen2Model",
     lm="Qwen2ForCausalLM",
-    defaults=QWEN_DEFAULTS,
+    defaults={**QWEN_DEFAULTS, **sizes(4096, 22016, 32, 32, 151936)},
     windowed="qwen2",
     window_keys={"use_sliding_window": True},
     upcycled={"qwen2_moe": {"norm_topk_prob": True, "qkv_bias": True}},
@@ -45,7 +51,7 @@ QWEN3 = replace(
     base="Qwen3Model",
     lm="Qwen3ForCausalLM",
     parts={**LLAMA.parts, **QK_NORMS},
-    defaults={**QWEN_DEFAULTS, "head_dim": 128},
+    defaults={**QWEN2.defaults, "head_dim": 128},
     windowed="qwen3",
     upcycled={"qwen3_moe": {"norm_topk_prob": True}},
 )
@@ -58,10 +64,11 @@ OLMO2 = replace(
     defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "rope_theta": 10000.0, "pad_token_id": 1, "eos_token_id": 50279},
     upcycled={"flex_olmo": {"norm_topk_prob": True}},
 )
-ONE_WAY = {"use_bidirectional_attention": "its class attends both ways in one implementation of attention and not in another"}
+BY_IMPLEMENTATION = "its class attends both ways in one implementation of attention and not in another"
+ONE_WAY = {"use_bidirectional_attention": (True, BY_IMPLEMENTATION)}
 GEMMA2 = replace(
     LLAMA,
-    not_on=ONE_WAY,
+    refused=ONE_WAY,
     base="Gemma2Model",
     lm="Gemma2ForCausalLM",
     defaults={
@@ -70,6 +77,7 @@ GEMMA2 = replace(
         "num_key_value_heads": 4,
         "sliding_window": 4096,
         "sliding_window_pattern": 2,
+        **sizes(2304, 9216, 26, 8, 256000),
     },
     parts={**LLAMA.parts, **POST_NORMS, "mlp_norm": "pre_feedforward_layernorm"},
 )
@@ -107,7 +115,10 @@ GPT2 = Family(
 DECODERS: Mapping[str, Family] = {
     "llama": replace(
         LLAMA,
-        defaults={"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "rope_theta": 10000.0, "bos_token_id": 1, "eos_token_id": 2},
+        defaults={
+            **{"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "rope_theta": 10000.0, "bos_token_id": 1, "eos_token_id": 2},
+            **sizes(4096, 11008, 32, 32, 32000),
+        },
         windowed="mistral",
         upcycled={"mixtral": {}, "granitemoe": {}, "qwen2_moe": {"norm_topk_prob": True, "qkv_bias": False}},
     ),
@@ -115,7 +126,10 @@ DECODERS: Mapping[str, Family] = {
         LLAMA,
         base="MistralModel",
         lm="MistralForCausalLM",
-        defaults={"num_key_value_heads": 8, "sliding_window": 4096, "rms_norm_eps": 1e-6, "rope_theta": 10000.0},
+        defaults={
+            **{"num_key_value_heads": 8, "sliding_window": 4096, "rms_norm_eps": 1e-6, "rope_theta": 10000.0},
+            **sizes(4096, 14336, 32, 32, 32000),
+        },
         absent={"attention_bias": False, "mlp_bias": False},
         windowed="mistral",
         layers_alike=True,
@@ -127,7 +141,11 @@ DECODERS: Mapping[str, Family] = {
         LLAMA, base="GraniteModel", lm="GraniteForCausalLM", scale_key="attention_multiplier", defaults=MULTIPLIERS, upcycled={"granitemoe": {}}
     ),
     "gemma": replace(
-        LLAMA, not_on=ONE_WAY, base="GemmaModel", lm="GemmaForCausalLM", defaults={"tie_word_embeddings": True, "head_dim": 256, "num_key_value_heads": 16}
+        LLAMA,
+        refused=ONE_WAY,
+        base="GemmaModel",
+        lm="GemmaForCausalLM",
+        defaults={"tie_word_embeddings": True, "head_dim": 256, "num_key_value_heads": 16, **sizes(3072, 24576, 28, 16, 256000)},
     ),
     "gemma2": GEMMA2,
     "gemma3_text": replace(
@@ -135,9 +153,9 @@ DECODERS: Mapping[str, Family] = {
         base="Gemma3TextModel",
         lm="Gemma3ForCausalLM",
         parts={**GEMMA2.parts, **QK_NORMS},
-        defaults={**GEMMA2.defaults, "sliding_window_pattern": 6},
+        defaults={**GEMMA2.defaults, "sliding_window_pattern": 6, "vocab_size": 262208},
         both_ways_key="use_bidirectional_attention",
-        not_on={},
+        refused={},
     ),
     "olmo2": OLMO2,
     "phi3": replace(

@@ -22,11 +22,12 @@ class Family:
     parts: Mapping[str, str]  # in a layer: part -> module
     outer: Mapping[str, str]  # outside the layers, inside the base model: part -> module
     head: Mapping[str, str]  # outside the base model: part -> module
+    loose: frozenset[str] = frozenset()  # parts that are no module's weight: in `parts` is the name of the parameter itself
     optional: frozenset[str] = frozenset()  # parts that some models of the family lack
     lacking: Mapping[str, tuple[str, object]] = field(default_factory=dict)  # parts that a model lacks if its config has this: part -> key, value
     first_lacks: frozenset[str] = frozenset()  # parts that layer 0 lacks and all others have
     norms_stream: bool = False  # whether layers normalise the residual stream itself
-    buffers: tuple[str, ...] = ()  # tensors in layers that old versions of transformers saved and nothing reads
+    buffers: tuple[str, ...] = ()  # tensors in layers that are no parameters: constants of its class, or what old versions of transformers saved
 
     aliases: Mapping[str, str] = field(default_factory=dict)  # in names of tensors: another spelling that transformers reads -> this row's
 
@@ -46,8 +47,9 @@ class Family:
     scales_queries: bool = False  # whether queries are scaled by their position in the text
 
     decoder: bool = True
-    both_ways_key: str = ""  # a key that makes a decoder's attention bidirectional and halves its window; all classes have `is_causal` too
-    not_on: Mapping[str, str] = field(default_factory=dict)  # switches that may not be on: key -> why
+    both_ways_key: str = ""  # a key that makes a decoder's attention bidirectional and halves its window; classes have `is_causal` too
+    always_causal: bool = False  # whether its class does not heed `is_causal`
+    refused: Mapping[str, tuple[bool, str]] = field(default_factory=dict)  # switches: key -> the value that they may not have, and why
     own_attention: bool = False  # attention is not called through transformers' AttentionInterface, so `scores` cannot be replaced
     adds_inside: frozenset[str] = frozenset()  # places whose module adds to the residual stream itself: attention, ffn
     kinds_key: str = ""  # a list of [[kinds of attention], repetitions], which gives the layers in order
@@ -61,6 +63,7 @@ class Family:
     ffn_key: str = "intermediate_size"
     kv_heads_key: str = "num_key_value_heads"  # empty: the family has no such key, and `fixed_kv_heads` or one per query head
     fixed_kv_heads: int = 0
+    caches_query_heads: bool = False  # whether its class repeats keys and values for each query head before it caches them
     shares_kv_in_our_class: bool = False  # query heads share KV heads, in a class of effconvert: transformers has none for this family
     ffn: str = ""  # the FFN module of a layer; empty: its projections are in the layer itself
     expert_ffn_key: str = ""  # width inside an expert, if not `ffn_key`
@@ -86,6 +89,15 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)  # transformers' defaults
     constants: Mapping[str, object] = field(default_factory=dict)  # values that the config must have
     absent: Mapping[str, object] = field(default_factory=dict)  # keys of related families that it lacks, and the value that it behaves like
+    variants: tuple[tuple[Mapping[str, object], Mapping[str, Any]], ...] = ()  # keys with values -> what differs here in models that have them, in turn
+
+    def of(self, raw: Mapping[str, Any]) -> "Family":
+        """Return this row as it is for a model with the config.json `raw`: its variants hold where all of their keys have these values."""
+        changes: dict[str, Any] = {}
+        for keys, differing in self.variants:
+            if all(raw.get(key, self.defaults.get(key)) == value for key, value in keys.items()):
+                changes |= differing
+        return replace(self, **changes) if changes else self
 
     @property
     def attention(self) -> str:

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from effconvert.families.decoders import LLAMA, OLMO2, POST_NORMS, QK_NORMS
+from effconvert.families.decoders import BY_IMPLEMENTATION, LLAMA, OLMO2, POST_NORMS, QK_NORMS, sizes
 from effconvert.families.family import Family
 
 WITHOUT_GATE = {part: at for part, at in LLAMA.parts.items() if part != "gate"}
 ONE_NORM = {part: at for part, at in LLAMA.parts.items() if part != "mlp_norm"}  # parallel attention and MLP share a norm
+CAUSAL = {"is_causal": (False, BY_IMPLEMENTATION)}
 WITHOUT_NORMS = {part: at for part, at in LLAMA.parts.items() if not part.endswith("_norm")}
 
 LLAMAS: Mapping[str, Family] = {
@@ -37,6 +38,7 @@ LLAMAS: Mapping[str, Family] = {
         lacking={"mlp_norm": ("use_parallel_residual", True)},
         defaults={"num_key_value_heads": 32, "partial_rotary_factor": 0.25, "use_parallel_residual": False},
         constants={"qk_layernorm": False},
+        refused=CAUSAL,
     ),
     "phi": replace(
         LLAMA,
@@ -55,7 +57,7 @@ LLAMAS: Mapping[str, Family] = {
         turns_windows=True,
         parts=ONE_NORM,
         pattern=4,
-        defaults={"tie_word_embeddings": True, "sliding_window": 4096},
+        defaults={"tie_word_embeddings": True, "sliding_window": 4096, **sizes(8192, 22528, 40, 64, 256000)},
     ),
     "glm4": replace(
         LLAMA,
@@ -70,9 +72,25 @@ LLAMAS: Mapping[str, Family] = {
         },
         defaults={"num_key_value_heads": 2, "head_dim": 128, "partial_rotary_factor": 0.5},
     ),
-    "nemotron": replace(LLAMA, base="NemotronModel", lm="NemotronForCausalLM", parts=WITHOUT_GATE, defaults={"partial_rotary_factor": 0.5}),
+    "nemotron": replace(LLAMA, base="NemotronModel", lm="NemotronForCausalLM", parts=WITHOUT_GATE, refused=CAUSAL, defaults={"partial_rotary_factor": 0.5}),
     "seed_oss": replace(LLAMA, base="SeedOssModel", lm="SeedOssForCausalLM", defaults={"num_key_value_heads": 8, "head_dim": 128}),
     "arcee": replace(LLAMA, base="ArceeModel", lm="ArceeForCausalLM", parts=WITHOUT_GATE),
+    "apertus": replace(
+        LLAMA,
+        base="ApertusModel",
+        lm="ApertusForCausalLM",
+        parts={
+            **WITHOUT_GATE,
+            **QK_NORMS,
+            "attn_norm": "attention_layernorm",
+            "mlp_norm": "feedforward_layernorm",
+            "act_positive": "mlp.act_fn.alpha_p",  # two trained numbers of its activation, xIELU
+            "act_negative": "mlp.act_fn.alpha_n",
+        },
+        loose=frozenset({"act_positive", "act_negative"}),
+        optional=frozenset({"act_positive", "act_negative"}),  # another activation has none
+        buffers=("mlp.act_fn.beta", "mlp.act_fn.eps"),
+    ),
     "ministral3": replace(
         LLAMA,
         base="Ministral3Model",

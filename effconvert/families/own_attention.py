@@ -56,8 +56,43 @@ BLOOM = Family(
     ffn="mlp",
     defaults={"tie_word_embeddings": True},
 )
+FALCON_PARTS = {
+    **{part: at for part, at in BLOOM.parts.items() if part != "mlp_norm"},  # parallel attention and MLP share a norm
+    "attn_norm": "input_layernorm",
+}
+FALCON = replace(
+    BLOOM,
+    base="FalconModel",
+    lm="FalconForCausalLM",
+    parts=FALCON_PARTS,
+    outer={"embed": "word_embeddings", "final_norm": "ln_f"},
+    adds_inside=frozenset(),
+    rope="halves",
+    heads_key="num_attention_heads",
+    layers_key="num_hidden_layers",
+    positions_key="max_position_embeddings",
+    ffn_key="ffn_hidden_size",
+    fixed_kv_heads=1,
+    defaults={"tie_word_embeddings": True, "max_position_embeddings": 2048, "multi_query": True, "parallel_attn": True},
+    variants=(  # the row itself is that of 7B
+        ({"parallel_attn": False}, {"parts": {**FALCON_PARTS, "mlp_norm": "post_attention_layernorm"}}),
+        ({"multi_query": False}, {"fixed_kv_heads": 0}),
+        (
+            {"new_decoder_architecture": True},  # 40B, 180B
+            {
+                "parts": {**FALCON_PARTS, "attn_norm": "ln_attn", "mlp_norm": "ln_mlp"},
+                "fixed_kv_heads": 0,
+                "kv_heads_key": "num_kv_heads",
+                "caches_query_heads": True,
+            },
+        ),
+        ({"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1}, {"parts": FALCON_PARTS}),  # 11B
+        ({"alibi": True}, {"rope": "", "positions_key": ""}),  # rw-1b
+    ),
+)
 
 OWN_ATTENTION: Mapping[str, Family] = {
+    "falcon": FALCON,
     "gptj": GPTJ,
     "codegen": replace(
         GPTJ,
@@ -91,6 +126,7 @@ OWN_ATTENTION: Mapping[str, Family] = {
         ffn_key="intermediate_size",
         positions_key="max_position_embeddings",
         kinds_key="attention_types",
+        always_causal=True,
         multi_query="",
     ),
     "bloom": replace(BLOOM, spellings={"n_embed": "hidden_size"}),
@@ -115,5 +151,6 @@ OWN_ATTENTION: Mapping[str, Family] = {
         hidden_key="d_model",
         positions_key="max_seq_len",
         ffn="ffn",
+        refused={"is_causal": (False, "its class cannot run with it")},
     ),
 }

@@ -168,7 +168,8 @@ def skeleton(config: Config, device: torch.device, architecture: str) -> Any:
     with quiet_transformers(), init_empty_weights(include_buffers=False), torch.device(device):
         model_class = class_of(replace(config, raw={**config.raw, "architectures": [architecture]}))
         model = model_class(model_class.config_class.from_dict(config.content)).eval()
-    attend_by(model.config, PROBE)
+    if not config.family.own_attention:  # which has no function to record, and stays as it runs by default: falcon's eager one adds ALiBi twice
+        attend_by(model.config, PROBE)
     return model
 
 

@@ -39,7 +39,7 @@ def kv_bytes(config: Config, itemsize: int, context: int) -> int:
     A window of W tokens caches W - 1, as in transformers: the newest token is not read from the cache.
     """
     tokens = sum(context if cache.window is None else min(context, cache.window - 1) for cache in caches(config) if cache.softmax)
-    return 2 * config.kv_heads * config.head_dim * itemsize * tokens + state_bytes(config, itemsize, context)
+    return 2 * config.cached_heads * config.head_dim * itemsize * tokens + state_bytes(config, itemsize, context)
 
 
 def state_bytes(config: Config, itemsize: int, context: int = 0) -> int:

@@ -21,11 +21,11 @@ def load(folder: Path, config: Config, dtype: torch.dtype, device: str | None = 
     import transformers
 
     stock = f"{config.architecture} of transformers {transformers.__version__}"
-    capped = {"attn_implementation": "eager"} if config.get("attn_logit_softcapping") else {}  # transformers before 5.21 used sdpa, which ignores caps
+    eager = {"attn_implementation": "eager"} if config.needs_eager else {}  # transformers before 5.21 used sdpa, which ignores caps
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     try:
         with quiet_transformers():
-            model, info = class_of(config).from_pretrained(folder, dtype=dtype, output_loading_info=True, local_files_only=True, **capped)
+            model, info = class_of(config).from_pretrained(folder, dtype=dtype, output_loading_info=True, local_files_only=True, **eager)
             model = model.to(device or accelerator or "cpu").eval()
     except Exception as error:  # classes raise anything over a strange config or a full device
         raise ModelError(f"{stock} cannot load {folder} ({type(error).__name__}: {error})") from error

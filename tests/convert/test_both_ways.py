@@ -7,17 +7,20 @@ import torch
 import transformers
 
 from effconvert.checkpoint.checkpoint import open_checkpoint
+from effconvert.checkpoint.reading import read_config
 from effconvert.convert.exact import sees_later
 from effconvert.convert.run import convert
 from effconvert.errors import EffconvertError, ModelError
+from effconvert.families import FAMILIES
 from effconvert.options import RunOptions
 from effconvert.surgery.attention.gqa import Gqa
+from effconvert.surgery.depth.prune_layers import PruneLayers
 from effconvert.surgery.mixing.fnet import Fnet
 from effconvert.surgery.mixing.linear import Linear
 from effconvert.surgery.mixing.nystrom import Nystrom
 from effconvert.surgery.mixing.retnet import Retnet
 from effconvert.surgery.mixing.streaming import Streaming
-from tests.models import save, tiny
+from tests.models import DECODERS, save, tiny
 
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
 
@@ -44,6 +47,12 @@ def test_such_a_model_is_the_encoder_that_it_is(kind):
     outcome = to(Gqa(groups=2, pool="mean"))
     assert outcome.plan.after.kv_bytes == 0
     assert sees_later(opened(), torch.arange(3, 20))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DECODERS if "is_causal" not in FAMILIES[kind].refused])
+def test_which_tokens_see_which_is_read_as_its_class_reads_it(kind):
+    model = tiny(kind, is_causal=False)
+    assert read_config(save(model, Path("model"))).decoder is not sees_later(model, torch.arange(3, 20))
 
 
 @pytest.mark.parametrize("step", [Linear(), Nystrom(landmarks=4), Fnet()])
@@ -75,6 +84,35 @@ def test_a_window_on_both_sides_is_half_as_long():
     to(Gqa(groups=2, pool="mean"))
     assert opened().config.sliding_window == 5
     assert sees_later(opened(), torch.arange(3, 20))
+
+
+@pytest.mark.parametrize("kind", ["gptj", "codegen", "bloom", "falcon", "gpt_neo"])
+def test_layers_are_dropped_of_those_that_attend_by_themselves(kind):
+    layers = {"attention_types": [[["global", "local", "global"], 1]]} if kind == "gpt_neo" else {}
+    put(kind, is_causal=False, **{FAMILIES[kind].layers_key: 3}, **layers)
+    outcome = to(PruneLayers(layers="1"))
+    assert sees_later(opened(), torch.arange(3, 20)) is (kind != "gpt_neo")  # whose class does not heed it
+    assert (outcome.plan.after.kv_bytes > 0) is (kind == "gpt_neo")
+
+
+def test_two_implementations_of_attention_that_differ_are_no_model_to_convert():
+    model, ids = tiny("nemotron", is_causal=False), torch.arange(3, 20)
+    seen = []
+    for name in ("eager", "sdpa"):
+        model.set_attn_implementation(name)
+        seen.append(sees_later(model, ids))
+    assert seen == [True, False]
+    put("nemotron", is_causal=False)
+    with pytest.raises(ModelError, match=r"says is_causal = False, and its class attends both ways in one implementation .*; set it to true"):
+        to(Gqa(groups=2, pool="mean"))
+
+
+def test_a_class_that_cannot_run_with_it_is_refused():
+    put("mpt", is_causal=False)
+    with pytest.raises(AttributeError):
+        transformers.AutoModel.from_pretrained("model")(torch.arange(3, 20)[None])
+    with pytest.raises(ModelError, match="says is_causal = False, and its class cannot run with it; set it to true"):
+        to(PruneLayers(layers="1"))
 
 
 @pytest.mark.parametrize("kind", ["gemma", "gemma2"])

@@ -12,10 +12,12 @@ from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.parts import Deferred
 from effconvert.checkpoint.reading import read_config
+from effconvert.checkpoint.replaced import read
 from effconvert.convert.plan import plan
 from effconvert.errors import ModelError
 from effconvert.families import FAMILIES
 from effconvert.modeling.caches import kv_bytes
+from effconvert.surgery.mixing.linear import Linear
 from tests.mixers.mixing import with_cache
 from tests.models import DECODERS, GROUPING, SETTINGS, on_disk, save, tiny
 
@@ -29,7 +31,7 @@ def places(name, family, prefix):
     """Every (place, part) of the row that claims the parameter `name`."""
     base = rf"{re.escape(prefix)}{re.escape(family.layers)}\.\d+\."
     modules = {part: re.escape(module).replace(r"\*", r"\d+") for part, module in family.parts.items()}
-    found = [("layer", part) for part, module in modules.items() if re.fullmatch(base + module + r"\.(weight|bias)", name)]
+    found = [("layer", part) for part, module in modules.items() if re.fullmatch(base + module + ("" if part in family.loose else r"\.(weight|bias)"), name)]
     found += [("outer", part) for part, module in family.outer.items() if name.startswith(f"{prefix}{module}.")]
     return found + [("head", part) for part, module in family.head.items() if name.startswith(f"{module}.")]
 
@@ -78,12 +80,14 @@ def test_the_config_is_read_as_transformers_reads_it(kind, tmp_path):
         return
     assert config.heads == theirs.num_attention_heads
     assert config.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
-    assert config.kv_heads == (1 if kind == "gpt_bigcode" else 4)
+    assert config.kv_heads == (FAMILIES[kind].fixed_kv_heads or 4)
 
 
 def expected_parts(kind, state, module, part, config):
     """Weight and bias of `part` in [out, in] orientation, cut out by hand from what transformers calls `module`."""
     heads, kv_heads, width = config.heads, config.kv_heads, config.head_dim
+    if part in config.family.loose:
+        yield part, state[module]
     for suffix in ("weight", "bias"):
         if f"{module}.{suffix}" not in state:
             continue
@@ -140,7 +144,7 @@ def test_splitting_a_layer_and_joining_it_again_changes_no_bit(kind, tmp_path):
         assert set(written) == set(checkpoint.layers[index])
         for name, (origin, tensor) in written.items():
             assert origin.name == checkpoint.layer_prefix(index) + name
-            assert torch.equal(tensor, checkpoint.layers[index][name].read("cpu")), name
+            assert name in checkpoint.config.family.buffers or torch.equal(tensor, checkpoint.layers[index][name].read("cpu")), name
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -342,6 +346,12 @@ def test_a_deleted_part_is_gone_and_an_assigned_one_is_back(tmp_path):
     assert "self_attn.k_proj.bias" not in {name for name, _, _ in layer.tensors()}
     layer["k.bias"] = bias
     assert "k.bias" in layer
+
+
+def test_a_config_that_leaves_its_layers_out_says_how_many_once_a_technique_is_in_it():
+    config = Linear().config(Config({"model_type": "llama"}, FAMILIES["llama"]))
+    again, *records = read(config.content)
+    assert (again["num_hidden_layers"], len(records[1][0].layers)) == (32, 32)
 
 
 @pytest.mark.parametrize(

@@ -252,9 +252,9 @@ def test_a_conversion_that_changes_something_changes_what_it_should_and_no_other
     assert {tensor: tuple(after[tensor].shape) for tensor in new} == new
     changing = all_parts(case.parts, config)
     for tensor, there in names.items():
-        inside = tensor.removeprefix(checkpoint.prefix).removeprefix(f"{config.family.layers}.").partition(".")[2].rpartition(".")[0]
+        inside = tensor.removeprefix(checkpoint.prefix).removeprefix(f"{config.family.layers}.").partition(".")[2]
         suffix = ".bias" if tensor.endswith(".bias") else ""
-        parts = {part + suffix for part in config.modules.get(inside, ())} if tensor not in checkpoint.outer else set()
+        parts = {part + suffix for part in config.parts_in(inside)} if tensor not in checkpoint.outer else set()
         if parts & changing:
             assert bits(after[there]) != bits(before[tensor]), tensor
         elif config.family.transposed and parts and tensor.endswith(".weight") and before[tensor].ndim == 2 and not plan.config.family.transposed:
@@ -284,11 +284,12 @@ def renamed(plan):
     checkpoint, config, names = plan.checkpoint, plan.config, {}
     for index, stored in enumerate(checkpoint.layers):
         for name in stored:
-            module, _, suffix = name.rpartition(".")
-            part = checkpoint.config.modules[module][0]
-            biased = suffix == "bias" and any(record.place == part for record in config.replaced_in(index))  # that of a replaced projection stays
+            part, suffix = (*checkpoint.config.parts_in(name), "")[0], ".bias" if name.endswith(".bias") else ""
+            biased = suffix and any(record.place == part for record in config.replaced_in(index))  # that of a replaced projection stays
             if part in config.parts.keys() - config.lacks(index) or biased:
-                names[checkpoint.layer_prefix(index) + name] = f"{plan.layer_prefix(index)}{config.parts[part]}.{suffix}"
+                names[checkpoint.layer_prefix(index) + name] = plan.layer_prefix(index) + config.tensor_name(part + suffix)
+            elif name in checkpoint.config.family.buffers:
+                names[checkpoint.layer_prefix(index) + name] = plan.layer_prefix(index) + name
     outer = plan.models("meta")[-1].outer
     return names | {name: outer.place(outer_part(name, checkpoint.prefix, checkpoint.config)) for name in checkpoint.outer}
 

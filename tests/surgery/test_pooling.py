@@ -343,7 +343,7 @@ def test_the_dimensions_that_a_family_turns_are_those_of_its_row(kind, tmp_path)
     outside = {name: tensor for name, tensor in base.state_dict().items() if not name.startswith(f"{family.layers}.")}
     runner = LayerRunner(config, outside, [ids], torch.device("cpu"))
     layer = base.get_submodule(family.layers)[0]
-    [look] = runner.run(0, layer.state_dict(), runner.begin(), ("q",))
+    [look] = runner.run(0, dict(layer.named_parameters()), runner.begin(), ("q",))
     for index in UNTURNED.get(kind, ()):
         [later] = runner.run(index, base.get_submodule(family.layers)[index].state_dict(), [look.out], ("q",))  # of causal attention no position sees another
         assert close(later.query, later.query[:, :, :1].expand_as(later.query), 1e-5)

@@ -32,7 +32,7 @@ from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.depth.prune_layers import PruneLayers
 from effconvert.surgery.mixing.streaming import Streaming
 from tests.heal.healing import TOKENS, apart, heldout, killed_saving, prose, put
-from tests.mixers.mixing import with_cache
+from tests.mixers.mixing import AS_OTHERS, with_cache
 from tests.models import DECODERS, heed_caps, logits, save, tiny
 
 DEPTH = 5
@@ -372,7 +372,7 @@ def divergence(original, folder):
     return sum(apart_by(*pair) for pair in pairs) / sum(one[..., 0].numel() for one, _ in pairs)
 
 
-@pytest.mark.parametrize("kind", [*DECODERS, "untied"])
+@pytest.mark.parametrize("kind", [*(kind for kind in DECODERS if kind not in AS_OTHERS), "untied"])
 @pytest.mark.parametrize("rows", [50, 1000])
 def test_the_divergence_is_that_of_the_predictions_a_slice_of_the_vocabulary_at_a_time(kind, rows, monkeypatch):
     """Families scale and cap their logits, narrow what the head reads, or keep it under another name."""
@@ -382,6 +382,7 @@ def test_the_divergence_is_that_of_the_predictions_a_slice_of_the_vocabulary_at_
         "gemma2": {"final_logit_softcapping": 2.0},
         "granite": {"logits_scaling": 3.0},
         "cohere": {"logit_scale": 0.3},
+        "falcon": {"alibi": True},  # which its class adds twice in eager attention, and once by default
     }
     kind, changes = ("llama", {}) if kind == "untied" else (kind, more.get(kind, {}))
     source = put(Path("model"), kind, **deep(kind, 3), **changes)

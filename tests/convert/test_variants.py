@@ -1,0 +1,114 @@
+"""Families whose models are laid out in several ways, by switches in config.json: each way is read, counted and converted as transformers runs it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DynamicCache, FalconForCausalLM
+
+from effconvert.checkpoint.checkpoint import open_checkpoint
+from effconvert.convert.run import convert
+from effconvert.errors import ModelError
+from effconvert.families import FAMILIES
+from effconvert.modeling.caches import kv_bytes
+from effconvert.modeling.loading import class_of
+from effconvert.options import RunOptions
+from effconvert.surgery.attention.gqa import Gqa
+from effconvert.surgery.depth.prune_layers import PruneLayers
+from tests.mixers.mixing import with_cache
+from tests.models import logits, save, tiny
+
+NEW = {"new_decoder_architecture": True, "num_kv_heads": 2}
+FALCONS = {
+    "7b": {},
+    "40b": NEW,
+    "11b": {**NEW, "num_ln_in_parallel_attn": 1},
+    "rw-1b": {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
+    "sequential": {"parallel_attn": False, "bias": True},
+    "multi-head": {"multi_query": False},
+}
+
+
+@pytest.fixture(params=FALCONS)
+def model(request):
+    made = tiny("falcon", num_hidden_layers=4, **FALCONS[request.param])
+    save(made, Path("model"))
+    return made
+
+
+def to(step):
+    return convert("model", (step,), RunOptions(output=Path("out"), tokens=32, context=16))
+
+
+def opened(folder):
+    made, info = class_of(open_checkpoint(Path(folder)).config).from_pretrained(folder, output_loading_info=True)
+    assert not any(info[wrong] for wrong in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return made.eval()
+
+
+def test_queries_keys_and_values_are_those_that_its_class_takes_them_for(model):
+    checkpoint = open_checkpoint(Path("model"))
+    layer, attention = checkpoint.layer(2, "cpu"), model.transformer.h[2].self_attention
+    expected = attention._split_heads(attention.query_key_value.weight.T[None])  # [1, M, heads, D]
+    for part, stock in zip("qkv", expected, strict=True):
+        rows = stock[0].detach().permute(1, 2, 0)  # [heads, D, M]
+        assert torch.equal(layer[part].unflatten(0, (-1, 8)).repeat_interleave(len(rows) * 8 // len(layer[part]), 0), rows)
+
+
+def test_every_tensor_of_a_layer_is_a_part_and_goes_back_to_its_place(model):
+    checkpoint = open_checkpoint(Path("model"))
+    assert not checkpoint.ignored
+    layer = checkpoint.layer(1, "cpu")
+    assert sum(tensor.numel() for tensor in layer.values()) == sum(parameter.numel() for parameter in model.transformer.h[1].parameters())
+    for part in layer:
+        layer[part] = layer[part]
+    written = {name: tensor for name, _, tensor in layer.tensors()}
+    assert written.keys() == dict(model.transformer.h[1].named_parameters()).keys()
+    assert all(torch.equal(written[name], parameter) for name, parameter in model.transformer.h[1].named_parameters())
+
+
+def test_the_cache_is_planned_as_its_class_fills_it(model):
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(torch.arange(3, 10)[None], use_cache=True, **with_cache(model, cache))
+    assert kv_bytes(open_checkpoint(Path("model")).config, 4, 7) == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def test_whole_layers_are_dropped(model):
+    to(PruneLayers(layers="1"))
+    converted = opened("out")
+    assert type(converted) is FalconForCausalLM
+    del model.transformer.h[1]
+    torch.testing.assert_close(logits(converted), logits(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("only", ["attention", "mlp"])
+@pytest.mark.parametrize("model", ["40b", "rw-1b"], indirect=True)
+def test_a_part_that_adds_nothing_can_be_left_out(model, only):
+    silent = model.transformer.h[2].get_submodule({"attention": "self_attention.dense", "mlp": "mlp.dense_4h_to_h"}[only])
+    with torch.no_grad():
+        for parameter in silent.parameters():
+            parameter.zero_()
+    expected = logits(model)
+    save(model, Path("model"))
+    to(PruneLayers(layers="2", only=only))
+    torch.testing.assert_close(logits(opened("out")), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["40b"], indirect=True)
+def test_heads_are_left_alone_since_its_class_caches_all_of_them_anyway(model):
+    with pytest.raises(ModelError, match="falcon has attention of its own"):
+        to(Gqa(groups=1))
+
+
+@pytest.mark.parametrize("switches", [{**NEW, "parallel_attn": False}, {"num_ln_in_parallel_attn": 2}])
+def test_switches_that_its_class_can_be_built_with_and_not_run_are_refused(switches):
+    save(tiny("falcon", **switches), Path("model"))
+    with pytest.raises(ModelError, match=r"model has no transformer\.h\.0\.\w+\.weight, which falcon needs"):
+        open_checkpoint(Path("model"))
+
+
+def test_rope_is_there_where_alibi_is_not():
+    row = FAMILIES["falcon"]
+    assert (row.of({}).rope, row.of({"alibi": True}).rope) == ("halves", "")
+    assert row.of({"alibi": True, **NEW}).kv_heads_key == "num_kv_heads"
