@@ -51,6 +51,11 @@ class Config(Shape):
         """Whether it has the head of its pretraining, which predicts tokens in language models."""
         return self.architecture.endswith("ForConditionalGeneration") if self.wrapper else self.architecture == self.family.lm
 
+    @property
+    def bare(self) -> bool:
+        """Whether it was saved without any head."""
+        return self.architecture == self.family.base
+
     def check_alone(self) -> None:
         """Refuse a language model inside another model, for changes that need another class.
 

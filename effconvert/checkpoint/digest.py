@@ -3,11 +3,13 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
-from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.config import CONFIG
+from effconvert.checkpoint.shards import StoredTensor
 from effconvert.checkpoint.sources import cache
 
 # Beginnings and endings of names of files, beside the weights, that change what a model computes.
@@ -21,7 +23,19 @@ def matters(name: str) -> bool:
     return name.startswith(BEGIN) or name.endswith((*END, ".safetensors")) or name == CONFIG
 
 
-def digest(checkpoint: Checkpoint) -> str:
+class Opened(Protocol):
+    """A model in a folder, of a known family or an unknown one."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder."""
+
+    @property
+    def stored(self) -> Iterable[StoredTensor]:
+        """Every tensor on disk."""
+
+
+def digest(checkpoint: Opened) -> str:
     """Return the SHA-256 of `checkpoint`'s files.
 
     A file's hash is cached by its path, size and time, so a large model is read only once.

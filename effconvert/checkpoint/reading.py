@@ -11,16 +11,16 @@ from effconvert.checkpoint.config import CONFIG, Config
 from effconvert.checkpoint.replaced import KIND, Replaced, check_depth, read
 from effconvert.checkpoint.shared import Shared
 from effconvert.checkpoint.wrappers import unwrap
-from effconvert.errors import ModelError, OptionError
+from effconvert.errors import ModelError, OptionError, UnknownLayoutError
 from effconvert.families import FAMILIES
 
 
-def read_config(folder: Path) -> Config:
-    """Read and recognise `folder`/config.json.
+def read_content(folder: Path) -> dict[str, Any]:
+    """Read `folder`/config.json of any model, in the words of its author.
 
     Raises:
         OptionError: the folder holds no model.
-        ModelError: it holds an unsupported one: unknown family, quantised, an adapter.
+        ModelError: it holds an adapter, the file is damaged, or asks for foreign code.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -31,10 +31,25 @@ def read_config(folder: Path) -> Config:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not JSON ({error}); fetch the file again") from None
+    if not isinstance(raw, dict):
+        raise ModelError(f"{path} holds no names and values; fetch the file again")
+    _check_kernels(path, raw)
+    return raw
+
+
+def read_config(folder: Path) -> Config:
+    """Read and recognise `folder`/config.json.
+
+    Raises:
+        OptionError: the folder holds no model.
+        ModelError: it holds an adapter, or the file is damaged.
+        UnknownLayoutError: it holds a model of an unknown family, or one laid out differently from its family.
+    """
+    path, raw = folder / CONFIG, read_content(folder)
     wrapper = None
-    if isinstance(raw, dict) and (language := unwrap(raw)):
+    if language := unwrap(raw):
         raw, wrapper = language
-    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    kind = raw.get("model_type")
     replaced: tuple[Replaced, ...] = ()
     shared: tuple[Shared, ...] = ()
     family = FAMILIES.get(str(kind))
@@ -44,7 +59,7 @@ def read_config(folder: Path) -> Config:
     if not isinstance(kind, str) or family is None:
         near = get_close_matches(str(kind), FAMILIES, n=1, cutoff=0.88)  # for misspellings, not for other families with similar names
         hint = f"the nearest is {near[0]!r}; " if near else ""
-        raise ModelError(f"{path} names the family {kind!r}, which effconvert does not know; {hint}it knows {', '.join(FAMILIES)}")
+        raise UnknownLayoutError(f"{path} names the family {kind!r}, which effconvert does not know; {hint}it knows {', '.join(FAMILIES)}")
     check_depth(raw, family)
     config = Config(raw, family, replaced, shared, wrapper)
     config.skips(0)  # raises where `per_layer_config` makes no sense
@@ -53,7 +68,7 @@ def read_config(folder: Path) -> Config:
             raise ModelError(f"{path} says {key} = {raw[key]!r}, and {why}; set it to false, or take another model")
     for key, needed in family.constants.items():
         if raw.get(key, needed) != needed:
-            raise ModelError(f"{kind} with {key} = {raw[key]!r} is laid out differently from the {kind} that effconvert knows, which needs {needed!r}")
+            raise UnknownLayoutError(f"{kind} with {key} = {raw[key]!r} is laid out differently from the {kind} that effconvert knows, which needs {needed!r}")
     for key, (fits, needed) in CHECKS.items():
         unused = key == family.window_key and config.get("use_sliding_window") is False  # then qwen2_moe's class writes 0
         unused |= key == family.pattern_key and (config.get(family.window_key) is None or config.get("layer_types") is not None)  # exaone4's class too
@@ -61,8 +76,9 @@ def read_config(folder: Path) -> Config:
             raise ModelError(f"{path} says {key} = {config.get(key)!r}, where {needed} is needed; mend the file")
     stem = family.base.removesuffix("Model")
     if not wrapper and config.architecture not in (family.base, family.lm) and not re.fullmatch(rf"{stem}For[A-Za-z]+", config.architecture):
-        raise ModelError(f"{path} names the class {config.architecture!r}, which is none of {kind}'s ({family.base}, {family.lm}, {stem}For…); mend the file")
-    _check_kernels(path, wrapper.raw if wrapper else raw)
+        raise UnknownLayoutError(
+            f"{path} names the class {config.architecture!r}, which is none of {kind}'s ({family.base}, {family.lm}, {stem}For…); mend the file"
+        )
     if config.get("layer_types") is not None and len(config.get("layer_types")) != config.layers:
         raise ModelError(f"{path} has {len(config.get('layer_types'))} layer_types for {config.layers} layers; mend the file")
     if config.get(family.turned_key) is not None and len(config.get(family.turned_key)) < config.layers:

@@ -109,7 +109,8 @@ def _measure(plan: Decoders | Encoders, index: int, model: Running, store: Store
         for measurement in plan.measurements(index):
             result = store.get(measurement.key)
             if result is None or measurement.always:
-                with progress.bar(f"{model.name}: {measurement.what}", measurement.total, measurement.unit) as advance, enough_memory(measurement.what):
+                bar = progress.bar(f"{model.name}: {measurement.what}", measurement.total, measurement.unit)
+                with bar as advance, models_fault(model), enough_memory(measurement.what):
                     result = measurement.run(advance)
                 store.put(measurement.key, result)
             model_results.append(result)
@@ -131,6 +132,22 @@ def enough_memory(what: str) -> Iterator[None]:
         raise EffconvertError(f"no memory left for {what}; give a smaller --context or --batch-size, and run the same command again") from None
     except OSError as error:
         raise EffconvertError(f"no room for {what} ({error.strerror}); make some where temporary files go (TMPDIR), and run the same command again") from None
+
+
+@contextmanager
+def models_fault(model: Running) -> Iterator[None]:
+    """Turn any error of a class of transformers into one line, where effconvert does not know the layout."""
+    try:
+        yield
+    except EffconvertError:
+        raise
+    except Exception as error:
+        if model.opened.known:
+            raise
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ModelError(
+            f"{model.name}: {model.opened.subject.architecture} of transformers fails in this measurement ({what}); leave the model out"
+        ) from error
 
 
 def _settings(options: EvalOptions, text: Text, device: str, plan: Decoders | Encoders) -> dict[str, object]:
