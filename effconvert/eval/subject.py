@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from effconvert.checkpoint import sources
+from effconvert.checkpoint.belonging import ADAPTER
 from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.digest import digest
@@ -39,6 +40,12 @@ class Opened:
     def known(self) -> Config | None:
         """The config with the family's row; None where effconvert does not know the layout."""
         return self.config if isinstance(self.config, Config) else None
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the folder is not measured."""
+        beside = f"{self.subject.name}: {ADAPTER} lies beside its weights, and they are measured without that adapter"
+        return [beside] if (self.folder / ADAPTER).is_file() else []
 
     @property
     def decoder(self) -> bool:

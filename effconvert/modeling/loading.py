@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import torch
 
+from effconvert.checkpoint.sources import without_adapter
 from effconvert.errors import ModelError
 from effconvert.quiet import quiet_transformers
 
@@ -37,6 +38,8 @@ class Loadable(Protocol):
 def load(folder: Path, config: Loadable, dtype: torch.dtype, device: str | None = None) -> Any:
     """Load `folder` with the class that its config names, of transformers or effconvert, onto `device` or this machine's accelerator.
 
+    An adapter that lies beside the weights is left out, whether peft is installed or not.
+
     Raises:
         ModelError: a tensor is missing or of the wrong shape, or transformers refuses it.
     """
@@ -46,8 +49,8 @@ def load(folder: Path, config: Loadable, dtype: torch.dtype, device: str | None 
     capped = {"attn_implementation": "eager"} if config.get("attn_logit_softcapping") else {}  # transformers before 5.21 used sdpa, which ignores caps
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     try:
-        with quiet_transformers():
-            model, info = class_of(config).from_pretrained(folder, dtype=dtype, output_loading_info=True, local_files_only=True, **capped)
+        with quiet_transformers(), without_adapter(folder) as place:
+            model, info = class_of(config).from_pretrained(place, dtype=dtype, output_loading_info=True, local_files_only=True, **capped)
             model = model.to(device or accelerator or "cpu").eval()
     except Exception as error:  # classes raise anything over a strange config or a full device
         raise ModelError(f"{stock} cannot load {folder} ({type(error).__name__}: {error})") from error

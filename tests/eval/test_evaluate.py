@@ -168,6 +168,11 @@ def test_a_byte_of_a_module_of_sentence_transformers_changes_what_a_model_is(mod
     assert identity(model) != before
 
 
+def test_an_adapter_beside_the_weights_is_no_part_of_what_is_measured_and_that_is_said(model):
+    (model / "adapter_config.json").write_text("{}")
+    assert measure(model).notes[0] == "model: adapter_config.json lies beside its weights, and they are measured without that adapter"
+
+
 def test_another_file_of_the_same_size_and_time_is_another_model(model):
     file = min(model.glob("*.safetensors"))
     before, status, content = identity(model), file.stat(), bytearray(file.read_bytes())

@@ -82,6 +82,7 @@ def evaluate(models: Sequence[str], options: EvalOptions, progress: Progress | N
         by_model = [_measure(plan, index, running[index], prepared.store, progress) for index in range(len(running))]
     samples = [[sample for result in model_results for sample in result.samples] for model_results in by_model]
     notes = [
+        *(note for model in running for note in model.opened.notes),
         *plan.notes,
         *(f"{model.name}: {note}" for model, model_results in zip(running, by_model, strict=True) for result in model_results for note in result.notes),
     ]

@@ -129,6 +129,7 @@ def _notes(opened: list[Opened], options: BenchOptions, contexts: list[int], fit
         missing = ", ".join(str(context) for context in CONTEXTS if context not in contexts)
         notes.append(f"no context of {missing}: not every model reads that many tokens and {options.new_tokens} new ones")
     for model in {model.subject.name: model for model in opened}.values():
+        notes += model.notes
         if not model.known:
             notes.append(f"effconvert does not know the layout of {model.subject.name} ({model.subject.kind}), so nothing foresees the memory of a pass")
         if not writes(model):
