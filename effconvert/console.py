@@ -14,15 +14,17 @@ from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.replaced import CLASS, SKIPS
 from effconvert.convert import selftext
 from effconvert.convert.calibration import calibration_bytes
-from effconvert.convert.inspection import Inspection
+from effconvert.convert.inspection import Inspection, Look
 from effconvert.convert.plan import Plan
 from effconvert.convert.run import Outcome
 from effconvert.eval.verification import Verification
+from effconvert.modeling.loading import has_tokenizer
 from effconvert.progress import Advance, Unit
-from effconvert.quantities import count, perplexity, size
+from effconvert.quantities import count, perplexity, size, some
 
 PLACES = {"scores": "softmax attention"}  # name of a place, where people use another word
 WIDTH = 110  # of output to a file or a pipe
+FILES = 12  # names of files that are shown
 
 
 def stdout() -> Console:
@@ -169,6 +171,23 @@ class Terminal:
         for name, reason in inspection.refusals.items():
             table.add_row(name, f"does not apply: {escape(reason.split('; ')[0])}")
         self.out.print(table)
+
+    def look(self, look: Look) -> None:
+        """Print what is known of a model whose layout effconvert does not know."""
+        model, described = look.model, look.described
+        architecture = described.architecture if described else ", ".join(map(str, model.raw.get("architectures") or ["no class named"]))
+        self.out.print(f"[bold]{escape(self.model)}[/]: {escape(model.kind)} ({escape(architecture)})", soft_wrap=True)
+        rows = {
+            "parameters" if described else "numbers on disk": count(described.parameters if described else sum(model.types.values())),
+            "on disk": f"{size(model.bytes)}, {', '.join(model.types)}",
+            "tokenizer": "yes" if has_tokenizer(model.folder) else "none found",
+            "files": some(sorted(path.name for path in model.folder.iterdir()), FILES),
+        }
+        for what, value in rows.items():
+            self.out.print(f"{what:16} {escape(value)}", soft_wrap=True)
+        self.out.print(f"cannot be converted: {escape(look.unconvertible.split('; ')[0])}", soft_wrap=True)
+        measured = f"cannot be measured: {escape(look.unmeasurable)}" if look.unmeasurable else "can be measured: effconvert eval, effconvert bench"
+        self.out.print(measured, soft_wrap=True)
 
     def demo(self, outcomes: dict[str, Outcome], kept: bool) -> None:
         """Print the results of all rules of pooling side by side."""

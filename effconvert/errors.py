@@ -19,6 +19,10 @@ class ModelError(EffconvertError):
     exit_code = 1
 
 
+class UnknownLayoutError(ModelError):
+    """effconvert has no row that describes this model, so it cannot be converted. Measuring it needs none; the text says what is unknown."""
+
+
 class TechniqueError(EffconvertError):
     """The file of a technique is wrong; the text names the technique or its file, and the mistake that its author has to mend."""
 

@@ -4,6 +4,7 @@ A file has one recipe or several (YAML documents); one may convert the output of
 is called.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -24,13 +25,25 @@ Kind = TypeVar("Kind", bound=Options)
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses duplicate keys, of which YAML would silently use the last."""
+    """Refuses what YAML would silently read as something else: duplicate keys, of which it uses the last, and numbers in base 8 or 60."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)] if isinstance(node, yaml.MappingNode) else []
         if len(set(keys)) < len(keys):
             raise yaml.constructor.ConstructorError(None, None, "a key is there twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: Any) -> Any:
+        written, value = str(node.value), super().construct_yaml_int(node)
+        plain = written.replace("_", "")
+        if ":" in plain:
+            raise yaml.constructor.ConstructorError(None, None, f"YAML reads {written} as {value}, in base 60: write {value}, or '{written}'", node.start_mark)
+        if re.fullmatch(r"[-+]?0\d+", plain) and int(plain) != value:
+            raise yaml.constructor.ConstructorError(None, None, f"YAML reads {written} as {value}, in base 8: write {value} or {int(plain)}", node.start_mark)
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 class Recipe(Conversion):
@@ -75,7 +88,7 @@ def read(path: Path, **overrides: Any) -> list[Recipe]:
     except (yaml.YAMLError, RecursionError, ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError) as error:  # dates, numbers: 2001-99-99
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
-        raise OptionError(f"{path} is not YAML{where} ({getattr(error, 'problem', None) or type(error).__name__}); fix the file") from None
+        raise OptionError(f"{path} cannot be read as a recipe{where} ({getattr(error, 'problem', None) or type(error).__name__}); fix the file") from None
     if not documents:
         raise OptionError(f"{path} has no recipe; give a file with `model:` and `steps:`")
     if overrides and len(documents) > 1:

@@ -15,7 +15,7 @@ from effconvert.checkpoint import sources
 from effconvert.convert.run import convert
 from effconvert.errors import EffconvertError, ModelError, OptionError
 from effconvert.options import RunOptions
-from effconvert.recipe import read, schema
+from effconvert.recipe import _Loader, read, schema
 from effconvert.replay import replay
 from effconvert.steps import catalogue
 from effconvert.steps import load as technique
@@ -740,6 +740,25 @@ def test_a_number_that_is_written_with_a_point_or_in_quotes_is_that_number(model
     for spelt in ("2", "'2'", "2.0"):
         Path("recipe.yaml").write_text(BASE + f"steps: [{{gqa: {{groups: {spelt}, pool: mean}}}}]\n")
         assert read(Path("recipe.yaml"))[0].steps == (Gqa(groups=2, pool="mean"),)
+
+
+@pytest.mark.parametrize(
+    ("spelt", "told"),
+    [
+        ("010", "YAML reads 010 as 8, in base 8: write 8 or 10"),
+        ("-0_20", "YAML reads -0_20 as -16, in base 8: write -16 or -20"),
+        ("1:30", "YAML reads 1:30 as 90, in base 60: write 90, or '1:30'"),
+    ],
+)
+def test_a_number_that_yaml_reads_in_another_base_is_refused_with_its_line(spelt, told, refused):
+    assert refused(BASE + f"steps:\n  - prune-layers:\n      drop: {spelt}\n").endswith(
+        f"recipe.yaml cannot be read as a recipe in line 6 ({told}); fix the file"
+    )
+
+
+def test_a_number_that_is_the_same_in_every_base_is_that_number():
+    for spelt, number in (("02", 2), ("00", 0), ("0x10", 16), ("1_000", 1000), ("'010'", "010")):
+        assert yaml.load(spelt, _Loader) == number
 
 
 # The schema

@@ -20,7 +20,7 @@ from effconvert.checkpoint.replaced import OWN
 from effconvert.checkpoint.shards import FLOATS, StoredTensor
 from effconvert.checkpoint.tensors import check_plain, read_tensors
 from effconvert.checkpoint.wrappers import PREFIXES, head_prefix
-from effconvert.errors import ModelError, OptionError
+from effconvert.errors import ModelError, OptionError, UnknownLayoutError
 from effconvert.quantities import some
 
 HEAD_PREFIXES = ("transformer.",)  # of the base model in classes with their own name for it: ...ForQuestionAnswering
@@ -86,7 +86,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
     Raises:
         OptionError: there is no such folder, or no model in it.
-        ModelError: the model is damaged, contradicts its config, or is of an unsupported kind.
+        ModelError: the model is damaged, or contradicts its config.
+        UnknownLayoutError: effconvert has no row for such a model.
     """
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
@@ -129,20 +130,24 @@ def check_quantised(folder: Path, config: Config, tensors: Mapping[str, StoredTe
     """Refuse a model whose config says that it is quantised.
 
     Raises:
-        ModelError: it is. The advice differs where its tensors are plain numbers all the same.
+        UnknownLayoutError: it is.
+        ModelError: its tensors are plain numbers all the same.
     """
     quantization = (config.wrapper.raw if config.wrapper else config.raw).get("quantization_config") or config.get("quantization_config")
     if not quantization:
         return
     method = quantization.get("quant_method", "an unnamed method") if isinstance(quantization, dict) else quantization
-    for name in tensors:
-        check_plain(folder, name)
+    try:
+        for name in tensors:
+            check_plain(folder, name)
+    except ModelError as error:
+        raise UnknownLayoutError(str(error)) from None
     if all(tensor.dtype in FLOATS for name, tensor in tensors.items() if name.endswith(".weight")):
         raise ModelError(
             f"config.json of {folder} says that it is quantised ({method}), and its tensors are plain numbers: remove quantization_config from it, "
             "since transformers would read them as quantised"
         )
-    raise ModelError(f"{folder} is quantised ({method}), and surgery needs the numbers themselves; give the checkpoint that it was made from")
+    raise UnknownLayoutError(f"{folder} is quantised ({method}), and surgery needs the numbers themselves; give the checkpoint that it was made from")
 
 
 def _prefix(folder: Path, config: Config, tensors: Mapping[str, StoredTensor]) -> str:

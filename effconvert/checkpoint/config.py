@@ -56,6 +56,11 @@ class Config(Shape):
         """Whether its class computes what it should in eager attention alone: capped scores, or one way where it masks for a language model inside."""
         return bool(self.get("attn_logit_softcapping")) or (self.wrapper is not None and self.wrapper.masks)
 
+    @property
+    def bare(self) -> bool:
+        """Whether it was saved without any head."""
+        return self.architecture == self.family.base
+
     def check_alone(self) -> None:
         """Refuse a language model inside another model, for changes that need another class.
 

@@ -3,11 +3,14 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
-from effconvert.checkpoint.checkpoint import Checkpoint
+from effconvert.checkpoint.belonging import IN_MODULE, is_readable, modules
 from effconvert.checkpoint.config import CONFIG
+from effconvert.checkpoint.shards import StoredTensor
 from effconvert.checkpoint.sources import cache
 
 # Beginnings and endings of names of files, beside the weights, that change what a model computes.
@@ -21,14 +24,27 @@ def matters(name: str) -> bool:
     return name.startswith(BEGIN) or name.endswith((*END, ".safetensors")) or name == CONFIG
 
 
-def digest(checkpoint: Checkpoint) -> str:
-    """Return the SHA-256 of `checkpoint`'s files.
+class Opened(Protocol):
+    """A model in a folder, of a known family or an unknown one."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder."""
+
+    @property
+    def stored(self) -> Iterable[StoredTensor]:
+        """Every tensor on disk."""
+
+
+def digest(checkpoint: Opened) -> str:
+    """Return the SHA-256 of `checkpoint`'s files, those of sentence-transformers' modules included.
 
     A file's hash is cached by its path, size and time, so a large model is read only once.
     """
     folder = checkpoint.folder
     weights = {tensor.file for tensor in checkpoint.stored}
     others = {path for path in folder.iterdir() if path.is_file() and not path.name.endswith(".safetensors") and matters(path.name)}
+    others |= {path for place in modules(folder) if place for pattern in IN_MODULE for path in (folder / place).glob(pattern) if is_readable(path)}
     hashes_by_file = _load_hashes()
     hashes = {path.relative_to(folder).as_posix(): _file_hash(path, hashes_by_file) for path in sorted(weights | others | {folder / CONFIG})}
     _save_hashes(hashes_by_file)

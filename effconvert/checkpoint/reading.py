@@ -11,16 +11,16 @@ from effconvert.checkpoint.replaced import KIND, Replaced, check_depth, read
 from effconvert.checkpoint.shared import Shared
 from effconvert.checkpoint.unsupported import OWN_CODE, instead, own_code, unknown_family
 from effconvert.checkpoint.wrappers import unwrap
-from effconvert.errors import ModelError, OptionError
+from effconvert.errors import ModelError, OptionError, UnknownLayoutError
 from effconvert.families import FAMILIES
 
 
-def read_config(folder: Path) -> Config:
-    """Read and recognise `folder`/config.json.
+def read_content(folder: Path) -> dict[str, Any]:
+    """Read `folder`/config.json of any model, in the words of its author.
 
     Raises:
         OptionError: the folder holds no model.
-        ModelError: it holds an unsupported one: unknown family, quantised, an adapter.
+        ModelError: it holds an adapter, the file is damaged, or asks for foreign code.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -33,10 +33,25 @@ def read_config(folder: Path) -> Config:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not JSON ({error}); fetch the file again") from None
+    if not isinstance(raw, dict):
+        raise ModelError(f"{path} holds no names and values; fetch the file again")
+    _check_kernels(path, raw)
+    return raw
+
+
+def read_config(folder: Path) -> Config:
+    """Read and recognise `folder`/config.json.
+
+    Raises:
+        OptionError: the folder holds no model.
+        ModelError: it holds an adapter, or the file is damaged.
+        UnknownLayoutError: it holds a model of an unknown family, or one laid out differently from its family.
+    """
+    path, raw = folder / CONFIG, read_content(folder)
     wrapper = None
-    if isinstance(raw, dict) and (language := unwrap(raw)):
+    if language := unwrap(raw):
         raw, wrapper = language
-    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    kind = raw.get("model_type")
     replaced: tuple[Replaced, ...] = ()
     shared: tuple[Shared, ...] = ()
     family = FAMILIES.get(str(kind))
@@ -44,7 +59,7 @@ def read_config(folder: Path) -> Config:
         raw, family, replaced, shared = read(raw)
         kind = raw["model_type"]
     if not isinstance(kind, str) or family is None:
-        raise ModelError(unknown_family(path, raw if isinstance(raw, dict) else {}))
+        raise UnknownLayoutError(unknown_family(path, raw))
     raw = family.renamed(raw)
     family = family.of(raw)
     check_depth(raw, family)
@@ -56,7 +71,7 @@ def read_config(folder: Path) -> Config:
     for key, needed in family.constants.items():
         if raw.get(key, needed) != needed:
             different = f"{kind} with {key} = {raw[key]!r} is laid out differently from the {kind} that effconvert knows"
-            raise ModelError(f"{different}, which needs {needed!r}; take a model that has that")
+            raise UnknownLayoutError(f"{different}, which needs {needed!r}; take a model that has that")
     for key, (fits, needed) in CHECKS.items():
         unused = key == family.window_key and config.get("use_sliding_window") is False  # then qwen2_moe's class writes 0
         unused |= key == family.pattern_key and (config.get(family.window_key) is None or config.get("layer_types") is not None)  # exaone4's class too
@@ -67,9 +82,8 @@ def read_config(folder: Path) -> Config:
         known = f"{kind}'s ({family.base}, {family.lm}, {stem}For…)"
         if code := own_code(raw):
             advice = f"if one of {known} reads these weights, write its name into architectures"
-            raise ModelError(f"{path} names the class {config.architecture!r}, which is code of its own ({code}); {OWN_CODE}, or {advice}")
-        raise ModelError(f"{path} names the class {config.architecture!r}, which is none of {known}; mend the file")
-    _check_kernels(path, wrapper.raw if wrapper else raw)
+            raise UnknownLayoutError(f"{path} names the class {config.architecture!r}, which is code of its own ({code}); {OWN_CODE}, or {advice}")
+        raise UnknownLayoutError(f"{path} names the class {config.architecture!r}, which is none of {known}; mend the file")
     if config.get("layer_types") is not None and len(config.get("layer_types")) != config.layers:
         raise ModelError(f"{path} has {len(config.get('layer_types'))} layer_types for {config.layers} layers; mend the file")
     if config.get(family.turned_key) is not None and len(config.get(family.turned_key)) < config.layers:

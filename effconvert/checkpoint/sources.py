@@ -5,8 +5,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext, redirect_stderr
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -127,9 +127,9 @@ def unpack_gguf(path: Path) -> Path:
     with quiet_transformers(), TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as scratch:
         draft = Path(scratch) / "model"
         try:
-            with hidden:
+            with hidden, without_adapter(path.parent) as place:
                 model = transformers.AutoModelForCausalLM.from_pretrained(
-                    path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=transformers.GgufConfig(dequantize=True)
+                    place, gguf_file=path.name, dtype=torch.float32, quantization_config=transformers.GgufConfig(dequantize=True)
                 )
             tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             repair_digits(tokenizer, path)
@@ -143,6 +143,19 @@ def unpack_gguf(path: Path) -> Path:
             if not (folder / CONFIG).is_file():  # else another process unpacked it meanwhile, and that stays
                 raise EffconvertError(f"{path} was unpacked, and {folder} is in the way ({error.strerror}); remove that, and repeat the command") from None
     return folder
+
+
+@contextmanager
+def without_adapter(folder: Path) -> Iterator[Path]:
+    """Yield `folder`; if an adapter lies in it, a folder of links to everything else: with peft installed, transformers would put it on the weights."""
+    if not (folder / ADAPTER).exists():
+        yield folder
+        return
+    with TemporaryDirectory(prefix="effconvert-") as scratch:
+        for path in folder.iterdir():
+            if path.name != ADAPTER:
+                (Path(scratch) / path.name).symlink_to(path.resolve())
+        yield Path(scratch)
 
 
 def repair_digits(tokenizer: Any, path: Path) -> None:

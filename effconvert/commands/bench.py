@@ -31,7 +31,7 @@ def run(models: tuple[str, ...], **values: Any) -> None:
 
     Prefill, time to first token, decoding, KV cache and peak memory, over batch sizes and contexts. Models take turns in each round and are compared
     with the first. Beside a step's time is the time to only read weights and cache from memory.
-    MODEL is a folder, a .gguf file or a Hub id, with or without a revision: org/name@v1.
+    MODEL is a folder, a .gguf file or a Hub id, with or without a revision: org/name@v1. Its family may be any that transformers opens.
 
     \b
     Examples:

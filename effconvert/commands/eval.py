@@ -19,7 +19,8 @@ def run(models: tuple[str, ...], **values: Any) -> None:
 
     Measures how well they predict a text (perplexity, bits per byte), their distance from the first (KL, same top token), loops in generated text,
     passkey retrieval, and lm-eval's --tasks. Differences have standard errors from the same documents, and those that may be chance are marked.
-    Results are cached. MODEL is a folder, a .gguf file or a Hub id, with or without a revision: org/name@v1.
+    Results are cached. MODEL is a folder, a .gguf file or a Hub id, with or without a revision: org/name@v1. Its family may be any that transformers
+    opens.
 
     \b
     Examples:

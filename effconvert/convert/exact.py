@@ -12,12 +12,12 @@ from torch import Tensor
 
 from effconvert.checkpoint.config import Config
 from effconvert.errors import ModelError
+from effconvert.eval.quality.perplexity import values_of
 from effconvert.progress import Advance
 
 TOLERANCE = 1e-5  # of the largest logit, in float32
 SHORT, GROWTH = 128, 4  # tokens of the first text, and how many times longer the next is
 PLACES = 96  # spread over a text, whose logits are compared
-ROUNDING = 1e-3  # of the largest number; experts, for one, round differently with other tokens in a batch
 PATIENCE = 120  # seconds that a text may take
 
 
@@ -71,31 +71,13 @@ def _spread_logits(model: Any, text: Tensor, decoder: bool) -> Tensor:
     places = torch.linspace(0, len(text) - 1, min(len(text), PLACES)).long().to(model.device)
     ids = text[None].to(model.device)
     if not decoder or len(text) == 1:
-        return _outputs(model(ids))[places].float().cpu()
+        return values_of(model(ids))[places].float().cpu()
     keep = {"logits_to_keep": places[:-1]} if "logits_to_keep" in signature(model.forward).parameters else {}
     from effconvert.modeling.transformers_internals import cache_among, cache_name  # imported late, as it imports transformers
 
     before = model(ids[:, :-1], use_cache=True, **keep)
-    last = _outputs(model(ids[:, -1:], use_cache=True, **{cache_name(model): cache_among(before.values())}))
-    return torch.cat([_outputs(before) if keep else _outputs(before)[places[:-1]], last]).float().cpu()
-
-
-def _outputs(output: Any) -> Tensor:
-    values: Tensor = (output.logits if "logits" in output else output.last_hidden_state)[0]
-    return values
-
-
-@torch.inference_mode()
-def sees_later(model: Any, text: Tensor) -> bool:
-    """Whether outputs for a text [T] depend on a later token: on the last, or on the one in the middle."""
-    before = _outputs(model(text[None].to(model.device)))
-    for place in {len(text) // 2, len(text) - 1} - {0}:
-        changed = text.clone()
-        changed[place] = changed[place] - 1 if changed[place] else 1
-        earlier = (_outputs(model(changed[None].to(model.device))) - before)[:place].abs()
-        if earlier.max() > ROUNDING * before.abs().max():
-            return True
-    return False
+    last = values_of(model(ids[:, -1:], use_cache=True, **{cache_name(model): cache_among(before.values())}))
+    return torch.cat([values_of(before) if keep else values_of(before)[places[:-1]], last]).float().cpu()
 
 
 def compare(inputs: Sequence[Tensor], before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[float, int]:

@@ -21,8 +21,8 @@ SHOWN = 6  # names in a note
 
 # Notes on files that somebody may miss: patterns of names in the model's folder -> note.
 REASONS = {
-    (ADAPTER, "adapter_model.*", "adapters.*"): "an adapter beside whole weights is left out, since loaders with peft would take the folder for that adapter; "
-    "if it is not merged into the weights yet, merge it first (PeftModel.merge_and_unload)",
+    (ADAPTER, "adapter_model.*", "adapters.*"): "an adapter beside whole weights is left out: what is converted and measured are those weights without it, "
+    "and loaders with peft would put it on top of them; if it is not merged into the weights yet, merge it first (PeftModel.merge_and_unload)",
     ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state.json", "training_args.bin", "global_step*", "zero_to_fp32.py"): "the state of a "
     "training run is left out, since it does not fit the converted weights; training starts anew",
     (

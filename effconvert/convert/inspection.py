@@ -9,9 +9,10 @@ from effconvert import steps
 from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.shards import FLOATS, ITEMSIZE
-from effconvert.errors import ModelError, TechniqueError
+from effconvert.errors import ModelError, TechniqueError, UnknownLayoutError
 from effconvert.modeling.caches import kv_bytes
 from effconvert.modeling.size import Size, size_of
+from effconvert.modeling.unknown import Described, Unknown, describe
 
 CONTEXTS = (4096, 32768, 131072)
 BROKEN = "its file is broken"  # begins the reason where a technique cannot be asked
@@ -27,6 +28,27 @@ class Inspection:
     kv_bytes: dict[int, int]  # tokens of context -> bytes of KV cache
     allowed_options: dict[str, str]  # technique -> the options that this model allows
     refusals: dict[str, str]  # technique -> why it cannot be applied
+
+
+@dataclass(frozen=True)
+class Look:
+    """The result of `effconvert inspect` for a model whose layout effconvert does not know."""
+
+    model: Unknown
+    described: Described | None  # None where transformers does not open it
+    unconvertible: str  # why it cannot be converted
+    unmeasurable: str  # why it cannot be measured; empty where it can
+
+
+def inspect_unknown(model: Unknown, reason: UnknownLayoutError) -> Look:
+    """Ask transformers what it can say of `model`, which cannot be converted for this `reason`."""
+    described, unmeasurable = None, ""
+    try:
+        described = describe(model)
+        described.check_measurable()
+    except ModelError as error:
+        unmeasurable = str(error)
+    return Look(model, described, str(reason), unmeasurable)
 
 
 def inspect(checkpoint: Checkpoint) -> Inspection:

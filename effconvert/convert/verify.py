@@ -163,7 +163,7 @@ def _run(plan: Plan, folder: Path, material: Material, advance: Advance, record:
             if actual != (planned := state_bytes(config, model.dtype.itemsize, len(tokens))):
                 raise ModelError(f"its mixers hold {actual} bytes after {len(tokens)} tokens, and the plan said {planned}: a fault of effconvert")
         cache, state = growing // len(short) * itemsize // model.dtype.itemsize + growth_bytes(config, itemsize), state_bytes(config, itemsize)
-    later = exact.sees_later(model, windows[0][: 2 * PROMPT])
+    later = perplexity.sees_later(model, windows[0][: 2 * PROMPT])
     return Run(Side(parameters, cache, quality, continuation, state), logits, later, str(model.device))
 
 

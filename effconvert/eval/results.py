@@ -34,6 +34,14 @@ class Subject:
     dtype: str  # of the weights
     parameters: int
     bytes: int  # on disk
+    vocabulary: int
+    longest: int | None  # context in tokens
+
+
+@dataclass(frozen=True)
+class ShapedSubject(Subject):
+    """A model whose layout effconvert knows, and so its shape."""
+
     kv_bytes: int  # of the KV cache, per token
     layers: int
     heads: int  # query heads
@@ -41,8 +49,6 @@ class Subject:
     head_dim: int
     hidden: int
     ffn: int
-    vocabulary: int
-    longest: int | None  # context in tokens
     windows: tuple[int | None, ...]  # each layer's sliding window in tokens
     mixers: tuple[str, ...] = ()  # the mixer of each layer, "" for softmax attention; no entries where all layers have that
     state_bytes: int = 0  # of mixers' states for a sequence of any length
@@ -83,7 +89,7 @@ class Row:
 class Evaluation:
     """How good each model is."""
 
-    subjects: tuple[Subject, ...]
+    subjects: tuple[ShapedSubject | Subject, ...]
     rows: tuple[Row, ...]
     continuations: tuple[str, ...]  # of the same prompt, one for each model; empty for encoders
     prompt: str
@@ -137,7 +143,7 @@ class Cell:
 class Benchmark:
     """How fast each model is."""
 
-    subjects: tuple[Subject, ...]
+    subjects: tuple[ShapedSubject | Subject, ...]
     cells: tuple[Cell, ...]
     bandwidth: float  # measured bandwidth of this device's memory, bytes a second
     notes: tuple[str, ...]

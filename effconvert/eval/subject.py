@@ -9,15 +9,17 @@ import psutil
 import torch
 
 from effconvert.checkpoint import sources
+from effconvert.checkpoint.belonging import ADAPTER
 from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.digest import digest
-from effconvert.errors import EffconvertError, OptionError
-from effconvert.eval.results import Subject
+from effconvert.errors import EffconvertError, OptionError, UnknownLayoutError
+from effconvert.eval.results import ShapedSubject, Subject
 from effconvert.modeling.caches import state_bytes
 from effconvert.modeling.loading import load, measurable
 from effconvert.modeling.size import size_of
 from effconvert.modeling.stock import open_as_stock
+from effconvert.modeling.unknown import Described, Unknown, describe, look
 from effconvert.paths import expand, real
 
 
@@ -26,7 +28,8 @@ class Opened:
     """A checked model on disk."""
 
     subject: Subject
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | Unknown
+    config: Config | Described
 
     @property
     def folder(self) -> Path:
@@ -34,14 +37,30 @@ class Opened:
         return self.checkpoint.folder
 
     @property
+    def known(self) -> Config | None:
+        """The config with the family's row; None where effconvert does not know the layout."""
+        return self.config if isinstance(self.config, Config) else None
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the folder is not measured."""
+        beside = f"{self.subject.name}: {ADAPTER} lies beside its weights, and they are measured without that adapter"
+        return [beside] if (self.folder / ADAPTER).is_file() else []
+
+    @property
     def decoder(self) -> bool:
         """Whether it predicts the next token."""
-        return self.checkpoint.config.decoder
+        return self.config.decoder
 
     @property
     def head(self) -> bool:
         """Whether it has a language-model head."""
-        return self.checkpoint.config.predicts
+        return self.config.predicts
+
+    @property
+    def width(self) -> int | None:
+        """Width of its hidden states, as far as that is known."""
+        return self.config.hidden if isinstance(self.config, Config) else self.config.number("hidden_size")
 
 
 def open_model(model: str, step: Callable[[str], None] = lambda _: None) -> Opened:
@@ -49,16 +68,20 @@ def open_model(model: str, step: Callable[[str], None] = lambda _: None) -> Open
 
     Raises:
         OptionError: there is no such model.
-        ModelError: it is damaged, or of an unknown family.
+        ModelError: it is damaged, or neither effconvert nor transformers knows its family.
     """
     is_local = expand(model).exists()
     name, _, revision = (model, "", "") if is_local else model.partition("@")
     folder = sources.locate(name, revision or None, step)
-    checkpoint = open_as_stock(folder)
+    shown = real(model).name if is_local else model
+    try:
+        checkpoint = open_as_stock(folder)
+    except UnknownLayoutError:
+        return _of_unknown_layout(look(folder), shown)
     config, size = checkpoint.config, size_of(checkpoint)
     mixers = tuple(_mixer(config, index) for index in range(config.layers))
-    subject = Subject(
-        name=real(model).name if is_local else model,
+    subject = ShapedSubject(
+        name=shown,
         digest=digest(checkpoint),
         commit=sources.commit(folder),
         kind=config.kind,
@@ -66,6 +89,8 @@ def open_model(model: str, step: Callable[[str], None] = lambda _: None) -> Open
         dtype=str(checkpoint.computing).removeprefix("torch."),
         parameters=size.parameters,
         bytes=size.bytes,
+        vocabulary=config.vocabulary,
+        longest=config.longest,
         kv_bytes=size.kv_bytes,
         layers=config.layers,
         heads=config.heads,
@@ -73,14 +98,31 @@ def open_model(model: str, step: Callable[[str], None] = lambda _: None) -> Open
         head_dim=config.head_dim,
         hidden=config.hidden,
         ffn=config.ffn,
-        vocabulary=config.vocabulary,
-        longest=config.longest,
         windows=tuple(config.windows()),
         mixers=mixers if any(mixers) else (),
         state_bytes=size.state_bytes,
         growth_bytes=size.growth_bytes,
     )
-    return Opened(subject, checkpoint)
+    return Opened(subject, checkpoint, config)
+
+
+def _of_unknown_layout(model: Unknown, shown: str) -> Opened:
+    """Identify a model by what transformers says of it."""
+    described = describe(model)
+    described.check_measurable()
+    subject = Subject(
+        name=shown,
+        digest=digest(model),
+        commit=sources.commit(model.folder),
+        kind=model.kind,
+        architecture=described.architecture,
+        dtype=str(model.computing).removeprefix("torch."),
+        parameters=described.parameters,
+        bytes=model.bytes,
+        vocabulary=described.get("vocab_size"),
+        longest=described.number("max_position_embeddings"),
+    )
+    return Opened(subject, model, described)
 
 
 def _mixer(config: Config, index: int) -> str:
@@ -120,13 +162,14 @@ def load_model(opened: Opened, dtype: str, device: str) -> Any:
         ModelError: transformers cannot load it, or a tensor is missing.
     """
     torch_dtype = pick_dtype(dtype, opened)
-    need = opened.subject.parameters * torch_dtype.itemsize + state_bytes(opened.checkpoint.config, torch_dtype.itemsize)
+    states = state_bytes(opened.known, torch_dtype.itemsize) if opened.known else 0
+    need = opened.subject.parameters * torch_dtype.itemsize + states
     free = psutil.virtual_memory().available
     if device == "cpu" and need > free:
         raise EffconvertError(f"{opened.subject.name} takes {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; measure it on a larger machine")
-    return load(opened.folder, opened.checkpoint.config, torch_dtype, device)
+    return load(opened.folder, opened.config, torch_dtype, device)
 
 
 def load_measured(opened: Opened, dtype: str, device: str) -> Any:
     """Load what of a model is measured: see `load_model`, and `effconvert.modeling.loading.measurable`."""
-    return measurable(load_model(opened, dtype, device), opened.checkpoint.config)
+    return measurable(load_model(opened, dtype, device), opened.config)

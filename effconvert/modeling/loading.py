@@ -1,19 +1,45 @@
 """Load a checkpoint with transformers, strictly: no tensor missing or mismatched, and no code from the checkpoint is run."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from effconvert.checkpoint.config import Config
+from effconvert.checkpoint.sources import without_adapter
 from effconvert.errors import ModelError
 from effconvert.quiet import quiet_transformers
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 
 
-def load(folder: Path, config: Config, dtype: torch.dtype, device: str | None = None) -> Any:
+class Loadable(Protocol):
+    """What loading asks about a model, of a known family or an unknown one."""
+
+    @property
+    def architecture(self) -> str:
+        """The class that it was saved from."""
+
+    @property
+    def needs_effconvert(self) -> bool:
+        """Whether that is a class of effconvert."""
+
+    @property
+    def predicts(self) -> bool:
+        """Whether it has the head that predicts tokens."""
+
+    @property
+    def bare(self) -> bool:
+        """Whether it was saved without any head."""
+
+    @property
+    def needs_eager(self) -> bool:
+        """Whether its class computes what it should in eager attention alone."""
+
+
+def load(folder: Path, config: Loadable, dtype: torch.dtype, device: str | None = None) -> Any:
     """Load `folder` with the class that its config names, of transformers or effconvert, onto `device` or this machine's accelerator.
+
+    An adapter that lies beside the weights is left out, whether peft is installed or not.
 
     Raises:
         ModelError: a tensor is missing or of the wrong shape, or transformers refuses it.
@@ -24,8 +50,8 @@ def load(folder: Path, config: Config, dtype: torch.dtype, device: str | None = 
     eager = {"attn_implementation": "eager"} if config.needs_eager else {}  # transformers before 5.21 used sdpa, which ignores caps
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     try:
-        with quiet_transformers():
-            model, info = class_of(config).from_pretrained(folder, dtype=dtype, output_loading_info=True, local_files_only=True, **eager)
+        with quiet_transformers(), without_adapter(folder) as place:
+            model, info = class_of(config).from_pretrained(place, dtype=dtype, output_loading_info=True, local_files_only=True, **eager)
             model = model.to(device or accelerator or "cpu").eval()
     except Exception as error:  # classes raise anything over a strange config or a full device
         raise ModelError(f"{stock} cannot load {folder} ({type(error).__name__}: {error})") from error
@@ -36,12 +62,12 @@ def load(folder: Path, config: Config, dtype: torch.dtype, device: str | None = 
     return model
 
 
-def measurable(model: Any, config: Config) -> Any:
+def measurable(model: Any, config: Loadable) -> Any:
     """Return the module that is run in measurements: the model if it gives logits of tokens, else the base model below its head."""
-    return model if config.predicts or config.architecture == config.family.base else model.base_model
+    return model if config.predicts or config.bare else model.base_model
 
 
-def class_of(config: Config) -> Any:
+def class_of(config: Loadable) -> Any:
     """Return the class that loads a checkpoint with this config."""
     import transformers
 

@@ -1,6 +1,6 @@
 """Which tensors of a checkpoint transformers reads, by config and headers alone. It loads tensors that take no memory; stock means without effconvert."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ class Reading:
     """How a class of transformers reads the names and shapes of a checkpoint."""
 
     architecture: str  # the class, with the version of transformers
+    parameters: int  # shared ones count once
     missing: tuple[str, ...]  # parameters that it would fill with random numbers
     mismatched: tuple[str, ...]  # tensors whose shape differs from the class's
     unread: frozenset[str]  # tensors that it does not read
@@ -44,17 +45,31 @@ def read_as_stock(config: Config, tensors: Shapes) -> Reading:
             f"config.json names the class {config.architecture}, which transformers {transformers.__version__} does not have; "
             f"name one that it has in architectures, such as {config.family.lm}"
         )
+    return read_by(stock, lambda: _class_and_config(config), tensors)
+
+
+def _class_and_config(config: Config) -> tuple[Any, Any]:
+    kind = class_of(config)
+    return kind, kind.config_class.from_dict(config.content)
+
+
+def read_by(stock: str, build: Callable[[], tuple[Any, Any]], tensors: Shapes) -> Reading:
+    """Return how a class reads `tensors`. `stock` names it in messages; `build` returns the class and its config.
+
+    Raises:
+        ModelError: the class or its config cannot be built.
+    """
     empty = {name: torch.empty(1, dtype=FLOATS.get(code, torch.uint8)).expand(shape or (1,)).view(shape) for name, (code, shape) in tensors.items()}
     try:
         with quiet_transformers(), torch.inference_mode(False):  # in which tied parameters could not be set
-            kind = class_of(config)
-            own = kind.config_class.from_dict(config.content)
+            kind, own = build()
             options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, "device_map": {"": "meta"}}
-            _, info = kind.from_pretrained(None, config=own, state_dict=empty, **options)
+            model, info = kind.from_pretrained(None, config=own, state_dict=empty, **options)
     except Exception as error:  # classes raise anything over a strange config
         raise ModelError(f"{stock} cannot be built from config.json ({type(error).__name__}: {' '.join(str(error).split())}); mend the file") from error
     names = {what: sorted(name if isinstance(name, str) else str(name[0]) for name in info[what]) for what in ("missing_keys", "mismatched_keys")}
-    return Reading(stock, tuple(names["missing_keys"]), tuple(names["mismatched_keys"]), frozenset(info["unexpected_keys"]))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Reading(stock, parameters, tuple(names["missing_keys"]), tuple(names["mismatched_keys"]), frozenset(info["unexpected_keys"]))
 
 
 def open_as_stock(folder: Path) -> Checkpoint:
@@ -84,8 +99,8 @@ def open_as_stock(folder: Path) -> Checkpoint:
     return replace(checkpoint, layers=layers, ignored=(*checkpoint.ignored, *sorted(unread)), unread=reading.unread & checkpoint.outer.keys())
 
 
-def check_complete(folder: Path, config: Config, reading: Reading) -> None:
-    """Refuse a checkpoint that lacks tensors of its class.
+def check_complete(folder: Path, config: Config | None, reading: Reading) -> None:
+    """Refuse a checkpoint that lacks tensors of its class. Without `config` the family is unknown.
 
     Raises:
         ModelError: the first tensors that are missing or of another shape are named.
@@ -95,7 +110,7 @@ def check_complete(folder: Path, config: Config, reading: Reading) -> None:
     if not reading.missing:
         return
     lacks = f"{folder} has no {some(reading.missing)}, which {reading.architecture} reads and would fill with random numbers"
-    if not config.tied and all(name.startswith(tuple(config.family.head.values())) for name in reading.missing):
+    if config and not config.tied and all(name.startswith(tuple(config.family.head.values())) for name in reading.missing):
         raise ModelError(f"{lacks}: config.json says tie_word_embeddings = false; say true if the head is the embedding, else fetch the missing file")
     raise ModelError(f"{lacks}; fetch the missing file, or name the class that the model was saved from in architectures")
 

@@ -35,7 +35,7 @@ except ImportError as error:
     raise untested(str(error).partition(" (")[0]) from error
 
 __all__ = ["AttentionInterface", "AttentionMaskInterface", "Cache", "CacheLayerMixin", "DynamicCache", "DynamicLayer", "eager_mask", "sdpa_mask"]
-CACHE_NAMES = ("cache", "past_key_values")  # of a model's argument for the cache: since 5.24, and before
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # of a model's argument for the cache: since 5.24, before, and before of models with states
 CHECKPOINTING = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the newer name first
 IMPLEMENTATION = "_attn_implementation"  # of a config: the name of the attention function
 OVERRIDDEN = ("_init_weights", "_adjust_bias", "get_expanded_tied_weights_keys")  # methods of models that our classes override
@@ -50,6 +50,11 @@ def cache_among(values: Iterable[Any]) -> Any:
 def cache_name(model: Any) -> str:
     """Return the name of `model`'s argument for the cache."""
     return _cache_name(type(model).forward)
+
+
+def takes_cache(model: Any) -> bool:
+    """Whether `model` can be given a cache; some families keep other states."""
+    return not signature(type(model).forward).parameters.keys().isdisjoint(CACHE_NAMES)
 
 
 @lru_cache(None)
@@ -183,17 +188,26 @@ def names_at_run_time(stored: Mapping[str, Tensor], architecture: str, kind: str
 
 def auto_classes(kind: str) -> Iterator[tuple[Any, str]]:
     """Yield each Auto class for models of type `kind`, and the name of the class that it loads them with."""
+    found = list(_auto_classes(kind))
+    if not found:
+        raise untested(f"an Auto class for {kind}")
+    for auto_class, names in found:
+        yield auto_class, names[0]
+
+
+def classes_of(kind: str) -> dict[str, tuple[str, ...]]:
+    """Return the name of each Auto class that loads models of type `kind`, and the names of the classes that it loads them with."""
+    return {auto_class.__name__: names for auto_class, names in _auto_classes(kind)}
+
+
+def _auto_classes(kind: str) -> Iterator[tuple[Any, tuple[str, ...]]]:
     from transformers.models.auto import modeling_auto
 
-    is_known = False
     for auto_class in vars(modeling_auto).values():
         if isinstance(auto_class, type) and (mapping := getattr(auto_class, "_model_mapping", None)) is not None:
             _check_has(mapping, "_model_mapping")
             if names := mapping._model_mapping.get(kind):
-                is_known = True
-                yield auto_class, names if isinstance(names, str) else names[0]
-    if not is_known:
-        raise untested(f"an Auto class for {kind}")
+                yield auto_class, (names,) if isinstance(names, str) else tuple(names)
 
 
 def _check_has(owner: Any, name: str) -> None:

@@ -5,7 +5,7 @@ from collections import Counter
 from matplotlib.axes import Axes
 from matplotlib.patches import Polygon, Rectangle
 
-from effconvert.eval.results import Subject
+from effconvert.eval.results import ShapedSubject
 from effconvert.quantities import size
 from effconvert.report.drawing import GRID, INK, MUTED, SERIES, SURFACE, figure, short, style, svg
 from effconvert.report.facts import Report
@@ -17,13 +17,13 @@ LEFT, RIGHT = 16.0, 100.0  # edges of the part drawn to scale
 
 def layers(report: Report) -> list[Picture]:
     """Draw a layer of each model, all to the same scale."""
-    subjects = report.subjects[: len(SERIES)]
-    widest = max(max(subject.ffn, subject.hidden) for subject in subjects)
-    deepest = max(subject.layers for subject in subjects)
-    return [_layer(subject, report.labels[place], place, widest, deepest) for place, subject in enumerate(subjects)]
+    subjects = {place: subject for place, subject in report.shaped.items() if place < len(SERIES)}
+    widest = max((max(subject.ffn, subject.hidden) for subject in subjects.values()), default=0)
+    deepest = max((subject.layers for subject in subjects.values()), default=0)
+    return [_layer(subject, report.labels[place], place, widest, deepest) for place, subject in subjects.items()]
 
 
-def _layer(subject: Subject, label: str, place: int, widest: int, deepest: int) -> Picture:
+def _layer(subject: ShapedSubject, label: str, place: int, widest: int, deepest: int) -> Picture:
     with style():
         canvas = figure(3.5)
         canvas.set_layout_engine("none")  # text may be wider than the part drawn to scale, and must not shrink it
@@ -44,7 +44,7 @@ def shown(count: int, limit: int) -> list[int | None]:
     return [*range(count)] if count <= limit else [*range(max(limit - 2, 1)), None, count - 1]
 
 
-def _attention(axes: Axes, subject: Subject, place: int) -> str:
+def _attention(axes: Axes, subject: ShapedSubject, place: int) -> str:
     if not subject.heads:
         axes.text(0, 4, "no attention", va="center", weight="bold")
         return "no attention"
@@ -81,7 +81,7 @@ def _attention(axes: Axes, subject: Subject, place: int) -> str:
     return description
 
 
-def _ffn(axes: Axes, subject: Subject, place: int, widest: int) -> None:
+def _ffn(axes: Axes, subject: ShapedSubject, place: int, widest: int) -> None:
     middle = (LEFT + RIGHT) / 2
     narrow, wide = (width / widest * (RIGHT - LEFT) / 2 for width in (subject.hidden, subject.ffn))
     axes.text(0, 62, f"FFN {subject.hidden} → {subject.ffn} → {subject.hidden}", va="center", weight="bold")
@@ -90,7 +90,7 @@ def _ffn(axes: Axes, subject: Subject, place: int, widest: int) -> None:
         axes.add_patch(Polygon(corners, facecolor=GRID, edgecolor=INK, linewidth=1))
 
 
-def _stack(axes: Axes, subject: Subject, place: int, deepest: int) -> str:
+def _stack(axes: Axes, subject: ShapedSubject, place: int, deepest: int) -> str:
     layer_windows = Counter(subject.windows)
     windows = [f"{layer_windows[window]} see a window of {window} tokens (hatched)" for window in sorted(window for window in layer_windows if window)]
     if windows and layer_windows[None]:

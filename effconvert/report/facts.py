@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from effconvert.eval.results import Benchmark, Cell, Evaluation, Row, Subject, Value
+from effconvert.eval.results import Benchmark, Cell, Evaluation, Row, ShapedSubject, Subject, Value
 from effconvert.report.inputs import Manifest, Source
 
 
@@ -47,6 +47,11 @@ class Report:
     def original(self) -> Subject | None:
         """The original, where that was measured."""
         return self.subjects[0] if self.this else None
+
+    @property
+    def shaped(self) -> dict[int, ShapedSubject]:
+        """The models whose shape is known, by their index in `subjects`."""
+        return {index: subject for index, subject in enumerate(self.subjects) if isinstance(subject, ShapedSubject)}
 
     @property
     def results(self) -> dict[str, Evaluation | Benchmark]:

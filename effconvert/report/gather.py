@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from effconvert.errors import OptionError
-from effconvert.eval.results import Benchmark, Evaluation, Row, Subject, Value
+from effconvert.eval.results import Benchmark, Evaluation, Row, ShapedSubject, Subject, Value
 from effconvert.eval.subject import open_model
-from effconvert.eval.verification import Verification
+from effconvert.eval.verification import Side, Verification
 from effconvert.quantities import count, perplexity, size
 from effconvert.report.doubts import doubts
 from effconvert.report.facts import Card, Report, beside_original, better, command_line, lineage
@@ -83,8 +83,8 @@ def _cards(report: Report) -> Iterator[Card]:
     before = original or (verified.before if verified else None)
     yield _card("parameters", before.parameters if before else None, this.parameters, count)
     yield _card("on disk", original.bytes if original else None, this.bytes, size)
-    if this.kv_bytes or this.state_bytes:
-        yield _card("KV cache a token", before.kv_bytes if before else None, this.kv_bytes, size)
+    if isinstance(this, ShapedSubject) and (this.kv_bytes or this.state_bytes):
+        yield _card("KV cache a token", before.kv_bytes if isinstance(before, ShapedSubject | Side) else None, this.kv_bytes, size)
     rows = list(report.rows())
     tested = [(row, value) for row, _, value in rows if value and value.difference is not None and value.significant is not None]
     if tested:

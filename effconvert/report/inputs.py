@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from effconvert.checkpoint.manifest import MANIFEST
 from effconvert.errors import ModelError, OptionError
-from effconvert.eval.results import Benchmark, Evaluation, read
+from effconvert.eval.results import Benchmark, Evaluation, ShapedSubject, read
 from effconvert.eval.verification import Verification
 
 DIGITS = 18  # most digits of a whole number; more would overflow a float or an axis
@@ -83,9 +83,10 @@ def read_results(path: Path) -> Evaluation | Benchmark:
     models = len(results.subjects)
     if len({subject.digest for subject in results.subjects}) < models:
         raise OptionError(f"{path} measures the same model twice, so it cannot compare; measure again, the original and the converted model")
-    consistent = models > 0
-    consistent &= all(len(subject.windows) == subject.layers > 0 and subject.parameters > 0 for subject in results.subjects)
-    consistent &= all(min(subject.heads, subject.kv_heads) > 0 or subject.heads == subject.kv_heads == 0 for subject in results.subjects)
+    consistent = models > 0 and all(subject.parameters > 0 for subject in results.subjects)
+    shaped = [subject for subject in results.subjects if isinstance(subject, ShapedSubject)]
+    consistent &= all(len(subject.windows) == subject.layers > 0 for subject in shaped)
+    consistent &= all(min(subject.heads, subject.kv_heads) > 0 or subject.heads == subject.kv_heads == 0 for subject in shaped)
     if isinstance(results, Evaluation):
         consistent &= all(len(row.values) == models for row in results.rows)
     else:

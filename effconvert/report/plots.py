@@ -11,7 +11,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 from effconvert.eval.results import Benchmark, Cell, Evaluation, Row, Value
 from effconvert.report.drawing import INK, LINES, MARKERS, MUTED, SERIES, SURFACE, figure, short, style, svg
 from effconvert.report.facts import Report
-from effconvert.report.tables import cache_bytes, difference, longest
+from effconvert.report.tables import cache_bytes, difference, has_cache, longest
 
 INTERVAL = 1.96  # standard errors on either side: 95 %
 ROWS = 40  # of differences in a picture; the table has all
@@ -217,13 +217,13 @@ def _contexts(axes: Axes, contexts: list[int], marked: bool) -> None:
 
 def cache(report: Report) -> Picture | None:
     """Draw the KV cache of one sequence against context, computed from the shapes."""
-    if not report.subject.kv_bytes and not report.subject.state_bytes:
+    if not has_cache(report):
         return None
     end = longest(report.subjects)
-    bends = {window - 1 for subject in report.subjects for window in subject.windows if window and window <= end}
+    bends = {window - 1 for subject in report.shaped.values() for window in subject.windows if window and window <= end}
     contexts = sorted({0, end, *bends})
     lines = []
-    for place, subject in enumerate(report.subjects[: len(SERIES)]):
+    for place, subject in [(place, subject) for place, subject in report.shaped.items() if place < len(SERIES)]:
         sizes = [cache_bytes(subject, context) for context in contexts]
         lines.append(Line(place, short(report.labels[place]), contexts, sizes, sizes, sizes, []))
     caption = "Bytes of one sequence, computed from heads, head width, type and windows; less is better."

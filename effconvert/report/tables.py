@@ -3,10 +3,10 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from effconvert.eval.results import Cell, Evaluation, Row, Subject, Timing, Value
+from effconvert.eval.results import Cell, Evaluation, Row, ShapedSubject, Subject, Timing, Value
 from effconvert.eval.verification import Verification
 from effconvert.quantities import count, perplexity, size
 from effconvert.report.facts import Report, better, lineage
@@ -59,7 +59,7 @@ def mark(row: Row, value: Value | None) -> str:
     return f"{'◆ changed' if good is None else '▲ better' if good else '▼ worse'} (p {chance_of(value.p)})"
 
 
-def mixer_summary(subject: Subject) -> str:
+def mixer_summary(subject: ShapedSubject) -> str:
     """Summarise which layers have a mixer in place of softmax attention."""
     layers_by_mixer = Counter(mixer for mixer in subject.mixers if mixer)
     return ", ".join(f"{mixer} in {number} of {subject.layers} layers" for mixer, number in layers_by_mixer.items()) or "softmax attention"
@@ -72,25 +72,31 @@ def chance_of(p: float | None) -> str:
 
 def shapes(report: Report) -> Table:
     """Return the table of the models' shapes."""
+
+    def shape(show: Callable[[ShapedSubject], str]) -> list[str]:
+        return [show(subject) if isinstance(subject, ShapedSubject) else "not known" for subject in report.subjects]
+
     rows = [
         ("", [subject.architecture for subject in report.subjects]),
-        ("layers", [str(subject.layers) for subject in report.subjects]),
-        ("query heads", [f"{subject.heads} of {subject.head_dim}" if subject.heads else "none" for subject in report.subjects]),
-        ("KV heads", [str(subject.kv_heads or "none") for subject in report.subjects]),
-        ("width", [str(subject.hidden) for subject in report.subjects]),
-        ("width inside the FFN", [str(subject.ffn) for subject in report.subjects]),
+        ("layers", shape(lambda subject: str(subject.layers))),
+        ("query heads", shape(lambda subject: f"{subject.heads} of {subject.head_dim}" if subject.heads else "none")),
+        ("KV heads", shape(lambda subject: str(subject.kv_heads or "none"))),
+        ("width", shape(lambda subject: str(subject.hidden))),
+        ("width inside the FFN", shape(lambda subject: str(subject.ffn))),
         ("vocabulary", [str(subject.vocabulary) for subject in report.subjects]),
         ("longest context", [str(subject.longest or "no limit known") for subject in report.subjects]),
         ("weights", [subject.dtype for subject in report.subjects]),
         ("parameters", [count(subject.parameters) for subject in report.subjects]),
         ("on disk", [size(subject.bytes) for subject in report.subjects]),
-        ("KV cache a token", [size(subject.kv_bytes) if subject.kv_bytes else "none" for subject in report.subjects]),
+        ("KV cache a token", shape(lambda subject: size(subject.kv_bytes) if subject.kv_bytes else "none")),
     ]
-    if any(subject.mixers for subject in report.subjects):
-        rows.insert(4, ("mixers", [mixer_summary(subject) for subject in report.subjects]))
-        rows.append(("state of mixers", [size(subject.state_bytes) if subject.state_bytes else "none" for subject in report.subjects]))
+    if any(subject.mixers for subject in report.shaped.values()):
+        rows.insert(4, ("mixers", shape(mixer_summary)))
+        rows.append(("state of mixers", shape(lambda subject: size(subject.state_bytes) if subject.state_bytes else "none")))
     body = tuple((what or "class", *values) for what, values in rows)
-    return Table("What the models are", ("", *report.labels), body)
+    unknown = [label for index, label in enumerate(report.labels) if index not in report.shaped]
+    note = f"effconvert does not know the layout of {', '.join(unknown)}, and so neither its layers nor its cache by formula." if unknown else ""
+    return Table("What the models are", ("", *report.labels), body, note)
 
 
 def verification(report: Verification) -> Table | None:
@@ -170,7 +176,7 @@ def _milliseconds(timing: Timing | None) -> str:
     return "-" if timing is None else f"{number(1e3 * timing.median)} [{number(1e3 * timing.low)} to {number(1e3 * timing.high)}]"
 
 
-def cache_bytes(subject: Subject, context: int) -> float:
+def cache_bytes(subject: ShapedSubject, context: int) -> float:
     """Return the bytes of the cache of one sequence of `context` tokens; a window of W keeps W - 1, as in transformers' cache."""
     growing = [window for window, mixer in zip(subject.windows, subject.mixers or [""] * subject.layers, strict=True) if not mixer]
     tokens = sum(context if window is None else min(context, window - 1) for window in growing)
@@ -183,14 +189,20 @@ def longest(subjects: Sequence[Subject]) -> int:
     return min([subject.longest for subject in subjects if subject.longest] + [CONTEXTS[-1]])
 
 
+def has_cache(report: Report) -> bool:
+    """Whether the report's model is known to have a cache, of keys and values or of states."""
+    subject = report.subject
+    return isinstance(subject, ShapedSubject) and bool(subject.kv_bytes or subject.state_bytes)
+
+
 def cache(report: Report) -> Table | None:
     """Return the table of the KV cache at a few contexts."""
-    if not report.subject.kv_bytes and not report.subject.state_bytes:
+    if not has_cache(report):
         return None
     end = longest(report.subjects)
     contexts = sorted({context for context in CONTEXTS if context <= end} | {end})
-    rows = tuple((str(context), *(size(cache_bytes(subject, context)) for subject in report.subjects)) for context in contexts)
-    return Table("KV cache of one sequence", ("context", *report.labels), rows)
+    rows = tuple((str(context), *(size(cache_bytes(subject, context)) for subject in report.shaped.values())) for context in contexts)
+    return Table("KV cache of one sequence", ("context", *(report.labels[index] for index in report.shaped)), rows)
 
 
 def writes(report: Report) -> Iterator[Table]:

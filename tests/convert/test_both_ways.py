@@ -8,9 +8,9 @@ import transformers
 
 from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.checkpoint.reading import read_config
-from effconvert.convert.exact import sees_later
 from effconvert.convert.run import convert
 from effconvert.errors import EffconvertError, ModelError
+from effconvert.eval.quality.perplexity import sees_later
 from effconvert.families import FAMILIES
 from effconvert.options import RunOptions
 from effconvert.surgery.attention.gqa import Gqa
@@ -125,6 +125,6 @@ def test_a_class_that_heeds_it_in_one_implementation_only_is_refused(kind):
 def test_a_technique_that_sees_what_the_original_does_not_is_found_out(monkeypatch):
     save(tiny("llama"), Path("model"))
     real, sides = sees_later, iter([False, True])
-    monkeypatch.setattr("effconvert.convert.exact.sees_later", lambda *given: real(*given) or next(sides))
+    monkeypatch.setattr("effconvert.eval.quality.perplexity.sees_later", lambda *given: real(*given) or next(sides))
     with pytest.raises(ModelError, match="tokens see later ones in the converted model, and not in the original"):
         to(Gqa(groups=2, pool="mean"))

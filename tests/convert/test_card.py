@@ -59,7 +59,7 @@ def manifest(source: dict[str, Any] = HUB, measured: Verification | None = None,
 
 
 def subject(name: str) -> Subject:
-    return Subject(name, name, None, "llama", "LlamaForCausalLM", "bfloat16", 1000, 2000, 64, 2, 4, 2, 8, 32, 48, 258, 64, (None, None))
+    return Subject(name, name, None, "llama", "LlamaForCausalLM", "bfloat16", 1000, 2000, 258, 64)
 
 
 def evaluation(*names: str, **changes: Any) -> Evaluation:

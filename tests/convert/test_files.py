@@ -165,6 +165,7 @@ def test_an_adapter_beside_whole_weights_is_said_and_left(model: Path) -> None:
     put(model, "adapter_config.json", text=json.dumps({"peft_type": "LORA", "base_model_name_or_path": "somebody/else", "r": 4}))
     save_file({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(4, 64)}, model / "adapter_model.safetensors")
     said = note(planned(model).notes, "adapter_config.json, adapter_model.safetensors: ")
+    assert "what is converted and measured are those weights without it" in said
     assert "peft" in said
     assert "merge_and_unload" in said
     assert converted(model) == before

@@ -13,7 +13,7 @@ import torch
 from click.testing import Result
 
 from effconvert.checkpoint.checkpoint import open_checkpoint
-from effconvert.checkpoint.sources import locate
+from effconvert.checkpoint.sources import locate, unpack_gguf
 from effconvert.errors import EffconvertError
 from effconvert.eval.quality.text import read_calibration
 from effconvert.modeling import loading as stock
@@ -382,3 +382,31 @@ def test_a_gguf_file_that_is_not_there_is_the_askers_mistake(command: Command) -
     result = command("gqa", "--groups", "2", "--pool", "mean", "gone.gguf", "-o", "out")
     assert result.exit_code == 2
     assert "there is no file gone.gguf" in result.stderr
+
+
+# Adapters
+
+
+@pytest.fixture
+def with_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have transformers look for adapters, as it does where peft is installed, and fail where it finds one."""
+    from transformers import modeling_utils
+    from transformers.integrations import peft
+    from transformers.models.auto import auto_factory
+
+    for module in (peft, auto_factory):
+        monkeypatch.setattr(module, "is_peft_available", lambda: True)
+    monkeypatch.setattr(modeling_utils.PreTrainedModel, "load_adapter", lambda *_, **__: pytest.fail("an adapter was put on top of the weights"))
+
+
+def test_an_adapter_beside_whole_weights_is_not_put_on_top_of_them(with_peft: None, model: Path) -> None:
+    (model / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/else"}')
+    loaded = stock.load(model, open_checkpoint(model).config, torch.float32, "cpu")
+    with pytest.raises(pytest.fail.Exception):
+        type(loaded).from_pretrained(model)
+
+
+def test_an_adapter_beside_a_gguf_file_is_not_taken_for_it(with_peft: None, gguf: Path, tmp_path: Path) -> None:
+    shutil.copy(gguf, tmp_path / "tiny.gguf")
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/else"}')
+    assert (unpack_gguf(tmp_path / "tiny.gguf") / "config.json").is_file()

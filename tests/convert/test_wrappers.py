@@ -13,9 +13,9 @@ from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.reading import read_config
 from effconvert.checkpoint.wrappers import WRAPPERS
-from effconvert.convert.exact import sees_later
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError
+from effconvert.eval.quality.perplexity import sees_later
 from effconvert.families import FAMILIES
 from effconvert.heal._layerwise import LayerRunner, stored_tensors
 from effconvert.heal.refit import Refit

@@ -155,6 +155,24 @@ def test_a_byte_of_weights_tokenizer_or_config_changes_what_a_model_is(model, na
     assert identity(model) != before
 
 
+def test_a_byte_of_a_module_of_sentence_transformers_changes_what_a_model_is(model):
+    """Results, reports and `push` would take a folder with another last layer for the one that was measured."""
+    plain = identity(model)
+    (model / "2_Dense").mkdir()
+    (model / "2_Dense" / "model.safetensors").write_bytes(b"weights")
+    assert identity(model) == plain  # nothing names it
+    (model / "modules.json").write_text(json.dumps([{"path": "", "type": "sentence_transformers.models.Transformer"}, {"path": "2_Dense", "type": "x.Dense"}]))
+    before = identity(model)
+    assert before != plain
+    (model / "2_Dense" / "model.safetensors").write_bytes(b"Weights")
+    assert identity(model) != before
+
+
+def test_an_adapter_beside_the_weights_is_no_part_of_what_is_measured_and_that_is_said(model):
+    (model / "adapter_config.json").write_text("{}")
+    assert measure(model).notes[0] == "model: adapter_config.json lies beside its weights, and they are measured without that adapter"
+
+
 def test_another_file_of_the_same_size_and_time_is_another_model(model):
     file = min(model.glob("*.safetensors"))
     before, status, content = identity(model), file.stat(), bytearray(file.read_bytes())

@@ -186,7 +186,9 @@ def test_a_model_that_takes_no_cache_is_told():
 
     with pytest.raises(EffconvertError) as refusal:
         internals.cache_name(Model())
-    assert told(refusal).startswith("an argument cache or past_key_values of ")
+    assert told(refusal).startswith("an argument cache or past_key_values or cache_params of ")
+    assert not internals.takes_cache(Model())
+    assert internals.takes_cache(tiny("llama"))
 
 
 @pytest.mark.parametrize("kind", ATTENDING)
@@ -329,6 +331,11 @@ def test_auto_classes_say_what_they_make_of_a_family(kind):
     assert found["AutoModel"] == family.base
     assert family.lm in found.values()
     assert all(hasattr(transformers, name) for name in found.values())
+
+
+def test_the_classes_of_a_family_that_nobody_made_a_row_for_are_known_too():
+    assert internals.classes_of("mamba").items() >= {"AutoModel": ("MambaModel",), "AutoModelForCausalLM": ("MambaForCausalLM",)}.items()
+    assert internals.classes_of("nonsense") == {}
 
 
 def test_a_type_that_no_auto_class_knows_is_told():

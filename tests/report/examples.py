@@ -4,14 +4,14 @@ import math
 import random
 from dataclasses import replace
 
-from effconvert.eval.results import Benchmark, Cell, Evaluation, Row, Subject, Timing, Value
+from effconvert.eval.results import Benchmark, Cell, Evaluation, Row, ShapedSubject, Subject, Timing, Value
 
 HOSTILE = "$x^{$<script>alert('1')</script>|`\"*[a](b)&amp;"  # of HTML, Markdown and TeX
 DATE = "2026-11-22T12:00:00+00:00"
 VERSIONS = {"python": "3.11.7", "effconvert": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"}
 MACHINE = "An Invented Processor @ 2.50GHz, 2 cores, 8 GiB, 1 threads"
 
-SMOLLM2 = Subject(
+SMOLLM2 = ShapedSubject(
     name="SmolLM2-135M-Instruct",
     digest="5" * 64,
     commit="7e27bd9f95328f0f3b08261d1252705110c806f8",

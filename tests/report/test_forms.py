@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from transformers import MambaConfig, MambaForCausalLM
 
 from effconvert.convert.run import convert
 from effconvert.eval.results import save
@@ -136,6 +137,20 @@ def test_every_kind_of_model_has_its_report(kind, told, pictures, tmp_path):
     assert told in text_of(tmp_path / "out.html")
     assert "No timing of this model" not in text_of(tmp_path / "out.html")
     assert (tmp_path / "out.html").read_text().count("<svg") == pictures
+
+
+def test_what_is_not_known_of_a_model_is_said_and_not_made_up(converted, subjects, tmp_path):
+    """Beside a model of an unknown layout, and of one."""
+    config = MambaConfig(vocab_size=258, hidden_size=32, num_hidden_layers=2, state_size=4)
+    stranger = open_model(str(save_model(MambaForCausalLM(config), tmp_path / "stranger"))).subject
+    for this, others in ((converted, (stranger, subjects[1])), (tmp_path / "stranger", (subjects[0], stranger))):
+        save(evaluation(*others), tmp_path / "eval.json")
+        report(this, [tmp_path / "eval.json"], tmp_path / "out.html", overwrite=True)
+        told = text_of(tmp_path / "out.html")
+        assert told.count("not known") == 6
+        assert "effconvert does not know the layout of stranger, and so neither its layers nor its cache by formula." in told
+        assert "keeps no KV cache" not in told
+        assert ("KV cache of one sequence" in told) == (this == converted)
 
 
 def test_what_the_numbers_themselves_make_doubtful_is_said(converted, subjects, results, tmp_path):

@@ -35,7 +35,7 @@ class Encoders:
         self.longest = min(_reads(model) or options.context for model in models)
         if options.context > self.longest and "context" in options.model_fields_set:
             raise OptionError(f"--context {options.context} is more than the {self.longest} tokens that all of the models read; give at most {self.longest}")
-        if len({(opened.head, opened.subject.vocabulary if opened.head else opened.subject.hidden) for opened in (model.opened for model in models)}) > 1:
+        if len({(opened.head, opened.subject.vocabulary if opened.head else opened.width) for opened in (model.opened for model in models)}) > 1:
             self.notes.append("the models differ in their heads, vocabularies or widths, so only sentence pairs can be compared, not outputs for tokens")
         self.content = _passages(models[0].tokenizer, text, min(options.context, self.longest) - 2, options.tokens)
         self.reference: list[Tensor] | None = None
@@ -81,7 +81,7 @@ class Encoders:
         first, other = self.models[0].opened, self.models[index].opened
         if not (index > 0 and self.alike[index] and first.head == other.head):
             return False
-        return first.subject.vocabulary == other.subject.vocabulary if first.head else first.subject.hidden == other.subject.hidden
+        return first.subject.vocabulary == other.subject.vocabulary if first.head else first.width == other.width
 
     def _key(self, index: int) -> dict[str, Any]:
         original = self.models[0].key if self._comparable(index) else None

@@ -82,6 +82,7 @@ def evaluate(models: Sequence[str], options: EvalOptions, progress: Progress | N
         by_model = [_measure(plan, index, running[index], prepared.store, progress) for index in range(len(running))]
     samples = [[sample for result in model_results for sample in result.samples] for model_results in by_model]
     notes = [
+        *(note for model in running for note in model.opened.notes),
         *plan.notes,
         *(f"{model.name}: {note}" for model, model_results in zip(running, by_model, strict=True) for result in model_results for note in result.notes),
     ]
@@ -109,7 +110,8 @@ def _measure(plan: Decoders | Encoders, index: int, model: Running, store: Store
         for measurement in plan.measurements(index):
             result = store.get(measurement.key)
             if result is None or measurement.always:
-                with progress.bar(f"{model.name}: {measurement.what}", measurement.total, measurement.unit) as advance, enough_memory(measurement.what):
+                bar = progress.bar(f"{model.name}: {measurement.what}", measurement.total, measurement.unit)
+                with bar as advance, models_fault(model), enough_memory(measurement.what):
                     result = measurement.run(advance)
                 store.put(measurement.key, result)
             model_results.append(result)
@@ -131,6 +133,22 @@ def enough_memory(what: str) -> Iterator[None]:
         raise EffconvertError(f"no memory left for {what}; give a smaller --context or --batch-size, and run the same command again") from None
     except OSError as error:
         raise EffconvertError(f"no room for {what} ({error.strerror}); make some where temporary files go (TMPDIR), and run the same command again") from None
+
+
+@contextmanager
+def models_fault(model: Running) -> Iterator[None]:
+    """Turn any error of a class of transformers into one line, where effconvert does not know the layout."""
+    try:
+        yield
+    except EffconvertError:
+        raise
+    except Exception as error:
+        if model.opened.known:
+            raise
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ModelError(
+            f"{model.name}: {model.opened.subject.architecture} of transformers fails in this measurement ({what}); leave the model out"
+        ) from error
 
 
 def _settings(options: EvalOptions, text: Text, device: str, plan: Decoders | Encoders) -> dict[str, object]:

@@ -7,7 +7,7 @@ distributions at the same positions. The original's logits are kept in a file, s
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality.text import Text
 
 ROWS = 64  # positions whose distributions are in float32 at a time
+ROUNDING = 1e-3  # of the largest number; experts, for one, round differently with other tokens in a batch
 
 
 @dataclass(frozen=True)
@@ -164,11 +165,29 @@ def logits_of(model: Any, window: Tensor) -> Tensor:
     Raises:
         ModelError: the output has NaN or infinity.
     """
-    output = model(window[None].to(model.device), use_cache=False)
-    values: Tensor = (output.logits if "logits" in output else output.last_hidden_state)[0]
+    values = values_of(model(window[None].to(model.device), use_cache=False))
     if not torch.isfinite(values).all():
         raise ModelError("the model computes NaN or infinity")
     return values
+
+
+def values_of(output: Any) -> Tensor:
+    """Return the logits [T, V] of the first sequence in a model's output, or its hidden states where there are none."""
+    values: Tensor = (output.logits if "logits" in output else output.last_hidden_state)[0]
+    return values
+
+
+@torch.inference_mode()
+def sees_later(model: Any, text: Tensor) -> bool:
+    """Whether outputs for a text [T] depend on a later token: on the last, or on the one in the middle."""
+    before = values_of(model(text[None].to(model.device)))
+    for place in {len(text) // 2, len(text) - 1} - {0}:
+        changed = text.clone()
+        changed[place] = changed[place] - 1 if changed[place] else 1
+        earlier = (values_of(model(changed[None].to(model.device))) - before)[:place].abs()
+        if earlier.max() > ROUNDING * before.abs().max():
+            return True
+    return False
 
 
 @torch.inference_mode()
@@ -182,8 +201,17 @@ def kv_bytes(model: Any, window: Tensor) -> tuple[int, int]:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Return the bytes of all layers of a transformers cache object."""
-    return sum(layer.nbytes if hasattr(layer, "nbytes") else layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    """Return the bytes of all layers of a transformers cache object: keys, values and whatever states they hold of sequences."""
+    return sum(layer.nbytes if hasattr(layer, "nbytes") else sum(tensor.nbytes for tensor in _states(vars(layer).values())) for layer in cache.layers)
+
+
+def _states(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among `values` that are states of sequences: those of one dimension or none are counters."""
+    for value in values:
+        if isinstance(value, dict):
+            yield from _states(value.values())
+        elif isinstance(value, Tensor) and value.ndim > 1:
+            yield value
 
 
 def continuation(model: Any, tokenizer: Any, prompt: Tensor, length: int) -> str:

@@ -6,8 +6,12 @@ from typing import Any
 
 import torch
 
+from effconvert.errors import ModelError
+from effconvert.eval.quality.perplexity import sees_later
 from effconvert.eval.subject import Opened, load_measured, pick_dtype
 from effconvert.modeling.loading import load_tokenizer
+
+LENGTH = 24  # tokens of a text that shows whether tokens see later ones
 
 
 class Running:
@@ -33,8 +37,21 @@ class Running:
 
     @cached_property
     def model(self) -> Any:
-        """The model itself, on its device."""
-        return load_measured(self.opened, self.dtype, self.device)
+        """The model itself, on its device.
+
+        Raises:
+            ModelError: it does not load, or its layout is unknown and it sees the tokens that it is to predict.
+        """
+        model = load_measured(self.opened, self.dtype, self.device)
+        if self.opened.decoder and not self.opened.known:
+            text = torch.randint(
+                self.opened.subject.vocabulary, (min(self.opened.subject.longest or LENGTH, LENGTH),), generator=torch.Generator().manual_seed(0)
+            )
+            if sees_later(model, text):
+                raise ModelError(
+                    f"{self.name}: each token sees later ones, so how well it predicts them says nothing; give a model that predicts the next token"
+                )
+        return model
 
     def close(self) -> None:
         """Free the memory for the next model."""

@@ -33,7 +33,7 @@ def bench(models: Sequence[str], options: BenchOptions, progress: Progress | Non
 
     Raises:
         OptionError: the options are impossible for these models.
-        ModelError: a model is damaged, or of an unknown family.
+        ModelError: a model is damaged, or transformers does not open it.
         EffconvertError: a model does not fit into memory.
     """
     progress = progress or NoProgress()
@@ -63,7 +63,7 @@ def bench(models: Sequence[str], options: BenchOptions, progress: Progress | Non
         subjects=tuple(model.subject for model in opened),
         cells=tuple(replace(cell, ratios=_ratios(cell, first[cell.batch, cell.context])) for cell in cells),
         bandwidth=memory_bandwidth,
-        notes=tuple(_notes(opened, options, contexts, fit_together)),
+        notes=(*_notes(opened, options, contexts, fit_together), *_without_cache(opened, cells)),
         settings={**options.model_dump(mode="json", exclude={"output"}), "context": contexts, "device": device, "seed": SEED},
         versions=results.versions(),
         machine=results.machine(device),
@@ -129,6 +129,9 @@ def _notes(opened: list[Opened], options: BenchOptions, contexts: list[int], fit
         missing = ", ".join(str(context) for context in CONTEXTS if context not in contexts)
         notes.append(f"no context of {missing}: not every model reads that many tokens and {options.new_tokens} new ones")
     for model in {model.subject.name: model for model in opened}.values():
+        notes += model.notes
+        if not model.known:
+            notes.append(f"effconvert does not know the layout of {model.subject.name} ({model.subject.kind}), so nothing foresees the memory of a pass")
         if not writes(model):
             why = "has no language-model head" if model.decoder else "is an encoder"
             notes.append(f"{model.subject.name} {why} and writes no tokens: prefill only")
@@ -137,6 +140,12 @@ def _notes(opened: list[Opened], options: BenchOptions, contexts: list[int], fit
     if options.cache == "static":
         notes.append(f"a static cache is allocated for the context and {options.new_tokens} new tokens, and every step reads all of it: its bytes are those")
     return notes
+
+
+def _without_cache(opened: list[Opened], cells: list[Cell]) -> list[str]:
+    """Return a note on each model that gave a first token and no cache."""
+    indices = dict.fromkeys(cell.subject for cell in cells if cell.first and not cell.decode)
+    return [f"{opened[index].subject.name} hands on no cache of transformers: nothing after its first token is measured" for index in indices]
 
 
 class CellRun:
@@ -178,8 +187,8 @@ class CellRun:
 
     def _run(self) -> Seconds:
         if self.runner is None:
-            if self.job.device == "cpu":
-                memory.check(self.loaded.opened, self.loaded.model, self.job.batch, self.job.context, self.job.options.new_tokens)
+            if self.job.device == "cpu" and self.loaded.opened.known:
+                memory.check(self.loaded.opened.known, self.loaded.model, self.job.batch, self.job.context, self.job.options.new_tokens)
             self.runner = Runner(self.loaded, self.job)
         return self.runner.run()
 

@@ -9,8 +9,8 @@ from typing import Any
 import psutil
 import torch
 
+from effconvert.checkpoint.config import Config
 from effconvert.errors import EffconvertError
-from effconvert.eval.subject import Opened
 from effconvert.modeling.caches import kv_bytes
 
 SELF = Path("/proc/self")  # Linux's data about this process
@@ -31,29 +31,28 @@ def release(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def needed(opened: Opened, model: Any, batch: int, context: int, new_tokens: int) -> int:
+def needed(config: Config, model: Any, batch: int, context: int, new_tokens: int) -> int:
     """Estimate the bytes that a pass of `model` takes beside its weights: cache, activations of a layer, logits.
 
     An upper estimate: it adds up all activations of a layer as if none were freed, with norms and softmax in float32.
     """
     from effconvert.modeling.transformers_internals import implementation
 
-    config, subject, itemsize = opened.checkpoint.config, opened.subject, int(model.dtype.itemsize)
-    rows = batch * context
+    rows, itemsize = batch * context, int(model.dtype.itemsize)
     cache = batch * kv_bytes(config, itemsize, context + new_tokens)
-    layer = rows * itemsize * (4 * subject.hidden + (3 * subject.heads + 2 * subject.kv_heads) * subject.head_dim + 4 * subject.ffn) + rows * 8 * subject.hidden
-    logits = (batch if opened.decoder else rows) * subject.vocabulary * itemsize
-    scores = rows * context * subject.heads * (4 + 2 * itemsize) if implementation(model.config) == "eager" else 0
-    return cache + 2 * cache // subject.layers + FRAGMENTS * layer + scores + logits
+    layer = rows * itemsize * (4 * config.hidden + (3 * config.heads + 2 * config.kv_heads) * config.head_dim + 4 * config.ffn) + rows * 8 * config.hidden
+    logits = (batch if config.decoder else rows) * config.vocabulary * itemsize
+    scores = rows * context * config.heads * (4 + 2 * itemsize) if implementation(model.config) == "eager" else 0
+    return cache + 2 * cache // config.layers + FRAGMENTS * layer + scores + logits
 
 
-def check(opened: Opened, model: Any, batch: int, context: int, new_tokens: int) -> None:
+def check(config: Config, model: Any, batch: int, context: int, new_tokens: int) -> None:
     """Refuse a pass that needs more than the free main memory: the kernel would kill the process, where a GPU raises an error.
 
     Raises:
         EffconvertError: there is not enough memory.
     """
-    need, available = needed(opened, model, batch, context, new_tokens), free("cpu")
+    need, available = needed(config, model, batch, context, new_tokens), free("cpu")
     if need > available:
         raise EffconvertError(f"needs about {need / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are free; give a smaller --batch or --context")
 

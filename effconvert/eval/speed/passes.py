@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from effconvert.checkpoint.config import Config
 from effconvert.errors import OptionError
 from effconvert.eval.quality.perplexity import cache_bytes
 from effconvert.eval.speed import memory
@@ -87,32 +88,31 @@ class Runner:
     def __init__(self, loaded: Loaded, job: Job) -> None:
         from transformers import StaticCache
 
-        from effconvert.modeling.transformers_internals import cache_name
+        from effconvert.modeling.transformers_internals import cache_name, takes_cache
 
         self.model, self.job, self.wait, self.writes = loaded.model, job, _waiter(job.device), writes(loaded.opened)
         prompts = torch.randint(job.vocabulary, (job.batch, job.context), generator=torch.Generator().manual_seed(SEED))
         self.prompts = prompts.to(job.device)  # [B, T]; there is no padding, so no mask
         self.last = {"logits_to_keep": 1} if "logits_to_keep" in signature(self.model.forward).parameters else {}  # as serving does: not [B, T, V]
-        static = self.writes and job.options.cache == "static"
-        if static and loaded.opened.checkpoint.config.replaced:
-            raise OptionError(f"--cache static cannot keep the states of the mixers of {loaded.opened.subject.name}; leave it out")
-        if static and "no attention" in loaded.opened.subject.mixers:
-            raise OptionError(f"--cache static would allocate layers of {loaded.opened.subject.name} that have no attention; leave it out")
-        if static and loaded.opened.checkpoint.config.family.shares_kv_in_our_class:
-            raise OptionError(f"--cache static would store the shared KV heads of {loaded.opened.subject.name} once for each query head; leave it out")
-        self.cache_name = cache_name(self.model) if self.writes else ""
+        known, takes = loaded.opened.known, self.writes and (loaded.opened.known is not None or takes_cache(self.model))
+        static = takes and job.options.cache == "static"
+        if static and known:
+            _check_static(loaded.opened.subject.name, known)
+        self.cache_name = cache_name(self.model) if takes else ""
         self.static_cache = StaticCache(config=self.model.config, max_cache_len=job.context + job.options.new_tokens) if static else None
         self.replay = capture(self.model, self.prompts[:, :1].clone(), self.static_cache) if job.options.graphs and static else None
         self.cache_bytes: int | None = None
 
     @torch.inference_mode()
     def run(self) -> Seconds:
-        """Read the prompts, then write tokens one by one."""
+        """Read the prompts, then write tokens one by one. A model that hands no cache on writes the first only."""
         from effconvert.modeling.transformers_internals import cache_among
 
         if self.static_cache is not None:
             self.static_cache.reset()
-        options = {self.cache_name: self.static_cache, "use_cache": True, **self.last} if self.writes else {}
+        options: dict[str, Any] = {"use_cache": True, **self.last} if self.writes else {}
+        if self.static_cache is not None:
+            options[self.cache_name] = self.static_cache
         self.wait()
         start = time.perf_counter()
         output = self.model(self.prompts, **options)
@@ -123,14 +123,30 @@ class Runner:
         tokens = output.logits[:, -1:].argmax(-1)  # [B, 1]
         self.wait()
         first = time.perf_counter() - start
-        cache = cache_among(output.values())
+        cache = cache_among(output.values()) if self.cache_name else None
         del output
+        if cache is None:
+            return Seconds(prefill, first)
         self.cache_bytes = cache_bytes(cache)
         start = time.perf_counter()
         for _ in range(self.job.options.new_tokens):
             tokens = self.replay(tokens) if self.replay else self.model(tokens, **{self.cache_name: cache}, use_cache=True).logits[:, -1:].argmax(-1)
         self.wait()
         return Seconds(prefill, first, (time.perf_counter() - start) / self.job.options.new_tokens)
+
+
+def _check_static(name: str, config: Config) -> None:
+    """Refuse a static cache for layers of effconvert's.
+
+    Raises:
+        OptionError: it would not hold what they keep.
+    """
+    if config.replaced:
+        raise OptionError(f"--cache static cannot keep the states of the mixers of {name}; leave it out")
+    if any("attention" in config.skips(index) for index in range(config.layers)):
+        raise OptionError(f"--cache static would allocate layers of {name} that have no attention; leave it out")
+    if config.family.shares_kv_in_our_class:
+        raise OptionError(f"--cache static would store the shared KV heads of {name} once for each query head; leave it out")
 
 
 def writes(opened: Opened) -> bool:
