@@ -433,3 +433,13 @@ def test_a_base_model_without_its_head_is_converted_too(name, tmp_path):
         f"{FAMILIES[kind].base} has no language-model head" if kind in DECODERS else f"{kind} is an encoder and predicts no next token"
     )
     assert read_back(outcome.output).num_parameters() == outcome.plan.after.parameters
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_list_says_what_is_true_of_it(name):
+    facts = load(name).facts
+    assert facts.applies
+    assert facts.saves
+    assert bool(facts.exact) == (bool(CASES[name].neutral) if name in TABLED else CASES[name].neutral is not None)
+    if name in TABLED and name != "streaming":  # which can be a sliding window of its own family
+        assert facts.native == ""

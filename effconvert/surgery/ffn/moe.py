@@ -5,13 +5,13 @@ from __future__ import annotations  # type imports stay lazy: `--help` must not 
 
 from functools import partial
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from effconvert.checkpoint.replaced import DEEPEST
 from effconvert.errors import OptionError
-from effconvert.surgery._surgery import Layerwise
+from effconvert.surgery._surgery import Facts, Layerwise
 from effconvert.surgery.ffn._targets import become_sparse, check_dense, choose, with_experts
 
 if TYPE_CHECKING:
@@ -41,6 +41,13 @@ class Moe(Layerwise):
       effconvert moe --experts 8 --top-k 1 --granularity 4 ./Qwen3-0.6B -o ./fine
       effconvert moe --experts 8 --drop-upcycling 0.5 --layers 1-27/2 ./Qwen2.5-0.5B
     """
+
+    facts: ClassVar[Facts] = Facts(
+        "decoders with a gated FFN",
+        saves="nothing: it is a start for training",
+        native="the family with experts (a llama as a mixtral)",
+        exact="without --noise and --drop-upcycling",
+    )
 
     experts: int = Field(ge=2, le=1024, description="Experts of a layer, each a copy of its FFN.", json_schema_extra={"metavar": "E"})
     top_k: int = Field(2, ge=1, description="Experts that run for a token.", json_schema_extra={"metavar": "K"})

@@ -4,12 +4,12 @@
 from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from effconvert.errors import OptionError
-from effconvert.surgery._surgery import Layerwise
+from effconvert.surgery._surgery import Facts, Layerwise
 from effconvert.surgery.ffn._targets import become_sparse, check_dense, choose, with_experts
 
 if TYPE_CHECKING:
@@ -37,6 +37,13 @@ class MoeSplit(Layerwise):
       effconvert moe-split --experts 8 --active 6 --refit ./SmolLM2-135M
       effconvert moe-split --experts 16 --active 8 --shared 6 --layers 4-29 ./SmolLM2-135M -o ./sparse
     """
+
+    facts: ClassVar[Facts] = Facts(
+        "decoders with a gated FFN",
+        saves="arithmetic of a token's FFNs",
+        native="the family with experts (a llama as a qwen2_moe)",
+        exact="with --active as many as --experts",
+    )
 
     experts: int = Field(ge=2, le=1024, description="Parts of each FFN.", json_schema_extra={"metavar": "E"})
     active: int = Field(ge=1, description="Parts that run for a token, with those of the shared expert.", json_schema_extra={"metavar": "K"})
