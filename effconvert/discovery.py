@@ -14,6 +14,12 @@ def summaries(folders: Iterable[str]) -> dict[str, str]:
     return dict(sorted((_command(file), _summary(file)) for file, _ in _files(folders)))
 
 
+def folder(folders: Iterable[str], name: str) -> str:
+    """Return the name of the folder in which the file of a command is; empty for one of `folders` itself."""
+    module = next(module for file, module in _files(folders) if _command(file) == name)
+    return module.rpartition(".")[0]
+
+
 def load(package: ModuleType, name: str) -> Any:
     """Import the file that is `name` in `package`, and return the class of its options: expand-kv is the one in surgery/attention/expand_kv.py.
 

@@ -18,6 +18,14 @@ def techniques() -> dict[str, str]:
     return discovery.summaries(surgery.__path__)
 
 
+def by_kind() -> dict[str, dict[str, str]]:
+    """Map each kind of technique, which is the folder of its file, to its techniques with their summaries."""
+    kinds: dict[str, dict[str, str]] = {}
+    for name, summary in techniques().items():
+        kinds.setdefault(discovery.folder(surgery.__path__, name), {})[name] = summary
+    return dict(sorted(kinds.items()))
+
+
 def healing_methods() -> dict[str, str]:
     """Map each healing method to its one-line summary."""
     return discovery.summaries(heal.__path__)

@@ -12,6 +12,7 @@ import pytest
 from click.testing import Result
 
 import effconvert
+from effconvert import steps
 from effconvert.__main__ import main as module_main
 from effconvert.cli import main
 from effconvert.errors import OptionError
@@ -293,3 +294,14 @@ def test_a_warning_is_one_line_in_a_pipe(command: Command, model: Path) -> None:
 
 def test_numbers_below_ten_thousand_are_written_out() -> None:
     assert [count(number) for number in (0, 256, 9999, 10_000, 524_288, 3_672_320)] == ["0", "256", "9999", "10 k", "524.3 k", "3.67 M"]
+
+
+def test_all_techniques_are_listed_by_kind_and_without_torch(python, environment):
+    text = "import sys\nfrom effconvert.cli import main\nmain(['list'], standalone_mode=False)\nassert not {'torch', 'transformers'} & set(sys.modules)"
+    done = subprocess.run([python, "-c", text], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for name, summary in steps.techniques().items():
+        assert f"{name} " in done.stdout
+        assert summary in done.stdout
+    assert done.stdout.index("attention\n") < done.stdout.index("gqa") < done.stdout.index("depth\n") < done.stdout.index("prune-layers")
+    assert "saves KV cache" in done.stdout

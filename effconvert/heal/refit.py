@@ -49,8 +49,20 @@ class Refit(Healing):
     def rewrite(self, model: Model) -> None:
         """Refit each layer to the original's layers that it stands for, and after the first gap also to the original's stream."""
         super().rewrite(model)
+        for layer in model.layers:
+            if model.config.sparse(layer.index) and not model.original.sparse(layer.originals[0]):
+                layer.later(partial(self._refit_experts, originals=layer.originals))
         for layer, steps in zip(model.layers, after_gaps(model), strict=True):
             layer.later(partial(self._follow, steps=steps))
+
+    def _refit_experts(self, layer: Layer, originals: range) -> None:
+        outputs = [part for part in layer if part == "shared_down" or (part.startswith("experts.") and part.endswith(".down"))]
+        for part in outputs:
+            layer[part] = layer[part]
+        if layer.activations:
+            from effconvert.heal._experts import refit_experts
+
+            refit_experts(layer, outputs, originals)
 
     def _follow(self, layer: Layer, steps: dict[str, int]) -> None:
         for part, step in steps.items():

@@ -6,7 +6,8 @@ import re
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, Self, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, Self, cast
 
 from pydantic import BeforeValidator, Field
 
@@ -44,8 +45,20 @@ class ForwardProtocol(Protocol):
         """Show a progress bar for `steps` steps; yields a function that takes how many more are done."""
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What `effconvert list` says of a step, in a few words each."""
+
+    applies: str  # to which models
+    saves: str  # what becomes smaller or cheaper
+    native: str  # the class of transformers that opens the result; "" if that needs effconvert
+    exact: str  # the options with which no logit changes; "" if there are none
+
+
 class Step(Options):
     """A step of a conversion: a surgery or a healing method. Subclasses add options as fields, and implement these methods."""
+
+    facts: ClassVar[Facts | None] = None
 
     @property
     def name(self) -> str:

@@ -247,7 +247,8 @@ def test_inspect_says_what_can_be_known(command):
         f"on disk          {4 * parameters(model) / 1e3:.4g} kB, F32",
         "tokenizer        yes",
         "files            config.json, generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json",
-        "cannot be converted: MambaForCausalLM/config.json names the family 'mamba', which effconvert does not know: it has recurrent layers, which keep a state instead of keys and values (state_size = 4)",
+        "cannot be converted: MambaForCausalLM/config.json names the family 'mamba', which effconvert does not know: "
+        "it has recurrent layers, which keep a state instead of keys and values (state_size = 4)",
         "can be measured: effconvert eval, effconvert bench",
     ]
 

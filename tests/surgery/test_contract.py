@@ -54,6 +54,17 @@ DENSE = [kind for kind, family in FAMILIES.items() if family.upcycled]
 SUBLAYERS = [kind for kind, family in FAMILIES.items() if not family.norms_stream and "attention" not in family.adds_inside]
 POOLED = {"parts": ("kv", "q", "q.bias", "o"), "keys": ("num_key_value_heads",), "cache": True, "same_bytes": True}
 OUT_OF_REACH = "has attention of its own|does not attend"
+EXPERTS = {
+    "replaces": ("gate", "up", "down"),
+    "keys": (
+        *("num_local_experts", "num_experts", "num_experts_per_tok", "norm_topk_prob", "output_router_logits", "router_aux_loss_coef", "intermediate_size"),
+        *("moe_intermediate_size", "shared_expert_intermediate_size", "mlp_only_layers", "qkv_bias", "attention_multiplier"),
+        *("head_dim", "layer_types", "max_window_layers", "sliding_window", "use_sliding_window"),
+    ),
+    "small_from": {"mlp_bias": False},
+    "neutral_from": {"mlp_bias": False},
+}
+NO_EXPERTS = "has no gate in its FFN|has experts already|computes what no family"
 HEADS = {count: {"num_key_value_heads": count} for count in (1, 2, 4)}
 CASES = {
     "gqa": Case(
@@ -62,20 +73,8 @@ CASES = {
     "mqa": Case(
         {}, {}, MULTI_HEAD, OUT_OF_REACH, parts=("kv", "q", "q.bias", "o"), keys=("num_key_value_heads",), cache=True, same_bytes=True, neutral_from=HEADS[1]
     ),
-    "moe": Case(
-        {"experts": 4, "noise": 0.5},
-        {"experts": 4},
-        DENSE,
-        "has no gate in its FFN|has experts already|computes what no family",
-        replaces=("gate", "up", "down"),
-        keys=(
-            *("num_local_experts", "num_experts", "num_experts_per_tok", "norm_topk_prob", "output_router_logits", "router_aux_loss_coef"),
-            *("moe_intermediate_size", "shared_expert_intermediate_size", "mlp_only_layers", "qkv_bias", "attention_multiplier"),
-            *("head_dim", "layer_types", "max_window_layers", "sliding_window", "use_sliding_window"),
-        ),
-        small_from={"mlp_bias": False},
-        neutral_from={"mlp_bias": False},
-    ),
+    "moe": Case({"experts": 4, "noise": 0.5}, {"experts": 4}, DENSE, NO_EXPERTS, **EXPERTS),
+    "moe-split": Case({"experts": 4, "active": 2}, {"experts": 4, "active": 4}, DENSE, NO_EXPERTS, **EXPERTS),
     "expand-kv": Case(
         {"groups": 2},
         {"groups": 4},
@@ -435,3 +434,13 @@ def test_a_base_model_without_its_head_is_converted_too(name, tmp_path):
         f"{FAMILIES[kind].base} has no language-model head" if kind in DECODERS else f"{kind} is an encoder and predicts no next token"
     )
     assert read_back(outcome.output).num_parameters() == outcome.plan.after.parameters
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_list_says_what_is_true_of_it(name):
+    facts = load(name).facts
+    assert facts.applies
+    assert facts.saves
+    assert bool(facts.exact) == (bool(CASES[name].neutral) if name in TABLED else CASES[name].neutral is not None)
+    if name in TABLED and name != "streaming":  # which can be a sliding window of its own family
+        assert facts.native == ""

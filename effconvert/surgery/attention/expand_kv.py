@@ -3,12 +3,12 @@
 
 from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from effconvert.errors import ModelError, OptionError
-from effconvert.surgery._surgery import Surgery
+from effconvert.surgery._surgery import Facts, Surgery
 
 if TYPE_CHECKING:
     from effconvert.checkpoint.config import Config
@@ -26,6 +26,8 @@ class ExpandKv(Surgery):
       effconvert expand-kv ./SmolLM2-135M
       effconvert expand-kv --groups 9 ./SmolLM2-135M -o ./mha
     """
+
+    facts: ClassVar[Facts] = Facts("models with GQA or MQA", saves="nothing: it is for loaders without GQA", native="its own class", exact="always")
 
     groups: int | None = Field(
         None,

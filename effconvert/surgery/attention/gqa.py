@@ -3,12 +3,12 @@
 
 from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from effconvert.errors import OptionError
-from effconvert.surgery._surgery import Surgery
+from effconvert.surgery._surgery import Facts, Surgery
 
 if TYPE_CHECKING:
     from effconvert.checkpoint.config import Config
@@ -38,6 +38,13 @@ class Gqa(Surgery):
       effconvert gqa --groups 8 --refit meta-llama/Llama-2-7b-hf
       effconvert gqa --groups 1 --calibrate mine.txt ./SmolLM2-135M -o ./mqa
     """
+
+    facts: ClassVar[Facts] = Facts(
+        "models that attend",
+        saves="KV cache",
+        native="its own class (gpt2, bert and others without KV heads need effconvert)",
+        exact="with --groups as many as KV heads",
+    )
 
     groups: int = Field(ge=1, description="KV heads to keep, G: a divisor of the model's.", json_schema_extra={"metavar": "G"})
     pool: Pool = POOL

@@ -4,6 +4,7 @@ from __future__ import annotations  # type imports stay lazy: `--help` must not 
 
 from typing import TYPE_CHECKING, ClassVar
 
+from effconvert.surgery._surgery import Facts
 from effconvert.surgery.attention.gqa import Gqa, Grouping, choices
 
 if TYPE_CHECKING:
@@ -20,6 +21,13 @@ class Mqa(Gqa):
       effconvert mqa --refit openai-community/gpt2
       effconvert mqa --calibrate mine.txt ./SmolLM2-135M -o ./mqa
     """
+
+    facts: ClassVar[Facts] = Facts(
+        "models that attend",
+        saves="KV cache",
+        native="its own class, a gpt2 as gpt_bigcode (others without KV heads need effconvert)",
+        exact="with one KV head already",
+    )
 
     groups: ClassVar[int] = 1  # type: ignore[misc]  # options of gqa, fixed here
     grouping: ClassVar[Grouping] = "adjacent"  # type: ignore[misc]

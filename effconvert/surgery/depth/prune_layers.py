@@ -3,13 +3,13 @@
 from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 from collections import deque
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from effconvert.checkpoint.replaced import overlap
 from effconvert.errors import ModelError, OptionError
-from effconvert.surgery._surgery import Layers, Layerwise, layers_field
+from effconvert.surgery._surgery import Facts, Layers, Layerwise, layers_field
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -41,6 +41,10 @@ class PruneLayers(Layerwise):
       effconvert prune-layers --drop 8 --only attention --refit ./SmolLM2-135M
       effconvert prune-layers --layers 9,12-14 ./SmolLM2-135M
     """
+
+    facts: ClassVar[Facts] = Facts(
+        "models with layers that add to the stream", saves="parameters, time and KV cache", native="its own class (--only needs effconvert)", exact=""
+    )
 
     layers: Layers = layers_field("Layers to drop, from 0, negative from the end, /n for each n-th: 4-7, or 5,-3.")
     drop: int | None = Field(None, ge=1, description="Number of layers to drop, chosen on the calibration text.", json_schema_extra={"metavar": "N"})

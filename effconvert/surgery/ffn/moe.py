@@ -5,15 +5,14 @@ from __future__ import annotations  # type imports stay lazy: `--help` must not 
 
 from functools import partial
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from effconvert.checkpoint.replaced import DEEPEST, overlap
-from effconvert.checkpoint.shape import TOP_K_KEY
-from effconvert.errors import ModelError, OptionError
-from effconvert.families import FAMILIES
-from effconvert.surgery._surgery import Layerwise
+from effconvert.checkpoint.replaced import DEEPEST
+from effconvert.errors import OptionError
+from effconvert.surgery._surgery import Facts, Layerwise
+from effconvert.surgery.ffn._targets import become_sparse, check_dense, choose, with_experts
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -23,9 +22,7 @@ if TYPE_CHECKING:
 
 FFN = ("gate", "up", "down")
 SPREAD = 0.02  # of the router's weights, a standard deviation
-BALANCE = 0.02  # weight of the load-balancing loss, as in Drop-Upcycling; used once `output_router_logits` is true
 SHARED = 32  # neurons of qwen2_moe's shared expert, whose output is zero at first: the smallest number that every loader takes
-CODE = ("auto_map", "layer_types", "max_window_layers")  # keys that belong to the class before
 
 
 class Moe(Layerwise):
@@ -44,6 +41,13 @@ class Moe(Layerwise):
       effconvert moe --experts 8 --top-k 1 --granularity 4 ./Qwen3-0.6B -o ./fine
       effconvert moe --experts 8 --drop-upcycling 0.5 --layers 1-27/2 ./Qwen2.5-0.5B
     """
+
+    facts: ClassVar[Facts] = Facts(
+        "decoders with a gated FFN",
+        saves="nothing: it is a start for training",
+        native="the family with experts (a llama as a mixtral)",
+        exact="without --noise and --drop-upcycling",
+    )
 
     experts: int = Field(ge=2, le=1024, description="Experts of a layer, each a copy of its FFN.", json_schema_extra={"metavar": "E"})
     top_k: int = Field(2, ge=1, description="Experts that run for a token.", json_schema_extra={"metavar": "K"})
@@ -68,7 +72,7 @@ class Moe(Layerwise):
     @classmethod
     def allowed_options(cls, config: Config) -> str:
         """Any numbers, with the family of the result."""
-        return f"--experts E --top-k K, as a {next(iter(_with_experts(config)))}"
+        return f"--experts E --top-k K, as a {next(iter(with_experts(config)))}"
 
     def check(self, config: Config) -> None:
         """Refuse models without a matching family with experts, and numbers that contradict each other."""
@@ -82,10 +86,7 @@ class Moe(Layerwise):
             raise OptionError(
                 f"--granularity {self.granularity} does not divide the {config.ffn} neurons of this model's FFN; give {', '.join(map(str, fits[1:])) or 1}"
             )
-        for index in sorted(self.chosen(config)):
-            other = next((record.technique for record in config.replaced_in(index) if overlap(record.place, "ffn")), None)
-            if other or "ffn" in config.skips(index):
-                raise OptionError(f"layer {index} has {other or 'nothing'} in place of its FFN, and experts are copies of one; begin from the original")
+        check_dense(config, self.chosen(config))
 
     def is_exact(self, config: Config) -> bool:
         """If experts are copies, or slices whose scale is a power of two: then nothing is rounded."""
@@ -122,18 +123,8 @@ class Moe(Layerwise):
 
     def _target_config(self, config: Config) -> Config:
         chosen = self.chosen(config)
-        families = _with_experts(config)
-        able = [kind for kind in families if FAMILIES[kind].dense_layers_key or len(chosen) == config.layers]
-        if not able:
-            raise OptionError(f"a {' or a '.join(families)} has experts in all of its layers, and --layers leaves some out; leave out --layers")
-        target = families[able[0]]
-        family = target.family
-        inner = config.ffn // self.granularity
-        keys: dict[str, Any] = {family.experts_key: self.experts * self.granularity, TOP_K_KEY: self.top_k * self.granularity}
-        keys |= {family.expert_ffn_key or family.ffn_key: inner, "output_router_logits": False, "router_aux_loss_coef": BALANCE}
-        keys |= {family.shared_ffn_key: SHARED} if family.shared_ffn_key else {}
-        keys |= {family.dense_layers_key: sorted(set(range(config.layers)) - chosen)} if family.dense_layers_key else {}
-        return target.with_keys(keys)
+        target = choose(with_experts(config), chosen, config.layers)[0]
+        return become_sparse(target, chosen, self.experts * self.granularity, self.top_k * self.granularity, config.ffn // self.granularity, SHARED)
 
     def _expert(self, layer: Layer, number: int, part: str) -> None:
         to, inner, width = f"experts.{number}.{part}", layer.config.ffn // self.granularity, layer.config.hidden
@@ -173,53 +164,3 @@ class Moe(Layerwise):
         import torch
 
         return torch.Generator().manual_seed(Random(f"{self.seed}, {layer.index}, {number}, {what}").getrandbits(63))
-
-
-def _with_experts(config: Config) -> dict[str, Config]:
-    """Return the families with experts that match this model, each with its config, the best first.
-
-    Raises:
-        ModelError: there is none.
-    """
-    kind, family = config.kind, config.family
-    if family.experts_key:
-        raise ModelError(f"{kind} has experts already; begin from a model without")
-    if "gate" not in family.parts:
-        raise ModelError(
-            f"{kind} has no gate in its FFN, and the experts of transformers' families have one; take a llama, mistral, qwen2, qwen3, olmo2 or granite"
-        )
-    if not family.upcycled:
-        raise ModelError(f"{kind} computes what no family with experts does that effconvert knows; take a llama, mistral, qwen2, qwen3, olmo2, granite or phi3")
-    configs: dict[str, Config] = {}
-    reasons: dict[str, None] = {}
-    for target, keys in family.upcycled.items():
-        try:
-            configs[target] = _as(config, target).with_keys(keys)
-        except ModelError as error:
-            reasons[str(error).partition(";")[0]] = None
-    if not configs:
-        raise ModelError(f"{'; '.join(reasons)}; no other family with experts matches it; `effconvert inspect` lists what works with this model")
-    return configs
-
-
-def _as(config: Config, kind: str) -> Config:
-    """Return the config of a model in family `kind`, which computes the same but for the FFN.
-
-    Raises:
-        ModelError: it would compute something else.
-    """
-    target, family, windows = config.with_defaults().become(kind), FAMILIES[kind], config.windows()
-    if config.rotary != config.head_dim:
-        raise ModelError(f"{config.kind} rotates {config.rotary} of the {config.head_dim} dimensions of a head by RoPE, and {kind} rotates all")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if "longrope" in (rope.get("rope_type"), rope.get("type")):
-        raise ModelError(f"{config.kind} with longrope changes its angles when a text gets long, and {kind} does not")
-    keys: dict[str, Any] = {family.scale_key: config.scale} if family.scale_key else {}
-    if family.layers_alike or not family.windowed:
-        if len(set(windows)) > 1 or (windows[0] and not family.windowed):
-            raise ModelError(f"{config.kind} has a sliding window in some layers, and {kind} {'in all or in none' if family.windowed else 'has none'}")
-        keys |= {"sliding_window": windows[0]} if family.windowed else {}
-        keys |= {key: bool(windows[0]) for key in family.window_keys}
-    else:
-        keys["layer_types"] = ["full_attention" if window is None else "sliding_attention" for window in windows]
-    return target.without(*CODE).with_keys(keys)

@@ -4,11 +4,12 @@
 from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from effconvert.errors import OptionError
+from effconvert.surgery._surgery import Facts
 from effconvert.surgery.mixing._mixing import Mixing
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class Linear(Mixing):
       effconvert linear --window 64 ./SmolLM2-135M -o ./lolcats
       effconvert linear --feature elu google-bert/bert-base-uncased
     """
+
+    facts: ClassVar[Facts] = Facts("models that attend", saves="KV cache: a state of fixed size", native="", exact="with --window as long as the text")
 
     feature: Literal["hedgehog", "t2r", "elu"] = Field(
         "hedgehog",

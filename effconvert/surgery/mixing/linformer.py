@@ -4,11 +4,12 @@
 from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from effconvert.errors import ModelError, OptionError
+from effconvert.surgery._surgery import Facts
 from effconvert.surgery.mixing._mixing import Mixing
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class Linformer(Mixing):
       effconvert linformer --rank 128 google-bert/bert-base-uncased
       effconvert linformer --rank 128 --share none --calibrate mine.txt ./MiniLM -o ./linformer
     """
+
+    facts: ClassVar[Facts] = Facts("encoders", saves="time on long texts", native="", exact="with --rank as long as the text")
 
     no_decoders = (
         "mixes a text's keys over all of its tokens, later ones too, which a decoder must not see; linformer-causal mixes those of finished blocks, and "

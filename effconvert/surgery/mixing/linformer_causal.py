@@ -7,10 +7,11 @@ from __future__ import annotations  # type imports stay lazy: `--help` must not 
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from effconvert.surgery._surgery import Facts
 from effconvert.surgery.mixing._mixing import Mixing
 from effconvert.surgery.mixing.linformer import ROPE_MEANS, segment_means
 
@@ -34,6 +35,8 @@ class LinformerCausal(Mixing):
       effconvert linformer-causal --rank 16 ./SmolLM2-135M -o ./linformer
       effconvert linformer-causal --block 128 --rank 16 --keep-softmax 0,-1 ./SmolLM2-135M
     """
+
+    facts: ClassVar[Facts] = Facts("decoders", saves="KV cache: it grows more slowly", native="", exact="with --rank as many as --block")
 
     no_encoders = "keeps what was before a token from what comes after it; encoders see all of a text at once: linformer and nystrom are for them"
     softcaps = True

@@ -4,10 +4,11 @@
 from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, model_validator
 
+from effconvert.surgery._surgery import Facts
 from effconvert.surgery.mixing._mixing import Mixing
 from effconvert.surgery.mixing.linformer import ROPE_MEANS, masked_attention
 
@@ -31,6 +32,8 @@ class Nystrom(Mixing):
       effconvert nystrom --landmarks 64 google-bert/bert-base-uncased
       effconvert nystrom --landmarks 32 --conv 0 ./MiniLM -o ./nystrom
     """
+
+    facts: ClassVar[Facts] = Facts("encoders", saves="time on long texts", native="", exact="with --landmarks as many as tokens and --iterations 0")
 
     no_decoders = (
         "takes landmarks from all of a text, later tokens among them, which a decoder must not see; streaming, linear, performer and retnet are for decoders"

@@ -4,10 +4,11 @@
 from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
+from effconvert.surgery._surgery import Facts
 from effconvert.surgery.mixing._mixing import Mixing
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ class Performer(Mixing):
       effconvert performer --features 256 google-bert/bert-base-uncased
       effconvert performer --features 256 --keep-softmax 0,-1 ./SmolLM2-135M -o ./performer
     """
+
+    facts: ClassVar[Facts] = Facts("models that attend", saves="KV cache: a state of fixed size", native="", exact="")
 
     frozen = ("omega",)
 

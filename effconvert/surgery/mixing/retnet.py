@@ -4,10 +4,11 @@
 from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from effconvert.surgery._surgery import Facts
 from effconvert.surgery.mixing._mixing import Mixing
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class Retnet(Mixing):
       effconvert retnet --layers 10-19 ./SmolLM2-135M -o ./retnet
       effconvert retnet --decay paper ./SmolLM2-135M
     """
+
+    facts: ClassVar[Facts] = Facts("decoders", saves="KV cache: a state of fixed size", native="", exact="")
 
     no_encoders = "looks back only, and decays with the distance; encoders see later tokens too: linear and performer are for them"
 

@@ -4,11 +4,12 @@
 from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, model_validator
 
 from effconvert.errors import ModelError
+from effconvert.surgery._surgery import Facts
 from effconvert.surgery.mixing._mixing import Mixing
 
 if TYPE_CHECKING:
@@ -30,6 +31,13 @@ class Streaming(Mixing):
       effconvert streaming --window 1024 meta-llama/Llama-2-7b-hf
       effconvert streaming --window 64 --sinks 4 --keep-softmax 0,-1 ./SmolLM2-135M -o ./streaming
     """
+
+    facts: ClassVar[Facts] = Facts(
+        "decoders",
+        saves="KV cache: it stops growing",
+        native="its own class with --sinks 0, where that has a window (else needs effconvert)",
+        exact="with --window as long as the text",
+    )
 
     no_encoders = (
         "keeps the first and the last tokens of a text that is still being written; encoders see all of theirs at once: linformer and nystrom are for them"

@@ -1,0 +1,28 @@
+"""List the techniques: where each applies and what it saves."""
+
+import click
+
+
+@click.command(name="list")
+def command() -> None:
+    """List the techniques: where each applies and what it saves.
+
+    "Opens as" is the class of transformers that opens the result; "needs effconvert" means `import effconvert` before loading. `effconvert inspect
+    MODEL` says which techniques a model allows.
+
+    \b
+    Example:
+      effconvert list
+    """
+    from effconvert import steps
+
+    width = 2 + max(map(len, steps.techniques()))
+    for kind, techniques in steps.by_kind().items():
+        click.secho(kind, bold=True)
+        for name, summary in techniques.items():
+            click.echo(f"  {click.style(name.ljust(width), bold=True)}{summary}")
+            if facts := steps.load(name).facts:
+                opens = f"opens as {facts.native}" if facts.native else "needs effconvert"
+                exact = f"exact {facts.exact}" if facts.exact else "never exact"
+                click.echo(f"  {'':{width}}for {facts.applies}; saves {facts.saves}; {opens}; {exact}")
+        click.echo()
