@@ -12,7 +12,7 @@ from effconvert.checkpoint.replaced import KIND, Replaced, check_depth, read
 from effconvert.checkpoint.shared import Shared
 from effconvert.checkpoint.wrappers import unwrap
 from effconvert.errors import ModelError, OptionError
-from effconvert.families import FAMILIES
+from effconvert.families import FAMILIES, TWO_STACKS, WITHOUT_ROW
 
 
 def read_config(folder: Path) -> Config:
@@ -42,6 +42,8 @@ def read_config(folder: Path) -> Config:
         raw, family, replaced, shared = read(raw)
         kind = raw["model_type"]
     if not isinstance(kind, str) or family is None:
+        if isinstance(kind, str) and (obstacle := _obstacle(kind, raw)):
+            raise ModelError(f"{path} is of {kind}: {obstacle}, which effconvert cannot convert; docs/families.md says what is missing, and what it can")
         near = get_close_matches(str(kind), FAMILIES, n=1, cutoff=0.88)  # for misspellings, not for other families with similar names
         hint = f"the nearest is {near[0]!r}; " if near else ""
         raise ModelError(f"{path} names the family {kind!r}, which effconvert does not know; {hint}it knows {', '.join(FAMILIES)}")
@@ -69,6 +71,11 @@ def read_config(folder: Path) -> Config:
     if config.get(family.turned_key) is not None and len(config.get(family.turned_key)) < config.layers:
         raise ModelError(f"{path} has {len(config.get(family.turned_key))} {family.turned_key} for {config.layers} layers; mend the file")
     return config
+
+
+def _obstacle(kind: str, raw: Mapping[str, Any]) -> str:
+    """Return what stands in the way of a family without a row; empty where it is just unknown."""
+    return TWO_STACKS if raw.get("is_encoder_decoder") else WITHOUT_ROW.get(kind, "")
 
 
 def _integer(least: int) -> tuple[Callable[[Any], bool], str]:

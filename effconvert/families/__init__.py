@@ -14,6 +14,10 @@ from effconvert.families.llamas import LLAMAS
 from effconvert.families.own_attention import OWN_ATTENTION
 from effconvert.families.sparse import SPARSE
 
-__all__ = ["EXPERTS_KEYS", "FAMILIES", "Family"]
+__all__ = ["EXPERTS_KEYS", "FAMILIES", "TWO_STACKS", "WITHOUT_ROW", "Family"]
+
+# Why families have no row: any with an encoder and a decoder, and some by their `model_type`.
+TWO_STACKS = "it has an encoder, and a decoder that attends to it"
+WITHOUT_ROW: Mapping[str, str] = MappingProxyType({"albert": "it runs a layer that is stored once many times"})
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({**DECODERS, **LLAMAS, **SPARSE, **OWN_ATTENTION, **ENCODERS})

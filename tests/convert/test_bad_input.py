@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 import effconvert
 import effconvert.convert.run
@@ -105,6 +106,19 @@ def test_an_unknown_family_is_named_with_the_known_ones(refused: Check, model: P
     assert "'lama'" in told
     assert "the nearest is 'llama'" in told
     assert "gpt2" in told
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        *((kind, "has an encoder, and a decoder that attends to it, which effconvert cannot convert") for kind in ("t5", "bart", "whisper")),
+        ("albert", "runs a layer that is stored once many times, which effconvert cannot convert"),
+    ],
+)
+def test_a_family_that_cannot_be_converted_yet_is_told_what_stands_in_the_way(refused: Check, tmp_path: Path, kind: str, told: str) -> None:
+    AutoConfig.for_model(kind).save_pretrained(tmp_path / kind)
+    for command in (("inspect", kind), gqa(kind)):
+        assert f"{kind}/config.json is of {kind}: it {told}; docs/families.md says" in refused(MODEL, *command)
 
 
 @pytest.mark.parametrize("content", ["{", "", "\ufeff[]", '"llama"', "[1]", "null"])
