@@ -76,6 +76,7 @@ SETTINGS = {
     "fnet": {**{key: value for key, value in SHAPE.items() if key != "num_attention_heads"}, "type_vocab_size": 2},
     "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64},
     "eurobert": {**GROUPED, "attention_bias": True, "mlp_bias": True},
+    "nomic_bert": SHAPE,
     "modernbert": {**SHAPE, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 8, "layer_types": ["full_attention", "sliding_attention"]},
 }
 GROUPING = [kind for kind, family in FAMILIES.items() if family.kv_heads_key]
@@ -105,8 +106,9 @@ def heed_caps(model):
 
 
 def save(model, folder, **how):
-    """Save `model` in `folder`, with options of save_pretrained such as max_shard_size, and return the folder."""
-    model.save_pretrained(folder, **how)
+    """Save `model` in `folder`, with options of save_pretrained such as max_shard_size, and return the folder. Names are those that its row has."""
+    fused = getattr(FAMILIES.get(model.config.model_type), "fused", ())
+    model.save_pretrained(folder, **({"save_original_format": False} if fused else {}), **how)
     return folder
 
 

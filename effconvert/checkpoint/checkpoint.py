@@ -78,7 +78,7 @@ class Checkpoint:
     def stored(self) -> Iterator[StoredTensor]:
         """Every tensor on disk."""
         yield from self.outer.values()
-        yield from {tensor.name: tensor for layer in self.layers for tensor in layer.values()}.values()
+        yield from dict.fromkeys(tensor for layer in self.layers for tensor in layer.values())
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -68,6 +68,11 @@ class StoredTensor:
         if not is_finite(tensor):
             raise ModelError(f"{self.name} in {self.file.name} holds NaN or infinity, so the model cannot be sound; fetch it again or ask its author")
         return tensor
+
+    def rows(self, part: int, parts: int) -> "StoredTensor":
+        """Return one of `parts` equal runs of rows, as a tensor of its own."""
+        size = (self.stop - self.start) // parts
+        return replace(self, shape=(self.shape[0] // parts, *self.shape[1:]), start=self.start + part * size, stop=self.start + (part + 1) * size)
 
     def mapped(self) -> torch.Tensor:
         """Return the tensor memory-mapped in its own type, for reading a few rows of a large one."""

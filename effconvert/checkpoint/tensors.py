@@ -1,7 +1,7 @@
 """The tensors of a folder, by its index and files, under the names that transformers has today."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from effconvert.checkpoint.shards import StoredTensor, read_header
@@ -61,12 +61,12 @@ def read_tensors(folder: Path, family: Family | None = None) -> tuple[dict[str, 
     files, where = _files(folder)
     tensors: dict[str, StoredTensor] = {}
     for file in files:
-        for name, tensor in read_header(file).items():
-            today = _today(name, family)
-            if first := tensors.get(today):
-                names = f"as {first.name} in {first.file.name} and as {name} in {file.name}" if first.file != file else f"as {first.name} and as {name}"
-                raise ModelError(f"{folder} holds {today} twice, {names}, and loaders differ in which one they take; remove one of the two")
-            tensors[today] = tensor
+        for name, stored in read_header(file).items():
+            for today, tensor in _today(name, stored, family):
+                if first := tensors.get(today):
+                    names = f"as {first.name} in {first.file.name} and as {name} in {file.name}" if first.file != file else f"as {first.name} and as {name}"
+                    raise ModelError(f"{folder} holds {today} twice, {names}, and loaders differ in which one they take; remove one of the two")
+                tensors[today] = tensor
     if where is None:
         return tensors, ()
     on_disk = {tensor.name: tensor for tensor in tensors.values()}
@@ -120,12 +120,15 @@ def _no_weights(folder: Path) -> str:
     return f"{folder} has a config.json and no weights: neither {SINGLE} nor {INDEX} is there; fetch them"
 
 
-def _today(name: str, family: Family | None) -> str:
-    """Return today's name of a tensor, as in the row of its family."""
+def _today(name: str, tensor: StoredTensor, family: Family | None) -> Iterator[tuple[str, StoredTensor]]:
+    """Yield today's name of a tensor, as in the row of its family, and the tensor; names and parts where it is fused of several."""
     for old, new in {**OLD_NAMES, **(family.aliases if family else {})}.items():
-        if old in name:
-            return name.replace(old, new)
-    return name
+        name = name.replace(old, new)
+    for old, modules in family.fused.items() if family else ():
+        if old in name and tensor.shape and tensor.shape[0] % len(modules) == 0:
+            yield from ((name.replace(old, module), tensor.rows(index, len(modules))) for index, module in enumerate(modules))
+            return
+    yield name, tensor
 
 
 OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # of models from TensorFlow

@@ -30,6 +30,7 @@ class Family:
     buffers: tuple[str, ...] = ()  # tensors in layers that are no parameters: constants of its class, or what old versions of transformers saved
 
     aliases: Mapping[str, str] = field(default_factory=dict)  # in names of tensors: another spelling that transformers reads -> this row's
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # likewise, modules that transformers splits into equal rows -> this row's, in order
 
     per_head: bool = False  # fused q, k, v: head 0's q, k, v, then head 1's, ... instead of all q, all k, all v
     blocks: int = 0  # likewise, by this many blocks of heads, each with q, k and v in order

@@ -128,8 +128,11 @@ class ConvertedModel(Sharing):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save the model, with a stub of code that says how to load it."""
+        ours = own_config(self.config)
+        if ours.family.fused:  # transformers would fuse parts that need not have equally many rows here
+            kwargs["save_original_format"] = False
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        (Path(save_directory) / STUB_FILE).write_text(STUB.format(kind=own_config(self.config).kind), encoding="utf-8")
+        (Path(save_directory) / STUB_FILE).write_text(STUB.format(kind=ours.kind), encoding="utf-8")
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 import effconvert
 import effconvert.convert.run
@@ -130,6 +131,21 @@ def test_an_unknown_family_is_named_with_the_known_ones(refused: Check, model: P
     assert "'lama'" in told
     assert "the nearest is 'llama'" in told
     assert "gpt2" in told
+
+
+STORED_ONCE = "it runs a layer that is stored once many times (num_hidden_groups = 1); take an encoder such as bert"
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        *((kind, "it is an encoder-decoder (is_encoder_decoder = True); take a") for kind in ("t5", "bart", "whisper")),
+        ("albert", STORED_ONCE),
+    ],
+)
+def test_a_family_that_cannot_be_converted_yet_is_refused_by_what_stands_in_the_way(refused: Check, tmp_path: Path, kind: str, told: str) -> None:
+    AutoConfig.for_model(kind).save_pretrained(tmp_path / kind)
+    assert f"names the family '{kind}', which effconvert does not know: {told}" in refused(MODEL, *gqa(kind))
 
 
 @pytest.mark.parametrize("content", ["{", "", "\ufeff[]", '"llama"', "[1]", "null"])

@@ -1,12 +1,14 @@
-"""Families whose models are laid out in several ways, by switches in config.json: each way is read, counted and converted as transformers runs it."""
+"""Families that are laid out in several ways, by switches in config.json or in files: each way is read, counted and converted as transformers runs it."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import DynamicCache, FalconForCausalLM
 
 from effconvert.checkpoint.checkpoint import open_checkpoint
+from effconvert.convert.plan import plan
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError
 from effconvert.families import FAMILIES
@@ -16,7 +18,7 @@ from effconvert.options import RunOptions
 from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.depth.prune_layers import PruneLayers
 from tests.mixers.mixing import with_cache
-from tests.models import logits, save, tiny
+from tests.models import logits, on_disk, save, tiny
 
 NEW = {"new_decoder_architecture": True, "num_kv_heads": 2}
 FALCONS = {
@@ -112,3 +114,55 @@ def test_rope_is_there_where_alibi_is_not():
     row = FAMILIES["falcon"]
     assert (row.of({}).rope, row.of({"alibi": True}).rope) == ("halves", "")
     assert row.of({"alibi": True, **NEW}).kv_heads_key == "num_kv_heads"
+
+
+# Files whose names and fused tensors transformers takes apart when it loads them
+
+
+def hub(shards="1MB"):
+    """A tiny nomic_bert, written as files of the Hub are: what its class has as q, k and v is one tensor there."""
+    model = tiny("nomic_bert")
+    model.save_pretrained("model", max_shard_size=shards)
+    assert "nomic_bert.encoder.layers.0.attn.Wqkv.weight" in on_disk(Path("model"))
+    return model
+
+
+def test_a_fused_tensor_is_read_as_the_parts_that_its_class_makes_of_it():
+    model = hub()
+    checkpoint = open_checkpoint(Path("model"))
+    plain = open_checkpoint(save(model, Path("plain")))
+    for index in range(checkpoint.config.layers):
+        layer, other = checkpoint.layer(index, "cpu"), plain.layer(index, "cpu")
+        assert {*layer} == {*other}
+        assert all(torch.equal(layer[part], other[part]) for part in other)
+    assert {name: tensor.shape for name, tensor in checkpoint.outer.items()} == {name: tensor.shape for name, tensor in plain.outer.items()}
+    assert plan(checkpoint, ()).before == plan(plain, ()).before
+
+
+def test_it_is_written_as_its_class_has_it():
+    model = hub(shards="8KB")
+    outcome = to(Gqa(groups=4))
+    assert len(outcome.plan.shards) > 1
+    converted = opened("out")
+    assert type(converted) is type(model)
+    assert torch.equal(logits(converted), logits(model))
+    assert on_disk(Path("out")).keys() == {name for name in model.state_dict() if "decoder" not in name}
+
+
+def test_heads_that_are_shared_are_not_fused_when_the_model_is_saved_again():
+    hub()
+    to(Gqa(groups=2, pool="mean"))
+    converted = opened("out")
+    made = type(converted)(converted.config)  # one that was not loaded would be saved under the names of the Hub
+    made.load_state_dict(converted.state_dict())
+    made.save_pretrained("again")
+    assert torch.equal(logits(opened("again")), logits(converted))
+
+
+def test_a_fused_tensor_that_cannot_be_taken_apart_is_refused():
+    hub()
+    tensors = on_disk(Path("model"))
+    name = "nomic_bert.encoder.layers.0.attn.Wqkv.weight"
+    save_file({**tensors, name: tensors[name][:-1].contiguous()}, "model/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"has no nomic_bert\.layers\.0\.self_attn\.q_proj\.weight, which nomic_bert needs"):
+        open_checkpoint(Path("model"))

@@ -13,7 +13,7 @@ from effconvert.convert import drafts
 from effconvert.convert.run import convert
 from effconvert.families import FAMILIES
 from effconvert.options import RunOptions
-from tests.models import tiny
+from tests.models import save, tiny
 
 TOKENS = 1024  # of calibration: 16 windows of 64, two of them held out
 WORDS = ("sun", "moon", "sea", "hill", "tree", "bird", "rain", "wind", "stone", "river", "night", "fire", "and", "the", "of", "under", "over", "we")
@@ -48,7 +48,7 @@ def put(folder, kind="llama", noise=0.0, only="", **changes):
                 parameter += noise * parameter.std() * torch.randn(parameter.shape, generator=draw)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what transformers says while it saves is not what is tested
-        model.save_pretrained(folder)
+        save(model, folder)
         letters().save_pretrained(folder)
     return folder
 

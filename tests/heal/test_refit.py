@@ -27,8 +27,8 @@ from tests.convert.test_seam import Plain
 from tests.heal.healing import TOKENS, apart, heldout, load, put, run, tensors
 from tests.models import ATTENDING, DECODERS, GROUPING
 
-# Families whose attention is that of llama, qwen3, olmo2, bert or roberta, number by number.
-ALIKE = ("seed_oss", "arcee", "starcoder2", "apertus", "olmo3", "olmoe", "xlm-roberta", "camembert", "electra")
+# Families whose attention is that of llama, qwen3, olmo2, bert, roberta or modernbert, number by number.
+ALIKE = ("seed_oss", "arcee", "starcoder2", "apertus", "olmo3", "olmoe", "xlm-roberta", "camembert", "electra", "nomic_bert")
 HEALED = [kind for kind in ATTENDING if kind not in ALIKE]
 ENCODERS = [kind for kind in HEALED if kind not in DECODERS]
 NORMED = [kind for kind in HEALED if "q_norm" in FAMILIES[kind].parts]
