@@ -135,7 +135,11 @@ class Conversion(Options):
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a model on the Hub.")
     overwrite: bool = Field(False, description="Replace the output folder if effconvert wrote it.")
-    verify: bool = Field(True, description="Reload the result, run it and measure; otherwise only write.")
+    verify: bool = Field(
+        True,
+        description="Reload the result, run it and measure; otherwise only write, and do not even ask transformers whether it opens source and result "
+        "(--dry-run asks that in any case).",
+    )
     text: HomePath | None = TEXT
     tokens: int = TOKENS
     context: int = CONTEXT

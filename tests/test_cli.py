@@ -1,5 +1,6 @@
 """The command line: what it says, where it says it, and what it does not import."""
 
+import json
 import os
 import pty
 import re
@@ -155,6 +156,18 @@ def test_a_run_without_verification_says_so(command: Command, model: Path) -> No
     assert result.exit_code == 0
     assert "NOT VERIFIED" in result.stdout
     assert "verified, and written" not in result.stdout
+
+
+def test_without_verification_only_a_dry_run_asks_transformers_whether_it_opens_the_model(command: Command, model: Path) -> None:
+    """As the help says: the import of transformers takes longer than many conversions."""
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForTalking"]}))
+    arguments = ("gqa", "--groups", "2", "--pool", "mean", model, "-o", "out", "--no-verify")
+    refused = command(*arguments, "--dry-run")
+    assert (refused.exit_code, "LlamaForTalking, which transformers" in refused.stderr) == (1, True), refused.output
+    assert not Path("out").exists()
+    assert command(*arguments).exit_code == 0
+    assert "do not even ask transformers whether it opens source and result" in " ".join(command("gqa", "--help").stdout.split())
 
 
 def test_a_run_with_verification_shows_what_was_won_and_lost(command: Command, model: Path) -> None:
