@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from effconvert.families.decoders import LLAMA
+from effconvert.families.decoders import LLAMA, sizes
 from effconvert.families.family import Family
 
 BERT = Family(
@@ -131,7 +131,7 @@ ENCODERS: Mapping[str, Family] = {
     "nomic_bert": Family(
         base="NomicBertModel",
         lm="NomicBertForMaskedLM",
-        defaults={"tie_word_embeddings": True},
+        defaults={"tie_word_embeddings": True, "max_position_embeddings": 2048, **sizes(768, 3072, 12, 12, 30528)},
         prefix="nomic_bert",
         layers="layers",
         parts={

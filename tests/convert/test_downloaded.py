@@ -11,7 +11,6 @@ from transformers import AutoConfig
 from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.checkpoint.reading import read_config
 from effconvert.checkpoint.shards import header
-from effconvert.checkpoint.wrappers import WRAPPERS
 from effconvert.convert.inspection import applicable
 from effconvert.errors import ModelError
 from effconvert.families import FAMILIES
@@ -59,15 +58,6 @@ def test_the_reason_why_a_model_is_refused(group, row, tmp_path):
     with pytest.raises(ModelError, match=re.escape(group["reason"])) as error:
         open_checkpoint(tmp_path) if name else read_config(tmp_path)
     assert "; " in str(error.value)  # what to do
-
-
-@pytest.mark.parametrize("row", [pytest.param(row, id=model) for model, row in SAID["open"].items()])
-def test_a_family_that_is_being_added_is_accepted_or_unknown(row, tmp_path):
-    if row[0] in (*FAMILIES, *WRAPPERS):
-        assert applicable(read_config(written(tmp_path, row)))[0]
-        return
-    with pytest.raises(ModelError, match=f"names the family {row[0]!r}, which effconvert does not know"):
-        read_config(written(tmp_path, row))
 
 
 def test_the_table_in_the_documents_counts_these():
