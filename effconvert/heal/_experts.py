@@ -1,7 +1,6 @@
 """Refit the experts that a dense FFN was split into: their output projections, all of a layer in one regression."""
 # T = tokens in a window, M = hidden width, E = experts, K = experts chosen for a token, F = neurons of all experts.
 
-import os
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +12,7 @@ from effconvert.surgery._ridge import HELD_OUT, Moments, ridge
 
 
 def refit_experts(layer: Layer, outputs: Sequence[str], originals: Sequence[int]) -> None:
-    """Fit the experts' outputs, as the router chooses them, to the output of the original's layers on the same inputs.
+    """Fit the experts' outputs, as the router chooses them, so that the stream after the layer is the original's, whatever the layers below are.
 
     The output after a norm is not linear in the weights before it, so such layers stay.
     """
@@ -23,7 +22,7 @@ def refit_experts(layer: Layer, outputs: Sequence[str], originals: Sequence[int]
     experts = _Experts(layer, outputs)
     moments, index = (Moments(), Moments()), 0
     captures = layer.activations.capture(layer, ("mlp_norm",))
-    targets = layer.activations.original_stream(2 * originals[-1] + 2) if os.environ.get("STREAM") else [c.out for c in layer.activations.original(originals)]
+    targets = layer.activations.original_stream(2 * originals[-1] + 2)
     for capture, target in zip(captures, targets, strict=True):
         for window, residual in zip(capture.outputs["mlp_norm"], (target - capture.out) / experts.multiplier, strict=True):
             index += 1

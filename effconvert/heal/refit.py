@@ -18,7 +18,8 @@ class Refit(Healing):
     Linear algebra, no gradients. Layers are refitted one by one, on the output of the refitted layers below. Queries are fitted to the attention
     scores of the original's layer, values and the output projection to its attention's output. A layer with a mixer refits its output projection
     alone; a layer without any attention fits its MLP to the output of the original's layer. After dropped layers, attention and MLP outputs are
-    also fitted to the original's hidden states. A change that does not improve held-out windows is not kept. MODEL is the converted model.
+    also fitted to the original's hidden states, and so are the outputs of experts that an FFN was split into. A change that does not improve
+    held-out windows is not kept. MODEL is the converted model.
 
     \b
     Examples:
@@ -47,13 +48,13 @@ class Refit(Healing):
             refit_attention(layer, originals[0])
 
     def rewrite(self, model: Model) -> None:
-        """Refit each layer to the original's layers that it stands for, and after the first gap also to the original's stream."""
+        """Refit each layer to the original's layers that it stands for; after the first gap, and experts in place of an FFN, also to the original's stream."""
         super().rewrite(model)
+        for layer, steps in zip(model.layers, after_gaps(model), strict=True):
+            layer.later(partial(self._follow, steps=steps))
         for layer in model.layers:
             if model.config.sparse(layer.index) and not model.original.sparse(layer.originals[0]):
                 layer.later(partial(self._refit_experts, originals=layer.originals))
-        for layer, steps in zip(model.layers, after_gaps(model), strict=True):
-            layer.later(partial(self._follow, steps=steps))
 
     def _refit_experts(self, layer: Layer, originals: range) -> None:
         outputs = [part for part in layer if part == "shared_down" or (part.startswith("experts.") and part.endswith(".down"))]

@@ -11,6 +11,7 @@ from effconvert.convert.run import convert
 from effconvert.errors import ModelError, OptionError
 from effconvert.heal.refit import Refit
 from effconvert.options import RunOptions
+from effconvert.surgery.depth.prune_layers import PruneLayers
 from effconvert.surgery.ffn._neurons import Sample, _balanced, by_energy
 from effconvert.surgery.ffn.moe_split import FLAT, MoeSplit
 from tests.heal.healing import TOKENS, apart, killed_saving, prose, put, run
@@ -146,6 +147,15 @@ def test_refit_brings_part_of_it_back(kind, changes, options):
     assert fitted < 0.9 * plain
     before, after = (projections(folder)[1] for folder in ("plain", "fitted"))
     assert all(torch.equal(before[stem][0], after[stem][0]) and not torch.equal(before[stem][2], after[stem][2]) for stem in before)
+
+
+def test_refit_after_dropped_layers_too():
+    put(Path("source"), num_hidden_layers=4, noise=2.0, only="mlp.down_proj.weight", **PLAIN)
+    steps = (PruneLayers(layers="1"), MoeSplit(experts=EXPERTS, active=3))
+    run("source", *steps, place="plain")
+    run("source", *steps, Refit(), place="fitted")
+    plain, fitted = apart(Path("source"), Path("plain"), Path("fitted"))
+    assert fitted < 0.9 * plain
 
 
 def test_refit_leaves_alone_what_computes_the_same():
