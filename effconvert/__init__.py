@@ -15,10 +15,10 @@ AUTO = "transformers.models.auto.configuration_auto"
 
 
 class _WhenImported:
-    """Registers the families with mixers as soon as somebody imports transformers' AutoConfig; it stands first among what finds modules."""
+    """A module finder, the first of all: it registers our model types as soon as transformers' AutoConfig is imported."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """Find that module as anybody else would, and have it followed by us."""
+        """Find the module of AutoConfig by the other finders, and register our types after it has run."""
         if name != AUTO:
             return None
         specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))

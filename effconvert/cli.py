@@ -55,7 +55,7 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
-    """Hold the commands; `effconvert.overview` has what this says of itself."""
+    """The group of all commands; its help page is in `effconvert.overview`."""
 
 
 def _technique(name: str, summary: str) -> click.Command:

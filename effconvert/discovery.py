@@ -1,6 +1,6 @@
-"""Find what one file each holds, techniques, healing methods and commands: a file's name is the command.
+"""Find techniques, healing methods and commands by their files: one file each, and its name is the command.
 
-The first line of a file is what the list of commands says, read without importing the file, so that listing costs nothing.
+The first line of a file is the summary in the list of commands. It is read without importing the file, so a list costs nothing.
 """
 
 import os
@@ -43,7 +43,7 @@ def load(package: ModuleType, name: str) -> Any:
 
 
 def _files(folders: Iterable[str], above: str = "") -> Iterator[tuple[str, str]]:
-    """Yield path and module (relative to its package) of each file that is a command: names that begin with _ are none."""
+    """Yield path and module (relative to its package) of each file that is a command. Files whose names begin with _ are not."""
     for folder in folders:
         for name in os.listdir(folder):
             path = os.path.join(folder, name)

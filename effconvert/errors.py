@@ -1,20 +1,20 @@
-"""The ways to fail. A message says what was found, what is needed and what to do next."""
+"""The errors of effconvert. A message names the cause, what is needed, and what to do next."""
 
 
 class EffconvertError(Exception):
-    """The root: the command line prints it as one line and exits with `exit_code`."""
+    """The base class: the command line prints the message as one line and exits with `exit_code`."""
 
     exit_code = 1  # one of ours, unless a subclass says whose fault it is
 
 
 class OptionError(EffconvertError):
-    """The asker wants something impossible; the text says what would be possible."""
+    """The user's mistake: options that are impossible; the text says which are possible."""
 
     exit_code = 2
 
 
 class ModelError(EffconvertError):
-    """This model cannot be operated on; the text says which part of it, and why."""
+    """The model does not allow this; the text names the part of it, and the reason."""
 
     exit_code = 1
 

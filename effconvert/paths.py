@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def expand(path: str | Path) -> Path:
-    """Return `path` with the home folder for `~`, and as it is where there is no such user: what follows says that it is not there."""
+    """Return `path` with the home folder for `~`; unchanged where there is no such user, so that opening it fails with the right error."""
     return Path(os.path.expanduser(path))
 
 

@@ -1,4 +1,4 @@
-"""Read config.json and check it: the file comes from somebody else."""
+"""Read config.json and check it: its author is somebody else."""
 
 import json
 import re

@@ -141,7 +141,7 @@ def sample(
 
 
 def _limit(plan: Plan, tokenizer: Any) -> int:
-    """Return below what number tokens are that the tokenizer and both models know."""
+    """Return the limit of token ids: the tokenizer and both models know all tokens below it."""
     return min(len(tokenizer), plan.checkpoint.config.vocabulary, plan.teacher.config.vocabulary)
 
 
@@ -165,7 +165,7 @@ def _place(key: str) -> Path:
 
 
 def _kept(key: str, shape: tuple[int, int]) -> Tensor | None:
-    """Return the samples from the cache; None where they are not there whole."""
+    """Return the samples from the cache; None where they are missing or incomplete."""
     with suppress(OSError, SafetensorError, KeyError):
         ids = load_file(_place(key))["ids"].long()
         return ids if ids.shape == shape else None

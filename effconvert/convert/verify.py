@@ -58,7 +58,7 @@ def check_memory(plan: Plan, options: RunOptions) -> int:
 
 
 def check_finite(folder: Path, plan: Plan, advance: Advance) -> None:
-    """Look at every number that was written, and tell `advance` how many bytes were looked at.
+    """Check every written number; `advance` counts the bytes that were checked.
 
     Raises:
         ModelError: one is NaN or infinite; its tensor is named.

@@ -1,1 +1,1 @@
-"""What a model is worth: measured on text."""
+"""Measurements of models: quality and speed."""

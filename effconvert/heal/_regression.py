@@ -170,7 +170,7 @@ class Values(Problem):
 
 @dataclass
 class Rotation:
-    """What a family does to a head between its projection and the scores: RoPE rotates its pairs by position, [T, P] complex; with `rotary` 0 it is scaled."""
+    """The operation on a head between its projection and the scores: RoPE rotates its pairs by position, [T, P] complex; `rotary` 0 means scaling."""
 
     angles: Tensor
     rotary: int

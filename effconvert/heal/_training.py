@@ -1,4 +1,4 @@
-"""Train the parameters at one place of a layer until it gives what the original's gives on the same inputs."""
+"""Train the parameters at one place of a layer to reproduce the original's output on the same inputs."""
 # B = windows run at a time, T = tokens, M = hidden width.
 
 import math

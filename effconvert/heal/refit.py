@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Refit(Healing):
-    """Refit a converted model to what the original computed.
+    """Refit a converted model to the outputs of the original.
 
     Linear algebra, no gradients. Layers are refitted one by one, on the output of the refitted layers below. Queries are fitted to the attention
     scores of the original's layer, values and the output projection to its attention's output. A layer with a mixer refits its output projection
@@ -30,8 +30,8 @@ class Refit(Healing):
     def notes(self, config: Config) -> str:
         """Say what norms and mixers rule out."""
         notes = ["its queries go through a norm, so they are not refitted to scores; values and outputs are"] if config.normed else []
-        notes += ["its queries are clipped (clip_qkv), so they stay where the text shows it; values and outputs are refitted"] if config.get("clip_qkv") else []
-        notes += ["a norm follows its MLP, so dropped layers or attention are hardly made up for"] if "mlp_post_norm" in config.family.parts else []
+        notes += ["its queries are clipped (clip_qkv): where the text shows that, only values and outputs are refitted"] if config.get("clip_qkv") else []
+        notes += ["a norm follows its MLP, so refit makes up for little of dropped layers or attention"] if "mlp_post_norm" in config.family.parts else []
         return "; ".join(notes + _notes_by_place(config))
 
     def changes(self, layer: Layer, originals: range) -> list[str]:
