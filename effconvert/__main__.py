@@ -3,7 +3,7 @@
 import os
 import sys
 
-SPINS = "10000"  # rounds that a thread waits actively before it sleeps; libgomp's own default is 300000 (decision 26)
+SPINS = "10000"  # rounds that a thread waits actively before it sleeps; libgomp's own default is 300000 (decision 25)
 CHOICES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # by which a user may have decided that
 
 
