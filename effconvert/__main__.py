@@ -3,6 +3,15 @@
 import os
 import sys
 
+SPINS = "10000"  # rounds that a thread waits actively before it sleeps; libgomp's own default is 300000 (decision 25)
+CHOICES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # by which a user may have decided that
+
+
+def limit_spinning() -> None:
+    """Have torch's threads sleep soon when they wait for each other: on busy cores each would keep the other from finishing. Before torch is imported."""
+    if not any(name in os.environ for name in CHOICES):
+        os.environ[CHOICES[0]] = SPINS
+
 
 def main() -> None:
     """Show the first page, or load the commands and run one."""
@@ -11,6 +20,7 @@ def main() -> None:
 
         sys.stdout.write(page())
     else:
+        limit_spinning()
         from effconvert.cli import main as commands
 
         commands(prog_name="effconvert")

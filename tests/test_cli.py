@@ -7,12 +7,14 @@ import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import dedent
 
 import click
 import pytest
 from click.testing import Result
 
 import effconvert
+from effconvert.__main__ import CHOICES, SPINS
 from effconvert.__main__ import main as module_main
 from effconvert.cli import main
 from effconvert.errors import OptionError
@@ -63,6 +65,29 @@ def test_effconvert_runs_as_a_module(python: str, environment: dict[str, str]) -
     done = subprocess.run([python, "-m", "effconvert", "--version"], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     assert done.stdout.startswith("effconvert, version ")
+
+
+@pytest.mark.parametrize("own", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
+def test_threads_wait_for_each_other_briefly_unless_the_user_says_how(own: dict[str, str], python: str, environment: dict[str, str]) -> None:
+    """libgomp reads the variables when torch loads it, so they have to be there before."""
+    program = """
+        import os, sys
+        from effconvert.__main__ import main
+
+        def find_spec(name, *_):
+            if name in ("click", "torch"):
+                print(name, os.environ.get("GOMP_SPINCOUNT"), os.environ.get("OMP_WAIT_POLICY"))
+            if name == "torch":
+                sys.exit()
+
+        sys.meta_path.insert(0, type("Watch", (), {"find_spec": staticmethod(find_spec)}))
+        sys.argv = ["effconvert", "gqa", "--groups", "1", "nowhere"]
+        main()
+    """
+    plain = {name: value for name, value in environment.items() if name not in CHOICES}
+    done = subprocess.run([python, "-c", dedent(program)], env={**plain, **own}, capture_output=True, text=True, timeout=60)
+    held = f"{own.get('GOMP_SPINCOUNT', None if own else SPINS)} {own.get('OMP_WAIT_POLICY')}"
+    assert done.stdout.splitlines() == [f"click {held}", f"torch {held}"], done.stderr
 
 
 def test_every_command_is_listed_with_a_whole_sentence_of_at_most_70_characters() -> None:

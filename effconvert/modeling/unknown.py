@@ -45,12 +45,12 @@ class Unknown:
         return sum(tensor.stop - tensor.start for tensor in self.stored)
 
     @property
-    def types(self) -> Counter[str]:
+    def types(self) -> dict[str, int]:
         """Numbers on disk by their type (safetensors' code), the most frequent first."""
         counts: Counter[str] = Counter()
         for tensor in self.stored:
             counts[tensor.dtype] += math.prod(tensor.shape)
-        return Counter(dict(counts.most_common()))
+        return dict(counts.most_common())
 
     @property
     def computing(self) -> torch.dtype:
