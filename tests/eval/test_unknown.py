@@ -31,7 +31,7 @@ SETTINGS = {
     "XGLMForCausalLM": {**BASIC, "d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48, "max_position_embeddings": 64},
     "RwkvForCausalLM": {**BASIC, "hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32, "context_length": 64},
     "XLNetLMHeadModel": {**BASIC, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
-    "RemBertForCausalLM": {**BASIC, **SHAPE, "input_embedding_size": 32, "output_embedding_size": 32},
+    "ErnieForCausalLM": {**BASIC, **SHAPE},
     "DebertaV2ForMaskedLM": DEBERTA,
     "DebertaV2ForSequenceClassification": DEBERTA,
     "T5ForConditionalGeneration": {**BASIC, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
@@ -125,8 +125,8 @@ def test_what_sees_the_tokens_that_it_is_to_predict_is_refused():
     _, folder = saved("XLNetLMHeadModel")
     with pytest.raises(ModelError, match="XLNetLMHeadModel: each token sees later ones"):
         measured(folder)
-    _, folder = saved("RemBertForCausalLM")
-    with pytest.raises(ModelError, match="RemBertForCausalLM predicts the next token, and each token sees that, since"):
+    _, folder = saved("ErnieForCausalLM")
+    with pytest.raises(ModelError, match="ErnieForCausalLM predicts the next token, and each token sees that, since"):
         measured(folder)
     edit(folder, is_decoder=True)
     assert row(measured(folder), "text", "perplexity")
