@@ -83,7 +83,8 @@ def read_config(folder: Path) -> Config:
         if code := own_code(raw):
             advice = f"if one of {known} reads these weights, write its name into architectures"
             raise UnknownLayoutError(f"{path} names the class {config.architecture!r}, which is code of its own ({code}); {OWN_CODE}, or {advice}")
-        raise UnknownLayoutError(f"{path} names the class {config.architecture!r}, which is none of {known}; mend the file")
+        error = ModelError if config.needs_effconvert else UnknownLayoutError
+        raise error(f"{path} names the class {config.architecture!r}, which is none of {known}; mend the file")
     if config.get("layer_types") is not None and len(config.get("layer_types")) != config.layers:
         raise ModelError(f"{path} has {len(config.get('layer_types'))} layer_types for {config.layers} layers; mend the file")
     if config.get(family.turned_key) is not None and len(config.get(family.turned_key)) < config.layers:

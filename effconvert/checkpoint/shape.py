@@ -118,6 +118,12 @@ class Shape:
         """Width inside an expert."""
         return self._integer(self.family.expert_ffn_key) if self.family.expert_ffn_key else self.ffn
 
+    @property
+    def active_ffn(self) -> int:
+        """Neurons of a layer's FFN that run for a token, in layers with experts."""
+        shared = self.get(self.family.shared_ffn_key) if self.family.shared_ffn_key else 0
+        return self.top_k * self.expert_ffn + int(shared or 0)
+
     def sparse(self, layer: int) -> bool:
         """Whether a layer has experts. In a family with experts all layers do, except those that its config leaves dense."""
         if not self.experts:

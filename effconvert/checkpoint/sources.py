@@ -28,8 +28,10 @@ FIRST = [CONFIG, INDEX, CARD, MANIFEST, ADAPTER, *KNOWN]  # fetched first; these
 NEVER = [f"*{ending}" for ending in PICKLES]
 
 
-def locate(model: str, revision: str | None = None, step: Callable[[str], None] = lambda _: None) -> Path:
+def locate(model: str, revision: str | None = None, step: Callable[[str], None] = lambda _: None, to_convert: bool = False) -> Path:
     """Return a folder that holds `model`, downloading or unpacking it first where needed.
+
+    A model on the Hub that cannot be converted, and is to be, is refused before its weights are fetched.
 
     Raises:
         OptionError: there is no such model.
@@ -50,10 +52,10 @@ def locate(model: str, revision: str | None = None, step: Callable[[str], None] 
     if path.exists() or not HUB_ID.match(model):
         return path  # opening it raises the right error
     step(f"fetching {model}")
-    return fetch(model, revision)
+    return fetch(model, revision, to_convert)
 
 
-def fetch(model: str, revision: str | None) -> Path:
+def fetch(model: str, revision: str | None, to_convert: bool = False) -> Path:
     """Download `model` from the Hub, with the user's token if logged in, and return its snapshot in huggingface_hub's cache."""
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -65,7 +67,7 @@ def fetch(model: str, revision: str | None) -> Path:
     )
 
     try:
-        return _snapshot(model, revision)
+        return _snapshot(model, revision, to_convert)
     except GatedRepoError:
         raise ModelError(f"{model} is gated: ask for access on its page on the Hub, then run `hf auth login`") from None
     except RevisionNotFoundError:
@@ -80,7 +82,7 @@ def fetch(model: str, revision: str | None) -> Path:
         raise EffconvertError(f"fetching {model} broke off ({type(error).__name__}: {error}); the same command resumes it") from None
 
 
-def _snapshot(model: str, revision: str | None) -> Path:
+def _snapshot(model: str, revision: str | None, to_convert: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     with quiet_hub(bars=sys.stderr.isatty()):
@@ -88,8 +90,8 @@ def _snapshot(model: str, revision: str | None) -> Path:
         # Only the weights that the index names: some repositories have a second copy in one file.
         names = json.loads((folder / INDEX).read_text())["weight_map"] if (folder / INDEX).is_file() else {}
         shards = list(names.values()) or [SINGLE]
-        if (folder / CONFIG).is_file():
-            read_config(folder)  # what cannot be converted is refused before its weights are fetched
+        if to_convert and (folder / CONFIG).is_file():
+            read_config(folder)
             for name in names:
                 check_plain(folder, name)
         fetched: set[str] = set()

@@ -70,7 +70,7 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progre
     if not surgeries:
         raise OptionError("there is no step to do; name at least one technique")
     text = (read_text(options.text) if options.text else default_text()) if options.verify else None
-    folder = sources.locate(model, options.revision, progress.step)
+    folder = sources.locate(model, options.revision, progress.step, to_convert=True)
     surgeries = (*surgeries, *([Transfer()] if options.transfer else []), *([Refit()] if options.refit else []))
     opening = open_as_stock if options.verify or options.dry_run else open_checked  # the former imports transformers, which is slow
     checkpoint, teacher, target = opening(folder), _teacher(surgeries, progress), expand(options.output or default_name(model, surgeries))
@@ -149,7 +149,7 @@ def _teacher(surgeries: tuple[Step, ...], progress: Progress) -> Checkpoint | No
         raise OptionError(f"the steps name different teachers ({', '.join(sorted(names))}); heal towards one at a time")
     if not names and isinstance(surgeries[0], Healing):
         raise OptionError("--teacher is needed: the model that this one was made from")
-    return open_checked(sources.locate(names.pop(), None, progress.step)) if names else None
+    return open_checked(sources.locate(names.pop(), None, progress.step, to_convert=True)) if names else None
 
 
 def _record(conversion: Plan, source: dict[str, Any], report: Verification | None, layer_errors: Mapping[str, Any]) -> dict[str, Any]:

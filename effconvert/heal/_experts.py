@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers.activations import ACT2FN
 
 from effconvert.checkpoint.layer import Layer
+from effconvert.modeling.transformers_internals import ACT2FN
 from effconvert.surgery._ridge import HELD_OUT, Moments, ridge
 
 

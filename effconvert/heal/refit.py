@@ -53,7 +53,8 @@ class Refit(Healing):
         for layer, steps in zip(model.layers, after_gaps(model), strict=True):
             layer.later(partial(self._follow, steps=steps))
         for layer in model.layers:
-            if model.config.sparse(layer.index) and not model.original.sparse(layer.originals[0]):
+            split = model.config.active_ffn < model.original.ffn  # else the experts are copies of the whole FFN
+            if split and model.config.sparse(layer.index) and not model.original.sparse(layer.originals[0]):
                 layer.later(partial(self._refit_experts, originals=layer.originals))
 
     def _refit_experts(self, layer: Layer, originals: range) -> None:

@@ -26,6 +26,7 @@ def untested(name: str) -> EffconvertError:
 
 
 try:
+    from transformers.activations import ACT2FN
     from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -34,7 +35,7 @@ try:
 except ImportError as error:
     raise untested(str(error).partition(" (")[0]) from error
 
-__all__ = ["AttentionInterface", "AttentionMaskInterface", "Cache", "CacheLayerMixin", "DynamicCache", "DynamicLayer", "eager_mask", "sdpa_mask"]
+__all__ = ["ACT2FN", "AttentionInterface", "AttentionMaskInterface", "Cache", "CacheLayerMixin", "DynamicCache", "DynamicLayer", "eager_mask", "sdpa_mask"]
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # of a model's argument for the cache: since 5.24, before, and before of models with states
 CHECKPOINTING = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the newer name first
 IMPLEMENTATION = "_attn_implementation"  # of a config: the name of the attention function

@@ -156,7 +156,7 @@ def test_a_model_that_cannot_be_converted_is_refused_before_its_weights_are_fetc
     server.repos |= {name: Repo({COMMIT: content}, {"main": COMMIT}) for name, content in repos.items()}
     code = (
         "from effconvert.checkpoint.sources import fetch; from effconvert.errors import ModelError\n"
-        "for name in ('lab/mamba', 'lab/gptq', 'lab/gguf'):\n    try: fetch(name, None)\n    except ModelError as error: print(error)"
+        "for name in ('lab/mamba', 'lab/gptq', 'lab/gguf'):\n    try: fetch(name, None, to_convert=True)\n    except ModelError as error: print(error)"
     )
     done = subprocess.run([python, "-c", code], env=variables(server, environment, tmp_path), capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
