@@ -6,7 +6,7 @@ outcome = effconvert.convert(
     "effconvert/demo/model",
     {"gqa": {"groups": 2}},
     "refit",
-    output="small",
+    output="converted",
     calibration_tokens=1024,
     tokens=1024,
 )

@@ -11,7 +11,7 @@ from effconvert.checkpoint.manifest import read_manifest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "examples").glob("*.*"))
-WRITES = {"convert.py": "small", "load_and_generate.py": "streaming", "mixer.yaml": "linear", "prune.yaml": "three-layers", "recipe.yaml": "fewer-heads"}
+WRITES = {"convert.py": "converted", "load_and_generate.py": "streaming", "mixer.yaml": "linear", "prune.yaml": "three-layers", "recipe.yaml": "fewer-heads"}
 
 
 def offline(*_):

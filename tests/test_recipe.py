@@ -195,7 +195,7 @@ def test_a_model_of_the_hub_is_run_again_at_its_very_commit(commit, llama, done,
     snapshot = Path("hub/models--lab--tiny/snapshots", commit)
     shutil.copytree(llama, snapshot)
     asked = []
-    monkeypatch.setattr(sources, "fetch", lambda model, revision: asked.append((model, revision)) or snapshot)
+    monkeypatch.setattr(sources, "fetch", lambda model, revision, to_convert: asked.append((model, revision)) or snapshot)
     done("gqa", "--groups", 2, "--pool", "mean", "lab/tiny", "--revision", "v1", "-o", "out")
     again("out")
     assert set(asked[:1]) == {("lab/tiny", "v1")}
