@@ -67,7 +67,8 @@ def check_free(output: Path, overwrite: bool) -> None:
         if not overwrite:
             raise OptionError(f"{output} exists; give another --output, or --overwrite to replace what effconvert wrote")
         if foreign := foreign_files(output):
-            raise OptionError(f"{output} holds files that effconvert did not write, or that were changed since ({foreign[0]}), so it is not replaced; give another --output")
+            what = f"files that effconvert did not write, or that were changed since ({foreign[0]})"
+            raise OptionError(f"{output} holds {what}, so it is not replaced; give another --output")
     lock = lock_file(output)
     if lock.is_symlink() or (lock.exists() and lock.stat().st_size):
         raise OptionError(f"{lock} is in the way and effconvert did not write it; move it, or give another --output")
