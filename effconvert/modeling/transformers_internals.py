@@ -189,10 +189,10 @@ def names_at_run_time(stored: Mapping[str, Tensor], architecture: str, kind: str
 
 def auto_classes(kind: str) -> Iterator[tuple[Any, str]]:
     """Yield each Auto class for models of type `kind`, and the name of the class that it loads them with."""
-    found = list(_auto_classes(kind))
-    if not found:
+    by_auto_class = list(_auto_classes(kind))
+    if not by_auto_class:
         raise untested(f"an Auto class for {kind}")
-    for auto_class, names in found:
+    for auto_class, names in by_auto_class:
         yield auto_class, names[0]
 
 

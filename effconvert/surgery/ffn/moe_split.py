@@ -3,6 +3,7 @@
 
 from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
@@ -57,15 +58,13 @@ class MoeSplit(Layerwise):
     @classmethod
     def allowed_options(cls, config: Config) -> str:
         """The numbers of experts, with the family of the result."""
-        fits = [str(number) for number in range(2, 65) if config.ffn % number == 0]
-        return f"--experts {', '.join(fits)} --active K, as a {' or a '.join(with_experts(config))}"
+        return f"--experts {_divisors(config)} --active K, as a {' or a '.join(with_experts(config))}"
 
     def check(self, config: Config) -> None:
         """Refuse models without a matching family with experts, and numbers that contradict each other."""
         with_experts(config)
         if config.ffn % self.experts:
-            fits = [str(number) for number in range(2, 65) if config.ffn % number == 0]
-            raise OptionError(f"--experts {self.experts} does not divide the {config.ffn} neurons of this model's FFN; give {', '.join(fits)}")
+            raise OptionError(f"--experts {self.experts} does not divide the {config.ffn} neurons of this model's FFN; give {_divisors(config)}")
         if self.active > self.experts:
             raise OptionError(f"--active {self.active} is more than --experts {self.experts}; give at most {self.experts}")
         if self.shared is not None and self.shared >= self.active:
@@ -118,6 +117,8 @@ class MoeSplit(Layerwise):
             layer.defer(f"{prefix}{part}", shape, partial(of, part))
 
     def _split(self, layer: Layer, routed: int, shared: int) -> Split:
+        import torch
+
         from effconvert.surgery.ffn._neurons import Sample, by_energy, in_order
 
         if not layer.activations:
@@ -130,8 +131,8 @@ class MoeSplit(Layerwise):
             inputs, hidden = (capture.inputs[part].reshape(*capture.state.shape[:2], -1)[:, ::step] for part in ("gate", "down"))
             windows += inputs
             energies.append((hidden.square() * lengths.to(hidden)).flatten(0, 1))
-        found = by_energy(Sample(windows, _joined(energies)), routed, shared, self.active - shared)
-        return type(found)(found.shared, found.routed, found.router * FLAT)
+        split = by_energy(Sample(windows, torch.cat(energies)), routed, shared, self.active - shared)
+        return replace(split, router=split.router * FLAT)
 
     def _shares(self, config: Config) -> int:
         """Return S."""
@@ -154,7 +155,6 @@ class MoeSplit(Layerwise):
         return become_sparse(fitting[0], self.chosen(config), self.experts - shared, self.active - shared, width, shared * width)
 
 
-def _joined(rows: list[Tensor]) -> Tensor:
-    import torch
-
-    return torch.cat(rows)
+def _divisors(config: Config) -> str:
+    """Return the numbers of parts, up to 64, that an FFN can be cut into."""
+    return ", ".join(str(number) for number in range(2, 65) if config.ffn % number == 0)
