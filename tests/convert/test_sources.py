@@ -152,11 +152,12 @@ def test_a_model_that_cannot_be_converted_is_refused_before_its_weights_are_fetc
     unknown = {**files, "config.json": json.dumps({**config, "model_type": "mamba", "state_size": 16}).encode()}
     packed = {**index["weight_map"], "model.layers.0.self_attn.q_proj.qweight": "model-00001-of-00002.safetensors"}
     quantised = {**files, "model.safetensors.index.json": json.dumps({**index, "weight_map": packed}).encode()}
-    repos = {"lab/mamba": unknown, "lab/gptq": quantised, "lab/gguf": {"README.md": b"", "tiny-q4.gguf": b"GGUF"}}
+    repos = {"lab/mamba": unknown, "lab/measured": unknown, "lab/gptq": quantised, "lab/gguf": {"README.md": b"", "tiny-q4.gguf": b"GGUF"}}
     server.repos |= {name: Repo({COMMIT: content}, {"main": COMMIT}) for name, content in repos.items()}
     code = (
         "from effconvert.checkpoint.sources import fetch; from effconvert.errors import ModelError\n"
-        "for name in ('lab/mamba', 'lab/gptq', 'lab/gguf'):\n    try: fetch(name, None, to_convert=True)\n    except ModelError as error: print(error)"
+        "for name in ('lab/mamba', 'lab/gptq', 'lab/gguf'):\n    try: fetch(name, None, to_convert=True)\n    except ModelError as error: print(error)\n"
+        "fetch('lab/measured', None)"  # measuring needs no known family
     )
     done = subprocess.run([python, "-c", code], env=variables(server, environment, tmp_path), capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
@@ -164,7 +165,9 @@ def test_a_model_that_cannot_be_converted_is_refused_before_its_weights_are_fetc
     assert "the family 'mamba', which effconvert does not know: it has recurrent layers" in told[0]
     assert "q_proj.qweight, which is of GPTQ or AWQ quantisation" in told[1]
     assert "lab/gguf has no config.json on the Hub, and holds GGUF files; give the path of one of them" in told[2]
-    assert not any(request.path.endswith(".safetensors") for request in server.asked)
+    weights = [request.path for request in server.asked if request.path.endswith(".safetensors")]
+    assert weights
+    assert all("lab/measured" in path for path in weights)
 
 
 def test_a_hub_that_is_in_trouble_is_an_error_of_one_line(server: Hub, hub: Run) -> None:

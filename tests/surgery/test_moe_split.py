@@ -137,7 +137,9 @@ def test_neurons_without_any_energy_are_split_as_well():
     assert torch.bincount(_balanced(torch.zeros(12, 3)), minlength=3).tolist() == [4, 4, 4]
 
 
-@pytest.mark.parametrize(("kind", "changes", "options"), [("llama", PLAIN, {}), ("llama", PLAIN, {"shared": 0}), ("qwen3", {}, {}), ("granite", {}, {})])
+@pytest.mark.parametrize(
+    ("kind", "changes", "options"), [("llama", PLAIN, {}), ("llama", PLAIN, {"shared": 0}), ("qwen3", {}, {}), ("granite", {"residual_multiplier": 2.5}, {})]
+)
 def test_refit_brings_part_of_it_back(kind, changes, options):
     put(Path("source"), kind, noise=2.0, only="mlp.down_proj.weight", **changes)
     step = MoeSplit(experts=EXPERTS, active=2, **options)
