@@ -42,6 +42,15 @@ def test_a_text_of_one_token_is_too_short():
         windows(Letters(), Text("short", "a"), 32, 128, 128)
 
 
+def test_a_text_of_a_word_says_nothing_and_is_refused_unless_that_is_asked_for():
+    with pytest.raises(OptionError, match="hi has 5 tokens, and at least 32 are needed to measure on it"):
+        windows(Letters(), Text("hi", "hello"), 512, 4096, 128)
+    assert windows(Letters(), Text("hi", "hello"), 512, 5, 128).shape == (1, 5)
+    assert windows(Letters(), Text("line", "hello " * 6), 512, 4096, 128).shape == (1, 36)
+    with pytest.raises(OptionError, match="--context 2 leaves no two tokens"):
+        windows(Letters(begin=1), TEXT, 2, 128, 128)
+
+
 def test_a_tokenizer_of_another_model_is_refused():
     with pytest.raises(ModelError, match="do not belong together"):
         windows(Letters(), TEXT, 32, 128, 100)

@@ -20,6 +20,7 @@ from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality.text import Text
 
 ROWS = 64  # positions whose distributions are in float32 at a time
+LEAST = 32  # tokens of a text to measure on, unless fewer are asked for
 ROUNDING = 1e-3  # of the largest number; experts, for one, round differently with other tokens in a batch
 
 
@@ -71,11 +72,13 @@ def windows(tokenizer: Any, text: Text, context: int, tokens: int, vocabulary: i
     """
     plain = tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids
     start = beginning(tokenizer, text.content)
-    body = context - len(start)
-    body = min(body, tokens, len(plain))
+    body = min(context - len(start), tokens)
+    if len(plain) < (need := min(LEAST, max(body, 2))):
+        raise OptionError(f"{text.name} has {len(plain)} tokens, and at least {need} are needed to measure on it; give a longer --text")
+    body = min(body, len(plain))
     count = min(tokens, len(plain)) // max(body, 1)
     if body < 2:
-        raise OptionError(f"{text.name} has {len(plain)} tokens, and at least {context} are needed to measure at --context {context}; give a longer --text")
+        raise OptionError(f"--context {context} leaves no two tokens beside the special one that begins each window; give at least 3")
     batch = torch.tensor(plain[: count * body]).view(count, body)  # [N, T]
     if start:
         batch = torch.cat([torch.full((count, 1), start[0]), batch], 1)
