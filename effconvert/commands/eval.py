@@ -54,6 +54,8 @@ def show(evaluation: "Evaluation") -> None:
     from effconvert.console import stdout
 
     out, names = stdout(), [subject.name for subject in evaluation.subjects]
+    if len(set(names)) < len(names):
+        names = [f"{number} {name}" for number, name in enumerate(names, 1)]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
     table.add_column("", no_wrap=True)

@@ -1,5 +1,6 @@
 """Find, identify and load a model to measure."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from effconvert.modeling.loading import load, measurable
 from effconvert.modeling.size import size_of
 from effconvert.modeling.stock import open_as_stock
 from effconvert.modeling.unknown import Described, Unknown, describe, look
-from effconvert.paths import expand, real
+from effconvert.paths import expand
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def open_model(model: str, step: Callable[[str], None] = lambda _: None) -> Open
     is_local = expand(model).exists()
     name, _, revision = (model, "", "") if is_local else model.partition("@")
     folder = sources.locate(name, revision or None, step)
-    shown = real(model).name if is_local else model
+    shown = Path(os.path.abspath(expand(model))).name if is_local else model  # a link under its own name
     try:
         checkpoint = open_as_stock(folder)
     except UnknownLayoutError:

@@ -410,6 +410,15 @@ def test_what_is_shown_is_one_table_with_every_number_that_is_needed(command, ll
     assert result.stderr == ""
 
 
+def test_models_of_one_name_are_told_apart_and_a_link_keeps_its_own(command, llama, tmp_path):
+    for folder in ("a/tiny", "b/tiny"):
+        shutil.copytree(llama, tmp_path / folder)
+    told = command("eval", "a/tiny", "b/tiny", *EASY).stdout
+    assert told.splitlines()[0].split()[:4] == ["n", "1", "tiny", "2"]
+    Path("best").symlink_to("b/tiny")
+    assert command("eval", "a/tiny", "./best/", *EASY).stdout.splitlines()[0].split() == ["n", "tiny", "best", "difference"]
+
+
 def test_names_and_texts_with_brackets_are_shown_as_they_are(command, llama, tmp_path):
     folder = Path(shutil.copytree(llama, tmp_path / "model[bold]"))
     Path("text[red].txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
