@@ -1,12 +1,13 @@
 """The command line: finds a command, and turns errors into a line and an exit code. Imports neither torch nor anything else that is slow."""
 
+import os
 import sys
 from typing import Any
 
 import click
 
 from effconvert import commands, steps
-from effconvert.errors import EffconvertError
+from effconvert.errors import BROKEN_PIPE, EffconvertError
 from effconvert.overview import page
 from effconvert.version import __version__
 
@@ -44,6 +45,9 @@ class Commands(click.Group):
         except EffconvertError as error:
             click.echo(f"Error: {' '.join(str(error).split())}", err=True)  # one line, whatever somebody named a file
             ctx.exit(error.exit_code)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports it once more at the end
+            ctx.exit(BROKEN_PIPE)
         except OSError as error:
             click.echo(f"Error: {error.filename or 'a file'} cannot be used ({error.strerror}); mend that, and run the same command again", err=True)
             ctx.exit(1)

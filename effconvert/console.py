@@ -17,6 +17,7 @@ from effconvert.convert.calibration import calibration_bytes
 from effconvert.convert.inspection import Inspection, Look
 from effconvert.convert.plan import Plan
 from effconvert.convert.run import Outcome
+from effconvert.errors import BROKEN_PIPE
 from effconvert.eval.verification import Verification
 from effconvert.modeling.loading import has_tokenizer
 from effconvert.progress import Advance, Unit
@@ -27,9 +28,17 @@ WIDTH = 110  # of output to a file or a pipe
 FILES = 12  # names of files that are shown
 
 
+class _Output(Console):
+    def on_broken_pipe(self) -> None:
+        try:
+            super().on_broken_pipe()
+        except SystemExit:
+            raise SystemExit(BROKEN_PIPE) from None
+
+
 def stdout() -> Console:
     """Return the console for results."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    return _Output(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
 
 
 class Terminal:

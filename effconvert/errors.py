@@ -1,5 +1,7 @@
 """The errors of effconvert. A message names the cause, what is needed, and what to do next."""
 
+BROKEN_PIPE = 141  # exit code where nobody reads the output on, as of `head -1`: 128 + SIGPIPE, like that of other tools
+
 
 class EffconvertError(Exception):
     """The base class: the command line prints the message as one line and exits with `exit_code`."""

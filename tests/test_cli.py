@@ -18,7 +18,7 @@ from effconvert import steps
 from effconvert.__main__ import CHOICES, SPINS
 from effconvert.__main__ import main as module_main
 from effconvert.cli import main
-from effconvert.errors import OptionError
+from effconvert.errors import BROKEN_PIPE, OptionError
 from effconvert.quantities import count
 
 Command = Callable[..., Result]
@@ -343,3 +343,18 @@ def test_all_techniques_are_listed_by_kind_and_without_torch(python, environment
         assert summary in done.stdout
     assert done.stdout.index("attention\n") < done.stdout.index("gqa") < done.stdout.index("depth\n") < done.stdout.index("prune-layers")
     assert "saves KV cache" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["inspect", "model"], ["gqa", "--groups", "2", "--pool", "mean", "model", "--dry-run"]], ids=lambda a: a[0])
+def test_a_reader_that_stops_reading_is_no_error(arguments: list[str], model: Path, python: str, environment: dict[str, str]) -> None:
+    theirs, ours = os.pipe()
+    os.close(theirs)
+    done = subprocess.run([python, "-m", "effconvert", *arguments], env=environment, stdout=ours, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(ours)
+    assert (done.returncode, done.stderr) == (BROKEN_PIPE, "")
+
+
+def test_a_plan_that_changes_nothing_says_so(command: Command, model: Path) -> None:
+    for options in (["gqa", "--groups", "4"], ["gqa", "--groups", "4", "--pool", "mean"]):
+        assert "note  gqa: the model has 4 KV heads already, so nothing changes" in command(*options, model, "--dry-run").stdout
+    assert "nothing changes" not in command("gqa", "--groups", "2", "--pool", "mean", model, "--dry-run").stdout

@@ -78,8 +78,10 @@ class Gqa(Surgery):
         return not self.is_exact(config) and (self.pool in CALIBRATED_RULES or self._reorders)
 
     def notes(self, config: Config) -> str:
-        """Say what norms of queries and keys rule out, and what is done in spite of clipping."""
-        if self.pool not in CALIBRATED_RULES or self.is_exact(config):
+        """Say that nothing changes, what norms of queries and keys rule out, and what is done in spite of clipping."""
+        if self.is_exact(config):
+            return f"the model has {self.groups} KV heads already, so nothing changes"
+        if self.pool not in CALIBRATED_RULES:
             return ""
         return "; ".join(note for note, applies in ((NORMED, config.normed), (CLIPPED, config.get("clip_qkv"))) if applies)
 
