@@ -30,6 +30,8 @@ HomePath = Annotated[Path, AfterValidator(expand)]  # `~` is the home folder
 
 LAYERS, LAYER_RANGE = "LAYERS", r"-?\d+(-\d+(/\d+)?)?"  # the metavar of options that name layers, and what they consist of
 
+CALIBRATION_WORDS = ("self", "docstrings")  # values of --calibrate that are no file and no dataset
+
 ELSEWHERE = {"teacher": "--refit and --transfer heal towards MODEL itself; for a model converted before: effconvert refit MODEL --teacher ORIGINAL"}
 
 SHORT = reprlib.Repr()

@@ -1,7 +1,7 @@
 """Read recipes, which are conversions in YAML. Errors are the same as on the command line.
 
-A file has one recipe or several (YAML documents); one may convert the output of another. Paths are relative to the folder in which `effconvert run`
-is called.
+A file has one recipe or several (YAML documents); one may convert the output of another. What is read (a model, a text) is looked up beside the file,
+then in the folder in which `effconvert run` is called. What is written is relative to the latter.
 """
 
 import re
@@ -17,11 +17,12 @@ from effconvert import steps as known_steps
 from effconvert.errors import EffconvertError, OptionError
 from effconvert.eval.quality.eval_options import EvalOptions
 from effconvert.eval.speed.bench_options import BenchOptions
-from effconvert.options import Conversion, Options, shown
-from effconvert.paths import expand, real
+from effconvert.options import CALIBRATION_WORDS, Conversion, Options, shown
+from effconvert.paths import expand, found_from, real
 from effconvert.surgery._surgery import Step
 
 Kind = TypeVar("Kind", bound=Options)
+READ = ("model", "teacher", "text", "calibrate", "pairs", "include_path")  # options that name what is read
 
 
 class _Loader(yaml.SafeLoader):
@@ -96,7 +97,24 @@ def read(path: Path, **overrides: Any) -> list[Recipe]:
             f"{path} has {len(documents)} recipes, and --{next(iter(overrides)).replace('_', '-')} could be for any of them; write it into the file"
         )
     recipes = [_parse(document, f"{path}{f', recipe {number}' if len(documents) > 1 else ''}", overrides) for number, document in enumerate(documents, 1)]
-    return order(recipes)
+    return order(_found(recipes, expand(path).parent, overrides))
+
+
+def _found(recipes: Sequence[Recipe], folder: Path, overrides: Mapping[str, Any]) -> list[Recipe]:
+    """Return recipes from a file in `folder` with the places of what they read, but for `overrides`, and for what other recipes write."""
+    if folder == Path():
+        return list(recipes)
+    written = {real(output) for recipe in recipes for output in outputs(recipe)}
+
+    def found(options: Kind) -> Kind:
+        given = {name: value for name in READ if name not in overrides and (value := getattr(options, name, None)) is not None}
+        local = {name: value for name, value in given.items() if real(value) not in written and value not in CALIBRATION_WORDS}
+        return options.model_copy(update={name: type(value)(found_from(folder, str(value))) for name, value in local.items()})
+
+    return [
+        found(recipe).model_copy(update={"steps": tuple(map(found, recipe.steps)), "evaluate": recipe.evaluate and found(recipe.evaluate)})
+        for recipe in recipes
+    ]
 
 
 def _parse(document: Any, where: str, overrides: Mapping[str, Any]) -> Recipe:

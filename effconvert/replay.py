@@ -1,11 +1,12 @@
 """Run recipes: convert, then measure; finished parts of an earlier run are reused."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from effconvert.convert.run import Outcome, convert
 from effconvert.errors import EffconvertError, OptionError
@@ -15,7 +16,7 @@ from effconvert.eval.speed.bench import bench, contexts_of, device_of
 from effconvert.eval.subject import open_model
 from effconvert.options import Conversion, RunOptions
 from effconvert.paths import expand, real
-from effconvert.progress import NoProgress, Progress
+from effconvert.progress import Advance, NoProgress, Progress, Unit
 from effconvert.recipe import Recipe, outputs
 from effconvert.report import report
 from effconvert.report.page import FORMS, check_drawing
@@ -32,6 +33,26 @@ class Replay:
     evaluation: Evaluation | None = None
     benchmark: Benchmark | None = None
     files: tuple[Path, ...] = ()  # files written beside the output
+
+
+@dataclass(frozen=True)
+class _Through:
+    """Shows a plan that goes through a model which is not written yet, with a note that says so."""
+
+    progress: Progress
+    note: str
+
+    def plan(self, model: str, plan: Any, output: Path, verify_bytes: int) -> None:
+        """Show the plan with the note."""
+        self.progress.plan(model, replace(plan, remarks=(*plan.remarks, self.note)), output, verify_bytes)
+
+    def step(self, what: str) -> None:
+        """Show the step."""
+        self.progress.step(what)
+
+    def bar(self, what: str, total: int, unit: Unit) -> AbstractContextManager[Advance]:
+        """Show the bar."""
+        return self.progress.bar(what, total, unit)
 
 
 def replay(recipes: Sequence[Recipe], dry_run: bool = False, progress: Progress | None = None) -> list[Replay]:
@@ -66,6 +87,10 @@ def _plan(recipe: Recipe, recipes: Sequence[Recipe], progress: Progress) -> tupl
             raise OptionError(f"--revision is for models on the Hub, and {model} is the output of another recipe; leave it out")
         stage = [real(folder) for folder in outputs(writer)].index(real(model))
         model, revision, before = writer.model, writer.revision, (*_stages(writer)[stage], *before)
+    if before:
+        steps = " -> ".join(step.name for step in before)
+        note = f"{recipe.model} is not written yet: it will be {model} after {steps}, so this plan starts there, and `before` is {model}"
+        progress = _Through(progress, note)
     _check_files(recipe, recipes)
     if recipe.report:
         check_drawing()

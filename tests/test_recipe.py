@@ -185,7 +185,7 @@ def test_a_gguf_file_is_converted_again_to_the_same_bytes(gguf, done, same):  # 
     Path("a folder").mkdir()
     shutil.copy(gguf, "a folder/é.gguf")
     done("gqa", "--groups", 2, "--pool", "mean", "a folder/é.gguf", "-o", "out")
-    assert yaml.safe_load(Path("out/effconvert.yaml").read_text())["model"] == "a folder/é.gguf"
+    assert yaml.safe_load(Path("out/effconvert.yaml").read_text())["model"] == "../a folder/é.gguf"
     again("out")
     same("out", "again")
 
@@ -211,10 +211,42 @@ def test_a_snapshot_that_was_given_as_a_folder_is_run_again(llama, done, same):
     same("out", "again")
 
 
+def test_the_recipe_beside_the_weights_works_from_any_folder(model, done, same, monkeypatch, tmp_path):
+    Path("text.txt").write_text("one two three four five six " * 60)
+    Path("latest").symlink_to("model")
+    calibrated = ["--calibrate", "text.txt", "--calibration-tokens", "128", "--calibration-window", "16"]
+    done("gqa", "--groups", 2, "--pool", "mean", "model", "-o", "deep/gqa")
+    done("refit", "deep/gqa", "--teacher", "latest", *calibrated, "-o", "deep/refit")
+    held = yaml.safe_load(Path("deep/refit/effconvert.yaml").read_text())
+    assert (held["model"], held["calibrate"], held["steps"][0]["refit"]["teacher"]) == ("../gqa", "../../text.txt", "../../latest")
+    Path("deep/refit/elsewhere").mkdir()
+    for folder, name in (("deep/refit", "effconvert.yaml"), ("deep/refit/elsewhere", "../effconvert.yaml"), ("deep", f"{tmp_path}/deep/refit/effconvert.yaml")):
+        monkeypatch.chdir(tmp_path / folder)
+        replay(read(Path(name), output=tmp_path / "deep/again", verify=False, overwrite=True))
+        monkeypatch.chdir(tmp_path)
+        same_weights = {file.name for file in Path("deep/again").glob("*.safetensors")}
+        assert same_weights
+        assert all(Path("deep/again", file).read_bytes() == Path("deep/refit", file).read_bytes() for file in same_weights)
+        assert yaml.safe_load(Path("deep/again/effconvert.yaml").read_text()) == held
+
+
+def test_what_a_recipe_reads_is_looked_up_beside_it_then_here(llama, model):
+    Path("recipes").mkdir()
+    for content, expected in ((recipe(), "model"), (recipe(model="gone"), "gone")):
+        write(content, path="recipes/r.yaml")
+        assert read(Path("recipes/r.yaml"))[0].model == expected
+    shutil.copytree(llama, "recipes/model")
+    assert read(Path(write(recipe(), path="recipes/r.yaml")))[0].model == "recipes/model"
+    assert read(Path("recipes/r.yaml"), model="model")[0].model == "model"
+    shutil.copytree(llama, "recipes/a")
+    write(recipe(output="a"), recipe(model="a", output="b"), path="recipes/r.yaml")
+    assert [one.model for one in read(Path("recipes/r.yaml"))] == ["recipes/model", "a"]  # what the first writes
+
+
 def test_a_converted_model_keeps_its_own_last_steps_alone(model, run, done, same):
     run(recipe(steps=[HALVE, {"expand-kv": {}}]))
     done("mqa", "--pool", "mean", "out", "-o", "next")
-    assert yaml.safe_load(Path("next/effconvert.yaml").read_text()) == {"model": "out", "steps": [{"mqa": {"pool": "mean"}}]}
+    assert yaml.safe_load(Path("next/effconvert.yaml").read_text()) == {"model": "../out", "steps": [{"mqa": {"pool": "mean"}}]}
     assert yaml.safe_load(Path("out/effconvert.yaml").read_text())["steps"] == [
         {"gqa": {"groups": 2, "pool": "mean", "grouping": "adjacent"}},
         {"expand-kv": {"groups": None}},
@@ -289,7 +321,7 @@ def test_stages_are_kept_as_the_commands_would_write_them(model, run, done, same
     for stage, made in (("out-1-gqa", "one"), ("out-2-mqa", "two"), ("out", "three")):
         same(stage, made, but=ORIGIN)
     held = yaml.safe_load(Path("out-2-mqa/effconvert.yaml").read_text())
-    assert held["model"] == "model"
+    assert held["model"] == "../model"
     assert [name for step in held["steps"] for name in step] == ["gqa", "mqa"]
 
 
@@ -315,6 +347,8 @@ def test_recipes_are_carried_out_in_an_order_that_works(order, model, run, done,
     assert here() == {"model"}
     assert [told.count(f" -> {folder}\n") for folder in "abc"] == [1, 1, 1]
     assert "becomes 3 layers, 4 query and 1 KV heads" in told
+    assert "note  a is not written yet: it will be model after gqa, so this plan starts there, and `before` is model\n" in told
+    assert "note  ./b is not written yet: it will be model after gqa -> mqa, so this plan starts there, and `before` is model\n" in told
 
     run(*(CHAIN[index] for index in order))
     done("gqa", "--groups", 2, "--pool", "mean", "model", "-o", "one")

@@ -25,13 +25,16 @@ from effconvert.progress import Progress
 from effconvert.surgery._surgery import Step
 
 
-def decide(checkpoint: Checkpoint, steps: Sequence[Step], teacher: Checkpoint | None, options: RunOptions, progress: Progress) -> tuple[Step, ...]:
-    """Return `steps` with all options set. Steps choose the open ones by running the model.
+def decide(
+    checkpoint: Checkpoint, steps: Sequence[Step], teacher: Checkpoint | None, options: RunOptions, progress: Progress
+) -> tuple[tuple[Step, ...], tuple[str, ...]]:
+    """Return `steps` with all options set, and a sentence on each choice. Steps choose the open ones by running the model.
 
     Raises:
         OptionError, ModelError: a step does not fit the model, the text is too short, or the model cannot be run on it.
     """
     complete: list[Step] = []
+    choices: list[str] = []
     for step in steps:
         if step.undecided:
             before = plan(checkpoint, tuple(complete), teacher)
@@ -40,9 +43,16 @@ def decide(checkpoint: Checkpoint, steps: Sequence[Step], teacher: Checkpoint | 
                 raise OptionError(
                     f"{step.name} chooses by running the model, and {complete[-1].name} before it is not fitted yet; put {step.name} first, or convert twice"
                 )
-            step = _decide(step, replace(before, calibration=selftext.write(before, prepare(before, options), progress)), progress)
+            calibration = selftext.write(before, prepare(before, options), progress)
+            choice = _decide(step, replace(before, calibration=calibration), progress)
+            choices.append(f"{_typed(step)} chose {_typed(choice)} (by {step.rule} of: {' '.join(calibration.name.split())})")
+            step = choice
         complete.append(step)
-    return tuple(complete)
+    return tuple(complete), tuple(choices)
+
+
+def _typed(step: Step) -> str:
+    return " ".join([step.name, *(f"--{key} {value}" for key, value in step.recipe[step.name].items() if value is not None)])
 
 
 def _decide(step: Step, before: Plan, progress: Progress) -> Step:

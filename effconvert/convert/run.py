@@ -1,7 +1,7 @@
 """One conversion from end to end: locate, plan, stream, verify, publish."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ from effconvert.heal.transfer import Transfer
 from effconvert.hub.card import render
 from effconvert.hub.card_data import verification
 from effconvert.modeling.stock import check_writable, open_as_stock
-from effconvert.options import RunOptions
-from effconvert.paths import expand
+from effconvert.options import CALIBRATION_WORDS, RunOptions
+from effconvert.paths import expand, seen_from
 from effconvert.progress import NoProgress, Progress
 from effconvert.surgery._placed import open_checked
 from effconvert.surgery._surgery import Step
@@ -74,11 +74,14 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progre
     surgeries = (*surgeries, *([Transfer()] if options.transfer else []), *([Refit()] if options.refit else []))
     opening = open_as_stock if options.verify or options.dry_run else open_checked  # the former imports transformers, which is slow
     checkpoint, teacher, target = opening(folder), _teacher(surgeries, progress), expand(options.output or default_name(model, surgeries))
+    choices: tuple[str, ...] = ()
     if any(step.undecided for step in surgeries):
         if not reuse:
             output.check_free(target, options.overwrite)
-        surgeries = decide(checkpoint, surgeries, teacher, options, progress)
+        surgeries, choices = decide(checkpoint, surgeries, teacher, options, progress)
     conversion = _plan(checkpoint, surgeries, teacher, options)
+    kept = (f"{choice}; the choice is kept in {sources.cache()} for the next run" for choice in choices)
+    conversion = replace(conversion, remarks=(*conversion.remarks, *kept))
     manifest = output.matching_manifest(conversion, target, options.verify)
     if manifest and "shards" in manifest and not options.dry_run:  # a run that was killed before it wrote the final manifest
         output.complete(target, manifest)
@@ -104,8 +107,8 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progre
             resumed = write(conversion, partial, advance)
         drafts.discard(conversion, partial)
         report = _verify(conversion, target, partial, material, progress) if material else None
-        record = _record(conversion, _source(model, options, folder), report, layer_errors)
-        output.write_texts(partial, _texts(model, conversion, options, record))
+        record = _record(conversion, _source(model, options, folder), report, layer_errors, choices)
+        output.write_texts(partial, _texts(model, conversion, target, options, record))
         if report:  # `push` checks that the folder is what was verified
             record["sha256"] = {name: file_hash(partial / name) for name in conversion.output_files}
         output.publish(conversion, partial, target, options.overwrite, record)
@@ -152,13 +155,15 @@ def _teacher(surgeries: tuple[Step, ...], progress: Progress) -> Checkpoint | No
     return open_checked(sources.locate(names.pop(), None, progress.step, to_convert=True)) if names else None
 
 
-def _record(conversion: Plan, source: dict[str, Any], report: Verification | None, layer_errors: Mapping[str, Any]) -> dict[str, Any]:
+def _record(conversion: Plan, source: dict[str, Any], report: Verification | None, layer_errors: Mapping[str, Any], choices: Sequence[str]) -> dict[str, Any]:
     """Return what the manifest says of this conversion."""
     record = {"source": source, "verified": report is not None, "report": report and asdict(report), "versions": versions()}
     if conversion.calibration:
         record["calibration"] = conversion.calibration.record
     if layer_errors:
         record["transfer"] = layer_errors
+    if choices:
+        record["choices"] = list(choices)
     return record
 
 
@@ -170,15 +175,22 @@ def _source(model: str, options: RunOptions, folder: Path) -> dict[str, Any]:
     return {**source, **({"made_by": origin} if origin else {})}
 
 
-def _texts(model: str, plan: Plan, options: RunOptions, record: dict[str, Any]) -> dict[str, str]:
-    """Return the files that people read: the recipe, which makes the same bytes again, and the model card."""
+def _texts(model: str, plan: Plan, target: Path, options: RunOptions, record: dict[str, Any]) -> dict[str, str]:
+    """Return the files that people read: the recipe, which makes the same bytes again, and the model card. Its paths are as seen from `target`."""
+
+    def read(options: Mapping[str, Any]) -> dict[str, Any]:
+        named = {key: seen_from(target, value) for key in ("model", "teacher", "calibrate") if (value := options.get(key)) and value not in CALIBRATION_WORDS}
+        return {**options, **named}
+
     source = record["source"]
     revision = None if expand(model).exists() else source["commit"] or source["revision"]
     settings = {name.replace("_", "-"): getattr(options, name) for name in CALIBRATION_OPTIONS} if plan.needs_calibration else {}
-    recipe = {"model": model, "revision": revision, "steps": plan.recipe, **settings}
+    steps = [{name: read(own) for name, own in step.items()} for step in plan.recipe]
+    recipe = read({"model": model, "revision": revision, "steps": steps, **settings})
     recipe_text = f"# Written by effconvert {__version__}. The same bytes again: effconvert run {RECIPE} -o DIR\n"
     if plan.calibration and plan.calibration.key:
         recipe_text += f"# The model wrote its calibration text. Other machines and versions may sample another one; {MANIFEST} has the sha256 of this one.\n"
+    recipe_text += "".join(f"# {choice}\n" for choice in record.get("choices", ()))
     before = text_of(plan.checkpoint.folder / CARD) or ""
     manifest = {**output.identity(plan), **record, "files": dict.fromkeys(plan.output_files)}
     recipe_text += yaml.safe_dump({key: value for key, value in recipe.items() if value}, sort_keys=False, allow_unicode=True)

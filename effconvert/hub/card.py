@@ -218,4 +218,5 @@ def _limits(
 def _recipe(past: History, manifest: Mapping[str, Any]) -> str:
     steps = yaml.safe_dump([dict(step) for step in past.recipe], sort_keys=False, allow_unicode=True)
     at = f" at {plain(past.revision)}" if past.revision else ""
-    return f"From {_link(past)}{at}, with effconvert {plain(str(manifest.get('effconvert', '')))}:\n\n```yaml\n{steps}```"
+    choices = "".join(f"\n\n{plain(choice)}." for choice in manifest.get("choices", ()))
+    return f"From {_link(past)}{at}, with effconvert {plain(str(manifest.get('effconvert', '')))}:\n\n```yaml\n{steps}```{choices}"

@@ -112,6 +112,11 @@ class Step(Options):
         """Whether these options leave a choice to `decide`."""
         return False
 
+    @property
+    def rule(self) -> str:
+        """By what `decide` chooses, and on how much text, in a few words."""
+        return ""
+
     def decide(self, forward: ForwardProtocol) -> Self:
         """Return this step with every option decided; called before the plan, and the recipe records the result."""
         return self

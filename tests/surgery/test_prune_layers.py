@@ -14,6 +14,7 @@ import effconvert.modeling
 from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.reading import read_config
+from effconvert.checkpoint.sources import cache
 from effconvert.convert.originals import stand_for
 from effconvert.convert.plan import plan
 from effconvert.convert.run import convert
@@ -421,6 +422,11 @@ def test_the_recipe_the_manifest_and_a_dry_run_name_the_layers_and_nobody_choose
     assert asked()["drop"] is None
     manifest = json.loads(Path("out/effconvert.json").read_text())
     assert manifest["recipe"] == planned.plan.recipe
+    said = f"prune-layers --drop 2 chose prune-layers --layers {chosen} (by search, on up to 2,048 tokens of: text.txt)"
+    assert manifest["choices"] == [said]
+    assert f"# {said}\n" in Path("out/effconvert.yaml").read_text()
+    assert said in Path("out/README.md").read_text()
+    assert planned.plan.notes == [f"{said}; the choice is kept in {cache()} for the next run"]
     assert manifest["fingerprint"] == planned.plan.fingerprint
     replay(read(Path("out/effconvert.yaml"), output=Path("again"), verify=False))
     assert Path("again/model.safetensors").read_bytes() == Path("out/model.safetensors").read_bytes()

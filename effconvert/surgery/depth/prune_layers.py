@@ -101,6 +101,11 @@ class PruneLayers(Layerwise):
         """If only their number is known."""
         return self.drop is not None
 
+    @property
+    def rule(self) -> str:
+        """The value of --by, and the tokens that it looks at."""
+        return f"{self.by or 'search'}, on up to {TOKENS:,} tokens"
+
     def decide(self, forward: ForwardProtocol) -> PruneLayers:
         """Choose the layers, and name them in the order of choice, so that a user can drop fewer of them."""
         ways = {"influence": self._by_influence, "angular": self._by_angle}
