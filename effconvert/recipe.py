@@ -1,4 +1,4 @@
-"""Read recipes, which are conversions in YAML. Errors are the same as on the command line.
+"""Read recipes, which are conversions in YAML. Errors are the same as on the command line, with keys in place of options.
 
 A file has one recipe or several (YAML documents); one may convert the output of another. What is read (a model, a text) is looked up beside the file,
 then in the folder in which `effconvert run` is called. What is written is relative to the latter.
@@ -168,7 +168,14 @@ def _build(kind: type[Kind], entry: Mapping[str, Any], where: str) -> Kind:
     try:
         return kind(**entry)
     except EffconvertError as error:
-        raise OptionError(f"{where}: {error}") from None
+        raise OptionError(f"{where}: {as_keys(str(error))}") from None
+
+
+def as_keys(message: str) -> str:
+    """Write the options in a message as the keys of a recipe, but for those of a whole command: `--groups 3` as `groups 3`."""
+    about, command, rest = message.partition("effconvert ")
+    about = re.sub(r"(?<![\w-])--no-([a-z-]+)", r"\1: false", about)
+    return re.sub(r"(?<![\w-])--(?!help\b)([a-z-]+)", r"\1", about) + command + rest
 
 
 def order(recipes: Sequence[Recipe]) -> list[Recipe]:

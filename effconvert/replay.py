@@ -17,7 +17,7 @@ from effconvert.eval.subject import open_model
 from effconvert.options import Conversion, RunOptions
 from effconvert.paths import expand, real
 from effconvert.progress import Advance, NoProgress, Progress, Unit
-from effconvert.recipe import Recipe, outputs
+from effconvert.recipe import Recipe, as_keys, outputs
 from effconvert.report import report
 from effconvert.report.page import FORMS, check_drawing
 from effconvert.surgery._surgery import Step
@@ -75,7 +75,7 @@ def _named(recipe: Recipe, recipes: Sequence[Recipe], act: Callable[[], Result])
     try:
         return act()
     except EffconvertError as error:
-        raise type(error)(f"the recipe for {recipe.target}: {error}" if len(recipes) > 1 else str(error)) from error
+        raise type(error)((f"the recipe for {recipe.target}: " if len(recipes) > 1 else "") + as_keys(str(error))) from error
 
 
 def _plan(recipe: Recipe, recipes: Sequence[Recipe], progress: Progress) -> tuple[Outcome, ...]:

@@ -15,7 +15,7 @@ from effconvert.checkpoint import sources
 from effconvert.convert.run import convert
 from effconvert.errors import EffconvertError, ModelError, OptionError
 from effconvert.options import RunOptions
-from effconvert.recipe import _Loader, read, schema
+from effconvert.recipe import _Loader, as_keys, read, schema
 from effconvert.replay import replay
 from effconvert.steps import catalogue
 from effconvert.steps import load as technique
@@ -374,8 +374,8 @@ def test_a_plan_is_shown_for_the_model_that_its_recipe_names(llama, model, run):
 WRONG_LAST = {
     "groups of the model in between": ({"steps": [{"gqa": {"groups": 4, "pool": "mean"}}]}, "more than this model's 2 KV heads"),
     "no technique": ({"steps": ["gqb"]}, "there is no technique 'gqb'"),
-    "needed option": ({"steps": ["gqa"]}, "--groups is needed"),
-    "revision of a folder": ({"revision": "main"}, "--revision is for models on the Hub"),
+    "needed option": ({"steps": ["gqa"]}, ": groups is needed"),
+    "revision of a folder": ({"revision": "main"}, "revision is for models on the Hub"),
     "output inside the model": ({"output": "out/b"}, "one inside the other"),
     "output of the draft": ({"output": "out.partial"}, "out.partial"),
     "text to verify on": ({"verify": True, "text": "gone.txt"}, "gone.txt"),
@@ -383,7 +383,7 @@ WRONG_LAST = {
     "folder of tasks": ({"evaluate": {**QUICK_EVAL, "include-path": "gone"}}, "gone"),
     "device": ({"evaluate": {**QUICK_EVAL, "device": "abacus"}}, "abacus"),
     "device of bench": ({"bench": {**QUICK_BENCH, "device": "abacus"}}, "abacus"),
-    "context of bench": ({"bench": {**QUICK_BENCH, "context": [4096]}}, "--context 4096 is too long"),
+    "context of bench": ({"bench": {**QUICK_BENCH, "context": [4096]}}, "context 4096 is too long"),
     "results in a folder": ({"evaluate": {**QUICK_EVAL, "output": "tasks"}}, "tasks is a folder"),
     "results where the output goes": ({"evaluate": {**QUICK_EVAL, "output": "b"}}, "b"),
     "results in the output": ({"bench": {**QUICK_BENCH, "output": "b/bench.json"}}, "b/bench.json"),
@@ -411,7 +411,7 @@ def test_a_task_that_is_not_there_is_found_before_the_first_writes(model, refuse
 def test_a_recipe_is_planned_on_what_the_one_before_will_write_and_not_on_what_is_there(model, run, refused):
     run(recipe(steps=[HALVE]))
     told = refused(recipe(steps=[ONE], overwrite=True), recipe(model="out", output="b", steps=[{"gqa": {"groups": 2, "pool": "mean"}}]))
-    assert "--groups 2 is more than this model's 1 KV heads" in told
+    assert "groups 2 is more than this model's 1 KV heads" in told
 
 
 def test_recipes_that_wait_for_each_other_are_refused(model, refused):
@@ -598,26 +598,33 @@ def test_the_same_mistake_gives_the_same_sentence_at_every_door(mistake, model, 
     with pytest.raises((OptionError, ModelError)) as caught:
         effconvert.convert("model", step, output="out", verify=False)
     sentence = str(caught.value).split(": ", 1)[-1] if str(caught.value).startswith("step 1") else str(caught.value)
-    assert refused(recipe(steps=[step]), code=code).endswith(sentence)
+    assert refused(recipe(steps=[step]), code=code).endswith(as_keys(sentence))
     typed = command(words[0], "model", "-o", "out", "--no-verify", *words[1:])
     assert typed.exit_code == code
-    assert typed.stderr.strip().splitlines()[-1].replace("there is no command", "there is no technique") == f"Error: {sentence}"
+    said = typed.stderr.strip().splitlines()[-1].replace("there is no command", "there is no technique")
+    assert as_keys(said) == f"Error: {as_keys(sentence)}"
     assert caught.value.exit_code == code
+
+
+def test_a_recipe_is_spelt_in_keys_and_a_command_in_options():
+    sentence = "--groups 3 is too many; use --no-verify, or --calibration-tokens 5, and --help shows all; or: effconvert refit MODEL --teacher ORIGINAL"
+    expected = "groups 3 is too many; use verify: false, or calibration-tokens 5, and --help shows all; or: effconvert refit MODEL --teacher ORIGINAL"
+    assert as_keys(sentence) == expected
 
 
 def test_options_of_the_conversion_are_refused_in_the_same_words(model, command, refused):
     for key, value in (("tokens", "1"), ("context", "few"), ("text", "gone.txt")):
         with pytest.raises(OptionError) as caught:
             effconvert.convert("model", "mqa", **{key: value})
-        assert refused({**recipe(steps=[ONE]), "verify": True, key: value}).endswith(str(caught.value))
+        assert refused({**recipe(steps=[ONE]), "verify": True, key: value}).endswith(as_keys(str(caught.value)))
         assert one_line(command("mqa", "--pool", "mean", "model", f"--{key}", value)) == f"Error: {caught.value}"
 
 
 def test_an_error_names_the_file_the_recipe_and_the_step(model, refused):
-    assert refused(recipe(steps=[HALVE, {"mqa": {"pool": "sum"}}])).startswith("Error: recipe.yaml, step 2 (mqa): --pool is 'sum'")
+    assert refused(recipe(steps=[HALVE, {"mqa": {"pool": "sum"}}])).startswith("Error: recipe.yaml, step 2 (mqa): pool is 'sum'")
     assert refused(recipe(), recipe(output="b", steps=["mqb"])).startswith("Error: recipe.yaml, recipe 2, step 1: there is no technique")
-    assert refused(recipe(), recipe(output="b", evaluate={"token": 5})).startswith("Error: recipe.yaml, recipe 2, evaluate: there is no option --token;")
-    assert refused(recipe(), recipe(output="b", modle="x")).startswith("Error: recipe.yaml, recipe 2: there is no option --modle; did you mean --model?")
+    assert refused(recipe(), recipe(output="b", evaluate={"token": 5})).startswith("Error: recipe.yaml, recipe 2, evaluate: there is no option token;")
+    assert refused(recipe(), recipe(output="b", modle="x")).startswith("Error: recipe.yaml, recipe 2: there is no option modle; did you mean model?")
 
 
 def test_an_error_about_a_model_names_the_recipe_among_several(model, refused):
