@@ -74,7 +74,6 @@ def without_matplotlib(python, environment, *arguments):
 def test_a_report_without_matplotlib_is_refused_with_what_installs_it(model, python, environment):
     done = without_matplotlib(python, environment, "report", "model")
     assert done.returncode == 1
-    assert "pip install 'effconvert[report]'" in done.stderr
     assert "pip install '.[report]'" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert [path.name for path in Path().iterdir()] == ["model"]
@@ -84,7 +83,7 @@ def test_a_recipe_with_a_report_is_refused_before_anything_is_written_and_one_wi
     text = "model: model\noutput: out\nsteps: [{gqa: {groups: 2, pool: mean}}]\nverify: false\n"
     Path("recipe.yaml").write_text(text + "report: true\n")
     done = without_matplotlib(python, environment, "run", "recipe.yaml")
-    assert (done.returncode, "effconvert[report]" in done.stderr) == (1, True)
+    assert (done.returncode, "'.[report]'" in done.stderr) == (1, True)
     assert not Path("out").exists()
     Path("recipe.yaml").write_text(text)
     done = without_matplotlib(python, environment, "run", "recipe.yaml")

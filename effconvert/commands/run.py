@@ -15,7 +15,8 @@ def command(recipe: str, dry_run: bool, **values: Any) -> None:
     """Run a recipe: convert, measure, report.
 
     RECIPE is a YAML file; `effconvert schema` prints its JSON schema for editors. Every conversion writes one beside its weights, effconvert.yaml, which
-    gives the same bytes again. An interrupted run resumes where it stopped. `report: true` needs matplotlib: pip install 'effconvert[report]'.
+    gives the same bytes again. An interrupted run resumes where it stopped. `report: true` needs matplotlib; in a clone of the repository:
+    pip install '.[report]'.
 
     \b
     model: HuggingFaceTB/SmolLM2-135M

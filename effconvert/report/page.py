@@ -28,9 +28,7 @@ def check_drawing() -> None:
         EffconvertError: matplotlib is not installed.
     """
     if find_spec("matplotlib") is None:
-        raise EffconvertError(
-            "a report needs matplotlib, which is not installed; run: pip install 'effconvert[report]' (in a clone of the repository: pip install '.[report]')"
-        )
+        raise EffconvertError("a report needs matplotlib, which is not installed; run, in a clone of the repository: pip install '.[report]'")
 
 
 def check_output(folder: Path, results: Sequence[Path], page: Path, overwrite: bool) -> None:
