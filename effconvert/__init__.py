@@ -1,4 +1,20 @@
-"""effconvert turns a pretrained Hugging Face checkpoint into a cheaper architecture and proves what it cost."""
+"""Convert pretrained Hugging Face checkpoints to cheaper architectures, and measure what that costs.
+
+    import effconvert
+
+    outcome = effconvert.convert("./SmolLM2-135M", {"gqa": {"groups": 1}}, output="smol-mqa", refit=True)
+    quality = effconvert.evaluate(["./SmolLM2-135M", "smol-mqa"])
+    speed = effconvert.bench(["./SmolLM2-135M", "smol-mqa"])
+    model, tokenizer = effconvert.load("smol-mqa")
+
+convert   converts a model by one or several steps, verifies the result and writes it
+evaluate  measures how good models are, the original first
+bench     measures how fast models are, and their memory
+load      loads a model with transformers, and nothing is allowed to be missing
+
+inspect.signature(effconvert.convert) has all options; so have help(effconvert.api) and, with descriptions, `effconvert gqa --help`. After
+`import effconvert`, transformers' Auto classes also load checkpoints with effconvert's layers.
+"""
 
 import sys
 from types import ModuleType
@@ -55,6 +71,14 @@ class _Called(ModuleType):
 
         return convert(*args, **options)
 
+    @property
+    def __signature__(self) -> Any:
+        from inspect import signature
+
+        from effconvert.api import convert
+
+        return signature(convert)
+
 
 class _Package(ModuleType):
     def __setattr__(self, name: str, value: Any) -> None:
@@ -73,3 +97,8 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return import_module("effconvert.convert") if name == "convert" else getattr(import_module("effconvert.api"), name)
+
+
+def __dir__() -> list[str]:
+    """Name the functions too, which are imported when they are called."""
+    return sorted({*globals(), *__all__})

@@ -10,10 +10,11 @@
 Options are those of the command line with underscores. A wrong one raises an `OptionError` with the same message.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import Parameter, signature
 from os import PathLike, fspath
-from typing import Any
+from typing import Any, TypeVar
 
 from effconvert.convert import run
 from effconvert.convert.run import Outcome
@@ -24,14 +25,29 @@ from effconvert.eval.speed import bench as timing
 from effconvert.eval.speed.bench_options import BenchOptions
 from effconvert.eval.subject import load_model, open_model, pick_device
 from effconvert.modeling import loading
-from effconvert.options import RunOptions
+from effconvert.options import Options, RunOptions
 from effconvert.progress import Progress
 from effconvert.recipe import step
 from effconvert.surgery._surgery import Step
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 Models = Sequence[str | PathLike[str]] | str | PathLike[str]
 
 
+def _takes(kind: type[Options]) -> Callable[[Function], Function]:
+    """Show the fields of `kind` in the signature of a function that takes them as `**options`."""
+
+    def decorate(function: Function) -> Function:
+        own = signature(function)
+        parameters = [parameter for parameter in own.parameters.values() if parameter.kind is not Parameter.VAR_KEYWORD]
+        parameters += [Parameter(name, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.annotation) for name, field in kind.model_fields.items()]
+        function.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+@_takes(RunOptions)
 def convert(model: str | PathLike[str], /, *steps: Step | Mapping[str, Any] | str, progress: Progress | None = None, **options: Any) -> Outcome:
     """Convert a model by one or several steps in order.
 
@@ -50,6 +66,7 @@ def convert(model: str | PathLike[str], /, *steps: Step | Mapping[str, Any] | st
     return run.convert(fspath(model), parsed, RunOptions(**options), progress)
 
 
+@_takes(EvalOptions)
 def evaluate(models: Models, /, progress: Progress | None = None, **options: Any) -> Evaluation:
     """Measure how good models are, the original first; `options` are those of `EvalOptions`.
 
@@ -59,6 +76,7 @@ def evaluate(models: Models, /, progress: Progress | None = None, **options: Any
     return evaluation.evaluate(_as_list(models), EvalOptions(**options), progress)
 
 
+@_takes(BenchOptions)
 def bench(models: Models, /, progress: Progress | None = None, **options: Any) -> Benchmark:
     """Measure how fast models are, the original first; `options` are those of `BenchOptions`.
 

@@ -2,7 +2,10 @@
 
 import dataclasses
 import importlib
+import inspect
 import json
+import pydoc
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,8 +19,11 @@ import effconvert
 from effconvert.convert.plan import Plan
 from effconvert.convert.run import Outcome
 from effconvert.errors import EffconvertError, ModelError, OptionError
+from effconvert.eval.quality.eval_options import EvalOptions
 from effconvert.eval.results import Benchmark, Evaluation, Subject, read
+from effconvert.eval.speed.bench_options import BenchOptions
 from effconvert.eval.verification import Verification
+from effconvert.options import RunOptions
 from effconvert.surgery.attention.expand_kv import ExpandKv
 from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.attention.mqa import Mqa
@@ -90,6 +96,17 @@ def test_every_name_that_is_promised_is_there_and_no_other():
             getattr(effconvert, name)
     with pytest.raises(ImportError):
         exec("from effconvert import nothing")
+
+
+def test_the_signatures_have_every_option_and_help_names_every_function():
+    for function, kind, own in ((effconvert.convert, RunOptions, 3), (effconvert.evaluate, EvalOptions, 2), (effconvert.bench, BenchOptions, 2)):
+        parameters = inspect.signature(function).parameters
+        assert [*parameters][own:] == [*kind.model_fields]
+        assert all(parameters[name].default == field.default for name, field in kind.model_fields.items())
+    page = pydoc.render_doc(effconvert, renderer=pydoc.plaintext)
+    assert all(re.search(rf"\b{name}\b", page) for name in ("convert", "evaluate", "bench", "load"))
+    assert "evaluate(\n" in page or "evaluate(models" in page
+    assert {"convert", "evaluate", "bench", "load"} <= {*dir(effconvert)}
 
 
 # convert
