@@ -22,6 +22,8 @@ SIGNS: Mapping[str, tuple[str, str]] = {
 }
 OWN_CODE = "effconvert runs no code from a checkpoint; take a copy that transformers opens by itself, whose name often ends in -hf"
 
+ANOTHER = "take a model of one of these, or only measure this one (effconvert eval)"
+
 # A file, or an ending of files, of a place without config.json -> what lies there, and what to do.
 LAYOUTS: Mapping[str, str] = {
     "modules.json": "a sentence-transformers model in parts; give the folder of its part that has a config.json, such as 0_Transformer",
@@ -53,7 +55,7 @@ def unknown_family(path: object, raw: Mapping[str, Any]) -> str:
     quantised = raw.get("quantization_config")
     method = f"its weights are quantised too ({shown(quantised.get('quant_method'))}); " if isinstance(quantised, Mapping) else ""
     near = get_close_matches(str(kind), FAMILIES, n=1, cutoff=0.88)  # for misspellings, not for other families with similar names
-    return f"{statement}; {method}{f'the nearest is {near[0]!r}; ' if near else ''}it knows {', '.join(FAMILIES)}"
+    return f"{statement}; {method}{f'the nearest is {near[0]!r}; ' if near else ''}it knows {', '.join(FAMILIES)}; {ANOTHER}"
 
 
 def own_code(raw: Mapping[str, Any]) -> str:

@@ -113,7 +113,8 @@ def test_a_config_without_a_family_is_told_the_one_of_its_class(refused: Check, 
 
 def test_an_unknown_family_that_is_quantised_as_well_says_both(refused: Check, model: Path) -> None:
     edit(model / "config.json", model_type="gpt_oss", quantization_config={"quant_method": "mxfp4"})
-    assert "does not know; its weights are quantised too ('mxfp4'); it knows llama" in refused(MODEL, *gqa(model))
+    assert "does not know; its weights are quantised too ('mxfp4'); it knows llama" in (sentence := refused(MODEL, *gqa(model)))
+    assert sentence.endswith("; take a model of one of these, or only measure this one (effconvert eval)")
 
 
 def test_a_file_instead_of_a_folder_is_the_askers_mistake(refused: Check, model: Path) -> None:
