@@ -2,6 +2,9 @@
 
 BROKEN_PIPE = 141  # exit code where nobody reads the output on, as of `head -1`: 128 + SIGPIPE, like that of other tools
 
+# Names of errors of libraries that mean: no network.
+OFFLINE = ("ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectTimeout", "ConnectError", "DatasetNotFoundError", "HfHubHTTPError")
+
 
 class EffconvertError(Exception):
     """The base class: the command line prints the message as one line and exits with `exit_code`."""
@@ -29,3 +32,13 @@ class TechniqueError(EffconvertError):
     """The file of a technique is wrong; the text names the technique or its file, and the mistake that its author has to mend."""
 
     exit_code = 1
+
+
+def is_offline(error: BaseException) -> bool:
+    """Whether the network is missing, by the type of `error` or of one that caused it: nobody's mistake, and exit code 1."""
+    link: BaseException | None = error
+    while link is not None:
+        if type(link).__name__ in OFFLINE or isinstance(link, ConnectionError):
+            return True
+        link = link.__cause__ or link.__context__
+    return False

@@ -393,6 +393,17 @@ def test_a_task_that_needs_a_network_says_so_where_there_is_none(command, llama,
     refused(command, 1, told, llama, *EASY, "--tasks", "far", "--include-path", tasks)
 
 
+def test_no_network_is_exit_code_1_wherever_it_shows(command, llama, tasks, offline, monkeypatch):
+    def fail(*_, **__):
+        raise ConnectionError("no route")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("lm_eval.evaluate", fail)
+        refused(command, 1, ("the tasks pick need data that is not here", "try again with a network"), llama, *EASY, "--tasks", "pick", "--include-path", tasks)
+    result = command("gqa", "--groups", 2, "--calibrate", "somebody/texts", llama, "-o", "out")
+    assert (result.exit_code, "--calibrate somebody/texts is not here, and the Hub cannot be reached" in result.stderr) == (1, True), result.stderr
+
+
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [

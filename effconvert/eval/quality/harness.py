@@ -18,14 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from effconvert.errors import EffconvertError, OptionError
+from effconvert.errors import EffconvertError, OptionError, is_offline
 from effconvert.eval.quality.eval_options import EvalOptions
 from effconvert.eval.quality.paired import Better, Samples, pooled
 from effconvert.eval.quality.store import Result
 from effconvert.paths import expand
 
 SEED, OTHER_SEED = 0, 1234  # lm-eval's own
-OFFLINE = ("ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectTimeout", "ConnectError", "DatasetNotFoundError", "HfHubHTTPError")
 
 
 class Harness:
@@ -84,6 +83,8 @@ class Harness:
                     f"no memory left for the task {name}; give a smaller --batch-size or --max-length, and run the same command again"
                 ) from None
             except Exception as error:  # the task's own Python may raise anything
+                if is_offline(error):
+                    raise _reason(error, (name,)) from error
                 raise OptionError(f"the task {name} failed ({type(error).__name__}: {error}); fix it, or leave it out") from error
         notes = (f"{name}: {truncations.count} inputs were longer than the model reads and lost their beginning",) if truncations.count else ()
         return Result(tuple(self._samples(name, results)), notes=notes)
@@ -230,11 +231,8 @@ def _load(options: EvalOptions) -> Any:
 
 def _reason(error: Exception, names: tuple[str, ...]) -> EffconvertError:
     """Say why tasks did not load."""
-    chain: list[BaseException] = [error]
-    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(inner)
     reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-    if any(type(link).__name__ in OFFLINE or isinstance(link, ConnectionError) for link in chain):
+    if is_offline(error):
         return EffconvertError(f"the tasks {', '.join(names)} need data that is not here, and the Hub cannot be reached ({reason}); try again with a network")
     return OptionError(f"the tasks {', '.join(names)} cannot be loaded ({reason}); fix the task file, or leave it out")
 

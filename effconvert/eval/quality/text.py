@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from effconvert.errors import OptionError
+from effconvert.errors import EffconvertError, OptionError, is_offline
 from effconvert.paths import expand
 from effconvert.quiet import quiet_datasets
 
@@ -63,6 +63,7 @@ def read_calibration(value: str) -> Text:
 
     Raises:
         OptionError: it is none of these, or has no text.
+        EffconvertError: the Hub cannot be reached.
     """
     path = expand(value)
     if path.is_file() and not path.name.endswith((".jsonl", ".jsonl.gz")):
@@ -91,6 +92,8 @@ def read_calibration(value: str) -> Text:
     except KeyError:
         raise OptionError(f"--calibrate {value} has no column `text` with a text in each row; give a dataset that has one, or a text file") from None
     except Exception as error:  # a damaged file, a missing dataset or no network: libraries raise many types
+        if is_offline(error):
+            raise EffconvertError(f"--calibrate {value} is not here, and the Hub cannot be reached or has no such dataset; try again with a network") from error
         raise OptionError(f"--calibrate {value} cannot be read ({type(error).__name__}: {error}); give a text file") from None
     return Text(path.name if not hub else value, "\n\n".join(texts))
 
