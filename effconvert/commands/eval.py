@@ -11,14 +11,14 @@ from effconvert.eval.quality.eval_options import EvalOptions
 if TYPE_CHECKING:
     from effconvert.eval.results import Evaluation, Row, Value
 
-CHANCE = "chance?"  # marks a difference that is not significant
+NOT_SIGNIFICANT = "n.s."
 
 
 def run(models: tuple[str, ...], **values: Any) -> None:
     """Measure how good models are, the original first.
 
     Measures how well they predict a text (perplexity, bits per byte), their distance from the first (KL, same top token), loops in generated text,
-    passkey retrieval, and lm-eval's --tasks. Differences have standard errors from the same documents, and those that may be chance are marked.
+    passkey retrieval, and lm-eval's --tasks. Differences have standard errors from the same documents; n.s. means not significant.
     Results are cached. MODEL is a folder, a .gguf file or a Hub id, with or without a revision: org/name@v1. Its family may be any that transformers
     opens.
 
@@ -76,7 +76,10 @@ def show(evaluation: "Evaluation") -> None:
     out.print(
         f"text: {escape(str(settings['text']))}, {settings['tokens']} tokens in windows of {settings['context']}; {escape(evaluation.machine)}", soft_wrap=True
     )
-    out.print(f"± is one standard error; differences are taken on the same n documents (windows of text); {CHANCE} if p >= 0.05", soft_wrap=True)
+    errors = "± is one standard error; differences are taken on the same n documents (windows of text)"
+    out.print(f"{errors}; {NOT_SIGNIFICANT}: not significant (p >= 0.05)", soft_wrap=True)
+    if recovered:
+        out.print("kept: what is left of the original's lead over guessing", soft_wrap=True)
     for note in evaluation.notes:
         out.print(f"note: {note}", soft_wrap=True, markup=False)
     if evaluation.prompt:
@@ -106,7 +109,7 @@ def mark(row: "Row", value: "Value") -> str:
     if value.significant is None:
         return "?"
     if not value.significant:
-        return CHANCE
+        return NOT_SIGNIFICANT
     if row.better is None:
         return "more" if value.difference > 0 else "less"
     return "better" if (value.difference > 0) == (row.better == "higher") else "worse"

@@ -26,7 +26,7 @@ from effconvert.eval.verification import Verification
 from effconvert.heal._healing import Healing
 from effconvert.heal.refit import Refit
 from effconvert.heal.transfer import Transfer
-from effconvert.hub.card import render
+from effconvert.hub.card import NULL, render
 from effconvert.hub.card_data import verification
 from effconvert.modeling.stock import check_writable, open_as_stock
 from effconvert.options import CALIBRATION_WORDS, RunOptions
@@ -190,6 +190,8 @@ def _texts(model: str, plan: Plan, target: Path, options: RunOptions, record: di
     recipe_text = f"# Written by effconvert {__version__}. The same bytes again: effconvert run {RECIPE} -o DIR\n"
     if plan.calibration and plan.calibration.key:
         recipe_text += f"# The model wrote its calibration text. Other machines and versions may sample another one; {MANIFEST} has the sha256 of this one.\n"
+    if any(value is None for step in steps for own in step.values() for value in own.values()):
+        recipe_text += f"# {NULL}.\n"
     recipe_text += "".join(f"# {choice}\n" for choice in record.get("choices", ()))
     before = text_of(plan.checkpoint.folder / CARD) or ""
     manifest = {**output.identity(plan), **record, "files": dict.fromkeys(plan.output_files)}

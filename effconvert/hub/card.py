@@ -18,6 +18,7 @@ from effconvert.hub.publishable import cut_paths, without_paths
 from effconvert.modeling import loading
 
 THIS = "this model"
+NULL = "null is an option that was not set; teacher: null heals towards the model that is converted"
 ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
 COSTS = {"prefill": "prefill", "first": "first token", "decode": "decode step", "cache": "KV cache", "peak": "peak memory"}
 
@@ -85,7 +86,7 @@ def _summary(past: History, report: Verification | None, manifest: Mapping[str, 
     elif report.difference is not None:
         lines.append("The conversion is exact: logits changed by no more than rounding.")
     elif not past.healed:
-        lines.append("**Surgery alone**: nothing was trained afterwards, so quality is lost. The numbers below show how much.")
+        lines.append("**Not healed**: the architecture was changed and nothing was refitted or trained, so quality is lost. The numbers below show how much.")
     return "\n\n".join(lines)
 
 
@@ -218,5 +219,6 @@ def _limits(
 def _recipe(past: History, manifest: Mapping[str, Any]) -> str:
     steps = yaml.safe_dump([dict(step) for step in past.recipe], sort_keys=False, allow_unicode=True)
     at = f" at {plain(past.revision)}" if past.revision else ""
+    unset = f"\n\nHere {NULL}." if any(value is None for step in past.recipe for options in step.values() for value in options.values()) else ""
     choices = "".join(f"\n\n{plain(choice)}." for choice in manifest.get("choices", ()))
-    return f"From {_link(past)}{at}, with effconvert {plain(str(manifest.get('effconvert', '')))}:\n\n```yaml\n{steps}```{choices}"
+    return f"From {_link(past)}{at}, with effconvert {plain(str(manifest.get('effconvert', '')))}:\n\n```yaml\n{steps}```{unset}{choices}"

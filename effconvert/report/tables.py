@@ -54,7 +54,7 @@ def mark(row: Row, value: Value | None) -> str:
     if value.significant is None:
         return "? unknown"
     if not value.significant:
-        return f"○ unclear (p {chance_of(value.p)})"
+        return f"○ not significant (p {chance_of(value.p)})"
     good = better(row, value)
     return f"{'◆ changed' if good is None else '▲ better' if good else '▼ worse'} (p {chance_of(value.p)})"
 
@@ -118,18 +118,19 @@ def quality(report: Report) -> Iterator[Table]:
         labels = [report.labels[index] for index in report.which(evaluation)]
         header = ["task", "metric", labels[0]]
         for label in labels[1:]:
-            header += [label, "difference", "significant?", "recovered"]
+            header += [label, "difference", "significant?", "kept"]
         rows = []
         for row in evaluation.rows:
             line = [row.task, row.metric + {"higher": " ↑", "lower": " ↓", None: ""}[row.better], score(row.values[0])]
             for value in row.values[1:]:
-                recovered = f"{value.recovery:.1%}" if value and value.recovery is not None else "-"
-                line += [score(value), difference(value), mark(row, value), recovered]
+                kept = f"{value.recovery:.1%}" if value and value.recovery is not None else "-"
+                line += [score(value), difference(value), mark(row, value), kept]
             rows.append((*line, "-" if row.chance is None else number(row.chance), str(row.documents)))
-        header += ["chance", "documents"]
+        header += ["guessing", "documents"]
         note = (
             "± is a standard error. Differences are taken document by document and have an error of their own. ↑ higher is better, ↓ lower is better. "
-            "▼ ▲ significant at the 5 % level, each by itself; ○ not. Recovered: (score - chance) / (original - chance)."
+            "▼ ▲ significant at the 5 % level, each by itself; ○ not. "
+            "Kept: what is left of the original's lead over guessing, (score - guessing) / (original - guessing)."
         )
         yield Table(f"{name}, {evaluation.date[:10]}", tuple(header), tuple(rows), note)
 

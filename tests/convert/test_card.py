@@ -134,10 +134,10 @@ def test_a_model_that_was_converted_twice_is_traced_to_its_root() -> None:
 def test_a_step_that_is_no_surgery_makes_it_a_finetune() -> None:
     healed = render(manifest(recipe=[{"gqa": {"groups": 2, "pool": "mean"}}, {"distill": {"steps": 10}}]), CONFIG, "")
     assert ModelCard(healed).data.base_model_relation == "finetune"
-    assert "Surgery alone" not in healed
+    assert "Not healed" not in healed
     assert "No healing" not in healed
     alone = render(manifest(), CONFIG, "")
-    assert "Surgery alone" in alone
+    assert "Not healed" in alone
     assert "No healing" in alone
 
 
@@ -190,7 +190,7 @@ def test_what_was_not_verified_not_measured_or_not_changed_is_said() -> None:
     exact = render(manifest(measured=report(difference=0.0)), CONFIG, "")
     assert "logits changed by no more than rounding" in exact
     assert "| largest change of a logit |  | 0 |  |" in exact
-    assert "Surgery alone" not in exact
+    assert "Not healed" not in exact
 
 
 @pytest.mark.parametrize("results", [(), (evaluation("tiny", "out"), benchmark())])

@@ -402,8 +402,9 @@ def test_what_is_shown_is_one_table_with_every_number_that_is_needed(command, ll
     metrics = ["perplexity", "bits_per_byte", "kl", "same_top_token", "distinct_2", "repeated_4", "loops", "acc", "acc_norm"]
     assert len(table) == 1 + len(metrics)  # no line is broken
     assert [next(metric for metric in sorted(metrics, key=len, reverse=True) if metric in line) for line in table[1:]] == metrics
-    assert re.search(r"perplexity +\d+ +[\d.]+ ±[\d.]+ +[\d.]+ ±[\d.]+ +\+[\d.]+ ±[\d.]+ +(worse|better|chance\?)", result.stdout)
-    assert "p >= 0.05" in result.stdout
+    assert re.search(r"perplexity +\d+ +[\d.]+ ±[\d.]+ +[\d.]+ ±[\d.]+ +\+[\d.]+ ±[\d.]+ +(worse|better|n\.s\.)", result.stdout)
+    assert "n.s.: not significant (p >= 0.05)" in result.stdout
+    assert ("kept: what is left of the original's lead over guessing" in result.stdout) == ("kept" in table[0])
     assert "after " in result.stdout
     assert "tiny writes: " in result.stdout
     assert "other writes: " in result.stdout

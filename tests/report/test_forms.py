@@ -56,7 +56,7 @@ def test_what_was_measured_is_what_is_shown(converted, results, tmp_path):
     markdown = plain((tmp_path / "out.md").read_text())
     assert made.summary == "gqa --groups 2 --pool mean --grouping adjacent, from tiny"
     assert "| hellaswag | acc_norm ↑ | 0.4312 ± 0.0049 | 0.3987 ± 0.0049 | -0.0325 ± 0.0041 | ▼ worse (p < 0.001) | 82.1% | 0.25 | 10042 |" in markdown
-    assert "| piqa | acc ↑ | 0.684 ± 0.011 | 0.676 ± 0.011 | -0.0087 ± 0.0092 | ○ unclear (p = 0.34) | 95.3% | 0.5 | 1838 |" in markdown
+    assert "| piqa | acc ↑ | 0.684 ± 0.011 | 0.676 ± 0.011 | -0.0087 ± 0.0092 | ○ not significant (p = 0.34) | 95.3% | 0.5 | 1838 |" in markdown
     assert "| wikitext | word_perplexity ↓ | 33.4 ± 2.8 | 41.9 ± 2.8 | +8.46 ± 0.93 | ▼ worse (p < 0.001) | - | - | 62 |" in markdown
     cards = {card.what: card for card in made.cards}
     assert (cards["KV cache a token"].before, cards["KV cache a token"].after, cards["KV cache a token"].change) == ("384 B", "192 B", "0.5 x")

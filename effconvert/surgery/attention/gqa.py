@@ -30,7 +30,7 @@ class Gqa(Surgery):
     """Share each key and value head among a group of query heads (GQA).
 
     The KV cache shrinks to G/Hk of its size; models that share heads already work too. The model first runs on a text, layer by layer, to see what
-    its heads share. --refit then recovers more quality than any choice of --pool. Neutral where G is the model's own number of KV heads.
+    its heads share. --refit then recovers more quality than any choice of --pool. Exact where G is the model's own number of KV heads.
     Ainslie et al. 2023, arXiv 2305.13245; docs/gqa.md measures the rules.
 
     \b

@@ -25,7 +25,7 @@ class Linear(Mixing):
     """Linear attention by feature maps, with or without a softmax window.
 
     Tokens older than the window are summed into a matrix of fixed size for each head, so a long context costs no more than a short one. Without a
-    window, or before `transfer` trains the feature maps, quality is poor. Neutral where the window is as long as the longest context.
+    window, or before `transfer` trains the feature maps, quality is poor. Exact where the window is as long as the longest context.
     Katharopoulos et al. 2020, arXiv 2006.16236; Kasai et al. 2021, arXiv 2103.13076; Zhang et al. 2024, arXiv 2402.04347 and arXiv 2410.10254.
 
     \b

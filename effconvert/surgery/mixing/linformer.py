@@ -26,7 +26,7 @@ class Linformer(Mixing):
     """Project keys and values to a fixed number of them (Linformer).
 
     A query attends to K mixtures of keys and values. Two matrices of K x n make them, where n is the longest text that the model reads; longer texts
-    are refused afterwards. A text of T tokens has about K T / n mixtures. Neutral where K is n. Layers with a sliding window stay as they are.
+    are refused afterwards. A text of T tokens has about K T / n mixtures. Exact where K is n. Layers with a sliding window stay as they are.
     Wang et al. 2020, arXiv 2006.04768.
 
     \b

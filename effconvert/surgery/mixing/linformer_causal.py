@@ -27,7 +27,7 @@ class LinformerCausal(Mixing):
 
     An extension of Linformer to decoders that is not in its paper. One softmax covers the tokens of a query's own block of S, the first tokens of the
     text, and K mixtures of the other keys and values of each earlier block, made by two matrices of K x S. So the cache grows by K for S tokens. Each
-    head adds a trainable number to its scores of mixtures; it starts as log(S / K), as a mixture stands for S / K tokens. Neutral where K is S. Layers
+    head adds a trainable number to its scores of mixtures; it starts as log(S / K), as a mixture stands for S / K tokens. Exact where K is S. Layers
     with a sliding window stay as they are. After Wang et al. 2020, arXiv 2006.04768; first tokens: Xiao et al. 2023, arXiv 2309.17453.
 
     \b

@@ -24,7 +24,7 @@ class Nystrom(Mixing):
 
     Landmarks are m means of consecutive tokens, for any length. Attention is a product of three matrices: tokens to landmarks, the pseudo-inverse of
     landmarks to landmarks, and landmarks to tokens. Its weights may be negative. A depthwise convolution of the values is added, which starts at zero.
-    Neutral where m is the longest text and the pseudo-inverse exact (--iterations 0). Layers with a sliding window stay as they are.
+    Exact where m is the longest text and the pseudo-inverse exact (--iterations 0). Layers with a sliding window stay as they are.
     Xiong et al. 2021, arXiv 2102.03902.
 
     \b

@@ -23,7 +23,7 @@ class Streaming(Mixing):
     """Attend to the last tokens and the first few only (StreamingLLM).
 
     The KV cache stops growing at W + S tokens, and the model reads text of any length. Nothing is trained. Positions are those inside the cache: a
-    query's distance to a sink is at most W + S - 1. Neutral where the window is as long as the longest context. Without sinks, families with a sliding
+    query's distance to a sink is at most W + S - 1. Exact where the window is as long as the longest context. Without sinks, families with a sliding
     window of their own use that, as stock checkpoints (a llama becomes a mistral if all layers change). Xiao et al. 2023, arXiv 2309.17453.
 
     \b
