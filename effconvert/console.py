@@ -126,7 +126,7 @@ class Terminal:
     def report(self, report: Verification) -> None:
         """Print the verification: sizes and quality before and after."""
         self.out.print()
-        table = Table("measured", "original", "converted", box=None, pad_edge=False, header_style="bold")
+        table = Table("verification", "original", "converted", box=None, pad_edge=False, header_style="bold")
         before, after = report.before, report.after
         table.add_row("parameters", count(before.parameters), count(after.parameters))
         table.add_row("KV cache a token", size(before.kv_bytes), size(after.kv_bytes))
@@ -216,6 +216,9 @@ class Terminal:
             self.out.print(f"{name} writes: {side.continuation!r}", soft_wrap=True, markup=False)
         quality = qualities[0]
         self.out.print(f"on {escape(first.text)}: {quality.tokens} tokens in windows of {quality.context}, {first.dtype}, {first.device}", soft_wrap=True)
+        last = next(reversed(outcomes.values())).plan.calibration
+        if last:
+            self.out.print(f"aligned and pca calibrated on {escape(last.name)}: {last.ids.numel():,} tokens", soft_wrap=True)
         self.out.print(
             "All five have a quarter of the cache, and nothing was trained: averaging heads ruins the model, --pool pca --refit keeps most of it. "
             "Now yours: effconvert gqa --help",

@@ -168,4 +168,4 @@ class RunOptions(Conversion):
 
     refit: bool = Field(False, description="Add `effconvert refit` as the last step: least squares towards the original's outputs.")
     transfer: bool = Field(False, description="Add `effconvert transfer` as a step: train mixers to imitate attention, before a refit.")
-    dry_run: bool = Field(False, description="Check everything and print the plan; write nothing.")
+    dry_run: bool = Field(False, description="Check everything and print the plan; write nothing but the cache.")

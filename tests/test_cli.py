@@ -18,8 +18,12 @@ from effconvert import steps
 from effconvert.__main__ import CHOICES, SPINS
 from effconvert.__main__ import main as module_main
 from effconvert.cli import main
+from effconvert.console import Terminal
+from effconvert.convert.run import convert
 from effconvert.errors import BROKEN_PIPE, OptionError
+from effconvert.options import RunOptions
 from effconvert.quantities import count
+from effconvert.surgery.attention.gqa import Gqa
 
 Command = Callable[..., Result]
 SLOW = {"asyncio", "torch", "transformers", "pydantic", "numpy", "rich", "huggingface_hub"}
@@ -298,6 +302,13 @@ def test_the_demo_says_first_what_it_is_about_to_show(command: Command, monkeypa
 
     monkeypatch.setattr("effconvert.demo.demo", stop)
     assert command("demo").stdout.startswith("This converts a small model that comes with effconvert")
+
+
+def test_the_demo_names_the_text_that_it_calibrated_on(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.txt").write_text("one two three four five six " * 60)
+    options = RunOptions(output=Path("out"), calibrate="mine.txt", calibration_tokens=128, calibration_window=16, tokens=60, context=20)
+    Terminal("model").demo({"--pool pca": convert("model", (Gqa(groups=2),), options)}, kept=False)
+    assert "aligned and pca calibrated on mine.txt: 128 tokens\n" in capsys.readouterr().out
 
 
 def test_an_unknown_option_leads_to_all_of_them_and_teacher_to_refit(command: Command) -> None:

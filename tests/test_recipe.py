@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -251,6 +252,8 @@ def test_a_converted_model_keeps_its_own_last_steps_alone(model, run, done, same
         {"gqa": {"groups": 2, "pool": "mean", "grouping": "adjacent"}},
         {"expand-kv": {"groups": None}},
     ]
+    assert [("# null is an option" in Path(folder, "effconvert.yaml").read_text()) for folder in ("out", "next")] == [True, False]
+    assert "\nHere null is an option that was not set; teacher: null heals towards the model that is converted.\n" in Path("out/README.md").read_text()
     for folder in ("out", "next"):
         again(folder, f"{folder}-again")
         same(folder, f"{folder}-again")
@@ -557,6 +560,7 @@ def test_a_recipe_measures_and_reports_and_does_so_once(model, run, same):
     written = {"out-eval.json", "out-bench.json", "out-report.html"}
     assert here() == {"model", "out", "out-report.json", "out-report.md", *written}
     assert all(f"written to {name}" in told for name in written)
+    assert re.search(r"^verification +original .*^evaluation$.*^text +perplexity .*^speed$", told, re.MULTILINE | re.DOTALL)
     evaluation, benchmark = (json.loads(Path(f"out-{what}.json").read_text()) for what in ("eval", "bench"))
     assert [subject["name"] for subject in evaluation["subjects"]] == ["model", "out"] == [subject["name"] for subject in benchmark["subjects"]]
     assert "perplexity" in {row["metric"] for row in evaluation["rows"]}

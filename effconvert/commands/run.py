@@ -10,7 +10,7 @@ import click
 @click.option("--model", metavar="MODEL", help="Convert this model instead of the recipe's.")
 @click.option("--output", "-o", metavar="DIR", help="Write to this folder instead of the recipe's.")
 @click.option("--overwrite", is_flag=True, default=None, help="Replace output folders if effconvert wrote them.")
-@click.option("--dry-run", is_flag=True, help="Print the plan of the whole chain, with every error that can be foreseen; write nothing.")
+@click.option("--dry-run", is_flag=True, help="Print the plan of the whole chain, with every error that can be foreseen; write nothing but the cache.")
 def command(recipe: str, dry_run: bool, **values: Any) -> None:
     """Run a recipe: convert, measure, report.
 
@@ -56,10 +56,10 @@ def _show(result: Any, terminal: Any) -> None:
     for conversion in result.conversions:
         terminal.outcome(conversion)
     if result.evaluation:
-        terminal.out.print()
+        terminal.out.print("\n[bold]evaluation[/]")
         eval.show(result.evaluation)
     if result.benchmark:
-        terminal.out.print()
+        terminal.out.print("\n[bold]speed[/]")
         bench.show(result.benchmark)
     for file in result.files:
         terminal.out.print(f"written to {file}", soft_wrap=True, markup=False)
