@@ -45,7 +45,8 @@ def decide(
                 )
             calibration = selftext.write(before, prepare(before, options), progress)
             choice = _decide(step, replace(before, calibration=calibration), progress)
-            choices.append(f"{_typed(step)} chose {_typed(choice)} (by {step.rule} of: {' '.join(calibration.name.split())})")
+            text = f"{' '.join(calibration.name.split())}, {calibration.ids.numel():,} tokens"
+            choices.append(f"{_typed(step)} chose {_typed(choice)} (by {step.rule}; text: {text})")
             step = choice
         complete.append(step)
     return tuple(complete), tuple(choices)
