@@ -123,7 +123,7 @@ class Config(Shape):
             if clash := clash_of(record, previous):
                 raise OptionError(f"{clash} already; leave it out of --layers, or begin from the original")
         if what == "cache":
-            self._check_lending(record.layers)
+            self._check_lenders(record.layers)
             return replace(self, shared=(*self.shared, record))
         for module, parts in self.modules.items():
             if any(map(record.has, parts)) and not all(map(record.has, parts)):
@@ -132,18 +132,26 @@ class Config(Shape):
             raise ModelError(f"a layer of {self.kind} has no {what} that others could share")
         return replace(self, shared=(*self.shared, record))
 
-    def _check_lending(self, layers: Sequence[int]) -> None:
-        """Refuse layers that cannot read the keys and values of the first of them."""
-        family = self.family
-        if not self.decoder or family.shares_kv_in_our_class or not family.kv_heads_key:
+    def check_lending(self) -> None:
+        """Refuse a model whose layers cannot read each other's keys and values.
+
+        Raises:
+            ModelError: it is one.
+        """
+        self.check_alone()
+        if not self.decoder or self.family.shares_kv_in_our_class or not self.family.kv_heads_key:
             raise ModelError(f"{self.kind} has no keys and values of their own that layers could share; give a decoder such as llama")
-        for part in {"k", "v"}:
+        for part in ("k", "v"):
             self.place(part)  # raises where it is fused with others
+        self.check_interface()
+
+    def _check_lenders(self, layers: Sequence[int]) -> None:
+        """Refuse layers that cannot read the keys and values of the first of them."""
+        self.check_lending()
         if len({self.windows()[layer] for layer in layers}) > 1:
             raise ModelError(f"layers {', '.join(map(str, layers))} have other windows, so they cannot read the same keys and values")
         if len({self.rotary_of(layer) for layer in layers}) > 1:
             raise ModelError(f"RoPE turns keys in some of layers {', '.join(map(str, layers))} only, so they cannot read the same keys and values")
-        self.check_interface()
         for layer in layers:
             if "attention" in self.skips(layer):
                 raise OptionError(f"layer {layer} has no attention, so it shares no keys and values; leave it out of --layers")

@@ -34,7 +34,7 @@ def calibrate(plan: Plan, folder: Path, progress: Progress) -> None:
     with progress.bar("calibrating", len(layers) * ids.numel(), "tokens") as advance:
         for index in range(len(layers)):
             layer, file = layers[index], folder / drafts.names(plan)[index]
-            users = [later for later in range(index, len(layers)) if index in {later, *plan.config.leaders(later)}]
+            users = [later for later in range(index, len(layers)) if index in {later, plan.config.cache_of(later), *plan.config.leaders(later)}]
             drafts.discard_damaged(file)
             complete = all((folder / drafts.names(plan)[user]).is_file() for user in users)
             if layer is not None and not complete:  # not `if layer`, which computes its length

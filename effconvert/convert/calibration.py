@@ -30,8 +30,7 @@ def prepare(plan: Plan, options: Conversion) -> Calibration:
     config, folder = plan.checkpoint.config, plan.checkpoint.folder
     if not loading.has_tokenizer(folder):
         raise ModelError(f"{folder} has no tokenizer, so the model cannot be run on a text; put it there, or take options that need no calibration")
-    for shape in (plan.config, plan.teacher.config):
-        _check_caches(shape)
+    check_caches(plan.teacher.config, "the teacher")
     if plan.teacher.config.vocabulary < config.vocabulary:
         raise ModelError(
             f"the teacher has a vocabulary of {plan.teacher.config.vocabulary} and the student of {config.vocabulary}, so they do not read the same text; "
@@ -62,12 +61,16 @@ def prepare(plan: Plan, options: Conversion) -> Calibration:
     return Calibration(text.name, ids, tuple(pieces for pieces in PIECES if pieces == 1 or window // pieces >= least), ends)
 
 
-def _check_caches(config: Config) -> None:
-    """Refuse a model with layers that read an earlier layer's keys and values: calibration runs one layer at a time."""
-    if readers := [layer for layer in range(config.layers) if config.cache_of(layer) != layer]:
+def check_caches(config: Config, what: str) -> None:
+    """Refuse a model of which some layers read an earlier layer's keys and values, where each layer must run by itself on any input.
+
+    Raises:
+        ModelError: it has such layers.
+    """
+    if reader := next((layer for layer in range(config.layers) if config.cache_of(layer) != layer), 0):
         raise ModelError(
-            f"layer {readers[0]} reads the keys and values of layer {config.cache_of(readers[0])}, and calibration runs one layer at a time; "
-            "do what needs calibration first, and share the cache last"
+            f"layer {reader} of {what} reads the keys and values of layer {config.cache_of(reader)}, so it cannot run by itself; "
+            "give --teacher the model as it was before, or share the cache last"
         )
 
 

@@ -16,7 +16,7 @@ import torch
 from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.sources import cache
 from effconvert.convert import selftext
-from effconvert.convert.calibration import prepare
+from effconvert.convert.calibration import check_caches, prepare
 from effconvert.convert.plan import Plan, plan
 from effconvert.errors import OptionError
 from effconvert.eval.results import versions
@@ -39,6 +39,7 @@ def decide(
         if step.undecided:
             before = plan(checkpoint, tuple(complete), teacher)
             step.check(before.config)
+            check_caches(before.config, "the model")
             if before.needs_calibration:
                 raise OptionError(
                     f"{step.name} chooses by running the model, and {complete[-1].name} before it is not fitted yet; put {step.name} first, or convert twice"

@@ -202,6 +202,7 @@ def plan(checkpoint: Checkpoint, surgeries: tuple[Step, ...], teacher: Checkpoin
         if surgery.undecided:
             raise ValueError(f"{surgery.name} has options without a value; call effconvert.convert.decide first")
         surgery.check(configs[-1])
+        _check_order(surgery, surgeries, configs)
         configs.append(surgery.config(configs[-1]))
     check_tokenizer(checkpoint, configs[-1])
     files, originals = other_files(checkpoint, configs[-1]), stand_for(checkpoint, teacher or checkpoint)
@@ -218,6 +219,17 @@ def plan(checkpoint: Checkpoint, surgeries: tuple[Step, ...], teacher: Checkpoin
         work = max(work, layer.touched)
     # A layer in float32, a copy while it is read and rounded, and the layer before it. The rest is Python and torch themselves.
     return replace(draft, shards=_shards(targets, checkpoint), peak=psutil.Process().memory_info().rss + 3 * work)
+
+
+def _check_order(surgery: Step, surgeries: Sequence[Step], configs: Sequence[Config]) -> None:
+    """Refuse a step that reads later layers, after one that is fitted layer by layer: those layers are not fitted by then.
+
+    Raises:
+        OptionError: it comes after such a step.
+    """
+    before = next((step for step, config in zip(surgeries, configs[:-1], strict=False) if step.needs_calibration(config)), None)
+    if before and surgery.reads_ahead(configs[-1]):
+        raise OptionError(f"{surgery.name} reads layers that {before.name} has not fitted by then; convert twice, {before.name} first")
 
 
 def check_tokenizer(checkpoint: Checkpoint, config: Config) -> None:

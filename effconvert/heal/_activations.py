@@ -36,6 +36,7 @@ class Activations:
         self._original = outer[0] if teacher is source else teacher.model("cpu").outer
         self.runners: dict[int, LayerRunner] = {}
         self.notes: dict[int, dict[str, float]] = {}
+        self._lent: dict[int, list[dict[str, Tensor]]] = {}  # see `LayerRunner.lent`
         self._stream: tuple[int, list[Tensor]] = (0, [])  # number of the original's layers that ran on its own stream, and their output
         self.states = self._runner(outer[-1]).begin()
         check_finite(self.states, "the embedding")
@@ -83,7 +84,7 @@ class Activations:
             trial[part] = tensor
         changed = {name: tensor.to(FLOATS[origin.dtype]).to(stored[name]) for name, origin, tensor in trial.tensors() if isinstance(tensor, Tensor)}
         runner = self._runner(self._outer_of(layer.config))
-        return runner.place_output(layer.index, {**stored, **changed}, self.states[batch], place)
+        return runner.place_output(layer.index, {**stored, **changed}, self.states, batch, place)
 
     def note(self, index: int, errors: dict[str, float]) -> None:
         """Keep the errors of a layer for the report."""
@@ -97,8 +98,12 @@ class Activations:
         """
         runner = self._runner(self.outer[-1])
         tensors = {name: numbers.to(self.device) for name, numbers in tensors.items()}
-        self.states = [capture.out for capture in runner.run(index, tensors, self.states)]
-        check_finite(self.states, f"layer {index}")
+        states = []
+        for capture in runner.run(index, tensors, self.states):
+            states.append(capture.out)
+            runner.keep_lent(index)
+        check_finite(states, f"layer {index}")
+        self.states = states
 
     def _run(self, outer: Outer, layer: Layer, index: int, states: Sequence[Tensor], parts: Sequence[str] = (), until: str = "") -> Iterator[Capture]:
         tensors = self.stored(layer)
@@ -114,4 +119,5 @@ class Activations:
         outer = self._outer_of(outer.config) if outer is not self._original else outer
         if id(outer) not in self.runners:
             self.runners[id(outer)] = LayerRunner(outer.config, outer_tensors(outer, self.ids), self.ids, self.device)
+            self.runners[id(outer)].lent = self._lent
         return self.runners[id(outer)]

@@ -162,7 +162,7 @@ def _assign(layer: Layer, part: str, weights: Tensor) -> None:
 
 
 def _has_bias(layer: Layer) -> bool:
-    return "q.bias" in layer and "v.bias" in layer
+    return "q.bias" in layer and ("v" not in layer or "v.bias" in layer)
 
 
 def _with_ones(inputs: Tensor, layer: Layer) -> Tensor:

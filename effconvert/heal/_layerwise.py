@@ -44,6 +44,7 @@ class LayerRunner:
         self._fill_outer(outer)
         self.calls: dict[torch.Size, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}  # texts and their tokens, [B, T] -> arguments of each layer
         self.wrap_output: Callable[[Tensor], Any] = lambda state: state  # what the family's layers return: a tensor or a tuple
+        self.lent: dict[int, list[dict[str, Tensor]]] = {}  # layer whose keys and values others read -> these, for each batch: module -> its output
 
     def _fill_outer(self, outer: Tensors) -> None:
         """Load the weights outside the layers; those that no layer reads, such as a pooler's, may be missing."""
@@ -115,9 +116,10 @@ class LayerRunner:
         """
         module, tensors = self.layers[index], self._run_time_tensors(index, tensors)
         try:
-            for state in states:
+            for batch, state in enumerate(states):
                 args, kwargs = self.call(index, state)
                 capture = Capture(state)
+                self._borrow(index, batch)
                 fill(module, tensors)  # for each batch: between batches the caller may run the same layer with other weights
                 with record(module, {part: self._module(module, part) for part in parts}, capture, until):
                     out = module(state, *args, **kwargs)
@@ -126,13 +128,27 @@ class LayerRunner:
         finally:
             empty(module)
 
-    def place_output(self, index: int, tensors: Tensors, state: Tensor, place: str) -> Tensor:
+    def place_output(self, index: int, tensors: Tensors, states: Sequence[Tensor], batch: int, place: str) -> Tensor:
         """Run layer `index` on one batch up to a place, and return the output there, with gradients for `tensors`."""
+        state = states[batch]
         module, (args, kwargs) = self.layers[index], self.call(index, state)
+        self._borrow(index, batch)
         capture = Capture(state)
         with record(module, {place: self._module(module, place)}, capture, place):
             functional_call(module, self._run_time_tensors(index, tensors), (state, *args), kwargs)
         return capture.outputs[place]
+
+    def keep_lent(self, index: int) -> None:
+        """Keep the keys and values that layer `index` has just computed for a batch, if later layers read them."""
+        outputs = getattr(self.layers[index].get_submodule(self.config.attention), "lent_outputs", None) if self.config.attention else None
+        if outputs:
+            self.lent.setdefault(index, []).append(dict(outputs))
+
+    def _borrow(self, index: int, batch: int) -> None:
+        """Give a layer that reads an earlier one's keys and values those of this batch."""
+        if (lender := self.config.cache_of(index)) != index:
+            attention: Any = self.layers[lender].get_submodule(self.config.attention)
+            attention.lent_outputs.update(self.lent[lender][batch])
 
     def _module(self, layer: nn.Module, name: str) -> str:
         """Return the module of a part, or the module whose output is that of a place: its last projection, or if that is gone the place itself."""

@@ -125,6 +125,10 @@ class Step(Options):
         """Whether `layer` needs the model's activations on a text (`Layer.activations`): then the model is calibrated before anything is written."""
         return False
 
+    def reads_ahead(self, config: Config) -> bool:
+        """Whether the change of a layer reads the weights of later layers."""
+        return False
+
     def notes(self, config: Config) -> str:
         """Return a sentence for the plan about what is special for this model, or ""."""
         return ""

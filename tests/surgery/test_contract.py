@@ -25,7 +25,7 @@ from effconvert.steps import load
 from effconvert.steps import techniques as catalogue
 from effconvert.surgery._placed import techniques_of
 from tests.mixers import mixing
-from tests.models import ATTENDING, DECODERS, GROUPING, characters, heed_caps, logits, save, tiny
+from tests.models import ATTENDING, DECODERS, GROUPING, SETTINGS, characters, heed_caps, logits, save, tiny
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Case:
     replaces: tuple = ()  # parts of a layer that are gone, with others in their place: ("gate", "up", "down")
     layers: str = "same"  # what becomes of the list of layers: "same", "dropped" (fewer, in their order), "reordered" (any order, any may be repeated)
     keys: tuple = ()  # keys of config.json that change, beside those that say it is effconvert's or has fewer layers: ("num_key_value_heads",)
+    some: bool = False  # whether these parts change in some of the layers only
     cache: bool = False  # whether a token takes more or less KV cache afterwards
     encoder: dict | None = None  # in place of `small` for encoders: {"features": 32}
     same_bytes: bool = False  # whether `neutral` options change not even a bit, nor config.json
@@ -52,7 +53,9 @@ class Case:
 MULTI_HEAD = [kind for kind in ATTENDING if not FAMILIES[kind].fixed_kv_heads]
 DENSE = [kind for kind, family in FAMILIES.items() if family.upcycled]
 SUBLAYERS = [kind for kind, family in FAMILIES.items() if not family.norms_stream and "attention" not in family.adds_inside]
-POOLED = {"parts": ("kv", "q", "q.bias", "o"), "keys": ("num_key_value_heads",), "cache": True, "same_bytes": True}
+UNLIKE = [kind for kind, keys in SETTINGS.items() if FAMILIES[kind].decoder and {"layer_types", "no_rope_layers"} & keys.keys()]  # each layer with its window
+FUSED = ("phi3", "gpt_bigcode", "falcon")
+SHARING = [kind for kind in GROUPING if FAMILIES[kind].decoder and kind not in (*UNLIKE, *FUSED)]
 OUT_OF_REACH = "has attention of its own|does not attend"
 EXPERTS = {
     "replaces": ("gate", "up", "down"),
@@ -93,6 +96,14 @@ CASES = {
         added=("embed_projection", "embed_projection.bias", "pooler.dense.weight", "pooler.dense.bias"),
         native_keys=("num_attention_heads", "attention_probs_dropout_prob", "use_cache"),
     ),
+    "share-kv": Case(
+        {"layers": "1"},
+        kinds=SHARING,
+        refusal="has no keys and values of their own|holds q, k, v in one module",
+        parts=("q", "q.bias", "k", "k.bias", "v", "v.bias", "o"),
+        some=True,
+        cache=True,
+    ),
     "prune-layers": Case(
         {"layers": "1", "only": "attention"},
         kinds=SUBLAYERS,
@@ -113,7 +124,11 @@ NEUTRAL = [
     if CASES[name].neutral is not None and name not in TABLED and (kind in GROUPING or not CASES[name].neutral_from)  # which only these can have
 ]
 NEUTRAL += [("mqa", "gpt_bigcode"), *(case for case in mixing.NEUTRAL if case in MATRIX)]
-OTHERWISE = [("mqa", "gpt_bigcode"), ("gqa", "gpt_bigcode")]  # nothing to refuse, or the options are wrong and not the model
+OTHERWISE = [
+    ("mqa", "gpt_bigcode"),
+    ("gqa", "gpt_bigcode"),
+    *(("share-kv", kind) for kind in UNLIKE),
+]  # nothing to refuse, or the options are wrong and not the model
 REFUSED = [(name, kind) for name in CASES for kind in FAMILIES if kind not in KINDS[name] and (name, kind) not in OTHERWISE and name not in TABLED]
 REFUSED += [(name, next(iter(row.refused))) for name, row in mixing.ROWS.items()]
 PER_LAYER = {"layer_types", "no_rope_layers", "attention_types", "attention_layers", "mlp_only_layers", "max_window_layers"}  # go with their layers
@@ -249,17 +264,19 @@ def test_a_conversion_that_changes_something_changes_what_it_should_and_no_other
     added = {plan.models("meta")[-1].outer.place(part) for part in case.added} if native else set()
     assert after.keys() == {*names.values()} | new.keys() | added
     assert {tensor: tuple(after[tensor].shape) for tensor in new} == new
-    changing = all_parts(case.parts, config)
+    changing, unchanged = all_parts(case.parts, config), {}
     for tensor, there in names.items():
         inside = tensor.removeprefix(checkpoint.prefix).removeprefix(f"{config.family.layers}.").partition(".")[2]
         suffix = ".bias" if tensor.endswith(".bias") else ""
         parts = {part + suffix for part in config.parts_in(inside)} if tensor not in checkpoint.outer else set()
         if parts & changing:
-            assert bits(after[there]) != bits(before[tensor]), tensor
+            unchanged[min(parts)] = unchanged.get(min(parts), case.some) & (bits(after[there]) == bits(before[tensor]))
+            assert case.some or bits(after[there]) != bits(before[tensor]), tensor
         elif config.family.transposed and parts and tensor.endswith(".weight") and before[tensor].ndim == 2 and not plan.config.family.transposed:
             assert bits(after[there].T) == bits(before[tensor]), tensor
         else:
             assert bits(after[there]) == bits(before[tensor]), tensor
+    assert not any(unchanged.values())
 
 
 def all_parts(parts, config):

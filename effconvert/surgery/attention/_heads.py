@@ -1,12 +1,13 @@
 """Read the attention heads of a layer in float64, with the moments of their inputs, and write them back."""
 # M = hidden width (one more with a bias), H = query heads, Hk = KV heads, R = H/Hk, D = head width, P = rotary pairs, D' = D - 2P.
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.layer import Layer
 from effconvert.surgery._rope import join_pairs, split_pairs
 
@@ -50,21 +51,25 @@ class Heads:
 
 def read_heads(layer: Layer) -> Heads:
     """Return the heads of a layer, with the second moments of their inputs."""
-    config, biased = layer.config, any(f"{part}.bias" in layer for part in "qkv")
+    config, biases = layer.config, [part for part in "qkv" if f"{part}.bias" in layer]
+    moment = second_moment(layer, "q", bool(biases))
+    moment += RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
+    return Heads(*projections(layer.__getitem__, config, biases), moment, config.rotary_of(layer.index), config.family.rope, config.normed)
+
+
+def projections(read: Callable[[str], Tensor], config: Config, biases: Collection[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return q, k, v and o of a layer as `Heads` has them; `biases` names the parts that have one."""
 
     def rows(part: str, count: int) -> Tensor:
-        weight = layer[part].double()
-        if biased:
-            bias = layer[f"{part}.bias"].double() if f"{part}.bias" in layer else weight.new_zeros(len(weight))
+        weight = read(part).double()
+        if biases:
+            bias = read(f"{part}.bias").double() if part in biases else weight.new_zeros(len(weight))
             weight = torch.cat([weight, bias[:, None]], 1)
         heads: Tensor = weight.unflatten(0, (count, config.head_dim))
         return heads
 
-    q, k, v = rows("q", config.heads), rows("k", config.kv_heads), rows("v", config.kv_heads)
-    o = layer["o"].double().unflatten(1, (config.heads, config.head_dim))
-    moment = second_moment(layer, "q", biased)
-    moment += RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
-    return Heads(q, k, v, o, moment, config.rotary_of(layer.index), config.family.rope, config.normed)
+    o = read("o").double().unflatten(1, (config.heads, config.head_dim))
+    return rows("q", config.heads), rows("k", config.kv_heads), rows("v", config.kv_heads), o
 
 
 def second_moment(layer: Layer, part: str, biased: bool) -> Tensor:

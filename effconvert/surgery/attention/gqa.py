@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from effconvert.errors import OptionError
+from effconvert.errors import ModelError, OptionError
 from effconvert.surgery._surgery import Facts, Surgery
 
 if TYPE_CHECKING:
@@ -63,6 +63,10 @@ class Gqa(Surgery):
             raise OptionError(f"--groups {self.groups} is more than this model's {config.kv_heads} KV heads; give {_either(possible)}{more}")
         if config.kv_heads % self.groups:
             raise OptionError(f"--groups {self.groups} does not divide this model's {config.kv_heads} KV heads; give {_either(possible)}")
+        if reader := next((layer for layer in range(config.layers) if config.cache_of(layer) != layer), 0):
+            raise ModelError(
+                f"layer {reader} reads the keys and values of layer {config.cache_of(reader)}; pool the heads first, and share the cache afterwards"
+            )
         config.with_kv_heads(self.groups)  # raises where the family cannot store this number
 
     def is_exact(self, config: Config) -> bool:

@@ -1,0 +1,134 @@
+"""Have layers read the keys and values of an earlier layer, and keep none of their own."""
+# M = hidden width, H = query heads, Hk = KV heads, D = head width.
+
+from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
+
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from effconvert.checkpoint.shared import CACHE_PARTS
+from effconvert.errors import OptionError
+from effconvert.surgery._surgery import Facts, Layers, Layerwise, layers_field
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from effconvert.checkpoint.config import Config
+    from effconvert.checkpoint.layer import Layer, Model
+    from effconvert.surgery.attention._across import Reader
+
+READ = ("q", "q.bias", "o")  # what changes in a layer that reads
+KEPT = ("q", "q.bias", "k", "k.bias", "v", "v.bias", "o")  # and in one that is read
+
+
+class ShareKv(Layerwise):
+    """Have layers read the keys and values of an earlier layer, and keep none of their own.
+
+    Each of these layers reads the cache of the nearest layer before it that keeps one and has the same window. So the KV cache has fewer layers, and the
+    projections to keys and values go with them. The layers that are read get keys and values that suit their readers too, fitted on a text; queries
+    and outputs are fitted to these. --refit then recovers most of the rest. Neighbours share best: `--layers 1-29/2` makes pairs of 30 layers.
+    The result needs effconvert.
+    Brandon et al. 2024, arXiv 2405.12981 (CLA); Sun et al. 2024, arXiv 2405.05254 (YOCO: the last layers); docs/share-kv.md measures both.
+
+    \b
+    Examples:
+      effconvert share-kv --layers 1-29/2 --refit ./SmolLM2-135M
+      effconvert share-kv --last 8 --refit ./SmolLM2-135M -o ./yoco
+    """
+
+    facts: ClassVar[Facts] = Facts("decoders with keys and values of their own in each layer", saves="KV cache and parameters", native="", exact="")
+
+    layers: Layers = layers_field(
+        "Layers that read an earlier layer's keys and values, from 0, negative from the end: 5, or 20-29, or 1-29/2 for each second one."
+    )
+    last: int | None = Field(None, ge=1, description="Have the last N layers read (num_kv_shared_layers in transformers).", json_schema_extra={"metavar": "N"})
+    pool: Literal["pca", "first"] = Field(
+        "pca",
+        description="The keys and values of a layer that is read: a weighted PCA of its own and of its readers', after calibration (pca), or its own (first).",
+    )
+
+    @property
+    def label(self) -> str:
+        """The name, and --last; a list of layers would be too long."""
+        return "-".join([self.name, *([str(self.last)] if self.last else [])])
+
+    @classmethod
+    def allowed_options(cls, config: Config) -> str:
+        """Say how many layers can read."""
+        cls(last=1).check(config)
+        return f"--layers LIST, or --last 1 to {config.layers - 1}"
+
+    def check(self, config: Config) -> None:
+        """Refuse layers that have none before them to read, and families that cannot share."""
+        config.check_lending()
+        if (self.layers is None) == (self.last is None):
+            raise OptionError("give either --layers, which names the layers that read, or --last, which says how many at the end")
+        if self.last and self.last >= config.layers:
+            raise OptionError(f"--last {self.last} leaves none of the {config.layers} layers with a cache; give at most {config.layers - 1}")
+        self.config(config)
+
+    def is_exact(self, config: Config) -> bool:
+        """Never."""
+        return False
+
+    def config(self, config: Config) -> Config:
+        """Record which layers share a cache."""
+        shared = config
+        for kept, readers in self._groups(config).items():
+            shared = shared.with_shared("cache", (kept, *readers))
+        return shared
+
+    def chosen(self, config: Config) -> set[int]:
+        """Return the layers that read."""
+        return set(range(config.layers - self.last, config.layers)) if self.last else self.named_layers("layers", config)
+
+    def needs_calibration(self, config: Config) -> bool:
+        """If keys and values are fitted."""
+        return self.pool == "pca"
+
+    def reads_ahead(self, config: Config) -> bool:
+        """If they are: to later layers."""
+        return self.pool == "pca"
+
+    def rewrite(self, model: Model) -> None:
+        """Fit the layers that are read to their readers, and take keys and values from these."""
+        for kept, readers in self._groups(model.config).items():
+            fitted: dict[int, Reader] = {}
+            model.layers[kept].later(partial(self._keep, readers=[model.layers[index] for index in readers], fitted=fitted))
+            for index in readers:
+                model.layers[index].later(partial(self._read, fitted=fitted))
+
+    def _groups(self, config: Config) -> dict[int, list[int]]:
+        """Return the layers that are read, each with its readers."""
+        readers, windows = self.chosen(config), config.windows()
+        groups: dict[int, list[int]] = {}
+        for index in sorted(readers):
+            like = (windows[index], config.rotary_of(index))
+            before = [layer for layer in range(index) if layer not in readers and (windows[layer], config.rotary_of(layer)) == like]
+            if not before:
+                raise OptionError(f"layer {index} has no layer before it that keeps keys and values and has the same window; leave it out of --layers")
+            groups.setdefault(before[-1], []).append(index)
+        return groups
+
+    def _keep(self, layer: Layer, readers: Sequence[Layer], fitted: dict[int, Reader]) -> None:
+        if self.pool == "first":
+            return
+        for part in KEPT:
+            if part in layer:
+                layer[part] = layer[part]  # marks it as changed, for the plan
+        if layer.activations:
+            from effconvert.surgery.attention._across import pool_layers
+
+            fitted.update(pool_layers(layer, readers))
+
+    def _read(self, layer: Layer, fitted: dict[int, Reader]) -> None:
+        for part in READ if self.pool == "pca" else ():
+            if part in layer:
+                layer[part] = layer[part]
+        if layer.index in fitted:
+            for part, tensor in fitted.pop(layer.index).items():
+                layer[part] = tensor
+        for part in [part for part in layer if part.removesuffix(".bias") in CACHE_PARTS]:
+            del layer[part]

@@ -1,0 +1,173 @@
+"""Layers that read the keys and values of an earlier one, and what both get for it."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+import effconvert.modeling
+from effconvert.checkpoint.checkpoint import open_checkpoint
+from effconvert.checkpoint.reading import read_config
+from effconvert.convert.plan import plan
+from effconvert.errors import ModelError, OptionError
+from effconvert.heal.refit import Refit
+from effconvert.modeling.loading import class_of
+from effconvert.surgery.attention.gqa import Gqa
+from effconvert.surgery.attention.share_kv import ShareKv
+from effconvert.surgery.depth.prune_layers import PruneLayers
+from effconvert.surgery.ffn.moe_split import MoeSplit
+from tests.heal.healing import heldout, killed_saving, letters, prose, put, run, tensors
+from tests.mixers.mixing import with_cache
+from tests.models import logits, save, tiny
+
+PAIRS = {"layers": "1-3/2"}
+
+
+@pytest.fixture(autouse=True)
+def _text():
+    Path("text.txt").write_text(prose())
+
+
+def opened(folder):
+    return class_of(read_config(Path(folder))).from_pretrained(folder).eval()
+
+
+@torch.inference_mode()
+def apart(*folders):
+    """The mean KL(model || converted) on held-out text, in nats a token."""
+    ids = heldout()
+    expected = opened("model")(ids).logits.log_softmax(-1)
+    return [float((expected.exp() * (expected - opened(folder)(ids).logits.log_softmax(-1))).sum(-1).mean()) for folder in folders]
+
+
+def alike(kind, **changes):
+    """A model whose layer 1 sees what layer 0 sees, and projects it to the same keys and values in other bases."""
+    model = tiny(kind, num_hidden_layers=2, **changes)
+    first, second = (layer.self_attn for layer in model.model.layers)
+    draw = torch.Generator().manual_seed(5)
+    width = len(first.k_proj.weight) // 4
+    turns = torch.polar(torch.rand(4, width // 2, 1, generator=draw) + 0.5, 6 * torch.rand(4, width // 2, 1, generator=draw))
+    mixes = torch.linalg.qr(torch.randn(4, width, width, generator=draw)).Q
+    with torch.no_grad():
+        for name, parameter in model.model.layers[0].named_parameters():
+            if "o_proj" in name or "down_proj" in name:
+                parameter.zero_()
+        model.model.layers[1].input_layernorm.load_state_dict(model.model.layers[0].input_layernorm.state_dict())
+        for suffix in ("weight", "bias"):
+            k, v = (getattr(module, suffix) for module in (first.k_proj, first.v_proj))
+            if k is not None:
+                halves = k.reshape(4, 2, width // 2, -1)
+                keys = torch.complex(halves[:, 0], halves[:, 1]) * turns  # one number for each pair of dimensions that RoPE turns
+                getattr(second.k_proj, suffix).copy_(torch.stack([keys.real, keys.imag], 1).view_as(k))
+                getattr(second.v_proj, suffix).copy_((mixes @ v.reshape(4, width, -1)).view_as(v))
+    return model
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("llama", {"attention_bias": False}), ("llama", {}), ("mistral", {})])
+def test_a_reader_that_would_keep_the_same_in_another_basis_loses_nothing(kind, changes):
+    save(alike(kind, **changes), Path("model"))
+    letters().save_pretrained("model")
+    run("model", ShareKv(layers="1"))
+    run("model", ShareKv(layers="1", pool="first"), place="first")
+    ids = heldout()
+    expected, fitted, plain = (opened(folder)(ids).logits for folder in ("model", "out", "first"))
+    assert (fitted - expected).abs().max() < 1e-3 * expected.abs().max()
+    assert (plain - expected).abs().max() > 0.01 * expected.abs().max()
+
+
+def test_what_is_fitted_to_readers_is_better_and_refit_betters_both():
+    put(Path("model"), num_hidden_layers=4)
+    for folder, steps in {"first": [ShareKv(**PAIRS, pool="first")], "pca": [ShareKv(**PAIRS)], "healed": [ShareKv(**PAIRS), Refit()]}.items():
+        run("model", *steps, place=folder)
+    first, pca, healed = apart("first", "pca", "healed")
+    assert healed < 0.8 * pca
+    assert pca < 0.9 * first
+    run("pca", Refit(teacher="model"), place="later")
+    assert apart("later")[0] < 0.8 * pca
+
+
+def test_refit_runs_readers_on_what_the_layer_before_them_has_computed_last():
+    """The refit of a reader alone, and then whole: the loss falls at each, which it does not where keys are of another batch."""
+    put(Path("model"), num_hidden_layers=4)
+    run("model", ShareKv(layers="3", pool="first"), place="plain")
+    run("model", ShareKv(layers="3", pool="first"), Refit(), place="healed")
+    plain, healed = apart("plain", "healed")
+    assert healed < 0.5 * plain
+
+
+def test_tokens_one_by_one_are_the_whole_text_and_the_cache_has_half_the_layers():
+    put(Path("model"), num_hidden_layers=4)
+    outcome = run("model", ShareKv(**PAIRS), Refit())
+    model, ids = opened("out"), heldout()[:2, :24]
+    assert outcome.plan.after.kv_bytes * 2 == outcome.plan.before.kv_bytes
+    cache = effconvert.modeling.cache_for(model.config)
+    with torch.inference_mode():
+        whole = model(ids, use_cache=False).logits
+        steps = [model(ids[:, at : at + 6], use_cache=True, **with_cache(model, cache)).logits for at in range(0, 24, 6)]
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+    save(model, Path("again"))
+    assert tensors(Path("again")).keys() == tensors(Path("out")).keys()
+    assert not any(".1.self_attn.k_proj" in name or ".3.self_attn.v_proj" in name for name in tensors(Path("out")))
+    assert torch.equal(logits(opened("again")), logits(model))
+
+
+@pytest.mark.parametrize("saved", [1, 2, 3])
+def test_a_killed_run_goes_on_to_the_same_bytes(monkeypatch, saved):
+    put(Path("model"), num_hidden_layers=4)
+    steps = (ShareKv(**PAIRS), Refit())
+    run("model", *steps, place="whole")
+    killed_saving(monkeypatch, saved, lambda: run("model", *steps))
+    run("model", *steps)
+    whole, out = tensors(Path("whole")), tensors(Path("out"))
+    assert whole.keys() == out.keys()
+    assert all(torch.equal(whole[name], out[name]) for name in whole)
+
+
+def test_a_layer_reads_the_nearest_one_before_it_with_its_window():
+    put(Path("model"), "gemma3_text", num_hidden_layers=6, layer_types=["sliding_attention", "full_attention"] * 3)
+    run("model", ShareKv(last=3), Refit())
+    config = read_config(Path("out"))
+    assert [config.cache_of(layer) for layer in range(6)] == [0, 1, 2, 1, 2, 1]
+    with pytest.raises(OptionError, match="layer 1 has no layer before it that keeps keys and values and has the same window"):
+        run("model", ShareKv(layers="1-2"), place="none")
+
+
+def test_other_techniques_go_with_it():
+    put(Path("model"), num_hidden_layers=4, mlp_bias=False, attention_bias=False)
+    run("model", ShareKv(**PAIRS), MoeSplit(experts=4, active=2), Refit())
+    assert read_config(Path("out")).kind == "qwen2_moe"
+    assert [read_config(Path("out")).cache_of(layer) for layer in range(4)] == [0, 0, 2, 2]
+    logits(opened("out"))
+    run("model", Gqa(groups=2, pool="mean"), ShareKv(**PAIRS), Refit(), place="grouped")
+    assert plan(open_checkpoint(Path("grouped")), ()).before.kv_bytes * 4 == plan(open_checkpoint(Path("model")), ()).before.kv_bytes
+
+
+def test_options_and_models_that_do_not_fit_are_refused():
+    put(Path("model"), num_hidden_layers=4)
+    refused = {
+        "give either --layers": {},
+        "give either --layers, which": {"layers": "1", "last": 1},
+        "--last 4 leaves none of the 4 layers": {"last": 4},
+        "layer 0 has no layer before it": {"layers": "0"},
+        "it has 4, from 0 to 3": {"layers": "4"},
+    }
+    for sentence, options in refused.items():
+        with pytest.raises(OptionError, match=sentence):
+            run("model", ShareKv(**options))
+    with pytest.raises(OptionError, match="share-kv reads layers that gqa has not fitted by then; convert twice, gqa first"):
+        run("model", Gqa(groups=2), ShareKv(**PAIRS))
+    with pytest.raises(ModelError, match="pool the heads first, and share the cache afterwards"):
+        run("model", ShareKv(**PAIRS), Gqa(groups=2))
+    assert not Path("out").exists()
+    run("model", ShareKv(layers="1"))
+    with pytest.raises(OptionError, match="layer 0 shares its cache with others already"):
+        run("out", ShareKv(layers="1"), place="twice")
+    with pytest.raises(ModelError, match="layer 1 of the model reads the keys and values of layer 0, so it cannot run by itself"):
+        run("out", PruneLayers(drop=1), place="pruned")
+    with pytest.raises(ModelError, match="layer 1 of the teacher reads the keys and values"):
+        run("model", Refit(teacher="out"), place="refitted")
+    put(Path("bert"), "bert")
+    with pytest.raises(ModelError, match="bert has no keys and values of their own that layers could share"):
+        run("bert", ShareKv(layers="1"), place="encoder")
