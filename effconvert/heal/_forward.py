@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.layer import Model
+from effconvert.checkpoint.layer import Layer, Model
 from effconvert.checkpoint.outer import Outer
 from effconvert.heal._layerwise import LayerRunner, check_finite, device, outer_tensors, return_memory, stored_tensors, zero_sublayer
 from effconvert.progress import Advance
@@ -41,12 +41,21 @@ class Forward:
 
     def layer(self, index: int, states: Sequence[Tensor], without: str = "") -> list[Tensor]:
         """Return a layer's outputs for the inputs `states`, whole or without its attention or ffn."""
-        layer = self._model().layers[index]
+        layer = self.weights(index)
         tensors = {name: numbers.to(device()) for name, (_, numbers, _) in stored_tensors(zero_sublayer(layer, without) if without else layer).items()}
         outputs = [capture.out for capture in self._runner.run(index, tensors, states)]
         check_finite(outputs, f"layer {index}")
         return_memory()
         return outputs
+
+    def inputs(self, index: int, states: Sequence[Tensor], part: str) -> list[Tensor]:
+        """Return what a layer's module of `part` reads for the inputs `states`: [B, T, ...] for each batch."""
+        tensors = {name: numbers.to(device()) for name, (_, numbers, _) in stored_tensors(self.weights(index)).items()}
+        return [capture.inputs[part] for capture in self._runner.run(index, tensors, states, (part,), part)]
+
+    def weights(self, index: int) -> Layer:
+        """Return the tensors of a layer."""
+        return self._model().layers[index]
 
     def divergence(self, reference: Sequence[Tensor], states: Sequence[Tensor]) -> float:
         """Return KL(reference || states) in nats a token, of the predictions after every fourth token.

@@ -38,6 +38,12 @@ class ForwardProtocol(Protocol):
     def layer(self, index: int, states: Sequence[Tensor], without: str = "") -> list[Tensor]:
         """Return a layer's outputs for the inputs `states`, whole or without its attention or ffn."""
 
+    def inputs(self, index: int, states: Sequence[Tensor], part: str) -> list[Tensor]:
+        """Return what a layer's module of `part` reads for the inputs `states`: [B, T, ...] for each batch."""
+
+    def weights(self, index: int) -> Layer:
+        """Return the tensors of a layer."""
+
     def divergence(self, reference: Sequence[Tensor], states: Sequence[Tensor]) -> float:
         """Return KL(reference || states) in nats a token, of the predictions from two models' last hidden states."""
 

@@ -1,7 +1,9 @@
 """Layers that read the keys and values of an earlier one, and what both get for it."""
 
 import copy
+from itertools import combinations
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from effconvert.errors import ModelError, OptionError
 from effconvert.heal.refit import Refit
 from effconvert.modeling.loading import class_of
 from effconvert.surgery.attention.gqa import Gqa
-from effconvert.surgery.attention.share_kv import ShareKv
+from effconvert.surgery.attention.share_kv import ShareKv, neighbours, pairs
 from effconvert.surgery.depth.prune_layers import PruneLayers
 from effconvert.surgery.ffn.moe_split import MoeSplit
 from tests.heal.healing import heldout, killed_saving, letters, prose, put, run, tensors
@@ -113,7 +115,7 @@ def test_tokens_one_by_one_are_the_whole_text_and_the_cache_has_half_the_layers(
     assert torch.equal(logits(opened("again")), logits(model))
 
 
-@pytest.mark.parametrize("saved", [1, 2, 3])
+@pytest.mark.parametrize("saved", [1, 2])
 def test_a_killed_run_goes_on_to_the_same_bytes(monkeypatch, saved):
     put(Path("model"), num_hidden_layers=4)
     steps = (ShareKv(**PAIRS), Refit())
@@ -144,11 +146,37 @@ def test_other_techniques_go_with_it():
     assert plan(open_checkpoint(Path("grouped")), ()).before.kv_bytes * 4 == plan(open_checkpoint(Path("model")), ()).before.kv_bytes
 
 
+def test_pairs_are_the_cheapest_without_a_common_layer():
+    draw = Random(0)
+    for kind, layers, types in (("llama", 7, {}), ("gemma3_text", 9, {"layer_types": (["sliding_attention"] * 2 + ["full_attention"]) * 3})):
+        config = read_config(save(tiny(kind, num_hidden_layers=layers, **types), Path(f"{kind}-deep")))
+        edges = neighbours(config)
+        costs = {edge: draw.random() for edge in edges}
+        for count in range(1, 4):
+            apart = [some for some in combinations(edges, count) if len({layer for edge in some for layer in edge}) == 2 * count]
+            cheapest = min(apart, key=lambda some: sum(costs[edge] for edge in some))
+            assert sorted(pairs(config, costs, count)) == sorted(cheapest)
+
+
+def test_the_pairs_that_are_chosen_cost_less_than_others():
+    put(Path("model"), num_hidden_layers=6)
+    outcome = run("model", ShareKv(drop=2), place="chosen")
+    layers = outcome.plan.recipe[0]["share-kv"]["layers"]
+    assert outcome.plan.after.kv_bytes * 3 == outcome.plan.before.kv_bytes * 2
+    others = [f"{first},{second}" for first, second in ((1, 3), (1, 4), (1, 5), (2, 4), (2, 5), (3, 5)) if f"{first},{second}" != layers]
+    for number, other in enumerate(others):
+        run("model", ShareKv(layers=other), place=str(number))
+    chosen, *rest = apart("chosen", *map(str, range(len(others))))
+    assert chosen <= 1.2 * min(rest)
+    assert chosen < 0.7 * max(rest)
+
+
 def test_options_and_models_that_do_not_fit_are_refused():
     put(Path("model"), num_hidden_layers=4)
     refused = {
-        "give either --layers": {},
-        "give either --layers, which": {"layers": "1", "last": 1},
+        "give one of --layers, which names the layers that read; --last, how many at the end; --drop": {},
+        "give one of --layers, which": {"layers": "1", "last": 1},
+        "--drop 3 is more than the 2 pairs of neighbours of this model": {"drop": 3},
         "--last 4 leaves none of the 4 layers": {"last": 4},
         "layer 0 has no layer before it": {"layers": "0"},
         "it has 4, from 0 to 3": {"layers": "4"},

@@ -51,9 +51,13 @@ class Heads:
 
 def read_heads(layer: Layer) -> Heads:
     """Return the heads of a layer, with the second moments of their inputs."""
+    return heads_of(layer, second_moment(layer, "q", any(f"{part}.bias" in layer for part in "qkv")))
+
+
+def heads_of(layer: Layer, moment: Tensor) -> Heads:
+    """Return the heads of a layer whose inputs have these second moments, [M, M] in float64; with biases one more, of ones."""
     config, biases = layer.config, [part for part in "qkv" if f"{part}.bias" in layer]
-    moment = second_moment(layer, "q", bool(biases))
-    moment += RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
+    moment = moment + RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
     return Heads(*projections(layer.__getitem__, config, biases), moment, config.rotary_of(layer.index), config.family.rope, config.normed)
 
 

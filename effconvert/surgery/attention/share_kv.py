@@ -4,6 +4,7 @@
 from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -13,13 +14,15 @@ from effconvert.errors import OptionError
 from effconvert.surgery._surgery import Facts, Layers, Layerwise, layers_field
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from effconvert.checkpoint.config import Config
     from effconvert.checkpoint.layer import Layer, Model
+    from effconvert.surgery._surgery import ForwardProtocol
     from effconvert.surgery.attention._across import Reader
 
 READ = ("q", "q.bias", "o")  # what changes in a layer that reads
+TOKENS = 2048  # of the calibration text, for the choice
 KEPT = ("q", "q.bias", "k", "k.bias", "v", "v.bias", "o")  # and in one that is read
 
 
@@ -35,6 +38,7 @@ class ShareKv(Layerwise):
     \b
     Examples:
       effconvert share-kv --layers 1-29/2 --refit ./SmolLM2-135M
+      effconvert share-kv --drop 8 --refit ./SmolLM2-135M
       effconvert share-kv --last 8 --refit ./SmolLM2-135M -o ./yoco
     """
 
@@ -44,6 +48,12 @@ class ShareKv(Layerwise):
         "Layers that read an earlier layer's keys and values, from 0, negative from the end: 5, or 20-29, or 1-29/2 for each second one."
     )
     last: int | None = Field(None, ge=1, description="Have the last N layers read (num_kv_shared_layers in transformers).", json_schema_extra={"metavar": "N"})
+    drop: int | None = Field(
+        None,
+        ge=1,
+        description="Have N layers read their neighbour before, those that lose least by it on the calibration text.",
+        json_schema_extra={"metavar": "N"},
+    )
     pool: Literal["pca", "first"] = Field(
         "pca",
         description="The keys and values of a layer that is read: a weighted PCA of its own and of its readers', after calibration (pca), or its own (first).",
@@ -51,8 +61,8 @@ class ShareKv(Layerwise):
 
     @property
     def label(self) -> str:
-        """The name, and --last; a list of layers would be too long."""
-        return "-".join([self.name, *([str(self.last)] if self.last else [])])
+        """The name, and --last or --drop; a list of layers would be too long."""
+        return "-".join([self.name, *(str(number) for number in (self.last, self.drop) if number)])
 
     @classmethod
     def allowed_options(cls, config: Config) -> str:
@@ -63,11 +73,14 @@ class ShareKv(Layerwise):
     def check(self, config: Config) -> None:
         """Refuse layers that have none before them to read, and families that cannot share."""
         config.check_lending()
-        if (self.layers is None) == (self.last is None):
-            raise OptionError("give either --layers, which names the layers that read, or --last, which says how many at the end")
+        if [self.layers, self.last, self.drop].count(None) != 2:
+            raise OptionError("give one of --layers, which names the layers that read; --last, how many at the end; --drop, how many where it costs least")
         if self.last and self.last >= config.layers:
             raise OptionError(f"--last {self.last} leaves none of the {config.layers} layers with a cache; give at most {config.layers - 1}")
-        self.config(config)
+        if self.drop and self.drop > (most := len(pairs(config, {}, config.layers))):
+            raise OptionError(f"--drop {self.drop} is more than the {most} pairs of neighbours of this model; give at most that, or name more with --layers")
+        if not self.drop:
+            self.config(config)
 
     def is_exact(self, config: Config) -> bool:
         """Never."""
@@ -79,6 +92,32 @@ class ShareKv(Layerwise):
         for kept, readers in self._groups(config).items():
             shared = shared.with_shared("cache", (kept, *readers))
         return shared
+
+    @property
+    def undecided(self) -> bool:
+        """If only their number is known."""
+        return self.drop is not None
+
+    def decide(self, forward: ForwardProtocol) -> ShareKv:
+        """Choose the layers that read: disjoint pairs of neighbours, whose errors are the least shares of the stream's energy in sum."""
+        import torch
+
+        from effconvert.surgery.attention._across import sharing_cost
+
+        config, costs, inputs = forward.config, dict[tuple[int, int], float](), dict[int, torch.Tensor]()
+        earlier = {later: before for before, later in neighbours(config)}
+        states = forward.begin(TOKENS)
+        with forward.bar(config.layers) as advance:
+            for index in range(config.layers):
+                inputs[index] = torch.cat([rows.flatten(0, -2) for rows in forward.inputs(index, states, "q")]).cpu()
+                if index in earlier:
+                    energy = torch.cat([state.flatten(0, -2) for state in states]).double().square().sum(1).log().mean().exp()  # of no few tokens alone
+                    before = earlier[index]
+                    costs[before, index] = sharing_cost(forward.weights(before), forward.weights(index), inputs.pop(before), inputs[index]) / float(energy)
+                states = forward.layer(index, states)
+                advance(1)
+        readers = [reader for _, reader in pairs(config, costs, self.drop or 0)]
+        return self.model_copy(update={"layers": ",".join(map(str, sorted(readers))), "drop": None})
 
     def chosen(self, config: Config) -> set[int]:
         """Return the layers that read."""
@@ -132,3 +171,27 @@ class ShareKv(Layerwise):
                 layer[part] = tensor
         for part in [part for part in layer if part.removesuffix(".bias") in CACHE_PARTS]:
             del layer[part]
+
+
+def neighbours(config: Config) -> list[tuple[int, int]]:
+    """Return the pairs of a layer that attends and the next one with the same window and RoPE, in which that could read the keys and values of this."""
+    kinds: dict[tuple[int | None, int], list[int]] = {}
+    windows = config.windows()
+    for index in range(config.layers):
+        if "attention" not in config.skips(index) and not config.replaced_at(index, "scores") and config.cache_of(index) == index:
+            kinds.setdefault((windows[index], config.rotary_of(index)), []).append(index)
+    return [pair for layers in kinds.values() for pair in pairwise(layers)]
+
+
+def pairs(config: Config, costs: Mapping[tuple[int, int], float], count: int) -> list[tuple[int, int]]:
+    """Return `count` pairs of neighbours without a common layer, the cheapest in sum, or as many as there are; a pair without a cost is free."""
+    best: dict[int, tuple[float, list[tuple[int, int]]]] = {0: (0.0, [])}  # number of pairs -> their cost, and they
+    before, last = best, -1  # the same without the pair before, and the later layer of that
+    for first, second in neighbours(config):
+        fewer = before if first == last else best
+        longer = {
+            number + 1: (cost + costs.get((first, second), 0.0), [*chosen, (first, second)]) for number, (cost, chosen) in fewer.items() if number < count
+        }
+        before, last = best, second
+        best = {number: min(option[number] for option in (best, longer) if number in option) for number in {*best, *longer}}
+    return best[max(best)][1]

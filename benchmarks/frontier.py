@@ -1,0 +1,93 @@
+"""Convert a decoder by each technique that shrinks its KV cache, heal it without training, and measure the loss on a held-out text: docs/share-kv.md.
+
+    python benchmarks/frontier.py effconvert/demo/model -o frontier.csv
+    python benchmarks/frontier.py MODEL --calibrate CALIBRATION.txt --heldout HELDOUT.txt -o results/frontier-….csv
+
+A row is one command or several, one after the other; each is a process of its own, as a user would run it. What the CSV has already is not measured
+again. The size of a cache follows from the shape: it is what a plan promises and verification measures.
+"""
+
+import csv
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from datetime import UTC, datetime
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import click
+from refit import loss_of, timed
+
+FIELDS = ["model", "commands", "cache", "parameters", "loss", "seconds", "peak_gb", "calibration", "calibration_tokens", "tokens", "heldout", "date"]
+FIELDS += ["cores", "versions"]
+CONTEXT = 512  # tokens at which a cache is counted
+HEAL = "refit --teacher {model}"
+
+
+@click.command()
+@click.argument("model")
+@click.option("--row", "rows", multiple=True, help="Commands of one row, with ; between them. Default: all of `ladder`.")
+@click.option("--calibrate", default="docstrings", help="Text to calibrate on: docstrings, self or a file.")
+@click.option("--calibration-tokens", default=16384)
+@click.option("--heldout", type=Path, help="Text to measure on; by default docstrings of other modules.")
+@click.option("--tokens", default=4096)
+@click.option("-o", "--output", type=Path, required=True)
+def main(model, rows, calibrate, calibration_tokens, heldout, tokens, output):
+    """Measure and append to a CSV."""
+    done = list(csv.DictReader(output.open(newline=""))) if output.exists() else []
+    asked = ["--calibrate", calibrate, "--calibration-tokens", str(calibration_tokens), "--no-verify", "--overwrite"]
+    about = {"model": Path(model).name, "calibration": Path(calibrate).name, "calibration_tokens": calibration_tokens, "tokens": tokens}
+    about |= {"date": datetime.now(UTC).date(), "cores": os.cpu_count()}
+    with output.open("a", newline="") as file, TemporaryDirectory() as scratch:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        if not done:
+            writer.writeheader()
+        for row in ["", *(rows or apart(ladder, model))]:
+            if any((old["model"], old["commands"], old["calibration"]) == (about["model"], row, about["calibration"]) for old in done):
+                continue
+            place, seconds, peak = model, 0.0, 0.0
+            for number, command in enumerate(filter(None, row.split(";"))):
+                target = Path(scratch) / str(number)
+                spent, most = timed([sys.executable, "-m", "effconvert", *command.format(model=model).split(), *asked, str(place), "-o", str(target)])
+                place, seconds, peak = target, seconds + spent, max(peak, most)
+            cache, parameters = apart(size, place)
+            loss, name, installed = apart(loss_of, str(place), heldout, tokens)
+            measured = {"cache": f"{cache:.3f}", "parameters": parameters, "loss": f"{loss:.4f}", "seconds": f"{seconds:.0f}", "peak_gb": f"{peak:.2f}"}
+            writer.writerow({**about, **measured, "commands": row, "heldout": name, "versions": installed})
+            file.flush()
+            click.echo(f"{cache:7.3f} kB  {parameters / 1e6:7.2f} M  {loss:.3f}  {seconds:5.0f} s  {row or 'original'}")
+
+
+def ladder(model):
+    """Return the rows for a model: fewer heads, fewer layers with a cache, both, and fewer layers that attend."""
+    from effconvert.checkpoint.reading import read_config
+
+    config = read_config(Path(model))
+    counts = [count for count in range(config.kv_heads - 1, 0, -1) if config.kv_heads % count == 0]
+    pairs, half = f"share-kv --layers 1-{config.layers - 1}/2", config.layers // 2
+    gqa = [f"gqa --groups {count}" for count in counts]
+    sharing = [pairs, f"share-kv --last {half}", f"share-kv --last {half // 2}"]
+    skipping = [f"prune-layers --drop {count} --only attention --by influence" for count in (config.layers // 4, half)]
+    both = [f"gqa --groups {count} --refit;{pairs};{HEAL}" for count in counts]
+    return [f"{row} --refit" for row in [*gqa, *sharing, *skipping]] + both
+
+
+def size(folder):
+    """Return kB of cache a token, and parameters."""
+    from effconvert.modeling.caches import kv_bytes
+    from effconvert.modeling.size import size_of
+    from effconvert.surgery._placed import open_checked
+
+    checkpoint = open_checked(Path(folder))
+    return kv_bytes(checkpoint.config, 2, CONTEXT) / CONTEXT / 1000, size_of(checkpoint).parameters
+
+
+def apart(function, *arguments):
+    """Call a function in a process of its own: this one imports no torch, as the memory of a child begins at what its parent holds."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+if __name__ == "__main__":
+    main()
