@@ -15,6 +15,7 @@ from effconvert.convert.plan import plan
 from effconvert.errors import ModelError, OptionError
 from effconvert.heal.refit import Refit
 from effconvert.modeling.loading import class_of
+from effconvert.surgery.attention import _across, _heads
 from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.attention.share_kv import ShareKv, neighbours, pairs
 from effconvert.surgery.depth.prune_layers import PruneLayers
@@ -76,6 +77,34 @@ def test_a_reader_that_would_keep_the_same_in_another_basis_loses_nothing(kind, 
     expected, fitted, plain = (opened(folder)(ids).logits for folder in ("model", "out", "first"))
     assert (fitted - expected).abs().max() < 1e-3 * expected.abs().max()
     assert (plain - expected).abs().max() > 0.01 * expected.abs().max()
+
+
+def test_pooling_across_layers_is_exact_where_the_reader_sees_a_linear_map_of_the_inputs(monkeypatch):
+    """Keys and values of layer 1 are those of layer 0 in other bases, of inputs y = A x: pooled, both layers have the scores and outputs that they had."""
+    save(alike("llama", attention_bias=False), Path("model"))
+    first, second = (open_checkpoint(Path("model")).layer(index, "cpu") for index in (0, 1))
+    width, draw = first.config.hidden, torch.Generator().manual_seed(1)
+    first["o"] = torch.randn(width, width, generator=draw)
+    x, mix = torch.randn(400, width, generator=draw).double(), torch.randn(width, width, generator=draw).double()
+    y = x @ mix.T
+    second = second.on_top(1, second.config)
+    for part in ("k", "v"):
+        second[part] = (second[part].double() @ torch.linalg.inv(mix)).float()
+    second = second.on_top(1, second.config)
+    monkeypatch.setattr(_heads, "second_moment", lambda *_: x.T @ x / len(x))
+    monkeypatch.setattr(_across, "_moments", lambda *_: (y.T @ y / len(y), y.T @ x / len(x)))
+    old = [(layer["q"].double(), layer["k"].double(), layer["v"].double(), layer["o"].double()) for layer in (first, second)]
+    (reader,) = _across.pool_layers(first, [second]).values()
+    new = [(first["q"], first["k"], first["v"], first["o"]), (reader["q"], first["k"], first["v"], reader["o"])]
+    for rows, before, after in zip((x, y), old, new, strict=True):
+        kept = [(rows, before[1], before[2]), (x, after[1].double(), after[2].double())]  # what is projected to keys and values
+        scores, outputs = [], []
+        for (inputs, k, v), (q, _, _, o) in zip(kept, (before, [part.double() for part in after]), strict=True):
+            query, key, value = ((read @ weight.T).unflatten(-1, (4, -1)) for read, weight in ((rows, q), (inputs, k), (inputs, v)))
+            scores.append(torch.einsum("thd,shd->hts", query, key))
+            outputs.append(value.flatten(1) @ o.T)
+        assert (scores[1] - scores[0]).abs().max() < 1e-3 * scores[0].abs().max()
+        assert (outputs[1] - outputs[0]).abs().max() < 1e-3 * outputs[0].abs().max()
 
 
 def test_what_is_fitted_to_readers_is_better_and_refit_betters_both():
