@@ -98,6 +98,11 @@ class ShareKv(Layerwise):
         """If only their number is known."""
         return self.drop is not None
 
+    @property
+    def rule(self) -> str:
+        """What is compared, and the tokens that it is compared on."""
+        return f"the energy of the errors, on up to {TOKENS:,} tokens"
+
     def decide(self, forward: ForwardProtocol) -> ShareKv:
         """Choose the layers that read: disjoint pairs of neighbours, whose errors are the least shares of the stream's energy in sum."""
         import torch
