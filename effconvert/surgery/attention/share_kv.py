@@ -1,4 +1,4 @@
-"""Have layers read the keys and values of an earlier layer, and keep none of their own."""
+"""Let layers read the keys and values of an earlier layer."""
 # M = hidden width, H = query heads, Hk = KV heads, D = head width.
 
 from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
@@ -27,7 +27,7 @@ KEPT = ("q", "q.bias", "k", "k.bias", "v", "v.bias", "o")  # and in one that is 
 
 
 class ShareKv(Layerwise):
-    """Have layers read the keys and values of an earlier layer, and keep none of their own.
+    """Let layers read the keys and values of an earlier layer.
 
     Each of these layers reads the cache of the nearest layer before it that keeps one and has the same window. So the KV cache has fewer layers, and the
     projections to keys and values go with them. The layers that are read get keys and values that suit their readers too, fitted on a text; queries
