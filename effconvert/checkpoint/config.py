@@ -281,6 +281,22 @@ class Config(Shape):
                 return plain.become(stock.multi_query)
         return shared
 
+    def with_ffn(self, count: int) -> "Config":
+        """Return this config with `count` neurons in each FFN.
+
+        Raises:
+            ModelError: the family has another kind of FFN, or its width follows from others.
+        """
+        if self.experts or self.family.experts_key:
+            raise ModelError(f"{self.kind} has experts in place of an FFN, which stay as they are; give a model without")
+        if "down" not in self.parts:
+            raise ModelError(f"a layer of {self.kind} has no FFN whose neurons effconvert knows")
+        if technique := next((record for record in self.replaced if overlap(record.place, "ffn") or record.place in ("gate", "up", "down")), None):
+            raise ModelError(f"{technique.technique} stands in place of its {technique.place}, so its neurons are not known; change their number first")
+        if not self.family.ffn_key:
+            raise ModelError(f"{self.kind} has {self.ffn} neurons in an FFN by definition: four times its width")
+        return self if count == self.ffn else self.with_keys({self.family.ffn_key: count})
+
     def with_window(self, window: int, layers: set[int]) -> "Config | None":
         """Return this config with a sliding window of `window` tokens in `layers`; None where transformers has no class for it."""
         family = FAMILIES.get(self.family.windowed)

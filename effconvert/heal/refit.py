@@ -52,6 +52,9 @@ class Refit(Healing):
         super().rewrite(model)
         for layer, steps in zip(model.layers, after_gaps(model), strict=True):
             layer.later(partial(self._follow, steps=steps))
+        if model.config.ffn < model.original.ffn and not model.original.experts:
+            for layer in model.layers:
+                layer.later(partial(self._follow, steps={"down": 2 * layer.originals[-1] + 2}))
         for layer in model.layers:
             split = model.config.active_ffn < model.original.ffn  # else the experts are copies of the whole FFN
             if split and model.config.sparse(layer.index) and not model.original.sparse(layer.originals[0]):

@@ -39,7 +39,7 @@ class Case:
     parts: tuple = ()  # parts of a layer that change, each of them and no other: ("v", "v.bias", "o"); "kv": all that comes KV head by KV head
     replaces: tuple = ()  # parts of a layer that are gone, with others in their place: ("gate", "up", "down")
     layers: str = "same"  # what becomes of the list of layers: "same", "dropped" (fewer, in their order), "reordered" (any order, any may be repeated)
-    keys: tuple = ()  # keys of config.json that change, beside those that say it is effconvert's or has fewer layers: ("num_key_value_heads",)
+    keys: tuple = ()  # keys of config.json that change, beside those that say it is effconvert's or has fewer layers; "ffn_key" for the family's own
     some: bool = False  # whether these parts change in some of the layers only
     cache: bool = False  # whether a token takes more or less KV cache afterwards
     encoder: dict | None = None  # in place of `small` for encoders: {"features": 32}
@@ -53,6 +53,7 @@ class Case:
 MULTI_HEAD = [kind for kind in ATTENDING if not FAMILIES[kind].fixed_kv_heads]
 DENSE = [kind for kind, family in FAMILIES.items() if family.upcycled]
 SUBLAYERS = [kind for kind, family in FAMILIES.items() if not family.norms_stream and "attention" not in family.adds_inside]
+NARROWING = [kind for kind, family in FAMILIES.items() if family.ffn_key and not family.experts_key]
 UNLIKE = [kind for kind, keys in SETTINGS.items() if FAMILIES[kind].decoder and {"layer_types", "no_rope_layers"} & keys.keys()]  # each layer with its window
 FUSED = ("phi3", "gpt_bigcode", "falcon")
 SHARING = [kind for kind in GROUPING if FAMILIES[kind].decoder and kind not in (*UNLIKE, *FUSED)]
@@ -78,6 +79,15 @@ CASES = {
     ),
     "moe": Case({"experts": 4, "noise": 0.5}, {"experts": 4}, DENSE, NO_EXPERTS, **EXPERTS),
     "moe-split": Case({"experts": 4, "active": 2}, {"experts": 4, "active": 4}, DENSE, NO_EXPERTS, **EXPERTS),
+    "narrow": Case(
+        {"ffn": 24},
+        {"ffn": 48},
+        NARROWING,
+        "has experts in place of an FFN|neurons in an FFN by definition",
+        parts=("gate", "gate.bias", "up", "up.bias", "down"),
+        keys=("ffn_key",),
+        same_bytes=True,
+    ),
     "expand-kv": Case(
         {"groups": 2},
         {"groups": 4},
@@ -145,6 +155,10 @@ def first_of(name, *likely):
 
 
 LIKELY = {name: first_of(name, "llama", "bert") for name in CASES}
+
+
+# What no family changes is tried on a decoder and an encoder for each technique, and on every layout of a layer.
+ONCE = [(name, kind) for name, kind in MATRIX if kind in (LIKELY[name], "bert") or (name == "gqa" and kind in ("gpt2", "phi3", "gpt_neox", "olmo2", "mixtral"))]
 
 
 def technique(name, options):
@@ -355,15 +369,16 @@ def test_a_conversion_leaves_the_other_files_and_config_keys_alone(done):
     ours = {"model_type", "architectures", "auto_map", "effconvert", "layer_types"}
     if CASES[name].layers != "same":
         changed -= PER_LAYER
+    keys = {outcome.plan.config.family.ffn_key if key == "ffn_key" else key for key in CASES[name].keys}
     fewer = {outcome.plan.config.family.layers_key} if outcome.plan.config.layers != outcome.plan.checkpoint.config.layers else set()
     if after["model_type"] == before["model_type"]:
-        assert changed == fewer | set(CASES[name].keys)
+        assert changed == fewer | keys
     elif after["model_type"].startswith(KIND):
-        assert changed == ours | fewer | set(CASES[name].keys)
+        assert changed == ours | fewer | keys
     else:
         assert after["model_type"] == outcome.plan.config.kind
         family = outcome.plan.config.family
-        assert changed <= {"model_type", "architectures", *family.constants, *family.absent, *CASES[name].keys, *CASES[name].native_keys}
+        assert changed <= {"model_type", "architectures", *family.constants, *family.absent, *keys, *CASES[name].native_keys}
 
 
 def test_what_was_planned_is_what_transformers_loads(done):
@@ -403,22 +418,20 @@ def test_a_converted_model_survives_being_saved_and_loaded_by_transformers(done,
     assert torch.equal(logits(again), logits(model))
 
 
-def test_the_same_input_gives_the_same_bytes(done, tmp_path):
-    name, source, outcome = done
-    again = run(source, tmp_path / "again", name, small(name, outcome.plan.config.kind), verify=False)
-    assert digests(again.output) == digests(outcome.output)
+@pytest.mark.parametrize(("name", "kind"), ONCE, ids=map("-".join, ONCE))
+def test_the_same_input_gives_the_same_bytes_in_shards_or_in_one(name, kind, tmp_path):
+    source = save(build(kind, CASES[name].small_from), tmp_path / "source", max_shard_size="40KB")
+    characters(source)
+    first, again = (run(source, tmp_path / folder, name, small(name, kind), verify=False) for folder in ("first", "again"))
+    assert digests(again.output) == digests(first.output)
     assert again.report is None
-
-
-def test_a_layout_of_one_shard_holds_the_same_tensors(done, tmp_path):
-    name, source, outcome = done
     assert len(list(source.glob("*.safetensors"))) > 1
     whole = save(read_back(source), tmp_path / "whole")
     characters(whole)
-    again = run(whole, tmp_path / "out", name, small(name, outcome.plan.checkpoint.config.kind), verify=False)
-    assert [path.name for path in again.output.glob("*.safetensors")] == ["model.safetensors"]
-    assert {tensor: bits(value) for tensor, value in tensors(again.output).items()} == {
-        tensor: bits(value) for tensor, value in tensors(outcome.output).items()
+    together = run(whole, tmp_path / "together", name, small(name, kind), verify=False)
+    assert [path.name for path in together.output.glob("*.safetensors")] == ["model.safetensors"]
+    assert {tensor: bits(value) for tensor, value in tensors(together.output).items()} == {
+        tensor: bits(value) for tensor, value in tensors(first.output).items()
     }
 
 

@@ -1,0 +1,120 @@
+"""Fewer neurons in each FFN: which of them stay, and what they give."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from effconvert.checkpoint.checkpoint import open_checkpoint
+from effconvert.checkpoint.reading import read_config
+from effconvert.errors import ModelError, OptionError
+from effconvert.heal.refit import Refit
+from effconvert.modeling.loading import class_of
+from effconvert.surgery.ffn._fewer import survivors
+from effconvert.surgery.ffn.moe_split import MoeSplit
+from effconvert.surgery.ffn.narrow import Narrow
+from tests.heal.healing import apart, heldout, killed_saving, letters, prose, put, run, tensors
+from tests.models import save, tiny
+
+
+@pytest.fixture(autouse=True)
+def _text():
+    Path("text.txt").write_text(prose())
+
+
+def opened(folder):
+    return class_of(read_config(Path(folder))).from_pretrained(folder).eval()
+
+
+def redundant(kind):
+    """A model of which every second neuron computes what its neighbour does, or nothing that is read: half of them are enough."""
+    model = tiny(kind)
+    checkpoint = open_checkpoint(save(model, Path("plain")))
+    config, parts = checkpoint.config, checkpoint.config.parts
+    with torch.no_grad():
+        for layer in model.base_model.get_submodule(config.family.layers):
+            for part in ("gate", "up"):
+                if part in parts and parts[part] != parts.get("gate" if part == "up" else "up"):
+                    for parameter in layer.get_submodule(parts[part]).parameters():
+                        rows = parameter.T if config.family.transposed and parameter.ndim == 2 else parameter
+                        rows[1::2] = rows[::2]
+    save(model, Path("model"))
+    letters().save_pretrained("model")
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "starcoder2", "gemma2", "bert", "falcon"])
+def test_neurons_that_compute_what_others_do_go_and_nothing_is_lost(kind):
+    model = redundant(kind)
+    outcome = run("model", Narrow(ffn=24))
+    ids = heldout()
+    with torch.no_grad():
+        expected, found = (each(ids).logits for each in (model, opened("out")))
+    assert (found - expected).abs().max() < 2e-3 * expected.abs().max()
+    assert read_config(Path("out")).kind == kind
+    assert opened("out").num_parameters() == outcome.plan.after.parameters < outcome.plan.before.parameters
+
+
+def test_survivors_are_those_that_one_by_one_removal_leaves():
+    draw = torch.Generator().manual_seed(0)
+    hidden, weights = torch.randn(200, 12, generator=draw).double(), torch.randn(5, 12, generator=draw).double()
+    hidden[:, 3] = hidden[:, 7] + 0.05 * hidden[:, 1]  # which its others make up for
+    gram = hidden.T @ hidden
+    alive, scale = list(range(12)), 1e-3 * gram.diagonal().mean() * torch.eye(12, dtype=gram.dtype)
+
+    def error(kept):
+        damped = gram + scale
+        best = torch.linalg.solve(damped[kept][:, kept], damped[kept]).T  # [12, kept]: what each neuron is, from those that stay
+        missing = weights @ (torch.eye(12, dtype=gram.dtype) - torch.zeros(12, 12, dtype=gram.dtype).index_copy(1, torch.tensor(kept), best))
+        return float(((missing @ damped) * missing).sum())
+
+    for count in (11, 10, 9, 8):
+        alive.remove(min(alive, key=lambda neuron: error([other for other in alive if other != neuron])))
+        assert survivors(weights, gram, count).tolist() == alive
+    assert survivors(weights, gram, 12).tolist() == list(range(12))
+
+
+def test_it_is_better_than_the_first_neurons_and_refit_is_better_still():
+    put(Path("model"), num_hidden_layers=3)
+    run("model", Narrow(ffn=24), place="narrow")
+    run("model", Narrow(ffn=24), Refit(), place="healed")
+    model = opened("model")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight[:, 24:] = 0
+    save(model, Path("first"))
+    narrow, healed, first = apart("model", "narrow", "healed", "first")
+    assert narrow < 0.5 * first
+    assert healed < narrow
+    run("narrow", Refit(teacher="model"), place="later")
+    assert apart("model", "later")[0] < narrow
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(monkeypatch):
+    put(Path("model"))
+    steps = (Narrow(ffn=24), Refit())
+    run("model", *steps, place="whole")
+    killed_saving(monkeypatch, 1, lambda: run("model", *steps))
+    run("model", *steps)
+    whole, out = tensors(Path("whole")), tensors(Path("out"))
+    assert all(torch.equal(whole[name], out[name]) for name in whole)
+
+
+def test_other_steps_follow():
+    put(Path("model"), mlp_bias=False, attention_bias=False)
+    run("model", Narrow(ffn=32), MoeSplit(experts=4, active=2), Refit())
+    assert read_config(Path("out")).kind == "qwen2_moe"
+    with pytest.raises(ModelError, match="qwen2_moe has experts in place of an FFN"):
+        run("out", Narrow(ffn=12), place="none")
+
+
+def test_what_does_not_fit_is_refused():
+    put(Path("model"))
+    with pytest.raises(OptionError, match="--ffn 49 is more than the 48 neurons of this model's FFNs; give at most 48"):
+        run("model", Narrow(ffn=49))
+    put(Path("bloom"), "bloom")
+    with pytest.raises(ModelError, match="bloom has 128 neurons in an FFN by definition"):
+        run("bloom", Narrow(ffn=64))
+    with pytest.raises(OptionError, match="--ffn is 0"):
+        Narrow(ffn=0)
+    assert not Path("out").exists()
