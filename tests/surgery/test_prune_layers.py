@@ -422,7 +422,7 @@ def test_the_recipe_the_manifest_and_a_dry_run_name_the_layers_and_nobody_choose
     assert asked()["drop"] is None
     manifest = json.loads(Path("out/effconvert.json").read_text())
     assert manifest["recipe"] == planned.plan.recipe
-    said = f"prune-layers --drop 2 chose prune-layers --layers {chosen} (by search, on up to 2,048 tokens; text: text.txt, {TOKENS:,} tokens)"
+    said = f"prune-layers --drop 2 chose prune-layers --layers {chosen} (by search, on up to 4,096 tokens; text: text.txt, {TOKENS:,} tokens)"
     assert manifest["choices"] == [said]
     assert f"# {said}\n" in Path("out/effconvert.yaml").read_text()
     assert said in Path("out/README.md").read_text()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     States = Sequence[Tensor]  # hidden states between two layers, [B, T, M] for each batch of texts
 
-TOKENS = 2048  # of the calibration text, for the choice
+TOKENS = 4096  # of the calibration text, for the choice
 LEAST = 2  # layers that must stay
 PLACE = {"attention": "attention", "mlp": "ffn"}
 
