@@ -69,8 +69,8 @@ class Config(Shape):
         """
         if self.wrapper:
             raise ModelError(
-                f"{self.kind} is inside a {self.wrapper.raw['model_type']} here, whose own class has no place for that; gqa, mqa, expand-kv, refit and "
-                "dropping whole layers keep the class, or save the language model alone"
+                f"{self.kind} is inside a {self.wrapper.raw['model_type']} here, whose own class has no place for that; gqa, mqa, expand-kv, narrow, "
+                "refit and dropping whole layers keep the class, or save the language model alone"
             )
 
     @property
@@ -164,6 +164,11 @@ class Config(Shape):
         """Return the layer whose keys and values this one reads: itself, or an earlier one."""
         return next((record.layers[0] for record in self.shared if record.what == "cache" and layer in record.layers), layer)
 
+    @property
+    def readers(self) -> list[int]:
+        """The layers that read an earlier layer's keys and values."""
+        return [layer for layer in range(self.layers) if self.cache_of(layer) != layer]
+
     def stored_for(self, layer: int, part: str) -> int:
         """Return the layer that stores a part of this one: itself, or the first of those that share it and have it."""
         stem = part.removesuffix(".bias")
@@ -248,6 +253,8 @@ class Config(Shape):
     def with_skips(self, place: str, layers: Iterable[int]) -> "Config":
         """Return this config without the attention or the ffn of these layers, by transformers' `per_layer_config`."""
         self.check_alone()
+        if place == "attention" and (read := {self.cache_of(reader) for reader in self.readers} & {*layers}):
+            raise OptionError(f"other layers read the keys and values of layer {min(read)}, so its attention must stay; leave it out of --layers")
         entries = by_layer(self.raw)
         word = next(word for word, skips in SKIPS.items() if skips == place)
         for layer in layers:

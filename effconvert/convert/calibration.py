@@ -30,7 +30,8 @@ def prepare(plan: Plan, options: Conversion) -> Calibration:
     config, folder = plan.checkpoint.config, plan.checkpoint.folder
     if not loading.has_tokenizer(folder):
         raise ModelError(f"{folder} has no tokenizer, so the model cannot be run on a text; put it there, or take options that need no calibration")
-    check_caches(plan.teacher.config, "the teacher")
+    if any(step.needs_original(shape) for step, shape in zip(plan.surgeries, plan.configs, strict=False)):
+        check_caches(plan.teacher.config, "the original", "begin from the model as it was before, or name that as --teacher")
     if plan.teacher.config.vocabulary < config.vocabulary:
         raise ModelError(
             f"the teacher has a vocabulary of {plan.teacher.config.vocabulary} and the student of {config.vocabulary}, so they do not read the same text; "
@@ -61,17 +62,15 @@ def prepare(plan: Plan, options: Conversion) -> Calibration:
     return Calibration(text.name, ids, tuple(pieces for pieces in PIECES if pieces == 1 or window // pieces >= least), ends)
 
 
-def check_caches(config: Config, what: str) -> None:
+def check_caches(config: Config, what: str, advice: str) -> None:
     """Refuse a model of which some layers read an earlier layer's keys and values, where each layer must run by itself on any input.
 
     Raises:
         ModelError: it has such layers.
     """
-    if reader := next((layer for layer in range(config.layers) if config.cache_of(layer) != layer), 0):
-        raise ModelError(
-            f"layer {reader} of {what} reads the keys and values of layer {config.cache_of(reader)}, so it cannot run by itself; "
-            "give --teacher the model as it was before, or share the cache last"
-        )
+    if config.readers:
+        reader = config.readers[0]
+        raise ModelError(f"layer {reader} of {what} reads the keys and values of layer {config.cache_of(reader)}, so it cannot run by itself; {advice}")
 
 
 def _window(options: Conversion, longest: int) -> int:
@@ -103,4 +102,5 @@ def calibration_bytes(plan: Plan) -> int:
     token = 4 * (8 * config.hidden + 4 * inner) + 2 * config.heads * window  # inputs, outputs, queries and keys; attention in half precision
     batch = batch_size(window) * 4 * window * (4 * config.heads * window + 3 * config.ffn)
     squares = 6 * 8 * max(config.hidden, inner) ** 2
-    return plan.peak + LIBRARIES + 3 * ids.numel() * token // 2 + batch + squares
+    own = max((step.fit_bytes(shape) for step, shape in zip(plan.surgeries, plan.configs, strict=False)), default=0)
+    return plan.peak + LIBRARIES + 3 * ids.numel() * token // 2 + batch + squares + own

@@ -204,6 +204,7 @@ def plan(checkpoint: Checkpoint, surgeries: tuple[Step, ...], teacher: Checkpoin
         surgery.check(configs[-1])
         _check_order(surgery, surgeries, configs)
         configs.append(surgery.config(configs[-1]))
+    _check_shared_caches(surgeries, configs)
     check_tokenizer(checkpoint, configs[-1])
     files, originals = other_files(checkpoint, configs[-1]), stand_for(checkpoint, teacher or checkpoint)
     config = configs[-1] = files.config
@@ -230,6 +231,25 @@ def _check_order(surgery: Step, surgeries: Sequence[Step], configs: Sequence[Con
     before = next((step for step, config in zip(surgeries, configs[:-1], strict=False) if step.needs_calibration(config)), None)
     if before and surgery.reads_ahead(configs[-1]):
         raise OptionError(f"{surgery.name} reads layers that {before.name} has not fitted by then; convert twice, {before.name} first")
+
+
+def _check_shared_caches(surgeries: Sequence[Step], configs: Sequence[Config]) -> None:
+    """Refuse a step that is fitted to layers which share a cache, before one that gives the model other layers or KV heads.
+
+    While layers are fitted, they read the keys and values that the layers of the finished model compute.
+
+    Raises:
+        OptionError: there are two such steps.
+    """
+    last = configs[-1]
+    for number, (surgery, before, after) in enumerate(zip(surgeries, configs, configs[1:], strict=False)):
+        if after.readers and surgery.needs_calibration(before) and (after.layers, after.kv_heads) != (last.layers, last.kv_heads):
+            later = next(
+                step.name
+                for step, config in zip(surgeries[number + 1 :], configs[number + 2 :], strict=True)
+                if config.layers != after.layers or config.kv_heads != after.kv_heads
+            )
+            raise OptionError(f"{later} changes the layers or heads of a shared cache, to which {surgery.name} is fitted; put {later} before {surgery.name}")
 
 
 def check_tokenizer(checkpoint: Checkpoint, config: Config) -> None:

@@ -104,6 +104,9 @@ class Activations:
             runner.keep_lent(index)
         check_finite(states, f"layer {index}")
         self.states = states
+        config = runner.config
+        for lender in [lender for lender in self._lent if max(reader for reader in config.readers if config.cache_of(reader) == lender) <= index]:
+            del self._lent[lender]
 
     def _run(self, outer: Outer, layer: Layer, index: int, states: Sequence[Tensor], parts: Sequence[str] = (), until: str = "") -> Iterator[Capture]:
         tensors = self.stored(layer)

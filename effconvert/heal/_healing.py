@@ -45,6 +45,10 @@ class Healing(Step):
         """Always."""
         return True
 
+    def needs_original(self, config: Config) -> bool:
+        """Always."""
+        return True
+
     def rewrite(self, model: Model) -> None:
         """Heal each layer towards the original's layers that it stands for: its own, and those dropped after it."""
         starts = [layer.originals.start for layer in model.layers]

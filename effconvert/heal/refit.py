@@ -18,7 +18,7 @@ class Refit(Healing):
     Linear algebra, no gradients. Layers are refitted one by one, on the output of the refitted layers below. Queries are fitted to the attention
     scores of the original's layer, values and the output projection to its attention's output. A layer with a mixer refits its output projection
     alone; a layer without any attention fits its MLP to the output of the original's layer. After dropped layers, attention and MLP outputs are
-    also fitted to the original's hidden states, and so are the outputs of experts that an FFN was split into. A change that does not improve
+    also fitted to the original's hidden states, and so are the outputs of narrow FFNs and of experts that one was split into. A change that does not improve
     held-out windows is not kept. MODEL is the converted model.
 
     \b
@@ -31,7 +31,9 @@ class Refit(Healing):
         """Say what norms and mixers rule out."""
         notes = ["its queries go through a norm, so they are not refitted to scores; values and outputs are"] if config.normed else []
         notes += ["its queries are clipped (clip_qkv): where the text shows that, only values and outputs are refitted"] if config.get("clip_qkv") else []
-        notes += ["a norm follows its MLP, so refit makes up for little of dropped layers or attention"] if "mlp_post_norm" in config.family.parts else []
+        notes += (
+            ["a norm follows its MLP, so refit makes up for little of dropped layers, attention or neurons"] if "mlp_post_norm" in config.family.parts else []
+        )
         return "; ".join(notes + _notes_by_place(config))
 
     def changes(self, layer: Layer, originals: range) -> list[str]:
@@ -48,13 +50,13 @@ class Refit(Healing):
             refit_attention(layer, originals[0])
 
     def rewrite(self, model: Model) -> None:
-        """Refit each layer to the original's layers that it stands for; after the first gap, and experts in place of an FFN, also to the original's stream."""
+        """Refit each layer to the original's layers that it stands for; after the first gap, narrow FFNs and experts in place of one also to its stream."""
         super().rewrite(model)
+        narrow = model.config.ffn < model.original.ffn and not model.original.experts
         for layer, steps in zip(model.layers, after_gaps(model), strict=True):
+            if narrow and "down" not in steps:
+                steps = {**steps, "down": 2 * layer.originals[-1] + 2}
             layer.later(partial(self._follow, steps=steps))
-        if model.config.ffn < model.original.ffn and not model.original.experts:
-            for layer in model.layers:
-                layer.later(partial(self._follow, steps={"down": 2 * layer.originals[-1] + 2}))
         for layer in model.layers:
             split = model.config.active_ffn < model.original.ffn  # else the experts are copies of the whole FFN
             if split and model.config.sparse(layer.index) and not model.original.sparse(layer.originals[0]):

@@ -64,7 +64,7 @@ def check_replaced(config: Config) -> None:
     Raises:
         ModelError: the reason.
     """
-    plain = replace(config, replaced=(), raw={key: value for key, value in config.raw.items() if key != "per_layer_config"})
+    plain = replace(config, replaced=(), shared=(), raw={key: value for key, value in config.raw.items() if key != "per_layer_config"})
     for record, technique in techniques_of(config):
         try:
             technique.check_family(plain)

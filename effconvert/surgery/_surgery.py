@@ -131,6 +131,14 @@ class Step(Options):
         """Whether `layer` needs the model's activations on a text (`Layer.activations`): then the model is calibrated before anything is written."""
         return False
 
+    def needs_original(self, config: Config) -> bool:
+        """Whether it runs the layers of the original on the inputs of the converted ones."""
+        return False
+
+    def fit_bytes(self, config: Config) -> int:
+        """Estimate the bytes of memory that fitting a layer takes beside what every calibration takes."""
+        return 0
+
     def reads_ahead(self, config: Config) -> bool:
         """Whether the change of a layer reads the weights of later layers."""
         return False

@@ -8,8 +8,10 @@ import torch
 from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.checkpoint.reading import read_config
 from effconvert.errors import ModelError, OptionError
+from effconvert.heal import _layer
 from effconvert.heal.refit import Refit
 from effconvert.modeling.loading import class_of
+from effconvert.surgery.depth.prune_layers import PruneLayers
 from effconvert.surgery.ffn._fewer import survivors
 from effconvert.surgery.ffn.moe_split import MoeSplit
 from effconvert.surgery.ffn.narrow import Narrow
@@ -98,6 +100,24 @@ def test_a_killed_run_goes_on_to_the_same_bytes(monkeypatch):
     run("model", *steps)
     whole, out = tensors(Path("whole")), tensors(Path("out"))
     assert all(torch.equal(whole[name], out[name]) for name in whole)
+
+
+def test_neurons_that_are_silent_on_the_text_stop_nothing():
+    model = tiny("llama", mlp_bias=False)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.zero_()
+    save(model, Path("model"))
+    letters().save_pretrained("model")
+    run("model", Narrow(ffn=24), Refit())
+    assert read_config(Path("out")).ffn == 24
+
+
+def test_after_dropped_layers_outputs_are_fitted_once_to_what_follows_the_gap(monkeypatch):
+    put(Path("model"), num_hidden_layers=5)
+    fitted = []
+    monkeypatch.setattr(_layer, "refit_stream", lambda layer, part, step: fitted.append((layer.index, part, step)))
+    run("model", PruneLayers(layers="2,3"), Narrow(ffn=40), Refit())
+    assert fitted == [(0, "down", 2), (1, "down", 8), (2, "o", 9), (2, "down", 10)]
 
 
 def test_other_steps_follow():

@@ -11,6 +11,7 @@ import torch
 import effconvert.modeling
 from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.checkpoint.reading import read_config
+from effconvert.convert.inspection import applicable
 from effconvert.convert.plan import plan
 from effconvert.errors import ModelError, OptionError
 from effconvert.heal.refit import Refit
@@ -20,6 +21,7 @@ from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.attention.share_kv import ShareKv, neighbours, pairs
 from effconvert.surgery.depth.prune_layers import PruneLayers
 from effconvert.surgery.ffn.moe_split import MoeSplit
+from effconvert.surgery.mixing.linear import Linear
 from tests.heal.healing import heldout, killed_saving, letters, prose, put, run, tensors
 from tests.mixers.mixing import with_cache
 from tests.models import logits, save, tiny
@@ -200,6 +202,16 @@ def test_the_pairs_that_are_chosen_cost_less_than_others():
     assert chosen < 0.7 * max(rest)
 
 
+def test_a_layer_without_keys_of_its_own_is_passed_over():
+    put(Path("model"), num_hidden_layers=5)
+    run("model", PruneLayers(layers="2", only="attention"), ShareKv(layers="3"), place="dropped")
+    assert [read_config(Path("dropped")).cache_of(layer) for layer in range(5)] == [0, 1, 2, 1, 4]
+    run("model", PruneLayers(layers="2", only="attention"), ShareKv(drop=1), place="chosen")
+    run("model", Linear(layers="0"), ShareKv(layers="2"), Refit(), place="mixed", verify=True, text=Path("text.txt"), tokens=64, context=32)
+    for folder in ("dropped", "chosen", "mixed"):
+        logits(opened(folder))
+
+
 def test_options_and_models_that_do_not_fit_are_refused():
     put(Path("model"), num_hidden_layers=4)
     refused = {
@@ -215,16 +227,26 @@ def test_options_and_models_that_do_not_fit_are_refused():
             run("model", ShareKv(**options))
     with pytest.raises(OptionError, match="share-kv reads layers that gqa has not fitted by then; convert twice, gqa first"):
         run("model", Gqa(groups=2), ShareKv(**PAIRS))
-    with pytest.raises(ModelError, match="pool the heads first, and share the cache afterwards"):
+    with pytest.raises(ModelError, match="pool heads first, and share the cache afterwards"):
         run("model", ShareKv(**PAIRS), Gqa(groups=2))
     assert not Path("out").exists()
     run("model", ShareKv(layers="1"))
     with pytest.raises(OptionError, match="layer 0 shares its cache with others already"):
         run("out", ShareKv(layers="1"), place="twice")
-    with pytest.raises(ModelError, match="layer 1 of the model reads the keys and values of layer 0, so it cannot run by itself"):
+    with pytest.raises(ModelError, match="layer 1 of the model reads the keys and values of layer 0, so it cannot run by itself; name them with --layers"):
         run("out", PruneLayers(drop=1), place="pruned")
-    with pytest.raises(ModelError, match="layer 1 of the teacher reads the keys and values"):
+    with pytest.raises(ModelError, match="layer 1 of the original reads the keys and values"):
         run("model", Refit(teacher="out"), place="refitted")
+    with pytest.raises(OptionError, match="other layers read the keys and values of layer 0, so its attention must stay"):
+        run("out", PruneLayers(layers="0", only="attention"), place="pruned")
+    steps = (ShareKv(layers="2", pool="first"), Refit(), PruneLayers(layers="0"))
+    with pytest.raises(
+        OptionError, match="prune-layers changes the layers or heads of a shared cache, to which refit is fitted; put prune-layers before refit"
+    ):
+        run("model", *steps, place="pruned")
+    allowed, refusals = applicable(read_config(Path("out")))
+    assert not allowed.keys() & {"share-kv", "gqa", "mqa"}
+    assert "already; begin from the original" in refusals["share-kv"]
     put(Path("bert"), "bert")
     with pytest.raises(ModelError, match="bert has no keys and values of their own that layers could share"):
         run("bert", ShareKv(layers="1"), place="encoder")

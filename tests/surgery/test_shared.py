@@ -336,5 +336,5 @@ def test_what_cannot_lend_is_refused():
         to("out", Share(what="cache"), Share(what="attention"))
     put(Path("model"), num_hidden_layers=4)
     to("lent", Share(what="cache"))
-    with pytest.raises(ModelError, match="layer 2 of the teacher reads the keys and values of layer 1"):
+    with pytest.raises(ModelError, match="layer 2 of the original reads the keys and values of layer 1"):
         run("model", Refit(teacher="lent"))

@@ -63,10 +63,6 @@ class Gqa(Surgery):
             raise OptionError(f"--groups {self.groups} is more than this model's {config.kv_heads} KV heads; give {_either(possible)}{more}")
         if config.kv_heads % self.groups:
             raise OptionError(f"--groups {self.groups} does not divide this model's {config.kv_heads} KV heads; give {_either(possible)}")
-        if reader := next((layer for layer in range(config.layers) if config.cache_of(layer) != layer), 0):
-            raise ModelError(
-                f"layer {reader} reads the keys and values of layer {config.cache_of(reader)}; pool the heads first, and share the cache afterwards"
-            )
         config.with_kv_heads(self.groups)  # raises where the family cannot store this number
 
     def is_exact(self, config: Config) -> bool:
@@ -132,6 +128,9 @@ def choices(config: Config) -> list[int]:
         ModelError: nothing attends in it, or by itself.
     """
     config.place("scores")
+    if config.readers:
+        reader = config.readers[0]
+        raise ModelError(f"layer {reader} reads the keys and values of layer {config.cache_of(reader)}; pool heads first, and share the cache afterwards")
     return [count for count in range(1, config.kv_heads + 1) if config.kv_heads % count == 0]
 
 

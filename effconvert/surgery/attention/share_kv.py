@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from effconvert.checkpoint.replaced import overlap
 from effconvert.checkpoint.shared import CACHE_PARTS
-from effconvert.errors import OptionError
+from effconvert.errors import ModelError, OptionError
 from effconvert.surgery._surgery import Facts, Layers, Layerwise, layers_field
 
 if TYPE_CHECKING:
@@ -67,6 +68,12 @@ class ShareKv(Layerwise):
     @classmethod
     def allowed_options(cls, config: Config) -> str:
         """Say how many layers can read."""
+        config.check_lending()
+        if config.readers:
+            reader = config.readers[0]
+            raise ModelError(
+                f"layer {reader} of this {config.kind} reads the keys and values of layer {config.cache_of(reader)} already; begin from the original"
+            )
         cls(last=1).check(config)
         return f"--layers LIST, or --last 1 to {config.layers - 1}"
 
@@ -111,12 +118,16 @@ class ShareKv(Layerwise):
 
         config, costs, inputs = forward.config, dict[tuple[int, int], float](), dict[int, torch.Tensor]()
         earlier = {later: before for before, later in neighbours(config)}
+        needed = {layer for pair in neighbours(config) for layer in pair}
         states = forward.begin(TOKENS)
         with forward.bar(config.layers) as advance:
             for index in range(config.layers):
-                inputs[index] = torch.cat([rows.flatten(0, -2) for rows in forward.inputs(index, states, "q")]).cpu()
+                if index in needed:
+                    inputs[index] = torch.cat([rows.flatten(0, -2) for rows in forward.inputs(index, states, "q")]).cpu()
                 if index in earlier:
-                    energy = torch.cat([state.flatten(0, -2) for state in states]).double().square().sum(1).log().mean().exp()  # of no few tokens alone
+                    energy = (
+                        torch.cat([state.flatten(0, -2) for state in states]).double().square().sum(1).log().mean().exp()
+                    )  # a geometric mean, which a few huge tokens do not decide
                     before = earlier[index]
                     costs[before, index] = sharing_cost(forward.weights(before), forward.weights(index), inputs.pop(before), inputs[index]) / float(energy)
                 states = forward.layer(index, states)
@@ -132,6 +143,15 @@ class ShareKv(Layerwise):
         """If keys and values are fitted."""
         return self.pool == "pca"
 
+    def needs_original(self, config: Config) -> bool:
+        """If they are: readers are fitted to what the original's layers give them."""
+        return self.pool == "pca"
+
+    def fit_bytes(self, config: Config) -> int:
+        """A dozen matrices of each reader in float64."""
+        readers = max(map(len, self._groups(config).values()))
+        return 8 * readers * (6 * config.hidden**2 + 6 * config.heads * config.head_dim * config.hidden) if self.pool == "pca" else 0
+
     def reads_ahead(self, config: Config) -> bool:
         """If they are: to later layers."""
         return self.pool == "pca"
@@ -146,11 +166,10 @@ class ShareKv(Layerwise):
 
     def _groups(self, config: Config) -> dict[int, list[int]]:
         """Return the layers that are read, each with its readers."""
-        readers, windows = self.chosen(config), config.windows()
+        readers = self.chosen(config)
         groups: dict[int, list[int]] = {}
         for index in sorted(readers):
-            like = (windows[index], config.rotary_of(index))
-            before = [layer for layer in range(index) if layer not in readers and (windows[layer], config.rotary_of(layer)) == like]
+            before = [layer for layer in range(index) if layer not in readers and has_own(config, layer) and kind(config, layer) == kind(config, index)]
             if not before:
                 raise OptionError(f"layer {index} has no layer before it that keeps keys and values and has the same window; leave it out of --layers")
             groups.setdefault(before[-1], []).append(index)
@@ -179,13 +198,22 @@ class ShareKv(Layerwise):
 
 
 def neighbours(config: Config) -> list[tuple[int, int]]:
-    """Return the pairs of a layer that attends and the next one with the same window and RoPE, in which that could read the keys and values of this."""
+    """Return the pairs of a layer with keys and values of its own and the next such layer with the same window and RoPE, which could read them."""
     kinds: dict[tuple[int | None, int], list[int]] = {}
-    windows = config.windows()
-    for index in range(config.layers):
-        if "attention" not in config.skips(index) and not config.replaced_at(index, "scores") and config.cache_of(index) == index:
-            kinds.setdefault((windows[index], config.rotary_of(index)), []).append(index)
+    for index in filter(partial(has_own, config), range(config.layers)):
+        kinds.setdefault(kind(config, index), []).append(index)
     return [pair for layers in kinds.values() for pair in pairwise(layers)]
+
+
+def has_own(config: Config, layer: int) -> bool:
+    """Whether a layer keeps keys and values of its own for softmax attention, which others could read."""
+    replaced = any(overlap(record.place, "attention") for record in config.replaced_in(layer))
+    return "attention" not in config.skips(layer) and not replaced and config.cache_of(layer) == layer
+
+
+def kind(config: Config, layer: int) -> tuple[int | None, int]:
+    """Return what layers must have in common to read the same keys: the window, and how many dimensions RoPE turns."""
+    return config.windows()[layer], config.rotary_of(layer)
 
 
 def pairs(config: Config, costs: Mapping[tuple[int, int], float], count: int) -> list[tuple[int, int]]:

@@ -8,7 +8,8 @@ from effconvert.checkpoint.layer import Layer
 from effconvert.surgery._ridge import HELD_OUT, TINY, Moments, ridge
 
 DAMPING = 1e-3  # of the mean of the Gram matrix's diagonal
-STEPS = 512  # in which neurons go; of wide FFNs several at a time
+WORK = 2**30  # about as many numbers are updated while neurons go: of wide FFNs several go at a time
+LEAST = 32  # steps in which they go
 
 
 def fewer(layer: Layer, count: int) -> tuple[Tensor, Tensor]:
@@ -20,12 +21,10 @@ def fewer(layer: Layer, count: int) -> tuple[Tensor, Tensor]:
     kept = survivors(weights, fit + held_out, count)
     gone = torch.ones(len(fit), dtype=torch.bool)
     gone[kept] = False
-    moments = []
-    for gram in (fit, held_out):
-        moments.append(Moments())
-        if gram.any():
-            moments[-1].gram, moments[-1].cross = gram[kept][:, kept], weights[:, gone] @ gram[gone][:, kept]
-    change = ridge(moments[0], moments[1])
+    moments = (Moments(), Moments())
+    for sums, gram in zip(moments, (fit, held_out), strict=True):
+        sums.gram, sums.cross = gram[kept][:, kept], weights[:, gone] @ gram[gone][:, kept]
+    change = ridge(*moments) if fit.any() and held_out.any() else None
     down = weights[:, kept] if change is None else weights[:, kept] + change
     return kept, down.float()
 
@@ -43,7 +42,7 @@ def survivors(weights: Tensor, gram: Tensor, count: int) -> Tensor:
     scale = DAMPING * gram.diagonal().mean().clamp_min(TINY)
     inverse = torch.linalg.inv(gram + scale * torch.eye(len(gram), dtype=gram.dtype))
     weights, alive = weights.clone(), torch.arange(len(gram))
-    size = -(-(len(gram) - count) // STEPS)
+    size = -(-(len(gram) - count) // max(LEAST, WORK // len(gram) ** 2))
     while len(alive) > count:
         cost = weights.square().sum(0) / inverse.diagonal()
         last = cost.topk(min(size, len(alive) - count), largest=False).indices

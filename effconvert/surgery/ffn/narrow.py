@@ -58,6 +58,10 @@ class Narrow(Surgery):
         """If some go."""
         return not self.is_exact(config)
 
+    def fit_bytes(self, config: Config) -> int:
+        """Six matrices of all neurons in float64."""
+        return 6 * 8 * config.ffn**2
+
     def notes(self, config: Config) -> str:
         """Say where nothing changes."""
         return f"the FFNs have {self.ffn} neurons already, so nothing changes" if self.is_exact(config) else ""
@@ -71,7 +75,9 @@ class Narrow(Surgery):
 
             kept, down = fewer(layer, self.ffn)
         else:
-            kept, down = slice(self.ffn), layer["down"][:, : self.ffn]
+            import torch
+
+            kept, down = torch.arange(self.ffn), layer["down"][:, : self.ffn]
         for part in ("gate", "gate.bias", "up", "up.bias"):
             if part in layer:
                 layer[part] = layer[part][kept]
