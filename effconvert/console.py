@@ -1,9 +1,10 @@
 """Output for people: tables on stdout, and progress on stderr if that is a terminal."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,7 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 from rich.table import Table
 
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.replaced import CLASS, SKIPS
+from effconvert.checkpoint.replaced import CLASS, SKIPS, Replaced
 from effconvert.convert import selftext
 from effconvert.convert.calibration import calibration_bytes
 from effconvert.convert.inspection import Inspection, Look
@@ -246,15 +247,26 @@ def _shape(config: Config) -> str:
 
 
 def _differences(config: Config) -> Iterator[str]:
+    groups: dict[tuple[str, str], list[Replaced]] = {}
     for record in config.replaced:
-        technique = f"{record.technique} {_options(dict(record.options))}".strip()
-        yield f"{len(record.layers)} of {config.layers} layers have {technique} in place of {PLACES.get(record.place, record.place)}"
+        groups.setdefault((record.technique, record.place), []).append(record)
+    for (name, place), records in groups.items():
+        technique = f"{name} {_options({key: _range([record.options[key] for record in records]) for key in records[0].options})}".strip()
+        count = sum(len(record.layers) for record in records)
+        yield f"{count} of {config.layers} layers have {technique} in place of {PLACES.get(place, place)}"
     for common in config.shared:
         what = {"layer": "all that they have", "cache": "keys and values"}.get(common.what, f"their {common.what}")
         yield f"layers {', '.join(map(str, common.layers))} share {what}"
     for word, place in SKIPS.items():
         if gone := sum(place in config.skips(index) for index in range(config.layers)):
             yield f"{gone} of {config.layers} layers have no {word}"
+
+
+def _range(values: Sequence[Any]) -> Any:
+    """Return the one value of several records, or all of them; of numbers the least and the greatest."""
+    if all(value == values[0] for value in values):
+        return values[0]
+    return f"{min(values)}-{max(values)}" if all(type(value) is int for value in values) else " or ".join(dict.fromkeys(map(str, values)))
 
 
 def _options(options: dict[str, object]) -> str:

@@ -128,7 +128,7 @@ def _of_unknown_layout(model: Unknown, shown: str) -> Opened:
 
 def _mixer(config: Config, index: int) -> str:
     """Name the mixer of a layer, "" for softmax attention."""
-    return "no attention" if "attention" in config.skips(index) else " ".join(record.technique for record in config.replaced_in(index))
+    return "no attention" if "attention" in config.skips(index) else " ".join(dict.fromkeys(record.technique for record in config.replaced_in(index)))
 
 
 def pick_device(name: str | None) -> str:

@@ -1,7 +1,7 @@
 """Run the model before a step that chooses something, on the calibration text and before the plan, with the weights of one layer in memory."""
 # B = texts run at a time, T = tokens, M = hidden width, V = vocabulary, C = tokens of it at a time.
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.layer import Layer, Model
 from effconvert.checkpoint.outer import Outer
+from effconvert.heal._capture import Capture
 from effconvert.heal._layerwise import LayerRunner, check_finite, device, outer_tensors, return_memory, stored_tensors, zero_sublayer
 from effconvert.progress import Advance
+from effconvert.surgery.projections._factors import product_of
 
 STRIDE = 4  # the prediction after every fourth token is compared: neighbours have nearly the same divergence
 ROWS = 8192  # rows of the head in memory at a time
@@ -39,23 +41,32 @@ class Forward:
         self._runner = LayerRunner(self.config, outer_tensors(self._outer, ids), ids, device(), head=self.config.decoder)
         return self._runner.begin()
 
-    def layer(self, index: int, states: Sequence[Tensor], without: str = "") -> list[Tensor]:
-        """Return a layer's outputs for the inputs `states`, whole or without its attention or ffn."""
-        layer = self.weights(index)
-        tensors = {name: numbers.to(device()) for name, (_, numbers, _) in stored_tensors(zero_sublayer(layer, without) if without else layer).items()}
-        outputs = [capture.out for capture in self._runner.run(index, tensors, states)]
+    def layer(self, index: int, states: Sequence[Tensor], without: str = "", weights: Mapping[str, Tensor] | None = None) -> list[Tensor]:
+        """Return a layer's outputs for the inputs `states`, whole or without its attention or ffn, or with other `weights` of some parts."""
+        layer = self.parts(index)
+        layer = zero_sublayer(layer, without) if without else layer.on_top(index, layer.config)
+        for part, tensor in (weights or {}).items():
+            layer[part] = tensor
+        outputs = [capture.out for capture in self._run(layer, states)]
         check_finite(outputs, f"layer {index}")
         return_memory()
         return outputs
 
-    def inputs(self, index: int, states: Sequence[Tensor], part: str) -> list[Tensor]:
-        """Return what a layer's module of `part` reads for the inputs `states`: [B, T, ...] for each batch."""
-        tensors = {name: numbers.to(device()) for name, (_, numbers, _) in stored_tensors(self.weights(index)).items()}
-        return [capture.inputs[part] for capture in self._runner.run(index, tensors, states, (part,), part)]
-
-    def weights(self, index: int) -> Layer:
+    def parts(self, index: int) -> Layer:
         """Return the tensors of a layer."""
         return self._model().layers[index]
+
+    def weights(self, index: int, part: str) -> Tensor:
+        """Return the matrix of a projection of a layer, [out, in] in float32."""
+        return product_of(self.parts(index), part)
+
+    def capture(self, index: int, states: Sequence[Tensor], part: str) -> Iterator[Capture]:
+        """Run a layer up to a part, and yield its inputs and outputs for each batch."""
+        return self._run(self.parts(index), states, part)
+
+    def _run(self, layer: Layer, states: Sequence[Tensor], until: str = "") -> Iterator[Capture]:
+        tensors = {name: numbers.to(device()) for name, (_, numbers, _) in stored_tensors(layer).items()}
+        return self._runner.run(layer.index, tensors, states, (until,) if until else (), until)
 
     def divergence(self, reference: Sequence[Tensor], states: Sequence[Tensor]) -> float:
         """Return KL(reference || states) in nats a token, of the predictions after every fourth token.

@@ -11,6 +11,7 @@ from effconvert.heal._capture import Capture
 from effconvert.heal._layerwise import zero_sublayer
 from effconvert.heal._regression import AttentionWindow, Queries, Rotation, Values, by_head, solve
 from effconvert.surgery._ridge import HELD_OUT, Moments, ridge
+from effconvert.surgery.projections._factors import assign_product, output_of, product_of
 
 NEGLIGIBLE = 1e-5  # relative error below which there is nothing to heal
 
@@ -49,7 +50,7 @@ def refit_stream(layer: Layer, part: str, step: int) -> None:
     The output after a norm is not linear in the weights before it, so such parts stay.
     """
     assert layer.activations
-    if part not in layer or layer.config.norms_stream or {"o": "attn_post_norm", "down": "mlp_post_norm"}[part] in layer:
+    if not output_of(layer, part) or layer.config.norms_stream or {"o": "attn_post_norm", "down": "mlp_post_norm"}[part] in layer:
         return
     alone = zero_sublayer(layer, "ffn") if part == "o" else layer  # up to this part of the layer
     _fit_part(layer, alone, part, layer.activations.original_stream(step))
@@ -63,19 +64,19 @@ def _fit_part(layer: Layer, alone: Layer, part: str, targets: Sequence[Tensor]) 
         for row, (inputs, residuals) in enumerate(zip(_inputs(capture, part), (target - capture.out) / factor, strict=True)):
             moments[_is_held_out(index, row, targets)].add(inputs, residuals)
     if (change := ridge(*moments)) is not None:
-        layer[part] = layer[part] + change.float().cpu()
+        assign_product(layer, part, product_of(layer, part) + change.cpu(), moments[0].gram)
 
 
 def _residual_multiplier(layer: Layer, part: str) -> float:
     """Return the factor by which a part's output is added to the stream: not 1 in families with a residual multiplier, such as Granite."""
     assert layer.activations
-    weights, outs = layer[part], []
-    for trial in (torch.zeros_like(weights), weights):
+    name, outs = output_of(layer, part), []
+    for trial in (torch.zeros_like(layer[name]), layer[name]):
         copy = layer.on_top(layer.index, layer.config)
-        copy[part] = trial
+        copy[name] = trial
         capture = next(layer.activations.capture(copy, (part,)))
         outs.append(capture.out)
-    output = _inputs(capture, part) @ weights.to(capture.out).T
+    output = _inputs(capture, part) @ product_of(layer, part).to(capture.out).T
     return float(((outs[1] - outs[0]) * output).sum() / output.square().sum()) if output.any() else 1.0
 
 

@@ -26,6 +26,7 @@ from effconvert.heal._capture import PROBE, Capture, StopForwardError, record, r
 from effconvert.modeling.loading import class_of
 from effconvert.modeling.transformers_internals import names_at_run_time
 from effconvert.quiet import quiet_transformers
+from effconvert.surgery.projections._factors import output_of
 
 OUTPUT_PARTS = {"scores": "o", "attention": "o", "ffn": "down"}  # place -> the part whose output is the place's output
 Tensors = Mapping[str, Tensor]  # name in a layer -> tensor, as the family stores it
@@ -211,7 +212,7 @@ def zero_sublayer(layer: Layer, place: str) -> Layer:
     """Return a copy of a layer whose attention or ffn adds zero: its output projection is zero."""
     copy = layer.on_top(layer.index, layer.config)
     for part in layer.config.sublayer(place):
-        for name in (part, f"{part}.bias") if part == "o" or part.endswith("down") else ():
+        for name in (output_of(layer, part), f"{part}.bias") if part == "o" or part.endswith("down") else ():
             if name in layer:
                 copy[name] = torch.zeros_like(layer[name])
     return copy

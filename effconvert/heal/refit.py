@@ -5,6 +5,7 @@ from __future__ import annotations  # type imports stay lazy: `--help` must not 
 from functools import partial
 from typing import TYPE_CHECKING
 
+from effconvert.checkpoint.replaced import overlap
 from effconvert.heal._healing import Healing
 
 if TYPE_CHECKING:
@@ -17,9 +18,9 @@ class Refit(Healing):
 
     Linear algebra, no gradients. Layers are refitted one by one, on the output of the refitted layers below. Queries are fitted to the attention
     scores of the original's layer, values and the output projection to its attention's output. A layer with a mixer refits its output projection
-    alone; a layer without any attention fits its MLP to the output of the original's layer. After dropped layers, attention and MLP outputs are
-    also fitted to the original's hidden states, and so are the outputs of narrow FFNs and of experts that one was split into. A change that does not improve
-    held-out windows is not kept. MODEL is the converted model.
+    alone; a layer without any attention fits its MLP to the output of the original's layer. After dropped layers and low-rank projections, attention
+    and MLP outputs are also fitted to the original's hidden states, and so are the outputs of narrow FFNs and of experts that one was split into. A
+    change that does not improve held-out windows is not kept. MODEL is the converted model.
 
     \b
     Examples:
@@ -50,7 +51,7 @@ class Refit(Healing):
             refit_attention(layer, originals[0])
 
     def rewrite(self, model: Model) -> None:
-        """Refit each layer to the original's layers that it stands for; after the first gap, narrow FFNs and experts in place of one also to its stream."""
+        """Refit each layer to the original's layers that it stands for; after gaps and low rank, and for narrow FFNs and experts, also to its stream."""
         super().rewrite(model)
         narrow = model.config.ffn < model.original.ffn and not model.original.experts
         for layer, steps in zip(model.layers, after_gaps(model), strict=True):
@@ -72,9 +73,12 @@ class Refit(Healing):
             refit_experts(layer, outputs, originals)
 
     def _follow(self, layer: Layer, steps: dict[str, int]) -> None:
+        from effconvert.surgery.projections._factors import output_of
+
         for part, step in steps.items():
-            if part in layer:
-                layer[part] = layer[part]
+            if name := output_of(layer, part):
+                for factor in {name, name.replace("left", "right")}:
+                    layer[factor] = layer[factor]
                 if layer.activations:
                     from effconvert.heal._layer import refit_stream
 
@@ -83,7 +87,7 @@ class Refit(Healing):
 
 def _without_attention(layer: Layer) -> bool:
     """Whether a technique replaces all of a layer's attention, with its output projection."""
-    return any("o" in record.drops for record in layer.config.replaced_in(layer.index))
+    return any("o" in record.drops and record.place != "o" for record in layer.config.replaced_in(layer.index))
 
 
 def _notes_by_place(config: Config) -> list[str]:
@@ -92,7 +96,9 @@ def _notes_by_place(config: Config) -> list[str]:
     for record in config.replaced:
         name = f"{record.technique} in place of their {record.place}"
         linear = "down" in config.parts and not any("down" in other.drops for index in record.layers for other in config.replaced_in(index))
-        if record.place == "scores":
+        if record.technique == "low-rank":
+            notes.append("from the first low-rank projection on, the outputs of attention and MLP are fitted to the original's hidden states")
+        elif record.place == "scores":
             notes.append("in layers with a mixer only the output projection is refitted; transfer does more")
         elif "o" in record.drops and linear and "mlp_post_norm" not in config.parts:
             notes.append(f"in layers with {name} only the MLP's output projection is refitted; transfer does more")
@@ -106,9 +112,9 @@ def _notes_by_place(config: Config) -> list[str]:
 
 
 def after_gaps(model: Model) -> list[dict[str, int]]:
-    """Return for each layer its parts that write to the stream just before a gap or after it, each with the step of the original that follows.
+    """Return for each layer its parts that write to the stream just before a gap, at a low-rank projection or after these, each with the step that follows.
 
-    Step 2 l is the input of the original's layer l, step 2 l + 1 the stream between its attention and its FFN.
+    Step 2 l of the original is the input of its layer l, step 2 l + 1 the stream between its attention and its FFN.
     """
     half = {"attention": ("o", 0), "ffn": ("down", 1)}
     writers = [
@@ -119,9 +125,10 @@ def after_gaps(model: Model) -> list[dict[str, int]]:
     ]
     steps = {2 * layer + second for layer in range(model.original.layers) for place, (_, second) in half.items() if place not in model.original.skips(layer)}
     targets: list[dict[str, int]] = [{} for _ in model.layers]
+    thin = [{int(overlap(record.place, "ffn")) for record in model.config.replaced_in(layer.index) if record.technique == "low-rank"} for layer in model.layers]
     dropped = not steps.isdisjoint(range(writers[0][2]))
     for (index, part, step), (_, _, following) in zip(writers, [*writers[1:], (0, "", 2 * model.original.layers)], strict=True):
-        dropped = dropped or not steps.isdisjoint(range(step + 1, following))
+        dropped = dropped or step % 2 in thin[index] or not steps.isdisjoint(range(step + 1, following))
         if dropped:
             targets[index][part] = following
     return targets

@@ -22,7 +22,7 @@ class LayerCache:
 def caches(config: Config) -> Iterator[LayerCache]:
     """Yield the cache of each layer; encoders have none."""
     for index, window in enumerate(config.windows()):
-        record = next((record for record in config.replaced_in(index) if record.place == "scores" or "k" in record.drops), None)
+        record = next((record for record in config.replaced_in(index) if record.place == "scores" or ("k" in record.drops and record.place != "k")), None)
         if not config.decoder:
             yield LayerCache(softmax=False)
         elif config.cache_of(index) != index:

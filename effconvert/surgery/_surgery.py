@@ -4,7 +4,7 @@ from __future__ import annotations  # type imports stay lazy: `--help` must not 
 
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, Self, cast
@@ -35,13 +35,16 @@ class ForwardProtocol(Protocol):
     def begin(self, tokens: int) -> list[Tensor]:
         """Return the inputs of the first layer for about `tokens` tokens, spread over the text."""
 
-    def layer(self, index: int, states: Sequence[Tensor], without: str = "") -> list[Tensor]:
-        """Return a layer's outputs for the inputs `states`, whole or without its attention or ffn."""
+    def layer(self, index: int, states: Sequence[Tensor], without: str = "", weights: Mapping[str, Tensor] | None = None) -> list[Tensor]:
+        """Return a layer's outputs for the inputs `states`, whole or without its attention or ffn, or with other `weights` of some parts."""
 
-    def inputs(self, index: int, states: Sequence[Tensor], part: str) -> list[Tensor]:
-        """Return what a layer's module of `part` reads for the inputs `states`: [B, T, ...] for each batch."""
+    def weights(self, index: int, part: str) -> Tensor:
+        """Return the matrix of a projection of a layer, [out, in] in float32."""
 
-    def weights(self, index: int) -> Layer:
+    def capture(self, index: int, states: Sequence[Tensor], part: str) -> Iterator[Any]:
+        """Run a layer up to a part, and yield its inputs and outputs for each batch."""
+
+    def parts(self, index: int) -> Layer:
         """Return the tensors of a layer."""
 
     def divergence(self, reference: Sequence[Tensor], states: Sequence[Tensor]) -> float:

@@ -47,6 +47,7 @@ class Case:
     small_from: dict = field(default_factory=dict)  # changes to the config of the models that `small` is tried on: {"mlp_bias": False}
     neutral_from: dict = field(default_factory=dict)  # likewise for `neutral`: {"num_key_value_heads": 2}
     added: tuple = ()  # tensors outside the layers that appear where it becomes another family of transformers: ("pooler.dense.weight",)
+    pipeline: tuple = ()  # the families on which whole conversions are tried, where a few stand for all: ("llama", "bert")
     native_keys: tuple = ()  # keys of config.json that change there, beside those that name the family: ("use_cache",)
 
 
@@ -57,6 +58,8 @@ NARROWING = [kind for kind, family in FAMILIES.items() if family.ffn_key and not
 UNLIKE = [kind for kind, keys in SETTINGS.items() if FAMILIES[kind].decoder and {"layer_types", "no_rope_layers"} & keys.keys()]  # each layer with its window
 FUSED = ("phi3", "gpt_bigcode", "falcon")
 SHARING = [kind for kind in GROUPING if FAMILIES[kind].decoder and kind not in (*UNLIKE, *FUSED)]
+FFN = [[family.parts.get(part) for part in ("gate", "up", "down") if part in family.parts] for family in FAMILIES.values()]
+UNFUSED = [kind for kind, modules in zip(FAMILIES, FFN, strict=True) if modules and len(modules) == len(set(modules))]  # an FFN of single projections
 OUT_OF_REACH = "has attention of its own|does not attend"
 EXPERTS = {
     "replaces": ("gate", "up", "down"),
@@ -88,6 +91,7 @@ CASES = {
         keys=("ffn_key",),
         same_bytes=True,
     ),
+    "low-rank": Case({"rank": 6}, {"rank": 32}, UNFUSED, "in one module|has no module of its own", pipeline=("llama", "qwen2_moe", "gpt2", "bert")),
     "expand-kv": Case(
         {"groups": 2},
         {"groups": 4},
@@ -126,7 +130,7 @@ for name, row in mixing.ROWS.items():  # what they compute is tried on all famil
     CASES[name] = Case(row.small, row.neutral, row.pipeline, next(iter(row.refused.values())), cache=True, encoder=row.encoder)
 KINDS = {name: list(FAMILIES) if case.kinds is None else case.kinds for name, case in CASES.items()}
 # Every family once, by gqa; families that are laid out and compute as others do are not gone through by every technique.
-MATRIX = [(name, kind) for name, kinds in KINDS.items() for kind in kinds if kind not in mixing.AS_OTHERS or name == "gqa"]
+MATRIX = [(name, kind) for name, kinds in KINDS.items() for kind in CASES[name].pipeline or kinds if kind not in mixing.AS_OTHERS or name == "gqa"]
 TABLED = [name for name in CASES if name in mixing.ROWS]  # mixers between projections: all their families are there
 NEUTRAL = [
     (name, kind)

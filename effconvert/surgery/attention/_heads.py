@@ -1,7 +1,7 @@
 """Read the attention heads of a layer in float64, with the moments of their inputs, and write them back."""
 # M = hidden width (one more with a bias), H = query heads, Hk = KV heads, R = H/Hk, D = head width, P = rotary pairs, D' = D - 2P.
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -79,9 +79,14 @@ def projections(read: Callable[[str], Tensor], config: Config, biases: Collectio
 def second_moment(layer: Layer, part: str, biased: bool) -> Tensor:
     """Return E[x x^T] of a part's inputs, [M, M] in float64; with a bias x ends in 1."""
     assert layer.activations
+    return moment_of((capture.inputs[part] for capture in layer.activations.capture(layer, (part,), until=part)), biased)
+
+
+def moment_of(batches: Iterable[Tensor], biased: bool = False) -> Tensor:
+    """Return E[x x^T] of batches [..., M], [M, M] in float64; with a bias x ends in 1."""
     total, count = torch.zeros(0), 0
-    for capture in layer.activations.capture(layer, (part,), until=part):
-        inputs = capture.inputs[part].flatten(0, -2)  # [B*T, M]
+    for batch in batches:
+        inputs = batch.flatten(0, -2)  # [B*T, M]
         inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1) if biased else inputs
         total = (inputs.T @ inputs).double().cpu() + (total if count else 0)
         count += len(inputs)

@@ -123,13 +123,13 @@ class ShareKv(Layerwise):
         with forward.bar(config.layers) as advance:
             for index in range(config.layers):
                 if index in needed:
-                    inputs[index] = torch.cat([rows.flatten(0, -2) for rows in forward.inputs(index, states, "q")]).cpu()
+                    inputs[index] = torch.cat([capture.inputs["q"].flatten(0, -2) for capture in forward.capture(index, states, "q")]).cpu()
                 if index in earlier:
                     energy = (
                         torch.cat([state.flatten(0, -2) for state in states]).double().square().sum(1).log().mean().exp()
                     )  # a geometric mean, which a few huge tokens do not decide
                     before = earlier[index]
-                    costs[before, index] = sharing_cost(forward.weights(before), forward.weights(index), inputs.pop(before), inputs[index]) / float(energy)
+                    costs[before, index] = sharing_cost(forward.parts(before), forward.parts(index), inputs.pop(before), inputs[index]) / float(energy)
                 states = forward.layer(index, states)
                 advance(1)
         readers = [reader for _, reader in pairs(config, costs, self.drop or 0)]

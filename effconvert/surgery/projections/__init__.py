@@ -1,0 +1,1 @@
+"""Techniques that change projections, whatever they belong to."""

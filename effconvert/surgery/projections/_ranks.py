@@ -1,0 +1,78 @@
+"""Choose ranks by what truncation loses on a text: the least sum of losses for a share of the parameters (water-filling).
+
+The loss of a projection is the error in the residual stream behind its layer, in shares of each token's energy there. It is measured at one rank, by
+running the layer with the truncated projection; for other ranks it is proportional to the energy of the outputs that they lose.
+"""
+# O = outputs of a projection, I = its inputs, K = rank, T = tokens, M = hidden width.
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from effconvert.surgery._surgery import ForwardProtocol
+from effconvert.surgery.attention._heads import moment_of
+from effconvert.surgery.projections._factors import factors, losses
+from effconvert.surgery.projections._parts import SAME_INPUT, equal_rank
+
+TOKENS = 4096  # of the calibration text, for the choice
+STEPS = 100  # of the bisection
+LEAST = 20  # no rank is less than this part of the full one
+
+
+def choose(forward: ForwardProtocol, projections: Sequence[tuple[int, str]], ratio: float) -> list[int]:
+    """Return the rank of each projection (layer, part), 0 for one that stays whole, so that `ratio` of their parameters are left."""
+    curves: dict[tuple[int, str], Tensor] = {}
+    states = forward.begin(TOKENS)
+    with forward.bar(forward.config.layers) as advance:
+        for index in range(forward.config.layers):
+            outputs = forward.layer(index, states)
+            for part, curve in _curves(forward, index, states, outputs, [part for layer, part in projections if layer == index], ratio):
+                curves[index, part] = curve
+            states = outputs
+            advance(1)
+    return fill([curves[projection] for projection in projections], [forward.config.matrices[part] for _, part in projections], ratio)
+
+
+def _curves(
+    forward: ForwardProtocol, index: int, states: Sequence[Tensor], outputs: Sequence[Tensor], parts: Sequence[str], ratio: float
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield parts of a layer with what they lose at each rank from 0 to the full one, [min(O, I) + 1]."""
+    for group in SAME_INPUT:
+        together = [part for part in group if part in parts]
+        if not together:
+            continue
+        moment = moment_of(batch.inputs[together[0]] for batch in forward.capture(index, states, together[0]))
+        for part in together:
+            weight, rank = forward.weights(index, part), equal_rank(*forward.config.matrices[part], ratio)
+            left, right = factors(weight, moment, rank)
+            changed = forward.layer(index, states, weights={part: (left @ right).float()})
+            errors = [(new - old).square().sum(-1) / old.square().sum(-1) for new, old in zip(changed, outputs, strict=True)]  # [B, T]
+            curve = losses(weight, moment)
+            yield part, curve / curve[rank].clamp_min(torch.finfo(curve.dtype).tiny) * torch.cat([error.flatten() for error in errors]).mean().double().cpu()
+
+
+def fill(curves: Sequence[Tensor], shapes: Sequence[tuple[int, int]], ratio: float) -> list[int]:
+    """Return the ranks with the least sum of losses at a share of the parameters; 0 where a matrix [O, I] stays whole.
+
+    Each matrix minimises its loss plus a price for each parameter; the price is the least that keeps the share.
+    """
+    budget = ratio * sum(out * inner for out, inner in shapes)
+    low, high = 1e-30, 1e30  # prices: too many parameters at the first, few enough at the second
+    for _ in range(STEPS):
+        price = (low * high) ** 0.5
+        low, high = (low, price) if _parameters(_at(price, curves, shapes), shapes) <= budget else (price, high)
+    return _at(high, curves, shapes)
+
+
+def _at(price: float, curves: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> list[int]:
+    ranks: list[int] = []
+    for curve, (out, inner) in zip(curves, shapes, strict=True):
+        least, most = -(-min(out, inner) // LEAST), (out * inner - 1) // (out + inner)  # above which two matrices are no smaller than one
+        costs = curve[least : most + 1] + price * (out + inner) * torch.arange(least, most + 1, dtype=curve.dtype)
+        ranks.append(least + int(costs.argmin()) if len(costs) and costs.min() < price * out * inner else 0)
+    return ranks
+
+
+def _parameters(ranks: Sequence[int], shapes: Sequence[tuple[int, int]]) -> int:
+    return sum(rank * (out + inner) if rank else out * inner for rank, (out, inner) in zip(ranks, shapes, strict=True))
