@@ -96,7 +96,9 @@ def _notes_by_place(config: Config) -> list[str]:
     for record in config.replaced:
         name = f"{record.technique} in place of their {record.place}"
         linear = "down" in config.parts and not any("down" in other.drops for index in record.layers for other in config.replaced_in(index))
-        if record.technique == "low-rank":
+        if record.technique == "low-rank" and ("mlp_post_norm" in config.parts or config.norms_stream):
+            notes.append("a norm follows its attention and MLP, so nothing makes up for low-rank; use transfer")
+        elif record.technique == "low-rank":
             notes.append("from the first low-rank projection on, the outputs of attention and MLP are fitted to the original's hidden states")
         elif record.place == "scores":
             notes.append("in layers with a mixer only the output projection is refitted; transfer does more")

@@ -14,6 +14,7 @@ from effconvert.cli import main
 from effconvert.convert.plan import plan
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError, OptionError
+from effconvert.heal._forward import Forward
 from effconvert.heal.refit import Refit, _without_attention
 from effconvert.modeling.loading import class_of
 from effconvert.options import RunOptions
@@ -238,6 +239,14 @@ def test_a_replaced_projection_is_not_replaced_again():
     assert read_config(Path("other")).replaced_at(0, "up").options == {"parts": "up", "rank": 5}
 
 
+@pytest.mark.parametrize(
+    ("kind", "note"), [("llama", "from the first low-rank projection on, the outputs"), ("olmo2", "a norm follows its"), ("bert", "a norm follows its")]
+)
+def test_the_plan_says_what_refit_does(kind, note):
+    notes = plan(open_checkpoint(save(tiny(kind), Path("planned"))), (LowRank(rank=6), Refit())).notes
+    assert [text for text in notes if text.startswith("refit") and note in text]
+
+
 def test_shared_projections_are_refused():
     put(Path("source"), num_hidden_layers=3)
     run("source", Share(what="ffn"), place="shared")
@@ -334,6 +343,15 @@ def test_the_loss_is_measured_behind_the_layer():
     ranks = [int(rank) for rank in run("source", LowRank(ratio=0.5, parts="q,v")).plan.recipe[0]["low-rank"]["rank"].split(",")]
     assert ranks[:2] == [2, 2]
     assert all(rank > 8 or rank == 0 for rank in ranks[2:])
+
+
+def test_layers_that_predictions_depend_on_keep_most(monkeypatch):
+    put(Path("source"))
+    divergences = iter([1e-9, 1.0])  # of the predictions, with layer 0 truncated and with layer 1
+    monkeypatch.setattr(Forward, "divergence", lambda self, reference, states: next(divergences))
+    ranks = [int(rank) for rank in run("source", LowRank(ratio=0.5)).plan.recipe[0]["low-rank"]["rank"].split(",")]
+    assert ranks[:3] == [2, 2, 2]
+    assert all(rank > 8 or rank == 0 for rank in ranks[3:])
 
 
 def test_the_recipe_beside_the_weights_gives_the_same_bytes_again():

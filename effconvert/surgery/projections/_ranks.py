@@ -1,7 +1,8 @@
 """Choose ranks by what truncation loses on a text: the least sum of losses for a share of the parameters (water-filling).
 
 The loss of a projection is the error in the residual stream behind its layer, in shares of each token's energy there. It is measured at one rank, by
-running the layer with the truncated projection; for other ranks it is proportional to the energy of the outputs that they lose.
+running the layer with the truncated projection; for other ranks it is proportional to the energy of the outputs that they lose. An error counts by what
+it does to the predictions: the divergence that a layer causes with all its projections truncated, for each share of error behind it.
 """
 # O = outputs of a projection, I = its inputs, K = rank, T = tokens, M = hidden width.
 
@@ -17,27 +18,41 @@ from effconvert.surgery.projections._parts import SAME_INPUT, equal_rank
 
 TOKENS = 4096  # of the calibration text, for the choice
 STEPS = 100  # of the bisection
+TINY = torch.finfo(torch.float64).tiny
 LEAST = 20  # no rank is less than this part of the full one
 
 
 def choose(forward: ForwardProtocol, projections: Sequence[tuple[int, str]], ratio: float) -> list[int]:
     """Return the rank of each projection (layer, part), 0 for one that stays whole, so that `ratio` of their parameters are left."""
     curves: dict[tuple[int, str], Tensor] = {}
+    truncated: dict[int, list[Tensor]] = {}  # the first states behind each layer with all its projections truncated
+    distances: dict[int, Tensor] = {}  # of these from the states
     states = forward.begin(TOKENS)
-    with forward.bar(forward.config.layers) as advance:
-        for index in range(forward.config.layers):
-            outputs = forward.layer(index, states)
-            for part, curve in _curves(forward, index, states, outputs, [part for layer, part in projections if layer == index], ratio):
-                curves[index, part] = curve
+    layers = range(forward.config.layers)
+    with forward.bar(2 * len(layers)) as advance:
+        for index in layers:
+            outputs, weights = forward.layer(index, states), {}
+            for part, product, curve in _curves(forward, index, states, outputs, [part for layer, part in projections if layer == index], ratio):
+                curves[index, part], weights[part] = curve, product
+            if weights:
+                truncated[index] = forward.layer(index, states[:1], weights=weights)
+                distances[index] = _distance(truncated[index], outputs[:1])
             states = outputs
+            advance(1)
+        for index in truncated if forward.config.decoder and forward.config.predicts else ():
+            last = truncated[index]
+            for later in layers[index + 1 :]:
+                last = forward.layer(later, last)
+            effect = forward.divergence(states[:1], last) / float(distances[index].clamp_min(TINY))
+            curves |= {(layer, part): curve * effect for (layer, part), curve in curves.items() if layer == index}
             advance(1)
     return fill([curves[projection] for projection in projections], [forward.config.matrices[part] for _, part in projections], ratio)
 
 
 def _curves(
     forward: ForwardProtocol, index: int, states: Sequence[Tensor], outputs: Sequence[Tensor], parts: Sequence[str], ratio: float
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield parts of a layer with what they lose at each rank from 0 to the full one, [min(O, I) + 1]."""
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield parts of a layer with their truncated matrices, and with what they lose at each rank from 0 to the full one, [min(O, I) + 1]."""
     for group in SAME_INPUT:
         together = [part for part in group if part in parts]
         if not together:
@@ -46,10 +61,15 @@ def _curves(
         for part in together:
             weight, rank = forward.weights(index, part), equal_rank(*forward.config.matrices[part], ratio)
             left, right = factors(weight, moment, rank)
-            changed = forward.layer(index, states, weights={part: (left @ right).float()})
-            errors = [(new - old).square().sum(-1) / old.square().sum(-1) for new, old in zip(changed, outputs, strict=True)]  # [B, T]
-            curve = losses(weight, moment)
-            yield part, curve / curve[rank].clamp_min(torch.finfo(curve.dtype).tiny) * torch.cat([error.flatten() for error in errors]).mean().double().cpu()
+            product, curve = (left @ right).float(), losses(weight, moment)
+            changed = forward.layer(index, states, weights={part: product})
+            yield part, product, curve / curve[rank].clamp_min(TINY) * _distance(changed, outputs)
+
+
+def _distance(changed: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
+    """Return the mean error of tokens [B, T, M], in shares of the energy of each."""
+    errors = [(new - old).square().sum(-1) / old.square().sum(-1) for new, old in zip(changed, outputs, strict=True)]  # [B, T]
+    return torch.cat([error.flatten() for error in errors]).mean().double().cpu()
 
 
 def fill(curves: Sequence[Tensor], shapes: Sequence[tuple[int, int]], ratio: float) -> list[int]:
