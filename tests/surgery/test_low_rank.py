@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.checkpoint.reading import read_config
 from effconvert.cli import main
+from effconvert.console import _differences
 from effconvert.convert.plan import plan
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError, OptionError
@@ -178,6 +179,14 @@ def test_config_json_has_the_rank_of_each_replaced_projection():
     }
 
 
+def test_the_plan_shows_ranks_as_a_range():
+    assert list(_differences(planned(rank="6,0,5,4,6,5").config)) == [
+        "2 of 2 layers have low-rank --parts gate --rank 4-6 in place of gate",
+        "2 of 2 layers have low-rank --parts down --rank 5 in place of down",
+        "1 of 2 layers have low-rank --parts up --rank 6 in place of up",
+    ]
+
+
 def test_a_projection_of_rank_0_stays_as_it_is():
     put(Path("source"))
     run("source", LowRank(rank="6,0,5,0,0,0", parts="mlp"))
@@ -331,6 +340,17 @@ def test_ratio_gives_most_to_the_projections_that_lose_most():
     assert ranks[1, "down"] > 10 or not ranks[1, "down"]
     own = [tensor for name, tensor in tensors(Path("out")).items() if ".mlp." in name]
     assert 0.27 * 6 * 32 * 64 < sum(tensor.numel() for tensor in own if tensor.ndim == 2) <= 0.3 * 6 * 32 * 64
+
+
+def test_a_projection_that_is_zero_gets_the_least_rank():
+    put(Path("source"))
+    model = opened("source")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.zero_()
+    save(model, Path("source"))
+    ranks = run("source", LowRank(ratio=0.5)).plan.recipe[0]["low-rank"]["rank"].split(",")
+    assert ranks[1] == "2"
+    assert logits(opened("out")).isfinite().all()
 
 
 def test_the_loss_is_measured_behind_the_layer():

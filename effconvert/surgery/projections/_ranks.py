@@ -18,7 +18,7 @@ from effconvert.surgery.projections._parts import SAME_INPUT, equal_rank
 
 TOKENS = 4096  # of the calibration text, for the choice
 STEPS = 100  # of the bisection
-TINY = torch.finfo(torch.float64).tiny
+TINY, NEGLIGIBLE = 1e-100, 1e-12  # least divisor; share of a projection's energy that is rounding
 LEAST = 20  # no rank is less than this part of the full one
 
 
@@ -43,7 +43,7 @@ def choose(forward: ForwardProtocol, projections: Sequence[tuple[int, str]], rat
             last = truncated[index]
             for later in layers[index + 1 :]:
                 last = forward.layer(later, last)
-            effect = forward.divergence(states[:1], last) / float(distances[index].clamp_min(TINY))
+            effect = max(0.0, forward.divergence(states[:1], last)) / float(distances[index].clamp_min(TINY))  # rounded, it may be below 0
             curves |= {(layer, part): curve * effect for (layer, part), curve in curves.items() if layer == index}
             advance(1)
     return fill([curves[projection] for projection in projections], [forward.config.matrices[part] for _, part in projections], ratio)
@@ -63,7 +63,8 @@ def _curves(
             left, right = factors(weight, moment, rank)
             product, curve = (left @ right).float(), losses(weight, moment)
             changed = forward.layer(index, states, weights={part: product})
-            yield part, product, curve / curve[rank].clamp_min(TINY) * _distance(changed, outputs)
+            least = curve[0].clamp_min(TINY) * NEGLIGIBLE  # a matrix may have no more than this rank
+            yield part, product, curve / curve[rank].clamp_min(least) * _distance(changed, outputs)
 
 
 def _distance(changed: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
