@@ -249,10 +249,15 @@ def test_a_replaced_projection_is_not_replaced_again():
 
 
 @pytest.mark.parametrize(
-    ("kind", "note"), [("llama", "from the first low-rank projection on, the outputs"), ("olmo2", "a norm follows its"), ("bert", "a norm follows its")]
+    ("kind", "changes", "note"),
+    [
+        ("llama", {}, "from the first low-rank projection on, the outputs"),
+        ("olmo2", {}, "a norm follows its"),
+        ("opt", {"do_layer_norm_before": False}, "a norm follows its"),
+    ],
 )
-def test_the_plan_says_what_refit_does(kind, note):
-    notes = plan(open_checkpoint(save(tiny(kind), Path("planned"))), (LowRank(rank=6), Refit())).notes
+def test_the_plan_says_what_refit_does(kind, changes, note):
+    notes = plan(open_checkpoint(save(tiny(kind, **changes), Path("planned"))), (LowRank(rank=6), Refit())).notes
     assert [text for text in notes if text.startswith("refit") and note in text]
 
 
