@@ -90,6 +90,7 @@ CASES = {
         parts=("gate", "gate.bias", "up", "up.bias", "down"),
         keys=("ffn_key",),
         same_bytes=True,
+        pipeline=("llama", "phi3", "gemma2", "gpt2", "opt", "falcon", "bert", "distilbert"),
     ),
     "low-rank": Case({"rank": 6}, {"rank": 32}, UNFUSED, "in one module|has no module of its own", pipeline=("llama", "qwen2_moe", "gpt2", "bert")),
     "expand-kv": Case(
@@ -117,6 +118,7 @@ CASES = {
         parts=("q", "q.bias", "k", "k.bias", "v", "v.bias", "o"),
         some=True,
         cache=True,
+        pipeline=("llama", "qwen2", "qwen3", "olmo2", "stablelm", "mixtral"),
     ),
     "prune-layers": Case(
         {"layers": "1", "only": "attention"},
