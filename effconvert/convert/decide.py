@@ -17,7 +17,7 @@ from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.sources import cache
 from effconvert.convert import selftext
 from effconvert.convert.calibration import check_caches, prepare
-from effconvert.convert.plan import Plan, plan
+from effconvert.convert.plan import Plan, code_of, plan
 from effconvert.errors import OptionError
 from effconvert.eval.results import versions
 from effconvert.options import RunOptions
@@ -72,7 +72,7 @@ def _decide(step: Step, before: Plan, progress: Progress) -> Step:
 
 
 def _cache_file(step: Step, before: Plan) -> Path:
-    key = json.dumps([before.fingerprint, step.recipe, versions()], default=str)
+    key = json.dumps([before.fingerprint, step.recipe, code_of(step), versions()], default=str)
     return cache() / "chosen" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 

@@ -122,7 +122,7 @@ class Plan:
         files = sorted({tensor.file for tensor in self.checkpoint.stored})
         files += sorted({tensor.file for tensor in self.teacher.stored} - {*files})
         source = [(file.name, file.stat().st_size, file.stat().st_mtime_ns, sample(file)) for file in files]
-        code = [_code(surgery) for surgery in self.surgeries]  # a technique's code may change during its development
+        code = [code_of(surgery) for surgery in self.surgeries]  # a technique's code may change during its development
         targets = [(shard, target.name, target.dtype, target.shape) for shard, members in self.shards.items() for target in members]
         text = json.dumps([__version__, code, self.recipe, self.config.content, source, targets, self.files, self.calibration and self.calibration.identity])
         return hashlib.sha256(text.encode()).hexdigest()
@@ -175,7 +175,7 @@ class Plan:
         return ("", model.outer) if unit == OUTER else (self.layer_prefix(unit), model.layers[unit])
 
 
-def _code(surgery: Step) -> str:
+def code_of(surgery: Step) -> str:
     """Return a hash of the file that a step is in; nothing where that is no file."""
     try:
         return file_hash(Path(getfile(type(surgery))))

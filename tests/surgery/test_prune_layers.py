@@ -15,6 +15,7 @@ from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.reading import read_config
 from effconvert.checkpoint.sources import cache
+from effconvert.convert import decide
 from effconvert.convert.originals import stand_for
 from effconvert.convert.plan import plan
 from effconvert.convert.run import convert
@@ -437,6 +438,9 @@ def test_the_recipe_the_manifest_and_a_dry_run_name_the_layers_and_nobody_choose
     result = command("prune-layers", source, "--drop", 2, "--calibrate", "text.txt", "--calibration-tokens", TOKENS, "--no-verify")
     assert result.exit_code == 0, result.output
     assert Path("model-prune-layers-2/model.safetensors").read_bytes() == Path("out/model.safetensors").read_bytes()
+    monkeypatch.setattr(decide, "code_of", lambda _: "of a later version")
+    run(source, PruneLayers(drop=2), place="fourth")
+    assert len(begun) == 4
 
 
 def test_a_recipe_may_leave_open_which_ones_and_is_found_done(monkeypatch):

@@ -85,6 +85,13 @@ class LowRank(Replacement):
         """If only the share of parameters is known."""
         return self.ratio is not None and self.rank is None
 
+    @property
+    def rule(self) -> str:
+        """What is compared, and the tokens that it is compared on."""
+        from effconvert.surgery.projections._ranks import TOKENS
+
+        return f"the least sum of losses, on up to {TOKENS:,} tokens"
+
     def decide(self, forward: ForwardProtocol) -> LowRank:
         """Choose the rank of each projection."""
         from effconvert.surgery.projections._ranks import choose
