@@ -512,10 +512,14 @@ def test_a_text_that_is_none_is_the_askers_mistake(refused: Check, model: Path, 
 
 
 @pytest.mark.parametrize("context", [20, 512])
-def test_a_text_of_three_words_is_measured_in_one_short_window(command: Command, model: Path, context: int) -> None:
+def test_a_text_of_three_words_is_measured_in_one_short_window_only_where_few_tokens_were_asked_for(command: Command, model: Path, context: int) -> None:
     Path("text.txt").write_text("Three short words")
-    result = command("gqa", "--groups", "2", "--pool", "mean", model, "-o", "out", "--text", "text.txt", "--context", context)
-    assert result.exit_code == 0, result.output  # 17 tokens, and the report says so
+    asked = ("gqa", "--groups", "2", "--pool", "mean", model, "-o", "out", "--text", "text.txt", "--context", context)
+    result = command(*asked)
+    assert result.exit_code == 2
+    assert f"text.txt has 17 tokens, and at least {min(context, 32)} are needed" in " ".join(result.output.split())
+    result = command(*asked, "--tokens", 17)
+    assert result.exit_code == 0, result.output  # and the report says so
     assert "16 tokens in windows of 17" in result.stdout
 
 

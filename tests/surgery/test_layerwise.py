@@ -136,7 +136,7 @@ def test_layers_that_run_backwards_are_refused_as_that(layers, source, tmp_path)
 def test_what_names_no_layers_is_refused_by_its_value(layers):
     with pytest.raises(OptionError, match=r"^--layers is "):
         Third(layers=layers)
-    with pytest.raises(OptionError, match=r"^a step \(streaming\): --layers is ") as caught:
+    with pytest.raises(OptionError, match=r"^a step \(streaming\): layers is ") as caught:
         step({"streaming": {"window": 6, "layers": layers}}, "a step")
     assert len(str(caught.value).splitlines()) == 1
 
