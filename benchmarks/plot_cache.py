@@ -36,6 +36,9 @@ POINTS = {  # command: what is written beside it, where (in units of the picture
     "linformer-causal --rank 8": ("linformer-causal", -10, 5),
     "retnet": ("retnet", 10, 4),
     "performer --features 256": ("performer", 10, 4),
+    "share-kv --layers 1-29/2": ("share-kv, pairs", 10, -4),
+    "prune-layers --drop 15 --only attention": ("attention of 15 layers dropped", 10, 12),
+    "prune-layers --drop 8 --only attention": ("of 8 layers", 10, 5),
     "prune-layers --drop 2": ("prune-layers --drop 2", -10, 0),
     "prune-layers --drop 4": ("prune-layers --drop 4", -10, 6),
     "prune-layers --drop 8": ("prune-layers --drop 8", 10, 6),
@@ -60,6 +63,11 @@ def measured():
         for row in rows(name):
             if row["options"] != "original":
                 yield command.format(**row), row["options"], float(row["loss"]) - original
+    frontier = rows("frontier-smollm2-2026-11-29.csv")
+    original = next(float(row["loss"]) for row in frontier if not row["commands"])
+    for row in frontier:
+        if row["commands"].startswith(("share-kv", "prune-layers")) and ";" not in row["commands"]:
+            yield row["commands"].replace(" --by influence", "").replace(" --refit", ""), "--refit", float(row["loss"]) - original
 
 
 def rows(name):
@@ -103,7 +111,7 @@ def picture():
         healed = min(added for heal, added in points if "--refit" in heal or "--transfer" in heal)
         raw = [added for heal, added in points if "--refit" not in heal and "--transfer" not in heal]
         at = x(cache(command))
-        lines.append(f'<path class="line" d="M{at:.1f} {y(max(raw)):.1f}V{y(healed):.1f}"/>')
+        lines += [f'<path class="line" d="M{at:.1f} {y(max(raw)):.1f}V{y(healed):.1f}"/>'] if raw else []
         lines += [f'<circle class="raw" cx="{at:.1f}" cy="{y(added):.1f}" r="4.5"/>' for added in raw]
         anchor = "end" if dx < 0 else "start"
         lines.append(f'<circle class="done" cx="{at:.1f}" cy="{y(healed):.1f}" r="5"/>')
