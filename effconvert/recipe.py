@@ -97,22 +97,22 @@ def read(path: Path, **overrides: Any) -> list[Recipe]:
             f"{path} has {len(documents)} recipes, and --{next(iter(overrides)).replace('_', '-')} could be for any of them; write it into the file"
         )
     recipes = [_parse(document, f"{path}{f', recipe {number}' if len(documents) > 1 else ''}", overrides) for number, document in enumerate(documents, 1)]
-    return order(_found(recipes, expand(path).parent, overrides))
+    return order(_located(recipes, expand(path).parent, overrides))
 
 
-def _found(recipes: Sequence[Recipe], folder: Path, overrides: Mapping[str, Any]) -> list[Recipe]:
+def _located(recipes: Sequence[Recipe], folder: Path, overrides: Mapping[str, Any]) -> list[Recipe]:
     """Return recipes from a file in `folder` with the places of what they read, but for `overrides`, and for what other recipes write."""
     if folder == Path():
         return list(recipes)
     written = {real(output) for recipe in recipes for output in outputs(recipe)}
 
-    def found(options: Kind) -> Kind:
+    def located(options: Kind) -> Kind:
         given = {name: value for name in READ if name not in overrides and (value := getattr(options, name, None)) is not None}
         local = {name: value for name, value in given.items() if real(value) not in written and value not in CALIBRATION_WORDS}
         return options.model_copy(update={name: type(value)(found_from(folder, str(value))) for name, value in local.items()})
 
     return [
-        found(recipe).model_copy(update={"steps": tuple(map(found, recipe.steps)), "evaluate": recipe.evaluate and found(recipe.evaluate)})
+        located(recipe).model_copy(update={"steps": tuple(map(located, recipe.steps)), "evaluate": recipe.evaluate and located(recipe.evaluate)})
         for recipe in recipes
     ]
 

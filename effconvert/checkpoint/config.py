@@ -97,7 +97,9 @@ class Config(Shape):
             if gone := [place for place in self.skips(layer) if overlap(place, record.place)]:
                 raise OptionError(f"layer {layer} has no {gone[0]}, so nothing can be put in its place; leave it out of --layers")
             if overlap(record.place, "attention") and any(common.what == "cache" and layer in common.layers for common in self.shared):
-                raise OptionError(f"layer {layer} shares its keys and values with others, so nothing can be put in place of its {record.place}")
+                raise OptionError(
+                    f"layer {layer} shares its keys and values with others, so nothing can be put in place of its {record.place}; leave it out of --layers"
+                )
             for previous in self.replaced_in(layer):
                 if overlap(previous.place, record.place):
                     raise OptionError(
@@ -269,7 +271,8 @@ class Config(Shape):
             ModelError: no class can have `count` KV heads.
         """
         if self.replaced and count != self.kv_heads:
-            raise ModelError(f"its mixers are made for {self.kv_heads} KV heads; change their number first, and put mixers in afterwards")
+            techniques = " and ".join(dict.fromkeys(record.technique for record in self.replaced))
+            raise ModelError(f"its {techniques} fits {self.kv_heads} KV heads; change their number first, and do {techniques} afterwards")
         if count == self.kv_heads:
             return self
         self.check_interface()

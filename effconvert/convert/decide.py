@@ -39,7 +39,7 @@ def decide(
         if step.undecided:
             before = plan(checkpoint, tuple(complete), teacher)
             step.check(before.config)
-            check_caches(before.config, "the model", "name them with --layers, or choose before the cache is shared")
+            check_caches(before.config, "the model", f"give the options that {step.name} would choose, or choose before the cache is shared")
             if before.needs_calibration:
                 raise OptionError(
                     f"{step.name} chooses by running the model, and {complete[-1].name} before it is not fitted yet; put {step.name} first, or convert twice"

@@ -21,8 +21,9 @@ from effconvert.checkpoint.replaced import STUB_FILE
 from effconvert.checkpoint.shards import ITEMSIZE, StoredTensor
 from effconvert.checkpoint.tensors import INDEX, SINGLE
 from effconvert.convert.files import other_files
+from effconvert.convert.order import check_reads_ahead, check_shared_caches, check_shared_parameters
 from effconvert.convert.originals import stand_for
-from effconvert.errors import ModelError, OptionError
+from effconvert.errors import ModelError
 from effconvert.heal._calibration import Calibration
 from effconvert.modeling.loading import has_tokenizer
 from effconvert.modeling.size import Size, size_of, size_of_tensors
@@ -202,16 +203,16 @@ def plan(checkpoint: Checkpoint, surgeries: tuple[Step, ...], teacher: Checkpoin
         if surgery.undecided:
             raise ValueError(f"{surgery.name} has options without a value; call effconvert.convert.decide first")
         surgery.check(configs[-1])
-        _check_order(surgery, surgeries, configs)
+        check_reads_ahead(surgery, surgeries, configs)
         configs.append(surgery.config(configs[-1]))
-    _check_shared_caches(surgeries, configs)
+    check_shared_caches(surgeries, configs)
     check_tokenizer(checkpoint, configs[-1])
     files, originals = other_files(checkpoint, configs[-1]), stand_for(checkpoint, teacher or checkpoint)
     config = configs[-1] = files.config
     draft = Plan(checkpoint, surgeries, config, {}, files.files, 0, teacher or checkpoint, tuple(configs), tuple(originals), None, files.edits, files.notes)
     *before, model = draft.models("meta")
     for surgery, state in zip(surgeries, before, strict=True):
-        _check_shared(surgery, state)
+        check_shared_parameters(surgery, state)
     if len(model.layers) != config.layers:
         raise ModelError(f"the conversion has {len(model.layers)} layers, and its config says {config.layers}: a fault of effconvert, please report it")
     targets, work = list(_targets(OUTER, "", model.outer)), model.outer.touched
@@ -220,36 +221,6 @@ def plan(checkpoint: Checkpoint, surgeries: tuple[Step, ...], teacher: Checkpoin
         work = max(work, layer.touched)
     # A layer in float32, a copy while it is read and rounded, and the layer before it. The rest is Python and torch themselves.
     return replace(draft, shards=_shards(targets, checkpoint), peak=psutil.Process().memory_info().rss + 3 * work)
-
-
-def _check_order(surgery: Step, surgeries: Sequence[Step], configs: Sequence[Config]) -> None:
-    """Refuse a step that reads later layers, after one that is fitted layer by layer: those layers are not fitted by then.
-
-    Raises:
-        OptionError: it comes after such a step.
-    """
-    before = next((step for step, config in zip(surgeries, configs[:-1], strict=False) if step.needs_calibration(config)), None)
-    if before and surgery.reads_ahead(configs[-1]):
-        raise OptionError(f"{surgery.name} reads layers that {before.name} has not fitted by then; convert twice, {before.name} first")
-
-
-def _check_shared_caches(surgeries: Sequence[Step], configs: Sequence[Config]) -> None:
-    """Refuse a step that is fitted to layers which share a cache, before one that gives the model other layers or KV heads.
-
-    While layers are fitted, they read the keys and values that the layers of the finished model compute.
-
-    Raises:
-        OptionError: there are two such steps.
-    """
-    last = configs[-1]
-    for number, (surgery, before, after) in enumerate(zip(surgeries, configs, configs[1:], strict=False)):
-        if after.readers and surgery.needs_calibration(before) and (after.layers, after.kv_heads) != (last.layers, last.kv_heads):
-            later = next(
-                step.name
-                for step, config in zip(surgeries[number + 1 :], configs[number + 2 :], strict=True)
-                if config.layers != after.layers or config.kv_heads != after.kv_heads
-            )
-            raise OptionError(f"{later} changes the layers or heads of a shared cache, to which {surgery.name} is fitted; put {later} before {surgery.name}")
 
 
 def check_tokenizer(checkpoint: Checkpoint, config: Config) -> None:
@@ -267,24 +238,6 @@ def check_tokenizer(checkpoint: Checkpoint, config: Config) -> None:
         raise ModelError(f"{file} is not JSON ({error}); fetch the file again") from None
     if not isinstance(content, dict):
         raise ModelError(f"{file} holds no names and values; fetch the file again")
-
-
-def _check_shared(surgery: Step, model: Model) -> None:
-    """Refuse a step that would give different values to layers that share parameters.
-
-    Raises:
-        OptionError: it changes only some of these layers, or each by its own activations.
-    """
-    assigned = {layer.index: {part for part in layer.assigned if part.removesuffix(".bias") in model.config.parts} for layer in model.layers}
-    for record in model.config.shared:
-        members = [index for index in record.layers if index in assigned]
-        parts = {index: {part for part in assigned[index] if record.has(part.removesuffix(".bias"))} for index in members}
-        changed = sorted(set().union(*parts.values()))
-        if changed and (surgery.needs_calibration(model.config) or any(changes != parts[members[0]] for changes in parts.values())):
-            raise OptionError(
-                f"layers {', '.join(map(str, members))} share their {record.what}, and {surgery.name} would give each of them another {changed[0]}; "
-                f"do {surgery.name} first and share afterwards, or take options that leave it alone"
-            )
 
 
 def _targets(unit: int, prefix: str, parts: Parts) -> Iterator[Target]:

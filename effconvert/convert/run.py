@@ -74,14 +74,10 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progre
     surgeries = (*surgeries, *([Transfer()] if options.transfer else []), *([Refit()] if options.refit else []))
     opening = open_as_stock if options.verify or options.dry_run else open_checked  # the former imports transformers, which is slow
     checkpoint, teacher, target = opening(folder), _teacher(surgeries, progress), expand(options.output or default_name(model, surgeries))
-    choices: tuple[str, ...] = ()
-    if any(step.undecided for step in surgeries):
-        if not reuse:
-            output.check_free(target, options.overwrite)
-        surgeries, choices = decide(checkpoint, surgeries, teacher, options, progress)
-    conversion = _plan(checkpoint, surgeries, teacher, options)
-    kept = (f"{choice}; the choice is kept in {sources.cache()} for the next run" for choice in choices)
-    conversion = replace(conversion, remarks=(*conversion.remarks, *kept))
+    if not reuse and any(step.undecided for step in surgeries):
+        output.check_free(target, options.overwrite)
+    surgeries, choices = decide(checkpoint, surgeries, teacher, options, progress)
+    conversion = _plan(checkpoint, surgeries, teacher, options, choices)
     manifest = output.matching_manifest(conversion, target, options.verify)
     if manifest and "shards" in manifest and not options.dry_run:  # a run that was killed before it wrote the final manifest
         output.complete(target, manifest)
@@ -115,9 +111,11 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progre
     return Outcome(conversion, target, report, resumed, layer_errors=layer_errors)
 
 
-def _plan(checkpoint: Checkpoint, surgeries: tuple[Step, ...], teacher: Checkpoint | None, options: RunOptions) -> Plan:
-    """Plan the conversion and its calibration, and ask transformers whether it could open the output."""
+def _plan(checkpoint: Checkpoint, surgeries: tuple[Step, ...], teacher: Checkpoint | None, options: RunOptions, choices: tuple[str, ...]) -> Plan:
+    """Plan the conversion and its calibration, with a remark on each choice, and ask transformers whether it could open the output."""
     conversion = plan(checkpoint, surgeries, teacher)
+    kept = (f"{choice}; the choice is kept in {sources.cache()} for the next run" for choice in choices)
+    conversion = replace(conversion, remarks=(*conversion.remarks, *kept))
     if options.verify or options.dry_run:
         check_writable(conversion.config, {target.name: (target.dtype, target.shape) for target in conversion.targets})
     if conversion.needs_calibration:

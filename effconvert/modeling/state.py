@@ -70,11 +70,12 @@ class State(CacheLayerMixin):  # type: ignore[misc]
         """Repeat each sequence."""
         self.tensors = {name: tensor.repeat_interleave(repeats, 0) for name, tensor in self.tensors.items()}
 
-    def crop(self, tokens: int, *_: int) -> None:  # transformers' own caches refuse with this error, which its callers catch
+    def crop(self, tokens: int, *_: int) -> None:
         """Refuse, since tokens cannot be removed from a state. Without tensors, subtract -`tokens` (in old versions keep `tokens`)."""
         if not self.slots:
             self.tokens = min(self.tokens, tokens if tokens > 0 else max(0, self.tokens + tokens))
             return
+        # The error with which transformers' own caches refuse this; its callers catch it.
         raise NotImplementedError("a mixer's state cannot be cropped to earlier tokens; assisted generation and prompt lookup need softmax layers only")
 
     def offload(self) -> None:

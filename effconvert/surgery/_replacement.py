@@ -76,7 +76,7 @@ class Replacement(Layerwise):
 
     def forward(self, weights: Mapping[str, Tensor], hidden: Tensor, context: PlaceContext) -> Tensor:
         """Return the output for hidden states [B, T, M]; only for places that are modules. The plan refuses such a technique without it."""
-        raise NotImplementedError(f"{self.name} has nothing that runs at a module")
+        raise TechniqueError(f"{self.name} has no `forward`, which would run at a module; its author has to write it")
 
     @classmethod
     def allowed_options(cls, config: Config) -> str:

@@ -246,12 +246,12 @@ def test_a_layer_without_one_gets_one(folder):
 
 def test_the_number_of_heads_is_changed_before_mixers_are_put_in(folder):
     for name, groups in (("gqa", 2), ("mqa", None)):
-        refused(folder, ModelError, "its mixers are made for 4 KV heads", step(name, **({"groups": groups} if groups else {})))
+        refused(folder, ModelError, "fits 4 KV heads; change their number first", step(name, **({"groups": groups} if groups else {})))
     grouped = save(converted(tiny("llama", num_key_value_heads=2), ("linear", {"window": 5})), folder.parent / "grouped")
-    refused(grouped, ModelError, "its mixers are made for 2 KV heads", step("expand-kv", groups=4))
+    refused(grouped, ModelError, "fits 2 KV heads; change their number first", step("expand-kv", groups=4))
     model = save(tiny("llama"), folder.parent / "plain")
     characters(model)
-    refused(model, ModelError, "its mixers are made for 4 KV heads", step("linear"), step("gqa", groups=2))
+    refused(model, ModelError, "fits 4 KV heads; change their number first", step("linear"), step("gqa", groups=2))
     convert(str(model), (step("gqa", groups=2, pool="mean"), step("linear", window=5)), RunOptions(output=Path("out"), tokens=32, context=16))
     assert open_checked(Path("out")).config.kv_heads == 2
 
@@ -287,7 +287,7 @@ def test_the_command_line_says_the_same(command, folder):
 
     assert "--window 3 is smaller than --sinks 4" in fails(2, "streaming", "--window", 3, folder)
     assert "layer 0 has streaming in place of its scores already" in fails(2, "linear", folder)
-    assert "its mixers are made for 4 KV heads" in fails(1, "gqa", "--groups", 2, folder)
+    assert "fits 4 KV heads; change their number first" in fails(1, "gqa", "--groups", 2, folder)
     say(folder, mixers({**STREAMING, "options": {"window": 0}}, LINEAR))
     assert "--window is 0" in fails(1, "linear", "--layers", 2, folder)
     assert "--window is 0" in one_line(command("inspect", folder))

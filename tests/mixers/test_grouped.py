@@ -235,7 +235,7 @@ def test_layers_with_and_without_a_mixer_lie_beside_each_other(models, kind, tmp
     assert far(found, run(mixed, tokens())) <= SAME
     assert cache.layers[0].keys.shape == (2, 2, 20, 8)
     assert [type(layer).__name__ for layer in cache_for(mixed.config).layers] == ["Grouped", "State"]
-    with pytest.raises(ModelError, match="its mixers are made for 2 KV heads"):
+    with pytest.raises(ModelError, match="fits 2 KV heads; change their number first"):
         convert_to(tmp_path / "again", tmp_path / "out", Mqa())
 
 

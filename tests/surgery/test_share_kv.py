@@ -1,6 +1,7 @@
 """Layers that read the keys and values of an earlier one, and what both get for it."""
 
 import copy
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from random import Random
@@ -11,6 +12,7 @@ import torch
 import effconvert.modeling
 from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.checkpoint.reading import read_config
+from effconvert.convert.calibration import calibration_bytes
 from effconvert.convert.inspection import applicable
 from effconvert.convert.plan import plan
 from effconvert.errors import ModelError, OptionError
@@ -21,6 +23,7 @@ from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.attention.share_kv import ShareKv, neighbours, pairs
 from effconvert.surgery.depth.prune_layers import PruneLayers
 from effconvert.surgery.ffn.moe_split import MoeSplit
+from effconvert.surgery.ffn.narrow import Narrow
 from effconvert.surgery.mixing.linear import Linear
 from tests.heal.healing import heldout, killed_saving, letters, prose, put, run, tensors
 from tests.mixers.mixing import with_cache
@@ -163,7 +166,7 @@ def test_a_layer_reads_the_nearest_one_before_it_with_its_window():
     run("model", ShareKv(last=3), Refit())
     config = read_config(Path("out"))
     assert [config.cache_of(layer) for layer in range(6)] == [0, 1, 2, 1, 2, 1]
-    with pytest.raises(OptionError, match="layer 1 has no layer before it that keeps keys and values and has the same window"):
+    with pytest.raises(OptionError, match="layer 1 has no layer before it with the same window that keeps keys and values, and no technique in its attention"):
         run("model", ShareKv(layers="1-2"), place="none")
 
 
@@ -212,6 +215,24 @@ def test_a_layer_without_keys_of_its_own_is_passed_over():
         logits(opened(folder))
 
 
+def test_what_does_not_run_the_original_follows_in_a_command_of_its_own():
+    put(Path("model"), num_hidden_layers=4)
+    run("model", ShareKv(**PAIRS), place="shared")
+    shared = opened("shared")
+    run("shared", Narrow(ffn=47))
+    ids = heldout()
+    error = (opened("out")(ids).logits - shared(ids).logits).abs().mean() / shared(ids).logits.std()
+    assert error < 0.1  # one neuron of 48, chosen on what layers with a shared cache compute
+
+
+def test_the_plan_counts_the_memory_of_the_fit():
+    put(Path("model"), num_hidden_layers=4)
+    few, many = (run("model", ShareKv(layers=layers), dry_run=True).plan for layers in ("1", "1-3"))
+    one = few.surgeries[0].fit_bytes(few.checkpoint.config)
+    assert many.surgeries[0].fit_bytes(many.checkpoint.config) == 3 * one > 0
+    assert calibration_bytes(replace(many, peak=0)) - calibration_bytes(replace(few, peak=0)) == 2 * one
+
+
 def test_options_and_models_that_do_not_fit_are_refused():
     put(Path("model"), num_hidden_layers=4)
     refused = {
@@ -233,7 +254,10 @@ def test_options_and_models_that_do_not_fit_are_refused():
     run("model", ShareKv(layers="1"))
     with pytest.raises(OptionError, match="layer 0 shares its cache with others already"):
         run("out", ShareKv(layers="1"), place="twice")
-    with pytest.raises(ModelError, match="layer 1 of the model reads the keys and values of layer 0, so it cannot run by itself; name them with --layers"):
+    with pytest.raises(
+        ModelError,
+        match="layer 1 of the model reads the keys and values of layer 0, so it cannot run by itself; give the options that prune-layers would choose",
+    ):
         run("out", PruneLayers(drop=1), place="pruned")
     with pytest.raises(ModelError, match="layer 1 of the original reads the keys and values"):
         run("model", Refit(teacher="out"), place="refitted")

@@ -171,7 +171,10 @@ class ShareKv(Layerwise):
         for index in sorted(readers):
             before = [layer for layer in range(index) if layer not in readers and has_own(config, layer) and kind(config, layer) == kind(config, index)]
             if not before:
-                raise OptionError(f"layer {index} has no layer before it that keeps keys and values and has the same window; leave it out of --layers")
+                raise OptionError(
+                    f"layer {index} has no layer before it with the same window that keeps keys and values, and no technique in its attention; "
+                    "leave it out of --layers"
+                )
             groups.setdefault(before[-1], []).append(index)
         return groups
 

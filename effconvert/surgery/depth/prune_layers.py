@@ -64,6 +64,8 @@ class PruneLayers(Layerwise):
     def allowed_options(cls, config: Config) -> str:
         """Say how many layers can be dropped."""
         most = config.layers - LEAST - len(cls()._required(config))
+        if config.readers:  # to choose is to run layers by themselves, which those that read another's cache cannot
+            return "--layers LIST"
         return f"--layers LIST, or --drop 1 to {most}" if most > 0 else "--only attention, or mlp"
 
     def check(self, config: Config) -> None:
