@@ -60,7 +60,7 @@ def main(model, rows, calibrate, calibration_tokens, heldout, tokens, output):
 
 
 def ladder(model):
-    """Return the rows for a model: fewer heads, fewer layers with a cache, both, and fewer layers that attend."""
+    """Return the rows for a model: fewer heads, fewer layers with a cache, both, fewer layers that attend, and fewer numbers."""
     from effconvert.checkpoint.reading import read_config
 
     config = read_config(Path(model))
@@ -69,8 +69,9 @@ def ladder(model):
     gqa = [f"gqa --groups {count}" for count in counts]
     sharing = [pairs, f"share-kv --last {half}", f"share-kv --last {half // 2}"]
     skipping = [f"prune-layers --drop {count} --only attention --by influence" for count in (config.layers // 4, half)]
+    narrow = [f"narrow-kv --keep {share}" for share in (0.75, 0.5, 0.333, 0.25, 0.125)]
     both = [f"gqa --groups {count} --refit;{pairs};{HEAL}" for count in counts]
-    return [f"{row} --refit" for row in [*gqa, *sharing, *skipping]] + both
+    return [f"{row} --refit" for row in [*gqa, *sharing, *skipping, *narrow]] + both
 
 
 def size(folder):

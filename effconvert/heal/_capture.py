@@ -37,14 +37,14 @@ def record(module: nn.Module, parts: Mapping[str, str], capture: Capture, until:
     """Record in `capture` the inputs and outputs of submodules (part -> name) and of attention; stop the forward pass after the submodule of part `until`."""
 
     def recorder(part: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], out: Any) -> None:
-            capture.inputs[part], capture.outputs[part] = args[0], out[0] if isinstance(out, tuple) else out
+        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], out: Any) -> None:
+            capture.inputs[part], capture.outputs[part] = args[0] if args else kwargs["hidden_states"], out[0] if isinstance(out, tuple) else out
             if part == until:
                 raise StopForwardError
 
         return hook
 
-    handles = [module.get_submodule(name).register_forward_hook(recorder(part)) for part, name in parts.items()]
+    handles = [module.get_submodule(name).register_forward_hook(recorder(part), with_kwargs=True) for part, name in parts.items()]
     _CAPTURES.append(capture)
     try:
         yield

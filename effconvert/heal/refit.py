@@ -39,13 +39,21 @@ class Refit(Healing):
 
     def changes(self, layer: Layer, originals: range) -> list[str]:
         """Queries, values and outputs of attention; the MLP's output where a technique replaces all of attention."""
+        if _has_one_head(layer):
+            from effconvert.heal._one_head import PARTS
+
+            return [*PARTS]
         return ["q", "q.bias", "v", "v.bias", "o", *(["down"] if _without_attention(layer) else [])]
 
     def heal(self, layer: Layer, originals: range) -> None:
         """See `_layer`."""
         from effconvert.heal._layer import refit_attention, refit_output
 
-        if _without_attention(layer):
+        if _has_one_head(layer):
+            from effconvert.heal._one_head import refit_head
+
+            refit_head(layer, originals[0])
+        elif _without_attention(layer):
             refit_output(layer, originals)
         else:
             refit_attention(layer, originals[0])
@@ -90,6 +98,11 @@ def _without_attention(layer: Layer) -> bool:
     return any("o" in record.drops and record.place != "o" for record in layer.config.replaced_in(layer.index))
 
 
+def _has_one_head(layer: Layer) -> bool:
+    """Whether narrow-kv replaces a layer's attention."""
+    return any(record.technique == "narrow-kv" for record in layer.config.replaced_in(layer.index))
+
+
 def _notes_by_place(config: Config) -> list[str]:
     """Say what is refitted in layers with techniques, by where these run."""
     notes = []
@@ -100,6 +113,8 @@ def _notes_by_place(config: Config) -> list[str]:
             notes.append("a norm follows its attention and MLP, so nothing makes up for low-rank; use transfer")
         elif record.technique == "low-rank":
             notes.append("from the first low-rank projection on, the outputs of attention and MLP are fitted to the original's hidden states")
+        elif record.technique == "narrow-kv":
+            notes.append("of narrow-kv queries and outputs are refitted, and values where they are not a part of the keys as well")
         elif record.place == "scores":
             notes.append("in layers with a mixer only the output projection is refitted; transfer does more")
         elif "o" in record.drops and linear and "mlp_post_norm" not in config.parts:

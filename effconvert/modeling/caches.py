@@ -13,9 +13,9 @@ from effconvert.surgery._replacement import Replacement
 class LayerCache:
     """The cache of a layer: keys and values of all tokens or of a window, the state of a technique, or nothing."""
 
-    softmax: bool
+    width: int = 0  # numbers of keys and values for a token; 0 without any
     window: int | None = None  # tokens with cached keys and values; None: all
-    technique: Replacement | None = None  # with a state, maybe of size 0
+    technique: Replacement | None = None  # with keys and values of its own width, or with a state, maybe of size 0
     lender: int | None = None  # the layer whose keys and values it reads; it has none of its own
 
 
@@ -24,13 +24,14 @@ def caches(config: Config) -> Iterator[LayerCache]:
     for index, window in enumerate(config.windows()):
         record = next((record for record in config.replaced_in(index) if record.place == "scores" or ("k" in record.drops and record.place != "k")), None)
         if not config.decoder:
-            yield LayerCache(softmax=False)
+            yield LayerCache()
         elif config.cache_of(index) != index:
-            yield LayerCache(softmax=False, lender=config.cache_of(index))
+            yield LayerCache(lender=config.cache_of(index))
         elif record:
-            yield LayerCache(softmax=False, technique=technique_of(record))
+            technique = technique_of(record)
+            yield LayerCache(technique.cached_width(config), window, technique)
         else:
-            yield LayerCache(softmax="attention" not in config.skips(index), window=window)
+            yield LayerCache(0 if "attention" in config.skips(index) else 2 * config.cached_heads * config.head_dim, window)
 
 
 def kv_bytes(config: Config, itemsize: int, context: int) -> int:
@@ -38,8 +39,8 @@ def kv_bytes(config: Config, itemsize: int, context: int) -> int:
 
     A window of W tokens caches W - 1, as in transformers: the newest token is not read from the cache.
     """
-    tokens = sum(context if cache.window is None else min(context, cache.window - 1) for cache in caches(config) if cache.softmax)
-    return 2 * config.cached_heads * config.head_dim * itemsize * tokens + state_bytes(config, itemsize, context)
+    numbers = sum(cache.width * (context if cache.window is None else min(context, cache.window - 1)) for cache in caches(config))
+    return numbers * itemsize + state_bytes(config, itemsize, context)
 
 
 def state_bytes(config: Config, itemsize: int, context: int = 0) -> int:

@@ -88,6 +88,15 @@ class ConvertedModel(Sharing):
         if ours.family.decoder and self.base_model is not self:  # type: ignore[attr-defined]
             self.base_model.register_forward_pre_hook(_with_cache, with_kwargs=True)  # type: ignore[attr-defined]
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a model as transformers does; parameters of techniques that are never trained stay so."""
+        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
+            if isinstance(module, Own):
+                module.freeze()
+        return loaded
+
     def _initialize(self) -> None:
         """Set the initial values of techniques, except where weights will be loaded."""
         for module in self.modules():  # type: ignore[attr-defined]
@@ -174,9 +183,9 @@ def cache_for(config: Any) -> Cache:
     for index, cache in enumerate(caches(ours)):
         if cache.lender is not None:
             layers.append(LentLayer(layers[cache.lender]))
-        elif not cache.softmax:
+        elif not cache.width:
             layers.append(State(cache.technique.cache_slots(ours) if cache.technique else {}))
-        elif ours.family.shares_kv_in_our_class:
+        elif ours.family.shares_kv_in_our_class and cache.technique is None:
             layers.append(Grouped(ours.heads // ours.kv_heads))
         else:
             layers.append(stock[index] if index < len(stock) else DynamicLayer())

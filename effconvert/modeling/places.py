@@ -1,7 +1,6 @@
 """Techniques inside modules of transformers' models: the module at a place keeps its name, and runs the technique."""
 # B = batch, T = tokens, M = hidden width.
 
-from collections.abc import Callable
 from functools import lru_cache
 from inspect import signature
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.replaced import OWN, Replaced
+from effconvert.modeling.attending import Attending
 from effconvert.modeling.state import State
 from effconvert.modeling.transformers_internals import cache_among
 from effconvert.surgery._placed import technique_of
@@ -26,12 +26,19 @@ class Own(nn.Module):
         super().__init__()
         self.technique, self.config, self.index, self.place = technique, config, index, place
         for name, shape in technique.parameters(config, place).items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape), requires_grad=name not in technique.frozen))
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        self.freeze()
 
     @property
     def weights(self) -> dict[str, Tensor]:
         """The parameters by name."""
         return dict(self.named_parameters())
+
+    def freeze(self) -> None:
+        """Keep the parameters that are never trained from being trained; transformers forgets it when it loads weights."""
+        for name in self.technique.frozen:
+            if name in self._parameters:
+                self.get_parameter(name).requires_grad_(False)
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -110,7 +117,9 @@ def _class_with_technique(family: type[nn.Module]) -> type[nn.Module]:
             return first
 
         own: Own = getattr(self, NAME)
-        result = own.technique.forward(own.weights, hidden, _place_context(original, hidden, {**dict(zip(names, args[1:], strict=False)), **kwargs}))
+        arguments = {**dict(zip(names, args[1:], strict=False)), **kwargs}
+        attention = Attending(self, own.config, own.index, arguments) if own.place == "attention" else None
+        result: Tensor = own.technique.forward(own.weights, hidden, PlaceContext(original, _live(hidden, arguments), attention))
         if getattr(self, "weight", result) is None and self.bias is not None:  # a projection without its matrix
             result = result + self.bias
         if own.place == "attention":
@@ -120,10 +129,11 @@ def _class_with_technique(family: type[nn.Module]) -> type[nn.Module]:
     return type(family.__name__, (family,), {"forward": forward, "__module__": family.__module__})
 
 
-def _place_context(original: Callable[[Tensor], Tensor], hidden: Tensor, arguments: dict[str, Any]) -> PlaceContext:
+def _live(hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """Return which tokens are not padding, [B, T]."""
     mask = arguments.get("attention_mask")
-    live = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-    if mask is not None and mask.ndim == 4:  # padding may not even see itself
-        diagonal = mask[:, 0].diagonal(0, -2, -1)
-        live = (diagonal if mask.dtype == torch.bool else diagonal == 0).expand(len(hidden), -1)
-    return PlaceContext(original, live)
+    if mask is None or mask.ndim != 4:
+        return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+    diagonal = mask[:, 0].diagonal(0, -2, -1)  # padding may not even see itself
+    live: Tensor = (diagonal if mask.dtype == torch.bool else diagonal == 0).expand(len(hidden), -1)
+    return live

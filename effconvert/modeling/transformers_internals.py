@@ -87,6 +87,16 @@ def attend_by(config: Any, name: str) -> None:
     setattr(config, IMPLEMENTATION, name)
 
 
+def attention_function(config: Any) -> Callable[..., Any]:
+    """Return the attention function of models with this config."""
+    return ALL_ATTENTION_FUNCTIONS[implementation(config)]  # type: ignore[no-any-return]
+
+
+def scaling_of(attention: nn.Module, otherwise: float) -> float:
+    """Return the factor of scores in an attention module; `otherwise` where the family keeps none."""
+    return float(getattr(attention, "scaling", otherwise))
+
+
 def sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
     """Attend by torch's function, as transformers calls it."""
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)

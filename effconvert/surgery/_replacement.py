@@ -7,7 +7,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from effconvert.checkpoint.replaced import OWN, PLACES, Replaced
 from effconvert.errors import ModelError, OptionError, TechniqueError
@@ -24,12 +24,26 @@ if TYPE_CHECKING:
 BYTES = {"float32": 4, "bool": 1, "int64": 8}
 
 
+class AttendingProtocol(Protocol):
+    """Softmax attention in place of the family's, with the cache and positions of the call: `effconvert.modeling.attending.Attending`."""
+
+    def angles(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines of each rotary pair for the new tokens, [B or 1, T, P], in the dtype of `like`."""
+
+    def remember(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add keys and values [B, G, T, D] of the new tokens to the cache, and return those of all tokens."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend as the family does: queries [B, H, T, D], keys [B, G, N, D], values [B, G, N, D']; returns [B, T, H, D']."""
+
+
 @dataclass(frozen=True)
 class PlaceContext:
     """What a technique may use at a place while it runs, beside the hidden states."""
 
     original: Callable[[Tensor], Tensor]  # the family's own module, as a function of hidden states; without the parts that were dropped
     live: Tensor  # which tokens are not padding, bool [B, T]; all True where that is not known
+    attention: AttendingProtocol | None = None  # at the place of attention
 
 
 class Replacement(Layerwise):
@@ -61,6 +75,10 @@ class Replacement(Layerwise):
     def fit(self, layer: Layer, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the parameters fitted to this layer's activations, float32 on the CPU; called where `needs_calibration` is true."""
         return values
+
+    def cached_width(self, config: Config) -> int:
+        """Return how many numbers of keys and values `AttendingProtocol.remember` keeps of a token; 0 for techniques with a state, or without any."""
+        return 0
 
     def cache_slots(self, config: Config) -> Slots:
         """Name the tensors that the cache keeps of earlier tokens, with the shapes for one sequence; empty for encoders, and where none is needed."""

@@ -34,7 +34,10 @@ def ridge(fit: Moments, held_out: Moments) -> Tensor | None:
     scale = fit.gram.diagonal().mean().clamp_min(TINY)
     for strength in STRENGTHS:
         damped = fit.gram + strength * scale * torch.eye(len(fit.gram), dtype=fit.gram.dtype, device=fit.gram.device)
-        candidate = torch.cholesky_solve(fit.cross.T, torch.linalg.cholesky(damped)).T
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if failed:  # the sums are rounded to float32, and so weak a ridge does not cover that
+            break
+        candidate = torch.cholesky_solve(fit.cross.T, factor).T
         if (gain := held_out.gain(candidate)) > best:
             best, change = gain, candidate
     return change

@@ -232,6 +232,16 @@ def test_every_family_has_an_attention_in_single_steps(kind):
     torch.testing.assert_close(out, (expected @ value).transpose(1, 2))
 
 
+def test_the_attention_function_of_a_config_is_that_of_its_name():
+    assert internals.attention_function(tiny("llama", attn_implementation="sdpa").config) is internals.ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
+def test_the_factor_of_scores_is_the_modules_where_it_has_one():
+    changes = {"query_pre_attn_scalar": 25}
+    assert internals.scaling_of(attentions(tiny("gemma2", **changes))[0], 0.0) == 0.2
+    assert internals.scaling_of(torch.nn.Linear(1, 1), 0.25) == 0.25
+
+
 @pytest.mark.parametrize("kind", [kind for kind in ATTENDING if kind not in UNROTATED])
 def test_rope_turns_by_angles(kind):
     query = torch.randn(2, 4, 5, 8, generator=torch.Generator().manual_seed(0))

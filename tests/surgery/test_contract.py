@@ -60,6 +60,11 @@ FUSED = ("phi3", "gpt_bigcode", "falcon")
 SHARING = [kind for kind in GROUPING if FAMILIES[kind].decoder and kind not in (*UNLIKE, *FUSED)]
 FFN = [[family.parts.get(part) for part in ("gate", "up", "down") if part in family.parts] for family in FAMILIES.values()]
 UNFUSED = [kind for kind, modules in zip(FAMILIES, FFN, strict=True) if modules and len(modules) == len(set(modules))]  # an FFN of single projections
+PLAIN = [  # four projections and RoPE, or none
+    kind
+    for kind in [*GROUPING, "gpt2", "gpt_bigcode", "gpt_neox", "opt"]
+    if FAMILIES[kind].decoder and "q_norm" not in FAMILIES[kind].parts and not FAMILIES[kind].scales_queries and kind not in ("falcon", "olmo")
+]
 OUT_OF_REACH = "has attention of its own|does not attend"
 EXPERTS = {
     "replaces": ("gate", "up", "down"),
@@ -119,6 +124,14 @@ CASES = {
         some=True,
         cache=True,
         pipeline=("llama", "qwen2", "qwen3", "olmo2", "stablelm", "mixtral"),
+    ),
+    "narrow-kv": Case(
+        {"keep": 0.25},
+        {"keep": 1},
+        PLAIN,
+        "go through a norm|changes queries or keys|has attention of its own|adds to the stream|is an encoder|does not attend",
+        cache=True,
+        pipeline=("llama", "qwen2", "gemma2", "gpt2", "gpt_neox", "cohere2", "opt"),
     ),
     "prune-layers": Case(
         {"layers": "1", "only": "attention"},

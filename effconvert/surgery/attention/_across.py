@@ -9,9 +9,7 @@ from torch import Tensor
 
 from effconvert.checkpoint.layer import Layer
 from effconvert.surgery.attention._heads import RIDGE, Heads, heads_of, projections, read_heads, write_heads
-from effconvert.surgery.attention._pooling import pool
-
-SCORES = 0.1  # what an error of the scores counts beside one of the values: refit of the queries mends most of it
+from effconvert.surgery.attention._pooling import SCORES, pool
 
 Reader = dict[str, Tensor]  # the new queries and outputs of a layer that reads: part -> tensor
 

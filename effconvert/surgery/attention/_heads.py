@@ -49,24 +49,26 @@ class Heads:
         return join_pairs(pairs.real, pairs.imag, rest, self.layout, dim=-2)
 
 
-def read_heads(layer: Layer) -> Heads:
-    """Return the heads of a layer, with the second moments of their inputs."""
-    return heads_of(layer, second_moment(layer, "q", any(f"{part}.bias" in layer for part in "qkv")))
+def read_heads(layer: Layer, ones: bool = False) -> Heads:
+    """Return the heads of a layer, with the second moments of their inputs; with `ones` as if there were biases, zeros where there are none."""
+    return heads_of(layer, second_moment(layer, "q", ones or any(f"{part}.bias" in layer for part in "qkv")))
 
 
 def heads_of(layer: Layer, moment: Tensor) -> Heads:
-    """Return the heads of a layer whose inputs have these second moments, [M, M] in float64; with biases one more, of ones."""
+    """Return the heads of a layer whose inputs have these second moments, [M, M] in float64; with biases one more, of ones, which may be there without."""
     config, biases = layer.config, [part for part in "qkv" if f"{part}.bias" in layer]
     moment = moment + RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
-    return Heads(*projections(layer.__getitem__, config, biases), moment, config.rotary_of(layer.index), config.family.rope, config.normed)
+    return Heads(
+        *projections(layer.__getitem__, config, biases, len(moment) > config.hidden), moment, config.rotary_of(layer.index), config.family.rope, config.normed
+    )
 
 
-def projections(read: Callable[[str], Tensor], config: Config, biases: Collection[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return q, k, v and o of a layer as `Heads` has them; `biases` names the parts that have one."""
+def projections(read: Callable[[str], Tensor], config: Config, biases: Collection[str], ones: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return q, k, v and o of a layer as `Heads` has them; `biases` names the parts that have one, and with `ones` others get zeros."""
 
     def rows(part: str, count: int) -> Tensor:
         weight = read(part).double()
-        if biases:
+        if biases or ones:
             bias = read(f"{part}.bias").double() if part in biases else weight.new_zeros(len(weight))
             weight = torch.cat([weight, bias[:, None]], 1)
         heads: Tensor = weight.unflatten(0, (count, config.head_dim))

@@ -15,6 +15,7 @@ from torch import Tensor
 from effconvert.surgery.attention._heads import Heads
 
 JITTER = 1e-8  # of the mean of a matrix's diagonal, so that it has a Cholesky factor
+SCORES = 0.1  # what an error of the scores counts beside one of the values: refit of the queries mends most of it
 ROUNDS, SETTLED = 100, 1e-5  # most rounds of averaging heads and aligning them to the mean; the relative change that ends it
 
 
@@ -77,7 +78,7 @@ def pca_values(heads: Heads, groups: int, keep: int) -> tuple[Tensor, Tensor]:
     shared, outputs = [], []
     for v, o in zip(heads.v.split(size), heads.o.split(size * heads.shared, 1), strict=True):  # [S, D, M], [M, S*R, D]
         by_head = o.unflatten(1, (size, -1))  # [M, S, R, D]
-        factors = _cholesky(torch.einsum("msrd,msre->sde", by_head, by_head))  # [S, D, D]
+        factors = cholesky(torch.einsum("msrd,msre->sde", by_head, by_head))  # [S, D, D]
         rows, back = _principal(v, factors, heads.moment, keep)
         shared.append(rows)
         outputs.append(torch.einsum("msrd,sde->msre", by_head, back).flatten(1, 2))
@@ -103,7 +104,7 @@ def pca_keys(heads: Heads, groups: int) -> tuple[Tensor, Tensor]:
         pooled = torch.einsum("sp,spm->pm", top.conj(), weighted)
         rotated_queries = query_pairs * (top.conj() / gain)[:, None, :, None]
         if rest_k.shape[1]:
-            factors = _cholesky(torch.einsum("srdm,mn,sren->sde", rest_q, heads.moment, rest_q))
+            factors = cholesky(torch.einsum("srdm,mn,sren->sde", rest_q, heads.moment, rest_q))
             rows, back = _principal(rest_k, factors, heads.moment, rest_k.shape[1])
             rest_q = torch.einsum("sde,srdm->srem", back, rest_q)
         else:
@@ -144,7 +145,7 @@ def _loss(heads: Heads, chosen: list[int]) -> float:
     """Return the share of the heads' weighted energy, of values and of keys, that is lost by pooling them."""
     some = heads.reordered(chosen)
     by_head = some.o.unflatten(1, (len(chosen), -1))
-    factors = _cholesky(torch.einsum("msrd,msre->sde", by_head, by_head))
+    factors = cholesky(torch.einsum("msrd,msre->sde", by_head, by_head))
     weighted = (factors.mT @ some.v).flatten(0, 1)
     values = torch.linalg.eigvalsh(weighted @ some.moment @ weighted.T)
     pairs, rest = some.pairs(some.k)
@@ -196,7 +197,8 @@ def _signs(rows: Tensor, moment: Tensor) -> Tensor:
     return torch.diag_embed(_phases(rows.to(torch.complex128), moment, signs=True).real)
 
 
-def _cholesky(gram: Tensor) -> Tensor:
+def cholesky(gram: Tensor) -> Tensor:
+    """Return the lower factor of Gram matrices [S, D, D], made positive by a little on the diagonal."""
     jitter = JITTER * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)
     factor: Tensor = torch.linalg.cholesky(gram + jitter[:, None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype))
     return factor

@@ -33,7 +33,7 @@ class ShareKv(Layerwise):
     Each of these layers reads the cache of the nearest layer before it that keeps one and has the same window. So the KV cache has fewer layers, and the
     projections to keys and values go with them. The layers that are read get keys and values that suit their readers too, fitted on a text; queries
     and outputs are fitted to these. --refit then recovers most of the rest. Neighbours share best: `--layers 1-29/2` makes pairs of 30 layers.
-    The result needs effconvert. Without training, `prune-layers --only attention` costs less at the same size of cache: take that first.
+    The result needs effconvert. Without training, `narrow-kv` and `prune-layers --only attention` cost less at the same size of cache: take these first.
     Brandon et al. 2024, arXiv 2405.12981 (CLA); Sun et al. 2024, arXiv 2405.05254 (YOCO: the last layers); docs/share-kv.md measures both.
 
     \b
