@@ -291,6 +291,32 @@ class Config(Shape):
                 return plain.become(stock.multi_query)
         return shared
 
+    def with_heads(self, count: int) -> "Config":
+        """Return this config with `count` query heads of the same width: as many of each KV head, or with fewer KV heads.
+
+        Raises:
+            OptionError: neither is possible.
+            ModelError: the family cannot have another number of heads, or its heads are not by themselves.
+        """
+        self.place("scores")
+        if not self.family.kv_heads_key or self.family.fixed_head_width:
+            raise ModelError(f"the class of {self.kind} makes a head as wide as its stream divided by the number of heads, so their number cannot change alone")
+        if "k_norm" in self.family.per_kv_head:
+            raise ModelError(f"a norm goes over all heads of {self.kind} together, so none can be taken away")
+        if technique := next((record for record in self.replaced if overlap(record.place, "attention")), None):
+            raise ModelError(f"{technique.technique} stands in place of its {technique.place}, and fits {self.heads} heads; change their number first")
+        if self.readers:
+            raise ModelError(f"layer {self.readers[0]} reads the keys and values of another; change the number of heads first")
+        shared = self.heads // self.kv_heads
+        fits = [n for n in range(1, self.heads + 1) if (n % self.kv_heads == 0 or n % shared == 0) and self.hidden % n == 0]  # classes check the last
+        if count not in fits:
+            options = ", ".join(map(str, fits))
+            raise OptionError(f"{count} heads do not fit {self.heads} query heads, {self.kv_heads} KV heads and a stream {self.hidden} wide; give {options}")
+        if count == self.heads:
+            return self
+        groups = count // shared if count % self.kv_heads else self.kv_heads
+        return self.with_keys({self.family.heads_key: count, self.family.kv_heads_key: groups, "head_dim": self.head_dim})
+
     def with_ffn(self, count: int) -> "Config":
         """Return this config with `count` neurons in each FFN.
 

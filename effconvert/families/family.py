@@ -64,6 +64,7 @@ class Family:
     ffn_key: str = "intermediate_size"
     kv_heads_key: str = "num_key_value_heads"  # empty: the family has no such key, and `fixed_kv_heads` or one per query head
     fixed_kv_heads: int = 0
+    fixed_head_width: bool = False  # whether its class divides the width of the stream by the number of heads, whatever `head_dim` says
     caches_query_heads: bool = False  # whether its class repeats keys and values for each query head before it caches them
     shares_kv_in_our_class: bool = False  # query heads share KV heads, in a class of effconvert: transformers has none for this family
     ffn: str = ""  # the FFN module of a layer; empty: its projections are in the layer itself

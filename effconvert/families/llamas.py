@@ -35,6 +35,7 @@ LLAMAS: Mapping[str, Family] = {
         LLAMA,
         base="StableLmModel",
         lm="StableLmForCausalLM",
+        fixed_head_width=True,
         lacking={"mlp_norm": ("use_parallel_residual", True)},
         defaults={"num_key_value_heads": 32, "partial_rotary_factor": 0.25, "use_parallel_residual": False},
         constants={"qk_layernorm": False},

@@ -61,10 +61,11 @@ class Refit(Healing):
     def rewrite(self, model: Model) -> None:
         """Refit each layer to the original's layers that it stands for; after gaps and low rank, and for narrow FFNs and experts, also to its stream."""
         super().rewrite(model)
-        narrow = model.config.ffn < model.original.ffn and not model.original.experts
+        narrow = {"down"} if model.config.ffn < model.original.ffn and not model.original.experts else set()
+        narrow |= {"o"} if model.config.heads < model.original.heads else set()
         for layer, steps in zip(model.layers, after_gaps(model), strict=True):
-            if narrow and "down" not in steps:
-                steps = {**steps, "down": 2 * layer.originals[-1] + 2}
+            following = {"o": 2 * layer.originals[0] + 1, "down": 2 * layer.originals[-1] + 2}
+            steps = {part: steps.get(part, step) for part, step in following.items() if part in steps or part in narrow}
             layer.later(partial(self._follow, steps=steps))
         for layer in model.layers:
             split = model.config.active_ffn < model.original.ffn  # else the experts are copies of the whole FFN

@@ -8,15 +8,16 @@ import torch
 from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.checkpoint.reading import read_config
 from effconvert.errors import ModelError, OptionError
+from effconvert.families import FAMILIES
 from effconvert.heal import _layer
 from effconvert.heal.refit import Refit
 from effconvert.modeling.loading import class_of
 from effconvert.surgery.depth.prune_layers import PruneLayers
-from effconvert.surgery.ffn._fewer import survivors
 from effconvert.surgery.ffn.moe_split import MoeSplit
-from effconvert.surgery.ffn.narrow import Narrow
+from effconvert.surgery.width._fewer import surviving_blocks, survivors
+from effconvert.surgery.width.narrow import Narrow
 from tests.heal.healing import apart, heldout, killed_saving, letters, prose, put, run, tensors
-from tests.models import save, tiny
+from tests.models import GROUPING, save, tiny
 
 
 @pytest.fixture(autouse=True)
@@ -126,6 +127,96 @@ def test_other_steps_follow():
     assert read_config(Path("out")).kind == "qwen2_moe"
     with pytest.raises(ModelError, match="qwen2_moe has experts in place of an FFN"):
         run("out", Narrow(ffn=12), place="none")
+
+
+def twins(kind, **changes):
+    """A model of which every second query head, with its KV head if that is its own, computes what its neighbour does."""
+    model = tiny(kind, **changes)
+    config = open_checkpoint(save(model, Path("plain"))).config
+    with torch.no_grad():
+        for layer in model.base_model.get_submodule(config.family.layers):
+            for part in ("q", "k", "v"):
+                module, count = layer.get_submodule(config.parts[part]), config.heads if part == "q" else config.kv_heads
+                for parameter in module.parameters() if count == 4 else ():
+                    heads = parameter.unflatten(0, (4, -1))
+                    heads[1::2] = heads[::2]
+    save(model, Path("model"))
+    letters().save_pretrained("model")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "kv_heads", "left"), [("llama", 2, 2), ("llama", 4, 2), ("qwen2", 1, 1), ("gemma2", 2, 2), ("cohere2", 4, 2), ("qwen3", 2, 2)]
+)
+def test_heads_that_compute_what_others_do_go_and_nothing_is_lost(kind, kv_heads, left):
+    model = twins(kind, num_key_value_heads=kv_heads)
+    outcome = run("model", Narrow(heads=2))
+    config = read_config(Path("out"))
+    assert (config.heads, config.kv_heads, config.head_dim, config.kind) == (2, left, outcome.plan.checkpoint.config.head_dim, kind)
+    ids = heldout()
+    with torch.no_grad():
+        expected, found = (each(ids).logits for each in (model, opened("out")))
+    assert (found - expected).abs().max() < 2e-3 * expected.abs().max()
+    assert opened("out").num_parameters() == outcome.plan.after.parameters < outcome.plan.before.parameters
+
+
+@pytest.mark.parametrize("kind", [kind for kind in GROUPING if "k_norm" not in FAMILIES[kind].per_kv_head and not FAMILIES[kind].fixed_head_width])
+def test_every_family_that_knows_the_width_of_its_heads_opens_with_fewer(kind):
+    put(Path("model"), kind, num_key_value_heads=4)
+    run("model", Narrow(heads=2, ffn=None if FAMILIES[kind].experts_key else 40), place="out")
+    model, info = class_of(read_config(Path("out"))).from_pretrained("out", output_loading_info=True)
+    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert read_config(Path("out")).heads == read_config(Path("out")).kv_heads == 2
+    with torch.no_grad():
+        assert model.eval()(heldout()).logits.isfinite().all() if FAMILIES[kind].decoder else True
+
+
+def test_the_head_goes_whose_output_the_others_best_make_up_for():
+    draw = torch.Generator().manual_seed(0)
+    values, weights = torch.randn(300, 12, generator=draw).double(), torch.randn(5, 12, generator=draw).double()
+    values[:, 3:6] = values[:, 6:9] @ torch.randn(3, 3, generator=draw).double() + 0.05 * values[:, :3]
+    gram, columns = values.T @ values, torch.arange(12).view(4, 3)
+    scale = 1e-3 * gram.diagonal().mean() * torch.eye(12, dtype=gram.dtype)
+
+    def error(kept):
+        inputs = columns[kept].flatten()
+        best = torch.linalg.solve((gram + scale)[inputs][:, inputs], (gram + scale)[inputs]).T
+        missing = weights @ (torch.eye(12, dtype=gram.dtype) - torch.zeros(12, 12, dtype=gram.dtype).index_copy(1, inputs, best))
+        return float(((missing @ (gram + scale)) * missing).sum())
+
+    left = surviving_blocks(weights, gram, columns, 3, lambda alive: alive)
+    assert left == min(([other for other in range(4) if other != head] for head in range(4)), key=error)
+    two = surviving_blocks(weights, gram, columns, 2, lambda alive: alive)
+    assert two == min(([other for other in left if other != head] for head in left), key=error)
+    assert 0 not in surviving_blocks(weights, gram, columns, 3, lambda alive: [0])
+
+
+def test_heads_and_neurons_together_and_refit_brings_part_of_it_back():
+    put(Path("model"), num_hidden_layers=3, num_key_value_heads=2)
+    run("model", Narrow(heads=2, ffn=32), place="narrow")
+    run("model", Narrow(heads=2, ffn=32), Refit(), place="healed")
+    narrow, healed = apart("model", "narrow", "healed")
+    assert healed < 0.95 * narrow
+    config = read_config(Path("healed"))
+    assert (config.heads, config.kv_heads, config.ffn) == (2, 2, 32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "options", "message"),
+    [
+        ("llama", {"num_key_value_heads": 2}, {"heads": 3}, "3 heads do not fit 4 query heads, 2 KV heads and a stream 32 wide; give 2, 4"),
+        ("llama", {}, {"heads": 5}, "5 heads do not fit"),
+        ("stablelm", {}, {"heads": 2}, "stablelm makes a head as wide as its stream divided"),
+        ("gpt2", {}, {"heads": 2}, "gpt2 makes a head as wide"),
+        ("olmo2", {}, {"heads": 2}, "a norm goes over all heads of olmo2"),
+        ("llama", {}, {}, "give --ffn, .* or --heads"),
+    ],
+)
+def test_heads_that_do_not_fit_are_refused(kind, changes, options, message):
+    put(Path("model"), kind, **changes)
+    with pytest.raises((OptionError, ModelError), match=message):
+        run("model", Narrow(**options))
+    assert not Path("out").exists()
 
 
 def test_what_does_not_fit_is_refused():

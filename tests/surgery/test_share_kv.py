@@ -23,8 +23,8 @@ from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.attention.share_kv import ShareKv, neighbours, pairs
 from effconvert.surgery.depth.prune_layers import PruneLayers
 from effconvert.surgery.ffn.moe_split import MoeSplit
-from effconvert.surgery.ffn.narrow import Narrow
 from effconvert.surgery.mixing.linear import Linear
+from effconvert.surgery.width.narrow import Narrow
 from tests.heal.healing import heldout, killed_saving, letters, prose, put, run, tensors
 from tests.mixers.mixing import with_cache
 from tests.models import logits, save, tiny

@@ -1,0 +1,1 @@
+"""Techniques that make layers narrower."""
