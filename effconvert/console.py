@@ -12,7 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 from rich.table import Table
 
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.replaced import CLASS, SKIPS, Replaced
+from effconvert.checkpoint.replaced import CLASS, OUTSIDE, SKIPS, Replaced
 from effconvert.convert import selftext
 from effconvert.convert.calibration import calibration_bytes
 from effconvert.convert.inspection import Inspection, Look
@@ -252,6 +252,10 @@ def _differences(config: Config) -> Iterator[str]:
         groups.setdefault((record.technique, record.place), []).append(record)
     for (name, place), records in groups.items():
         technique = f"{name} {_options({key: _range([record.options[key] for record in records]) for key in records[0].options})}".strip()
+        if place in OUTSIDE:
+            tied = " and of the head, which is the same" if place == "embed" and config.tied and config.predicts else ""
+            yield f"{technique} in place of the {'embedding' if place == 'embed' else place}{tied}"
+            continue
         count = sum(len(record.layers) for record in records)
         yield f"{count} of {config.layers} layers have {technique} in place of {PLACES.get(place, place)}"
     for common in config.shared:

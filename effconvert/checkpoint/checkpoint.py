@@ -14,7 +14,7 @@ import torch
 
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.layer import ActivationsProtocol, Layer, Model
-from effconvert.checkpoint.outer import Outer
+from effconvert.checkpoint.outer import Outer, outer_part
 from effconvert.checkpoint.reading import read_config
 from effconvert.checkpoint.replaced import OWN
 from effconvert.checkpoint.shards import FLOATS, StoredTensor
@@ -102,6 +102,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     layers: list[dict[str, StoredTensor]] = [{} for _ in range(config.layers)]
     for name, tensor in tensors.items():
         if not (match := pattern.match(name)):
+            if OWN in name and not config.replaced_outside(outer_part(name, prefix, config).partition(f".{OWN}")[0]):
+                raise ModelError(f"{folder} holds {name}, for which its config.json has no place; take the file that effconvert wrote")
             outer[name] = tensor
             continue
         index, inside = int(match[1]), match[2]
@@ -177,7 +179,7 @@ def check_types(checkpoint: Checkpoint) -> None:
     family = checkpoint.config.family
     places = (*(checkpoint.prefix + module for module in family.outer.values()), *(head_prefix(checkpoint.prefix) + module for module in family.head.values()))
     for name, tensor in checkpoint.outer.items():
-        if name.startswith(tuple(f"{place}." for place in places)):
+        if name.startswith(tuple(f"{place}." for place in places)) and OWN not in name:
             tensor.check_float()
     for layer in checkpoint.layers:
         for name, tensor in layer.items():
@@ -209,6 +211,11 @@ def check_shapes(checkpoint: Checkpoint) -> None:
     narrow = f"{checkpoint.prefix}{family.outer.get('project_in')}.weight" in checkpoint.outer
     table = (config.get("vocab_size"), config.get(family.embed_key) if narrow else width)
     places: dict[str, tuple[Any, ...]] = {f"{checkpoint.prefix}{family.outer['embed']}.weight": table}
+    if config.replaced_outside("embed"):
+        gone = next(iter(places))
+        if gone in checkpoint.outer:
+            raise ModelError(f"{checkpoint.folder} holds {gone}, which its config.json says was dropped; one of the two is wrong")
+        places = {}
     if "final_norm" in family.outer:
         places[f"{checkpoint.prefix}{family.outer['final_norm']}.weight"] = (width,)
     for name in places:

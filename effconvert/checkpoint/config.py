@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from effconvert.checkpoint import patterns
-from effconvert.checkpoint.replaced import SKIPS, Replaced, by_layer, encode, overlap, skipped
+from effconvert.checkpoint.replaced import OUTSIDE, SKIPS, Replaced, by_layer, encode, overlap, skipped
 from effconvert.checkpoint.shape import Shape
 from effconvert.checkpoint.shared import CACHE_PARTS, Shared, clash_of, renumber
 from effconvert.checkpoint.wrappers import Wrapper
@@ -86,6 +86,15 @@ class Config(Shape):
         """Return the record of the technique at `place` of a layer; None without one."""
         return next((record for record in self.replaced_in(layer) if record.place == place), None)
 
+    def replaced_outside(self, place: str) -> Replaced | None:
+        """Return the record of the technique at a place outside the layers; None without one."""
+        return next((record for record in self.replaced if record.place == place and place in OUTSIDE), None)
+
+    @property
+    def plain_outside(self) -> "Config":
+        """This config without the techniques outside the layers."""
+        return replace(self, replaced=tuple(record for record in self.replaced if record.place not in OUTSIDE))
+
     def with_replaced(self, record: Replaced) -> "Config":
         """Return this config with one more record of a technique.
 
@@ -100,12 +109,16 @@ class Config(Shape):
                 raise OptionError(
                     f"layer {layer} shares its keys and values with others, so nothing can be put in place of its {record.place}; leave it out of --layers"
                 )
-            for previous in self.replaced_in(layer):
-                if overlap(previous.place, record.place):
+            for taken in self.replaced_in(layer):
+                if overlap(taken.place, record.place):
                     raise OptionError(
-                        f"layer {layer} has {previous.technique} in place of its {previous.place} already; leave it out of --layers, or begin from the original"
+                        f"layer {layer} has {taken.technique} in place of its {taken.place} already; leave it out of --layers, or begin from the original"
                     )
         self.check_alone()
+        if record.place in OUTSIDE:
+            if previous := self.replaced_outside(record.place):
+                raise OptionError(f"{previous.technique} is in place of the {record.place} already; begin from the original")
+            return replace(self, replaced=(*self.replaced, record))
         self.place(record.place)
         same = next((previous for previous in self.replaced if replace(previous, layers=()) == replace(record, layers=())), None)
         if same:
@@ -249,8 +262,9 @@ class Config(Shape):
         for key in LAYER_NUMBERS:
             if raw.get(key):
                 raw[key] = [new for new, old in enumerate(layers) if old in raw[key]]
-        records = (replace(record, layers=tuple(new for new, old in enumerate(layers) if old in record.layers)) for record in self.replaced)
-        return replace(self, raw=raw, replaced=tuple(record for record in records if record.layers), shared=renumber(self.shared, layers))
+        renumbered = (replace(record, layers=tuple(new for new, old in enumerate(layers) if old in record.layers)) for record in self.replaced)
+        records = tuple(record for record in renumbered if record.layers or record.place in OUTSIDE)
+        return replace(self, raw=raw, replaced=records, shared=renumber(self.shared, layers))
 
     def with_skips(self, place: str, layers: Iterable[int]) -> "Config":
         """Return this config without the attention or the ffn of these layers, by transformers' `per_layer_config`."""
@@ -270,8 +284,8 @@ class Config(Shape):
         Raises:
             ModelError: no class can have `count` KV heads.
         """
-        if self.replaced and count != self.kv_heads:
-            techniques = " and ".join(dict.fromkeys(record.technique for record in self.replaced))
+        if self.plain_outside.replaced and count != self.kv_heads:
+            techniques = " and ".join(dict.fromkeys(record.technique for record in self.plain_outside.replaced))
             raise ModelError(f"its {techniques} fits {self.kv_heads} KV heads; change their number first, and do {techniques} afterwards")
         if count == self.kv_heads:
             return self

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.parts import Deferred, Parts
+from effconvert.checkpoint.replaced import OWN
 from effconvert.checkpoint.shards import FLOATS, StoredTensor
 from effconvert.checkpoint.wrappers import head_prefix
 from effconvert.errors import ModelError
@@ -22,10 +24,14 @@ class Outer(Parts):
     A module of several tensors, such as BERT's head, has the parts `outer["head.NAME"]`, where NAME is the name in the module.
 
     A tensor that is not in the family's row, such as the user's own classifier, is the part `other:NAME`.
+
+    Attributes:
+        survey: what a surgery that needs it has measured on the whole model (`Step.survey`); None while only shapes count.
     """
 
     def __init__(self, config: Config, prefix: str, stored: Mapping[str, StoredTensor], device: str, below: Outer | None = None) -> None:
         super().__init__(config, stored, device, below)
+        self.survey: Mapping[str, torch.Tensor] | None = None
         self._prefix = prefix  # of the base model's names in the source, with its dot; may be empty
 
     def on_top(self, config: Config) -> Outer:
@@ -39,20 +45,45 @@ class Outer(Parts):
             name = self.place(part)
             if on_disk is not None:
                 yield name, self._stored[self._name(on_disk, self._source)], None
-            else:
-                yield name, self._origin([part]), self[part]
+                continue
+            value = self._value(part)
+            whole = isinstance(value, torch.Tensor) and not value.is_floating_point()
+            yield name, replace(self._origin_of(part), dtype="I64") if whole else self._origin_of(part), value
 
     def bare(self) -> Iterator[tuple[str, str, StoredTensor, torch.Tensor | Deferred | None]]:
-        """Yield the parts of the base model but buffers: the part, its name there, the tensor on disk it comes from, and its new value or None."""
+        """Yield the parts of the base model: the part, its name there, the tensor on disk it comes from, and its new value or None.
+
+        Buffers and techniques' own parts are left out.
+        """
         prefix = outer_prefix(self._source, self._prefix, self.config)
         for part, (name, origin, value) in zip([part for part in self if self._is_kept(part)], self.tensors(), strict=True):
-            if _stem(part, tuple(self.config.family.outer)) and origin.dtype in FLOATS:
+            if _stem(part, tuple(self.config.family.outer)) and origin.dtype in FLOATS and f".{OWN}" not in part:
                 yield part, name.removeprefix(prefix), origin, value
 
-    def rows(self, part: str, start: int, stop: int) -> torch.Tensor:
-        """Return some rows of a part in float32. Of an unchanged part only these rows are read."""
+    def rows(self, part: str, numbers: torch.Tensor) -> torch.Tensor:
+        """Return the rows of a part with these numbers, as they are or will be on disk: in float32, or whole numbers. Other rows are not read or computed."""
         on_disk = self._on_disk(part)
-        return self[part][start:stop] if on_disk is None else self._stored[self._name(on_disk, self._source)].mapped()[start:stop].float()
+        if on_disk is not None:
+            return self._stored_rows(on_disk, numbers)
+        value = self._value(part)
+        if isinstance(value, Deferred) and value.rows:
+            return value.rows(numbers).to(FLOATS[self._origin_of(part).dtype]).float()
+        rows = (value.compute() if isinstance(value, Deferred) else value)[numbers]
+        return rows.to(FLOATS[self._origin_of(part).dtype]).float() if rows.is_floating_point() else rows
+
+    def rows_before(self, part: str, numbers: torch.Tensor) -> torch.Tensor:
+        """Return rows of a part as it was before this surgery."""
+        return self._stored_rows(part, numbers) if self._below is None else self._below.rows(part, numbers)
+
+    def shape(self, part: str) -> tuple[int, ...]:
+        """Return the shape of a part, which is not read for it."""
+        on_disk = self._on_disk(part)
+        return tuple(self[part].shape) if on_disk is None else self._stored[self._name(on_disk, self._source)].shape
+
+    def table(self, place: str) -> str:
+        """Return the part with a row for each token at `embed` or `head`, or in whose place a technique is; "" without one."""
+        names = ("embed",) if place == "embed" else self.config.family.head
+        return next((name for name in names if any(part == name or part.startswith(f"{name}.{OWN}") for part in self)), "")
 
     def place(self, part: str) -> str:
         """Return the name of a part in the model of this config.
@@ -68,6 +99,20 @@ class Outer(Parts):
         if _stem(part, (*family.outer, *family.head)) is None:
             raise ModelError(f"{self._name(part, self._source)} has no counterpart in {family.lm}; remove it, or save the model from {source.lm}")
         return self._name(part, self.config)
+
+    def _stored_rows(self, part: str, numbers: torch.Tensor) -> torch.Tensor:
+        rows = self._stored[self._name(part, self._source)].mapped()[numbers]
+        return rows.float() if rows.is_floating_point() else rows
+
+    def _value(self, part: str) -> torch.Tensor | Deferred:
+        """Return a part that is not on disk as it is, still deferred where it was deferred by this surgery or one before."""
+        if part in self._assigned:
+            return self._assigned[part]
+        return self[part] if self._below is None or part in self._copies else self._below._value(part)
+
+    def _origin_of(self, part: str) -> StoredTensor:
+        """Return the tensor on disk that a part comes from; for a technique's own parts the one at their place."""
+        return self._origin([part, part.partition(f".{OWN}")[0]])
 
     def _is_kept(self, part: str) -> bool:
         """Whether a part is written. Buffers of old files, such as position ids, are left out if the family changes: its class makes its own."""

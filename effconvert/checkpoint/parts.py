@@ -13,6 +13,8 @@ from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.shards import FLOATS, StoredTensor
 from effconvert.errors import ModelError
 
+ROWS = 8192  # of a tensor that is computed some rows at a time
+
 
 @dataclass(frozen=True)
 class Deferred:
@@ -20,6 +22,7 @@ class Deferred:
 
     compute: Callable[[], torch.Tensor]  # float32, on the CPU
     in_pieces: Callable[[], Iterator[torch.Tensor]] | None = None  # the same numbers in the same order, for large tensors
+    rows: Callable[[torch.Tensor], torch.Tensor] | None = None  # some rows of it, by their numbers
 
     def pieces(self) -> Iterator[torch.Tensor]:
         """Yield the tensor in pieces."""
@@ -82,6 +85,18 @@ class Parts(MutableMapping[str, torch.Tensor]):
         self._forget(part)
         self._assigned[part] = torch.empty(shape, device="meta") if self.shapes_only else Deferred(compute)
         self._touched["deferred"] = max(self._touched.get("deferred", 0), 4 * math.prod(shape))
+
+    def defer_rows(self, part: str, shape: tuple[int, ...], rows: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Assign the tensor of `shape` of which `rows` returns the rows with these numbers; it is written some rows at a time."""
+        self._catch_up()
+        self._forget(part)
+
+        def pieces() -> Iterator[torch.Tensor]:
+            for numbers in torch.arange(shape[0]).split(ROWS):
+                yield rows(numbers)
+
+        self._assigned[part] = torch.empty(shape, device="meta") if self.shapes_only else Deferred(lambda: torch.cat(list(pieces())), pieces, rows)
+        self._touched["deferred rows"] = max(self._touched.get("deferred rows", 0), 4 * min(ROWS, shape[0]) * math.prod(shape[1:]))
 
     def before(self, part: str) -> torch.Tensor:
         """Return a part as it was before this surgery, even if it was changed since."""

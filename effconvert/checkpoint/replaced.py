@@ -29,13 +29,13 @@ AUTO = {"AutoModelForCausalLM": "lm", "AutoModelForMaskedLM": "lm", "AutoModel":
 
 @dataclass(frozen=True)
 class Replaced:
-    """A technique in some layers; config.json has a list of these."""
+    """A technique in some layers, or outside them; config.json has a list of these."""
 
     technique: str  # its command
     options: Mapping[str, Any]
-    place: str  # where it runs: scores, attention, ffn, layer, or a part such as q
-    layers: tuple[int, ...]
-    drops: tuple[str, ...] = ()  # parts that these layers no longer have
+    place: str  # where it runs: scores, attention, ffn, layer, or a part such as q; outside the layers embed or head
+    layers: tuple[int, ...]  # none outside the layers
+    drops: tuple[str, ...] = ()  # parts that are no longer there
 
 
 # Each place, and the places inside it. Where the whole is replaced, nothing inside can be.
@@ -47,6 +47,7 @@ INSIDE: Mapping[str, tuple[str, ...]] = {
 DEEPEST = 10_000  # layers, or experts
 SKIPS = {"attention": "attention", "mlp": "ffn"}  # words of transformers' `per_layer_config` -> places that a layer skips
 PLACES = (*INSIDE, "scores", "q", "k", "v", "o", "gate", "up", "down")
+OUTSIDE = ("embed", "head")  # places outside the layers
 
 
 def overlap(place: str, other: str) -> bool:
@@ -62,6 +63,8 @@ def encode(raw: Mapping[str, Any], family: Family, replaced: tuple[Replaced, ...
     count = raw.get(family.layers_key, family.defaults.get(family.layers_key))
     original = raw.get("layer_types")
     names = [f"{KIND}gqa"] * count if grouped else list(original or ["full_attention"] * count)
+    for record in replaced:
+        names = [f"{KIND}{record.technique}"] * count if record.place in OUTSIDE else names  # so that stock classes refuse the model
     for index in skips:
         names[index] = f"{KIND}skip"
     for common in shared:
@@ -183,14 +186,19 @@ def _record(entry: Mapping[str, Any]) -> Replaced:
         raise ValueError(f"{record.technique} is no name of a technique")
     if not isinstance(record.options, Mapping) or not all(isinstance(option, str) for option in record.options):
         raise ValueError(f"the options of {record.technique} are no options")
-    if record.place not in PLACES:
-        raise ValueError(f"there is no place {record.place!r}; there are {', '.join(PLACES)}")
+    if record.place not in (*PLACES, *OUTSIDE):
+        raise ValueError(f"there is no place {record.place!r}; there are {', '.join((*PLACES, *OUTSIDE))}")
+    if record.place in OUTSIDE and record.layers:
+        raise ValueError(f"{record.place} is outside the layers, and {record.technique} is in layers")
     return record
 
 
 def _check(replaced: tuple[Replaced, ...], layers: int, skips: Mapping[int, set[str]]) -> None:
     """Refuse layers that do not exist, techniques at places that a layer skips, and two at one place."""
     taken: dict[int, list[str]] = {}
+    outside = [record.place for record in replaced if record.place in OUTSIDE]
+    if both := [place for place in OUTSIDE if outside.count(place) > 1]:
+        raise ValueError(f"there are two techniques for {both[0]}")
     for record in replaced:
         for index in record.layers:
             if type(index) is not int or not 0 <= index < layers:

@@ -177,6 +177,11 @@ class Shape:
         return self._integer(self.family.hidden_key)
 
     @property
+    def embed_width(self) -> int:
+        """Width of the embedding table, which in some families is less than M."""
+        return self._integer(self.family.embed_key) if self.family.embed_key and self.get(self.family.embed_key) is not None else self.hidden
+
+    @property
     def ffn(self) -> int:
         """Width inside the MLP, F (GPT-2 leaves it out where it is 4 M)."""
         return self._integer(self.family.ffn_key) if self.get(self.family.ffn_key) is not None else 4 * self.hidden

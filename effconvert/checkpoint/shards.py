@@ -21,6 +21,7 @@ from effconvert.errors import ModelError
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 EIGHT_BITS = ("I8", "U8", "BOOL", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "F8_E8M0")
+NUMBERS = {**FLOATS, "I64": torch.int64}  # what effconvert writes
 OTHER_BYTES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "C64": 8, **dict.fromkeys(EIGHT_BITS, 1)}
 ITEMSIZE = {**{code: dtype.itemsize for code, dtype in FLOATS.items()}, **OTHER_BYTES}
 PACKED = ("F4", "F6_E2M3", "F6_E3M2")  # several numbers share a byte
@@ -58,16 +59,20 @@ class StoredTensor:
         self.check_float()
         if device == "meta":
             return torch.empty(self.shape, device="meta")
+        tensor = self._numbers().float()
+        if not is_finite(tensor):
+            raise ModelError(f"{self.name} in {self.file.name} holds NaN or infinity, so the model cannot be sound; fetch it again or ask its author")
+        return tensor
+
+    def _numbers(self) -> torch.Tensor:
+        """Return the tensor in its own type."""
         flat = torch.empty(self.stop - self.start, dtype=torch.uint8)
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
             view = flat.numpy().data
             while len(view):
                 view = view[file.readinto(view) or _truncated(self.file) :]
-        tensor = flat.view(FLOATS[self.dtype]).view(self.shape).float()
-        if not is_finite(tensor):
-            raise ModelError(f"{self.name} in {self.file.name} holds NaN or infinity, so the model cannot be sound; fetch it again or ask its author")
-        return tensor
+        return flat.view(NUMBERS[self.dtype]).view(self.shape)
 
     def rows(self, part: int, parts: int) -> "StoredTensor":
         """Return one of `parts` equal runs of rows, as a tensor of its own."""
@@ -77,8 +82,8 @@ class StoredTensor:
     def mapped(self) -> torch.Tensor:
         """Return the tensor memory-mapped in its own type, for reading a few rows of a large one."""
         if self.start % ITEMSIZE[self.dtype]:  # an unusual header, without alignment
-            return self.read("cpu")
-        return torch.from_file(str(self.file), shared=False, size=self.stop, dtype=torch.uint8)[self.start :].view(FLOATS[self.dtype]).view(self.shape)
+            return self._numbers()
+        return torch.from_file(str(self.file), shared=False, size=self.stop, dtype=torch.uint8)[self.start :].view(NUMBERS[self.dtype]).view(self.shape)
 
 
 def _not_float(name: str, dtype: str) -> str:
@@ -152,7 +157,7 @@ def as_bytes(tensor: torch.Tensor, dtype: str, name: str) -> memoryview:
     Raises:
         ModelError: a finite number overflows in `dtype`.
     """
-    rounded = tensor.to(FLOATS[dtype]).contiguous()
+    rounded = tensor.to(NUMBERS[dtype]).contiguous()
     if not is_finite(rounded):
         raise ModelError(f"{name} as computed does not fit {dtype}: the largest number is {tensor.abs().max():.3g}; convert the model to BF16 first")
     return rounded.reshape(-1).view(torch.uint8).numpy().data

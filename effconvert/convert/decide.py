@@ -18,6 +18,7 @@ from effconvert.checkpoint.sources import cache
 from effconvert.convert import selftext
 from effconvert.convert.calibration import check_caches, prepare
 from effconvert.convert.plan import Plan, code_of, plan
+from effconvert.convert.survey import forward_of
 from effconvert.errors import OptionError
 from effconvert.eval.results import versions
 from effconvert.options import RunOptions
@@ -40,7 +41,7 @@ def decide(
             before = plan(checkpoint, tuple(complete), teacher)
             step.check(before.config)
             check_caches(before.config, "the model", f"give the options that {step.name} would choose, or choose before the cache is shared")
-            if before.needs_calibration:
+            if before.needs_text:
                 raise OptionError(
                     f"{step.name} chooses by running the model, and {complete[-1].name} before it is not fitted yet; put {step.name} first, or convert twice"
                 )
@@ -61,12 +62,8 @@ def _decide(step: Step, before: Plan, progress: Progress) -> Step:
     file = _cache_file(step, before)
     with suppress(OSError, ValueError, OptionError):
         return type(step)(**json.loads(file.read_bytes()))
-    from effconvert.heal._forward import Forward  # imports transformers, so only where there is a choice
-
-    assert before.calibration
-    forward = Forward(lambda: before.models("cpu")[-1], before.calibration.batches, lambda steps: progress.bar(f"{step.name}: choosing", steps, "steps"))
     with torch.no_grad():
-        choice = step.decide(forward)
+        choice = step.decide(forward_of(before, len(before.surgeries), progress, f"{step.name}: choosing"))
     _save(file, choice)
     return choice
 

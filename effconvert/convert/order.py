@@ -9,13 +9,13 @@ from effconvert.surgery._surgery import Step
 
 
 def check_reads_ahead(surgery: Step, surgeries: Sequence[Step], configs: Sequence[Config]) -> None:
-    """Refuse a step that reads later layers, after one that is fitted layer by layer: those layers are not fitted by then.
+    """Refuse a step that reads later layers, or the whole model, after one that is fitted layer by layer: those layers are not fitted by then.
 
     Raises:
         OptionError: it comes after such a step.
     """
     before = next((step for step, config in zip(surgeries, configs[:-1], strict=False) if step.needs_calibration(config)), None)
-    if before and surgery.reads_ahead(configs[-1]):
+    if before and (surgery.reads_ahead(configs[-1]) or surgery.needs_survey(configs[-1])):
         raise OptionError(f"{surgery.name} reads layers that {before.name} has not fitted by then; convert twice, {before.name} first")
 
 

@@ -9,6 +9,7 @@ from inspect import getfile
 from pathlib import Path
 
 import psutil
+from torch import Tensor
 
 from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.config import CONFIG, Config
@@ -67,6 +68,7 @@ class Plan:
     calibration: Calibration | None = None  # the calibration tokens, where a step needs activations
     edits: Mapping[str, str] = field(default_factory=dict)  # those of `files` that are not copied: name -> text
     remarks: tuple[str, ...] = ()  # on files that are left out or changed
+    surveys: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)  # number of a step that needs one -> what it has measured
 
     @property
     def before(self) -> Size:
@@ -94,6 +96,16 @@ class Plan:
     def needs_calibration(self) -> bool:
         """Whether a step needs activations, so that calibration must run before the model is written."""
         return any(surgery.needs_calibration(config) for surgery, config in zip(self.surgeries, self.configs, strict=False))
+
+    @property
+    def surveying(self) -> list[int]:
+        """The numbers of the steps that measure something on the whole model before it is converted."""
+        return [number for number, (surgery, config) in enumerate(zip(self.surgeries, self.configs, strict=False)) if surgery.needs_survey(config)]
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the model must be run on the calibration text, for activations or surveys."""
+        return self.needs_calibration or bool(self.surveying)
 
     @property
     def recipe(self) -> list[dict[str, dict[str, object]]]:
@@ -168,7 +180,8 @@ class Plan:
 
         With `activations`, layers must be used in order.
         """
-        return list(_models(self.checkpoint.model(device, self.originals, activations, self.teacher.config), self.surgeries, self.configs))
+        model = self.checkpoint.model(device, self.originals, activations, self.teacher.config)
+        return list(_models(model, self.surgeries, self.configs, {} if device == "meta" else self.surveys))
 
     def parts(self, unit: int, device: str = "cpu") -> tuple[str, Parts]:
         """Return a layer of the converted model, or the parts outside the layers, and the prefix of its names."""
@@ -184,9 +197,10 @@ def code_of(surgery: Step) -> str:
         return ""
 
 
-def _models(model: Model, surgeries: Sequence[Step], configs: Sequence[Config]) -> Iterator[Model]:
+def _models(model: Model, surgeries: Sequence[Step], configs: Sequence[Config], surveys: Mapping[int, Mapping[str, Tensor]]) -> Iterator[Model]:
     yield model
-    for surgery, config in zip(surgeries, configs[1:], strict=True):
+    for number, (surgery, config) in enumerate(zip(surgeries, configs[1:], strict=True)):
+        model.outer.survey = surveys.get(number)
         surgery.rewrite(model)
         model = model.on_top(config)
         yield model

@@ -14,9 +14,11 @@ from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.digest import file_hash
 from effconvert.checkpoint.manifest import CARD, MANIFEST, RECIPE, read_manifest, save_manifest
 from effconvert.convert import drafts, output, selftext
+from effconvert.convert.calibration import check_caches
 from effconvert.convert.calibration import prepare as prepare_calibration
 from effconvert.convert.decide import decide
 from effconvert.convert.plan import Plan, plan
+from effconvert.convert.survey import surveyed
 from effconvert.convert.verify import Material, check_memory, prepare, scratch_bytes, verify
 from effconvert.convert.write import is_unfinished, write
 from effconvert.errors import ModelError, OptionError
@@ -94,7 +96,9 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progre
         conversion = replace(conversion, calibration=selftext.write(conversion, conversion.calibration, progress))
 
     with output.workplace(conversion, target) as partial:
-        if conversion.calibration and is_unfinished(conversion, partial):
+        if conversion.surveying and is_unfinished(conversion, partial):
+            conversion = surveyed(conversion, progress)
+        if conversion.needs_calibration and is_unfinished(conversion, partial):
             from effconvert.convert.calibrate import calibrate  # imports transformers, so only where it is needed
 
             calibrate(conversion, partial, progress)
@@ -118,7 +122,9 @@ def _plan(checkpoint: Checkpoint, surgeries: tuple[Step, ...], teacher: Checkpoi
     conversion = replace(conversion, remarks=(*conversion.remarks, *kept))
     if options.verify or options.dry_run:
         check_writable(conversion.config, {target.name: (target.dtype, target.shape) for target in conversion.targets})
-    if conversion.needs_calibration:
+    for number in conversion.surveying:
+        check_caches(conversion.configs[number], "the model", f"do {conversion.surgeries[number].name} before the cache is shared")
+    if conversion.needs_text:
         conversion = replace(conversion, calibration=prepare_calibration(conversion, options))
     return conversion
 
@@ -182,7 +188,7 @@ def _texts(model: str, plan: Plan, target: Path, options: RunOptions, record: di
 
     source = record["source"]
     revision = None if expand(model).exists() else source["commit"] or source["revision"]
-    settings = {name.replace("_", "-"): getattr(options, name) for name in CALIBRATION_OPTIONS} if plan.needs_calibration else {}
+    settings = {name.replace("_", "-"): getattr(options, name) for name in CALIBRATION_OPTIONS} if plan.needs_text else {}
     steps = [{name: read(own) for name, own in step.items()} for step in plan.recipe]
     recipe = read({"model": model, "revision": revision, "steps": steps, **settings})
     recipe_text = f"# Written by effconvert {__version__}. The same bytes again: effconvert run {RECIPE} -o DIR\n"

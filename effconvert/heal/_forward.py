@@ -9,14 +9,14 @@ from torch import Tensor
 
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.layer import Layer, Model
-from effconvert.checkpoint.outer import Outer
+from effconvert.checkpoint.parts import ROWS
 from effconvert.heal._capture import Capture
 from effconvert.heal._layerwise import LayerRunner, check_finite, device, outer_tensors, return_memory, stored_tensors, zero_sublayer
 from effconvert.progress import Advance
+from effconvert.surgery._placed import table_rows
 from effconvert.surgery.projections._factors import product_of
 
 STRIDE = 4  # the prediction after every fourth token is compared: neighbours have nearly the same divergence
-ROWS = 8192  # rows of the head in memory at a time
 
 
 class Forward:
@@ -68,6 +68,25 @@ class Forward:
         tensors = {name: numbers.to(device()) for name, (_, numbers, _) in stored_tensors(layer).items()}
         return self._runner.run(layer.index, tensors, states, (until,) if until else (), until)
 
+    @property
+    def counts(self) -> Tensor:
+        """How often each token occurs in the calibration text, [V]."""
+        return torch.cat([batch.flatten() for batch in self._batches]).cpu().bincount(minlength=self.config.vocabulary)
+
+    def table_rows(self, place: str, tokens: Tensor) -> Tensor:
+        """Return rows of the table at `embed` or `head`, [N, M] in float32."""
+        return table_rows(self._model().outer, place, tokens)
+
+    def head_inputs(self) -> Iterator[Tensor]:
+        """Run the model on the whole calibration text, and yield what its head gets, [B, T, M] for each batch."""
+        states = self.begin(sum(batch.numel() for batch in self._batches))
+        with self.bar(self.config.layers) as advance:
+            for index in range(self.config.layers):
+                states = self.layer(index, states)
+                advance(1)
+        for state in states:
+            yield self._runner.head_input(state)
+
     def divergence(self, reference: Sequence[Tensor], states: Sequence[Tensor]) -> float:
         """Return KL(reference || states) in nats a token, of the predictions after every fourth token.
 
@@ -91,14 +110,8 @@ class Forward:
 
     def _logits(self, state: Tensor, start: int) -> Tensor:
         """Return the logits of `ROWS` tokens of the vocabulary, in float32."""
-        part = _head(self._outer, self.config)
-        rows = (self._outer.rows(name, start, start + ROWS).to(state) if name in self._outer else None for name in (part, f"{part}.bias"))
-        weights, bias = rows
-        assert weights is not None
+        head = "" if self.config.tied else self._outer.table("head")
+        tokens = torch.arange(start, min(start + ROWS, self.config.vocabulary))
+        weights = table_rows(self._outer, "head" if head else "embed", tokens).to(state)
+        bias = self._outer.rows(f"{head}.bias", tokens).to(state) if f"{head}.bias" in self._outer else None
         return self._runner.predict(state, weights, bias).float()
-
-
-def _head(outer: Outer, config: Config) -> str:
-    """Return the part whose rows give logits."""
-    heads = () if config.tied else config.family.head
-    return next((part for part in heads if part in outer), "embed")

@@ -19,13 +19,14 @@ from torch.func import functional_call
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.layer import Layer
 from effconvert.checkpoint.outer import Outer
-from effconvert.checkpoint.parts import Deferred
+from effconvert.checkpoint.parts import ROWS, Deferred
 from effconvert.checkpoint.shards import FLOATS, StoredTensor, is_finite
 from effconvert.errors import ModelError
 from effconvert.heal._capture import PROBE, Capture, StopForwardError, record, register
 from effconvert.modeling.loading import class_of
 from effconvert.modeling.transformers_internals import names_at_run_time
 from effconvert.quiet import quiet_transformers
+from effconvert.surgery._placed import table_rows
 from effconvert.surgery.projections._factors import output_of
 
 OUTPUT_PARTS = {"scores": "o", "attention": "o", "ffn": "down"}  # place -> the part whose output is the place's output
@@ -36,9 +37,12 @@ class LayerRunner:
     """A model of one shape without weights, and the arguments that it passes to its layers beside the hidden states."""
 
     def __init__(self, config: Config, outer: Tensors, ids: Sequence[Tensor], device: torch.device, head: bool = False) -> None:
-        """Build the bare model, or with `head` the language model, which `predict` needs."""
+        """Build the bare model, or with `head` the language model, which `predict` needs.
+
+        A technique outside the layers does not run in it: `outer` has the rows of its table.
+        """
         self.config = config
-        self.whole = skeleton(config, device, config.family.lm if head else config.family.base)
+        self.whole = skeleton(config.plain_outside, device, config.family.lm if head else config.family.base)
         self.model = self.whole.base_model
         self.layers: list[nn.Module] = list(self.model.get_submodule(config.family.layers))
         self.ids = ids
@@ -163,9 +167,28 @@ class LayerRunner:
         head._parameters["weight"] = nn.Parameter(weights, requires_grad=False)
         if bias is not None:
             head._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
-        with _replace_forward(self.layers, [lambda *_, **__: self.wrap_output(state)] * len(self.layers)):
-            logits: Tensor = self.whole(input_ids=self.ids[0][:1, : state.shape[1]].expand(len(state), -1), **self.arguments).logits
+        logits: Tensor = self._run_behind_layers(state).logits
         return logits
+
+    def head_input(self, state: Tensor) -> Tensor:
+        """Return what the head gets, [B, T, M], for the last layer's output `state`."""
+        inputs: list[Tensor] = []
+
+        def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs.append(args[0])
+            raise StopForwardError
+
+        handle = self.whole.get_output_embeddings().register_forward_pre_hook(note)
+        try:
+            with suppress(StopForwardError):
+                self._run_behind_layers(state)
+        finally:
+            handle.remove()
+        return inputs[0]
+
+    def _run_behind_layers(self, state: Tensor) -> Any:
+        with _replace_forward(self.layers, [lambda *_, **__: self.wrap_output(state)] * len(self.layers)):
+            return self.whole(input_ids=self.ids[0][:1, : state.shape[1]].expand(len(state), -1), **self.arguments)
 
     def _run_until_stopped(self, batch: Tensor) -> None:
         try:
@@ -198,11 +221,14 @@ def device() -> torch.device:
 
 def outer_tensors(outer: Outer, ids: Sequence[Tensor]) -> dict[str, Tensor]:
     """Return the bare model's tensors outside the layers, by their names in it; only the rows of `ids` of the embedding."""
-    tokens = torch.cat([batch.flatten() for batch in ids]).cpu()
+    config, tokens = outer.config, torch.cat([batch.flatten() for batch in ids]).cpu()
     tensors: dict[str, Tensor] = {}
+    if config.replaced_outside("embed"):
+        table = embedding_rows(outer, (config.vocabulary, config.embed_width), tokens)
+        tensors[f"{config.family.outer['embed']}.weight"] = table.to(ids[0].device)
     for part, name, origin, value in outer.bare():
         if value is None:
-            value = embedding_rows(origin, tokens) if part == "embed" else origin.read("cpu")
+            value = embedding_rows(outer, origin.shape, tokens) if part == "embed" else origin.read("cpu")
         numbers = value.compute() if isinstance(value, Deferred) else value
         tensors[name] = numbers.to(ids[0].device)
     return tensors
@@ -259,10 +285,11 @@ def return_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def embedding_rows(stored: StoredTensor, ids: Tensor) -> Tensor:
-    """Return an embedding table [V, M] with only the rows of `ids` filled; the pages of other rows take no memory."""
-    table, rows = torch.from_numpy(numpy.zeros(stored.shape, numpy.float32)), ids.unique()  # torch.zeros would write every page
-    table[rows] = stored.mapped()[rows].float()
+def embedding_rows(outer: Outer, shape: tuple[int, ...], ids: Tensor) -> Tensor:
+    """Return the embedding table, [V, M] by `shape`, with only the rows of `ids` filled; the pages of other rows take no memory."""
+    table = torch.from_numpy(numpy.zeros(shape, numpy.float32))  # torch.zeros would write every page
+    for rows in ids.unique().split(ROWS):
+        table[rows] = table_rows(outer, "embed", rows)
     return table
 
 

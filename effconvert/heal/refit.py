@@ -18,9 +18,9 @@ class Refit(Healing):
 
     Linear algebra, no gradients. Layers are refitted one by one, on the output of the refitted layers below. Queries are fitted to the attention
     scores of the original's layer, values and the output projection to its attention's output. A layer with a mixer refits its output projection
-    alone; a layer without any attention fits its MLP to the output of the original's layer. After dropped layers and low-rank projections, attention
-    and MLP outputs are also fitted to the original's hidden states, and so are the outputs of narrow FFNs and of experts that one was split into. A
-    change that does not improve held-out windows is not kept. MODEL is the converted model.
+    alone; a layer without any attention fits its MLP to the output of the original's layer. After a factorised embedding, dropped layers and low-rank
+    projections, attention and MLP outputs are also fitted to the original's hidden states, and so are the outputs of narrow FFNs and of experts that
+    one was split into. A change that does not improve held-out windows is not kept. MODEL is the converted model.
 
     \b
     Examples:
@@ -110,7 +110,11 @@ def _notes_by_place(config: Config) -> list[str]:
     for record in config.replaced:
         name = f"{record.technique} in place of their {record.place}"
         linear = "down" in config.parts and not any("down" in other.drops for index in record.layers for other in config.replaced_in(index))
-        if record.technique == "low-rank" and ("mlp_post_norm" in config.parts or config.norms_stream):
+        if record.place == "embed" and not ("mlp_post_norm" in config.parts or config.norms_stream):
+            notes.append(f"after {record.technique} the outputs of attention and MLP are fitted to the original's hidden states")
+        elif record.place == "embed":
+            notes.append(f"a norm follows its attention and MLP, so nothing makes up for {record.technique}")
+        elif record.technique == "low-rank" and ("mlp_post_norm" in config.parts or config.norms_stream):
             notes.append("a norm follows its attention and MLP, so nothing makes up for low-rank; use transfer")
         elif record.technique == "low-rank":
             notes.append("from the first low-rank projection on, the outputs of attention and MLP are fitted to the original's hidden states")
@@ -132,6 +136,8 @@ def _notes_by_place(config: Config) -> list[str]:
 def after_gaps(model: Model) -> list[dict[str, int]]:
     """Return for each layer its parts that write to the stream just before a gap, at a low-rank projection or after these, each with the step that follows.
 
+    After a technique in place of the embedding, that is every part.
+
     Step 2 l of the original is the input of its layer l, step 2 l + 1 the stream between its attention and its FFN.
     """
     half = {"attention": ("o", 0), "ffn": ("down", 1)}
@@ -144,7 +150,7 @@ def after_gaps(model: Model) -> list[dict[str, int]]:
     steps = {2 * layer + second for layer in range(model.original.layers) for place, (_, second) in half.items() if place not in model.original.skips(layer)}
     targets: list[dict[str, int]] = [{} for _ in model.layers]
     thin = [{int(overlap(record.place, "ffn")) for record in model.config.replaced_in(layer.index) if record.technique == "low-rank"} for layer in model.layers]
-    dropped = not steps.isdisjoint(range(writers[0][2]))
+    dropped = not steps.isdisjoint(range(writers[0][2])) or model.config.replaced_outside("embed") is not None
     for (index, part, step), (_, _, following) in zip(writers, [*writers[1:], (0, "", 2 * model.original.layers)], strict=True):
         dropped = dropped or step % 2 in thin[index] or not steps.isdisjoint(range(step + 1, following))
         if dropped:

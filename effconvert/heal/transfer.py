@@ -38,15 +38,16 @@ class Transfer(Healing):
 
     def check(self, config: Config) -> None:
         """Refuse models in which no technique runs."""
-        if config.attention and not config.replaced:
+        if config.attention and not config.plain_outside.replaced:
             raise OptionError("no technique runs in its layers, so there is nothing to train; put one in first (effconvert linear, ...), or use refit")
 
     def notes(self, config: Config) -> str:
         """Say which layers, and what is in them."""
-        if not config.replaced:
+        records = config.plain_outside.replaced
+        if not records:
             return f"trains the {config.layers} layers, which have no attention"
-        count = len({index for record in config.replaced for index in record.layers}) if config.attention else config.layers
-        kinds = dict.fromkeys("a mixer" if record.place == "scores" else f"{record.technique} in place of their {record.place}" for record in config.replaced)
+        count = len({index for record in records for index in record.layers}) if config.attention else config.layers
+        kinds = dict.fromkeys("a mixer" if record.place == "scores" else f"{record.technique} in place of their {record.place}" for record in records)
         return f"trains the {count} layers that have {' or '.join(kinds)}"
 
     def changes(self, layer: Layer, originals: range) -> list[str]:

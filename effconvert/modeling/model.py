@@ -16,6 +16,7 @@ from effconvert.modeling.attention import NAME, SOFTMAX, install
 from effconvert.modeling.caches import caches
 from effconvert.modeling.grouped import Grouped, share
 from effconvert.modeling.lent import LentLayer, lend
+from effconvert.modeling.outside import Outside, has_no_table
 from effconvert.modeling.places import Own, leave_out, put
 from effconvert.modeling.shared import Sharing
 from effconvert.modeling.stand_ins import stand_in
@@ -56,7 +57,7 @@ class ConvertedConfig:
         return encode(*decode(_plain(self)))
 
 
-class ConvertedModel(Sharing):
+class ConvertedModel(Outside, Sharing):
     """Mixin for converted models: techniques in their modules, and a cache with room for the states of mixers."""
 
     config: Any
@@ -81,10 +82,11 @@ class ConvertedModel(Sharing):
                     install(module, technique, ours, index)
                 else:
                     put(layer, record, ours, index)
+        self._put_outside(ours)
         if ours.shared:
             self._share(layers_of(self, ours), ours)
         self._initialize()
-        self._mixes = bool(ours.replaced)
+        self._mixes = bool(ours.plain_outside.replaced)
         if ours.family.decoder and self.base_model is not self:  # type: ignore[attr-defined]
             self.base_model.register_forward_pre_hook(_with_cache, with_kwargs=True)  # type: ignore[attr-defined]
 
@@ -106,7 +108,7 @@ class ConvertedModel(Sharing):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Own):
             module.initialize()
-        else:
+        elif not has_no_table(module):
             super()._init_weights(module)  # type: ignore[misc]
 
     def _set_softmax(self, name: str) -> None:

@@ -14,25 +14,29 @@ from effconvert.modeling.attending import Attending
 from effconvert.modeling.state import State
 from effconvert.modeling.transformers_internals import cache_among
 from effconvert.surgery._placed import technique_of
-from effconvert.surgery._replacement import PlaceContext, Replacement
+from effconvert.surgery._replacement import PlaceContext, Placed
 
 NAME = OWN.removesuffix(".")  # of the child module with a technique's parameters
 
 
 class Own(nn.Module):
-    """A technique's own parameters at a place of a layer."""
+    """A technique's own parameters at a place of a layer, or outside the layers."""
 
-    def __init__(self, technique: Replacement, config: Config, index: int, place: str) -> None:
+    def __init__(self, technique: Placed, config: Config, index: int, place: str) -> None:
         super().__init__()
-        self.technique, self.config, self.index, self.place = technique, config, index, place
+        self.technique: Any = technique
+        self.config, self.index, self.place = config, index, place
         for name, shape in technique.parameters(config, place).items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+            if name in technique.whole_numbers:
+                self.register_buffer(name, torch.zeros(shape, dtype=torch.int64))
+            else:
+                self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         self.freeze()
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """The parameters by name."""
-        return dict(self.named_parameters())
+        """The parameters by name, and whole numbers."""
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
     def freeze(self) -> None:
         """Keep the parameters that are never trained from being trained; transformers forgets it when it loads weights."""
@@ -44,9 +48,9 @@ class Own(nn.Module):
     def initialize(self) -> None:
         """Set the parameters to the technique's initial values."""
         values = self.technique.initial_values(self.config, self.index, self.place)
-        for name, parameter in self.named_parameters():
+        for name, tensor in self.weights.items():
             if name in values:
-                parameter.copy_(values[name])
+                tensor.copy_(values[name])
 
 
 class SkippedModule(nn.Module):

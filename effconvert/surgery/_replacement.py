@@ -1,4 +1,4 @@
-"""Base class of techniques that replace a place of a layer: options, new parameters, and the code that runs there."""
+"""Base classes of techniques that run in place of a part of the model: options, new parameters, and the code that runs there."""
 # B = batch, T = tokens, M = hidden width.
 
 from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from effconvert.checkpoint.replaced import OWN, PLACES, Replaced
+from effconvert.checkpoint.replaced import OUTSIDE, OWN, PLACES, Replaced
 from effconvert.errors import ModelError, OptionError, TechniqueError
 from effconvert.families import FAMILIES
-from effconvert.surgery._surgery import Layerwise
+from effconvert.surgery._surgery import Layerwise, Surgery
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,31 +46,72 @@ class PlaceContext:
     attention: AttendingProtocol | None = None  # at the place of attention
 
 
-class Replacement(Layerwise):
-    """A technique that replaces a place. One file holds its options, its parameters and its maths.
+class Placed(Surgery):
+    """A technique that runs at places: `Replacement` in layers, `OuterReplacement` outside them. One file holds its options, parameters and maths.
 
     A converted model keeps the options in its config.json and the parameters in the module of the place: `mlp.effconvert.NAME`.
     """
 
-    place: ClassVar[str] = ""  # where it runs: scores, attention, ffn, layer, or a part such as q; empty where its options choose
-    drops: ClassVar[tuple[str, ...]] = ()  # parts that it removes
     no_encoders: ClassVar[str] = ""  # why it refuses encoders; empty: it takes them
     no_decoders: ClassVar[str] = ""  # why it refuses decoders; empty: it takes them
-    where: ClassVar[frozenset[str]] = frozenset({"layers"})  # options that choose layers, which config.json does not keep
     frozen: ClassVar[tuple[str, ...]] = ()  # parameters that are never trained
+    whole_numbers: ClassVar[tuple[str, ...]] = ()  # tensors of int64, which are no parameters
+
+    @abstractmethod
+    def places(self, config: Config) -> tuple[str, ...]:
+        """Return where it runs, by its options."""
+
+    @abstractmethod
+    def dropped(self, config: Config, place: str) -> tuple[str, ...]:
+        """Return the parts removed at a place."""
+
+    @abstractmethod
+    def parameters(self, config: Config, place: str = "") -> Mapping[str, tuple[int, ...]]:
+        """Name the new parameters at a place, with their shapes; {} if there are none."""
+
+    def initial_values(self, config: Config, index: int, place: str = "") -> Mapping[str, Tensor]:
+        """Return the initial values of the parameters at a place of layer `index`: float32 on the CPU, the same on each call."""
+        return {}
+
+    @classmethod
+    def allowed_options(cls, config: Config) -> str:
+        """The options that have to be given, or the reason why none would do."""
+        cls.check_family(config)
+        return super().allowed_options(config)
+
+    @classmethod
+    def check_family(cls, config: Config) -> None:
+        """Refuse families that the technique does not fit.
+
+        Raises:
+            ModelError: the reason.
+        """
+        config.check_alone()
+        name = cls.__module__.rpartition(".")[2].replace("_", "-")
+        if why := cls.no_decoders if config.decoder else cls.no_encoders:
+            raise ModelError(f"{config.kind} is {'a decoder' if config.decoder else 'an encoder'}, and {name} {why}")
+
+    def is_exact(self, config: Config) -> bool:
+        """False; techniques override this for their neutral options."""
+        return False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options that config.json keeps."""
+        return self.model_dump(mode="json")
+
+
+class Replacement(Layerwise, Placed):
+    """A technique that replaces a place in layers."""
+
+    place: ClassVar[str] = ""  # where it runs: scores, attention, ffn, layer, or a part such as q; empty where its options choose
+    drops: ClassVar[tuple[str, ...]] = ()  # parts that it removes
+    where: ClassVar[frozenset[str]] = frozenset({"layers"})  # options that choose layers, which config.json does not keep
     transfer_place: ClassVar[str] = ""  # the place whose output `transfer` trains it to reproduce; empty: its own
 
     def places(self, config: Config) -> tuple[str, ...]:
         """Return where it runs in a chosen layer: its place, or several of them by its options."""
         return (self.place,)
-
-    @abstractmethod
-    def parameters(self, config: Config, place: str = "") -> Mapping[str, tuple[int, ...]]:
-        """Name the new parameters at a place of a layer, with their shapes; {} if there are none."""
-
-    def initial_values(self, config: Config, index: int, place: str = "") -> Mapping[str, Tensor]:
-        """Return the initial values of the parameters at a place of layer `index`: float32 on the CPU, the same on each call."""
-        return {}
 
     def fit(self, layer: Layer, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the parameters fitted to this layer's activations, float32 on the CPU; called where `needs_calibration` is true."""
@@ -97,24 +138,12 @@ class Replacement(Layerwise):
         raise TechniqueError(f"{self.name} has no `forward`, which would run at a module; its author has to write it")
 
     @classmethod
-    def allowed_options(cls, config: Config) -> str:
-        """The options that have to be given, or the reason why none would do."""
-        cls.check_family(config)
-        return super().allowed_options(config)
-
-    @classmethod
     def check_family(cls, config: Config) -> None:
-        """Refuse families that the technique does not fit.
-
-        Raises:
-            ModelError: the reason.
-        """
+        """Refuse families that the technique does not fit."""
         config.check_alone()
-        name = cls.__module__.rpartition(".")[2].replace("_", "-")
         if cls.place in ("scores", "attention"):
             config.place(cls.place)  # raises where nothing attends
-        if why := cls.no_decoders if config.decoder else cls.no_encoders:
-            raise ModelError(f"{config.kind} is {'a decoder' if config.decoder else 'an encoder'}, and {name} {why}")
+        super().check_family(config)
 
     def check(self, config: Config) -> None:
         """Refuse layers that do not exist or have a technique at that place already, and families that the technique does not fit."""
@@ -129,10 +158,6 @@ class Replacement(Layerwise):
     def nothing_chosen(self) -> str:
         """The message for a choice without any layer."""
         return "no layer is left to change: --layers names none"
-
-    def is_exact(self, config: Config) -> bool:
-        """False; techniques override this for their neutral options."""
-        return False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -207,3 +232,43 @@ class Replacement(Layerwise):
             if tuple(values[name].shape) != tuple(shape):
                 given, needed = (" x ".join(map(str, sizes)) or "a single number" for sizes in (values[name].shape, shape))
                 raise TechniqueError(f"{self.name} has a parameter {name!r} at {place} that is {needed} by `parameters` and {given} by `{source}`")
+
+
+Rows = Callable[[str, "Tensor | None"], "Tensor"]  # (name of a tensor, numbers or None) -> these rows of it, or all
+
+
+class OuterReplacement(Placed):
+    """A technique in place of the embedding table or the head: at `embed`, which also stands for a head that is tied to it, or at `head`.
+
+    `outer` assigns its tensors (`embed.effconvert.NAME`) and deletes the table.
+    """
+
+    @classmethod
+    def unknown(cls, name: str) -> str:
+        """Return the message for an unknown option `name`; for `--layers` with the reason."""
+        return "this technique changes what is outside the layers; leave out --layers" if name == "layers" else super().unknown(name)
+
+    def check(self, config: Config) -> None:
+        """Refuse families that the technique does not fit, and models with a technique at that place already."""
+        if wrong := [place for place in self.places(config) if place not in OUTSIDE]:
+            raise TechniqueError(f"{self.name} runs at {wrong[0]!r}, which is not outside the layers; its author can choose from {', '.join(OUTSIDE)}")
+        self.check_family(config)
+        self.config(config)
+
+    def config(self, config: Config) -> Config:
+        """Record the technique at its places."""
+        for place in self.places(config):
+            config = config.with_replaced(Replaced(self.name, self.settings, place, (), self.dropped(config, place)))
+        return config
+
+    def dropped(self, config: Config, place: str) -> tuple[str, ...]:
+        """Return the table itself."""
+        return (place,)
+
+    @abstractmethod
+    def lookup(self, config: Config, place: str, read: Rows, tokens: Tensor) -> Tensor:
+        """Return the rows [..., M] of the table at a place for token ids [...]."""
+
+    @abstractmethod
+    def logits(self, config: Config, place: str, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        """Return the table's products with hidden states [..., M]: [..., V]."""

@@ -47,6 +47,16 @@ class ForwardProtocol(Protocol):
     def parts(self, index: int) -> Layer:
         """Return the tensors of a layer."""
 
+    @property
+    def counts(self) -> Tensor:
+        """How often each token occurs in the calibration text, [V]."""
+
+    def table_rows(self, place: str, tokens: Tensor) -> Tensor:
+        """Return rows of the table at `embed` or `head`, [N, M] in float32."""
+
+    def head_inputs(self) -> Iterator[Tensor]:
+        """Run the model on the whole calibration text, and yield what its head gets, [B, T, M] for each batch."""
+
     def divergence(self, reference: Sequence[Tensor], states: Sequence[Tensor]) -> float:
         """Return KL(reference || states) in nats a token, of the predictions from two models' last hidden states."""
 
@@ -133,6 +143,14 @@ class Step(Options):
     def needs_calibration(self, config: Config) -> bool:
         """Whether `layer` needs the model's activations on a text (`Layer.activations`): then the model is calibrated before anything is written."""
         return False
+
+    def needs_survey(self, config: Config) -> bool:
+        """Whether `outer` needs what `survey` returns (`Outer.survey`)."""
+        return False
+
+    def survey(self, forward: ForwardProtocol) -> Mapping[str, Tensor]:
+        """Return what `outer` needs to know of the whole model before this step, as it runs on the calibration text."""
+        return {}
 
     def needs_original(self, config: Config) -> bool:
         """Whether it runs the layers of the original on the inputs of the converted ones."""

@@ -9,6 +9,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from effconvert.checkpoint.checkpoint import open_checkpoint
+from effconvert.checkpoint.outer import Outer
+from effconvert.checkpoint.reading import read_config
 from effconvert.checkpoint.shards import read_header
 from effconvert.errors import ModelError
 from effconvert.families import FAMILIES
@@ -243,7 +245,10 @@ def test_of_an_embedding_only_the_rows_that_are_used_are_there(tmp_path):
     table = torch.randn(40, 8).bfloat16()
     table[20:] = float("nan")  # nobody may look at them
     save_file({"embed.weight": table, "other": torch.ones(3)}, tmp_path / "model.safetensors")
-    rows = embedding_rows(read_header(tmp_path / "model.safetensors")["embed.weight"], torch.tensor([[3, 7], [7, 0]]))
+    (tmp_path / "model.safetensors").rename(tmp_path / "weights")
+    config = read_config(save(tiny("llama"), tmp_path / "shape"))
+    stored = {"embed_tokens.weight": read_header(tmp_path / "weights")["embed.weight"]}
+    rows = embedding_rows(Outer(config, "", stored, "cpu"), (40, 8), torch.tensor([[3, 7], [7, 0]]))
     assert rows.dtype == torch.float32
     assert rows.shape == (40, 8)
     used = [0, 3, 7]

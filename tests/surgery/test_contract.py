@@ -14,7 +14,7 @@ import effconvert.modeling
 from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.checkpoint.outer import outer_part
 from effconvert.checkpoint.reading import read_config
-from effconvert.checkpoint.replaced import KIND
+from effconvert.checkpoint.replaced import KIND, OUTSIDE
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError
 from effconvert.families import FAMILIES
@@ -133,6 +133,7 @@ CASES = {
         cache=True,
         pipeline=("llama", "qwen2", "gemma2", "gpt2", "gpt_neox", "cohere2", "opt"),
     ),
+    "factor-embed": Case({"rank": 6}, {"ratio": 1, "blocks": 1}),
     "prune-layers": Case(
         {"layers": "1", "only": "attention"},
         kinds=SUBLAYERS,
@@ -320,10 +321,16 @@ def all_parts(parts, config):
 
 def own_tensors(plan):
     """Map the name of each tensor of a technique's own in the converted model to its shape."""
+    outer = plan.models("meta")[-1].outer
     return {
         plan.layer_prefix(index) + ".".join(filter(None, [plan.config.place(record.place), "effconvert", parameter])): tuple(shape)
         for record, technique in techniques_of(plan.config)
         for index in record.layers
+        for parameter, shape in technique.parameters(plan.config, record.place).items()
+    } | {
+        outer.place(outer.table(record.place)).removesuffix("weight") + f"effconvert.{parameter}": tuple(shape)
+        for record, technique in techniques_of(plan.config)
+        if record.place in OUTSIDE
         for parameter, shape in technique.parameters(plan.config, record.place).items()
     }
 
@@ -340,7 +347,9 @@ def renamed(plan):
             elif name in checkpoint.config.family.buffers:
                 names[checkpoint.layer_prefix(index) + name] = plan.layer_prefix(index) + name
     outer = plan.models("meta")[-1].outer
-    return names | {name: outer.place(outer_part(name, checkpoint.prefix, checkpoint.config)) for name in checkpoint.outer}
+    parts = {name: outer_part(name, checkpoint.prefix, checkpoint.config) for name in checkpoint.outer}
+    gone = {outer.table(place) for place in OUTSIDE if config.replaced_outside(place)}
+    return names | {name: outer.place(part) for name, part in parts.items() if part not in gone}
 
 
 def hold_whole_layers(before, after, case):

@@ -141,7 +141,7 @@ def _check_static(name: str, config: Config) -> None:
     Raises:
         OptionError: it would not hold what they keep.
     """
-    if config.replaced:
+    if config.plain_outside.replaced:
         raise OptionError(f"--cache static cannot keep the states of the mixers of {name}; leave it out")
     if any("attention" in config.skips(index) for index in range(config.layers)):
         raise OptionError(f"--cache static would allocate layers of {name} that have no attention; leave it out")

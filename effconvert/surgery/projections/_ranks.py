@@ -6,7 +6,7 @@ it does to the predictions: the divergence that a layer causes with all its proj
 """
 # O = outputs of a projection, I = its inputs, K = rank, T = tokens, M = hidden width.
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -79,11 +79,16 @@ def fill(curves: Sequence[Tensor], shapes: Sequence[tuple[int, int]], ratio: flo
     Each matrix minimises its loss plus a price for each parameter; the price is the least that keeps the share.
     """
     budget = ratio * sum(out * inner for out, inner in shapes)
-    low, high = 1e-30, 1e30  # prices: too many parameters at the first, few enough at the second
+    return _at(least_price(lambda price: _parameters(_at(price, curves, shapes), shapes), budget), curves, shapes)
+
+
+def least_price(parameters: Callable[[float], int], budget: float) -> float:
+    """Return the least price of a parameter at which there are no more `parameters` than the budget."""
+    low, high = 1e-30, 1e30  # too many parameters at the first, few enough at the second
     for _ in range(STEPS):
         price = (low * high) ** 0.5
-        low, high = (low, price) if _parameters(_at(price, curves, shapes), shapes) <= budget else (price, high)
-    return _at(high, curves, shapes)
+        low, high = (low, price) if parameters(price) <= budget else (price, high)
+    return high
 
 
 def _at(price: float, curves: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> list[int]:
