@@ -274,4 +274,4 @@ def _range(values: Sequence[Any]) -> Any:
 
 
 def _options(options: dict[str, object]) -> str:
-    return " ".join(f"--{key} {value}" for key, value in options.items() if value is not None)
+    return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in options.items() if value is not None)

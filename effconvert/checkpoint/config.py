@@ -185,14 +185,18 @@ class Config(Shape):
         return [layer for layer in range(self.layers) if self.cache_of(layer) != layer]
 
     def stored_for(self, layer: int, part: str) -> int:
-        """Return the layer that stores a part of this one: itself, or the first of those that share it and have it."""
-        stem = part.removesuffix(".bias")
-        return self._stored_for.get((layer, stem), layer)
+        """Return the layer that stores a part of this one, or a bias: itself, or the first of those that share it and have it."""
+        return self._stored_for.get((layer, part), layer)
 
     def stored_in(self, layer: int, name: str) -> int:
         """Return the layer that stores the tensor `name` of this one, of the family or of a technique."""
         parts = self.parts_in(name)
-        return self.stored_for(layer, parts[0]) if parts else layer
+        bias = parts and parts[0] not in self.family.loose and name.endswith(".bias")
+        return self.stored_for(layer, parts[0] + (".bias" if bias else "")) if parts else layer
+
+    def shares(self, layer: int, part: str) -> bool:
+        """Whether a layer shares a part, or a bias, with others."""
+        return any(layer in record.layers and record.has(part) for record in self.shared)
 
     def leaders(self, layer: int) -> set[int]:
         """Return the layers that store something for this one."""
@@ -205,7 +209,8 @@ class Config(Shape):
             lacks = {layer: self.lacks(layer) for layer in record.layers}
             for part in filter(record.has, self.parts):
                 first = next((layer for layer in record.layers if part not in lacks[layer]), record.layers[0])
-                result |= dict.fromkeys(((layer, part) for layer in record.layers), first)
+                for name in filter(record.has, (part, f"{part}.bias")):
+                    result |= dict.fromkeys(((layer, name) for layer in record.layers), first)
         return result
 
     def place(self, name: str) -> str:

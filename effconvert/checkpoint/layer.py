@@ -36,8 +36,8 @@ class ActivationsProtocol(Protocol):
     def scores(self) -> int:
         """The number of attention weights of one head, over all texts."""
 
-    def capture(self, layer: Layer, parts: Sequence[str] = (), until: str = "") -> Iterator[Any]:
-        """Run a layer in its present state, and yield the captured tensors of each batch."""
+    def capture(self, layer: Layer, parts: Sequence[str] = (), until: str = "", states: Sequence[torch.Tensor] | None = None) -> Iterator[Any]:
+        """Run a layer in its present state on the current inputs or on `states`, and yield the captured tensors of each batch."""
 
     def original(self, layers: Sequence[int], parts: Sequence[str] = (), until: str = "") -> Iterator[Any]:
         """Run layers of the original on the current inputs, and yield the captured tensors of each batch in the last one."""
@@ -83,13 +83,20 @@ class Layer(Parts):
         """Return this layer for the next surgery."""
         return Layer(index, config, self._stored, self._device, self, self.originals, self.activations)
 
+    @property
+    def unchanged(self) -> Layer:
+        """This layer as it was before this surgery."""
+        layer = Layer(self.index, self.config, self._stored, self._device, self._below, self.originals, self.activations)
+        layer._source_index = self._source_index
+        return layer
+
     def share(self, first: Self, what: str) -> None:
         """Share `what` (see `SHARES`) with an earlier layer: these parts follow that layer's from now on. The config must record it too."""
         if what == "cache":
             for part in [part for part in self if part.removesuffix(".bias") in CACHE_PARTS]:
                 del self[part]
         record = Shared(what, (first.index, self.index))
-        for part in [part for part in self if record.has(part.removesuffix(".bias"))]:
+        for part in [part for part in self if record.has(part)]:
             self._forget(part)
             self._borrowed[part] = first
 
@@ -112,7 +119,7 @@ class Layer(Parts):
         for module, parts in config.modules.items():
             for suffix in ("", ".bias"):
                 present = [part + suffix for part in parts if part + suffix in self]
-                if not present or (stored and config.stored_for(self.index, parts[0]) != self.index):
+                if not present or (stored and config.stored_for(self.index, parts[0] + suffix) != self.index):
                     continue
                 if len(present) != len(parts):
                     raise ModelError(f"layer {self.index}: {module} holds {', '.join(parts)} in one tensor, and only {', '.join(present)} is there")

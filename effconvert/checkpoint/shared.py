@@ -6,11 +6,12 @@ from typing import Any
 
 from effconvert.errors import OptionError
 
-# What layers can share -> its parts; None: all. A `cache` has no parameters: layers read the keys and values of the first of them.
+# What layers can share -> its parts with their biases; None: all. A `cache` has no parameters: layers read the keys and values of the first of them.
 SHARES: Mapping[str, tuple[str, ...] | None] = {
     "layer": None,
     "attention": ("q", "k", "v", "o"),
     "ffn": ("gate", "up", "down"),
+    "weights": ("q", "k", "v", "o", "gate", "up", "down"),  # without biases, which each layer keeps
     **{part: (part,) for part in ("q", "k", "v", "o", "gate", "up", "down")},
     "cache": (),
 }
@@ -25,9 +26,9 @@ class Shared:
     layers: tuple[int, ...]  # ascending
 
     def has(self, part: str) -> bool:
-        """Whether these layers share a part."""
-        parts = SHARES[self.what]
-        return parts is None or part in parts
+        """Whether these layers share a part, or "k.bias", the bias of one."""
+        parts, stem = SHARES[self.what], part.removesuffix(".bias")
+        return parts is None or (stem in parts and (part == stem or self.what != "weights"))
 
 
 def read_shared(entries: Sequence[Mapping[str, Any]], layers: int) -> tuple[Shared, ...]:

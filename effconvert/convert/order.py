@@ -47,7 +47,7 @@ def check_shared_parameters(surgery: Step, model: Model) -> None:
     assigned = {layer.index: {part for part in layer.assigned if part.removesuffix(".bias") in model.config.parts} for layer in model.layers}
     for record in model.config.shared:
         members = [index for index in record.layers if index in assigned]
-        parts = {index: {part for part in assigned[index] if record.has(part.removesuffix(".bias"))} for index in members}
+        parts = {index: {part for part in assigned[index] if record.has(part)} for index in members}
         changed = sorted(set().union(*parts.values()))
         if changed and (surgery.needs_calibration(model.config) or any(changes != parts[members[0]] for changes in parts.values())):
             raise OptionError(

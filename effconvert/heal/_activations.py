@@ -46,9 +46,9 @@ class Activations:
         """The number of attention weights of one head, over all texts."""
         return sum(len(batch) * batch.shape[1] ** 2 for batch in self.ids)
 
-    def capture(self, layer: Layer, parts: Sequence[str] = (), until: str = "") -> Iterator[Capture]:
-        """Run a layer with its current weights, and yield its activations for each batch: see `LayerRunner.run`."""
-        return self._run(self._outer_of(layer.config), layer, layer.index, self.states, parts, until)
+    def capture(self, layer: Layer, parts: Sequence[str] = (), until: str = "", states: Sequence[Tensor] | None = None) -> Iterator[Capture]:
+        """Run a layer with its current weights on `states`, by default the current inputs, and yield its activations for each batch: see `LayerRunner.run`."""
+        return self._run(self._outer_of(layer.config), layer, layer.index, self.states if states is None else states, parts, until)
 
     def original(self, layers: Sequence[int], parts: Sequence[str] = (), until: str = "") -> Iterator[Capture]:
         """Run layers of the original one after the other on `states`; yield the activations of the last for each batch."""
@@ -60,11 +60,11 @@ class Activations:
     def original_stream(self, step: int) -> list[Tensor]:
         """Return the stream of the original alone, [B, T, M]: before its layer l for step 2 l, between that layer's attention and FFN for 2 l + 1.
 
-        Call it with increasing steps: only the last states are kept.
+        Only the last states are kept: an earlier step begins anew from the embeddings.
         """
         first, states = self._stream
-        if not states:
-            states = self._runner(self._original).begin()
+        if not states or first > step // 2:
+            first, states = 0, self._runner(self._original).begin()
         for index in range(first, step // 2):
             states = [capture.out for capture in self._run(self._original, self.teacher.layer(index, "cpu"), index, states)]
         self._stream = (step // 2, states)

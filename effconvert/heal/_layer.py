@@ -11,7 +11,7 @@ from effconvert.heal._capture import Capture
 from effconvert.heal._layerwise import zero_sublayer
 from effconvert.heal._regression import AttentionWindow, Queries, Rotation, Values, by_head, solve
 from effconvert.surgery._ridge import HELD_OUT, Moments, ridge
-from effconvert.surgery.projections._factors import assign_product, output_of, product_of
+from effconvert.surgery.projections._factors import assign_product, fitted_of, outputs_of, product_of
 
 NEGLIGIBLE = 1e-5  # relative error below which there is nothing to heal
 
@@ -50,7 +50,7 @@ def refit_stream(layer: Layer, part: str, step: int) -> None:
     The output after a norm is not linear in the weights before it, so such parts stay.
     """
     assert layer.activations
-    if not output_of(layer, part) or layer.config.norms_stream or {"o": "attn_post_norm", "down": "mlp_post_norm"}[part] in layer:
+    if not fitted_of(layer, part) or layer.config.norms_stream or {"o": "attn_post_norm", "down": "mlp_post_norm"}[part] in layer:
         return
     alone = zero_sublayer(layer, "ffn") if part == "o" else layer  # up to this part of the layer
     _fit_part(layer, alone, part, layer.activations.original_stream(step))
@@ -70,10 +70,11 @@ def _fit_part(layer: Layer, alone: Layer, part: str, targets: Sequence[Tensor]) 
 def _residual_multiplier(layer: Layer, part: str) -> float:
     """Return the factor by which a part's output is added to the stream: not 1 in families with a residual multiplier, such as Granite."""
     assert layer.activations
-    name, outs = output_of(layer, part), []
-    for trial in (torch.zeros_like(layer[name]), layer[name]):
+    outs = []
+    for factor in (0, 1):
         copy = layer.on_top(layer.index, layer.config)
-        copy[name] = trial
+        for name in outputs_of(layer, part):
+            copy[name] = factor * layer[name]
         capture = next(layer.activations.capture(copy, (part,)))
         outs.append(capture.out)
     output = _inputs(capture, part) @ product_of(layer, part).to(capture.out).T

@@ -27,7 +27,7 @@ from effconvert.modeling.loading import class_of
 from effconvert.modeling.transformers_internals import names_at_run_time
 from effconvert.quiet import quiet_transformers
 from effconvert.surgery._placed import table_rows
-from effconvert.surgery.projections._factors import output_of
+from effconvert.surgery.projections._factors import outputs_of
 
 OUTPUT_PARTS = {"scores": "o", "attention": "o", "ffn": "down"}  # place -> the part whose output is the place's output
 Tensors = Mapping[str, Tensor]  # name in a layer -> tensor, as the family stores it
@@ -238,7 +238,7 @@ def zero_sublayer(layer: Layer, place: str) -> Layer:
     """Return a copy of a layer whose attention or ffn adds zero: its output projection is zero."""
     copy = layer.on_top(layer.index, layer.config)
     for part in layer.config.sublayer(place):
-        for name in (output_of(layer, part), f"{part}.bias") if part == "o" or part.endswith("down") else ():
+        for name in (*outputs_of(layer, part), f"{part}.bias") if part == "o" or part.endswith("down") else ():
             if name in layer:
                 copy[name] = torch.zeros_like(layer[name])
     return copy

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from effconvert.checkpoint.replaced import overlap
 from effconvert.heal._healing import Healing
+from effconvert.surgery.projections._parts import FACTORED
 
 if TYPE_CHECKING:
     from effconvert.checkpoint.config import Config
@@ -18,9 +19,10 @@ class Refit(Healing):
 
     Linear algebra, no gradients. Layers are refitted one by one, on the output of the refitted layers below. Queries are fitted to the attention
     scores of the original's layer, values and the output projection to its attention's output. A layer with a mixer refits its output projection
-    alone; a layer without any attention fits its MLP to the output of the original's layer. After a factorised embedding, dropped layers and low-rank
-    projections, attention and MLP outputs are also fitted to the original's hidden states, and so are the outputs of narrow FFNs and of experts that
-    one was split into. A change that does not improve held-out windows is not kept. MODEL is the converted model.
+    alone; a layer without any attention fits its MLP to the output of the original's layer. After a factorised embedding, dropped layers, low-rank
+    projections and shared layers, attention and MLP outputs are also fitted to the original's hidden states, and so are the outputs of narrow FFNs and
+    of experts that one was split into. Parameters that layers share stay as they are. A change that does not improve held-out windows is not kept.
+    MODEL is the converted model.
 
     \b
     Examples:
@@ -43,12 +45,15 @@ class Refit(Healing):
             from effconvert.heal._one_head import PARTS
 
             return [*PARTS]
-        return ["q", "q.bias", "v", "v.bias", "o", *(["down"] if _without_attention(layer) else [])]
+        changing = ["q", "q.bias", "v", "v.bias", "o", *(["down"] if _without_attention(layer) else [])]
+        return [] if any(layer.config.shares(layer.index, part) for part in changing) else changing
 
     def heal(self, layer: Layer, originals: range) -> None:
         """See `_layer`."""
         from effconvert.heal._layer import refit_attention, refit_output
 
+        if not self.changes(layer, originals):
+            return
         if _has_one_head(layer):
             from effconvert.heal._one_head import refit_head
 
@@ -82,12 +87,12 @@ class Refit(Healing):
             refit_experts(layer, outputs, originals)
 
     def _follow(self, layer: Layer, steps: dict[str, int]) -> None:
-        from effconvert.surgery.projections._factors import output_of
+        from effconvert.surgery.projections._factors import fitted_of
 
         for part, step in steps.items():
-            if name := output_of(layer, part):
-                for factor in {name, name.replace("left", "right")}:
-                    layer[factor] = layer[factor]
+            if names := fitted_of(layer, part):
+                for name in names:
+                    layer[name] = layer[name]
                 if layer.activations:
                     from effconvert.heal._layer import refit_stream
 
@@ -107,6 +112,10 @@ def _has_one_head(layer: Layer) -> bool:
 def _notes_by_place(config: Config) -> list[str]:
     """Say what is refitted in layers with techniques, by where these run."""
     notes = []
+    if any(record.what not in ("cache", "weights") for record in config.shared):
+        notes.append(
+            "layers that share parameters stay as they are; in those after them the outputs of attention and MLP are fitted to the original's hidden states"
+        )
     for record in config.replaced:
         name = f"{record.technique} in place of their {record.place}"
         linear = "down" in config.parts and not any("down" in other.drops for index in record.layers for other in config.replaced_in(index))
@@ -114,6 +123,8 @@ def _notes_by_place(config: Config) -> list[str]:
             notes.append(f"after {record.technique} the outputs of attention and MLP are fitted to the original's hidden states")
         elif record.place == "embed":
             notes.append(f"a norm follows its attention and MLP, so nothing makes up for {record.technique}")
+        elif record.technique == "recursive":
+            notes.append("of layers that share their matrices the differences of the outputs of attention and MLP are fitted to the original's hidden states")
         elif record.technique == "low-rank" and ("mlp_post_norm" in config.parts or config.norms_stream):
             notes.append("a norm follows its attention and MLP, so nothing makes up for low-rank; use transfer")
         elif record.technique == "low-rank":
@@ -134,7 +145,7 @@ def _notes_by_place(config: Config) -> list[str]:
 
 
 def after_gaps(model: Model) -> list[dict[str, int]]:
-    """Return for each layer its parts that write to the stream just before a gap, at a low-rank projection or after these, each with the step that follows.
+    """Return for each layer its parts that write to the stream just before a gap, at a low-rank or shared projection, or after; and the step that follows.
 
     After a technique in place of the embedding, that is every part.
 
@@ -149,7 +160,11 @@ def after_gaps(model: Model) -> list[dict[str, int]]:
     ]
     steps = {2 * layer + second for layer in range(model.original.layers) for place, (_, second) in half.items() if place not in model.original.skips(layer)}
     targets: list[dict[str, int]] = [{} for _ in model.layers]
-    thin = [{int(overlap(record.place, "ffn")) for record in model.config.replaced_in(layer.index) if record.technique == "low-rank"} for layer in model.layers]
+    thin = [
+        {int(overlap(record.place, "ffn")) for record in model.config.replaced_in(layer.index) if record.technique in FACTORED}
+        | {second for part, second in half.values() if model.config.shares(layer.index, part)}
+        for layer in model.layers
+    ]
     dropped = not steps.isdisjoint(range(writers[0][2])) or model.config.replaced_outside("embed") is not None
     for (index, part, step), (_, _, following) in zip(writers, [*writers[1:], (0, "", 2 * model.original.layers)], strict=True):
         dropped = dropped or step % 2 in thin[index] or not steps.isdisjoint(range(step + 1, following))

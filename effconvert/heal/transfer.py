@@ -80,7 +80,6 @@ class Transfer(Healing):
 
 
 def _family_parts(layer: Layer, place: str) -> list[str]:
-    """Name the family's own parts at a place."""
-    if place == "layer":
-        return [part for part in layer if f".{OWN}" not in part]
-    return [part for stem in PROJECTIONS[place] for part in (stem, f"{stem}.bias") if part in layer]
+    """Name the family's own parts at a place, but those that the layer shares with others."""
+    parts = [part for part in layer if f".{OWN}" not in part] if place == "layer" else [name for stem in PROJECTIONS[place] for name in (stem, f"{stem}.bias")]
+    return [part for part in parts if part in layer and not layer.config.shares(layer.index, part)]

@@ -169,8 +169,6 @@ def test_what_only_one_layer_is_left_with_is_its_own_again():
 
 def test_what_would_give_layers_other_values_of_what_they_share_is_refused():
     put(Path("model"), num_hidden_layers=4)
-    with pytest.raises(OptionError, match=r"layers 1, 2 share their layer, and refit would give each of them another"):
-        run("model", Share(), Refit())
 
     class Half(Plain):
         def rewrite(self, model):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from effconvert.checkpoint.layer import Layer
 from effconvert.checkpoint.replaced import OWN
+from effconvert.surgery.projections._parts import FACTORED
 
 RIDGE = 1e-6  # of the mean of the moment's diagonal: in directions that the text does not cover, the weights themselves decide
 
@@ -40,22 +41,39 @@ def _whitened(weight: Tensor, moment: Tensor | None) -> tuple[Tensor, Tensor | N
     return whitened.T @ whitened, whitened
 
 
-def output_of(layer: Layer, part: str) -> str:
-    """Return the part of a layer that multiplies last in a projection: the first factor of a replaced one, else the projection; "" without either."""
+def outputs_of(layer: Layer, part: str) -> tuple[str, ...]:
+    """Return the parts of a layer that multiply last in a projection, and whose outputs are added: the projection, the first of two thin factors, or both."""
+    return tuple(name for name in (part, factors_of(layer, part)[0]) if name in layer)
+
+
+def factors_of(layer: Layer, part: str) -> tuple[str, str]:
+    """Return the names of the two thin factors in place of a projection or beside it; empty without a technique that puts them there."""
     record = layer.config.replaced_at(layer.index, part)
-    name = f"{part}.{OWN}left" if record and record.technique == "low-rank" else part
-    return name if name in layer else ""
+    return (f"{part}.{OWN}left", f"{part}.{OWN}right") if record and record.technique in FACTORED else ("", "")
+
+
+def fitted_of(layer: Layer, part: str) -> tuple[str, ...]:
+    """Return the parts of a layer that `assign_product` changes; none where the projection is shared with other layers, and nothing is added to it."""
+    factors = factors_of(layer, part)
+    if factors[0] in layer:
+        return factors
+    return (part,) if part in layer and not layer.config.shares(layer.index, part) else ()
 
 
 def product_of(layer: Layer, part: str) -> Tensor:
-    """Return the matrix [O, I] of a projection, which may be replaced by two."""
-    return layer[part] if part in layer else layer[f"{part}.{OWN}left"] @ layer[f"{part}.{OWN}right"]
+    """Return the matrix [O, I] of a projection, which may be replaced by two thin ones, or have two beside it."""
+    left, right = factors_of(layer, part)
+    if left not in layer:
+        return layer[part]
+    thin = layer[left] @ layer[right]
+    return thin + layer[part] if part in layer else thin
 
 
 def assign_product(layer: Layer, part: str, weight: Tensor, moment: Tensor) -> None:
-    """Set a projection to `weight` [O, I], a replaced one to the best of its rank for inputs with this second moment."""
-    if part in layer:
+    """Set a projection to `weight` [O, I]; if it has thin factors, set these to what of it is best for inputs with this second moment at their rank."""
+    left, right = factors_of(layer, part)
+    if left not in layer:
         layer[part] = weight.float().cpu()
         return
-    left, right = f"{part}.{OWN}left", f"{part}.{OWN}right"
-    layer[left], layer[right] = (factor.float() for factor in factors(weight.cpu(), moment.cpu(), layer[left].shape[1]))
+    rest = weight.cpu() - layer[part] if part in layer else weight.cpu()
+    layer[left], layer[right] = (factor.float() for factor in factors(rest, moment.cpu(), layer[left].shape[1]))

@@ -2,6 +2,7 @@
 
 SAME_INPUT = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))  # in the order in which a layer computes them
 PARTS = tuple(part for group in SAME_INPUT for part in group)
+FACTORED = ("low-rank", "recursive")  # techniques with two thin factors at a projection: in its place, or added to it
 GROUPS = {"attention": PARTS[:4], "mlp": PARTS[4:], "all": PARTS}
 
 

@@ -92,7 +92,9 @@ def survivors(weights: Tensor, gram: Tensor, count: int) -> Tensor:
     return alive
 
 
-def surviving_blocks(weights: Tensor, gram: Tensor, columns: Tensor, count: int, removable: Callable[[Sequence[int]], Sequence[int]]) -> list[int]:
+def surviving_blocks(
+    weights: Tensor, gram: Tensor, columns: Tensor, count: int, removable: Callable[[Sequence[int]], Sequence[int]] = lambda alive: alive
+) -> list[int]:
     """Return the blocks of inputs that stay, ascending; each time the one goes that costs least: tr(W_b (G^-1)_bb^-1 W_b^T).
 
     Args:
