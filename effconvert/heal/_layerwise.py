@@ -20,6 +20,7 @@ from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.layer import Layer
 from effconvert.checkpoint.outer import Outer
 from effconvert.checkpoint.parts import ROWS, Deferred
+from effconvert.checkpoint.replaced import OWN
 from effconvert.checkpoint.shards import FLOATS, StoredTensor, is_finite
 from effconvert.errors import ModelError
 from effconvert.heal._capture import PROBE, Capture, StopForwardError, record, register
@@ -27,7 +28,6 @@ from effconvert.modeling.loading import class_of
 from effconvert.modeling.transformers_internals import names_at_run_time
 from effconvert.quiet import quiet_transformers
 from effconvert.surgery._placed import table_rows
-from effconvert.surgery.projections._factors import outputs_of
 
 OUTPUT_PARTS = {"scores": "o", "attention": "o", "ffn": "down"}  # place -> the part whose output is the place's output
 Tensors = Mapping[str, Tensor]  # name in a layer -> tensor, as the family stores it
@@ -235,12 +235,11 @@ def outer_tensors(outer: Outer, ids: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def zero_sublayer(layer: Layer, place: str) -> Layer:
-    """Return a copy of a layer whose attention or ffn adds zero: its output projection is zero."""
+    """Return a copy of a layer whose attention or ffn adds zero: its output projection is zero, and what a technique has there."""
     copy = layer.on_top(layer.index, layer.config)
-    for part in layer.config.sublayer(place):
-        for name in (*outputs_of(layer, part), f"{part}.bias") if part == "o" or part.endswith("down") else ():
-            if name in layer:
-                copy[name] = torch.zeros_like(layer[name])
+    for part in [part for part in layer.config.sublayer(place) if part == "o" or part.endswith("down")]:
+        for name in [name for name in layer if name in (part, f"{part}.bias") or name.startswith(f"{part}.{OWN}")]:
+            copy[name] = torch.zeros_like(layer[name])
     return copy
 
 

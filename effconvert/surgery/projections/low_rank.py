@@ -8,24 +8,24 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field
 
-from effconvert.checkpoint.replaced import OWN, Replaced
-from effconvert.errors import ModelError, OptionError
+from effconvert.checkpoint.replaced import Replaced
+from effconvert.errors import OptionError
 from effconvert.quantities import count
-from effconvert.surgery._replacement import PlaceContext, Replacement
+from effconvert.surgery._replacement import PlaceContext
 from effconvert.surgery._surgery import Facts
-from effconvert.surgery.projections._parts import GROUPS, PARTS, SAME_INPUT, equal_rank
+from effconvert.surgery.projections._factored import Factored
+from effconvert.surgery.projections._parts import equal_rank
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from effconvert.checkpoint.config import Config
-    from effconvert.checkpoint.layer import Layer
     from effconvert.surgery._surgery import ForwardProtocol
 
 Rank = Annotated[str | None, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 
 
-class LowRank(Replacement):
+class LowRank(Factored):
     """Replace projections by two thin matrices.
 
     A projection [out, in] becomes [out, rank] times [rank, in], which is smaller below rank = out * in / (out + in). The two are chosen so that the
@@ -50,7 +50,6 @@ class LowRank(Replacement):
         description="Rank of each projection, instead of --ratio; or one for each, layer by layer, where 0 leaves a projection as it is.",
         json_schema_extra={"metavar": "N"},
     )
-    parts: str = Field("mlp", description="Projections: mlp, attention, all, or a list of q, k, v, o, gate, up, down.", json_schema_extra={"metavar": "PARTS"})
 
     @property
     def label(self) -> str:
@@ -63,16 +62,6 @@ class LowRank(Replacement):
         """The ratio, or ranks up to the full one."""
         cls(rank="1").check(config)
         return f"--ratio R, or --rank 1 to {min(min(config.matrices[place]) for place in cls().places(config))}"
-
-    def places(self, config: Config) -> tuple[str, ...]:
-        """Return the projections that --parts names, in the order in which a layer computes them."""
-        named = [part.strip() for part in self.parts.split(",")]
-        if unknown := [part for part in named if part not in {*GROUPS, *PARTS}]:
-            raise OptionError(f"--parts {unknown[0]} is no projection; there are {', '.join(PARTS)}, and {', '.join(GROUPS)} for several of them")
-        chosen = {part for part in named if part in PARTS}
-        for group in filter(GROUPS.get, named):
-            chosen |= {part for part in GROUPS[group] if part in config.parts} or {GROUPS[group][-1]}  # a part that is missing: `Config.place` says so
-        return tuple(part for part in PARTS if part in chosen)
 
     def check(self, config: Config) -> None:
         """Refuse models without such projections, and ranks that these cannot have."""
@@ -103,10 +92,6 @@ class LowRank(Replacement):
         """If all projections have full rank."""
         return all(rank in (0, min(config.matrices[place])) for (_, place), rank in self._ranks(config).items())
 
-    def needs_calibration(self, config: Config) -> bool:
-        """If a rank is not full."""
-        return not self.is_exact(config)
-
     def notes(self, config: Config) -> str:
         """Say what is saved."""
         ranks = self._ranks(config)
@@ -126,40 +111,27 @@ class LowRank(Replacement):
                 config = config.with_replaced(Replaced(self.name, {"parts": place, "rank": rank}, place, tuple(layers), (place,)))
         return config
 
-    def dropped(self, config: Config, place: str) -> tuple[str, ...]:
-        """Return the projection itself."""
-        return (place,)
-
     def parameters(self, config: Config, place: str = "") -> Mapping[str, tuple[int, ...]]:
         """Two factors, [O, K] and [K, I]."""
         out, inner = config.matrices[place]
         return {"left": (out, int(self.rank or 0)), "right": (int(self.rank or 0), inner)}
 
-    def layer(self, layer: Layer) -> None:
-        """Replace the projections in the order in which they are computed: each sees the inputs that the truncated ones before it leave."""
-        import torch
+    def replaces(self, config: Config, index: int) -> list[str]:
+        """Return those with a rank."""
+        return [place for (layer, place), rank in self._ranks(config).items() if layer == index and rank]
 
-        from effconvert.surgery.attention._heads import second_moment
+    def factors(self, weight: Tensor, moment: Tensor | None, index: int, place: str, config: Config) -> tuple[Tensor, Tensor]:
+        """Return [O, K] and [K, I]."""
         from effconvert.surgery.projections._factors import factors
 
-        ranks = {place: rank for (index, place), rank in self._ranks(layer.config).items() if index == layer.index and rank}
-        fitted = self.needs_calibration(layer.config)
-        truncated = layer.on_top(layer.index, layer.config)  # with products in place of the factors
-        results: dict[str, tuple[Tensor, Tensor]] = {}
-        for group in SAME_INPUT:
-            places = [place for place in group if place in ranks]
-            moment = second_moment(truncated, places[0], biased=False) if places and layer.activations and fitted else None
-            for place in places:
-                if layer.shapes_only or (fitted and not layer.activations):
-                    out, inner = layer[place].shape
-                    results[place] = torch.empty(out, ranks[place], device="meta"), torch.empty(ranks[place], inner, device="meta")
-                    continue
-                left, right = factors(layer[place], moment, ranks[place])
-                results[place] = left.float(), right.float()
-                truncated[place] = results[place][0] @ results[place][1]
-        for place, (left, right) in results.items():
-            layer[f"{place}.{OWN}left"], layer[f"{place}.{OWN}right"] = left, right
-            del layer[place]
+        rank, (out, inner) = self._ranks(config)[index, place], weight.shape
+        if weight.is_meta:
+            return weight.new_empty(out, rank), weight.new_empty(rank, inner)
+        return factors(weight, moment, rank)
+
+    def product(self, left: Tensor, right: Tensor) -> Tensor:
+        """Multiply them."""
+        return left @ right
 
     def forward(self, weights: Mapping[str, Tensor], hidden: Tensor, context: PlaceContext) -> Tensor:
         """Multiply by one factor after the other; the family's bias is added to it."""
@@ -172,12 +144,7 @@ class LowRank(Replacement):
             OptionError: a rank is more than the full one, there is another number of them, or a layer lacks a projection.
             ModelError: the family has no such projection by itself.
         """
-        places = self.places(config)
-        for place in places:
-            config.place(place)
-        pairs = [(index, place) for index in sorted(self.chosen(config)) for place in places if self._present(config, index, place)]
-        if not pairs:
-            raise ModelError(f"{config.kind} has experts in each layer, and no {', '.join(places)}")
+        pairs = self.pairs(config)
         full = [min(config.matrices[place]) for _, place in pairs]
         if self.ratio is not None:
             return {(index, place): equal_rank(*config.matrices[place], self.ratio) for index, place in pairs}
@@ -188,12 +155,3 @@ class LowRank(Replacement):
         if above := next(((place, rank, most) for (_, place), rank, most in zip(pairs, ranks, full, strict=True) if rank > most), None):
             raise OptionError(f"--rank {above[1]} is more than the full rank of {above[0]}; give at most {above[2]}")
         return dict(zip(pairs, ranks, strict=True))
-
-    def _present(self, config: Config, index: int, place: str) -> bool:
-        if common := next((record for record in config.shared if index in record.layers and record.has(place) and record.what != "cache"), None):
-            raise OptionError(f"layers {', '.join(map(str, common.layers))} share their {place}, which cannot be replaced; leave them out of --layers")
-        if place in GROUPS["attention"] or not config.sparse(index):
-            return True
-        if self.layers is not None:
-            raise OptionError(f"layer {index} has experts and no {place}; leave it out of --layers")
-        return False
