@@ -242,6 +242,9 @@ class Demonstration(Terminal):
 
 
 def _shape(config: Config) -> str:
+    if config.latent:
+        numbers = f"{config.get('kv_lora_rank')} latents and a key of {config.get('qk_rope_head_dim')}"
+        return f"{config.layers} layers, {config.heads} query heads, {numbers} that they share"
     attention = f"{config.heads} query and {config.kv_heads} KV heads of {config.head_dim}" if config.attention else "none of which attends"
     return f"{config.layers} layers, {attention}"
 

@@ -17,6 +17,8 @@ GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 4
 ALTERNATING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 SCALED_BY_POSITION = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.1}
 SCALED_BY_POSITION |= {"mscale": 1.0, "mscale_all_dim": 1.0}
+LATENT = {"q_lora_rank": None, "kv_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 2, "v_head_dim": 8, "num_nextn_predict_layers": 0}
+LATENT |= {"first_k_dense_replace": 99}  # no experts
 UNTURNED = dict.fromkeys(("smollm3", "cohere2", "exaone4"), (1,))  # layers that RoPE leaves alone
 
 SETTINGS = {
@@ -48,6 +50,7 @@ SETTINGS = {
     "ernie4_5": {**GROUPED, **HEAD_DIM, "use_bias": True},
     "hunyuan_v1_dense": {**GROUPED, **HEAD_DIM},
     "exaone4": {**GROUPED, **ALTERNATING},
+    "deepseek_v3": {**SHAPE, "num_key_value_heads": 4, "attention_bias": True, **LATENT},
     "mixtral": {**GROUPED, **EXPERTS},
     "qwen2_moe": {**GROUPED, **EXPERTS, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16, "mlp_only_layers": [1]},
     "qwen3_moe": {**GROUPED, **HEAD_DIM, **EXPERTS, "moe_intermediate_size": 24, "mlp_only_layers": [1]},
@@ -80,7 +83,9 @@ SETTINGS = {
     "modernbert": {**SHAPE, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 8, "layer_types": ["full_attention", "sliding_attention"]},
 }
 GROUPING = [kind for kind, family in FAMILIES.items() if family.kv_heads_key]
-ATTENDING = [kind for kind, family in FAMILIES.items() if family.attention and not family.own_attention]  # by what can be changed
+ATTENDING = [
+    kind for kind, family in FAMILIES.items() if family.attention and not family.own_attention and "kv_a" not in family.parts
+]  # by what can be changed
 DECODERS = [kind for kind, family in FAMILIES.items() if family.decoder]
 
 

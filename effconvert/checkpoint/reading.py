@@ -72,6 +72,11 @@ def read_config(folder: Path) -> Config:
         if raw.get(key, needed) != needed:
             different = f"{kind} with {key} = {raw[key]!r} is laid out differently from the {kind} that effconvert knows"
             raise UnknownLayoutError(f"{different}, which needs {needed!r}; take a model that has that")
+    if family.dense_first_key and int(config.get(family.dense_first_key)) < config.layers:
+        raise UnknownLayoutError(
+            f"{kind} with {family.dense_first_key} = {config.get(family.dense_first_key)} has experts in its other layers, and effconvert knows only those "
+            "that have none; take a smaller model that was distilled from this one"
+        )
     for key, (fits, needed) in CHECKS.items():
         unused = key == family.window_key and config.get("use_sliding_window") is False  # then qwen2_moe's class writes 0
         unused |= key == family.pattern_key and (config.get(family.window_key) is None or config.get("layer_types") is not None)  # exaone4's class too

@@ -10,7 +10,7 @@ from effconvert.checkpoint import patterns
 from effconvert.errors import ModelError
 from effconvert.families import EXPERTS_KEYS, Family
 
-ATTENTION_PARTS = ("q", "k", "v", "o", "q_norm", "k_norm", "attn_norm", "attn_post_norm")  # the parts of attention, with its norms
+ATTENTION_PARTS = ("q", "k", "v", "kv_a", "kv_a_norm", "kv_b", "o", "q_norm", "k_norm", "attn_norm", "attn_post_norm")  # the parts of attention, with its norms
 TOP_K_KEY = "num_experts_per_tok"
 
 
@@ -37,6 +37,11 @@ class Shape:
         rows, kv_rows, width, ffn, inner = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden, self.ffn, self.expert_ffn
         shapes = {"q": (rows, width), "k": (kv_rows, width), "v": (kv_rows, width), "o": (width, rows)}
         shapes |= {"gate": (ffn, width), "up": (ffn, width), "down": (width, ffn), "router": (self.experts, width), "shared_router": (1, width)}
+        if self.latent:
+            rank, turned, value = (self._integer(key) for key in ("kv_lora_rank", "qk_rope_head_dim", "v_head_dim"))
+            unturned = int(self.get("qk_nope_head_dim"))
+            shapes |= {"q": (self.heads * (unturned + turned), width), "o": (width, self.heads * value)}
+            shapes |= {"kv_a": (rank + turned, width), "kv_b": (self.heads * (unturned + value), rank)}
         for number in range(self.experts):
             shapes |= {f"experts.{number}.gate": (inner, width), f"experts.{number}.up": (inner, width), f"experts.{number}.down": (width, inner)}
         return shapes
@@ -93,6 +98,8 @@ class Shape:
         Raises:
             ModelError: it is not called through transformers' AttentionInterface.
         """
+        if self.latent:
+            raise ModelError(f"{self.kind} has attention of its own, with latents in place of keys and values, so its attention function cannot be changed")
         if self.family.own_attention:
             raise ModelError(f"{self.kind} has attention of its own, outside transformers' AttentionInterface, so its attention function cannot be changed")
 
@@ -162,9 +169,16 @@ class Shape:
         return self._integer(key) if key and self.get(key) is not None else self.heads
 
     @property
-    def cached_heads(self) -> int:
-        """Heads of keys and values in the cache."""
-        return self.heads if self.family.caches_query_heads else self.kv_heads
+    def latent(self) -> bool:
+        """Whether attention is latent (MLA): a token has one vector, of which the keys and values of all heads are made, and one key that RoPE turns."""
+        return "kv_a" in self.family.parts
+
+    @property
+    def cached_numbers(self) -> int:
+        """Numbers that a layer caches of a token: keys and values, or latents and the key that RoPE turns."""
+        if self.latent:
+            return self._integer("kv_lora_rank") + self._integer("qk_rope_head_dim")
+        return 2 * (self.heads if self.family.caches_query_heads else self.kv_heads) * self.head_dim
 
     @property
     def layers(self) -> int:

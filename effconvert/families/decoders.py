@@ -120,6 +120,7 @@ DECODERS: Mapping[str, Family] = {
             **sizes(4096, 11008, 32, 32, 32000),
         },
         windowed="mistral",
+        latent="deepseek_v3",
         upcycled={"mixtral": {}, "granitemoe": {}, "qwen2_moe": {"norm_topk_prob": True, "qkv_bias": False}},
     ),
     "mistral": replace(
@@ -132,6 +133,7 @@ DECODERS: Mapping[str, Family] = {
         },
         absent={"attention_bias": False, "mlp_bias": False},
         windowed="mistral",
+        latent="deepseek_v3",
         layers_alike=True,
         upcycled={"mixtral": {}},
     ),

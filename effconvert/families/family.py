@@ -84,6 +84,8 @@ class Family:
     windowed: str = ""  # the family that is this one with a sliding window, maybe itself
     window_keys: Mapping[str, object] = field(default_factory=dict)  # other keys of its config
     fourier: str = ""  # the family that is this one with Fourier transforms in place of attention
+    latent: str = ""  # the family that is this one with latent attention
+    dense_first_key: str = ""  # how many layers have an FFN, before those with experts, of which the row knows nothing: it must be all
     tokenizer: str = ""  # the tokenizer's class where the files name none; a related family has another default
     float32_only: bool = False  # whether its class computes in float32 alone
     layers_alike: bool = False  # whether all layers have the window, or none

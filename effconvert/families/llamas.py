@@ -9,6 +9,7 @@ from effconvert.families.family import Family
 WITHOUT_GATE = {part: at for part, at in LLAMA.parts.items() if part != "gate"}
 ONE_NORM = {part: at for part, at in LLAMA.parts.items() if part != "mlp_norm"}  # parallel attention and MLP share a norm
 CAUSAL = {"is_causal": (False, BY_IMPLEMENTATION)}
+LATENT = {"kv_a": "self_attn.kv_a_proj_with_mqa", "kv_a_norm": "self_attn.kv_a_layernorm", "kv_b": "self_attn.kv_b_proj"}  # in place of k and v
 WITHOUT_NORMS = {part: at for part, at in LLAMA.parts.items() if not part.endswith("_norm")}
 
 LLAMAS: Mapping[str, Family] = {
@@ -122,5 +123,21 @@ LLAMAS: Mapping[str, Family] = {
         turns_windows=True,
         turns_without=True,
         defaults={"num_key_value_heads": 32, "sliding_window": 4096, "sliding_window_pattern": 4},
+    ),
+    "deepseek_v3": replace(  # without experts and without a factored q
+        LLAMA,
+        base="DeepseekV3Model",
+        lm="DeepseekV3ForCausalLM",
+        rope="interleaved",
+        parts={**{part: at for part, at in LLAMA.parts.items() if part not in ("k", "v")}, **LATENT},
+        per_kv_head=(),
+        kv_heads_key="",
+        dense_first_key="first_k_dense_replace",
+        defaults={
+            **{"first_k_dense_replace": 3, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "head_dim": 64},
+            **sizes(7168, 18432, 61, 128, 129280),
+        },
+        constants={"q_lora_rank": None},
+        absent={"mlp_bias": False, "sliding_window": None},
     ),
 }

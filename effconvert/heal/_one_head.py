@@ -1,7 +1,10 @@
-"""Refit the one head of keys and values that stands in place of a layer's attention: queries, then outputs and values, to what the original's layer does."""
+"""Refit the one head of keys and values of a layer, as narrow-kv and mla make it: queries, then outputs and values, to what the original's layer does."""
 # T = tokens, M = hidden width, H = query heads, N = pairs that RoPE turns, R = other numbers.
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -10,35 +13,159 @@ from effconvert.checkpoint.layer import Layer
 from effconvert.checkpoint.replaced import OWN
 from effconvert.heal._regression import AttentionWindow, Queries, Rotation, Values, by_head, mixtures, solve
 from effconvert.surgery._ridge import HELD_OUT, Moments, ridge
+from effconvert.surgery.attention._mla import halves, interleaved, value_latents
 
 PREFIX = f"attention.{OWN}"
-PARTS = tuple(f"{PREFIX}{name}" for name in ("q", "q_bias", "kv", "kv_bias", "o", "o_bias"))
 NEGLIGIBLE = 1e-5  # relative error below which there is nothing to heal
 
 
-def refit_head(layer: Layer, original: int) -> None:
+class Head(ABC):
+    """The head as parts of a layer. Matrices have their bias as a last column."""
+
+    place: ClassVar[str]  # whose output is that of attention
+    parts: ClassVar[tuple[str, ...]]  # that may change
+    output: ClassVar[str]  # the output projection
+    output_bias: ClassVar[str]
+    biased: ClassVar[bool] = True  # whether queries have a bias
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer, self.heads = layer, layer.config.heads
+
+    @property
+    @abstractmethod
+    def pairs(self) -> int:
+        """The pairs of a query that RoPE turns, N."""
+
+    @abstractmethod
+    def queries(self) -> Tensor:
+        """Return q, [H * 2N, M + 1], all first numbers of a head's pairs before all second ones; [H * (2N + R), M + 1] where values are keys too."""
+
+    @abstractmethod
+    def assign_queries(self, weights: Tensor) -> None:
+        """Assign q."""
+
+    @abstractmethod
+    def values(self) -> tuple[Tensor, int]:
+        """Return what o reads before attention mixes tokens, as functions of the inputs, [G * D, M + 1], and G."""
+
+    @abstractmethod
+    def latents(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return the values that are cached, [R, M + 1], what they and a constant add to the output, [M, H * R] and [M]; None where they are keys too."""
+
+    @abstractmethod
+    def assign_latents(self, weights: Tensor) -> None:
+        """Assign the values that are cached."""
+
+
+class OwnHead(Head):
+    """The head of `narrow-kv`."""
+
+    place = "attention"
+    parts = tuple(f"{PREFIX}{name}" for name in ("q", "q_bias", "kv", "kv_bias", "o", "o_bias"))
+    output, output_bias = f"{PREFIX}o", f"{PREFIX}o_bias"
+
+    @property
+    def pairs(self) -> int:
+        """See `Head`."""
+        return len(self.layer[f"{PREFIX}pairs"]) if f"{PREFIX}pairs" in self.layer else 0
+
+    def queries(self) -> Tensor:
+        """See `Head`."""
+        return self._with_bias("q")
+
+    def assign_queries(self, weights: Tensor) -> None:
+        """See `Head`."""
+        self._assign("q", weights)
+
+    def values(self) -> tuple[Tensor, int]:
+        """See `Head`."""
+        return self._with_bias("kv")[2 * self.pairs :], 1
+
+    def latents(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """See `Head`."""
+        outputs = self.layer[self.output]
+        if len(self.layer[f"{PREFIX}q"]) // self.heads > 2 * self.pairs:
+            return None
+        return self.values()[0], outputs, outputs.new_zeros(len(outputs))
+
+    def assign_latents(self, weights: Tensor) -> None:
+        """See `Head`."""
+        self._assign("kv", torch.cat([self._with_bias("kv")[: 2 * self.pairs], weights]))
+
+    def _with_bias(self, name: str) -> Tensor:
+        return torch.cat([self.layer[PREFIX + name], self.layer[f"{PREFIX}{name}_bias"][:, None]], 1)
+
+    def _assign(self, name: str, weights: Tensor) -> None:
+        self.layer[PREFIX + name], self.layer[f"{PREFIX}{name}_bias"] = weights[:, :-1].float(), weights[:, -1].float()
+
+
+class LatentHead(Head):
+    """That of a family with latent attention without unturned keys, as `mla` writes it. Queries have no bias, and the last latent is a constant."""
+
+    place = "o"
+    parts = ("q", "kv_a", "kv_a.bias", "o")
+    output, output_bias = "o", "o.bias"
+    biased = False
+
+    @property
+    def pairs(self) -> int:
+        """See `Head`."""
+        return int(self.layer.config.get("qk_rope_head_dim")) // 2
+
+    def queries(self) -> Tensor:
+        """See `Head`; the last column is 0."""
+        rows = halves(self.layer["q"].unflatten(0, (self.heads, -1)), self.pairs).flatten(0, 1)
+        return torch.cat([rows, rows.new_zeros(len(rows), 1)], 1)
+
+    def assign_queries(self, weights: Tensor) -> None:
+        """See `Head`."""
+        self.layer["q"] = interleaved(weights[:, :-1].unflatten(0, (self.heads, -1)), self.pairs).flatten(0, 1).float()
+
+    def values(self) -> tuple[Tensor, int]:
+        """See `Head`."""
+        return self.layer["kv_b"] @ value_latents(self.layer), self.heads
+
+    def latents(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """See `Head`."""
+        by_head = torch.einsum("mhd,hdr->mhr", *(self.layer[part].unflatten(dim, (self.heads, -1)) for part, dim in (("o", 1), ("kv_b", 0))))
+        return value_latents(self.layer)[:-1], by_head[..., :-1].flatten(1), by_head[..., -1].sum(1)
+
+    def assign_latents(self, weights: Tensor) -> None:
+        """See `Head`."""
+        weight, bias = self.layer["kv_a"].clone(), self.layer["kv_a.bias"].clone()
+        weight[: len(weights)], bias[: len(weights)] = weights[:, :-1], weights[:, -1]
+        self.layer["kv_a"], self.layer["kv_a.bias"] = weight, bias
+
+
+def head_of(layer: Layer) -> Head | None:
+    """Return the one head of a layer; None where it has another kind of attention."""
+    if any(record.technique == "narrow-kv" for record in layer.config.replaced_in(layer.index)):
+        return OwnHead(layer)
+    return LatentHead(layer) if layer.config.latent and not layer.config.get("qk_nope_head_dim") and {"q", "kv_a", "o"} <= {*layer} else None
+
+
+def refit_head(head: Head, original: int) -> None:
     """Fit q to the scores of the original's layer, then o and the values to its attention's output, on the same inputs."""
-    windows = _windows(layer, original)
-    if _relative_error(layer, windows) < NEGLIGIBLE:
+    windows = _windows(head, original)
+    if _relative_error(head, windows) < NEGLIGIBLE:
         return
-    rank = layer[f"{PREFIX}o"].shape[1] // layer.config.heads
-    _fit_queries(layer, windows)
-    _attend_anew(layer, windows)
-    _fit_output(layer, windows, rank)
-    if layer[f"{PREFIX}q"].shape[0] // layer.config.heads + rank == len(layer[f"{PREFIX}kv"]):  # else values are keys too
-        latents = _with_bias(layer, "kv")
-        values = Values(windows, layer[f"{PREFIX}o"].to(windows[0].inputs), layer.config.heads, 1)
-        fitted = solve(values, latents[len(latents) - rank :].to(windows[0].inputs))
-        _assign(layer, "kv", torch.cat([latents[: len(latents) - rank], fitted.cpu()]))
-        _fit_output(layer, windows, rank)
+    _fit_queries(head, windows)
+    _attend_anew(head, windows)
+    _fit_output(head, windows)
+    if latents := head.latents():
+        values, outputs, constant = (rows.to(windows[0].inputs) for rows in latents)
+        windows_of_values = [replace(window, target=window.target - constant) for window in windows]
+        head.assign_latents(solve(Values(windows_of_values, outputs, head.heads, 1), values).cpu())
+        _fit_output(head, windows)
 
 
-def _windows(layer: Layer, original: int) -> list[AttentionWindow]:
+def _windows(head: Head, original: int) -> list[AttentionWindow]:
     """Return each window inside the original's attention, on this layer's inputs."""
+    layer = head.layer
     assert layer.activations
     windows: list[AttentionWindow] = []
-    bias = layer[f"{PREFIX}o_bias"]
-    own = next(iter(layer.activations.capture(layer, until="attention")))
+    bias = layer[head.output_bias]
+    own = next(iter(layer.activations.capture(layer, until=head.place)))
     for capture in layer.activations.original([original], ("q", "o"), until="o"):
         assert capture.query is not None
         assert capture.key is not None
@@ -51,59 +178,59 @@ def _windows(layer: Layer, original: int) -> list[AttentionWindow]:
     return windows
 
 
-def _relative_error(layer: Layer, windows: Sequence[AttentionWindow]) -> float:
+def _relative_error(head: Head, windows: Sequence[AttentionWindow]) -> float:
     """Return the distance of attention's output from its targets, relative to their norm."""
+    layer = head.layer
     assert layer.activations
-    captures = layer.activations.capture(layer, ("attention",), until="attention")
-    outputs = torch.cat([capture.outputs["attention"] for capture in captures]) - layer[f"{PREFIX}o_bias"].to(windows[0].target)
+    captures = layer.activations.capture(layer, (head.place,), until=head.place)
+    outputs = torch.cat([capture.outputs[head.place] for capture in captures]) - layer[head.output_bias].to(windows[0].target)
     error = sum(float((output - window.target).square().sum()) for output, window in zip(outputs, windows, strict=True))
     return float((error / max(sum(float(window.target.square().sum()) for window in windows), 1e-30)) ** 0.5)
 
 
-def _fit_queries(layer: Layer, windows: Sequence[AttentionWindow]) -> None:
+def _fit_queries(head: Head, windows: Sequence[AttentionWindow]) -> None:
+    layer = head.layer
     assert layer.activations
-    heads, weights = layer.config.heads, _with_bias(layer, "q").to(windows[0].inputs)
-    width = len(weights) // heads  # without what `Attending.attend` pads
-    pairs = len(layer[f"{PREFIX}pairs"]) if f"{PREFIX}pairs" in layer else 0
+    weights = head.queries().to(windows[0].inputs)
+    width = len(weights) // head.heads  # without what `Attending.attend` pads
     keys: list[Tensor] = []
     rotation: Rotation | None = None
-    for capture in layer.activations.capture(layer, until="attention"):
+    for capture in layer.activations.capture(layer, until=head.place):
         assert capture.query is not None
         assert capture.key is not None
         if rotation is None:
-            before = torch.stack([by_head(window.inputs @ weights.T, heads) for window in windows[: len(capture.query)]])
-            rotation = Rotation.estimate(before, capture.query[..., :width], 2 * pairs, "halves")
-        keys += capture.key[..., :width]
-    if rotation:
-        _assign(layer, "q", solve(Queries(windows, keys, rotation, heads), weights).cpu())
+            before = torch.stack([by_head(window.inputs @ weights.T, head.heads) for window in windows[: len(capture.query)]])
+            rotation = Rotation.estimate(before, capture.query[..., :width], 2 * head.pairs, "halves")
+        keys += capture.key[:, :1, :, :width]
+    if not rotation:
+        return
+    if head.biased:
+        head.assign_queries(solve(Queries(windows, keys, rotation, head.heads), weights).cpu())
+        return
+    windows = [replace(window, inputs=window.inputs[:, :-1]) for window in windows]
+    fitted = solve(Queries(windows, keys, rotation, head.heads), weights[:, :-1]).cpu()
+    head.assign_queries(torch.cat([fitted, fitted.new_zeros(len(fitted), 1)], 1))
 
 
-def _attend_anew(layer: Layer, windows: Sequence[AttentionWindow]) -> None:
+def _attend_anew(head: Head, windows: Sequence[AttentionWindow]) -> None:
     """Replace the original's attention weights in the windows by the layer's own."""
+    layer = head.layer
     assert layer.activations
-    weights = (weights for capture in layer.activations.capture(layer, until="attention") for weights in capture.weights)
+    weights = (weights for capture in layer.activations.capture(layer, until=head.place) for weights in capture.weights)
     for window, own in zip(windows, weights, strict=True):
         window.weights.copy_(own)
 
 
-def _fit_output(layer: Layer, windows: Sequence[AttentionWindow], rank: int) -> None:
+def _fit_output(head: Head, windows: Sequence[AttentionWindow]) -> None:
     """Ridge regression of the output projection."""
-    moments, weights = (Moments(), Moments()), layer[f"{PREFIX}o"]
-    values, outputs = _with_bias(layer, "kv")[-rank:].to(windows[0].inputs), weights.to(windows[0].inputs)
+    moments, weights = (Moments(), Moments()), head.layer[head.output]
+    rows, count = head.values()
+    values, outputs = rows.to(windows[0].inputs), weights.to(windows[0].inputs)
     for index, window in enumerate(windows):
-        mixed = mixtures(window, values, layer.config.heads, 1)
+        mixed = mixtures(window, values, head.heads, count)
         moments[int((index + 1) % HELD_OUT == 0)].add(mixed, window.target - mixed @ outputs.T)
     if (change := ridge(*moments)) is not None:
-        layer[f"{PREFIX}o"] = weights + change.float().cpu()
-
-
-def _with_bias(layer: Layer, name: str) -> Tensor:
-    """Return weights with the bias as a last column."""
-    return torch.cat([layer[PREFIX + name], layer[f"{PREFIX}{name}_bias"][:, None]], 1)
-
-
-def _assign(layer: Layer, name: str, weights: Tensor) -> None:
-    layer[PREFIX + name], layer[f"{PREFIX}{name}_bias"] = weights[:, :-1].float(), weights[:, -1].float()
+        head.layer[head.output] = weights + change.float().cpu()
 
 
 def _with_ones(inputs: Tensor) -> Tensor:

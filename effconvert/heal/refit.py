@@ -41,23 +41,22 @@ class Refit(Healing):
 
     def changes(self, layer: Layer, originals: range) -> list[str]:
         """Queries, values and outputs of attention; the MLP's output where a technique replaces all of attention."""
-        if _has_one_head(layer):
-            from effconvert.heal._one_head import PARTS
+        from effconvert.heal._one_head import head_of
 
-            return [*PARTS]
+        if head := head_of(layer):
+            return [*head.parts]
         changing = ["q", "q.bias", "v", "v.bias", "o", *(["down"] if _without_attention(layer) else [])]
         return [] if any(layer.config.shares(layer.index, part) for part in changing) else changing
 
     def heal(self, layer: Layer, originals: range) -> None:
         """See `_layer`."""
         from effconvert.heal._layer import refit_attention, refit_output
+        from effconvert.heal._one_head import head_of, refit_head
 
         if not self.changes(layer, originals):
             return
-        if _has_one_head(layer):
-            from effconvert.heal._one_head import refit_head
-
-            refit_head(layer, originals[0])
+        if head := head_of(layer):
+            refit_head(head, originals[0])
         elif _without_attention(layer):
             refit_output(layer, originals)
         else:
@@ -102,11 +101,6 @@ class Refit(Healing):
 def _without_attention(layer: Layer) -> bool:
     """Whether a technique replaces all of a layer's attention, with its output projection."""
     return any("o" in record.drops and record.place != "o" for record in layer.config.replaced_in(layer.index))
-
-
-def _has_one_head(layer: Layer) -> bool:
-    """Whether narrow-kv replaces a layer's attention."""
-    return any(record.technique == "narrow-kv" for record in layer.config.replaced_in(layer.index))
 
 
 def _notes_by_place(config: Config) -> list[str]:

@@ -31,7 +31,7 @@ def caches(config: Config) -> Iterator[LayerCache]:
             technique = technique_of(record)
             yield LayerCache(technique.cached_width(config), window, technique)
         else:
-            yield LayerCache(0 if "attention" in config.skips(index) else 2 * config.cached_heads * config.head_dim, window)
+            yield LayerCache(0 if "attention" in config.skips(index) else config.cached_numbers, window)
 
 
 def kv_bytes(config: Config, itemsize: int, context: int) -> int:

@@ -9,6 +9,7 @@ All in float64, from second moments of the projections' inputs, which end in 1.
 # M = hidden width and one for the biases, H = query heads, Hk = KV heads, D = head width, P = rotary pairs, D' = D - 2P,
 # N = turned pairs that are kept, R = other numbers that are kept.
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,8 @@ class Latents:
     q: Tensor  # [H, 2N, M]: first numbers of the pairs, then the second ones; [H, 2N + R, M] where keys have numbers that RoPE does not turn
     k: Tensor  # [2N, M]
     c: Tensor  # values, and what of the keys RoPE does not turn, [R, M]
+    values: Tensor  # of each query head as functions of c, [H, D, R]
+    means: Tensor  # what its values have in common, [H, D]
     o: Tensor  # [M - 1, H, R]
     bias: Tensor  # of the output, beside that of o, [M - 1]
     pairs: Tensor  # the rotary pair by whose angle each of the N pairs turns, [N]
@@ -71,10 +74,10 @@ def covariance(heads: Heads) -> tuple[Tensor, Tensor]:
     return heads.moment[:-1, :-1] - torch.outer(mean[:-1], mean[:-1]), mean
 
 
-def latents(heads: Heads, pairs: int, rank: int) -> Latents:
-    """Return the head of the `pairs` = N and `rank` = R directions that are worth most."""
+def latents(heads: Heads, pairs: int | Sequence[int], rank: int) -> Latents:
+    """Return the head of the `pairs` = N and `rank` = R directions that are worth most; where `pairs` has a number for each frequency, so many of each."""
     found, count = directions(heads), len(heads.k)
-    best = found.pair_values.flatten().argsort(descending=True)[:pairs].sort().values  # by frequency
+    best = _best(found.pair_values, pairs)  # by frequency
     pair, column = best // count, best % count
     vectors, gains = found.pair_vectors[pair, :, column].conj(), found.gains[:, pair].T  # [N, Hk]
     (key_pairs, key_rest), (query_pairs, query_rest) = heads.pairs(heads.k), heads.pairs(heads.q)
@@ -89,7 +92,15 @@ def latents(heads: Heads, pairs: int, rank: int) -> Latents:
         q = torch.cat([q, torch.einsum("hdr,hdm->hrm", (key_rest[..., :-1] @ back).repeat_interleave(heads.shared, 0), query_rest)], 1)
     c = torch.cat([others, -others @ mean[:-1, None]], 1)
     o, bias = torch.einsum("mhd,hdr->mhr", heads.o, values), torch.einsum("mhd,hdr->m", heads.o, means)
-    return Latents(q, torch.cat([keys.real, keys.imag]), c, o, bias, pair)
+    return Latents(q, torch.cat([keys.real, keys.imag]), c, values, means[..., 0], o, bias, pair)
+
+
+def _best(values: Tensor, pairs: int | Sequence[int]) -> Tensor:
+    """Return where in `values` [P, Hk], flattened, the largest are: so many of all, or so many of each row."""
+    if isinstance(pairs, int):
+        return values.flatten().argsort(descending=True)[:pairs].sort().values
+    count = values.shape[1]
+    return torch.tensor([row * count + column for row, number in enumerate(pairs) for column in range(count - number, count)])
 
 
 def _prediction(rows: Tensor, moment: Tensor) -> Tensor:
