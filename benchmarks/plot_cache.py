@@ -37,6 +37,8 @@ POINTS = {  # command: what is written beside it, where (in units of the picture
     "retnet": ("retnet", 10, 4),
     "performer --features 256": ("performer", 10, 4),
     "share-kv --layers 1-29/2": ("share-kv, pairs", 10, -4),
+    "narrow-kv --keep 0.5": ("narrow-kv --keep 0.5", 10, 16),
+    "narrow-kv --keep 0.333": ("narrow-kv --keep 0.333", -10, 16),
     "prune-layers --drop 15 --only attention": ("attention of 15 layers dropped", 10, 12),
     "prune-layers --drop 8 --only attention": ("of 8 layers", 10, 5),
     "prune-layers --drop 2": ("prune-layers --drop 2", -10, 0),
@@ -66,7 +68,7 @@ def measured():
     frontier = rows("frontier-smollm2-2026-11-29.csv")
     original = next(float(row["loss"]) for row in frontier if not row["commands"])
     for row in frontier:
-        if row["commands"].startswith(("share-kv", "prune-layers")) and ";" not in row["commands"]:
+        if row["commands"].startswith(("share-kv", "prune-layers", "narrow-kv")) and ";" not in row["commands"]:
             yield row["commands"].replace(" --by influence", "").replace(" --refit", ""), "--refit", float(row["loss"]) - original
 
 
@@ -80,6 +82,8 @@ def cache(command):
     original = Config(SMOLLM2, FAMILIES["llama"])
     name, *words = command.split()
     options = {key.removeprefix("--"): value for key, value in zip(words[::2], words[1::2], strict=True)}
+    if name == "narrow-kv":  # the sizes that it chooses are in sum what --keep says
+        return float(options["keep"]) * kv_bytes(original, 2, CONTEXT) / CONTEXT / 1000
     if name == "prune-layers":
         return (1 - int(options["drop"]) / original.layers) * kv_bytes(original, 2, CONTEXT) / CONTEXT / 1000
     converted = steps.load(name)(**options).config(original)
