@@ -67,7 +67,7 @@ PLAIN = [  # four projections and RoPE, or none
     if FAMILIES[kind].decoder and "q_norm" not in FAMILIES[kind].parts and not FAMILIES[kind].scales_queries and kind not in ("falcon", "olmo")
 ]
 REPEATED = [kind for kind, family in FAMILIES.items() if family.attention and not family.experts_key and kind not in (*UNLIKE, "gpt_neo", "modernbert")]
-APART = [kind for kind in REPEATED if kind in UNFUSED and len({FAMILIES[kind].parts[part] for part in "qkv"}) == 3]  # likewise attention
+APART = [kind for kind in REPEATED if kind in UNFUSED and len({FAMILIES[kind].parts.get(part) for part in "qkv"} - {None}) == 3]  # likewise attention
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 BIASES = tuple(f"{part}.bias" for part in MATRICES)
 SQUARES = ("nemotron", "arcee", "apertus")  # whose FFNs have no GELU

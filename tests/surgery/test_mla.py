@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from effconvert.surgery.ffn.narrow import Narrow
+from effconvert.surgery.width.narrow import Narrow
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import effconvert.modeling

@@ -198,8 +198,16 @@ def test_other_steps_come_before_and_after():
     assert read_config(Path("later")).shared[0].layers == (0, 1)
     with pytest.raises(OptionError, match=r"share-ffn reads layers that narrow has not fitted by then; convert twice, narrow first"):
         run("model", Narrow(ffn=24), ShareFfn())
-    with pytest.raises(OptionError, match=r"share their ffn, and transfer would give each of them another"):
-        run("model", ShareFfn(), Transfer())
+
+
+def test_transfer_trains_the_gains_and_not_what_is_shared():
+    stored(build(layers=4))
+    run("model", ShareFfn(), place="shared")
+    run("model", ShareFfn(), Transfer(epochs=2), place="trained")
+    before, after = tensors(Path("shared")), tensors(Path("trained"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(".effconvert." in name for name in changed)
 
 
 def test_what_does_not_fit_is_refused():
