@@ -178,7 +178,7 @@ CASES = {
         {"groups": 1, "lora_rank": 4},
         {"groups": 1, "lora_rank": 32},
         APART,
-        "has experts|does not attend|in one module",
+        "has experts|does not attend|in one module|no module of its own for k",
         parts=(*MATRICES, "gate.bias", "up.bias"),
         some=True,
         pipeline=("llama", "qwen3", "opt", "gptj", "bert"),

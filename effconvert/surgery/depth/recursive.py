@@ -70,8 +70,8 @@ class Recursive(Replacement):
     def check(self, config: Config) -> None:
         """Refuse models without such projections, and ranks that these cannot have."""
         check_model(config)
-        for place in self.places(config):
-            config.place(place)  # raises where it is fused with others
+        for place in ("k", "v", *self.places(config)):
+            config.place(place)  # raises where it is fused with others, or latents are in its place
         if self.lora_rank > (full := self._full(config)):
             raise OptionError(f"--lora-rank {self.lora_rank} is more than the full rank of every projection; give at most {full}")
 
