@@ -10,10 +10,11 @@ import yaml
 
 from effconvert.checkpoint import sources
 from effconvert.checkpoint.belonging import text_of
-from effconvert.checkpoint.checkpoint import Checkpoint
+from effconvert.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from effconvert.checkpoint.digest import file_hash
 from effconvert.checkpoint.manifest import CARD, MANIFEST, RECIPE, read_manifest, save_manifest
 from effconvert.convert import drafts, output, selftext
+from effconvert.convert import train as training
 from effconvert.convert.calibration import check_caches
 from effconvert.convert.calibration import prepare as prepare_calibration
 from effconvert.convert.decide import decide
@@ -26,6 +27,7 @@ from effconvert.eval.quality.text import default_text, read_text
 from effconvert.eval.results import versions
 from effconvert.eval.verification import Verification
 from effconvert.heal._healing import Healing
+from effconvert.heal.distill import Distill
 from effconvert.heal.refit import Refit
 from effconvert.heal.transfer import Transfer
 from effconvert.hub.card import NULL, render
@@ -34,6 +36,7 @@ from effconvert.modeling.stock import check_writable, open_as_stock
 from effconvert.options import CALIBRATION_WORDS, RunOptions
 from effconvert.paths import expand, seen_from
 from effconvert.progress import NoProgress, Progress
+from effconvert.quantities import size
 from effconvert.surgery._placed import open_checked
 from effconvert.surgery._surgery import Step
 from effconvert.version import __version__
@@ -73,7 +76,9 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progre
         raise OptionError("there is no step to do; name at least one technique")
     text = (read_text(options.text) if options.text else default_text()) if options.verify else None
     folder = sources.locate(model, options.revision, progress.step, to_convert=True)
-    surgeries = (*surgeries, *([Transfer()] if options.transfer else []), *([Refit()] if options.refit else []))
+    surgeries = (*surgeries, *([Transfer()] if options.transfer else []), *([Refit()] if options.refit else []), *([Distill()] if options.distill else []))
+    if any(isinstance(step, Distill) for step in surgeries[:-1]):
+        raise OptionError("distill trains the finished model, so it comes last; convert the distilled model in a conversion of its own")
     opening = open_as_stock if options.verify or options.dry_run else open_checked  # the former imports transformers, which is slow
     checkpoint, teacher, target = opening(folder), _teacher(surgeries, progress), expand(options.output or default_name(model, surgeries))
     if not reuse and any(step.undecided for step in surgeries):
@@ -87,31 +92,34 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progre
     if reuse and manifest:
         return Outcome(conversion, target, verification(manifest), already_there=True)
     output.check(conversion, target, options.overwrite, max(conversion.draft_bytes, scratch_bytes(conversion, options) if options.verify else 0))
+    distills = isinstance(surgeries[-1], Distill)
+    to_train = training.read_text(conversion) if distills else None
+    if distills:
+        training.check_training(conversion, target)
+        conversion = replace(conversion, remarks=(*conversion.remarks, f"training takes about {size(training.training_bytes(conversion))} of memory"))
     memory = check_memory(conversion, options) if options.verify else 0
     material = prepare(conversion, text, options) if text else None
     progress.plan(model, conversion, target, memory)
     if options.dry_run:
         return Outcome(conversion, target, None)
-    if conversion.calibration:
+    if conversion.calibration and not distills:
         conversion = replace(conversion, calibration=selftext.write(conversion, conversion.calibration, progress))
 
+    resumed, distillation = 0, dict[str, Any]()
     with output.workplace(conversion, target) as partial:
-        if conversion.surveying and is_unfinished(conversion, partial):
-            conversion = surveyed(conversion, progress)
-        if conversion.needs_calibration and is_unfinished(conversion, partial):
-            from effconvert.convert.calibrate import calibrate  # imports transformers, so only where it is needed
-
-            calibrate(conversion, partial, progress)
+        if to_train:
+            distillation = _distill(conversion, to_train, partial, target, options, progress)
+        else:
+            resumed = _write(conversion, partial, target, progress)
         layer_errors = _layer_errors(conversion, partial)
-        with progress.bar(f"writing {target}", conversion.after.bytes, "bytes") as advance:
-            resumed = write(conversion, partial, advance)
         drafts.discard(conversion, partial)
         report = _verify(conversion, target, partial, material, progress) if material else None
-        record = _record(conversion, _source(model, options, folder), report, layer_errors, choices)
+        record = {**_record(conversion, _source(model, options, folder), report, layer_errors, choices), **distillation}
         output.write_texts(partial, _texts(model, conversion, target, options, record))
         if report:  # `push` checks that the folder is what was verified
             record["sha256"] = {name: file_hash(partial / name) for name in conversion.output_files}
         output.publish(conversion, partial, target, options.overwrite, record)
+        training.discard(target)
     return Outcome(conversion, target, report, resumed, layer_errors=layer_errors)
 
 
@@ -127,6 +135,33 @@ def _plan(checkpoint: Checkpoint, surgeries: tuple[Step, ...], teacher: Checkpoi
     if conversion.needs_text:
         conversion = replace(conversion, calibration=prepare_calibration(conversion, options))
     return conversion
+
+
+def _write(conversion: Plan, partial: Path, target: Path, progress: Progress) -> int:
+    """Compute what the steps need of a text, write the model, and return how many shards were there already."""
+    if conversion.surveying and is_unfinished(conversion, partial):
+        conversion = surveyed(conversion, progress)
+    if conversion.needs_calibration and is_unfinished(conversion, partial):
+        from effconvert.convert.calibrate import calibrate  # imports transformers, so only where it is needed
+
+        calibrate(conversion, partial, progress)
+    with progress.bar(f"writing {target}", conversion.after.bytes, "bytes") as advance:
+        return write(conversion, partial, advance)
+
+
+def _distill(conversion: Plan, text: training.TrainingText, partial: Path, target: Path, options: RunOptions, progress: Progress) -> dict[str, Any]:
+    """Convert by the steps before the last, distil the result, write the best model on the way, and return what the manifest says of that."""
+    place, student, record = training.begin(conversion, target), conversion.checkpoint.folder, dict[str, Any]()
+    if before := conversion.surgeries[:-1]:
+        switches = dict.fromkeys(("verify", "refit", "transfer", "distill", "dry_run"), False)
+        student = convert(
+            str(student), before, options.model_copy(update={**switches, "output": place / "student", "overwrite": True}), progress, reuse=True
+        ).output
+        record = {key: value for key, value in read_manifest(student).items() if key in ("calibration", "transfer")}
+    best, distilled = training.train(conversion, student, text, target, progress)
+    with progress.bar(f"writing {target}", conversion.after.bytes, "bytes") as advance:
+        training.write_trained(conversion, open_checkpoint(best), partial, advance)
+    return {**record, "distillation": distilled}
 
 
 def _verify(conversion: Plan, target: Path, partial: Path, material: Material, progress: Progress) -> Verification:
@@ -162,7 +197,7 @@ def _teacher(surgeries: tuple[Step, ...], progress: Progress) -> Checkpoint | No
 def _record(conversion: Plan, source: dict[str, Any], report: Verification | None, layer_errors: Mapping[str, Any], choices: Sequence[str]) -> dict[str, Any]:
     """Return what the manifest says of this conversion."""
     record = {"source": source, "verified": report is not None, "report": report and asdict(report), "versions": versions()}
-    if conversion.calibration:
+    if conversion.calibration and not conversion.calibration.pending:
         record["calibration"] = conversion.calibration.record
     if layer_errors:
         record["transfer"] = layer_errors

@@ -44,7 +44,7 @@ def write(plan: Plan, partial: Path, advance: Advance) -> int:
             _write_shard(path, targets, layers, advance)
             stamps[name] = _stamp(path)
             save_manifest(partial, manifest)
-    _write_others(plan, partial)
+    write_others(plan, partial)
     return resumed
 
 
@@ -145,7 +145,8 @@ def _runs(targets: list[Target], file: BinaryIO, original: FileIO, advance: Adva
             yield target
 
 
-def _write_others(plan: Plan, partial: Path) -> None:
+def write_others(plan: Plan, partial: Path) -> None:
+    """Write the files beside the shards."""
     folder = plan.checkpoint.folder
     for name in plan.files:
         (partial / name).parent.mkdir(parents=True, exist_ok=True)

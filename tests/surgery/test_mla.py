@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from effconvert.surgery.width.narrow import Narrow
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import effconvert.modeling
@@ -31,6 +30,7 @@ from effconvert.surgery.attention.share_kv import ShareKv
 from effconvert.surgery.depth.prune_layers import PruneLayers
 from effconvert.surgery.mixing.linear import Linear
 from effconvert.surgery.projections.low_rank import LowRank
+from effconvert.surgery.width.narrow import Narrow
 from tests.heal.healing import apart, prose, put, run, tensors
 from tests.mixers.mixing import cache_of, with_cache
 from tests.models import logits, save, tiny

@@ -58,8 +58,8 @@ def calibration_text() -> Text:
     return Text(f"docstrings of the standard library, without the {len(EVALUATION_MODULES)} modules for evaluation, Python {version}", "\n\n".join(docs))
 
 
-def read_calibration(value: str) -> Text:
-    """Return the text that `--calibrate` names: a text file, a JSON-lines file with a `text` in each line, or the training split of a dataset on the Hub.
+def read_calibration(value: str, option: str = "--calibrate") -> Text:
+    """Return the text that an option names: a text file, a JSON-lines file with a `text` in each line, or the training split of a dataset on the Hub.
 
     Raises:
         OptionError: it is none of these, or has no text.
@@ -67,13 +67,13 @@ def read_calibration(value: str) -> Text:
     """
     path = expand(value)
     if path.is_file() and not path.name.endswith((".jsonl", ".jsonl.gz")):
-        return read_text(path, "--calibrate")
+        return read_text(path, option)
     import datasets
 
     name, _, config = value.partition(":")
     hub = not path.exists() and name.count("/") == 1 and path.suffix not in FILES
     if not path.is_file() and not hub:
-        raise OptionError(f"--calibrate {value} is neither a file nor the name of a dataset on the Hub (owner/name, owner/name:config); give one")
+        raise OptionError(f"{option} {value} is neither a file nor the name of a dataset on the Hub (owner/name, owner/name:config); give one")
     try:
         with quiet_datasets():
             rows = (
@@ -90,11 +90,11 @@ def read_calibration(value: str) -> Text:
                 if size > MOST:
                     break
     except KeyError:
-        raise OptionError(f"--calibrate {value} has no column `text` with a text in each row; give a dataset that has one, or a text file") from None
+        raise OptionError(f"{option} {value} has no column `text` with a text in each row; give a dataset that has one, or a text file") from None
     except Exception as error:  # a damaged file, a missing dataset or no network: libraries raise many types
         if is_offline(error):
-            raise EffconvertError(f"--calibrate {value} is not here, and the Hub cannot be reached or has no such dataset; try again with a network") from error
-        raise OptionError(f"--calibrate {value} cannot be read ({type(error).__name__}: {error}); give a text file") from None
+            raise EffconvertError(f"{option} {value} is not here, and the Hub cannot be reached or has no such dataset; try again with a network") from error
+        raise OptionError(f"{option} {value} cannot be read ({type(error).__name__}: {error}); give a text file") from None
     return Text(path.name if not hub else value, "\n\n".join(texts))
 
 

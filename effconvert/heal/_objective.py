@@ -1,0 +1,87 @@
+"""The loss of distillation: how far a student's predictions are from a teacher's, with the logits of a few tokens in memory at a time."""
+# N = tokens, M = hidden width, V = vocabulary, C = tokens at a time.
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div
+from torch.utils.checkpoint import checkpoint
+
+from effconvert.errors import ModelError
+
+ROWS = 256  # C
+SAME = 2e-2  # relative difference of logits, which bfloat16 alone may make
+Head = Callable[[Tensor], Tensor]  # hidden states [C, M] -> logits [C, V]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A weighted sum of a divergence from the teacher and the cross-entropy of the text, in nats a token."""
+
+    kind: str = "kl"  # kl, reverse-kl or jsd
+    temperature: float = 1.0
+    ce: float = 0.0  # the share of the cross-entropy
+
+    def __call__(self, hidden: Tensor, head: Head, teacher_hidden: Tensor, teacher_head: Head, labels: Tensor) -> Tensor:
+        """Return the mean loss of tokens.
+
+        Args:
+            hidden: the student's last hidden states, [N, M].
+            head: its logits of some of them.
+            teacher_hidden: the teacher's, which may have another width.
+            teacher_head: its logits.
+            labels: the next token of each, [N].
+        """
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for at in range(0, len(hidden), ROWS):
+            rows = slice(at, at + ROWS)
+            with torch.no_grad():
+                teacher = teacher_head(teacher_hidden[rows]).float()
+            part: Any = checkpoint(self._sum, hidden[rows], head, teacher, labels[rows], use_reentrant=False)  # logits are computed again for gradients
+            total = total + part
+        return total / len(hidden)
+
+    def _sum(self, hidden: Tensor, head: Head, teacher: Tensor, labels: Tensor) -> Tensor:
+        student = head(hidden).float()
+        count = min(student.shape[-1], teacher.shape[-1])  # rows beyond the tokenizer's are padding
+        divergence = (1 - self.ce) * self.divergence(student[:, :count], teacher[:, :count]) if self.ce < 1 else student.new_zeros(())
+        return divergence + self.ce * cross_entropy(student, labels, reduction="sum") if self.ce else divergence
+
+    def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return the sum of the divergences of logits [C, V]."""
+        own, theirs = ((logits / self.temperature).log_softmax(-1) for logits in (student, teacher))
+        if self.kind == "kl":
+            result = kl_div(own, theirs, reduction="sum", log_target=True)
+        elif self.kind == "reverse-kl":
+            result = kl_div(theirs, own, reduction="sum", log_target=True)
+        else:
+            mean = torch.logaddexp(own, theirs) - math.log(2)
+            result = (kl_div(mean, theirs, reduction="sum", log_target=True) + kl_div(mean, own, reduction="sum", log_target=True)) / 2
+        scaled: Tensor = result * self.temperature**2
+        return scaled
+
+
+def head_of(model: Any) -> Head:
+    """Return the function from a language model's last hidden states to its logits.
+
+    Raises:
+        ModelError: the model computes its logits in another way.
+    """
+    config = model.config.get_text_config()
+    cap, divisor, factor = (getattr(config, key, None) for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"))
+
+    def head(hidden: Tensor) -> Tensor:
+        logits: Tensor = model.get_output_embeddings()(hidden) * (factor or 1) / (divisor or 1)
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    ids = torch.arange(1, 9, device=model.device)[None] % config.vocab_size
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        actual = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    if (actual - expected).abs().max() > SAME * expected.abs().max():
+        raise ModelError(f"{type(model).__name__} computes its logits in a way that distill does not know; use transfer or refit, and please report it")
+    return head

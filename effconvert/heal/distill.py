@@ -1,0 +1,86 @@
+"""Train a converted model to predict what the original predicts."""
+
+from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from effconvert.errors import ModelError
+from effconvert.heal._healing import Healing
+
+if TYPE_CHECKING:
+    from effconvert.checkpoint.config import Config
+    from effconvert.checkpoint.layer import Layer, Model
+
+
+class Distill(Healing):
+    """Train a converted model to predict what the original predicts.
+
+    All weights are trained by transformers' Trainer on the divergence between the original's and the model's predictions of every token; logits are
+    computed for a few tokens at a time. Held-out text decides: what is best there is the result, and the model stays as it is if nothing is better.
+    It needs the model and the original in memory, and four numbers for each weight. A run that was stopped goes on from its last checkpoint.
+    MODEL is the converted model.
+    Hinton et al. 2015, arXiv 1503.02531; docs/distill.md has measurements.
+
+    \b
+    Examples:
+      effconvert distill ./SmolLM2-135M-gqa-1 --teacher ./SmolLM2-135M --data articles.txt -o ./distilled
+      effconvert distill ./pruned --teacher HuggingFaceTB/SmolLM2-135M --train-tokens 2000000
+    """
+
+    data: str = Field(
+        "docstrings",
+        description="Text to train on: a text file, a file of JSON lines with a `text`, a dataset on the Hub (owner/name, or owner/name:config), or "
+        "`docstrings` of the standard library.",
+        json_schema_extra={"metavar": "FILE|DATASET|docstrings"},
+    )
+    train_tokens: int = Field(262144, ge=1024, le=10**12, description="Tokens to train on; the text is repeated where it has fewer.")
+    window: int = Field(512, ge=16, le=10**6, description="Tokens in each window: a model learns to attend no further.")
+    batch_tokens: int = Field(2048, ge=16, le=10**8, description="Tokens in each step of the optimiser.")
+    rate: float = Field(2e-4, gt=0, le=1, description="Highest learning rate (AdamW, with a warm-up and a cosine).")
+    objective: Literal["kl", "reverse-kl", "jsd"] = Field(
+        "kl",
+        description="KL(original || model) (kl), KL(model || original) (reverse-kl), or the Jensen-Shannon divergence, half of both to their mean (jsd).",
+    )
+    temperature: float = Field(1.0, gt=0, le=100, description="Divides logits before they are compared; the loss is multiplied by its square.")
+    ce: float = Field(0.0, ge=0, le=1, description="Share of the loss on the text itself (cross-entropy); the rest is the divergence.")
+
+    def check(self, config: Config) -> None:
+        """Refuse models that predict no next token."""
+        config.check_alone()
+        if not config.decoder or not config.predicts:
+            what = "an encoder" if not config.decoder else f"{config.architecture}, which has no language-model head"
+            raise ModelError(f"{config.kind} is {what} here, and distill compares predictions of the next token; use transfer or refit")
+
+    def needs_calibration(self, config: Config) -> bool:
+        """Never: it trains the whole model."""
+        return False
+
+    def needs_original(self, config: Config) -> bool:
+        """Never layer by layer."""
+        return False
+
+    def notes(self, config: Config) -> str:
+        """Say how many steps it takes."""
+        return f"trains for {self.steps:,} steps of {self.windows * self.window:,} tokens; held-out text decides which of the models on the way is kept"
+
+    @property
+    def windows(self) -> int:
+        """Windows in a step."""
+        return max(1, self.batch_tokens // self.window)
+
+    @property
+    def steps(self) -> int:
+        """Steps of the optimiser."""
+        return max(1, self.train_tokens // (self.windows * self.window))
+
+    def rewrite(self, model: Model) -> None:
+        """Change nothing here: the whole model is trained when it is written."""
+
+    def changes(self, layer: Layer, originals: range) -> list[str]:
+        """None by itself."""
+        return []
+
+    def heal(self, layer: Layer, originals: range) -> None:
+        """Do nothing: see `rewrite`."""

@@ -1,0 +1,222 @@
+"""Training towards a teacher's predictions: the loss and its gradients, what is kept, and what a stopped run does."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from effconvert.checkpoint.checkpoint import open_checkpoint
+from effconvert.convert import train as training
+from effconvert.convert.plan import plan
+from effconvert.errors import ModelError, OptionError
+from effconvert.heal import _distilling
+from effconvert.heal._distilling import Windows
+from effconvert.heal._objective import ROWS, Objective, head_of
+from effconvert.heal.distill import Distill
+from effconvert.heal.refit import Refit
+from effconvert.surgery.attention.gqa import Gqa
+from effconvert.surgery.ffn.moe_split import MoeSplit
+from effconvert.surgery.mixing.linear import Linear
+from tests.heal.healing import prose, put, run, tensors
+from tests.models import DECODERS, heed_caps, save, tiny
+
+SHORT = {"data": "text.txt", "window": 32, "batch_tokens": 128, "train_tokens": 5120, "rate": 3e-3}
+
+
+@pytest.fixture(autouse=True)
+def _text():
+    Path("text.txt").write_text(prose())
+
+
+def rows(count=ROWS + 40, width=12, vocabulary=50):
+    draw = torch.Generator().manual_seed(0)
+    hidden, theirs = (torch.randn(count, width, generator=draw, dtype=torch.double) for _ in range(2))
+    heads = [torch.randn(vocabulary, width, generator=draw, dtype=torch.double) / 2 for _ in range(2)]
+    return hidden, theirs, heads, torch.randint(vocabulary, (count,), generator=draw)
+
+
+def written_out(objective, student, teacher, labels):
+    """The loss by its definition, on all logits at once."""
+    p, q = ((logits / objective.temperature).softmax(-1) for logits in (teacher, student))
+    m = (p + q) / 2
+    divergence = {
+        "kl": (p * (p / q).log()).sum(-1),
+        "reverse-kl": (q * (q / p).log()).sum(-1),
+        "jsd": ((p * (p / m).log()).sum(-1) + (q * (q / m).log()).sum(-1)) / 2,
+    }[objective.kind]
+    likely = -student.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    return ((1 - objective.ce) * objective.temperature**2 * divergence + objective.ce * likely).mean()
+
+
+@pytest.mark.parametrize("kind", ["kl", "reverse-kl", "jsd"])
+@pytest.mark.parametrize(("temperature", "ce"), [(1.0, 0.0), (2.0, 0.3), (1.0, 1.0)])
+def test_loss_and_gradients_are_those_of_the_definition(kind, temperature, ce):
+    hidden, theirs, (weights, their_weights), labels = rows()
+    objective, results = Objective(kind, temperature, ce), []
+    for loss in (
+        lambda h, w: objective(h, lambda part: part @ w.T, theirs, lambda part: part @ their_weights.T, labels),
+        lambda h, w: written_out(objective, h @ w.T, theirs @ their_weights.T, labels),
+    ):
+        given = hidden.clone().requires_grad_(), weights.clone().requires_grad_()
+        value = loss(*given)
+        value.backward()
+        results.append((value.detach(), *(tensor.grad for tensor in given)))
+    for found, expected in zip(*results, strict=True):
+        assert (found.double() - expected).abs().max() <= 2e-5 * expected.abs().max()  # logits are compared in float32
+
+
+@pytest.mark.parametrize("kind", ["kl", "reverse-kl", "jsd"])
+def test_a_student_that_is_its_teacher_has_no_loss_and_no_gradient(kind):
+    hidden, _, (weights, _), labels = rows()
+    hidden = hidden.float().requires_grad_()
+    head = lambda part: part @ weights.float().T  # noqa: E731
+    loss = Objective(kind, 1.5)(hidden, head, hidden.detach(), head, labels)
+    loss.backward()
+    assert abs(loss.item()) < 1e-6
+    assert hidden.grad.abs().max() < 1e-7
+
+
+def test_rows_of_padding_in_a_vocabulary_change_nothing():
+    hidden, theirs, (weights, their_weights), labels = rows()
+    padded = torch.cat([their_weights, torch.randn(14, 12).double()])
+    losses = [Objective()(hidden, lambda part: part @ weights.T, theirs, lambda part, w=w: part @ w.T, labels) for w in (their_weights, padded)]
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_the_head_of_every_family_is_known(kind):
+    model = heed_caps(tiny(kind).eval())
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        found = head_of(model)(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    torch.testing.assert_close(found, expected)
+
+
+def test_no_logits_of_all_tokens_are_in_memory(monkeypatch):
+    hidden, theirs, (weights, their_weights), labels = rows(4 * ROWS)
+    seen = []
+    head = lambda part, w: seen.append(len(part)) or part @ w.T  # noqa: E731
+    Objective()(hidden.requires_grad_(), lambda part: head(part, weights), theirs, lambda part: head(part, their_weights), labels).backward()
+    assert max(seen) == ROWS
+
+
+def test_held_out_windows_are_from_all_over_and_not_trained_on():
+    split = Windows.split(torch.arange(200)[:, None].expand(-1, 4))
+    assert len(split.held_out) == 12
+    assert not {*split.train[:, 0].tolist()} & {*split.held_out[:, 0].tolist()}
+    assert split.held_out[:, 0].max() > 180
+    assert split.held_out[:, 0].min() < 20
+
+
+@pytest.mark.parametrize("steps", [(Gqa(groups=1, pool="mean"),), (Linear(),), (MoeSplit(experts=4, active=2),), (Gqa(groups=1), Refit())])
+def test_it_closes_a_part_of_the_gap_and_says_how_much(steps):
+    put(Path("model"), attention_bias=False, mlp_bias=False, noise=1.0, only="weight")
+    outcome = run("model", *steps, Distill(**SHORT))
+    told = json.loads(Path("out/effconvert.json").read_text())["distillation"]
+    assert told["kl_after"] < 0.9 * told["kl_before"]
+    assert told["curve"][0] == {"tokens": 0, "kl": told["kl_before"]}
+    assert told["curve"][-1]["tokens"] == 5120
+    assert not Path("out.training").exists()
+    assert [*outcome.plan.recipe[-1]] == ["distill"]
+    before = run("model", *steps, place="before")
+    assert {name: tensor.shape for name, tensor in tensors(Path("out")).items()} == {name: tensor.shape for name, tensor in tensors(before.output).items()}
+
+
+def test_a_converted_model_is_distilled_later():
+    put(Path("model"), noise=1.0, only="weight")
+    run("model", Gqa(groups=1), place="converted")
+    run("converted", Distill(teacher="model", **SHORT), place="later")
+    run("model", Gqa(groups=1), Distill(**SHORT), place="at-once")
+    later, at_once = (json.loads(Path(place, "effconvert.json").read_text())["distillation"] for place in ("later", "at-once"))
+    assert later["curve"] == at_once["curve"]
+    assert all(torch.equal(tensor, tensors(Path("at-once"))[name]) for name, tensor in tensors(Path("later")).items())
+
+
+def test_a_model_that_training_makes_worse_stays_as_it_is():
+    put(Path("model"), noise=1.0, only="weight")
+    run("model", Gqa(groups=2), place="converted")
+    run("converted", Distill(teacher="model", **{**SHORT, "rate": 1.0}), place="out")
+    told = json.loads(Path("out/effconvert.json").read_text())["distillation"]
+    assert told["kl_after"] == told["kl_before"]
+    before, after = tensors(Path("converted")), tensors(Path("out"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("steps", [(Gqa(groups=1),), (MoeSplit(experts=4, active=2),)])
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights(steps, monkeypatch):
+    put(Path("model"), attention_bias=False, mlp_bias=False, noise=1.0, only="weight")
+    run("model", *steps, Distill(**SHORT), place="whole")
+    real = _distilling._Advance.on_step_end
+
+    def stop(self, args, state, control, **more):
+        real(self, args, state, control, **more)
+        if state.global_step == 22:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_distilling._Advance, "on_step_end", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run("model", *steps, Distill(**SHORT), place="resumed")
+    assert not Path("resumed").exists()
+    assert (Path("resumed.training/checkpoints/checkpoint-20") / "config.json").is_file()
+    run("model", *steps, Distill(**SHORT), place="resumed")
+    whole, resumed = tensors(Path("whole")), tensors(Path("resumed"))
+    assert all(torch.allclose(whole[name], resumed[name], atol=1e-6) for name in whole)
+    curves = [json.loads(Path(place, "effconvert.json").read_text())["distillation"]["curve"] for place in ("whole", "resumed")]
+    assert [point["tokens"] for point in curves[0]] == sorted({point["tokens"] for point in curves[1]})
+
+
+def test_a_folder_of_somebody_else_is_not_touched():
+    put(Path("model"))
+    Path("out.training").mkdir()
+    Path("out.training/mine.txt").write_text("mine")
+    with pytest.raises(OptionError, match=r"out\.training is in the way and effconvert did not write it"):
+        run("model", Gqa(groups=1), Distill(**SHORT))
+    assert Path("out.training/mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps", "error", "message"),
+    [
+        ("bert", (Gqa(groups=1), Distill()), ModelError, "bert is an encoder here, and distill compares predictions"),
+        ("llama", (Distill(), Refit()), OptionError, "distill trains the finished model, so it comes last"),
+        ("llama", (Distill(),), OptionError, "--teacher is needed"),
+        ("llama", (Gqa(groups=1), Distill(data="nowhere.txt")), OptionError, "--data nowhere.txt is neither a file"),
+        ("llama", (Gqa(groups=1), Distill(data="self")), OptionError, "--data self is not possible"),
+        ("llama", (Gqa(groups=1), Distill(data="text.txt", window=4096)), OptionError, "needs 16384; give a longer --data"),
+    ],
+)
+def test_what_cannot_be_is_refused(kind, steps, error, message):
+    put(Path("model"), kind)
+    with pytest.raises(error, match=message):
+        run("model", *steps)
+    assert {path.name for path in Path().iterdir()} == {"model", "text.txt"}
+
+
+def test_too_little_memory_is_said_before_anything_is_written(monkeypatch):
+    put(Path("model"))
+    monkeypatch.setattr(training, "training_bytes", lambda plan: 10**15)
+    with pytest.raises(OptionError, match=r"distill needs 1000000\.0 GB of memory"):
+        run("model", Gqa(groups=1), Distill(**SHORT))
+    assert not Path("out.training").exists()
+
+
+def test_several_gpus_are_refused(monkeypatch):
+    put(Path("model"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(OptionError, match="2 GPUs are visible, and distill trains on one; choose it with CUDA_VISIBLE_DEVICES=0"):
+        run("model", Gqa(groups=1), Distill(**SHORT))
+
+
+def test_a_loss_that_is_no_number_is_named(monkeypatch):
+    put(Path("model"))
+    monkeypatch.setattr(Objective, "__call__", lambda *_: torch.tensor(float("nan"), requires_grad=True))
+    with pytest.raises(ModelError, match="the loss is nan at step 0; give a lower --rate"):
+        run("model", Gqa(groups=1), Distill(**SHORT))
+
+
+def test_the_plan_says_how_many_steps():
+    checkpoint = open_checkpoint(save(tiny("llama"), Path("model")))
+    assert "trains for 40 steps of 128 tokens" in " ".join(plan(checkpoint, (Gqa(groups=1), Distill(**SHORT))).notes)
