@@ -9,7 +9,7 @@ from effconvert import steps
 from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.shards import FLOATS, ITEMSIZE
-from effconvert.errors import ModelError, TechniqueError, UnknownLayoutError
+from effconvert.errors import ModelError, OptionError, TechniqueError, UnknownLayoutError
 from effconvert.modeling.caches import kv_bytes
 from effconvert.modeling.size import Size, size_of
 from effconvert.modeling.unknown import Described, Unknown, describe
@@ -65,7 +65,7 @@ def applicable(config: Config) -> tuple[dict[str, str], dict[str, str]]:
     for name in steps.techniques():
         try:
             allowed_options[name] = steps.load(name).allowed_options(config)
-        except ModelError as error:
+        except (ModelError, OptionError) as error:  # the latter where no options are left, as of a technique that is in every layer
             refusals[name] = str(error)
         except Exception as error:  # of a technique that its author has to mend: what the others say of this model holds all the same
             refusals[name] = f"{BROKEN}: {error if isinstance(error, TechniqueError) else f'{name} fails with {error!r}'}"

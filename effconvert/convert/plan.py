@@ -68,6 +68,7 @@ class Plan:
     calibration: Calibration | None = None  # the calibration tokens, where a step needs activations
     edits: Mapping[str, str] = field(default_factory=dict)  # those of `files` that are not copied: name -> text
     remarks: tuple[str, ...] = ()  # on files that are left out or changed
+    trained_on: str = ""  # identifies the text of a distillation
     surveys: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)  # number of a step that needs one -> what it has measured
 
     @property
@@ -137,7 +138,9 @@ class Plan:
         source = [(file.name, file.stat().st_size, file.stat().st_mtime_ns, sample(file)) for file in files]
         code = [code_of(surgery) for surgery in self.surgeries]  # a technique's code may change during its development
         targets = [(shard, target.name, target.dtype, target.shape) for shard, members in self.shards.items() for target in members]
-        text = json.dumps([__version__, code, self.recipe, self.config.content, source, targets, self.files, self.calibration and self.calibration.identity])
+        text = json.dumps(
+            [__version__, code, self.recipe, self.config.content, source, targets, self.files, self.calibration and self.calibration.identity, self.trained_on]
+        )
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -221,7 +224,8 @@ def plan(checkpoint: Checkpoint, surgeries: tuple[Step, ...], teacher: Checkpoin
         configs.append(surgery.config(configs[-1]))
     check_shared_caches(surgeries, configs)
     check_tokenizer(checkpoint, configs[-1])
-    files, originals = other_files(checkpoint, configs[-1]), stand_for(checkpoint, teacher or checkpoint)
+    layer_by_layer = any(surgery.needs_original(config) for surgery, config in zip(surgeries, configs, strict=False))
+    files, originals = other_files(checkpoint, configs[-1]), stand_for(checkpoint, teacher if teacher and layer_by_layer else checkpoint)
     config = configs[-1] = files.config
     draft = Plan(checkpoint, surgeries, config, {}, files.files, 0, teacher or checkpoint, tuple(configs), tuple(originals), None, files.edits, files.notes)
     *before, model = draft.models("meta")

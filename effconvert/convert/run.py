@@ -85,6 +85,9 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progre
         output.check_free(target, options.overwrite)
     surgeries, choices = decide(checkpoint, surgeries, teacher, options, progress)
     conversion = _plan(checkpoint, surgeries, teacher, options, choices)
+    to_train = training.read_text(conversion) if isinstance(surgeries[-1], Distill) else None
+    if to_train:
+        conversion = replace(conversion, trained_on=to_train.sha256)
     manifest = output.matching_manifest(conversion, target, options.verify)
     if manifest and "shards" in manifest and not options.dry_run:  # a run that was killed before it wrote the final manifest
         output.complete(target, manifest)
@@ -92,9 +95,7 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progre
     if reuse and manifest:
         return Outcome(conversion, target, verification(manifest), already_there=True)
     output.check(conversion, target, options.overwrite, max(conversion.draft_bytes, scratch_bytes(conversion, options) if options.verify else 0))
-    distills = isinstance(surgeries[-1], Distill)
-    to_train = training.read_text(conversion) if distills else None
-    if distills:
+    if to_train:
         training.check_training(conversion, target)
         conversion = replace(conversion, remarks=(*conversion.remarks, f"training takes about {size(training.training_bytes(conversion))} of memory"))
     memory = check_memory(conversion, options) if options.verify else 0
@@ -102,7 +103,7 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progre
     progress.plan(model, conversion, target, memory)
     if options.dry_run:
         return Outcome(conversion, target, None)
-    if conversion.calibration and not distills:
+    if conversion.calibration and not to_train:
         conversion = replace(conversion, calibration=selftext.write(conversion, conversion.calibration, progress))
 
     resumed, distillation = 0, dict[str, Any]()
@@ -153,6 +154,8 @@ def _distill(conversion: Plan, text: training.TrainingText, partial: Path, targe
     """Convert by the steps before the last, distil the result, write the best model on the way, and return what the manifest says of that."""
     place, student, record = training.begin(conversion, target), conversion.checkpoint.folder, dict[str, Any]()
     if before := conversion.surgeries[:-1]:
+        teacher = getattr(conversion.surgeries[-1], "teacher", None)  # healing before it goes towards the same model
+        before = tuple(step.model_copy(update={"teacher": teacher}) if teacher and isinstance(step, Healing) else step for step in before)
         switches = dict.fromkeys(("verify", "refit", "transfer", "distill", "dry_run"), False)
         student = convert(
             str(student), before, options.model_copy(update={**switches, "output": place / "student", "overwrite": True}), progress, reuse=True
@@ -218,7 +221,9 @@ def _texts(model: str, plan: Plan, target: Path, options: RunOptions, record: di
     """Return the files that people read: the recipe, which makes the same bytes again, and the model card. Its paths are as seen from `target`."""
 
     def read(options: Mapping[str, Any]) -> dict[str, Any]:
-        named = {key: seen_from(target, value) for key in ("model", "teacher", "calibrate") if (value := options.get(key)) and value not in CALIBRATION_WORDS}
+        named = {
+            key: seen_from(target, value) for key in ("model", "teacher", "calibrate", "data") if (value := options.get(key)) and value not in CALIBRATION_WORDS
+        }
         return {**options, **named}
 
     source = record["source"]

@@ -3,6 +3,7 @@
 `OUT.training` holds the converted model and the Trainer's checkpoints while that runs. The same command goes on there.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -70,6 +71,11 @@ class TrainingText:
     name: str
     ids: Tensor
 
+    @property
+    def sha256(self) -> str:
+        """The hash of all windows."""
+        return hashlib.sha256(f"{[*self.ids.shape]}".encode() + self.ids.numpy().tobytes()).hexdigest()
+
 
 def read_text(plan: Plan) -> TrainingText:
     """Read the text of a distillation, before anything is written.
@@ -107,7 +113,14 @@ def train(plan: Plan, student: Path, text: TrainingText, output: Path, progress:
     split = Windows.split(text.ids)
     with progress.bar("distilling", options.steps * options.windows * options.window, "tokens") as advance:
         result = distill(model, teacher, options, split, folder / "checkpoints", advance)
-    record = {"text": text.name, "kl_before": result.before, "kl_after": result.after, "curve": list(result.curve), "held_out_windows": len(split.held_out)}
+    record = {
+        "text": text.name,
+        "sha256": text.sha256,
+        "kl_before": result.before,
+        "kl_after": result.after,
+        "curve": list(result.curve),
+        "held_out_windows": len(split.held_out),
+    }
     return result.best or student, record
 
 
@@ -138,9 +151,10 @@ def write_trained(plan: Plan, trained: Checkpoint, partial: Path, advance: Advan
         with path.open("wb") as file:
             file.write(header({target.name: (target.dtype, target.shape) for target in targets}))
             for target in targets:
-                if target.unit is None and (target.dtype not in FLOATS or target.name.endswith(buffers)):  # no parameter: it is as it was
-                    with target.origin.file.open("rb", buffering=0) as original:
-                        copy_run(original, file, target.origin.start, target.origin.stop, advance)
+                if target.dtype not in FLOATS or target.name.endswith(buffers):  # no parameter: it is as it was
+                    origin = stored.get(target.name, target.origin)
+                    with origin.file.open("rb", buffering=0) as original:
+                        copy_run(original, file, origin.start, origin.stop, advance)
                     continue
                 file.write(as_bytes(_numbers(plan, target, stored), target.dtype, target.name))
                 advance(target.bytes)

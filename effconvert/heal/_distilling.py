@@ -1,6 +1,8 @@
 """Distillation on transformers' Trainer: checkpoints, schedules and resuming are the Trainer's."""
 # N = windows, T = tokens in a window, B = windows in a step.
 
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from effconvert.checkpoint.shards import read_header
 from effconvert.errors import ModelError
 from effconvert.heal._objective import Objective, head_of
 from effconvert.heal.distill import Distill
@@ -63,11 +66,12 @@ class Distiller(Trainer):  # type: ignore[misc]
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
         """Return the loss of a batch of windows."""
         ids = inputs["input_ids"]
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)  # [N, M]
-        with torch.no_grad():
-            theirs = self.teacher.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-        objective = self.objective if model.training else Objective()
-        loss = objective(hidden, self.head, theirs, self.teacher_head, ids[:, 1:].flatten())
+        with self.accelerator.autocast():  # the Trainer's own is around the model's `forward`, which is not called here
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)  # [N, M]
+            with torch.no_grad():
+                theirs = self.teacher.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+            objective = self.objective if model.training else Objective()
+            loss = objective(hidden, self.head, theirs, self.teacher_head, ids[:, 1:].flatten())
         if not loss.isfinite():
             raise ModelError(f"the loss is {float(loss)} at step {self.state.global_step}; give a lower --rate, or another text")
         return (loss, {"loss": loss}) if return_outputs else loss
@@ -89,6 +93,19 @@ class _Advance(TrainerCallback):  # type: ignore[misc]
         """Advance the bar; a run that goes on begins with what was done before."""
         self.advance((state.global_step - self.done) * self.tokens)
         self.done = state.global_step
+
+
+def last_whole_checkpoint(place: Path) -> str | None:
+    """Return the newest checkpoint in a folder; those that a kill left unfinished are removed."""
+    while place.is_dir() and (name := get_last_checkpoint(str(place))):
+        try:
+            json.loads((Path(name) / "trainer_state.json").read_text(encoding="utf-8"))
+            for file in Path(name).glob("*.safetensors"):
+                read_header(file)
+            return str(name)
+        except (OSError, ValueError, ModelError):
+            shutil.rmtree(name)
+    return None
 
 
 def distill(student: Any, teacher: Any, options: Distill, windows: Windows, place: Path, advance: Callable[[int], None]) -> Distilled:
@@ -141,10 +158,13 @@ def distill(student: Any, teacher: Any, options: Distill, windows: Windows, plac
         eval_dataset=held_out,
         callbacks=[bar],
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(place)) if place.is_dir() else None)
-    curve = [
-        {"tokens": entry["step"] * options.windows * options.window, "kl": entry["eval_loss"]} for entry in trainer.state.log_history if "eval_loss" in entry
-    ]
-    before, after = curve[0]["kl"], min(point["kl"] for point in curve)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(place))
+    found: dict[int, float] = {}
+    for entry in trainer.state.log_history:
+        if "eval_loss" in entry:
+            found.setdefault(entry["step"], entry["eval_loss"])  # a run that goes on measures its checkpoint again
+    before, after = found[0], min(found.values())
+    curve = [{"tokens": step * options.windows * options.window, "kl": kl} for step, kl in found.items()]
     best = trainer.state.best_model_checkpoint if after < before else None
     return Distilled(before, after, Path(best) if best else None, curve)

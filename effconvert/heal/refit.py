@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from effconvert.checkpoint.replaced import overlap
+from effconvert.errors import OptionError
 from effconvert.heal._healing import Healing
 from effconvert.surgery.projections._parts import FACTORED
 
@@ -64,6 +65,7 @@ class Refit(Healing):
 
     def rewrite(self, model: Model) -> None:
         """Refit each layer to the original's layers that it stands for; after gaps and low rank, and for narrow FFNs and experts, also to its stream."""
+        check_heads(model)
         super().rewrite(model)
         narrow = {"down"} if model.config.ffn < model.original.ffn and not model.original.experts else set()
         narrow |= {"o"} if model.config.heads < model.original.heads else set()
@@ -96,6 +98,26 @@ class Refit(Healing):
                     from effconvert.heal._layer import refit_stream
 
                     refit_stream(layer, part, step)
+
+
+def check_heads(model: Model) -> None:
+    """Refuse to fit one head for all keys and values to a teacher that has the same, or other query heads.
+
+    Raises:
+        OptionError: the teacher is such a model.
+    """
+    from effconvert.heal._one_head import head_of
+
+    for layer in model.layers:
+        if head_of(layer) and (record := model.original.replaced_at(layer.originals[0], "attention")):
+            raise OptionError(
+                f"layer {layer.originals[0]} of the teacher has {record.technique} too, so nothing is left to fit; name the model before that as --teacher"
+            )
+        if head_of(layer) and model.config.heads != model.original.heads:
+            raise OptionError(
+                f"the model has {model.config.heads} query heads and the teacher {model.original.heads}, so its one head of keys and values cannot be fitted; "
+                "refit after each of the two steps, in conversions of their own"
+            )
 
 
 def _without_attention(layer: Layer) -> bool:

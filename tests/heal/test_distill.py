@@ -16,6 +16,8 @@ from effconvert.heal._objective import ROWS, Objective, head_of
 from effconvert.heal.distill import Distill
 from effconvert.heal.refit import Refit
 from effconvert.surgery.attention.gqa import Gqa
+from effconvert.surgery.depth.prune_layers import PruneLayers
+from effconvert.surgery.embedding.factor_embed import FactorEmbed
 from effconvert.surgery.ffn.moe_split import MoeSplit
 from effconvert.surgery.mixing.linear import Linear
 from tests.heal.healing import prose, put, run, tensors
@@ -166,6 +168,58 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(steps, monkeypatch):
     assert all(torch.allclose(whole[name], resumed[name], atol=1e-6) for name in whole)
     curves = [json.loads(Path(place, "effconvert.json").read_text())["distillation"]["curve"] for place in ("whole", "resumed")]
     assert [point["tokens"] for point in curves[0]] == sorted({point["tokens"] for point in curves[1]})
+
+
+def test_a_checkpoint_that_a_kill_left_unfinished_is_left_out(monkeypatch):
+    put(Path("model"), noise=1.0, only="weight")
+    run("model", Gqa(groups=1), Distill(**SHORT), place="whole")
+    real = _distilling._Advance.on_step_end
+
+    def stop(self, args, state, control, **more):
+        real(self, args, state, control, **more)
+        if state.global_step == 22:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_distilling._Advance, "on_step_end", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run("model", Gqa(groups=1), Distill(**SHORT), place="resumed")
+    checkpoints = sorted(Path("resumed.training/checkpoints").iterdir(), key=lambda path: int(path.name.rpartition("-")[2]))
+    weights = checkpoints[-1] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    run("model", Gqa(groups=1), Distill(**SHORT), place="resumed")
+    whole, resumed = tensors(Path("whole")), tensors(Path("resumed"))
+    assert all(torch.allclose(whole[name], resumed[name], atol=1e-6) for name in whole)
+
+
+def test_another_text_is_another_run():
+    put(Path("model"), noise=1.0, only="weight")
+    first = run("model", Gqa(groups=1), Distill(**SHORT), place="first").plan.fingerprint
+    Path("text.txt").write_text(prose(seed=5))
+    assert run("model", Gqa(groups=1), Distill(**SHORT), place="second").plan.fingerprint != first
+
+
+def test_after_a_factorised_embedding_and_dropped_layers_too():
+    put(Path("model"), noise=1.0, only="weight", num_hidden_layers=3)
+    run("model", FactorEmbed(rank=12), Distill(**SHORT), place="factored")
+    run("model", PruneLayers(layers="1"), Distill(**SHORT), place="pruned")
+    run("pruned", Distill(teacher="model", **SHORT), place="again")
+    for place in ("factored", "again"):
+        told = json.loads(Path(place, "effconvert.json").read_text())["distillation"]
+        assert told["kl_after"] < told["kl_before"]
+
+
+def test_healing_before_it_goes_towards_the_same_teacher():
+    put(Path("model"), noise=1.0, only="weight")
+    run("model", Gqa(groups=1), place="converted")
+    run("converted", Refit(), Distill(teacher="model", **SHORT), place="healed")
+    assert json.loads(Path("healed/effconvert.json").read_text())["distillation"]["kl_after"] > 0
+
+
+def test_the_recipe_beside_it_finds_its_text():
+    put(Path("model"))
+    run("model", Gqa(groups=1), Distill(**SHORT))
+    assert "data: ../text.txt" in Path("out/effconvert.yaml").read_text()
 
 
 def test_a_folder_of_somebody_else_is_not_touched():

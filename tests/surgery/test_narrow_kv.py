@@ -21,6 +21,7 @@ from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.attention.narrow_kv import NarrowKv, turn
 from effconvert.surgery.attention.share_kv import ShareKv
 from effconvert.surgery.depth.prune_layers import PruneLayers
+from effconvert.surgery.width.narrow import Narrow
 from tests.heal.healing import heldout, killed_saving, prose, put, run, tensors
 from tests.mixers.mixing import cache_of, with_cache
 from tests.models import logits, save, tiny
@@ -271,6 +272,17 @@ def test_layers_and_other_techniques_beside_it():
     for step, message in ((Gqa(groups=1), "fits 2 KV heads"), (ShareKv(layers="2"), "layer 2"), (NarrowKv(keep=0.3), "layer 0 has narrow-kv")):
         with pytest.raises((OptionError, ModelError), match=message):
             run("fewer", step, place="refused")
+
+
+def test_a_teacher_that_has_it_too_or_other_heads_is_refused():
+    put(Path("source"))
+    run("source", NarrowKv(latents="8+8"), place="narrow")
+    with pytest.raises(OptionError, match="layer 0 of the teacher has narrow-kv too"):
+        run("narrow", Narrow(ffn=24), Refit(), place="refused")
+    run("source", Narrow(heads=2), place="fewer")
+    with pytest.raises(OptionError, match="has 2 query heads and the teacher 4"):
+        run("fewer", NarrowKv(latents="8+8"), Refit(teacher="source"), place="refused")
+    assert not Path("refused.partial").exists()
 
 
 @pytest.mark.parametrize(
