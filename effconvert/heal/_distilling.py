@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from effconvert.checkpoint.shards import read_header
 from effconvert.errors import ModelError
@@ -97,14 +96,14 @@ class _Advance(TrainerCallback):  # type: ignore[misc]
 
 def last_whole_checkpoint(place: Path) -> str | None:
     """Return the newest checkpoint in a folder; those that a kill left unfinished are removed."""
-    while place.is_dir() and (name := get_last_checkpoint(str(place))):
+    for folder in sorted(place.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True):
         try:
-            json.loads((Path(name) / "trainer_state.json").read_text(encoding="utf-8"))
-            for file in Path(name).glob("*.safetensors"):
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            for file in folder.glob("*.safetensors"):
                 read_header(file)
-            return str(name)
+            return str(folder)
         except (OSError, ValueError, ModelError):
-            shutil.rmtree(name)
+            shutil.rmtree(folder)
     return None
 
 

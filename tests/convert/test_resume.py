@@ -99,7 +99,7 @@ def killed(nursery: multiprocessing.context.ForkServerContext) -> Kill:
         ("os.fsync", "before", 6, 2),  # the third shard is written whole, and not yet named; a manifest is flushed for each, and before them
         ("effconvert.convert.write.copy_run", "after", 4, None),  # in the middle of a shard
         (MANIFEST, "before", 3, 2),  # a shard is named, and not yet recorded
-        ("effconvert.convert.write._write_others", "before", 1, 5),
+        ("effconvert.convert.write.write_others", "before", 1, 5),
         ("effconvert.convert.output.publish", "before", 1, 5),
         (FINAL, "before", 2, 5),
         (FINAL, "after", 2, 5),  # between the manifest and the move
