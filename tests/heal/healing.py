@@ -9,9 +9,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from effconvert.checkpoint.reading import read_config
 from effconvert.convert import drafts
 from effconvert.convert.run import convert
 from effconvert.families import FAMILIES
+from effconvert.modeling.loading import class_of
 from effconvert.options import RunOptions
 from tests.models import save, tiny
 
@@ -63,17 +65,34 @@ def load(folder):
     return getattr(transformers, FAMILIES[kind].lm).from_pretrained(folder, dtype=torch.float32).eval()
 
 
+def opened(folder="out", **how):
+    """A model of transformers or of effconvert, with nothing missing and nothing left over."""
+    model, info = class_of(read_config(Path(folder))).from_pretrained(folder, output_loading_info=True, **how)
+    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return model.eval()
+
+
 @torch.inference_mode()
 def apart(original, *folders):
     """Return the mean KL(original || model) in nats a token for each model, on held-out text."""
     ids = heldout()
-    expected = load(original)(ids).logits.log_softmax(-1)
-    return [float((expected.exp() * (expected - load(folder)(ids).logits.log_softmax(-1))).sum(-1).mean()) for folder in folders]
+    expected, *found = (opened(folder, dtype=torch.float32)(ids).logits.log_softmax(-1) for folder in (original, *folders))
+    return [float((expected.exp() * (expected - other)).sum(-1).mean()) for other in found]
 
 
 def tensors(folder):
     """All tensors of a model, by name."""
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def goes_on_after_a_kill(monkeypatch, *steps):
+    """Convert once in one go and once with a kill between, and hold the results against each other, byte for byte."""
+    run("source", *steps, place="whole")
+    killed_saving(monkeypatch, 1, lambda: run("source", *steps, place="resumed"))
+    run("source", *steps, place="resumed")
+    whole, resumed = tensors(Path("whole")), tensors(Path("resumed"))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def killed_saving(monkeypatch, number, convert, damage=lambda file: None):

@@ -25,7 +25,6 @@ from effconvert.heal._forward import Forward
 from effconvert.heal._layerwise import outer_tensors
 from effconvert.heal.refit import Refit
 from effconvert.heal.transfer import Transfer
-from effconvert.modeling.loading import class_of
 from effconvert.surgery._placed import open_checked, table_rows
 from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.depth.prune_layers import PruneLayers
@@ -33,8 +32,8 @@ from effconvert.surgery.embedding._blocks import HEAD_SHARE, analyse, fill, para
 from effconvert.surgery.embedding.factor_embed import FactorEmbed
 from effconvert.surgery.ffn.moe import Moe
 from effconvert.surgery.projections.low_rank import LowRank
-from tests.heal.healing import heldout, killed_saving, prose, put, run, tensors
-from tests.mixers.mixing import cache_of, with_cache
+from tests.heal.healing import goes_on_after_a_kill, heldout, opened, prose, put, run, tensors
+from tests.mixers.mixing import in_pieces
 from tests.models import logits, save, tiny
 
 SAME = 1e-5  # of the largest logit, in float32
@@ -46,12 +45,6 @@ VOCABULARY, WIDTH = 128, 32
 @pytest.fixture(autouse=True)
 def _text():
     Path("text.txt").write_text(prose())
-
-
-def opened(folder, **how):
-    model, info = class_of(read_config(Path(folder))).from_pretrained(folder, output_loading_info=True, **how)
-    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    return model.eval()
 
 
 def planned(kind="llama", changes=None, *later, **options):
@@ -235,12 +228,8 @@ def test_a_token_at_a_time_gives_the_same_logits(kind):
     model = opened("out")
     ids = torch.arange(3, 27)[None]
     with torch.no_grad():
-        whole, cache, steps = model(ids).logits, None, []
-        for token in ids.split(1, 1):
-            step = model(token, use_cache=True, **(with_cache(model, cache) if cache else {}))
-            cache = cache_of(step)
-            steps.append(step.logits)
-    assert (torch.cat(steps, 1) - whole).abs().max() <= SAME * whole.abs().max()
+        whole, (steps, _) = model(ids).logits, in_pieces(model, ids, [1] * ids.shape[1])
+    assert (steps - whole).abs().max() <= SAME * whole.abs().max()
     assert model.generate(ids, max_new_tokens=3, num_beams=2, do_sample=False).shape[1] <= 27
 
 
@@ -343,12 +332,7 @@ def test_the_recipe_beside_the_weights_gives_the_same_bytes_again():
 def test_a_run_that_was_killed_goes_on_to_the_same_bytes(monkeypatch):
     put(Path("source"), **TIED)
     steps = (FactorEmbed(rank=RANKS), Gqa(groups=2), Refit())
-    run("source", *steps, place="whole")
-    killed_saving(monkeypatch, 1, lambda: run("source", *steps, place="resumed"))
-    run("source", *steps, place="resumed")
-    whole, resumed = tensors(Path("whole")), tensors(Path("resumed"))
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    goes_on_after_a_kill(monkeypatch, *steps)
 
 
 def test_nothing_reads_or_holds_the_table_whole(monkeypatch):

@@ -7,20 +7,15 @@ import pytest
 import torch
 from torch.nn import functional
 
-from effconvert.checkpoint.reading import read_config
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError, OptionError
-from effconvert.modeling.loading import class_of
 from effconvert.options import RunOptions
 from effconvert.surgery.ffn.glu import LEAST_SQUARES, Glu
 from effconvert.surgery.width.narrow import Narrow
+from tests.heal.healing import opened
 from tests.models import logits, save, tiny
 
 KEYS = {"gpt2": "activation_function", "gptj": "activation_function", "distilbert": "activation", "falcon": "activation"}
-
-
-def opened(folder="out"):
-    return class_of(read_config(Path(folder))).from_pretrained(folder).eval()
 
 
 def to(step, place="out"):

@@ -17,13 +17,12 @@ from effconvert.convert.run import convert
 from effconvert.errors import ModelError, OptionError
 from effconvert.heal._forward import Forward
 from effconvert.heal.refit import Refit, _without_attention
-from effconvert.modeling.loading import class_of
 from effconvert.options import RunOptions
 from effconvert.surgery.projections._factors import factors, losses
 from effconvert.surgery.projections._ranks import fill
 from effconvert.surgery.projections.low_rank import LowRank
-from tests.heal.healing import heldout, killed_saving, prose, put, run, tensors
-from tests.mixers.mixing import cache_of, with_cache
+from tests.heal.healing import apart, goes_on_after_a_kill, opened, prose, put, run, tensors
+from tests.mixers.mixing import in_pieces
 from tests.models import logits, save, tiny
 from tests.surgery.test_shared import Share
 
@@ -34,20 +33,6 @@ SAME = 1e-5  # of the largest logit, in float32
 @pytest.fixture(autouse=True)
 def _text():
     Path("text.txt").write_text(prose())
-
-
-def opened(folder):
-    model, info = class_of(read_config(Path(folder))).from_pretrained(folder, output_loading_info=True)
-    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    return model.eval()
-
-
-@torch.inference_mode()
-def apart(original, *folders):
-    """Return the mean KL(original || model) in nats a token for each model, on held-out text."""
-    ids = heldout()
-    expected, *found = (opened(folder)(ids).logits.log_softmax(-1) for folder in (original, *folders))
-    return [float((expected.exp() * (expected - other)).sum(-1).mean()) for other in found]
 
 
 def planned(kind="llama", /, changes=None, **options):
@@ -147,12 +132,8 @@ def test_a_token_at_a_time_gives_the_same_logits_and_saving_changes_nothing(kind
     model = opened("out")
     ids = torch.arange(3, 27)[None]
     with torch.no_grad():
-        whole, cache, steps = model(ids).logits, None, []
-        for token in ids.split(1, 1):
-            step = model(token, use_cache=True, **(with_cache(model, cache) if cache else {}))
-            cache = cache_of(step)
-            steps.append(step.logits)
-    assert (torch.cat(steps, 1) - whole).abs().max() <= SAME * whole.abs().max()
+        whole, (steps, _) = model(ids).logits, in_pieces(model, ids, [1] * ids.shape[1])
+    assert (steps - whole).abs().max() <= SAME * whole.abs().max()
     model.save_pretrained("again")
     assert torch.equal(logits(opened("again")), logits(model))
     assert json.loads(Path("again/config.json").read_text())["effconvert"] == json.loads(Path("out/config.json").read_text())["effconvert"]
@@ -161,12 +142,7 @@ def test_a_token_at_a_time_gives_the_same_logits_and_saving_changes_nothing(kind
 def test_a_run_that_was_killed_goes_on_to_the_same_bytes(monkeypatch):
     put(Path("source"))
     steps = (LowRank(rank=6, parts="all"), Refit())
-    run("source", *steps, place="whole")
-    killed_saving(monkeypatch, 1, lambda: run("source", *steps, place="resumed"))
-    run("source", *steps, place="resumed")
-    whole, resumed = tensors(Path("whole")), tensors(Path("resumed"))
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    goes_on_after_a_kill(monkeypatch, *steps)
 
 
 def test_config_json_has_the_rank_of_each_replaced_projection():

@@ -18,7 +18,6 @@ from effconvert.convert.plan import plan
 from effconvert.errors import ModelError, OptionError
 from effconvert.families import FAMILIES
 from effconvert.heal.refit import Refit
-from effconvert.modeling.loading import class_of
 from effconvert.surgery._rope import split_pairs
 from effconvert.surgery.attention._angles import frequencies, said_anew
 from effconvert.surgery.attention._latents import directions, latents
@@ -31,8 +30,8 @@ from effconvert.surgery.depth.prune_layers import PruneLayers
 from effconvert.surgery.mixing.linear import Linear
 from effconvert.surgery.projections.low_rank import LowRank
 from effconvert.surgery.width.narrow import Narrow
-from tests.heal.healing import apart, prose, put, run, tensors
-from tests.mixers.mixing import cache_of, with_cache
+from tests.heal.healing import apart, opened, prose, put, run, tensors
+from tests.mixers.mixing import in_pieces, with_cache
 from tests.models import logits, save, tiny
 from tests.surgery.test_narrow_kv import one_head, random_heads
 
@@ -50,12 +49,6 @@ def _text():
 def source(folder="source", kind="llama", **changes):
     changes = {"num_key_value_heads": 2, **(UNBIASED if kind == "llama" else {"sliding_window": None}), **changes}
     return put(Path(folder), kind, **changes)
-
-
-def opened(folder, **how):
-    model, info = class_of(read_config(Path(folder))).from_pretrained(folder, output_loading_info=True, **how)
-    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    return model.eval()
 
 
 def planned(kind="llama", changes=None, **options):
@@ -197,15 +190,11 @@ def test_a_token_at_a_time_gives_the_same_logits_and_padding_nothing():
     run("source", Mla(**HALF))
     model, ids = opened("out"), torch.arange(3, 27)[None]
     with torch.no_grad():
-        whole, cache, steps = model(ids).logits, None, []
-        for token in ids.split(1, 1):
-            step = model(token, use_cache=True, **(with_cache(model, cache) if cache else {}))
-            cache = cache_of(step)
-            steps.append(step.logits)
+        whole, (steps, _) = model(ids).logits, in_pieces(model, ids, [1] * ids.shape[1])
         padded = model(
             torch.cat([ids.new_zeros(1, 5), ids], 1), attention_mask=torch.tensor([[0] * 5 + [1] * 24]), position_ids=torch.arange(-5, 24)[None].clamp_min(0)
         )
-    assert (torch.cat(steps, 1) - whole).abs().max() <= SAME * whole.abs().max()
+    assert (steps - whole).abs().max() <= SAME * whole.abs().max()
     assert (padded.logits[:, 5:] - whole).abs().max() <= SAME * whole.abs().max()
     assert model.generate(ids, max_new_tokens=4, num_beams=2, do_sample=False, pad_token_id=0).shape[1] == 28
 

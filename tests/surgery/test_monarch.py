@@ -5,13 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from effconvert.checkpoint.reading import read_config
 from effconvert.errors import ModelError, OptionError
-from effconvert.modeling.loading import class_of
 from effconvert.surgery.projections._blocks import monarch
 from effconvert.surgery.projections._factors import factors
 from effconvert.surgery.projections.monarch import Monarch
-from tests.heal.healing import letters, prose, put, run
+from tests.heal.healing import letters, opened, prose, put, run
 from tests.models import logits, save, tiny
 
 
@@ -26,10 +24,6 @@ def random(*shape, seed=0):
 
 def dense(left, right):
     return Monarch(blocks=len(left)).product(left, right)
-
-
-def opened(folder):
-    return class_of(read_config(Path(folder))).from_pretrained(folder).eval()
 
 
 @pytest.mark.parametrize(("out", "inner", "blocks"), [(24, 16, 4), (16, 24, 8), (12, 12, 3), (8, 16, 1)])

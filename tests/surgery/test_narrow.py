@@ -16,17 +16,13 @@ from effconvert.surgery.depth.prune_layers import PruneLayers
 from effconvert.surgery.ffn.moe_split import MoeSplit
 from effconvert.surgery.width._fewer import surviving_blocks, survivors
 from effconvert.surgery.width.narrow import Narrow
-from tests.heal.healing import apart, heldout, killed_saving, letters, prose, put, run, tensors
+from tests.heal.healing import apart, heldout, killed_saving, letters, opened, prose, put, run, tensors
 from tests.models import GROUPING, save, tiny
 
 
 @pytest.fixture(autouse=True)
 def _text():
     Path("text.txt").write_text(prose())
-
-
-def opened(folder):
-    return class_of(read_config(Path(folder))).from_pretrained(folder).eval()
 
 
 def redundant(kind):

@@ -22,8 +22,8 @@ from effconvert.surgery.attention.narrow_kv import NarrowKv, turn
 from effconvert.surgery.attention.share_kv import ShareKv
 from effconvert.surgery.depth.prune_layers import PruneLayers
 from effconvert.surgery.width.narrow import Narrow
-from tests.heal.healing import heldout, killed_saving, prose, put, run, tensors
-from tests.mixers.mixing import cache_of, with_cache
+from tests.heal.healing import apart, goes_on_after_a_kill, heldout, opened, prose, put, run, tensors
+from tests.mixers.mixing import in_pieces, with_cache
 from tests.models import logits, save, tiny
 
 SAME = 1e-5  # of the largest logit, in float32
@@ -32,20 +32,6 @@ SAME = 1e-5  # of the largest logit, in float32
 @pytest.fixture(autouse=True)
 def _text():
     Path("text.txt").write_text(prose())
-
-
-def opened(folder):
-    model, info = class_of(read_config(Path(folder))).from_pretrained(folder, output_loading_info=True)
-    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    return model.eval()
-
-
-@torch.inference_mode()
-def apart(original, *folders):
-    """Return the mean KL(original || model) in nats a token for each model, on held-out text."""
-    ids = heldout()
-    expected, *found = (opened(folder)(ids).logits.log_softmax(-1) for folder in (original, *folders))
-    return [float((expected.exp() * (expected - other)).sum(-1).mean()) for other in found]
 
 
 def planned(kind="llama", /, changes=None, **options):
@@ -167,15 +153,11 @@ def test_a_token_at_a_time_gives_the_same_logits_padding_nothing_and_saving_the_
     model = opened("out")
     ids = torch.arange(3, 27)[None]
     with torch.no_grad():
-        whole, cache, steps = model(ids).logits, None, []
-        for token in ids.split(1, 1):
-            step = model(token, use_cache=True, **(with_cache(model, cache) if cache else {}))
-            cache = cache_of(step)
-            steps.append(step.logits)
+        whole, (steps, _) = model(ids).logits, in_pieces(model, ids, [1] * ids.shape[1])
         padded = model(
             torch.cat([ids.new_zeros(1, 5), ids], 1), attention_mask=torch.tensor([[0] * 5 + [1] * 24]), position_ids=torch.arange(-5, 24)[None].clamp_min(0)
         )
-    assert (torch.cat(steps, 1) - whole).abs().max() <= SAME * whole.abs().max()
+    assert (steps - whole).abs().max() <= SAME * whole.abs().max()
     assert (padded.logits[:, 5:] - whole).abs().max() <= SAME * whole.abs().max()
     model.save_pretrained("again")
     assert torch.equal(logits(opened("again")), logits(model))
@@ -237,12 +219,7 @@ def test_refit_changes_nothing_where_nothing_was_lost():
 def test_a_run_that_was_killed_goes_on_to_the_same_bytes(monkeypatch):
     put(Path("source"))
     steps = (NarrowKv(keep=0.5), Refit())
-    run("source", *steps, place="whole")
-    killed_saving(monkeypatch, 1, lambda: run("source", *steps, place="resumed"))
-    run("source", *steps, place="resumed")
-    whole, resumed = tensors(Path("whole")), tensors(Path("resumed"))
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    goes_on_after_a_kill(monkeypatch, *steps)
 
 
 def test_more_is_kept_where_more_would_be_lost():

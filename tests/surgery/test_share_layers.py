@@ -20,8 +20,8 @@ from effconvert.surgery.depth.prune_layers import PruneLayers
 from effconvert.surgery.depth.share_layers import ShareLayers
 from effconvert.surgery.mixing.linear import Linear
 from effconvert.surgery.width._fewer import surviving_blocks
-from tests.heal.healing import killed_saving, prose, put, run, tensors
-from tests.mixers.mixing import cache_of, with_cache
+from tests.heal.healing import goes_on_after_a_kill, prose, put, run, tensors
+from tests.mixers.mixing import in_pieces
 from tests.models import logits, save, tiny
 from tests.surgery.test_shared import changes_of, opened
 
@@ -119,12 +119,8 @@ def test_a_token_at_a_time_gives_the_same_and_copies_and_saving_change_nothing()
     model = opened("out")
     ids = torch.arange(3, 27)[None]
     with torch.no_grad():
-        whole, cache, steps = model(ids).logits, None, []
-        for token in ids.split(1, 1):
-            step = model(token, use_cache=True, **(with_cache(model, cache) if cache else {}))
-            cache = cache_of(step)
-            steps.append(step.logits)
-    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-5)
+        whole, (steps, _) = model(ids).logits, in_pieces(model, ids, [1] * ids.shape[1])
+    torch.testing.assert_close(steps, whole, rtol=1e-4, atol=1e-5)
     model.save_pretrained("again")
     assert tensors(Path("again")).keys() == tensors(Path("out")).keys()
     assert torch.equal(logits(opened("again")), logits(model))
@@ -134,12 +130,7 @@ def test_a_token_at_a_time_gives_the_same_and_copies_and_saving_change_nothing()
 def test_a_run_that_was_killed_goes_on_to_the_same_bytes(monkeypatch):
     put(Path("source"), num_hidden_layers=4)
     steps = (ShareLayers(groups=2), Refit())
-    run("source", *steps, place="whole")
-    killed_saving(monkeypatch, 1, lambda: run("source", *steps, place="resumed"))
-    run("source", *steps, place="resumed")
-    whole, resumed = tensors(Path("whole")), tensors(Path("resumed"))
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    goes_on_after_a_kill(monkeypatch, *steps)
 
 
 def test_refit_leaves_shared_layers_alone_and_mends_those_after_them():
