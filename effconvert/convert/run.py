@@ -76,9 +76,7 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progre
         raise OptionError("there is no step to do; name at least one technique")
     text = (read_text(options.text) if options.text else default_text()) if options.verify else None
     folder = sources.locate(model, options.revision, progress.step, to_convert=True)
-    surgeries = (*surgeries, *([Transfer()] if options.transfer else []), *([Refit()] if options.refit else []), *([Distill()] if options.distill else []))
-    if any(isinstance(step, Distill) for step in surgeries[:-1]):
-        raise OptionError("distill trains the finished model, so it comes last; convert the distilled model in a conversion of its own")
+    surgeries = _with_healing(surgeries, options)
     opening = open_as_stock if options.verify or options.dry_run else open_checked  # the former imports transformers, which is slow
     checkpoint, teacher, target = opening(folder), _teacher(surgeries, progress), expand(options.output or default_name(model, surgeries))
     if not reuse and any(step.undecided for step in surgeries):
@@ -86,8 +84,7 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progre
     surgeries, choices = decide(checkpoint, surgeries, teacher, options, progress)
     conversion = _plan(checkpoint, surgeries, teacher, options, choices)
     to_train = training.read_text(conversion) if isinstance(surgeries[-1], Distill) else None
-    if to_train:
-        conversion = replace(conversion, trained_on=to_train.sha256)
+    conversion = replace(conversion, trained_on=to_train.sha256 if to_train else "")
     manifest = output.matching_manifest(conversion, target, options.verify)
     if manifest and "shards" in manifest and not options.dry_run:  # a run that was killed before it wrote the final manifest
         output.complete(target, manifest)
@@ -122,6 +119,15 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progre
         output.publish(conversion, partial, target, options.overwrite, record)
         training.discard(target)
     return Outcome(conversion, target, report, resumed, layer_errors=layer_errors)
+
+
+def _with_healing(surgeries: tuple[Step, ...], options: RunOptions) -> tuple[Step, ...]:
+    """Return the steps with those that --transfer, --refit and --distill add."""
+    wanted = ((Transfer, options.transfer), (Refit, options.refit), (Distill, options.distill))
+    surgeries = (*surgeries, *(healing() for healing, given in wanted if given))
+    if any(isinstance(step, Distill) for step in surgeries[:-1]):
+        raise OptionError("distill trains the finished model, so it comes last; convert the distilled model in a conversion of its own")
+    return surgeries
 
 
 def _plan(checkpoint: Checkpoint, surgeries: tuple[Step, ...], teacher: Checkpoint | None, options: RunOptions, choices: tuple[str, ...]) -> Plan:

@@ -21,6 +21,7 @@ from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.attention.narrow_kv import NarrowKv, turn
 from effconvert.surgery.attention.share_kv import ShareKv
 from effconvert.surgery.depth.prune_layers import PruneLayers
+from effconvert.surgery.depth.share_layers import ShareLayers
 from effconvert.surgery.width.narrow import Narrow
 from tests.heal.healing import apart, goes_on_after_a_kill, heldout, opened, prose, put, run, tensors
 from tests.mixers.mixing import in_pieces, with_cache
@@ -260,6 +261,13 @@ def test_a_teacher_that_has_it_too_or_other_heads_is_refused():
     with pytest.raises(OptionError, match="has 2 query heads and the teacher 4"):
         run("fewer", NarrowKv(latents="8+8"), Refit(teacher="source"), place="refused")
     assert not Path("refused.partial").exists()
+
+
+def test_layers_that_share_their_attention_are_refused():
+    put(Path("source"))
+    run("source", ShareLayers(groups=1), place="shared")
+    with pytest.raises(OptionError, match="layer 0 shares its attention with others"):
+        run("shared", NarrowKv(latents="8+8"), place="refused")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The angles of RoPE as config.json says them, and said again for a class where each pair has one of its own."""
+"""The angles of RoPE that config.json gives, and rewritten for a class in which each pair has its own."""
 # P = pairs of a head's numbers.
 
 import math

@@ -82,6 +82,10 @@ class NarrowKv(Replacement):
         """Refuse other models, and more numbers than there are."""
         if (self.keep is None) == (self.latents is None):
             raise OptionError("give either --keep, the share of the cache to keep, or --latents")
+        if shared := sorted(index for index in self.chosen(config) if any(config.shares(index, part) for part in ("q", "k", "v", "o"))):
+            raise OptionError(
+                f"layer {shared[0]} shares its attention with others, and would store its own again; do narrow-kv first, or leave it out of --layers"
+            )
         super().check(config)
 
     def chosen(self, config: Config) -> set[int]:
