@@ -25,6 +25,7 @@ from effconvert.convert.write import write_others
 from effconvert.errors import EffconvertError, ModelError, OptionError
 from effconvert.eval.quality.perplexity import windows
 from effconvert.eval.quality.text import MOST, calibration_text, read_calibration
+from effconvert.heal._windows import Windows
 from effconvert.heal.distill import Distill
 from effconvert.modeling import loading
 from effconvert.progress import Advance, Progress
@@ -104,13 +105,13 @@ def train(plan: Plan, student: Path, text: TrainingText, output: Path, progress:
     Raises:
         ModelError: a model computes NaN, or its logits in a way that is not known.
     """
-    from effconvert.heal._distilling import Windows, distill  # imports transformers' Trainer, which is slow
+    from effconvert.heal._distilling import distill  # imports transformers' Trainer, which is slow
 
     options, folder, checkpoint = plan.surgeries[-1], training_folder(output), open_checkpoint(student)
     assert isinstance(options, Distill)
     model = loading.load(student, checkpoint.config, torch.float32)
     teacher = loading.load(plan.teacher.folder, plan.teacher.config, plan.teacher.computing)
-    split = Windows.split(text.ids)
+    split = Windows.split(text.ids, options.recall)
     with progress.bar("distilling", options.steps * options.windows * options.window, "tokens") as advance:
         result = distill(model, teacher, options, split, folder / "checkpoints", advance)
     record = {

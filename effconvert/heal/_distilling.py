@@ -1,5 +1,5 @@
 """Distillation on transformers' Trainer: checkpoints, schedules and resuming are the Trainer's."""
-# N = windows, T = tokens in a window, B = windows in a step.
+# N = tokens in a step, M = hidden width.
 
 import json
 import shutil
@@ -15,28 +15,11 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from effconvert.checkpoint.shards import read_header
 from effconvert.errors import ModelError
 from effconvert.heal._objective import Objective, head_of
+from effconvert.heal._windows import Windows
 from effconvert.heal.distill import Distill
 
 EVALUATIONS = 10  # on held-out windows, in a run
-HELD_OUT = 16  # every sixteenth window is held out,
-MOST_HELD_OUT = 32  # up to so many
 WARMUP = 0.05  # of all steps
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Windows of a text: what is trained on, and what is held out, [N, T] each."""
-
-    train: Tensor
-    held_out: Tensor
-
-    @classmethod
-    def split(cls, ids: Tensor) -> "Windows":
-        """Hold out windows from all over the text."""
-        count = max(1, min(MOST_HELD_OUT, len(ids) // HELD_OUT))
-        chosen = torch.zeros(len(ids), dtype=torch.bool)
-        chosen[[(2 * index + 1) * len(ids) // (2 * count) for index in range(count)]] = True
-        return cls(ids[~chosen], ids[chosen])
 
 
 @dataclass(frozen=True)
@@ -142,7 +125,7 @@ def distill(student: Any, teacher: Any, options: Distill, windows: Windows, plac
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
-        bf16=student.device.type == "cuda",
+        bf16=options.in_bfloat16(student.device.type),
         use_cpu=student.device.type == "cpu",
         seed=0,
     )

@@ -39,6 +39,17 @@ class Distill(Healing):
     window: int = Field(512, ge=16, le=10**6, description="Tokens in each window: a model learns to attend no further.")
     batch_tokens: int = Field(2048, ge=16, le=10**8, description="Tokens in each step of the optimiser.")
     rate: float = Field(2e-4, gt=0, le=1, description="Highest learning rate (AdamW, with a warm-up and a cosine).")
+    recall: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the windows in which a passage comes twice: predicting it again teaches the model to find what is far back.",
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Numbers to compute in; weights and gradients stay float32. auto is bfloat16 on a GPU and float32 on a CPU, where bfloat16 is "
+        "faster if the CPU computes it (AVX512-BF16, AMX).",
+    )
     objective: Literal["kl", "reverse-kl", "jsd"] = Field(
         "kl",
         description="KL(original || model) (kl), KL(model || original) (reverse-kl), or the Jensen-Shannon divergence, half of both to their mean (jsd).",
@@ -64,6 +75,10 @@ class Distill(Healing):
     def notes(self, config: Config) -> str:
         """Say how many steps it takes."""
         return f"trains for {self.steps:,} steps of {self.windows * self.window:,} tokens; held-out text decides which of the models on the way is kept"
+
+    def in_bfloat16(self, device: str) -> bool:
+        """Return whether a step on this type of device computes in bfloat16."""
+        return self.precision == "bfloat16" or (self.precision == "auto" and device == "cuda")
 
     @property
     def windows(self) -> int:

@@ -11,8 +11,8 @@ from effconvert.convert import train as training
 from effconvert.convert.plan import plan
 from effconvert.errors import ModelError, OptionError
 from effconvert.heal import _distilling
-from effconvert.heal._distilling import Windows
 from effconvert.heal._objective import ROWS, Objective, head_of
+from effconvert.heal._windows import Windows, repeating
 from effconvert.heal.distill import Distill
 from effconvert.heal.refit import Refit
 from effconvert.surgery.attention.gqa import Gqa
@@ -274,3 +274,33 @@ def test_a_loss_that_is_no_number_is_named(monkeypatch):
 def test_the_plan_says_how_many_steps():
     checkpoint = open_checkpoint(save(tiny("llama"), Path("model")))
     assert "trains for 40 steps of 128 tokens" in " ".join(plan(checkpoint, (Gqa(groups=1), Distill(**SHORT))).notes)
+
+
+def test_windows_that_repeat_themselves_have_a_passage_of_their_first_half_again_in_the_second():
+    ids = torch.arange(200 * 64).reshape(200, 64)
+    result = repeating(ids, 0.25)
+    changed = [(before, after) for before, after in zip(ids, result, strict=True) if not torch.equal(before, after)]
+    assert 30 < len(changed) < 70
+    for before, after in changed:
+        again = (before != after).nonzero()[:, 0]
+        assert again[0] >= 32
+        assert len(again) == again[-1] - again[0] + 1 in range(4, 17)
+        first = after[again[0]] - before[0]
+        assert torch.equal(after[again], before[first : first + len(again)])
+        assert first + len(again) <= 32
+    assert torch.equal(repeating(ids, 0.25), result)
+    assert repeating(ids, 0) is ids
+
+
+def test_bfloat16_is_asked_for_or_a_gpu_s():
+    assert Distill(precision="bfloat16").in_bfloat16("cpu")
+    assert Distill().in_bfloat16("cuda")
+    assert not Distill().in_bfloat16("cpu")
+    assert not Distill(precision="float32").in_bfloat16("cuda")
+
+
+def test_training_in_bfloat16_closes_the_gap_too():
+    put(Path("model"), noise=1.0, only="weight")
+    run("model", Gqa(groups=1, pool="mean"), Distill(**SHORT, precision="bfloat16", recall=0.5))
+    told = json.loads(Path("out/effconvert.json").read_text())["distillation"]
+    assert told["kl_after"] < 0.97 * told["kl_before"]
