@@ -91,6 +91,10 @@ class Terminal:
         if self.err.is_terminal:
             self.err.print(f"[dim]{escape(what)} …[/]")
 
+    def log(self, line: str) -> None:
+        """Print a line of a training's log, above the progress bar and in files."""
+        self.err.print(escape(line))
+
     @contextmanager
     def bar(self, what: str, total: int, unit: Unit) -> Iterator[Advance]:
         """Show a progress bar; yields a function that takes how much more is done."""

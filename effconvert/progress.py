@@ -18,6 +18,9 @@ class Progress(Protocol):
     def step(self, what: str) -> None:
         """Show that a slow step begins."""
 
+    def log(self, line: str) -> None:
+        """Show a line of a training's log."""
+
     def bar(self, what: str, total: int, unit: Unit) -> AbstractContextManager[Advance]:
         """Show a bar for `total` units; yields a function that takes how many more are done."""
 
@@ -29,6 +32,9 @@ class NoProgress:
         """Show nothing."""
 
     def step(self, what: str) -> None:
+        """Show nothing."""
+
+    def log(self, line: str) -> None:
         """Show nothing."""
 
     def bar(self, what: str, total: int, unit: Unit) -> AbstractContextManager[Advance]:

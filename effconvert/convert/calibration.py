@@ -57,7 +57,7 @@ def prepare(plan: Plan, options: Conversion) -> Calibration:
     ids = ids[[index * len(ids) // count for index in range(count)]]
     if config.decoder:
         return Calibration(text.name, ids)
-    ends = _ends(tokenizer)
+    ends = special_ends(tokenizer)
     least = SHORTEST + sum(map(len, ends))
     return Calibration(text.name, ids, tuple(pieces for pieces in PIECES if pieces == 1 or window // pieces >= least), ends)
 
@@ -85,7 +85,7 @@ def _window(options: Conversion, longest: int) -> int:
     return window
 
 
-def _ends(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def special_ends(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the tokens that the tokenizer puts before and after a text; none if they cannot be recognised."""
     plain, whole = (tokenizer("a 1 .", add_special_tokens=special, verbose=False).input_ids for special in (False, True))
     start = next((index for index in range(len(whole)) if plain and whole[index : index + len(plain)] == plain), None)

@@ -18,14 +18,14 @@ from torch import Tensor
 from effconvert.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from effconvert.checkpoint.manifest import to_disk
 from effconvert.checkpoint.shards import FLOATS, StoredTensor, as_bytes, copy_run, header
-from effconvert.convert.calibration import DOCSTRINGS
+from effconvert.convert.calibration import DOCSTRINGS, special_ends
 from effconvert.convert.plan import Plan, Target
 from effconvert.convert.selftext import SELF
 from effconvert.convert.write import write_others
 from effconvert.errors import EffconvertError, ModelError, OptionError
 from effconvert.eval.quality.perplexity import windows
 from effconvert.eval.quality.text import MOST, calibration_text, read_calibration
-from effconvert.heal._windows import Windows
+from effconvert.heal._windows import Windows, held_out, masked, next_tokens, repeating, unlabelled
 from effconvert.heal.distill import Distill
 from effconvert.modeling import loading
 from effconvert.progress import Advance, Progress
@@ -82,21 +82,62 @@ def read_text(plan: Plan) -> TrainingText:
     """Read the text of a distillation, before anything is written.
 
     Raises:
-        OptionError: it cannot be read, or is too short.
-        ModelError: the model has no tokenizer, or another vocabulary than the teacher.
+        OptionError: it cannot be read, or is too short; or a window is longer than the models read.
+        ModelError: the model has no tokenizer, or another one or another vocabulary than the teacher.
     """
-    options, folder = plan.surgeries[-1], plan.checkpoint.folder
+    options, folder, config = plan.surgeries[-1], plan.checkpoint.folder, plan.checkpoint.config
     assert isinstance(options, Distill)
     if not loading.has_tokenizer(folder):
         raise ModelError(f"{folder} has no tokenizer, so it cannot be trained on a text; put it there")
     if options.data == SELF:
         raise OptionError("--data self is not possible: training needs more text than a model writes in time; give a file, or a dataset")
+    tokenizer = loading.load_tokenizer(folder)
+    _check_tokenizers(plan, tokenizer)
     text = calibration_text() if options.data == DOCSTRINGS else read_calibration(options.data, "--data")
-    vocabulary = min(plan.checkpoint.config.vocabulary, plan.teacher.config.vocabulary)
-    ids = windows(loading.load_tokenizer(folder), text, options.window, MOST, vocabulary)
+    longest = min(config.longest or MOST, plan.teacher.config.longest or MOST)
+    if options.window > longest:
+        raise OptionError(f"--window {options.window} is more than the {longest} tokens that the models read; give at most that")
+    vocabulary = min(config.vocabulary, plan.teacher.config.vocabulary)
+    before, after = ((), ()) if config.decoder else special_ends(tokenizer)
+    body = options.window - len(before) - len(after)
+    ids = windows(tokenizer, text, body, MOST, vocabulary)
     if len(ids) < LEAST:
         raise OptionError(f"{text.name} has {ids.numel()} tokens, and --window {options.window} needs {LEAST * options.window}; give a longer --data")
-    return TrainingText(text.name, ids)
+    around = (torch.tensor(end, dtype=ids.dtype).expand(len(ids), -1) for end in (before, after))
+    return TrainingText(text.name, torch.cat([next(around), ids, next(around)], 1))
+
+
+def _check_tokenizers(plan: Plan, tokenizer: Any) -> None:
+    """Refuse a teacher that reads a text as other tokens."""
+    if plan.teacher.folder == plan.checkpoint.folder or not loading.has_tokenizer(plan.teacher.folder):
+        return
+    own, theirs = tokenizer.get_vocab(), loading.load_tokenizer(plan.teacher.folder).get_vocab()
+    if own != theirs:
+        other = sum(theirs.get(token) != number for token, number in own.items())
+        raise ModelError(
+            f"the teacher's tokenizer is another one: of {len(own):,} tokens of the student, {other:,} have another number there or none, so predictions "
+            "cannot be compared; name a teacher with the same tokenizer"
+        )
+
+
+def items(plan: Plan, text: TrainingText) -> Windows:
+    """Return what the model is trained on and what is held out.
+
+    Raises:
+        ModelError: it is a masked language model, and its tokenizer has no mask.
+    """
+    options, config = plan.surgeries[-1], plan.checkpoint.config
+    assert isinstance(options, Distill)
+    chosen = held_out(len(text.ids))
+    parts = repeating(text.ids[~chosen], options.recall), text.ids[chosen]
+    if not config.predicts:
+        return Windows(*map(unlabelled, parts))
+    if config.decoder:
+        return Windows(*map(next_tokens, parts))
+    tokenizer = loading.load_tokenizer(plan.checkpoint.folder)
+    if tokenizer.mask_token_id is None:
+        raise ModelError(f"the tokenizer in {plan.checkpoint.folder} has no mask token, so a masked language model cannot be trained with it; put it there")
+    return Windows(*(masked(ids, tokenizer.mask_token_id, tokenizer.all_special_ids, config.vocabulary) for ids in parts))
 
 
 def train(plan: Plan, student: Path, text: TrainingText, output: Path, progress: Progress) -> tuple[Path, dict[str, Any]]:
@@ -105,24 +146,33 @@ def train(plan: Plan, student: Path, text: TrainingText, output: Path, progress:
     Raises:
         ModelError: a model computes NaN, or its logits in a way that is not known.
     """
-    from effconvert.heal._distilling import distill  # imports transformers' Trainer, which is slow
+    from effconvert.heal._distilling import Report, distill  # imports transformers' Trainer, which is slow
 
     options, folder, checkpoint = plan.surgeries[-1], training_folder(output), open_checkpoint(student)
     assert isinstance(options, Distill)
     model = loading.load(student, checkpoint.config, torch.float32)
-    teacher = loading.load(plan.teacher.folder, plan.teacher.config, plan.teacher.computing)
-    split = Windows.split(text.ids, options.recall)
+    computing = plan.teacher.computing if options.unchanged_rate else torch.float32  # as the student's weights, of which it has some
+    teacher = loading.load(plan.teacher.folder, plan.teacher.config, computing)
+    data, predicts = items(plan, text), checkpoint.config.predicts and plan.teacher.config.predicts
     with progress.bar("distilling", options.steps * options.windows * options.window, "tokens") as advance:
-        result = distill(model, teacher, options, split, folder / "checkpoints", advance)
+        result = distill(model, teacher, options, data, layers_of_the_teacher(plan), predicts, folder / "checkpoints", Report(advance, progress.log))
     record = {
         "text": text.name,
         "sha256": text.sha256,
-        "kl_before": result.before,
-        "kl_after": result.after,
+        "measure": result.measure,
+        "before": result.before,
+        "after": result.after,
         "curve": list(result.curve),
-        "held_out_windows": len(split.held_out),
+        "held_out_windows": len(data.held_out),
     }
     return result.best or student, record
+
+
+def layers_of_the_teacher(plan: Plan) -> list[range]:
+    """Return for each layer of the converted model the layers of the teacher that it stands for: its own, and those dropped after it."""
+    starts = [layer.originals.start for layer in plan.models("meta")[-1].layers]
+    stops = [*starts[1:], plan.teacher.config.layers]
+    return [range(start, max(start + 1, stop)) for start, stop in zip(starts, stops, strict=True)]
 
 
 def begin(plan: Plan, output: Path) -> Path:

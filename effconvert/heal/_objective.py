@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import BaseModelOutput
 
 from effconvert.errors import ModelError
 
@@ -34,22 +35,23 @@ class Objective:
             head: its logits of some of them.
             teacher_hidden: the teacher's, which may have another width.
             teacher_head: its logits.
-            labels: the next token of each, [N].
+            labels: the token that each predicts, [N]; -100 where that is no part of the cross-entropy.
         """
         total = hidden.new_zeros((), dtype=torch.float32)
+        ce = self.ce * len(labels) / max(1, int((labels >= 0).sum())) if self.ce else 0.0  # a mean over those that have a label
         for at in range(0, len(hidden), ROWS):
             rows = slice(at, at + ROWS)
             with torch.no_grad():
                 teacher = teacher_head(teacher_hidden[rows]).float()
-            part: Any = checkpoint(self._sum, hidden[rows], head, teacher, labels[rows], use_reentrant=False)  # logits are computed again for gradients
+            part: Any = checkpoint(self._sum, hidden[rows], head, teacher, labels[rows], ce, use_reentrant=False)  # logits are computed again for gradients
             total = total + part
         return total / len(hidden)
 
-    def _sum(self, hidden: Tensor, head: Head, teacher: Tensor, labels: Tensor) -> Tensor:
+    def _sum(self, hidden: Tensor, head: Head, teacher: Tensor, labels: Tensor, ce: float) -> Tensor:
         student = head(hidden).float()
         count = min(student.shape[-1], teacher.shape[-1])  # rows beyond the tokenizer's are padding
         divergence = (1 - self.ce) * self.divergence(student[:, :count], teacher[:, :count]) if self.ce < 1 else student.new_zeros(())
-        return divergence + self.ce * cross_entropy(student, labels, reduction="sum") if self.ce else divergence
+        return divergence + ce * cross_entropy(student, labels, reduction="sum") if ce else divergence
 
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the sum of the divergences of logits [C, V]."""
@@ -74,14 +76,33 @@ def head_of(model: Any) -> Head:
     config = model.config.get_text_config()
     cap, divisor, factor = (getattr(config, key, None) for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"))
 
-    def head(hidden: Tensor) -> Tensor:
+    def scaled(hidden: Tensor) -> Tensor:
         logits: Tensor = model.get_output_embeddings()(hidden) * (factor or 1) / (divisor or 1)
         return cap * torch.tanh(logits / cap) if cap else logits
 
+    def by_its_class(hidden: Tensor) -> Tensor:  # heads of masked language models are several modules, each class with its own
+        base = model.base_model
+        base.forward = lambda *_, **__: BaseModelOutput(last_hidden_state=hidden[None])
+        try:
+            logits: Tensor = model(input_ids=ids).logits[0]
+        finally:
+            del base.forward
+        return logits
+
     ids = torch.arange(1, 9, device=model.device)[None] % config.vocab_size
     with torch.no_grad():
-        expected = model(input_ids=ids, use_cache=False).logits
-        actual = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-    if (actual - expected).abs().max() > SAME * expected.abs().max():
-        raise ModelError(f"{type(model).__name__} computes its logits in a way that distill does not know; use transfer or refit, and please report it")
-    return head
+        expected = model(input_ids=ids).logits[0]
+        hidden = model.base_model(input_ids=ids).last_hidden_state[0]
+        for head in (scaled, by_its_class):
+            if _gives(head, hidden, expected):
+                return head
+    raise ModelError(f"{type(model).__name__} computes its logits in a way that distill does not know; use transfer or refit, and please report it")
+
+
+def _gives(head: Head, hidden: Tensor, expected: Tensor) -> bool:
+    """Whether a head computes these logits from hidden states."""
+    try:
+        found = head(hidden)
+    except RuntimeError:  # of another width
+        return False
+    return found.shape == expected.shape and bool((found - expected).abs().max() <= SAME * expected.abs().max())

@@ -1,6 +1,7 @@
-"""Windows of a text for distillation: which are held out, and windows that repeat themselves."""
+"""Windows of a text for distillation: which are held out, windows that repeat themselves, and tokens hidden from a masked language model."""
 # N = windows, T = tokens in a window.
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,22 +10,56 @@ from torch import Tensor
 HELD_OUT = 16  # every sixteenth window is held out,
 MOST_HELD_OUT = 32  # up to so many
 PASSAGE = (16, 4)  # a repeated passage has at least T / 16 and at most T / 4 tokens
+MASKED, AS_MASK, AS_ANOTHER = 0.15, 0.8, 0.1  # of the tokens; of these, those that become the mask, or any token (BERT)
+UNLABELLED = -100  # the label of a token that is not to be predicted, as everywhere in transformers
+
+Item = dict[str, Tensor]  # one window: `input_ids`, `labels`, and which tokens' predictions `count`, [T] each
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of a text: what is trained on, and what is held out, [N, T] each."""
+    """Windows of a text: what is trained on, and what is held out."""
 
-    train: Tensor
-    held_out: Tensor
+    train: Sequence[Item]
+    held_out: Sequence[Item]
 
-    @classmethod
-    def split(cls, ids: Tensor, recall: float = 0.0) -> "Windows":
-        """Hold out windows from all over the text; a share `recall` of the others repeat themselves."""
-        count = max(1, min(MOST_HELD_OUT, len(ids) // HELD_OUT))
-        chosen = torch.zeros(len(ids), dtype=torch.bool)
-        chosen[[(2 * index + 1) * len(ids) // (2 * count) for index in range(count)]] = True
-        return cls(repeating(ids[~chosen], recall), ids[chosen])
+
+def held_out(count: int) -> Tensor:
+    """Choose windows from all over a text of `count` windows: [N], bool."""
+    some = max(1, min(MOST_HELD_OUT, count // HELD_OUT))
+    chosen = torch.zeros(count, dtype=torch.bool)
+    chosen[[(2 * index + 1) * count // (2 * some) for index in range(some)]] = True
+    return chosen
+
+
+def next_tokens(ids: Tensor) -> list[Item]:
+    """Make items of windows [N, T] for a model that predicts the next token."""
+    labels, counts = torch.full_like(ids, UNLABELLED), torch.ones_like(ids, dtype=torch.bool)
+    labels[:, :-1], counts[:, -1] = ids[:, 1:], False
+    return _items(ids, labels, counts)
+
+
+def unlabelled(ids: Tensor) -> list[Item]:
+    """Make items of windows [N, T] for a model that predicts no tokens."""
+    return _items(ids, torch.full_like(ids, UNLABELLED), torch.ones_like(ids, dtype=torch.bool))
+
+
+def masked(ids: Tensor, mask: int, special: Sequence[int], vocabulary: int) -> list[Item]:
+    """Make items of windows [N, T] for a masked language model, which sees `mask` or another token in place of some; none of the `special` tokens.
+
+    Devlin et al. 2018, arXiv 1810.04805, section 3.1. A window has the same masks whenever it is seen, so a run that goes on needs no state.
+    """
+    draw = torch.Generator().manual_seed(0)
+    chance = torch.rand(ids.shape, generator=draw)
+    chosen = (torch.rand(ids.shape, generator=draw) < MASKED) & ~torch.isin(ids, torch.tensor([*special], dtype=ids.dtype))
+    another = torch.randint(vocabulary, ids.shape, generator=draw)
+    seen = torch.where(chosen & (chance < AS_MASK), mask, ids)
+    seen = torch.where(chosen & (chance >= AS_MASK) & (chance < AS_MASK + AS_ANOTHER), another, seen)
+    return _items(seen, torch.where(chosen, ids, UNLABELLED), torch.ones_like(chosen))
+
+
+def _items(ids: Tensor, labels: Tensor, counts: Tensor) -> list[Item]:
+    return [{"input_ids": window, "labels": label, "counts": count} for window, label, count in zip(ids, labels, counts, strict=True)]
 
 
 def repeating(ids: Tensor, share: float) -> Tensor:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from effconvert.errors import ModelError
+from effconvert.errors import OptionError
 from effconvert.heal._healing import Healing
 
 if TYPE_CHECKING:
@@ -18,7 +18,8 @@ class Distill(Healing):
     """Train a converted model to predict what the original predicts.
 
     All weights are trained by transformers' Trainer on the divergence between the original's and the model's predictions of every token; logits are
-    computed for a few tokens at a time. Held-out text decides: what is best there is the result, and the model stays as it is if nothing is better.
+    computed for a few tokens at a time. Masked language models see a text with masks; models without a head are compared by their hidden states.
+    Held-out text decides: what is best there is the result, and the model stays as it is if nothing is better.
     It needs the model and the original in memory, and four numbers for each weight. A run that was stopped goes on from its last checkpoint.
     MODEL is the converted model.
     Hinton et al. 2015, arXiv 1503.02531; docs/distill.md has measurements.
@@ -57,24 +58,45 @@ class Distill(Healing):
     temperature: float = Field(1.0, gt=0, le=100, description="Divides logits before they are compared; the loss is multiplied by its square.")
     ce: float = Field(0.0, ge=0, le=1, description="Share of the loss on the text itself (cross-entropy); the rest is the divergence.")
 
+    hidden: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the loss on hidden states after every layer. A model without a head that predicts tokens is trained on its last hidden "
+        "states, and with this on all.",
+    )
+    hidden_loss: Literal["mse", "cosine"] = Field(
+        "mse", description="Distance of hidden states: squared error as a share of the original's mean square, or one minus the cosine."
+    )
+    unchanged_rate: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Learning rate of the weights that are as in the original, as a share of --rate. 0 keeps them, and then they are in memory once.",
+    )
+
     def check(self, config: Config) -> None:
-        """Refuse models that predict no next token."""
+        """Refuse shares of the loss that are more than all of it, or that the model has no head for."""
         config.check_alone()
-        if not config.decoder or not config.predicts:
-            what = "an encoder" if not config.decoder else f"{config.architecture}, which has no language-model head"
-            raise ModelError(f"{config.kind} is {what} here, and distill compares predictions of the next token; use transfer or refit")
+        if self.ce + self.hidden > 1:
+            raise OptionError(f"--ce {self.ce:g} and --hidden {self.hidden:g} are shares of the loss, and together more than 1")
+        if self.ce and not config.predicts:
+            raise OptionError(f"--ce needs a head that predicts tokens, and {config.architecture} has none; leave it out")
 
     def needs_calibration(self, config: Config) -> bool:
         """Never: it trains the whole model."""
         return False
 
     def needs_original(self, config: Config) -> bool:
-        """Never layer by layer."""
-        return False
+        """Only where layers or weights are compared with the original's."""
+        return self.hidden > 0 or self.unchanged_rate < 1
 
     def notes(self, config: Config) -> str:
-        """Say how many steps it takes."""
-        return f"trains for {self.steps:,} steps of {self.windows * self.window:,} tokens; held-out text decides which of the models on the way is kept"
+        """Say how many steps it takes, and what is compared."""
+        compared = "" if config.predicts else "; compares last hidden states, for there is no head that predicts tokens"
+        return (
+            f"trains for {self.steps:,} steps of {self.windows * self.window:,} tokens; held-out text decides which of the models on the way is kept{compared}"
+        )
 
     def in_bfloat16(self, device: str) -> bool:
         """Return whether a step on this type of device computes in bfloat16."""

@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.convert import train as training
 from effconvert.convert.plan import plan
-from effconvert.errors import ModelError, OptionError
+from effconvert.errors import EffconvertError, ModelError, OptionError
 from effconvert.heal import _distilling
+from effconvert.heal._hidden import distance
 from effconvert.heal._objective import ROWS, Objective, head_of
-from effconvert.heal._windows import Windows, repeating
+from effconvert.heal._windows import UNLABELLED, held_out, masked, repeating
 from effconvert.heal.distill import Distill
 from effconvert.heal.refit import Refit
 from effconvert.surgery.attention.gqa import Gqa
@@ -20,10 +22,13 @@ from effconvert.surgery.depth.prune_layers import PruneLayers
 from effconvert.surgery.embedding.factor_embed import FactorEmbed
 from effconvert.surgery.ffn.moe_split import MoeSplit
 from effconvert.surgery.mixing.linear import Linear
-from tests.heal.healing import prose, put, run, tensors
+from tests.heal.healing import letters, prose, put, run, tensors
 from tests.models import DECODERS, heed_caps, save, tiny
 
 SHORT = {"data": "text.txt", "window": 32, "batch_tokens": 128, "train_tokens": 5120, "rate": 3e-3}
+
+
+THREE = {"distilbert": {"n_layers": 3}, "modernbert": {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}}  # layers
 
 
 @pytest.fixture(autouse=True)
@@ -104,12 +109,11 @@ def test_no_logits_of_all_tokens_are_in_memory(monkeypatch):
     assert max(seen) == ROWS
 
 
-def test_held_out_windows_are_from_all_over_and_not_trained_on():
-    split = Windows.split(torch.arange(200)[:, None].expand(-1, 4))
-    assert len(split.held_out) == 12
-    assert not {*split.train[:, 0].tolist()} & {*split.held_out[:, 0].tolist()}
-    assert split.held_out[:, 0].max() > 180
-    assert split.held_out[:, 0].min() < 20
+def test_held_out_windows_are_from_all_over():
+    chosen = held_out(200).nonzero()[:, 0]
+    assert len(chosen) == 12
+    assert chosen.max() > 180
+    assert chosen.min() < 20
 
 
 @pytest.mark.parametrize("steps", [(Gqa(groups=1, pool="mean"),), (Linear(),), (MoeSplit(experts=4, active=2),), (Gqa(groups=1), Refit())])
@@ -117,8 +121,12 @@ def test_it_closes_a_part_of_the_gap_and_says_how_much(steps):
     put(Path("model"), attention_bias=False, mlp_bias=False, noise=1.0, only="weight")
     outcome = run("model", *steps, Distill(**SHORT))
     told = json.loads(Path("out/effconvert.json").read_text())["distillation"]
-    assert told["kl_after"] < 0.97 * told["kl_before"]
-    assert told["curve"][0] == {"tokens": 0, "kl": told["kl_before"]}
+    assert told["after"] < 0.97 * told["before"]
+    assert told["measure"] == "kl"
+    assert {key: told["curve"][0][key] for key in ("tokens", "held_out")} == {"tokens": 0, "held_out": told["before"]}
+    assert all(0 < point["loss"] < 9 for point in told["curve"][1:])
+    seconds = [point["seconds"] for point in told["curve"]]
+    assert seconds == sorted(seconds)
     assert told["curve"][-1]["tokens"] == 5120
     assert not Path("out.training").exists()
     assert [*outcome.plan.recipe[-1]] == ["distill"]
@@ -132,7 +140,7 @@ def test_a_converted_model_is_distilled_later():
     run("converted", Distill(teacher="model", **SHORT), place="later")
     run("model", Gqa(groups=1), Distill(**SHORT), place="at-once")
     later, at_once = (json.loads(Path(place, "effconvert.json").read_text())["distillation"] for place in ("later", "at-once"))
-    assert later["curve"] == at_once["curve"]
+    assert [point["held_out"] for point in later["curve"]] == [point["held_out"] for point in at_once["curve"]]
     assert all(torch.equal(tensor, tensors(Path("at-once"))[name]) for name, tensor in tensors(Path("later")).items())
 
 
@@ -141,7 +149,7 @@ def test_a_model_that_training_makes_worse_stays_as_it_is():
     run("model", Gqa(groups=2), place="converted")
     run("converted", Distill(teacher="model", **{**SHORT, "rate": 1.0}), place="out")
     told = json.loads(Path("out/effconvert.json").read_text())["distillation"]
-    assert told["kl_after"] == told["kl_before"]
+    assert told["after"] == told["before"]
     before, after = tensors(Path("converted")), tensors(Path("out"))
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -150,7 +158,7 @@ def test_a_model_that_training_makes_worse_stays_as_it_is():
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(steps, monkeypatch):
     put(Path("model"), attention_bias=False, mlp_bias=False, noise=1.0, only="weight")
     run("model", *steps, Distill(**SHORT), place="whole")
-    real = _distilling._Advance.on_step_end
+    real = _distilling._Report.on_step_end
 
     def stop(self, args, state, control, **more):
         real(self, args, state, control, **more)
@@ -158,7 +166,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(steps, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(_distilling._Advance, "on_step_end", stop)
+        patch.setattr(_distilling._Report, "on_step_end", stop)
         with pytest.raises(KeyboardInterrupt):
             run("model", *steps, Distill(**SHORT), place="resumed")
     assert not Path("resumed").exists()
@@ -173,7 +181,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(steps, monkeypatch):
 def test_a_checkpoint_that_a_kill_left_unfinished_is_left_out(monkeypatch):
     put(Path("model"), noise=1.0, only="weight")
     run("model", Gqa(groups=1), Distill(**SHORT), place="whole")
-    real = _distilling._Advance.on_step_end
+    real = _distilling._Report.on_step_end
 
     def stop(self, args, state, control, **more):
         real(self, args, state, control, **more)
@@ -181,7 +189,7 @@ def test_a_checkpoint_that_a_kill_left_unfinished_is_left_out(monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(_distilling._Advance, "on_step_end", stop)
+        patch.setattr(_distilling._Report, "on_step_end", stop)
         with pytest.raises(KeyboardInterrupt):
             run("model", Gqa(groups=1), Distill(**SHORT), place="resumed")
     checkpoints = sorted(Path("resumed.training/checkpoints").iterdir(), key=lambda path: int(path.name.rpartition("-")[2]))
@@ -206,14 +214,14 @@ def test_after_a_factorised_embedding_and_dropped_layers_too():
     run("pruned", Distill(teacher="model", **SHORT), place="again")
     for place in ("factored", "again"):
         told = json.loads(Path(place, "effconvert.json").read_text())["distillation"]
-        assert told["kl_after"] < told["kl_before"]
+        assert told["after"] < told["before"]
 
 
 def test_healing_before_it_goes_towards_the_same_teacher():
     put(Path("model"), noise=1.0, only="weight")
     run("model", Gqa(groups=1), place="converted")
     run("converted", Refit(), Distill(teacher="model", **SHORT), place="healed")
-    assert json.loads(Path("healed/effconvert.json").read_text())["distillation"]["kl_after"] > 0
+    assert json.loads(Path("healed/effconvert.json").read_text())["distillation"]["after"] > 0
 
 
 def test_the_recipe_beside_it_finds_its_text():
@@ -234,12 +242,12 @@ def test_a_folder_of_somebody_else_is_not_touched():
 @pytest.mark.parametrize(
     ("kind", "steps", "error", "message"),
     [
-        ("bert", (Gqa(groups=1), Distill()), ModelError, "bert is an encoder here, and distill compares predictions"),
+        ("llama", (Gqa(groups=1), Distill(data="text.txt", ce=0.7, hidden=0.7)), OptionError, "--ce 0.7 and --hidden 0.7 are shares of the loss"),
+        ("llama", (Gqa(groups=1), Distill(data="text.txt", window=65)), OptionError, "--window 65 is more than the 64 tokens"),
         ("llama", (Distill(), Refit()), OptionError, "distill trains the finished model, so it comes last"),
         ("llama", (Distill(),), OptionError, "--teacher is needed"),
         ("llama", (Gqa(groups=1), Distill(data="nowhere.txt")), OptionError, "--data nowhere.txt is neither a file"),
         ("llama", (Gqa(groups=1), Distill(data="self")), OptionError, "--data self is not possible"),
-        ("llama", (Gqa(groups=1), Distill(data="text.txt", window=4096)), OptionError, "needs 16384; give a longer --data"),
     ],
 )
 def test_what_cannot_be_is_refused(kind, steps, error, message):
@@ -247,6 +255,13 @@ def test_what_cannot_be_is_refused(kind, steps, error, message):
     with pytest.raises(error, match=message):
         run("model", *steps)
     assert {path.name for path in Path().iterdir()} == {"model", "text.txt"}
+
+
+def test_too_short_a_text_is_refused():
+    put(Path("model"))
+    Path("text.txt").write_text(prose(100))
+    with pytest.raises(OptionError, match="needs 128; give a longer --data"):
+        run("model", Gqa(groups=1, pool="mean"), Distill(**SHORT))
 
 
 def test_too_little_memory_is_said_before_anything_is_written(monkeypatch):
@@ -303,4 +318,100 @@ def test_training_in_bfloat16_closes_the_gap_too():
     put(Path("model"), noise=1.0, only="weight")
     run("model", Gqa(groups=1, pool="mean"), Distill(**SHORT, precision="bfloat16", recall=0.5))
     told = json.loads(Path("out/effconvert.json").read_text())["distillation"]
-    assert told["kl_after"] < 0.97 * told["kl_before"]
+    assert told["after"] < 0.97 * told["before"]
+
+
+def test_a_masked_model_does_not_see_what_it_predicts():
+    ids = torch.randint(5, 100, (40, 64), generator=torch.Generator().manual_seed(0))
+    ids[:, 0] = 2  # special
+    items = masked(ids, 4, [2], 100)
+    seen, labels = (torch.stack([item[key] for item in items]) for key in ("input_ids", "labels"))
+    chosen = labels != UNLABELLED
+    assert torch.equal(labels[chosen], ids[chosen])
+    assert torch.equal(seen[~chosen], ids[~chosen])
+    assert not chosen[:, 0].any()
+    assert 0.12 < chosen.float().mean() < 0.18
+    assert 0.75 < (seen[chosen] == 4).float().mean() < 0.85
+    assert 0.05 < (seen[chosen] == ids[chosen]).float().mean() < 0.15
+
+
+@pytest.mark.parametrize("kind", ["mse", "cosine"])
+def test_distance_of_hidden_states_is_that_of_the_definition(kind):
+    draw = torch.Generator().manual_seed(0)
+    own, theirs = ([torch.randn(7, 5, generator=draw, dtype=torch.double) for _ in range(2)] for _ in range(2))
+    own[0].requires_grad_()
+    value = distance(own, theirs, kind)
+    value.backward()
+    found, own[0].grad = own[0].grad, None
+    if kind == "mse":
+        expected = sum(((a - b) ** 2).mean() / (b**2).mean() for a, b in zip(own, theirs, strict=True)) / 2
+    else:
+        expected = sum((1 - (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).mean() for a, b in zip(own, theirs, strict=True)) / 2
+    expected.backward()
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found, own[0].grad, rtol=1e-4, atol=1e-7)
+    assert distance(theirs, theirs, kind) < 1e-6
+
+
+@pytest.mark.parametrize(("kind", "head"), [("bert", True), ("distilbert", True), ("modernbert", True), ("electra", True), ("bert", False), ("llama", False)])
+def test_encoders_and_models_without_a_head_are_distilled_too(kind, head):
+    put(Path("model"), kind, noise=1.0, only="weight", **THREE.get(kind, {"num_hidden_layers": 3}))
+    with_mask = letters()
+    with_mask.mask_token = "<s>"
+    with_mask.save_pretrained("model")
+    if not head:
+        transformers.AutoModel.from_pretrained("model").save_pretrained("model")
+    run("model", PruneLayers(layers="1"), Distill(**SHORT))
+    told = json.loads(Path("out/effconvert.json").read_text())["distillation"]
+    assert told["measure"] == ("kl" if head else "hidden")
+    assert told["after"] < 0.97 * told["before"]
+
+
+def test_hidden_states_of_a_shorter_model_go_towards_those_after_the_dropped_layers():
+    put(Path("model"), noise=1.0, only="weight", num_hidden_layers=4)
+    told = {}
+    for share in (0.0, 1.0):
+        run("model", PruneLayers(layers="1,2"), Distill(**SHORT, hidden=share), place=f"out{share}")
+        told[share] = json.loads(Path(f"out{share}/effconvert.json").read_text())["distillation"]
+    assert told[1.0]["measure"] == "kl"
+    assert told[1.0]["after"] < told[1.0]["before"] == told[0.0]["before"]
+
+
+def test_unchanged_weights_stay_and_are_in_memory_once(monkeypatch):
+    put(Path("model"), noise=1.0, only="weight", num_hidden_layers=3)
+    shared = []
+    real = _distilling.share
+    monkeypatch.setattr(_distilling, "share", lambda student, teacher, same: (real(student, teacher, same), shared.append((student, teacher, same))))
+    run("model", PruneLayers(layers="1"), Gqa(groups=1, pool="mean"), Distill(**SHORT, unchanged_rate=0.0))
+    run("model", PruneLayers(layers="1"), Gqa(groups=1, pool="mean"), place="before")
+    before, after = tensors(Path("before")), tensors(Path("out"))
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {name for name in before if ".k_proj." in name or ".v_proj." in name}
+    ((student, teacher, names),) = shared
+    assert names["model.layers.1.mlp.up_proj.weight"] == "model.layers.2.mlp.up_proj.weight"
+    assert all(student.get_parameter(name).data_ptr() == teacher.get_parameter(other).data_ptr() for name, other in names.items())
+
+
+def test_unchanged_weights_at_a_lower_rate_move_less():
+    put(Path("model"), noise=1.0, only="weight")
+    run("model", Gqa(groups=1, pool="mean"), place="before")
+    moved = []
+    for share in (1.0, 0.1):
+        run("model", Gqa(groups=1, pool="mean"), Distill(**SHORT, unchanged_rate=share), place=f"out{share}")
+        moved.append((tensors(Path(f"out{share}"))["model.layers.0.mlp.up_proj.weight"] - tensors(Path("before"))["model.layers.0.mlp.up_proj.weight"]).norm())
+    assert 0 < moved[1] < moved[0] / 4
+
+
+def test_a_loss_that_is_not_least_at_the_teacher_is_refused(monkeypatch):
+    put(Path("model"))
+    monkeypatch.setattr(Objective, "divergence", lambda self, student, teacher: (student - 1.5 * teacher).square().sum())
+    with pytest.raises(EffconvertError, match="a student that is its teacher has a loss"):
+        run("model", Gqa(groups=1), Distill(**SHORT))
+
+
+def test_a_teacher_with_another_tokenizer_is_refused():
+    put(Path("model"))
+    put(Path("other"))
+    file = Path("other/tokenizer.json")
+    file.write_text(file.read_text().replace('"a":', '"\u00e9":'))
+    with pytest.raises(ModelError, match="the teacher's tokenizer is another one: of 99 tokens of the student, 1 have another number there or none"):
+        run("model", Gqa(groups=1), Distill(teacher="other", **SHORT))
