@@ -50,6 +50,10 @@ class _Through:
         """Show the step."""
         self.progress.step(what)
 
+    def log(self, line: str) -> None:
+        """Show the line."""
+        self.progress.log(line)
+
     def bar(self, what: str, total: int, unit: Unit) -> AbstractContextManager[Advance]:
         """Show the bar."""
         return self.progress.bar(what, total, unit)

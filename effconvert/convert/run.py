@@ -170,7 +170,7 @@ def _distill(conversion: Plan, text: training.TrainingText, partial: Path, targe
     best, distilled = training.train(conversion, student, text, target, progress)
     with progress.bar(f"writing {target}", conversion.after.bytes, "bytes") as advance:
         training.write_trained(conversion, open_checkpoint(best), partial, advance)
-    return {**record, "distillation": distilled}
+    return {**record, "distillation": asdict(distilled)}
 
 
 def _verify(conversion: Plan, target: Path, partial: Path, material: Material, progress: Progress) -> Verification:

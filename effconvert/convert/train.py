@@ -25,6 +25,7 @@ from effconvert.convert.write import write_others
 from effconvert.errors import EffconvertError, ModelError, OptionError
 from effconvert.eval.quality.perplexity import windows
 from effconvert.eval.quality.text import MOST, calibration_text, read_calibration
+from effconvert.eval.training import Point, Training
 from effconvert.heal._windows import Windows, held_out, masked, next_tokens, repeating, unlabelled
 from effconvert.heal.distill import Distill
 from effconvert.modeling import loading
@@ -140,7 +141,7 @@ def items(plan: Plan, text: TrainingText) -> Windows:
     return Windows(*(masked(ids, tokenizer.mask_token_id, tokenizer.all_special_ids, config.vocabulary) for ids in parts))
 
 
-def train(plan: Plan, student: Path, text: TrainingText, output: Path, progress: Progress) -> tuple[Path, dict[str, Any]]:
+def train(plan: Plan, student: Path, text: TrainingText, output: Path, progress: Progress) -> tuple[Path, Training]:
     """Distil the model in `student`, and return the folder of the best model on the way, and what happened.
 
     Raises:
@@ -156,16 +157,8 @@ def train(plan: Plan, student: Path, text: TrainingText, output: Path, progress:
     data, predicts = items(plan, text), checkpoint.config.predicts and plan.teacher.config.predicts
     with progress.bar("distilling", options.steps * options.windows * options.window, "tokens") as advance:
         result = distill(model, teacher, options, data, layers_of_the_teacher(plan), predicts, folder / "checkpoints", Report(advance, progress.log))
-    record = {
-        "text": text.name,
-        "sha256": text.sha256,
-        "measure": result.measure,
-        "before": result.before,
-        "after": result.after,
-        "curve": list(result.curve),
-        "held_out_windows": len(data.held_out),
-    }
-    return result.best or student, record
+    curve = tuple(Point(**point) for point in result.curve)
+    return result.best or student, Training(text.name, text.sha256, result.measure, result.before, result.after, curve, len(data.held_out))
 
 
 def layers_of_the_teacher(plan: Plan) -> list[range]:

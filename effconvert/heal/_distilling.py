@@ -21,6 +21,7 @@ from effconvert.heal._sharing import share, unchanged
 from effconvert.heal._windows import Item, Windows
 from effconvert.heal.distill import Distill
 from effconvert.progress import Advance
+from effconvert.quiet import quiet_transformers
 
 EVALUATIONS = 10  # on held-out windows, in a run
 WARMUP = 0.05  # of all steps
@@ -43,7 +44,7 @@ class Distilled:
     before: float
     after: float  # the least on the way; `before` where nothing was less
     best: Path | None  # the folder of the checkpoint that has it; None: the student as it was
-    curve: Sequence[dict[str, float]]  # tokens, seconds, the distance after these, and the mean loss since the point before
+    curve: Sequence[dict[str, Any]]  # tokens, seconds, the distance after these, and the mean loss since the point before
 
 
 @dataclass(frozen=True)
@@ -162,19 +163,19 @@ class _Report(TrainerCallback):  # type: ignore[misc]
         self.tell(line(points(state.log_history, self.tokens)[-1]))
 
 
-def points(history: Sequence[dict[str, float]], tokens: int) -> list[dict[str, float]]:
+def points(history: Sequence[dict[str, Any]], tokens: int) -> list[dict[str, Any]]:
     """Return the curve of a Trainer's log, for steps of so many tokens."""
     losses = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
-    found: dict[float, dict[str, float]] = {}
+    found: dict[int, dict[str, Any]] = {}
     for entry in history:
         if "eval_loss" in entry:  # a run that goes on measures its checkpoint again
             step = entry["step"]
-            point = {"tokens": int(step * tokens), "seconds": entry["seconds"], "held_out": entry["eval_loss"]}
+            point = {"tokens": step * tokens, "seconds": entry["seconds"], "held_out": entry["eval_loss"]}
             found.setdefault(step, {**point, **({"loss": losses[step]} if step in losses else {})})
     return list(found.values())
 
 
-def line(point: dict[str, float]) -> str:
+def line(point: dict[str, Any]) -> str:
     """Write a point of a curve for people."""
     loss = f", loss {point['loss']:.4f}" if "loss" in point else ""
     return f"{point['tokens']:>12,.0f} tokens, {point['seconds']:.0f} s: held-out {point['held_out']:.4f}{loss}"
@@ -251,7 +252,8 @@ def distill(
     trainer.check(windows.held_out[0])
     if not options.unchanged_rate:
         share(student, teacher, trainer.same)
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(place))
+    with quiet_transformers():
+        trainer.train(resume_from_checkpoint=last_whole_checkpoint(place))
     curve = points(trainer.state.log_history, options.windows * options.window)
     before, after = curve[0]["held_out"], min(point["held_out"] for point in curve)
     best = trainer.state.best_model_checkpoint if after < before else None

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCardData
 
 from effconvert.eval.results import Benchmark, Cell, Evaluation, Row, Value
 from effconvert.eval.verification import Verification
-from effconvert.hub.card_data import History, auto_class, front_matter, history, metadata, verification
+from effconvert.hub.card_data import History, auto_class, front_matter, history, metadata, training, verification
 from effconvert.hub.publishable import cut_paths, without_paths
 from effconvert.modeling import loading
 
@@ -46,6 +46,7 @@ def render(manifest: dict[str, Any], config: dict[str, Any], before: str, result
         "": _summary(past, report, manifest, head),
         "How to load": _loading(manifest, config, repo),
         "What it cost": _cost(past, report),
+        "Training": _training(manifest),
         "Evaluation": "\n\n".join(map(_evaluation, evaluations)),
         "Speed and memory": "\n\n".join(map(_benchmark, benchmarks)),
         "Limits": "\n".join(f"- {limit}" for limit in _limits(past, report, manifest, head, results)),
@@ -126,6 +127,17 @@ def _cost(past: History, report: Verification | None) -> str:
         prompts = f"original: {json.dumps(before.continuation, ensure_ascii=False)}\nthis:     {json.dumps(after.continuation, ensure_ascii=False)}"
         parts.append(f"Greedy continuations of the same prompt:\n\n```text\n{prompts}\n```")
     return "\n\n".join(parts)
+
+
+def _training(manifest: Mapping[str, Any]) -> str:
+    course = training(manifest)
+    if not course:
+        return ""
+    rows = [
+        (f"{point.tokens:,}", f"{point.seconds:,.0f}", f"{point.held_out:.4g}", "" if point.loss is None else f"{point.loss:.4g}") for point in course.curve
+    ]
+    markdown = table(["tokens", "seconds", f"held out: {course.unit} ↓", "loss"], rows)
+    return f"Distilled on {plain(course.text)}; {course.held_out_windows} windows of it were held out, and the model is the best of these.\n\n{markdown}"
 
 
 def score(value: Value | None) -> str:

@@ -13,6 +13,7 @@ from effconvert import steps
 from effconvert.checkpoint.sources import HUB_ID
 from effconvert.errors import ModelError
 from effconvert.eval.results import Benchmark, Evaluation
+from effconvert.eval.training import Training
 from effconvert.eval.verification import Verification
 
 # Metadata that a converted model shares with its original. Evaluation results are not among it: the model is another.
@@ -90,6 +91,14 @@ def verification(manifest: Mapping[str, Any]) -> Verification | None:
         return TypeAdapter(Verification).validate_python(manifest["report"])
     except ValidationError:
         raise ModelError("effconvert.json is damaged, or another version of effconvert wrote it: its report cannot be read; convert again") from None
+
+
+def training(manifest: Mapping[str, Any]) -> Training | None:
+    """Return the course of its distillation, None where it was not distilled, or an earlier version wrote it down in another way."""
+    try:
+        return TypeAdapter(Training).validate_python(manifest["distillation"]) if manifest.get("distillation") else None
+    except ValidationError:
+        return None
 
 
 def front_matter(readme: str) -> dict[str, Any]:

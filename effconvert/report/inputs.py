@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from effconvert.checkpoint.manifest import MANIFEST
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.results import Benchmark, Evaluation, ShapedSubject, read
+from effconvert.eval.training import Training
 from effconvert.eval.verification import Verification
 
 DIGITS = 18  # most digits of a whole number; more would overflow a float or an axis
@@ -45,6 +46,7 @@ class Manifest:
     report: Verification | None
     files: dict[str, int]  # name -> bytes
     versions: dict[str, str] = field(default_factory=dict)  # of the libraries that converted and verified it
+    distillation: Training | None = None
 
 
 def read_manifest(folder: Path) -> Manifest | None:

@@ -81,6 +81,7 @@ def html(report: Report) -> str:
         "speed": plots.speed(report),
         "layers": diagram.layers(report),
         "cache": plots.cache(report),
+        "training": plots.training(report),
     }
     colours = list(enumerate(zip(LIGHT, DARK, strict=True)))
     return _template("page.html", autoescape=True).render(**_content(report), pictures=pictures, colours=colours)
@@ -93,10 +94,12 @@ def markdown(report: Report) -> str:
 
 
 def _content(report: Report) -> dict[str, Any]:
-    verification = report.manifest and report.manifest.report
+    manifest = report.manifest
+    verification, training = (manifest.report, manifest.distillation) if manifest else (None, None)
     return {
         "report": report,
         "verification": verification and tables.verification(verification),
+        "training": training and tables.training(training),
         "quality": list(tables.quality(report)),
         "speed": list(tables.speed(report)),
         "shapes": tables.shapes(report),

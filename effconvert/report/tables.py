@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from effconvert.eval.results import Cell, Evaluation, Row, ShapedSubject, Subject, Timing, Value
+from effconvert.eval.training import Training
 from effconvert.eval.verification import Verification
 from effconvert.quantities import count, perplexity, size
 from effconvert.report.facts import Report, better, lineage
@@ -97,6 +98,16 @@ def shapes(report: Report) -> Table:
     unknown = [label for index, label in enumerate(report.labels) if index not in report.shaped]
     note = f"effconvert does not know the layout of {', '.join(unknown)}, and so neither its layers nor its cache by formula." if unknown else ""
     return Table("What the models are", ("", *report.labels), body, note)
+
+
+def training(curve: Training) -> Table:
+    """Return the course of a training."""
+    rows = tuple(
+        (f"{point.tokens:,}", f"{point.seconds:,.0f}", number(point.held_out), "-" if point.loss is None else number(point.loss)) for point in curve.curve
+    )
+    closed = "" if curve.closed is None else f", {curve.closed:.0%} of the distance before closed"
+    note = f"Trained on {curve.text}; {curve.held_out_windows} windows of it were held out. The model that was written has {number(curve.after)}{closed}."
+    return Table("Training", ("tokens", "seconds", f"held out: {curve.unit}", "loss"), rows, note)
 
 
 def verification(report: Verification) -> Table | None:
