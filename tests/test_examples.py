@@ -41,3 +41,11 @@ def test_an_example_is_short_says_what_it_shows_and_runs(file, command, root, ca
     assert read_manifest(root / WRITES[file.name])["verified"]
     if file.name == "recipe.yaml":
         assert json.loads((root / "fewer-heads-eval.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda file: file.name)
+def test_a_recipe_has_a_plan_on_the_embedded_model(file, command, root):
+    """They train for minutes, so here they are only planned."""
+    done = command("run", file, "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert "training takes about" in " ".join(done.output.split())
