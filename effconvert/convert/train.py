@@ -29,11 +29,19 @@ from effconvert.eval.training import Point, Training
 from effconvert.heal._windows import Windows, held_out, masked, next_tokens, repeating, unlabelled
 from effconvert.heal.distill import Distill
 from effconvert.modeling import loading
+from effconvert.modeling.transformers_internals import reporting_integrations
 from effconvert.progress import Advance, Progress
 
 MARK = "effconvert-training.json"  # in OUT.training: which conversion it belongs to
 LEAST = 4  # windows of a text to train on
 TRAINING = 16  # bytes for each weight: itself, its gradient and the two moments of AdamW, in float32
+
+
+def _options(plan: Plan) -> Distill:
+    """Return the options of the last step of a plan, which is a distillation."""
+    options = plan.surgeries[-1]
+    assert isinstance(options, Distill)
+    return options
 
 
 def training_folder(output: Path) -> Path:
@@ -52,6 +60,9 @@ def check_training(plan: Plan, output: Path) -> None:
         raise OptionError(f"{folder} is in the way and effconvert did not write it; move it, or give another --output")
     if torch.cuda.device_count() > 1:
         raise OptionError(f"{torch.cuda.device_count()} GPUs are visible, and distill trains on one; choose it with CUDA_VISIBLE_DEVICES=0")
+    report_to = _options(plan).report_to
+    if report_to not in ("none", "all") and report_to not in (installed := reporting_integrations()):
+        raise OptionError(f"--report-to {report_to} is not installed, or transformers does not know it; give none, all, or one of: {', '.join(installed)}")
     need, free = training_bytes(plan), psutil.virtual_memory().available
     if not torch.accelerator.is_available() and need > free:
         raise OptionError(f"distill needs {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; use refit or transfer, or a larger machine")
@@ -59,8 +70,7 @@ def check_training(plan: Plan, output: Path) -> None:
 
 def training_bytes(plan: Plan) -> int:
     """Estimate the bytes of memory of a distillation: the weights being trained, the teacher, and activations of a step."""
-    options = plan.surgeries[-1]
-    assert isinstance(options, Distill)
+    options = _options(plan)
     config, tokens = plan.config, options.windows * options.window
     activations = 4 * tokens * config.layers * (12 * config.hidden + 3 * config.ffn + config.heads * options.window)
     return TRAINING * plan.after.parameters + plan.before.bytes + activations
@@ -86,8 +96,7 @@ def read_text(plan: Plan) -> TrainingText:
         OptionError: it cannot be read, or is too short; or a window is longer than the models read.
         ModelError: the model has no tokenizer, or another one or another vocabulary than the teacher.
     """
-    options, folder, config = plan.surgeries[-1], plan.checkpoint.folder, plan.checkpoint.config
-    assert isinstance(options, Distill)
+    options, folder, config = _options(plan), plan.checkpoint.folder, plan.checkpoint.config
     if not loading.has_tokenizer(folder):
         raise ModelError(f"{folder} has no tokenizer, so it cannot be trained on a text; put it there")
     if options.data == SELF:
@@ -127,8 +136,7 @@ def items(plan: Plan, text: TrainingText) -> Windows:
     Raises:
         ModelError: it is a masked language model, and its tokenizer has no mask.
     """
-    options, config = plan.surgeries[-1], plan.checkpoint.config
-    assert isinstance(options, Distill)
+    options, config = _options(plan), plan.checkpoint.config
     chosen = held_out(len(text.ids))
     parts = repeating(text.ids[~chosen], options.recall), text.ids[chosen]
     if not config.predicts:
@@ -149,8 +157,7 @@ def train(plan: Plan, student: Path, text: TrainingText, output: Path, progress:
     """
     from effconvert.heal._distilling import Report, distill  # imports transformers' Trainer, which is slow
 
-    options, folder, checkpoint = plan.surgeries[-1], training_folder(output), open_checkpoint(student)
-    assert isinstance(options, Distill)
+    options, folder, checkpoint = _options(plan), training_folder(output), open_checkpoint(student)
     model = loading.load(student, checkpoint.config, torch.float32)
     computing = plan.teacher.computing if options.unchanged_rate else torch.float32  # as the student's weights, of which it has some
     teacher = loading.load(plan.teacher.folder, plan.teacher.config, computing)

@@ -4,12 +4,14 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -20,6 +22,7 @@ from effconvert.heal._objective import Head, Objective, head_of
 from effconvert.heal._sharing import share, unchanged
 from effconvert.heal._windows import Item, Windows
 from effconvert.heal.distill import Distill
+from effconvert.modeling.transformers_internals import checkpoint_activations
 from effconvert.progress import Advance
 from effconvert.quiet import quiet_transformers
 
@@ -194,6 +197,22 @@ def last_whole_checkpoint(place: Path) -> str | None:
     return None
 
 
+@contextmanager
+def _plain_errors(place: Path) -> Iterator[None]:
+    """Say what to do about a device that is too small and a disk that is full."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise EffconvertError(f"the checkpoints in {place} cannot be written ({error}); make room on that disk, and the same command goes on") from error
+    except RuntimeError as error:  # torch.OutOfMemoryError, and what its allocator for CPUs raises
+        if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
+            raise EffconvertError(
+                "the memory is too small for a step; lower --batch-tokens or --window, or give --gradient-checkpointing or --unchanged-rate 0 "
+                "(--dry-run says how much is needed), and the same command begins again"
+            ) from error
+        raise
+
+
 def distill(
     student: Any, teacher: Any, options: Distill, windows: Windows, originals: Sequence[range], predicts: bool, place: Path, report: Report
 ) -> Distilled:
@@ -210,6 +229,8 @@ def distill(
         report: what shows the progress.
     """
     teacher.requires_grad_(False)
+    if options.gradient_checkpointing:
+        checkpoint_activations(student)
     every = max(1, options.steps // EVALUATIONS)
     arguments = TrainingArguments(
         output_dir=str(place),
@@ -230,7 +251,7 @@ def distill(
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         logging_steps=every,
-        report_to=[],
+        report_to=[options.report_to],
         disable_tqdm=True,
         remove_unused_columns=False,
         bf16=options.in_bfloat16(student.device.type),
@@ -252,7 +273,7 @@ def distill(
     trainer.check(windows.held_out[0])
     if not options.unchanged_rate:
         share(student, teacher, trainer.same)
-    with quiet_transformers():
+    with quiet_transformers(), _plain_errors(place):
         trainer.train(resume_from_checkpoint=last_whole_checkpoint(place))
     curve = points(trainer.state.log_history, options.windows * options.window)
     before, after = curve[0]["held_out"], min(point["held_out"] for point in curve)

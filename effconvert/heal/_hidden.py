@@ -2,6 +2,7 @@
 # N = tokens, M = hidden width.
 
 from collections.abc import Sequence
+from inspect import signature
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ def hidden_states(base: torch.nn.Module, inputs: dict[str, Tensor], layers: Sequ
     Raises:
         ModelError: transformers does not record the hidden states of this class.
     """
-    output = base(**inputs, output_hidden_states=True) if layers else base(**inputs)
+    more = {"use_cache": False} if "use_cache" in signature(base.forward).parameters else {}
+    output = base(**inputs, **more, **({"output_hidden_states": True} if layers else {}))
     if not layers:
         return [output.last_hidden_state]
     found = output.hidden_states

@@ -58,6 +58,13 @@ class Distill(Healing):
     temperature: float = Field(1.0, gt=0, le=100, description="Divides logits before they are compared; the loss is multiplied by its square.")
     ce: float = Field(0.0, ge=0, le=1, description="Share of the loss on the text itself (cross-entropy); the rest is the divergence.")
 
+    gradient_checkpointing: bool = Field(False, description="Compute activations of layers again for the gradients: less memory, a third more time.")
+    report_to: str = Field(
+        "none",
+        description="Where the Trainer sends its log besides: tensorboard, wandb, or others that transformers knows and that are installed "
+        "(TensorBoard into TENSORBOARD_LOGGING_DIR).",
+        json_schema_extra={"metavar": "NAME"},
+    )
     hidden: float = Field(
         0.0,
         ge=0,

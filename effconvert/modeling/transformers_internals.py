@@ -224,3 +224,16 @@ def _auto_classes(kind: str) -> Iterator[tuple[Any, tuple[str, ...]]]:
 def _check_has(owner: Any, name: str) -> None:
     if not hasattr(owner, name):
         raise untested(f"{name} of {getattr(owner, '__name__', type(owner).__name__)}")
+
+
+def reporting_integrations() -> list[str]:
+    """Return the loggers that transformers' Trainer can write to here: tensorboard, wandb, and others that are installed."""
+    from transformers.integrations import get_available_reporting_integrations
+
+    return list(get_available_reporting_integrations())
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Let a model compute the activations of its layers again for the gradients, instead of keeping them."""
+    name = "activation_checkpointing_enable" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing_enable"  # before 5.24
+    getattr(model, name)()

@@ -415,3 +415,57 @@ def test_a_teacher_with_another_tokenizer_is_refused():
     file.write_text(file.read_text().replace('"a":', '"\u00e9":'))
     with pytest.raises(ModelError, match="the teacher's tokenizer is another one: of 99 tokens of the student, 1 have another number there or none"):
         run("model", Gqa(groups=1), Distill(teacher="other", **SHORT))
+
+
+def test_gradient_checkpointing_gives_the_same_weights():
+    put(Path("model"), noise=1.0, only="weight")
+    for place, saving in (("plain", False), ("saving", True)):
+        run("model", Gqa(groups=1, pool="mean"), Distill(**SHORT, gradient_checkpointing=saving), place=place)
+    plain, saving = tensors(Path("plain")), tensors(Path("saving"))
+    assert all(torch.allclose(plain[name], saving[name], atol=1e-6) for name in plain)
+
+
+def test_an_unknown_logger_is_refused_before_anything_is_written():
+    put(Path("model"))
+    with pytest.raises(OptionError, match="--report-to diary is not installed, or transformers does not know it"):
+        run("model", Gqa(groups=1, pool="mean"), Distill(**SHORT, report_to="diary"))
+    assert {path.name for path in Path().iterdir()} == {"model", "text.txt"}
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "the memory is too small for a step; lower --batch-tokens or --window"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"), "the memory is too small for a step"),
+        (OSError(28, "No space left on device"), "cannot be written .*; make room on that disk, and the same command goes on"),
+    ],
+)
+def test_what_a_device_or_a_disk_cannot_do_is_said_and_nothing_is_lost(error, message, monkeypatch):
+    put(Path("model"), noise=1.0, only="weight")
+
+    def fail(self, args, state, control, **more):
+        if state.global_step == 22:
+            raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_distilling._Report, "on_step_end", fail)
+        with pytest.raises(EffconvertError, match=message):
+            run("model", Gqa(groups=1, pool="mean"), Distill(**SHORT))
+    assert Path("out.training/checkpoints/checkpoint-20/config.json").is_file()
+    assert run("model", Gqa(groups=1, pool="mean"), Distill(**SHORT)).output.is_dir()
+
+
+def test_no_cache_is_kept_while_it_trains(monkeypatch):
+    put(Path("model"))
+    seen, real = [], _distilling.hidden_states
+
+    def watched(base, *more):
+        handle = base.register_forward_hook(lambda *found: seen.append(found[-1]))
+        states = real(base, *more)
+        handle.remove()
+        return states
+
+    monkeypatch.setattr(_distilling, "hidden_states", watched)
+    run("model", Gqa(groups=1, pool="mean"), Distill(**{**SHORT, "train_tokens": 1024}))
+    assert seen
+    assert all(output.past_key_values is None for output in seen)
