@@ -13,7 +13,7 @@ from rich.table import Table
 
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.replaced import CLASS, OUTSIDE, SKIPS, Replaced
-from effconvert.convert import selftext
+from effconvert.convert import processes, selftext
 from effconvert.convert.calibration import calibration_bytes
 from effconvert.convert.inspection import Inspection, Look
 from effconvert.convert.plan import Plan
@@ -105,7 +105,9 @@ class Terminal:
             yield lambda amount: progress.advance(task, amount)
 
     def outcome(self, outcome: Outcome) -> None:
-        """Print the result of a conversion."""
+        """Print the result of a conversion; of several processes the first does."""
+        if not processes.is_first():
+            return
         if outcome.already_there:
             self.out.print(f"{escape(str(outcome.output))} was there already, by this very conversion", soft_wrap=True)
         if outcome.resumed:

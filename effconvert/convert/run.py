@@ -13,7 +13,7 @@ from effconvert.checkpoint.belonging import text_of
 from effconvert.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from effconvert.checkpoint.digest import file_hash
 from effconvert.checkpoint.manifest import CARD, MANIFEST, RECIPE, read_manifest, save_manifest
-from effconvert.convert import drafts, output, selftext
+from effconvert.convert import drafts, output, processes, selftext
 from effconvert.convert import train as training
 from effconvert.convert.calibration import check_caches
 from effconvert.convert.calibration import prepare as prepare_calibration
@@ -71,12 +71,18 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progre
         ModelError: the model cannot be converted, or the result failed verification.
         EffconvertError: the disk or the network failed; the same call resumes.
     """
-    progress = progress or NoProgress()
+    with processes.leading() as tell:
+        return _convert(model, surgeries, options, progress or NoProgress(), reuse, tell)
+
+
+def _convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progress: Progress, reuse: bool, tell: processes.Tell) -> Outcome:
     if not surgeries:
         raise OptionError("there is no step to do; name at least one technique")
     text = (read_text(options.text) if options.text else default_text()) if options.verify else None
     folder = sources.locate(model, options.revision, progress.step, to_convert=True)
     surgeries = _with_healing(surgeries, options)
+    if processes.count() > 1 and not isinstance(surgeries[-1], Distill):
+        raise OptionError(f"{processes.count()} processes were started, and only distill uses more than one; run the same command by itself")
     opening = open_as_stock if options.verify or options.dry_run else open_checked  # the former imports transformers, which is slow
     checkpoint, teacher, target = opening(folder), _teacher(surgeries, progress), expand(options.output or default_name(model, surgeries))
     if not reuse and any(step.undecided for step in surgeries):
@@ -85,6 +91,8 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progre
     conversion = _plan(checkpoint, surgeries, teacher, options, choices)
     to_train = training.read_text(conversion) if isinstance(surgeries[-1], Distill) else None
     conversion = replace(conversion, trained_on=to_train.sha256 if to_train else "")
+    if to_train and not processes.is_first():
+        return _follow(conversion, to_train, target)
     manifest = output.matching_manifest(conversion, target, options.verify)
     if manifest and "shards" in manifest and not options.dry_run:  # a run that was killed before it wrote the final manifest
         output.complete(target, manifest)
@@ -106,7 +114,7 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progre
     resumed, distillation = 0, dict[str, Any]()
     with output.workplace(conversion, target) as partial:
         if to_train:
-            distillation = _distill(conversion, to_train, partial, target, options, progress)
+            distillation = _distill(conversion, to_train, partial, target, options, progress, tell)
         else:
             resumed = _write(conversion, partial, target, progress)
         layer_errors = _layer_errors(conversion, partial)
@@ -156,21 +164,31 @@ def _write(conversion: Plan, partial: Path, target: Path, progress: Progress) ->
         return write(conversion, partial, advance)
 
 
-def _distill(conversion: Plan, text: training.TrainingText, partial: Path, target: Path, options: RunOptions, progress: Progress) -> dict[str, Any]:
+def _distill(
+    conversion: Plan, text: training.TrainingText, partial: Path, target: Path, options: RunOptions, progress: Progress, tell: processes.Tell
+) -> dict[str, Any]:
     """Convert by the steps before the last, distil the result, write the best model on the way, and return what the manifest says of that."""
     place, student, record = training.begin(conversion, target), conversion.checkpoint.folder, dict[str, Any]()
     if before := conversion.surgeries[:-1]:
         teacher = getattr(conversion.surgeries[-1], "teacher", None)  # healing before it goes towards the same model
         before = tuple(step.model_copy(update={"teacher": teacher}) if teacher and isinstance(step, Healing) else step for step in before)
         switches = dict.fromkeys(("verify", "refit", "transfer", "distill", "dry_run"), False)
-        student = convert(
-            str(student), before, options.model_copy(update={**switches, "output": place / "student", "overwrite": True}), progress, reuse=True
-        ).output
+        inner = options.model_copy(update={**switches, "output": place / "student", "overwrite": True})
+        with processes.alone():
+            student = convert(str(student), before, inner, progress, reuse=True).output
         record = {key: value for key, value in read_manifest(student).items() if key in ("calibration", "transfer")}
+    tell(str(student))
     best, distilled = training.train(conversion, student, text, target, progress)
     with progress.bar(f"writing {target}", conversion.after.bytes, "bytes") as advance:
         training.write_trained(conversion, open_checkpoint(best), partial, advance)
     return {**record, "distillation": asdict(distilled)}
+
+
+def _follow(conversion: Plan, text: training.TrainingText, target: Path) -> Outcome:
+    """Train beside the first process, which converts, reports and writes."""
+    if student := processes.told():
+        training.train(conversion, Path(student), text, target, NoProgress())
+    return Outcome(conversion, target, None)
 
 
 def _verify(conversion: Plan, target: Path, partial: Path, material: Material, progress: Progress) -> Verification:

@@ -18,6 +18,7 @@ from torch import Tensor
 from effconvert.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from effconvert.checkpoint.manifest import to_disk
 from effconvert.checkpoint.shards import FLOATS, StoredTensor, as_bytes, copy_run, header
+from effconvert.convert import processes
 from effconvert.convert.calibration import DOCSTRINGS, special_ends
 from effconvert.convert.plan import Plan, Target
 from effconvert.convert.selftext import SELF
@@ -58,8 +59,11 @@ def check_training(plan: Plan, output: Path) -> None:
     folder = training_folder(output)
     if folder.is_symlink() or (folder.exists() and not (folder / MARK).is_file()):
         raise OptionError(f"{folder} is in the way and effconvert did not write it; move it, or give another --output")
-    if torch.cuda.device_count() > 1:
-        raise OptionError(f"{torch.cuda.device_count()} GPUs are visible, and distill trains on one; choose it with CUDA_VISIBLE_DEVICES=0")
+    if processes.count() == 1 and (gpus := torch.cuda.device_count()) > 1:
+        raise OptionError(
+            f"{gpus} GPUs are visible, and this is one process; start one for each (accelerate launch --num_processes {gpus} -m effconvert ...), "
+            "or choose a GPU with CUDA_VISIBLE_DEVICES=0"
+        )
     report_to = _options(plan).report_to
     if report_to not in ("none", "all") and report_to not in (installed := reporting_integrations()):
         raise OptionError(f"--report-to {report_to} is not installed, or transformers does not know it; give none, all, or one of: {', '.join(installed)}")
@@ -101,6 +105,8 @@ def read_text(plan: Plan) -> TrainingText:
         raise ModelError(f"{folder} has no tokenizer, so it cannot be trained on a text; put it there")
     if options.data == SELF:
         raise OptionError("--data self is not possible: training needs more text than a model writes in time; give a file, or a dataset")
+    if options.windows % processes.count():
+        raise OptionError(f"a step has {options.windows} windows, which {processes.count()} processes cannot share evenly; change --batch-tokens")
     tokenizer = loading.load_tokenizer(folder)
     _check_tokenizers(plan, tokenizer)
     text = calibration_text() if options.data == DOCSTRINGS else read_calibration(options.data, "--data")

@@ -2,6 +2,7 @@
 # B = windows in a step, T = tokens in a window, N = tokens that count in a step, M = hidden width.
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from effconvert.heal._objective import Head, Objective, head_of
 from effconvert.heal._sharing import share, unchanged
 from effconvert.heal._windows import Item, Windows
 from effconvert.heal.distill import Distill
-from effconvert.modeling.transformers_internals import checkpoint_activations
+from effconvert.modeling.transformers_internals import checkpoint_activations, shard
 from effconvert.progress import Advance
 from effconvert.quiet import quiet_transformers
 
@@ -75,9 +76,16 @@ class Distiller(Trainer):  # type: ignore[misc]
             self.same = unchanged(self.model, teacher, [layers.start for layers in originals])
         self.model_accepts_loss_kwargs = False  # the loss is a mean, which accumulation averages
         self.began = time.monotonic()
+        for called in (self.model, teacher):
+            _route(called)
+        if self.is_fsdp_enabled:
+            shard(teacher)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load weights as any model is loaded: the Trainer would skip tensors that have other names on disk, such as those of experts."""
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         (model or self.model).load_state_dict(type(self.model).from_pretrained(resume_from_checkpoint, dtype=torch.float32).state_dict())
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -106,15 +114,18 @@ class Distiller(Trainer):  # type: ignore[misc]
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
         """Return the loss of a batch of windows; what is held out is measured alike whatever is trained on."""
-        training = model.training
-        with self.accelerator.autocast():  # the Trainer's own is around the model's `forward`, which is not called here
-            own, labels = self.predictions(model, inputs, self.head, self.layers)
-            with torch.no_grad():
-                theirs = self.predictions(self.teacher, inputs, self.teacher_head, self.teacher_layers)[0]
-            loss = self.loss(own, theirs, labels, self.objective if training else Objective(), self.options.hidden if training else 0.0)
+        with self.accelerator.autocast():
+            loss = model(run=lambda: self.loss_of(inputs, model.training))
         if not loss.isfinite():
             raise ModelError(f"the loss is {float(loss)} at step {self.state.global_step}; give a lower --rate, or another text")
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def loss_of(self, inputs: dict[str, Tensor], training: bool) -> Tensor:
+        """Compute the loss of a batch, inside the call of the model that is trained."""
+        own, labels = self.predictions(self.model, inputs, self.head, self.layers)
+        with torch.no_grad():
+            theirs = self.teacher(run=lambda: self.predictions(self.teacher, inputs, self.teacher_head, self.teacher_layers)[0])
+        return self.loss(own, theirs, labels, self.objective if training else Objective(), self.options.hidden if training else 0.0)
 
     def check(self, item: Item) -> None:
         """Ask whether the teacher as its own student has neither loss nor gradient: what is minimised must be least there.
@@ -125,7 +136,7 @@ class Distiller(Trainer):  # type: ignore[misc]
         inputs = self._prepare_inputs({key: value[None] for key, value in item.items()})
         values = []
         with self.accelerator.autocast(), torch.no_grad():
-            theirs, labels = self.predictions(self.teacher, inputs, self.teacher_head, self.teacher_layers)
+            theirs, labels = self.teacher(run=lambda: self.predictions(self.teacher, inputs, self.teacher_head, self.teacher_layers))
         for shift in (0, 1):  # each token towards itself, and towards the one before it
             hidden = [states.detach().clone().requires_grad_() for states in theirs.hidden]
             other = Predictions([states.roll(shift, 0) for states in theirs.hidden], theirs.head)
@@ -148,6 +159,12 @@ class Distiller(Trainer):  # type: ignore[misc]
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             return self.compute_loss(model, inputs).detach(), None, None
+
+
+def _route(model: Any) -> None:
+    """Let a model run a function within its own call, where what wraps it (DDP, FSDP) gathers weights and gradients."""
+    forward = model.forward
+    model.forward = lambda *given, run=None, **more: run() if run else forward(*given, **more)
 
 
 class _Report(TrainerCallback):  # type: ignore[misc]
@@ -231,11 +248,12 @@ def distill(
     teacher.requires_grad_(False)
     if options.gradient_checkpointing:
         checkpoint_activations(student)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     every = max(1, options.steps // EVALUATIONS)
     arguments = TrainingArguments(
         output_dir=str(place),
-        per_device_train_batch_size=options.windows,
-        per_device_eval_batch_size=options.windows,
+        per_device_train_batch_size=options.windows // processes,
+        per_device_eval_batch_size=options.windows if processes == 1 else 1,  # a batch that others fill up would be a mean of more windows
         max_steps=options.steps,
         learning_rate=options.rate,
         lr_scheduler_type="cosine",
@@ -272,7 +290,7 @@ def distill(
     trainer.remove_callback(PrinterCallback)
     trainer.check(windows.held_out[0])
     if not options.unchanged_rate:
-        share(student, teacher, trainer.same)
+        share(student, None if trainer.is_fsdp_enabled else teacher, trainer.same)
     with quiet_transformers(), _plain_errors(place):
         trainer.train(resume_from_checkpoint=last_whole_checkpoint(place))
     curve = points(trainer.state.log_history, options.windows * options.window)

@@ -84,7 +84,7 @@ def head_of(model: Any) -> Head:
         base = model.base_model
         base.forward = lambda *_, **__: BaseModelOutput(last_hidden_state=hidden[None])
         try:
-            logits: Tensor = model(input_ids=ids).logits[0]
+            logits: Tensor = type(model).forward(model, input_ids=ids).logits[0]  # not what wraps the model
         finally:
             del base.forward
         return logits

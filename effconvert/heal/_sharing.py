@@ -27,11 +27,12 @@ def unchanged(student: Any, teacher: Any, originals: Sequence[int]) -> dict[str,
 
 
 def share(student: Any, teacher: Any, same: dict[str, str]) -> None:
-    """Freeze parameters of the student, and put them into the teacher in place of its own, so that they are in memory once."""
+    """Freeze parameters of the student, and put them into the teacher, if given, in place of its own, so that they are in memory once."""
     for name, other in same.items():
         parameter = student.get_parameter(name).requires_grad_(False)
         module, _, own = other.rpartition(".")
-        setattr(teacher.get_submodule(module), own, parameter)
+        if teacher is not None:
+            setattr(teacher.get_submodule(module), own, parameter)
 
 
 def _name_there(name: str, originals: Sequence[int]) -> str:

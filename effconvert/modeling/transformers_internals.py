@@ -237,3 +237,13 @@ def checkpoint_activations(model: Any) -> None:
     """Let a model compute the activations of its layers again for the gradients, instead of keeping them."""
     name = "activation_checkpointing_enable" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing_enable"  # before 5.24
     getattr(model, name)()
+
+
+def shard(model: Any) -> None:
+    """Shard a model that is not trained over all processes (FSDP2), layer by layer."""
+    from torch.distributed.fsdp import fully_shard
+
+    for module in model.modules():
+        if type(module).__name__ in (model._no_split_modules or ()):
+            fully_shard(module)
+    fully_shard(model)

@@ -275,7 +275,7 @@ def test_too_little_memory_is_said_before_anything_is_written(monkeypatch):
 def test_several_gpus_are_refused(monkeypatch):
     put(Path("model"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(OptionError, match="2 GPUs are visible, and distill trains on one; choose it with CUDA_VISIBLE_DEVICES=0"):
+    with pytest.raises(OptionError, match="2 GPUs are visible, and this is one process; start one for each"):
         run("model", Gqa(groups=1), Distill(**SHORT))
 
 

@@ -1,0 +1,34 @@
+"""effconvert as one of several processes on CPUs: `python several.py FSDP DIE ARGUMENTS...`.
+
+FSDP is 1 to share the weights out with FSDP2, which accelerate itself leaves out on CPUs; DIE is a step at which the process ends without a word, or 0.
+"""
+
+import os
+import sys
+
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+
+from effconvert.cli import main
+from effconvert.heal import _distilling
+
+fsdp, die, *arguments = sys.argv[1:]
+started = PartialState.__init__
+
+
+def as_on_gpus(self, *given, **more):
+    started(self, *given, **more)
+    if self._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
+        self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def ends(self, args, state, control, **more):
+    if state.global_step == int(die):
+        os._exit(9)
+
+
+if fsdp == "1":
+    PartialState.__init__ = as_on_gpus
+if int(die):
+    _distilling._Report.on_step_begin = ends
+main(arguments)
