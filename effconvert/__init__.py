@@ -7,10 +7,11 @@
     speed = effconvert.bench(["./SmolLM2-135M", "smol-mqa"])
     model, tokenizer = effconvert.load("smol-mqa")
 
-convert   converts a model by one or several steps, verifies the result and writes it
-evaluate  measures how good models are, the original first
-bench     measures how fast models are, and their memory
-load      loads a model with transformers, and nothing is allowed to be missing
+convert     converts a model by one or several steps, verifies the result and writes it
+transplant  puts an instruct model's training into a model converted from its base
+evaluate    measures how good models are, the original first
+bench       measures how fast models are, and their memory
+load        loads a model with transformers, and nothing is allowed to be missing
 
 inspect.signature(effconvert.convert) has all options; so have help(effconvert.api) and, with descriptions, `effconvert gqa --help`. After
 `import effconvert`, transformers' Auto classes also load checkpoints with effconvert's layers.
@@ -23,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 from effconvert.version import __version__
 
 if TYPE_CHECKING:
-    from effconvert.api import bench, convert, evaluate, load
+    from effconvert.api import bench, convert, evaluate, load, transplant
 
-__all__ = ["__version__", "bench", "convert", "evaluate", "load"]
+__all__ = ["__version__", "bench", "convert", "evaluate", "load", "transplant"]
 
 AUTO = "transformers.models.auto.configuration_auto"
 

@@ -3,6 +3,7 @@
     import effconvert
 
     outcome = effconvert.convert("./SmolLM2-135M", {"gqa": {"groups": 1}}, output="smol-mqa")
+    outcome = effconvert.transplant("smol-mqa", base="./SmolLM2-135M", instruct="./SmolLM2-135M-Instruct")
     quality = effconvert.evaluate(["./SmolLM2-135M", "smol-mqa"], tasks=["piqa"], limit=200)
     speed = effconvert.bench(["./SmolLM2-135M", "smol-mqa"], context=[512, 2048])
     model, tokenizer = effconvert.load("smol-mqa")
@@ -64,6 +65,25 @@ def convert(model: str | PathLike[str], /, *steps: Step | Mapping[str, Any] | st
     """
     parsed = tuple(step(entry, f"step {number}") for number, entry in enumerate(steps, 1))
     return run.convert(fspath(model), parsed, RunOptions(**options), progress)
+
+
+@_takes(RunOptions)
+def transplant(
+    model: str | PathLike[str], /, base: str | PathLike[str], instruct: str | PathLike[str], *, progress: Progress | None = None, **options: Any
+) -> Outcome:
+    """Put an instruct model's training into a model converted from its base; `options` are those of `RunOptions`.
+
+    Args:
+        model: the converted model.
+        base: what it was converted from.
+        instruct: what the base was trained on to.
+        progress: shows the progress; by default nothing is shown.
+        options: see `convert`.
+
+    Raises:
+        OptionError, ModelError, EffconvertError: see `convert`.
+    """
+    return convert(model, {"transplant": {"base": fspath(base), "instruct": fspath(instruct)}}, progress=progress, **options)
 
 
 @_takes(EvalOptions)

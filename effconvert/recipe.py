@@ -22,7 +22,7 @@ from effconvert.paths import expand, found_from, real
 from effconvert.surgery._surgery import Step
 
 Kind = TypeVar("Kind", bound=Options)
-READ = ("model", "teacher", "text", "calibrate", "data", "pairs", "include_path")  # options that name what is read
+READ = ("model", "teacher", "base", "instruct", "text", "calibrate", "data", "cache_teacher", "pairs", "include_path")  # options that name what is read
 
 
 class _Loader(yaml.SafeLoader):

@@ -139,7 +139,7 @@ def matching_manifest(plan: Plan, output: Path, verify: bool) -> dict[str, Any]:
     sound = manifest.get("fingerprint") == plan.fingerprint and set(manifest["files"]) == set(plan.output_files)
     sound = sound and all((output / name).is_file() for name in plan.output_files) and not foreign_files(output)
     copies = [name for name in plan.files if name not in plan.edits and (name != TOKENIZER or not plan.tokenizer)]
-    sound = sound and all(filecmp.cmp(plan.checkpoint.folder / name, output / name, shallow=False) for name in copies)
+    sound = sound and all(filecmp.cmp(plan.source(name), output / name, shallow=False) for name in copies)
     sound = sound and all((output / name).read_text(encoding="utf-8") == text for name, text in plan.edits.items())
     return manifest if sound and (manifest.get("verified") or not verify) else {}
 

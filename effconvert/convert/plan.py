@@ -68,8 +68,9 @@ class Plan:
     calibration: Calibration | None = None  # the calibration tokens, where a step needs activations
     edits: Mapping[str, str] = field(default_factory=dict)  # those of `files` that are not copied: name -> text
     remarks: tuple[str, ...] = ()  # on files that are left out or changed
-    trained_on: str = ""  # identifies the text of a distillation
+    trained_on: str = ""  # identifies the text of a distillation, or the models of a transplant
     surveys: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)  # number of a step that needs one -> what it has measured
+    folders: Mapping[str, Path] = field(default_factory=dict)  # those of `files` that another model has -> its folder
 
     @property
     def before(self) -> Size:
@@ -128,7 +129,7 @@ class Plan:
     @property
     def disk(self) -> int:
         """Bytes that the output folder takes."""
-        return self.after.bytes + sum((self.checkpoint.folder / file).stat().st_size for file in self.files)
+        return self.after.bytes + sum(self.source(file).stat().st_size for file in self.files)
 
     @property
     def fingerprint(self) -> str:
@@ -164,6 +165,10 @@ class Plan:
     def code(self) -> list[str]:
         """The stub of code beside a model that needs effconvert: it says how to load the model."""
         return [STUB_FILE] if self.config.needs_effconvert else []
+
+    def source(self, file: str) -> Path:
+        """Return the file that one of `files` is copied from."""
+        return self.folders.get(file, self.checkpoint.folder) / file
 
     def layer_prefix(self, index: int) -> str:
         """Return the prefix of the names in layer `index` of the converted model."""

@@ -20,6 +20,7 @@ from effconvert.convert.calibration import prepare as prepare_calibration
 from effconvert.convert.decide import decide
 from effconvert.convert.plan import Plan, plan
 from effconvert.convert.survey import surveyed
+from effconvert.convert.transplant import transplanted
 from effconvert.convert.verify import Material, check_memory, prepare, scratch_bytes, verify
 from effconvert.convert.write import is_unfinished, write
 from effconvert.errors import ModelError, OptionError
@@ -30,13 +31,13 @@ from effconvert.heal._healing import Healing
 from effconvert.heal.distill import Distill
 from effconvert.heal.refit import Refit
 from effconvert.heal.transfer import Transfer
+from effconvert.heal.transplant import Transplant
 from effconvert.hub.card import NULL, render
 from effconvert.hub.card_data import verification
 from effconvert.modeling.stock import check_writable, open_as_stock
 from effconvert.options import CALIBRATION_WORDS, RunOptions
 from effconvert.paths import expand, seen_from
 from effconvert.progress import NoProgress, Progress
-from effconvert.quantities import size
 from effconvert.surgery._placed import open_checked
 from effconvert.surgery._surgery import Step
 from effconvert.version import __version__
@@ -90,9 +91,11 @@ def _convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progr
     surgeries, choices = decide(checkpoint, surgeries, teacher, options, progress)
     conversion = _plan(checkpoint, surgeries, teacher, options, choices)
     to_train = training.read_text(conversion) if isinstance(surgeries[-1], Distill) else None
-    conversion = replace(conversion, trained_on=to_train.sha256 if to_train else "")
+    conversion, moved = replace(conversion, trained_on=to_train.sha256 if to_train else ""), dict[str, Any]()
     if to_train and not processes.is_first():
         return _follow(conversion, to_train, target)
+    if isinstance(surgeries[0], Transplant):
+        conversion, moved = transplanted(conversion, progress)
     manifest = output.matching_manifest(conversion, target, options.verify)
     if manifest and "shards" in manifest and not options.dry_run:  # a run that was killed before it wrote the final manifest
         output.complete(target, manifest)
@@ -101,8 +104,8 @@ def _convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progr
         return Outcome(conversion, target, verification(manifest), already_there=True)
     output.check(conversion, target, options.overwrite, max(conversion.draft_bytes, scratch_bytes(conversion, options) if options.verify else 0))
     if to_train:
-        training.check_training(conversion, target)
-        conversion = replace(conversion, remarks=(*conversion.remarks, f"training takes about {size(training.training_bytes(conversion))} of memory"))
+        training.check_training(conversion, target, to_train)
+        conversion = replace(conversion, remarks=(*conversion.remarks, *training.remarks(conversion, to_train)))
     memory = check_memory(conversion, options) if options.verify else 0
     material = prepare(conversion, text, options) if text else None
     progress.plan(model, conversion, target, memory)
@@ -120,7 +123,7 @@ def _convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progr
         layer_errors = _layer_errors(conversion, partial)
         drafts.discard(conversion, partial)
         report = _verify(conversion, target, partial, material, progress) if material else None
-        record = {**_record(conversion, _source(model, options, folder), report, layer_errors, choices), **distillation}
+        record = {**_record(conversion, _source(model, options, folder), report, layer_errors, choices), **distillation, **moved}
         output.write_texts(partial, _texts(model, conversion, target, options, record))
         if report:  # `push` checks that the folder is what was verified
             record["sha256"] = {name: file_hash(partial / name) for name in conversion.output_files}
@@ -135,6 +138,8 @@ def _with_healing(surgeries: tuple[Step, ...], options: RunOptions) -> tuple[Ste
     surgeries = (*surgeries, *(healing() for healing, given in wanted if given))
     if any(isinstance(step, Distill) for step in surgeries[:-1]):
         raise OptionError("distill trains the finished model, so it comes last; convert the distilled model in a conversion of its own")
+    if len(surgeries) > 1 and any(isinstance(step, Transplant) for step in surgeries):
+        raise OptionError("transplant compares a written model with its base, so it is a conversion of its own; do the other steps before or after it")
     return surgeries
 
 
@@ -246,7 +251,9 @@ def _texts(model: str, plan: Plan, target: Path, options: RunOptions, record: di
 
     def read(options: Mapping[str, Any]) -> dict[str, Any]:
         named = {
-            key: seen_from(target, value) for key in ("model", "teacher", "calibrate", "data") if (value := options.get(key)) and value not in CALIBRATION_WORDS
+            key: seen_from(target, value)
+            for key in ("model", "teacher", "base", "instruct", "calibrate", "data", "cache-teacher")
+            if (value := options.get(key)) and value not in CALIBRATION_WORDS
         }
         return {**options, **named}
 

@@ -22,16 +22,21 @@ from effconvert.convert import processes
 from effconvert.convert.calibration import DOCSTRINGS, special_ends
 from effconvert.convert.plan import Plan, Target
 from effconvert.convert.selftext import SELF
+from effconvert.convert.teacher_cache import check_cache, filled, most_bytes
+from effconvert.convert.teacher_cache import record as cache_record
 from effconvert.convert.write import write_others
 from effconvert.errors import EffconvertError, ModelError, OptionError
-from effconvert.eval.quality.perplexity import windows
-from effconvert.eval.quality.text import MOST, calibration_text, read_calibration
+from effconvert.eval.quality.perplexity import beginning, windows
+from effconvert.eval.quality.text import MOST, ROWS, Documents, Text, calibration_text, read_calibration, read_documents
 from effconvert.eval.training import Point, Training
+from effconvert.heal._documents import Filled, predicted_tokens, windows_of_conversations, windows_of_texts
 from effconvert.heal._windows import Windows, held_out, masked, next_tokens, repeating, unlabelled
 from effconvert.heal.distill import Distill
 from effconvert.modeling import loading
 from effconvert.modeling.transformers_internals import reporting_integrations
+from effconvert.paths import expand
 from effconvert.progress import Advance, Progress
+from effconvert.quantities import size
 
 MARK = "effconvert-training.json"  # in OUT.training: which conversion it belongs to
 LEAST = 4  # windows of a text to train on
@@ -50,8 +55,8 @@ def training_folder(output: Path) -> Path:
     return output.with_name(output.name + ".training")
 
 
-def check_training(plan: Plan, output: Path) -> None:
-    """Refuse a folder for checkpoints that is somebody else's, and models that do not fit memory, before anything is written.
+def check_training(plan: Plan, output: Path, text: "TrainingText") -> None:
+    """Refuse folders that are somebody else's, and models that do not fit memory, before anything is written.
 
     Raises:
         OptionError: the reason.
@@ -70,6 +75,8 @@ def check_training(plan: Plan, output: Path) -> None:
     need, free = training_bytes(plan), psutil.virtual_memory().available
     if not torch.accelerator.is_available() and need > free:
         raise OptionError(f"distill needs {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; use refit or transfer, or a larger machine")
+    if getattr(plan.surgeries[-1], "cache_teacher", None):
+        check_cache(plan, output, items(plan, text))
 
 
 def training_bytes(plan: Plan) -> int:
@@ -77,7 +84,16 @@ def training_bytes(plan: Plan) -> int:
     options = _options(plan)
     config, tokens = plan.config, options.windows * options.window
     activations = 4 * tokens * config.layers * (12 * config.hidden + 3 * config.ffn + config.heads * options.window)
-    return TRAINING * plan.after.parameters + plan.before.bytes + activations
+    student, teacher = TRAINING * plan.after.parameters + activations, plan.before.bytes
+    return max(student + 4 * config.vocabulary * config.hidden, teacher) if options.cache_teacher else student + teacher  # of a cached teacher the head alone
+
+
+def remarks(plan: Plan, text: "TrainingText") -> tuple[str, ...]:
+    """Return what the plan says of memory, and of the disk that a teacher's predictions take."""
+    told = f"training takes about {size(training_bytes(plan))} of memory"
+    if folder := getattr(plan.surgeries[-1], "cache_teacher", None):
+        return told, f"the original's predictions take up to {size(most_bytes(plan, items(plan, text)))} in {folder}; those that are there already are read"
+    return (told,)
 
 
 @dataclass(frozen=True)
@@ -86,11 +102,13 @@ class TrainingText:
 
     name: str
     ids: Tensor
+    predicted: Tensor | None = None  # bool [N, T]: which tokens are predicted, in windows of one document each
 
     @property
     def sha256(self) -> str:
         """The hash of all windows."""
-        return hashlib.sha256(f"{[*self.ids.shape]}".encode() + self.ids.numpy().tobytes()).hexdigest()
+        parts = [self.ids, *([self.predicted] if self.predicted is not None else [])]
+        return hashlib.sha256(f"{[*self.ids.shape]}".encode() + b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
 
 
 def read_text(plan: Plan) -> TrainingText:
@@ -107,13 +125,17 @@ def read_text(plan: Plan) -> TrainingText:
         raise OptionError("--data self is not possible: training needs more text than a model writes in time; give a file, or a dataset")
     if options.windows % processes.count():
         raise OptionError(f"a step has {options.windows} windows, which {processes.count()} processes cannot share evenly; change --batch-tokens")
+    if options.cache_teacher and processes.count() > 1:
+        raise OptionError("--cache-teacher is for one process; fill the folder with one, or leave it out")
     tokenizer = loading.load_tokenizer(folder)
     _check_tokenizers(plan, tokenizer)
-    text = calibration_text() if options.data == DOCSTRINGS else read_calibration(options.data, "--data")
     longest = min(config.longest or MOST, plan.teacher.config.longest or MOST)
     if options.window > longest:
         raise OptionError(f"--window {options.window} is more than the {longest} tokens that the models read; give at most that")
     vocabulary = min(config.vocabulary, plan.teacher.config.vocabulary)
+    text = _source(options)
+    if isinstance(text, Documents):
+        return _windows_of(text, plan, tokenizer, vocabulary)
     before, after = ((), ()) if config.decoder else special_ends(tokenizer)
     body = options.window - len(before) - len(after)
     ids = windows(tokenizer, text, body, MOST, vocabulary)
@@ -121,6 +143,47 @@ def read_text(plan: Plan) -> TrainingText:
         raise OptionError(f"{text.name} has {ids.numel()} tokens, and --window {options.window} needs {LEAST * options.window}; give a longer --data")
     around = (torch.tensor(end, dtype=ids.dtype).expand(len(ids), -1) for end in (before, after))
     return TrainingText(text.name, torch.cat([next(around), ids, next(around)], 1))
+
+
+def _source(options: Distill) -> Text | Documents:
+    """Read --data: a text, or the documents that have windows of their own.
+
+    Raises:
+        OptionError: it cannot be read, or --packing documents has none.
+    """
+    path = expand(options.data)
+    if options.data == DOCSTRINGS or (path.is_file() and not path.name.endswith(ROWS)):
+        if options.packing == "documents":
+            raise OptionError(f"--packing documents needs documents, and --data {options.data} is one text; give JSON lines, parquet or a dataset")
+        return calibration_text() if options.data == DOCSTRINGS else read_calibration(options.data, "--data")
+    documents = read_documents(options.data, "--data")
+    return documents if options.packing == "documents" or documents.conversations else documents.joined
+
+
+def _windows_of(documents: Documents, plan: Plan, tokenizer: Any, vocabulary: int) -> TrainingText:
+    """Return windows of one document each.
+
+    Raises:
+        OptionError: there are too few, or --recall, which would copy what fills windows up.
+        ModelError: the model does not predict next tokens, or the tokenizer does not fit it.
+    """
+    options, config = plan.surgeries[-1], plan.checkpoint.config
+    assert isinstance(options, Distill)
+    if not (config.decoder and config.predicts):
+        raise ModelError(f"windows of one document each are for models that predict the next token, and {config.architecture} does not; give a joined text")
+    if options.recall:
+        raise OptionError("--recall copies passages within full windows, and windows of one document each are filled up; leave it out, or join the text")
+    if documents.conversations:
+        found = windows_of_conversations(tokenizer, documents.conversations, options.window)
+    else:
+        found = windows_of_texts(tokenizer, beginning(tokenizer, documents.texts[0]), documents.texts, options.window)
+    if len(found.ids) < LEAST:
+        raise OptionError(
+            f"{documents.name} makes {len(found.ids)} windows of --window {options.window}, and at least {LEAST} are needed; give a longer --data"
+        )
+    if found.ids.max() >= vocabulary:
+        raise ModelError(f"the tokenizer gives the token {int(found.ids.max())} and the model has {vocabulary}: they do not belong together")
+    return TrainingText(documents.name, found.ids, found.predicted)
 
 
 def _check_tokenizers(plan: Plan, tokenizer: Any) -> None:
@@ -144,6 +207,8 @@ def items(plan: Plan, text: TrainingText) -> Windows:
     """
     options, config = _options(plan), plan.checkpoint.config
     chosen = held_out(len(text.ids))
+    if text.predicted is not None:
+        return Windows(*(predicted_tokens(Filled(text.ids[rows], text.predicted[rows])) for rows in (~chosen, chosen)))
     parts = repeating(text.ids[~chosen], options.recall), text.ids[chosen]
     if not config.predicts:
         return Windows(*map(unlabelled, parts))
@@ -161,17 +226,25 @@ def train(plan: Plan, student: Path, text: TrainingText, output: Path, progress:
     Raises:
         ModelError: a model computes NaN, or its logits in a way that is not known.
     """
-    from effconvert.heal._distilling import Report, distill  # imports transformers' Trainer, which is slow
+    from effconvert.heal._distilling import Distiller, Report, distill  # imports transformers' Trainer, which is slow
 
     options, folder, checkpoint = _options(plan), training_folder(output), open_checkpoint(student)
+    data, predicts, kind = items(plan, text), checkpoint.config.predicts and plan.teacher.config.predicts, Distiller
+    cache: dict[str, Any] | None = None
+    if options.cache_teacher:
+        from effconvert.heal._cached_distilling import CachedDistiller
+        from effconvert.heal._teacher_cache import windows_of
+
+        teacher, kind = filled(plan, data, progress), CachedDistiller
+        data, cache = windows_of(teacher), cache_record(teacher)
+    else:
+        computing = plan.teacher.computing if options.unchanged_rate else torch.float32  # as the student's weights, of which it has some
+        teacher = loading.load(plan.teacher.folder, plan.teacher.config, computing).requires_grad_(False)
     model = loading.load(student, checkpoint.config, torch.float32)
-    computing = plan.teacher.computing if options.unchanged_rate else torch.float32  # as the student's weights, of which it has some
-    teacher = loading.load(plan.teacher.folder, plan.teacher.config, computing)
-    data, predicts = items(plan, text), checkpoint.config.predicts and plan.teacher.config.predicts
     with progress.bar("distilling", options.steps * options.windows * options.window, "tokens") as advance:
-        result = distill(model, teacher, options, data, layers_of_the_teacher(plan), predicts, folder / "checkpoints", Report(advance, progress.log))
+        result = distill(model, teacher, options, data, layers_of_the_teacher(plan), predicts, folder / "checkpoints", Report(advance, progress.log), kind)
     curve = tuple(Point(**point) for point in result.curve)
-    return result.best or student, Training(text.name, text.sha256, result.measure, result.before, result.after, curve, len(data.held_out))
+    return result.best or student, Training(text.name, text.sha256, result.measure, result.before, result.after, curve, len(data.held_out), cache)
 
 
 def layers_of_the_teacher(plan: Plan) -> list[range]:

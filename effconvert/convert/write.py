@@ -10,7 +10,6 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from io import FileIO
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -114,11 +113,10 @@ class _Layers:
 
 def _write_shard(path: Path, targets: list[Target], layers: _Layers, advance: Advance) -> None:
     draft = path.with_name(path.name + DRAFT)
-    source = targets[0].origin.file  # a shard copies from the one it replaces; layers compute the rest
     try:
-        with draft.open("wb") as file, source.open("rb", buffering=0) as original:
+        with draft.open("wb") as file:
             file.write(header({target.name: (target.dtype, target.shape) for target in targets}))
-            for target in _runs(targets, file, original, advance):
+            for target in _runs(targets, file, advance):
                 for piece in layers.take(target):
                     file.write(as_bytes(piece, target.dtype, target.name))
                 advance(target.bytes)
@@ -129,18 +127,19 @@ def _write_shard(path: Path, targets: list[Target], layers: _Layers, advance: Ad
         draft.unlink(missing_ok=True)
 
 
-def _runs(targets: list[Target], file: BinaryIO, original: FileIO, advance: Advance) -> Iterator[Target]:
+def _runs(targets: list[Target], file: BinaryIO, advance: Advance) -> Iterator[Target]:
     """Copy runs of unchanged neighbours. Yield, between the runs, the targets that must be computed."""
-    start = stop = 0
+    source, start, stop = targets[0].origin.file, 0, 0
     for target in [*targets, None]:
-        if target is not None and target.unit is None and target.origin.start == stop:
+        if target is not None and target.unit is None and (target.origin.file, target.origin.start) == (source, stop):
             stop = target.origin.stop
             continue
         if stop > start:
-            copy_run(original, file, start, stop, advance)
+            with source.open("rb", buffering=0) as original:
+                copy_run(original, file, start, stop, advance)
         start = stop = 0
         if target is not None and target.unit is None:
-            start, stop = target.origin.start, target.origin.stop
+            source, start, stop = target.origin.file, target.origin.start, target.origin.stop
         elif target is not None:
             yield target
 
@@ -153,7 +152,7 @@ def write_others(plan: Plan, partial: Path) -> None:
         if name in plan.edits:
             (partial / name).write_text(plan.edits[name], encoding="utf-8")
         else:
-            shutil.copyfile(folder / name, partial / name)
+            shutil.copyfile(plan.source(name), partial / name)
     if plan.tokenizer:
         _name_tokenizer(partial / TOKENIZER, plan.tokenizer)
     if plan.config == plan.checkpoint.config:

@@ -1,6 +1,8 @@
 """The course of a training, as the manifest keeps it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 MEASURES = {"kl": "KL(original || model), nats a token", "hidden": "distance of hidden states"}  # on held-out text
 
@@ -26,6 +28,7 @@ class Training:
     after: float  # of the model that was written: the least of the curve
     curve: tuple[Point, ...]
     held_out_windows: int
+    cache: Mapping[str, Any] | None = None  # what was kept of the original's predictions, where it was not in memory
 
     @property
     def unit(self) -> str:

@@ -67,7 +67,6 @@ class Distiller(Trainer):  # type: ignore[misc]
         self.teacher, self.options = teacher, options
         self.objective = Objective(options.objective, options.temperature, options.ce)
         self.head: Head | None = head_of(self.model) if predicts else None
-        self.teacher_head: Head | None = head_of(teacher) if predicts else None
         self.measure = "kl" if predicts else "hidden"
         self.layers = list(range(len(originals) - 1)) if options.hidden else []
         self.teacher_layers = [originals[layer].stop - 1 for layer in self.layers]
@@ -76,10 +75,22 @@ class Distiller(Trainer):  # type: ignore[misc]
             self.same = unchanged(self.model, teacher, [layers.start for layers in originals])
         self.model_accepts_loss_kwargs = False  # the loss is a mean, which accumulation averages
         self.began = time.monotonic()
-        for called in (self.model, teacher):
-            _route(called)
+        _route(self.model)
+        self.teacher_head = self.use(teacher, predicts)
+
+    def use(self, teacher: Any, predicts: bool) -> Head | None:
+        """Get ready to ask the teacher, and return its head."""
+        head = head_of(teacher) if predicts else None
+        _route(teacher)
         if self.is_fsdp_enabled:
             shard(teacher)
+        return head
+
+    def teachers(self, inputs: dict[str, Tensor]) -> tuple[Predictions, Tensor]:
+        """Return what the teacher computes for all tokens that count, and their labels [N]."""
+        with torch.no_grad():
+            answer: tuple[Predictions, Tensor] = self.teacher(run=lambda: self.predictions(self.teacher, inputs, self.teacher_head, self.teacher_layers))
+        return answer
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load weights as any model is loaded: the Trainer would skip tensors that have other names on disk, such as those of experts."""
@@ -123,9 +134,12 @@ class Distiller(Trainer):  # type: ignore[misc]
     def loss_of(self, inputs: dict[str, Tensor], training: bool) -> Tensor:
         """Compute the loss of a batch, inside the call of the model that is trained."""
         own, labels = self.predictions(self.model, inputs, self.head, self.layers)
-        with torch.no_grad():
-            theirs = self.teacher(run=lambda: self.predictions(self.teacher, inputs, self.teacher_head, self.teacher_layers)[0])
-        return self.loss(own, theirs, labels, self.objective if training else Objective(), self.options.hidden if training else 0.0)
+        return self.compared(own, labels, inputs, training)
+
+    def compared(self, own: Predictions, labels: Tensor, inputs: dict[str, Tensor], training: bool) -> Tensor:
+        """Return the loss of what the student computes for a batch of windows."""
+        objective, hidden = (self.objective, self.options.hidden) if training else (Objective(), 0.0)
+        return self.loss(own, self.teachers(inputs)[0], labels, objective, hidden)
 
     def check(self, item: Item) -> None:
         """Ask whether the teacher as its own student has neither loss nor gradient: what is minimised must be least there.
@@ -135,8 +149,8 @@ class Distiller(Trainer):  # type: ignore[misc]
         """
         inputs = self._prepare_inputs({key: value[None] for key, value in item.items()})
         values = []
-        with self.accelerator.autocast(), torch.no_grad():
-            theirs, labels = self.teacher(run=lambda: self.predictions(self.teacher, inputs, self.teacher_head, self.teacher_layers))
+        with self.accelerator.autocast():
+            theirs, labels = self.teachers(inputs)
         for shift in (0, 1):  # each token towards itself, and towards the one before it
             hidden = [states.detach().clone().requires_grad_() for states in theirs.hidden]
             other = Predictions([states.roll(shift, 0) for states in theirs.hidden], theirs.head)
@@ -231,21 +245,29 @@ def _plain_errors(place: Path) -> Iterator[None]:
 
 
 def distill(
-    student: Any, teacher: Any, options: Distill, windows: Windows, originals: Sequence[range], predicts: bool, place: Path, report: Report
+    student: Any,
+    teacher: Any,
+    options: Distill,
+    windows: Windows,
+    originals: Sequence[range],
+    predicts: bool,
+    place: Path,
+    report: Report,
+    kind: type[Distiller] = Distiller,
 ) -> Distilled:
     """Train `student`, and return which of the models on the way is best on held-out windows.
 
     Args:
         student: a model in float32.
-        teacher: another with the same tokens, in evaluation mode.
+        teacher: another with the same tokens, in evaluation mode; or what a `kind` of its own takes for one.
         options: of the training.
         windows: of the text.
         originals: for each layer of the student, the layers of the teacher that it stands for.
         predicts: whether both have a head that predicts tokens.
         place: folder for the Trainer's checkpoints; what is there from a run with the same options is gone on with.
         report: what shows the progress.
+        kind: of Distiller.
     """
-    teacher.requires_grad_(False)
     if options.gradient_checkpointing:
         checkpoint_activations(student)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -276,7 +298,7 @@ def distill(
         use_cpu=student.device.type == "cpu",
         seed=0,
     )
-    trainer = Distiller(
+    trainer = kind(
         teacher,
         options,
         originals,

@@ -17,6 +17,7 @@ from effconvert.errors import ModelError
 ROWS = 256  # C
 SAME = 2e-2  # relative difference of logits, which bfloat16 alone may make
 Head = Callable[[Tensor], Tensor]  # hidden states [C, M] -> logits [C, V]
+SCALING = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # keys of configs: what `scaled` takes
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Objective:
             labels: the token that each predicts, [N]; -100 where that is no part of the cross-entropy.
         """
         total = hidden.new_zeros((), dtype=torch.float32)
-        ce = self.ce * len(labels) / max(1, int((labels >= 0).sum())) if self.ce else 0.0  # a mean over those that have a label
+        ce = self.ce_of(labels)
         for at in range(0, len(hidden), ROWS):
             rows = slice(at, at + ROWS)
             with torch.no_grad():
@@ -52,6 +53,10 @@ class Objective:
         count = min(student.shape[-1], teacher.shape[-1])  # rows beyond the tokenizer's are padding
         divergence = (1 - self.ce) * self.divergence(student[:, :count], teacher[:, :count]) if self.ce < 1 else student.new_zeros(())
         return divergence + ce * cross_entropy(student, labels, reduction="sum") if ce else divergence
+
+    def ce_of(self, labels: Tensor) -> float:
+        """Return the share of the cross-entropy for each token of a sum that is divided by all: it is a mean over those that have a label."""
+        return self.ce * len(labels) / max(1, int((labels >= 0).sum())) if self.ce else 0.0
 
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the sum of the divergences of logits [C, V]."""
@@ -67,6 +72,12 @@ class Objective:
         return scaled
 
 
+def scaled(logits: Tensor, cap: float | None, divisor: float | None, factor: float | None) -> Tensor:
+    """Return the products of a head's matrix as the model's logits."""
+    logits = logits * (factor or 1) / (divisor or 1)
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
 def head_of(model: Any) -> Head:
     """Return the function from a language model's last hidden states to its logits.
 
@@ -74,11 +85,10 @@ def head_of(model: Any) -> Head:
         ModelError: the model computes its logits in another way.
     """
     config = model.config.get_text_config()
-    cap, divisor, factor = (getattr(config, key, None) for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"))
+    settings = [getattr(config, key, None) for key in SCALING]
 
-    def scaled(hidden: Tensor) -> Tensor:
-        logits: Tensor = model.get_output_embeddings()(hidden) * (factor or 1) / (divisor or 1)
-        return cap * torch.tanh(logits / cap) if cap else logits
+    def by_its_matrix(hidden: Tensor) -> Tensor:
+        return scaled(model.get_output_embeddings()(hidden), *settings)
 
     def by_its_class(hidden: Tensor) -> Tensor:  # heads of masked language models are several modules, each class with its own
         base = model.base_model
@@ -93,13 +103,13 @@ def head_of(model: Any) -> Head:
     with torch.no_grad():
         expected = model(input_ids=ids).logits[0]
         hidden = model.base_model(input_ids=ids).last_hidden_state[0]
-        for head in (scaled, by_its_class):
-            if _gives(head, hidden, expected):
+        for head in (by_its_matrix, by_its_class):
+            if gives(head, hidden, expected):
                 return head
     raise ModelError(f"{type(model).__name__} computes its logits in a way that distill does not know; use transfer or refit, and please report it")
 
 
-def _gives(head: Head, hidden: Tensor, expected: Tensor) -> bool:
+def gives(head: Head, hidden: Tensor, expected: Tensor) -> bool:
     """Whether a head computes these logits from hidden states."""
     try:
         found = head(hidden)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from effconvert.errors import OptionError
 from effconvert.heal._healing import Healing
+from effconvert.options import HomePath
 
 if TYPE_CHECKING:
     from effconvert.checkpoint.config import Config
@@ -28,16 +29,22 @@ class Distill(Healing):
     Examples:
       effconvert distill ./SmolLM2-135M-gqa-1 --teacher ./SmolLM2-135M --data articles.txt -o ./distilled
       effconvert distill ./pruned --teacher HuggingFaceTB/SmolLM2-135M --train-tokens 2000000
+      effconvert distill ./pruned --teacher ./SmolLM2-135M --data articles.txt --cache-teacher ./predictions
     """
 
     data: str = Field(
         "docstrings",
-        description="Text to train on: a text file, a file of JSON lines with a `text`, a dataset on the Hub (owner/name, or owner/name:config), or "
-        "`docstrings` of the standard library.",
+        description="Text to train on: a text file, JSON lines or parquet with a `text` or `messages` in each row, a dataset on the Hub (owner/name, or "
+        "owner/name:config), or `docstrings` of the standard library. Messages are written by the chat template, and what the assistant says is predicted.",
         json_schema_extra={"metavar": "FILE|DATASET|docstrings"},
     )
     train_tokens: int = Field(262144, ge=1024, le=10**12, description="Tokens to train on; the text is repeated where it has fewer.")
     window: int = Field(512, ge=16, le=10**6, description="Tokens in each window: a model learns to attend no further.")
+    packing: Literal["joined", "documents"] = Field(
+        "joined",
+        description="Windows of the rows one after the other, which go across their ends (joined), or of one row each, filled up at the end (documents). "
+        "Messages are never joined.",
+    )
     batch_tokens: int = Field(2048, ge=16, le=10**8, description="Tokens in each step of the optimiser.")
     rate: float = Field(2e-4, gt=0, le=1, description="Highest learning rate (AdamW, with a warm-up and a cosine).")
     recall: float = Field(
@@ -65,6 +72,18 @@ class Distill(Healing):
         "(TensorBoard into TENSORBOARD_LOGGING_DIR).",
         json_schema_extra={"metavar": "NAME"},
     )
+    cache_teacher: HomePath | None = Field(
+        None,
+        description="Folder for the original's predictions: they are computed once and written there, and the original is not in memory while the model is "
+        "trained. Later runs on the same text read them.",
+        json_schema_extra={"metavar": "DIR"},
+    )
+    cache_kind: Literal["samples", "topk"] = Field(
+        "samples",
+        description="What is kept of each prediction: ids drawn from it, whose gradient is that of KL on average (samples), or the likeliest ids, and one "
+        "probability for all others (topk).",
+    )
+    cache_size: int = Field(64, ge=1, le=65535, description="Ids kept of each prediction. Samples: ids drawn; one that comes often is stored once.")
     hidden: float = Field(
         0.0,
         ge=0,
@@ -82,6 +101,18 @@ class Distill(Healing):
         description="Learning rate of the weights that are as in the original, as a share of --rate. 0 keeps them, and then they are in memory once.",
     )
 
+    @model_validator(mode="after")
+    def _what_a_cache_has(self) -> Self:
+        if self.cache_teacher and self.cache_kind == "samples" and self.objective != "kl":
+            raise ValueError(
+                f"--objective {self.objective} needs the original's probability of what the model predicts, which samples do not have; "
+                "use --cache-kind topk, or kl"
+            )
+        if self.cache_teacher and (self.hidden or self.unchanged_rate < 1):
+            what = "--hidden needs the original's hidden states" if self.hidden else "--unchanged-rate needs the original's weights"
+            raise ValueError(f"{what}, which --cache-teacher does not keep; leave one of them out")
+        return self
+
     def check(self, config: Config) -> None:
         """Refuse shares of the loss that are more than all of it, or that the model has no head for."""
         config.check_alone()
@@ -89,6 +120,10 @@ class Distill(Healing):
             raise OptionError(f"--ce {self.ce:g} and --hidden {self.hidden:g} are shares of the loss, and together more than 1")
         if self.ce and not config.predicts:
             raise OptionError(f"--ce needs a head that predicts tokens, and {config.architecture} has none; leave it out")
+        if self.cache_teacher and not (config.decoder and config.predicts):
+            raise OptionError(f"--cache-teacher keeps predictions of the next token, and {config.architecture} makes none; leave it out")
+        if self.cache_teacher and self.cache_kind == "topk" and self.cache_size > config.vocabulary:
+            raise OptionError(f"--cache-size {self.cache_size} is more than the {config.vocabulary} tokens of the model; give at most that")
 
     def needs_calibration(self, config: Config) -> bool:
         """Never: it trains the whole model."""

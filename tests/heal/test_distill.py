@@ -246,7 +246,7 @@ def test_a_folder_of_somebody_else_is_not_touched():
         ("llama", (Gqa(groups=1), Distill(data="text.txt", window=65)), OptionError, "--window 65 is more than the 64 tokens"),
         ("llama", (Distill(), Refit()), OptionError, "distill trains the finished model, so it comes last"),
         ("llama", (Distill(),), OptionError, "--teacher is needed"),
-        ("llama", (Gqa(groups=1), Distill(data="nowhere.txt")), OptionError, "--data nowhere.txt is neither a file"),
+        ("llama", (Gqa(groups=1), Distill(data="nowhere.txt", window=32)), OptionError, "--data nowhere.txt is neither a file"),
         ("llama", (Gqa(groups=1), Distill(data="self")), OptionError, "--data self is not possible"),
     ],
 )

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from effconvert.errors import EffconvertError, OptionError, is_offline
 from effconvert.paths import expand
@@ -30,6 +31,7 @@ EVALUATION_MODULES = (
 )
 
 FILES = (".txt", ".md", ".json", ".jsonl", ".gz", ".csv", ".parquet")  # endings of file names, which no dataset's name has
+ROWS = (".jsonl", ".jsonl.gz", ".parquet")  # endings of names of files that hold rows
 MOST = 20_000_000  # characters of a dataset that are read
 
 
@@ -39,6 +41,20 @@ class Text:
 
     name: str
     content: str
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The rows of a dataset: texts, or conversations of messages with `role` and `content`."""
+
+    name: str
+    texts: tuple[str, ...]
+    conversations: tuple[tuple[dict[str, Any], ...], ...]
+
+    @property
+    def joined(self) -> Text:
+        """The texts as one."""
+        return Text(self.name, "\n\n".join(self.texts))
 
 
 def default_text() -> Text:
@@ -59,15 +75,29 @@ def calibration_text() -> Text:
 
 
 def read_calibration(value: str, option: str = "--calibrate") -> Text:
-    """Return the text that an option names: a text file, a JSON-lines file with a `text` in each line, or the training split of a dataset on the Hub.
+    """Return the text that an option names: a text file, JSON lines or parquet with a `text` in each row, or the training split of a dataset on the Hub.
 
     Raises:
         OptionError: it is none of these, or has no text.
         EffconvertError: the Hub cannot be reached.
     """
     path = expand(value)
-    if path.is_file() and not path.name.endswith((".jsonl", ".jsonl.gz")):
+    if path.is_file() and not path.name.endswith(ROWS):
         return read_text(path, option)
+    documents = read_documents(value, option)
+    if documents.conversations:
+        raise OptionError(f"{option} {value} has conversations (`messages`), and a `text` in each row is needed here; give a dataset that has one")
+    return documents.joined
+
+
+def read_documents(value: str, option: str) -> Documents:
+    """Return the rows of JSON lines, of parquet or of a dataset on the Hub: its column `text`, or else `messages`.
+
+    Raises:
+        OptionError: it is none of these, or has neither.
+        EffconvertError: the Hub cannot be reached.
+    """
+    path = expand(value)
     import datasets
 
     name, _, config = value.partition(":")
@@ -76,26 +106,43 @@ def read_calibration(value: str, option: str = "--calibrate") -> Text:
         raise OptionError(f"{option} {value} is neither a file nor the name of a dataset on the Hub (owner/name, owner/name:config); give one")
     try:
         with quiet_datasets():
+            kind = "parquet" if path.suffix == ".parquet" else "json"
             rows = (
                 datasets.load_dataset(name, config or None, split="train", streaming=True)
                 if hub
-                else datasets.load_dataset("json", data_files=str(path), split="train", streaming=True)
+                else datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
             )
-            texts, size = [], 0
+            texts, conversations, size = list[str](), list[tuple[dict[str, Any], ...]](), 0
             for row in rows:
-                if not isinstance(row["text"], str):
-                    raise KeyError("text")
-                texts.append(row["text"])
-                size += len(texts[-1])
+                if isinstance(row.get("text"), str):
+                    texts.append(row["text"])
+                    size += len(texts[-1])
+                else:
+                    conversations.append(_messages(row["messages"]))
+                    size += sum(len(str(message["content"])) for message in conversations[-1])
                 if size > MOST:
                     break
+            if texts and conversations:
+                raise KeyError("text")
     except KeyError:
-        raise OptionError(f"{option} {value} has no column `text` with a text in each row; give a dataset that has one, or a text file") from None
+        columns = "no column `text` with a text in each row, and no `messages` with a role and a content each"
+        raise OptionError(f"{option} {value} has {columns}; give a dataset that has one, or a text file") from None
     except Exception as error:  # a damaged file, a missing dataset or no network: libraries raise many types
         if is_offline(error):
             raise EffconvertError(f"{option} {value} is not here, and the Hub cannot be reached or has no such dataset; try again with a network") from error
         raise OptionError(f"{option} {value} cannot be read ({type(error).__name__}: {error}); give a text file") from None
-    return Text(path.name if not hub else value, "\n\n".join(texts))
+    return Documents(path.name if not hub else value, tuple(texts), tuple(conversations))
+
+
+def _messages(value: Any) -> tuple[dict[str, Any], ...]:
+    """Return the messages of a conversation.
+
+    Raises:
+        KeyError: it is none.
+    """
+    if not isinstance(value, list) or not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in value):
+        raise KeyError("messages")
+    return tuple({"role": message["role"], "content": message["content"]} for message in value)
 
 
 def read_text(path: Path, option: str = "--text") -> Text:

@@ -1,0 +1,176 @@
+"""The folder of a teacher's predictions that `distill --cache-teacher` names: what it belongs to, who may use it, and how it is filled."""
+
+import gc
+import hashlib
+import json
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from effconvert.checkpoint.digest import digest
+from effconvert.checkpoint.manifest import DRAFT, to_disk
+from effconvert.convert.output import partial_folder, replaced_folder
+from effconvert.convert.plan import Plan
+from effconvert.errors import EffconvertError, OptionError
+from effconvert.heal._kept import KINDS, Kept
+from effconvert.heal._teacher_cache import TeacherCache
+from effconvert.heal._windows import Windows
+from effconvert.heal.distill import Distill
+from effconvert.modeling import loading
+from effconvert.paths import real
+from effconvert.progress import Progress
+from effconvert.quantities import size
+
+KEY = "effconvert-predictions.json"  # in the folder: what its predictions are of
+FORMAT = 1  # another one cannot be read
+ORDER = 0  # seed of the windows' order
+OTHER = {  # entries of the key that people do not read -> what differs
+    "format": "they were written by another version of effconvert",
+    "teacher": "they are another teacher's",
+    "tokenizer": "they are of another tokenizer",
+    "text": "they are of another text",
+    "vocabulary": "they are of another number of tokens",
+}
+
+
+def kept_of(plan: Plan) -> Kept:
+    """Return what is kept of each prediction."""
+    options = _options(plan)
+    return KINDS[options.cache_kind](options.cache_size, min(plan.config.vocabulary, plan.teacher.config.vocabulary))
+
+
+def key_of(plan: Plan, windows: Windows) -> dict[str, Any]:
+    """Return what predictions are of: two folders with the same key are interchangeable."""
+    options, tokenizer = _options(plan), loading.load_tokenizer(plan.checkpoint.folder)
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return {
+        "format": FORMAT,
+        "teacher": digest(plan.teacher),
+        "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
+        "text": _sha256(windows),
+        "vocabulary": kept_of(plan).vocabulary,
+        "window": options.window,
+        "temperature": options.temperature,
+        "cache-kind": options.cache_kind,
+        "cache-size": options.cache_size,
+    }
+
+
+def check_cache(plan: Plan, output: Path, windows: Windows) -> None:
+    """Refuse a folder of something else, or without room, before anything is written.
+
+    Raises:
+        OptionError: the reason.
+    """
+    folder = _folder(plan)
+    places = [output, partial_folder(output), replaced_folder(output), plan.checkpoint.folder, plan.teacher.folder]
+    for place in map(real, places):
+        if real(folder) == place or place in real(folder).parents or real(folder) in place.parents:
+            raise OptionError(f"--cache-teacher {folder} and {place}, which belongs to a model, are the same or one inside the other; give another folder")
+    if folder.exists() and not folder.is_dir():
+        raise OptionError(f"--cache-teacher {folder} is a file; give a folder")
+    if folder.exists() and any(folder.iterdir()):
+        _check_key(folder, key_of(plan, windows))
+        return
+    parent = next(place for place in real(folder).parents if place.exists())
+    need, free = most_bytes(plan, windows), shutil.disk_usage(parent).free
+    if need > free:
+        raise OptionError(
+            f"--cache-teacher {folder} needs up to {size(need)} and {parent} has {size(free)} free; give a folder on another disk, or less --cache-size"
+        )
+
+
+def most_bytes(plan: Plan, windows: Windows) -> int:
+    """Estimate the bytes that the predictions of a text take on disk."""
+    options, kept = _options(plan), kept_of(plan)
+    needed = min(len(windows.train), options.steps * options.windows)
+    return needed * options.window * (kept.bytes_per_token + 4) + 4 * plan.teacher.config.hidden * (len(windows.held_out) * options.window + kept.vocabulary)
+
+
+def filled(plan: Plan, windows: Windows, progress: Progress) -> TeacherCache:
+    """Return the predictions that a run needs; those that are missing are computed first.
+
+    Raises:
+        OptionError: the folder is of something else, damaged, or in use.
+        EffconvertError: the disk is full.
+    """
+    options, folder = _options(plan), _folder(plan)
+    order = torch.randperm(len(windows.train), generator=torch.Generator().manual_seed(ORDER))
+    train = [windows.train[index] for index in order.tolist()]
+    cache = TeacherCache(folder, kept_of(plan), options.temperature, train, min(len(train), options.steps * options.windows), windows.held_out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock", timeout=0):
+            _begin(folder, key_of(plan, windows))
+            if missing := cache.missing:
+                teacher = loading.load(plan.teacher.folder, plan.teacher.config, plan.teacher.computing)
+                with progress.bar("keeping the original's predictions", sum(missing.values()), "tokens") as advance:
+                    cache.fill(teacher, advance)
+                del teacher
+                gc.collect()
+            progress.step(f"checking {folder}")
+            cache.check()
+    except Timeout:
+        raise OptionError(f"another effconvert is writing {folder}; wait for it, or give another --cache-teacher") from None
+    except OSError as error:
+        raise EffconvertError(f"{folder} cannot be written ({error.strerror or error}); what is finished is kept, and the same command goes on there") from None
+    return cache
+
+
+def record(cache: TeacherCache) -> dict[str, Any]:
+    """Return what the manifest says of the cache."""
+    tokens = sum(len(item["input_ids"]) for item in cache.train[: cache.needed])
+    return {"kind": type(cache.kept).__name__.lower(), "size": cache.kept.size, "windows": cache.needed, "bytes_per_token": round(cache.disk / tokens, 1)}
+
+
+def _options(plan: Plan) -> Distill:
+    options = plan.surgeries[-1]
+    assert isinstance(options, Distill)
+    return options
+
+
+def _folder(plan: Plan) -> Path:
+    folder = _options(plan).cache_teacher
+    assert folder is not None
+    return folder
+
+
+def _begin(folder: Path, key: dict[str, Any]) -> None:
+    """Write the key of a new folder, or check that of an old one; what a kill left half-written is removed."""
+    ours = {".lock", KEY, KEY + DRAFT}
+    if not (folder / KEY).exists() and {path.name for path in folder.iterdir()} <= ours:
+        draft = folder / (KEY + DRAFT)
+        draft.write_text(json.dumps(key, indent=2) + "\n", encoding="utf-8")
+        to_disk(draft)
+        draft.replace(folder / KEY)
+    _check_key(folder, key)
+    for draft in folder.glob(f"*{DRAFT}"):
+        draft.unlink()
+
+
+def _check_key(folder: Path, key: dict[str, Any]) -> None:
+    found: Any = None
+    with suppress(OSError, ValueError):
+        found = json.loads((folder / KEY).read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        if {path.name for path in folder.iterdir()} <= {".lock", KEY + DRAFT}:
+            return  # a run was killed before it wrote the key
+        raise OptionError(f"--cache-teacher {folder} holds files that effconvert did not write, or has lost its {KEY}; give another folder, or remove it")
+    different = [name for name in key if found.get(name) != key[name]]
+    if different:
+        told = [OTHER.get(name) or f"--{name} was {found.get(name)} for them and is {key[name]} now" for name in different]
+        raise OptionError(f"--cache-teacher {folder} has other predictions: {', '.join(told)}; give another folder, or remove this one")
+
+
+def _sha256(windows: Windows) -> str:
+    """Return the hash of windows: their tokens, and which of them are predicted."""
+    found = hashlib.sha256()
+    for part in (windows.train, windows.held_out):
+        for item in part:
+            for name, tensor in sorted(item.items()):
+                found.update(f"{name} {[*tensor.shape]}".encode() + tensor.numpy().tobytes())
+    return found.hexdigest()
