@@ -96,6 +96,9 @@ class Options(BaseModel):
             return cls.unknown(name)
         if error["type"].startswith("int_"):
             return f"{option} is {shown(error['input'])}, and it should be a whole number"
+        if error["type"] == "string_pattern_mismatch":  # whose message is the pattern itself
+            description = cls.model_fields[name].description or ""
+            return f"{option} is {shown(error['input'])}, and it should be as in its description: {description.rstrip('.')}"
         requirement = error["msg"].replace("Input should be", "it should be").removesuffix(".")
         return f"{option} is {shown(error['input'])}, and {requirement[0].lower()}{requirement[1:]}"
 

@@ -53,7 +53,7 @@ class Checkpoint:
 
     def layer_prefix(self, index: int) -> str:
         """Return the prefix of the names in layer `index`, in the family's layout."""
-        return f"{self.prefix}{self.config.family.layers}.{index}."
+        return f"{self.prefix}{self.config.layer_path(index)}."
 
     @property
     def notes(self) -> list[str]:
@@ -96,7 +96,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     tensors, remarks = read_tensors(folder, config.family)
     check_quantised(folder, config, tensors)
     prefix = _prefix(folder, config, tensors)
-    pattern = re.compile(rf"^{re.escape(prefix)}{re.escape(config.family.layers)}\.(\d+)\.(.+)$")
+    pattern = re.compile(rf"^{re.escape(prefix)}{config.layer_pattern}\.(.+)$")
+    storing = {config.group_of(index): index for index in reversed(range(config.layers))}  # number on disk -> the layer that stores it
     outer: dict[str, StoredTensor] = {}
     ignored: list[str] = []
     layers: list[dict[str, StoredTensor]] = [{} for _ in range(config.layers)]
@@ -106,9 +107,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 raise ModelError(f"{folder} holds {name}, for which its config.json has no place; take the file that effconvert wrote")
             outer[name] = tensor
             continue
-        index, inside = int(match[1]), match[2]
-        if index >= config.layers:
-            raise ModelError(f"{folder} holds {name}, and its config.json says {config.family.layers_key} = {config.layers}; one of the two is wrong")
+        inside = match[2]
+        if (number := int(match[1])) not in storing:
+            key = config.family.groups_key or config.family.layers_key
+            raise ModelError(f"{folder} holds {name}, and its config.json says {key} = {len(storing)}; one of the two is wrong")
+        index = storing[number]
         if config.stored_in(index, inside) != index:
             raise ModelError(f"{folder} holds {name}, and by its config.json an earlier layer stores that for this one; one of the two is wrong")
         own = any(inside.startswith(_own_prefix(config, record.place)) for record in config.replaced_in(index))
@@ -154,8 +157,8 @@ def check_quantised(folder: Path, config: Config, tensors: Mapping[str, StoredTe
 
 def _prefix(folder: Path, config: Config, tensors: Mapping[str, StoredTensor]) -> str:
     """Return the prefix of the base model's names, with its dot; empty where the base model was saved alone."""
-    pattern = re.compile(rf"^(.*?){re.escape(config.family.layers)}\.\d+\.(.+)\.\w+$")
-    matches = [match for match in map(pattern.match, tensors) if match and match[2] in config.modules]
+    pattern = re.compile(rf"^(.*?){config.layer_pattern}\.(.+)\.\w+$")
+    matches = [match for match in map(pattern.match, tensors) if match and match[3] in config.modules]
     prefixes = [prefix for prefix, _ in Counter(match[1] for match in matches).most_common()]
     allowed = PREFIXES if config.wrapper else ("", f"{config.family.prefix}.", *HEAD_PREFIXES)
     known = [prefix for prefix in prefixes if prefix in allowed]

@@ -15,7 +15,7 @@ from effconvert.checkpoint.shape import Shape
 from effconvert.checkpoint.shared import CACHE_PARTS, Shared, clash_of, renumber
 from effconvert.checkpoint.wrappers import Wrapper
 from effconvert.errors import ModelError, OptionError
-from effconvert.families import FAMILIES
+from effconvert.families import FAMILIES, KNOWN
 
 CONFIG = "config.json"
 LAYER_NUMBERS = ("mlp_only_layers",)  # keys that hold numbers of layers
@@ -76,7 +76,8 @@ class Config(Shape):
     @property
     def needs_effconvert(self) -> bool:
         """Whether loading needs a class of effconvert, because transformers has none."""
-        return self.family.shares_kv_in_our_class or bool(self.replaced or self.shared or self._skipped)
+        ties = self.shared and not self.family.groups_key  # of which no class of transformers knows
+        return self.family.shares_kv_in_our_class or bool(self.replaced or ties or self._skipped)
 
     def replaced_in(self, layer: int) -> list[Replaced]:
         """Return the records of techniques in a layer."""
@@ -317,6 +318,8 @@ class Config(Shape):
             OptionError: neither is possible.
             ModelError: the family cannot have another number of heads, or its heads are not by themselves.
         """
+        if self.latent:
+            raise ModelError(f"{self.kind} makes the keys and values of all heads of one latent, so none can be taken away; change their number before mla")
         self.place("scores")
         if not self.family.kv_heads_key or self.family.fixed_head_width:
             raise ModelError(f"the class of {self.kind} makes a head as wide as its stream divided by the number of heads, so their number cannot change alone")
@@ -385,7 +388,7 @@ class Config(Shape):
     def become(self, kind: str) -> "Config":
         """Return this config as one of the related family `kind`."""
         self.check_alone()
-        family = FAMILIES[kind]
+        family = KNOWN[kind]
         for key, needed in family.absent.items():
             if self.raw.get(key, needed) != needed:
                 raise ModelError(f"{self.kind} with {key} = {self.raw[key]!r} has no counterpart in {kind}, which needs {needed!r}; no other family is like it")

@@ -3,16 +3,17 @@
 import json
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from effconvert.checkpoint.config import CONFIG, Config
 from effconvert.checkpoint.replaced import KIND, Replaced, check_depth, read
-from effconvert.checkpoint.shared import Shared
+from effconvert.checkpoint.shared import Shared, whole_layers
 from effconvert.checkpoint.unsupported import OWN_CODE, instead, own_code, unknown_family
 from effconvert.checkpoint.wrappers import unwrap
 from effconvert.errors import ModelError, OptionError, UnknownLayoutError
-from effconvert.families import FAMILIES
+from effconvert.families import FAMILIES, KNOWN
 
 
 def read_content(folder: Path) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def read_config(folder: Path) -> Config:
     kind = raw.get("model_type")
     replaced: tuple[Replaced, ...] = ()
     shared: tuple[Shared, ...] = ()
-    family = FAMILIES.get(str(kind))
+    family = KNOWN.get(str(kind))
     if isinstance(kind, str) and kind.removeprefix(KIND) in FAMILIES and kind.startswith(KIND):
         raw, family, replaced, shared = read(raw)
         kind = raw["model_type"]
@@ -64,6 +65,8 @@ def read_config(folder: Path) -> Config:
     family = family.of(raw)
     check_depth(raw, family)
     config = Config(raw, family, replaced, shared, wrapper)
+    if family.groups_key:
+        config = replace(config, shared=whole_layers([config.group_of(index) for index in range(config.layers)]))
     config.skips(0)  # raises where `per_layer_config` makes no sense
     for key, (value, why) in family.refused.items():
         if key in raw and bool(raw[key]) is value:

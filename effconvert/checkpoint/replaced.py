@@ -10,7 +10,7 @@ from typing import Any
 
 from effconvert.checkpoint.shared import Shared, read_shared
 from effconvert.errors import ModelError
-from effconvert.families import EXPERTS_KEYS, FAMILIES, Family
+from effconvert.families import EXPERTS_KEYS, KNOWN, Family
 from effconvert.options import shown
 
 KIND, CLASS = "effconvert_", "Effconvert"  # prefixes of the model_type and of class names
@@ -58,6 +58,7 @@ def overlap(place: str, other: str) -> bool:
 def encode(raw: Mapping[str, Any], family: Family, replaced: tuple[Replaced, ...] = (), shared: tuple[Shared, ...] = ()) -> dict[str, Any]:
     """Return config.json of the model `raw` with the records `replaced` and `shared`, and with KV heads shared as in `family`."""
     grouped, skips = family.shares_kv_in_our_class, skipped(raw, family)
+    shared = () if family.groups_key else shared  # its own class stores layers once
     if not (replaced or shared or grouped or skips):
         return dict(raw)
     count = raw.get(family.layers_key, family.defaults.get(family.layers_key))
@@ -114,7 +115,7 @@ def decode(content: Mapping[str, Any]) -> tuple[dict[str, Any], Family, tuple[Re
     """
     block = content.get("effconvert")
     kind = str(content["model_type"]).removeprefix(KIND)
-    family = FAMILIES[kind].of(content)
+    family = KNOWN[kind].of(content)
     check_depth(content, family)
     if block is None:
         return {**content, "model_type": kind}, family, (), ()

@@ -1,6 +1,7 @@
 """The shape of a model: the numbers in config.json that surgeries need, read by the family's row."""
 # L = layers, M = hidden width, H = query heads, Hk = KV heads, D = head width, F = width of the FFN, E = experts, V = vocabulary.
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,6 +66,22 @@ class Shape:
             fused[module] = (*fused.get(module, ()), part)
         return fused
 
+    def layer_path(self, index: int) -> str:
+        """Return the module of a layer in the base model; of a family that stores layers once, that which runs in its place."""
+        family = self.family
+        inside = f".{family.group_layer}" if family.group_layer else ""
+        return f"{family.layers}.{self.group_of(index)}{inside}"
+
+    @property
+    def layer_pattern(self) -> str:
+        """A pattern for `layer_path`, in which the number is a group."""
+        inside = f".{self.family.group_layer}" if self.family.group_layer else ""
+        return rf"{re.escape(self.family.layers)}\.(\d+){re.escape(inside)}"
+
+    def group_of(self, index: int) -> int:
+        """Return the number under which a layer is stored: its own, or that of its group of neighbours, as albert's class counts them."""
+        return int(index / (self.layers / self._integer(self.family.groups_key))) if self.family.groups_key else index
+
     def tensor_name(self, part: str) -> str:
         """Return the name in a layer of the tensor that a part is in; that of a bias for "k.bias"."""
         stem = part.removesuffix(".bias")
@@ -102,6 +119,18 @@ class Shape:
             raise ModelError(f"{self.kind} has attention of its own, with latents in place of keys and values, so its attention function cannot be changed")
         if self.family.own_attention:
             raise ModelError(f"{self.kind} has attention of its own, outside transformers' AttentionInterface, so its attention function cannot be changed")
+
+    def check_stored_apart(self) -> None:
+        """Refuse models of a family that stores layers once, which no step can change.
+
+        Raises:
+            ModelError: this is one.
+        """
+        if self.family.groups_key:
+            raise ModelError(
+                f"{self.kind} runs a layer that is stored once many times ({self.family.groups_key} = {self.get(self.family.groups_key)}), and every step "
+                "here changes layers each by its own inputs; begin from an encoder such as bert, and let `albert` be the last step"
+            )
 
     @property
     def attention(self) -> str:

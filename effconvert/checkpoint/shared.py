@@ -31,6 +31,12 @@ class Shared:
         return parts is None or (stem in parts and (part == stem or self.what != "weights"))
 
 
+def whole_layers(numbers: Sequence[int]) -> tuple[Shared, ...]:
+    """Return what layers share that are stored under these numbers, one for each layer."""
+    groups = [tuple(layer for layer, stored in enumerate(numbers) if stored == number) for number in sorted(set(numbers))]
+    return tuple(Shared("layer", group) for group in groups if len(group) > 1)
+
+
 def read_shared(entries: Sequence[Mapping[str, Any]], layers: int) -> tuple[Shared, ...]:
     """Read the records in config.json of a model of `layers` layers.
 

@@ -12,7 +12,6 @@ RECURRENT = ("state_size", "ssm_state_size", "mamba_d_state", "linear_conv_kerne
 # A key of config.json that is not false -> what a model with this key is, and what to take instead. The first key that fits gives the reason.
 SIGNS: Mapping[str, tuple[str, str]] = {
     "is_encoder_decoder": ("it is an encoder-decoder", "take a model that is only a decoder or only an encoder"),
-    "num_hidden_groups": ("it runs a layer that is stored once many times", "take an encoder such as bert or roberta"),
     **dict.fromkeys(RECURRENT, ("it has recurrent layers, which keep a state instead of keys and values", "take a model that attends in all of its layers")),
     "kv_lora_rank": (
         "it has latent attention (MLA), which keeps one compressed vector a token instead of keys and values",

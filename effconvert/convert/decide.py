@@ -39,6 +39,7 @@ def decide(
     for step in steps:
         if step.undecided:
             before = plan(checkpoint, tuple(complete), teacher)
+            before.config.check_stored_apart()
             step.check(before.config)
             check_caches(before.config, "the model", f"give the options that {step.name} would choose, or choose before the cache is shared")
             if before.needs_text:

@@ -64,6 +64,7 @@ def applicable(config: Config) -> tuple[dict[str, str], dict[str, str]]:
     allowed_options, refusals = {}, {}
     for name in steps.techniques():
         try:
+            config.check_stored_apart()
             allowed_options[name] = steps.load(name).allowed_options(config)
         except (ModelError, OptionError) as error:  # the latter where no options are left, as of a technique that is in every layer
             refusals[name] = str(error)

@@ -172,7 +172,7 @@ class Plan:
 
     def layer_prefix(self, index: int) -> str:
         """Return the prefix of the names in layer `index` of the converted model."""
-        return f"{outer_prefix(self.checkpoint.config, self.checkpoint.prefix, self.config)}{self.config.family.layers}.{index}."
+        return f"{outer_prefix(self.checkpoint.config, self.checkpoint.prefix, self.config)}{self.config.layer_path(index)}."
 
     def layer_targets(self, index: int) -> dict[str, Target]:
         """Return all tensors of layer `index` of the converted model by their names inside the layer, also those that an earlier layer stores."""
@@ -224,6 +224,7 @@ def plan(checkpoint: Checkpoint, surgeries: tuple[Step, ...], teacher: Checkpoin
     for surgery in surgeries:
         if surgery.undecided:
             raise ValueError(f"{surgery.name} has options without a value; call effconvert.convert.decide first")
+        configs[-1].check_stored_apart()
         surgery.check(configs[-1])
         check_reads_ahead(surgery, surgeries, configs)
         configs.append(surgery.config(configs[-1]))

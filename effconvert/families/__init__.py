@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from effconvert.families.decoders import DECODERS
-from effconvert.families.encoders import ENCODERS
+from effconvert.families.encoders import ALBERT, ENCODERS
 from effconvert.families.family import EXPERTS_KEYS, Family
 from effconvert.families.llamas import LLAMAS
 from effconvert.families.own_attention import OWN_ATTENTION
 from effconvert.families.sparse import SPARSE
 
-__all__ = ["EXPERTS_KEYS", "FAMILIES", "Family"]
+__all__ = ["EXPERTS_KEYS", "FAMILIES", "KNOWN", "Family"]
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({**DECODERS, **LLAMAS, **SPARSE, **OWN_ATTENTION, **ENCODERS})
+KNOWN: Mapping[str, Family] = MappingProxyType({**FAMILIES, "albert": ALBERT})  # with those that conversions write and read, and no step changes

@@ -6,6 +6,17 @@ from dataclasses import replace
 from effconvert.families.decoders import LLAMA, sizes
 from effconvert.families.family import Family
 
+# Defaults of BERT's config that differ from those of the families that a bert can become.
+BERT_DEFAULTS = {
+    "hidden_act": "gelu",
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+}
 BERT = Family(
     base="BertModel",
     lm="BertForMaskedLM",
@@ -34,6 +45,7 @@ BERT = Family(
     decoder=False,
     kv_heads_key="",
     fourier="fnet",
+    stored_once="albert",
     tokenizer="BertTokenizer",
 )
 ROBERTA = replace(
@@ -45,7 +57,36 @@ ROBERTA = replace(
     positions_after_padding=True,
     defaults={**BERT.defaults, "pad_token_id": 1},
     fourier="",
+    stored_once="",
     tokenizer="",
+)
+ALBERT = replace(
+    BERT,
+    base="AlbertModel",
+    lm="AlbertForMaskedLM",
+    prefix="albert",
+    layers="encoder.albert_layer_groups",
+    groups_key="num_hidden_groups",
+    group_layer="albert_layers.0",
+    parts={
+        **{part: at.replace("self.", "").replace("output.", "") for part, at in BERT.parts.items() if at.startswith("attention")},
+        "up": "ffn",
+        "down": "ffn_output",
+        "mlp_post_norm": "full_layer_layer_norm",
+    },
+    outer={
+        **{part: at for part, at in BERT.outer.items() if part != "pooler"},
+        "project_in": "encoder.embedding_hidden_mapping_in",
+        "pooler.dense": "pooler",  # of BERT's parts, under the names that they have here
+    },
+    head={"head.predictions.transform": "predictions", "head.predictions": "predictions", "head": "predictions"},
+    embed_key="embedding_size",
+    constants={"inner_group_num": 1},
+    absent={"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False},
+    defaults={**BERT.defaults, "embedding_size": 128, "num_hidden_groups": 1},
+    fourier="",
+    stored_once="",
+    tokenizer="AlbertTokenizer",
 )
 
 ENCODERS: Mapping[str, Family] = {
@@ -63,6 +104,7 @@ ENCODERS: Mapping[str, Family] = {
         embed_key="embedding_size",
         defaults={**BERT.defaults, "embedding_size": 128},
         fourier="",
+        stored_once="",
         tokenizer="",
     ),
     "mpnet": replace(
@@ -93,6 +135,7 @@ ENCODERS: Mapping[str, Family] = {
         constants={"use_tpu_fourier_optimizations": False},
         absent={"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False},
         fourier="",
+        stored_once="",
         tokenizer="FNetTokenizer",
         float32_only=True,  # torch.fft has no bfloat16, and on CPUs no float16
     ),

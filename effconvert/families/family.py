@@ -84,6 +84,9 @@ class Family:
     windowed: str = ""  # the family that is this one with a sliding window, maybe itself
     window_keys: Mapping[str, object] = field(default_factory=dict)  # other keys of its config
     fourier: str = ""  # the family that is this one with Fourier transforms in place of attention
+    stored_once: str = ""  # the family that is this one with layers that are stored once and run many times
+    groups_key: str = ""  # how many layers are stored; each runs in place of a group of neighbours: see `Shape.layer_path`
+    group_layer: str = ""  # in such a family, the layer inside the module of its group
     latent: str = ""  # the family that is this one with latent attention
     dense_first_key: str = ""  # how many layers have an FFN, before those with experts, of which the row knows nothing: it must be all
     tokenizer: str = ""  # the tokenizer's class where the files name none; a related family has another default

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.layer import Layer, Model
+from effconvert.checkpoint.outer import Outer
 from effconvert.checkpoint.parts import ROWS
 from effconvert.heal._capture import Capture
 from effconvert.heal._layerwise import LayerRunner, check_finite, device, outer_tensors, return_memory, stored_tensors, zero_sublayer
@@ -55,6 +56,11 @@ class Forward:
     def parts(self, index: int) -> Layer:
         """Return the tensors of a layer."""
         return self._model().layers[index]
+
+    @property
+    def outer(self) -> Outer:
+        """The tensors outside the layers."""
+        return self._model().outer
 
     def weights(self, index: int, part: str) -> Tensor:
         """Return the matrix of a projection of a layer, [out, in] in float32."""

@@ -44,7 +44,7 @@ class LayerRunner:
         self.config = config
         self.whole = skeleton(config.plain_outside, device, config.family.lm if head else config.family.base)
         self.model = self.whole.base_model
-        self.layers: list[nn.Module] = list(self.model.get_submodule(config.family.layers))
+        self.layers: list[nn.Module] = [self.model.get_submodule(config.layer_path(index)) for index in range(config.layers)]
         self.ids = ids
         self._fill_outer(outer)
         self.calls: dict[torch.Size, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}  # texts and their tokens, [B, T] -> arguments of each layer
@@ -58,7 +58,7 @@ class LayerRunner:
 
     def _run_time_tensors(self, index: int, tensors: Tensors) -> dict[str, Tensor]:
         """Rename the tensors of a layer to its module's names: name in the layer -> tensor."""
-        prefix = f"{self.config.family.layers}.{index}."
+        prefix = f"{self.config.layer_path(index)}."
         expected = {prefix + name: parameter for name, parameter in self.layers[index].named_parameters()}
         parameters = self._named({prefix + name: tensor for name, tensor in tensors.items()}, expected)
         return {name.removeprefix(prefix): tensor for name, tensor in parameters.items()}
@@ -301,4 +301,4 @@ def _replace_forward(modules: Sequence[nn.Module], functions: Sequence[Callable[
         yield
     finally:
         for module in modules:
-            del module.__dict__["forward"]
+            module.__dict__.pop("forward", None)  # a module that runs in place of several layers is in the list as often

@@ -135,7 +135,9 @@ def _notes_by_place(config: Config) -> list[str]:
     for record in config.replaced:
         name = f"{record.technique} in place of their {record.place}"
         linear = "down" in config.parts and not any("down" in other.drops for index in record.layers for other in config.replaced_in(index))
-        if record.place == "embed" and not ("mlp_post_norm" in config.parts or config.norms_stream):
+        if record.place == "embed" and all(config.shares(layer, "o") and config.shares(layer, "down") for layer in range(config.layers)):
+            notes.append(f"all layers share the parameters that would make up for {record.technique}, so nothing is refitted")
+        elif record.place == "embed" and not ("mlp_post_norm" in config.parts or config.norms_stream):
             notes.append(f"after {record.technique} the outputs of attention and MLP are fitted to the original's hidden states")
         elif record.place == "embed":
             notes.append(f"a norm follows its attention and MLP, so nothing makes up for {record.technique}")

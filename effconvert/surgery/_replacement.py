@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from effconvert.checkpoint.replaced import OUTSIDE, OWN, PLACES, Replaced
+from effconvert.checkpoint.replaced import OUTSIDE, OWN, PLACES, Replaced, overlap
 from effconvert.errors import ModelError, OptionError, TechniqueError
 from effconvert.families import FAMILIES
 from effconvert.surgery._surgery import Layerwise, Surgery
@@ -153,6 +153,17 @@ class Replacement(Layerwise, Placed):
         if not self.chosen(config):
             raise OptionError(self.nothing_chosen)
         self.config(config)
+
+    @classmethod
+    def allowed_options(cls, config: Config) -> str:
+        """The options that have to be given, or the reason why none would do; another technique at its place of every layer is one."""
+        options = super().allowed_options(config)
+        taken = [
+            next((record for record in config.replaced_in(layer) if cls.place and overlap(record.place, cls.place)), None) for layer in range(config.layers)
+        ]
+        if (first := taken[0]) and all(taken):
+            raise ModelError(f"this {config.kind} has {first.technique} in place of its {first.place} in every layer already; begin from the original")
+        return options
 
     @property
     def nothing_chosen(self) -> str:

@@ -48,6 +48,10 @@ class ForwardProtocol(Protocol):
         """Return the tensors of a layer."""
 
     @property
+    def outer(self) -> Outer:
+        """The tensors outside the layers."""
+
+    @property
     def counts(self) -> Tensor:
         """How often each token occurs in the calibration text, [V]."""
 

@@ -134,18 +134,10 @@ def test_an_unknown_family_is_named_with_the_known_ones(refused: Check, model: P
     assert "gpt2" in told
 
 
-STORED_ONCE = "it runs a layer that is stored once many times (num_hidden_groups = 1); take an encoder such as bert"
-
-
-@pytest.mark.parametrize(
-    ("kind", "told"),
-    [
-        *((kind, "it is an encoder-decoder (is_encoder_decoder = True); take a") for kind in ("t5", "bart", "whisper")),
-        ("albert", STORED_ONCE),
-    ],
-)
-def test_a_family_that_cannot_be_converted_yet_is_refused_by_what_stands_in_the_way(refused: Check, tmp_path: Path, kind: str, told: str) -> None:
+@pytest.mark.parametrize("kind", ["t5", "bart", "whisper"])
+def test_a_family_that_cannot_be_converted_yet_is_refused_by_what_stands_in_the_way(refused: Check, tmp_path: Path, kind: str) -> None:
     AutoConfig.for_model(kind).save_pretrained(tmp_path / kind)
+    told = "it is an encoder-decoder (is_encoder_decoder = True); take a"
     assert f"names the family '{kind}', which effconvert does not know: {told}" in refused(MODEL, *gqa(kind))
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModel
 
 import effconvert.modeling
 from effconvert.checkpoint.checkpoint import open_checkpoint
@@ -158,7 +159,7 @@ CASES = {
         {"keep": 0.25},
         {"keep": 1},
         PLAIN,
-        "go through a norm|changes queries or keys|has attention of its own|adds to the stream|is an encoder|does not attend",
+        "go through a norm|changes queries or keys|caches latents|has attention of its own|adds to the stream|is an encoder|does not attend",
         cache=True,
         pipeline=("llama", "qwen2", "gemma2", "gpt2", "gpt_neox", "cohere2", "opt"),
     ),
@@ -173,6 +174,17 @@ CASES = {
         chosen=True,
         same_bytes=True,
         pipeline=("llama", "qwen3", "phi3", "gpt2", "opt", "falcon", "olmo2", "bert", "distilbert"),
+    ),
+    "albert": Case(
+        {"groups": 1},
+        {"groups": 2},
+        ["bert"],
+        "computes what transformers' albert does not",
+        parts=(*MATRICES, *BIASES, *(f"{place}_post_norm{suffix}" for place in ("attn", "mlp") for suffix in ("", ".bias"))),
+        some=True,
+        chosen=True,
+        keys=("embedding_size", "num_hidden_groups"),
+        added=("project_in", "project_in.bias"),
     ),
     "recursive": Case(
         {"groups": 1, "lora_rank": 4},
@@ -556,7 +568,10 @@ def test_nothing_is_written_on_a_dry_run(name, tmp_path):
 @pytest.mark.parametrize("name", CASES)
 def test_a_base_model_without_its_head_is_converted_too(name, tmp_path):
     kind = first_of(name, "qwen2", "distilbert")
-    source = save(build(kind, CASES[name].small_from).base_model, tmp_path / "source")
+    whole = build(kind, CASES[name].small_from)
+    bare = AutoModel.from_config(whole.config)  # bert's has a pooler, which is not in the model with the head
+    bare.load_state_dict(whole.base_model.state_dict(), strict=False)
+    source = save(bare, tmp_path / "source")
     characters(source)
     outcome = run(source, tmp_path / "out", name, small(name, kind))
     assert outcome.report.unmeasured == (

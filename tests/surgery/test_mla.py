@@ -246,8 +246,10 @@ def test_what_other_techniques_make_of_the_result():
         run("out", step, Refit(), place=str(place))
         assert logits(opened(str(place))).isfinite().all()
     for step in (Gqa(groups=1), ShareKv(layers="1"), NarrowKv(keep=0.5), Linear(), Mla(rank=4)):
-        with pytest.raises(ModelError, match=r"has attention of its own|has no keys and values of their own|has latent attention already"):
+        with pytest.raises(ModelError, match=r"has attention of its own|has no keys and values of their own|has latent attention already|caches latents"):
             run("out", step, place="refused")
+    with pytest.raises(ModelError, match=r"deepseek_v3 makes the keys and values of all heads of one latent, .* change their number before mla"):
+        run("out", Narrow(heads=2), place="refused")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 import effconvert.modeling
 from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.checkpoint.reading import read_config
+from effconvert.convert.inspection import applicable
 from effconvert.convert.plan import plan
 from effconvert.errors import ModelError, OptionError
 from effconvert.heal.refit import Refit
@@ -312,3 +313,19 @@ def test_names_and_notes_say_the_size():
     result = planned(latents="8+16")
     assert "50.0% of the numbers in the cache of these layers stay" in " ".join(result.notes)
     assert NarrowKv.allowed_options(result.checkpoint.config) == "--keep R, or --latents 16+32"
+
+
+def test_inspect_lists_no_technique_for_which_no_layer_is_left():
+    put(Path("source"))
+    run("source", NarrowKv(latents="8+16"), place="all")
+    refusals = applicable(read_config(Path("all")))[1]
+    assert refusals["gqa"].startswith("its narrow-kv fits 4 KV heads")
+    for name in ("streaming", "linear"):
+        assert refusals[name].startswith("this llama has narrow-kv in place of its attention in every layer already"), name
+    run("source", NarrowKv(latents="8+16", layers="0"), place="one")
+    assert "streaming" in applicable(read_config(Path("one")))[0]
+
+
+def test_a_size_that_is_spelt_otherwise_is_refused_with_how_it_is_spelt():
+    with pytest.raises(OptionError, match=r"^--latents is '4-8', and it should be as in its description: Pairs of numbers that RoPE turns \+ other numbers"):
+        NarrowKv(latents="4-8")

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from effconvert.checkpoint.checkpoint import open_checkpoint
+from effconvert.checkpoint.reading import read_config
+from effconvert.convert.inspection import applicable
 from effconvert.convert.plan import plan
 from effconvert.errors import ModelError, OptionError
 from effconvert.heal.refit import Refit
@@ -18,6 +20,7 @@ from effconvert.surgery.depth._fitted import _solution
 from effconvert.surgery.depth._groups import groups_of
 from effconvert.surgery.depth.prune_layers import PruneLayers
 from effconvert.surgery.depth.share_layers import ShareLayers
+from effconvert.surgery.embedding.factor_embed import FactorEmbed
 from effconvert.surgery.mixing.linear import Linear
 from effconvert.surgery.width._fewer import surviving_blocks
 from tests.heal.healing import goes_on_after_a_kill, prose, put, run, tensors
@@ -208,3 +211,24 @@ def test_layers_with_techniques_or_shared_already_are_refused():
     run("source", PruneLayers(layers="2", only="attention"), place="skips")
     with pytest.raises(OptionError, match="layer 2 has no attention, so it is not like others; leave it out of --layers"):
         run("skips", ShareLayers(groups=2))
+
+
+def test_inspect_lists_what_shared_layers_allow():
+    put(Path("source"), num_hidden_layers=4)
+    run("source", ShareLayers(groups=2, pool="first"))
+    allowed, refusals = applicable(read_config(Path("out")))
+    assert allowed["gqa"] == "--groups 1, 2, 4 --pool mean or first"
+    assert allowed["mqa"] == "--pool mean or first"
+    assert refusals["narrow"] == "layer 0 shares its down with others, and narrow would fit it to each of them; narrow first, and share afterwards"
+    run("out", Gqa(groups=2, pool="mean"), place="pooled")  # as it says
+    with pytest.raises(OptionError, match="would give each of them another"):
+        run("out", Gqa(groups=2), place="refused")
+
+
+def test_refit_says_where_nothing_is_left_to_make_up_for_the_embedding():
+    put(Path("source"), num_hidden_layers=4)
+    outcome = run("source", FactorEmbed(rank="6", blocks=1), ShareLayers(groups=1, pool="first"), Refit())
+    assert any("all layers share the parameters that would make up for factor-embed, so nothing is refitted" in note for note in outcome.plan.notes)
+    run("source", FactorEmbed(rank="6", blocks=1), ShareLayers(groups=1, pool="first"), place="plain")
+    before, after = tensors(Path("plain")), tensors(Path("out"))
+    assert all(torch.equal(before[name], after[name]) for name in before)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
@@ -53,7 +53,7 @@ class Gqa(Surgery):
     @classmethod
     def allowed_options(cls, config: Config) -> str:
         """Name the numbers of groups that divide the model's KV heads."""
-        return f"--groups {', '.join(map(str, choices(config)))}"
+        return f"--groups {', '.join(map(str, choices(config)))}{pooling(config)}"
 
     def check(self, config: Config) -> None:
         """Refuse a number of groups that the heads or the family do not allow."""
@@ -132,6 +132,18 @@ def choices(config: Config) -> list[int]:
         reader = config.readers[0]
         raise ModelError(f"layer {reader} reads the keys and values of layer {config.cache_of(reader)}; pool heads first, and share the cache afterwards")
     return [count for count in range(1, config.kv_heads + 1) if config.kv_heads % count == 0]
+
+
+def pooling(config: Config) -> str:
+    """Return the rules of pooling that this model allows, where these are not all.
+
+    Raises:
+        ModelError: a technique is fitted to the heads that there are.
+    """
+    if config.kv_heads > 1:
+        config.with_kv_heads(1)
+    shared = any(config.shares(layer, "k") for layer in range(config.layers))  # calibrated rules would pool in each of these layers otherwise
+    return f" --pool {' or '.join(rule for rule in get_args(Pool) if rule not in CALIBRATED_RULES)}" if shared else ""
 
 
 def _either(numbers: list[int]) -> str:

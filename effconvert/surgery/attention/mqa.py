@@ -5,7 +5,7 @@ from __future__ import annotations  # type imports stay lazy: `--help` must not 
 from typing import TYPE_CHECKING, ClassVar
 
 from effconvert.surgery._surgery import Facts
-from effconvert.surgery.attention.gqa import Gqa, Grouping, choices
+from effconvert.surgery.attention.gqa import Gqa, Grouping, choices, pooling
 
 if TYPE_CHECKING:
     from effconvert.checkpoint.config import Config
@@ -36,4 +36,4 @@ class Mqa(Gqa):
     def allowed_options(cls, config: Config) -> str:
         """Nothing to choose."""
         choices(config)
-        return "as it is"
+        return pooling(config).strip() or "as it is"

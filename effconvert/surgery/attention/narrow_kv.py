@@ -70,6 +70,8 @@ class NarrowKv(Replacement):
     def check_family(cls, config: Config) -> None:
         """Refuse attention that is more than four projections and RoPE."""
         super().check_family(config)
+        if config.latent:
+            raise ModelError(f"{config.kind} caches latents in place of keys and values, which are narrow already; give mla a smaller --rank instead")
         config.check_interface()
         if config.normed:
             raise ModelError(f"queries and keys of {config.kind} go through a norm, which is of each head, so heads cannot be mixed; gqa and share-kv apply")

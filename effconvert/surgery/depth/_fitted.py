@@ -15,6 +15,7 @@ from torch import Tensor
 
 from effconvert.checkpoint.layer import Layer
 from effconvert.surgery._ridge import HELD_OUT, TINY, Moments, ridge
+from effconvert.surgery.depth._normed import follow_normed, has_norm_behind
 from effconvert.surgery.width._fewer import DAMPING, surviving_blocks, survivors
 
 DONORS = 2  # most layers of a group whose heads and neurons are candidates
@@ -22,23 +23,30 @@ ROUNDS = 2  # how often outputs are fitted on the path through the shared layers
 States = Sequence[Tensor]  # hidden states, [B, T, M] for each batch
 
 
-def fit_layer(layer: Layer, path: Sequence[Layer], group: Sequence[int]) -> None:
+def fit_layer(layer: Layer, path: Sequence[Layer], group: Sequence[int], norms: Sequence[str] = ()) -> None:
     """Give `layer` the parameters that the layers of a group share.
 
     Args:
         layer: the first of the group.
         path: all layers of the model from the first to the last of the group.
         group: numbers of the layers that share.
+        norms: norms that they share too, with their biases.
     """
     inputs = inputs_of(layer, path, group)
     members = [member.unchanged for member in path if member.index in group]
     donors = [members[place * (len(members) - 1) // (DONORS - 1)] for place in range(DONORS)]
     _fit_attention(layer, members, donors, inputs)
     _fit_ffn(layer, members, donors, inputs)
+    for part in norms:
+        layer[part] = torch.stack([member[part] for member in members]).mean(0)
+    shared = [part for part in layer if part in norms or part.removesuffix(".bias") in ("q", "k", "v", "o", "gate", "up", "down")]
     if len(path) == len(group):  # else layers that are not converted yet are on the path
         for _ in range(ROUNDS):
             for part in ("o", "down"):
-                _follow(layer, members, part)
+                if has_norm_behind(layer, part):
+                    follow_normed(layer, members, part, shared)
+                else:
+                    _follow(layer, members, part, shared)
 
 
 def inputs_of(layer: Layer, path: Sequence[Layer], group: Sequence[int]) -> dict[int, States]:
@@ -128,10 +136,10 @@ def _fit_outputs(layer: Layer, members: Sequence[Layer], part: str, moments: Seq
         layer[f"{part}.bias"] = torch.stack([member[f"{part}.bias"] for member in members]).mean(0)
 
 
-def _follow(layer: Layer, members: Sequence[Layer], part: str) -> None:
+def _follow(layer: Layer, members: Sequence[Layer], part: str, names: Sequence[str]) -> None:
     """Fit an output projection once more, on the path through the shared layers, to the stream that stands behind it in the original.
 
-    What comes out of a norm is not linear in the weights before it, so where a norm follows this leaves them as they are.
+    What comes out of a norm is not linear in the weights before it, so where a norm other than a stream's LayerNorm follows, this leaves them as they are.
     """
     assert layer.activations
     if layer.config.norms_stream or {"o": "attn_post_norm", "down": "mlp_post_norm"}[part] in layer:
@@ -139,7 +147,7 @@ def _follow(layer: Layer, members: Sequence[Layer], part: str) -> None:
     moments = (Moments(), Moments())
     states: States = layer.activations.states
     for member in members:
-        shared = with_parts(member, {name: layer[name] for name in layer if name.removesuffix(".bias") in ("q", "k", "v", "o", "gate", "up", "down")})
+        shared = with_parts(member, {name: layer[name] for name in names})
         half = with_parts(shared, {name: torch.zeros_like(shared[name]) for name in ("down", "down.bias") if name in shared})
         step = 2 * member.originals[-1] + (1 if part == "o" else 2)
         window, after = 0, []

@@ -5,12 +5,12 @@ from __future__ import annotations  # type imports stay lazy: `--help` must not 
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from effconvert.errors import ModelError
+from effconvert.families.encoders import BERT_DEFAULTS
 from effconvert.surgery._surgery import Facts
 from effconvert.surgery.mixing._mixing import TokenMixing
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from effconvert.checkpoint.outer import Outer
     from effconvert.surgery._replacement import PlaceContext
 
-# Defaults of BERT's config that differ from those of the native family's.
-BERT_DEFAULTS = {"hidden_act": "gelu", "type_vocab_size": 2, "layer_norm_eps": 1e-12, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
 ATTENTION_KEYS = ("num_attention_heads", "num_key_value_heads", "attention_probs_dropout_prob", "use_cache", "torch_dtype")
 LARGE_OUTPUT = "the transform's output is about sqrt(T M / 2) times the residual, and a norm follows: little of the residual is left before training"
 NATIVE = (
@@ -73,8 +71,7 @@ class Fnet(TokenMixing):
             return None
         with suppress(ModelError):  # a class with a head that the native family lacks
             fourier_config = config.become(config.family.fourier)
-            raw = {key: value for key, value in fourier_config.raw.items() if key not in ATTENTION_KEYS}
-            return replace(fourier_config, raw={**BERT_DEFAULTS, **raw, "dtype": "float32"})
+            return fourier_config.with_keys({**BERT_DEFAULTS, **fourier_config.raw, "dtype": "float32"}).without(*ATTENTION_KEYS)
         return None
 
     def config(self, config: Config) -> Config:

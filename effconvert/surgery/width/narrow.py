@@ -58,9 +58,13 @@ class Narrow(Surgery):
     def allowed_options(cls, config: Config) -> str:
         """The numbers that there are."""
         options, refusals = [], []
-        for flag, change, count in (("--ffn F", config.with_ffn, "ffn"), ("--heads H", config.with_heads, "heads")):
+        for flag, change, count, part in (("--ffn F", config.with_ffn, "ffn", "down"), ("--heads H", config.with_heads, "heads", "o")):
             try:
                 change(getattr(config, count))
+                if shared := [layer for layer in range(config.layers) if config.shares(layer, part)]:
+                    raise ModelError(
+                        f"layer {shared[0]} shares its {part} with others, and narrow would fit it to each of them; narrow first, and share afterwards"
+                    )
                 options.append(f"{flag}, fewer than {getattr(config, count)}")
             except ModelError as error:
                 refusals.append(error)
