@@ -13,7 +13,7 @@ from effconvert.checkpoint.belonging import text_of
 from effconvert.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from effconvert.checkpoint.digest import file_hash
 from effconvert.checkpoint.manifest import CARD, MANIFEST, RECIPE, read_manifest, save_manifest
-from effconvert.convert import drafts, output, processes, selftext
+from effconvert.convert import drafts, output, processes, selftext, training_text
 from effconvert.convert import train as training
 from effconvert.convert.calibration import check_caches
 from effconvert.convert.calibration import prepare as prepare_calibration
@@ -90,7 +90,7 @@ def _convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progr
         output.check_free(target, options.overwrite)
     surgeries, choices = decide(checkpoint, surgeries, teacher, options, progress)
     conversion = _plan(checkpoint, surgeries, teacher, options, choices)
-    to_train = training.read_text(conversion) if isinstance(surgeries[-1], Distill) else None
+    to_train = training_text.read_text(conversion) if isinstance(surgeries[-1], Distill) else None
     conversion, moved = replace(conversion, trained_on=to_train.sha256 if to_train else ""), dict[str, Any]()
     if to_train and not processes.is_first():
         return _follow(conversion, to_train, target)
@@ -170,7 +170,7 @@ def _write(conversion: Plan, partial: Path, target: Path, progress: Progress) ->
 
 
 def _distill(
-    conversion: Plan, text: training.TrainingText, partial: Path, target: Path, options: RunOptions, progress: Progress, tell: processes.Tell
+    conversion: Plan, text: training_text.TrainingText, partial: Path, target: Path, options: RunOptions, progress: Progress, tell: processes.Tell
 ) -> dict[str, Any]:
     """Convert by the steps before the last, distil the result, write the best model on the way, and return what the manifest says of that."""
     place, student, record = training.begin(conversion, target), conversion.checkpoint.folder, dict[str, Any]()
@@ -189,7 +189,7 @@ def _distill(
     return {**record, "distillation": asdict(distilled)}
 
 
-def _follow(conversion: Plan, text: training.TrainingText, target: Path) -> Outcome:
+def _follow(conversion: Plan, text: training_text.TrainingText, target: Path) -> Outcome:
     """Train beside the first process, which converts, reports and writes."""
     if student := processes.told():
         training.train(conversion, Path(student), text, target, NoProgress())

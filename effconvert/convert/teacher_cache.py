@@ -37,15 +37,22 @@ OTHER = {  # entries of the key that people do not read -> what differs
 }
 
 
+def options_of(plan: Plan) -> Distill:
+    """Return the options of the last step of a plan, which is a distillation."""
+    options = plan.surgeries[-1]
+    assert isinstance(options, Distill)
+    return options
+
+
 def kept_of(plan: Plan) -> Kept:
     """Return what is kept of each prediction."""
-    options = _options(plan)
+    options = options_of(plan)
     return KINDS[options.cache_kind](options.cache_size, min(plan.config.vocabulary, plan.teacher.config.vocabulary))
 
 
 def key_of(plan: Plan, windows: Windows) -> dict[str, Any]:
     """Return what predictions are of: two folders with the same key are interchangeable."""
-    options, tokenizer = _options(plan), loading.load_tokenizer(plan.checkpoint.folder)
+    options, tokenizer = options_of(plan), loading.load_tokenizer(plan.checkpoint.folder)
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     return {
         "format": FORMAT,
@@ -86,7 +93,7 @@ def check_cache(plan: Plan, output: Path, windows: Windows) -> None:
 
 def most_bytes(plan: Plan, windows: Windows) -> int:
     """Estimate the bytes that the predictions of a text take on disk."""
-    options, kept = _options(plan), kept_of(plan)
+    options, kept = options_of(plan), kept_of(plan)
     needed = min(len(windows.train), options.steps * options.windows)
     return needed * options.window * (kept.bytes_per_token + 4) + 4 * plan.teacher.config.hidden * (len(windows.held_out) * options.window + kept.vocabulary)
 
@@ -98,7 +105,7 @@ def filled(plan: Plan, windows: Windows, progress: Progress) -> TeacherCache:
         OptionError: the folder is of something else, damaged, or in use.
         EffconvertError: the disk is full.
     """
-    options, folder = _options(plan), _folder(plan)
+    options, folder = options_of(plan), _folder(plan)
     order = torch.randperm(len(windows.train), generator=torch.Generator().manual_seed(ORDER))
     train = [windows.train[index] for index in order.tolist()]
     cache = TeacherCache(folder, kept_of(plan), options.temperature, train, min(len(train), options.steps * options.windows), windows.held_out)
@@ -127,14 +134,8 @@ def record(cache: TeacherCache) -> dict[str, Any]:
     return {"kind": type(cache.kept).__name__.lower(), "size": cache.kept.size, "windows": cache.needed, "bytes_per_token": round(cache.disk / tokens, 1)}
 
 
-def _options(plan: Plan) -> Distill:
-    options = plan.surgeries[-1]
-    assert isinstance(options, Distill)
-    return options
-
-
 def _folder(plan: Plan) -> Path:
-    folder = _options(plan).cache_teacher
+    folder = options_of(plan).cache_teacher
     assert folder is not None
     return folder
 

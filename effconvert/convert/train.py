@@ -3,11 +3,9 @@
 `OUT.training` holds the converted model and the Trainer's checkpoints while that runs. The same command goes on there.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +17,22 @@ from effconvert.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from effconvert.checkpoint.manifest import to_disk
 from effconvert.checkpoint.shards import FLOATS, StoredTensor, as_bytes, copy_run, header
 from effconvert.convert import processes
-from effconvert.convert.calibration import DOCSTRINGS, special_ends
 from effconvert.convert.plan import Plan, Target
-from effconvert.convert.selftext import SELF
-from effconvert.convert.teacher_cache import check_cache, filled, most_bytes
+from effconvert.convert.teacher_cache import check_cache, filled, most_bytes, options_of
 from effconvert.convert.teacher_cache import record as cache_record
+from effconvert.convert.training_text import TrainingText, items
 from effconvert.convert.write import write_others
-from effconvert.errors import EffconvertError, ModelError, OptionError
-from effconvert.eval.quality.perplexity import beginning, windows
-from effconvert.eval.quality.text import MOST, ROWS, Documents, Text, calibration_text, read_calibration, read_documents
+from effconvert.errors import EffconvertError, OptionError
 from effconvert.eval.training import Point, Training
-from effconvert.heal._documents import Filled, predicted_tokens, windows_of_conversations, windows_of_texts
-from effconvert.heal._windows import Windows, held_out, masked, next_tokens, repeating, unlabelled
-from effconvert.heal.distill import Distill
 from effconvert.modeling import loading
 from effconvert.modeling.transformers_internals import reporting_integrations
-from effconvert.paths import expand
+from effconvert.paths import real
 from effconvert.progress import Advance, Progress
 from effconvert.quantities import size
 
 MARK = "effconvert-training.json"  # in OUT.training: which conversion it belongs to
-LEAST = 4  # windows of a text to train on
+CHECKPOINTS = 4  # at a time: the last two, the best, and one that is being written
 TRAINING = 16  # bytes for each weight: itself, its gradient and the two moments of AdamW, in float32
-
-
-def _options(plan: Plan) -> Distill:
-    """Return the options of the last step of a plan, which is a distillation."""
-    options = plan.surgeries[-1]
-    assert isinstance(options, Distill)
-    return options
 
 
 def training_folder(output: Path) -> Path:
@@ -55,7 +40,7 @@ def training_folder(output: Path) -> Path:
     return output.with_name(output.name + ".training")
 
 
-def check_training(plan: Plan, output: Path, text: "TrainingText") -> None:
+def check_training(plan: Plan, output: Path, text: TrainingText) -> None:
     """Refuse folders that are somebody else's, and models that do not fit memory, before anything is written.
 
     Raises:
@@ -69,155 +54,39 @@ def check_training(plan: Plan, output: Path, text: "TrainingText") -> None:
             f"{gpus} GPUs are visible, and this is one process; start one for each (accelerate launch --num_processes {gpus} -m effconvert ...), "
             "or choose a GPU with CUDA_VISIBLE_DEVICES=0"
         )
-    report_to = _options(plan).report_to
+    report_to = options_of(plan).report_to
     if report_to not in ("none", "all") and report_to not in (installed := reporting_integrations()):
         raise OptionError(f"--report-to {report_to} is not installed, or transformers does not know it; give none, all, or one of: {', '.join(installed)}")
     need, free = training_bytes(plan), psutil.virtual_memory().available
     if not torch.accelerator.is_available() and need > free:
         raise OptionError(f"distill needs {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; use refit or transfer, or a larger machine")
+    place = next(parent for parent in real(folder).parents if parent.exists())
+    if (need := checkpoint_bytes(plan)) > (free := shutil.disk_usage(place).free):
+        raise OptionError(f"{folder} needs up to {size(need)} for checkpoints, and {place} has {size(free)} free; give an --output on another disk")
     if getattr(plan.surgeries[-1], "cache_teacher", None):
         check_cache(plan, output, items(plan, text))
 
 
 def training_bytes(plan: Plan) -> int:
     """Estimate the bytes of memory of a distillation: the weights being trained, the teacher, and activations of a step."""
-    options = _options(plan)
+    options = options_of(plan)
     config, tokens = plan.config, options.windows * options.window
     activations = 4 * tokens * config.layers * (12 * config.hidden + 3 * config.ffn + config.heads * options.window)
     student, teacher = TRAINING * plan.after.parameters + activations, plan.before.bytes
     return max(student + 4 * config.vocabulary * config.hidden, teacher) if options.cache_teacher else student + teacher  # of a cached teacher the head alone
 
 
-def remarks(plan: Plan, text: "TrainingText") -> tuple[str, ...]:
+def checkpoint_bytes(plan: Plan) -> int:
+    """Estimate the bytes of disk of checkpoints: weights and the optimiser's two moments, in float32."""
+    return CHECKPOINTS * 12 * plan.after.parameters
+
+
+def remarks(plan: Plan, text: TrainingText) -> tuple[str, ...]:
     """Return what the plan says of memory, and of the disk that a teacher's predictions take."""
-    told = f"training takes about {size(training_bytes(plan))} of memory"
+    told = f"training takes about {size(training_bytes(plan))} of memory, and until it is done {size(checkpoint_bytes(plan))} of disk"
     if folder := getattr(plan.surgeries[-1], "cache_teacher", None):
         return told, f"the original's predictions take up to {size(most_bytes(plan, items(plan, text)))} in {folder}; those that are there already are read"
     return (told,)
-
-
-@dataclass(frozen=True)
-class TrainingText:
-    """A text to train on, in windows [N, T]."""
-
-    name: str
-    ids: Tensor
-    predicted: Tensor | None = None  # bool [N, T]: which tokens are predicted, in windows of one document each
-
-    @property
-    def sha256(self) -> str:
-        """The hash of all windows."""
-        parts = [self.ids, *([self.predicted] if self.predicted is not None else [])]
-        return hashlib.sha256(f"{[*self.ids.shape]}".encode() + b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
-
-
-def read_text(plan: Plan) -> TrainingText:
-    """Read the text of a distillation, before anything is written.
-
-    Raises:
-        OptionError: it cannot be read, or is too short; or a window is longer than the models read.
-        ModelError: the model has no tokenizer, or another one or another vocabulary than the teacher.
-    """
-    options, folder, config = _options(plan), plan.checkpoint.folder, plan.checkpoint.config
-    if not loading.has_tokenizer(folder):
-        raise ModelError(f"{folder} has no tokenizer, so it cannot be trained on a text; put it there")
-    if options.data == SELF:
-        raise OptionError("--data self is not possible: training needs more text than a model writes in time; give a file, or a dataset")
-    if options.windows % processes.count():
-        raise OptionError(f"a step has {options.windows} windows, which {processes.count()} processes cannot share evenly; change --batch-tokens")
-    if options.cache_teacher and processes.count() > 1:
-        raise OptionError("--cache-teacher is for one process; fill the folder with one, or leave it out")
-    tokenizer = loading.load_tokenizer(folder)
-    _check_tokenizers(plan, tokenizer)
-    longest = min(config.longest or MOST, plan.teacher.config.longest or MOST)
-    if options.window > longest:
-        raise OptionError(f"--window {options.window} is more than the {longest} tokens that the models read; give at most that")
-    vocabulary = min(config.vocabulary, plan.teacher.config.vocabulary)
-    text = _source(options)
-    if isinstance(text, Documents):
-        return _windows_of(text, plan, tokenizer, vocabulary)
-    before, after = ((), ()) if config.decoder else special_ends(tokenizer)
-    body = options.window - len(before) - len(after)
-    ids = windows(tokenizer, text, body, MOST, vocabulary)
-    if len(ids) < LEAST:
-        raise OptionError(f"{text.name} has {ids.numel()} tokens, and --window {options.window} needs {LEAST * options.window}; give a longer --data")
-    around = (torch.tensor(end, dtype=ids.dtype).expand(len(ids), -1) for end in (before, after))
-    return TrainingText(text.name, torch.cat([next(around), ids, next(around)], 1))
-
-
-def _source(options: Distill) -> Text | Documents:
-    """Read --data: a text, or the documents that have windows of their own.
-
-    Raises:
-        OptionError: it cannot be read, or --packing documents has none.
-    """
-    path = expand(options.data)
-    if options.data == DOCSTRINGS or (path.is_file() and not path.name.endswith(ROWS)):
-        if options.packing == "documents":
-            raise OptionError(f"--packing documents needs documents, and --data {options.data} is one text; give JSON lines, parquet or a dataset")
-        return calibration_text() if options.data == DOCSTRINGS else read_calibration(options.data, "--data")
-    documents = read_documents(options.data, "--data")
-    return documents if options.packing == "documents" or documents.conversations else documents.joined
-
-
-def _windows_of(documents: Documents, plan: Plan, tokenizer: Any, vocabulary: int) -> TrainingText:
-    """Return windows of one document each.
-
-    Raises:
-        OptionError: there are too few, or --recall, which would copy what fills windows up.
-        ModelError: the model does not predict next tokens, or the tokenizer does not fit it.
-    """
-    options, config = plan.surgeries[-1], plan.checkpoint.config
-    assert isinstance(options, Distill)
-    if not (config.decoder and config.predicts):
-        raise ModelError(f"windows of one document each are for models that predict the next token, and {config.architecture} does not; give a joined text")
-    if options.recall:
-        raise OptionError("--recall copies passages within full windows, and windows of one document each are filled up; leave it out, or join the text")
-    if documents.conversations:
-        found = windows_of_conversations(tokenizer, documents.conversations, options.window)
-    else:
-        found = windows_of_texts(tokenizer, beginning(tokenizer, documents.texts[0]), documents.texts, options.window)
-    if len(found.ids) < LEAST:
-        raise OptionError(
-            f"{documents.name} makes {len(found.ids)} windows of --window {options.window}, and at least {LEAST} are needed; give a longer --data"
-        )
-    if found.ids.max() >= vocabulary:
-        raise ModelError(f"the tokenizer gives the token {int(found.ids.max())} and the model has {vocabulary}: they do not belong together")
-    return TrainingText(documents.name, found.ids, found.predicted)
-
-
-def _check_tokenizers(plan: Plan, tokenizer: Any) -> None:
-    """Refuse a teacher that reads a text as other tokens."""
-    if plan.teacher.folder == plan.checkpoint.folder or not loading.has_tokenizer(plan.teacher.folder):
-        return
-    own, theirs = tokenizer.get_vocab(), loading.load_tokenizer(plan.teacher.folder).get_vocab()
-    if own != theirs:
-        other = sum(theirs.get(token) != number for token, number in own.items())
-        raise ModelError(
-            f"the teacher's tokenizer is another one: of {len(own):,} tokens of the student, {other:,} have another number there or none, so predictions "
-            "cannot be compared; name a teacher with the same tokenizer"
-        )
-
-
-def items(plan: Plan, text: TrainingText) -> Windows:
-    """Return what the model is trained on and what is held out.
-
-    Raises:
-        ModelError: it is a masked language model, and its tokenizer has no mask.
-    """
-    options, config = _options(plan), plan.checkpoint.config
-    chosen = held_out(len(text.ids))
-    if text.predicted is not None:
-        return Windows(*(predicted_tokens(Filled(text.ids[rows], text.predicted[rows])) for rows in (~chosen, chosen)))
-    parts = repeating(text.ids[~chosen], options.recall), text.ids[chosen]
-    if not config.predicts:
-        return Windows(*map(unlabelled, parts))
-    if config.decoder:
-        return Windows(*map(next_tokens, parts))
-    tokenizer = loading.load_tokenizer(plan.checkpoint.folder)
-    if tokenizer.mask_token_id is None:
-        raise ModelError(f"the tokenizer in {plan.checkpoint.folder} has no mask token, so a masked language model cannot be trained with it; put it there")
-    return Windows(*(masked(ids, tokenizer.mask_token_id, tokenizer.all_special_ids, config.vocabulary) for ids in parts))
 
 
 def train(plan: Plan, student: Path, text: TrainingText, output: Path, progress: Progress) -> tuple[Path, Training]:
@@ -226,9 +95,11 @@ def train(plan: Plan, student: Path, text: TrainingText, output: Path, progress:
     Raises:
         ModelError: a model computes NaN, or its logits in a way that is not known.
     """
-    from effconvert.heal._distilling import Distiller, Report, distill  # imports transformers' Trainer, which is slow
+    from effconvert.heal._distiller import Distiller  # imports transformers' Trainer, which is slow
+    from effconvert.heal._distilling import distill
+    from effconvert.heal._training_log import Report
 
-    options, folder, checkpoint = _options(plan), training_folder(output), open_checkpoint(student)
+    options, folder, checkpoint = options_of(plan), training_folder(output), open_checkpoint(student)
     data, predicts, kind = items(plan, text), checkpoint.config.predicts and plan.teacher.config.predicts, Distiller
     cache: dict[str, Any] | None = None
     if options.cache_teacher:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from effconvert.heal._distilling import Distiller, Predictions
+from effconvert.heal._distiller import Distiller, Predictions
 from effconvert.heal._kept import KeptObjective
 from effconvert.heal._objective import Head
 from effconvert.heal._teacher_cache import HeldOutWindows, TeacherCache

@@ -30,5 +30,5 @@ def ends(self, args, state, control, **more):
 if fsdp == "1":
     PartialState.__init__ = as_on_gpus
 if int(die):
-    _distilling._Report.on_step_begin = ends
+    _distilling.Reporter.on_step_begin = ends
 main(arguments)

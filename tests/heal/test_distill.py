@@ -11,7 +11,7 @@ from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.convert import train as training
 from effconvert.convert.plan import plan
 from effconvert.errors import EffconvertError, ModelError, OptionError
-from effconvert.heal import _distilling
+from effconvert.heal import _distiller, _distilling
 from effconvert.heal._hidden import distance
 from effconvert.heal._objective import ROWS, Objective, head_of
 from effconvert.heal._windows import UNLABELLED, held_out, masked, repeating
@@ -158,7 +158,7 @@ def test_a_model_that_training_makes_worse_stays_as_it_is():
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(steps, monkeypatch):
     put(Path("model"), attention_bias=False, mlp_bias=False, noise=1.0, only="weight")
     run("model", *steps, Distill(**SHORT), place="whole")
-    real = _distilling._Report.on_step_end
+    real = _distilling.Reporter.on_step_end
 
     def stop(self, args, state, control, **more):
         real(self, args, state, control, **more)
@@ -166,7 +166,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(steps, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(_distilling._Report, "on_step_end", stop)
+        patch.setattr(_distilling.Reporter, "on_step_end", stop)
         with pytest.raises(KeyboardInterrupt):
             run("model", *steps, Distill(**SHORT), place="resumed")
     assert not Path("resumed").exists()
@@ -181,7 +181,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(steps, monkeypatch):
 def test_a_checkpoint_that_a_kill_left_unfinished_is_left_out(monkeypatch):
     put(Path("model"), noise=1.0, only="weight")
     run("model", Gqa(groups=1), Distill(**SHORT), place="whole")
-    real = _distilling._Report.on_step_end
+    real = _distilling.Reporter.on_step_end
 
     def stop(self, args, state, control, **more):
         real(self, args, state, control, **more)
@@ -189,7 +189,7 @@ def test_a_checkpoint_that_a_kill_left_unfinished_is_left_out(monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(_distilling._Report, "on_step_end", stop)
+        patch.setattr(_distilling.Reporter, "on_step_end", stop)
         with pytest.raises(KeyboardInterrupt):
             run("model", Gqa(groups=1), Distill(**SHORT), place="resumed")
     checkpoints = sorted(Path("resumed.training/checkpoints").iterdir(), key=lambda path: int(path.name.rpartition("-")[2]))
@@ -269,6 +269,14 @@ def test_too_little_memory_is_said_before_anything_is_written(monkeypatch):
     monkeypatch.setattr(training, "training_bytes", lambda plan: 10**15)
     with pytest.raises(OptionError, match=r"distill needs 1000000\.0 GB of memory"):
         run("model", Gqa(groups=1), Distill(**SHORT))
+    assert not Path("out.training").exists()
+
+
+def test_too_small_a_disk_is_said_before_anything_is_written(monkeypatch):
+    put(Path("model"))
+    monkeypatch.setattr(training, "checkpoint_bytes", lambda plan: 10**17)
+    with pytest.raises(OptionError, match=r"out\.training needs up to .* for checkpoints, and .* has .* free; give an --output on another disk"):
+        run("model", Gqa(groups=1, pool="mean"), Distill(**SHORT))
     assert not Path("out.training").exists()
 
 
@@ -448,7 +456,7 @@ def test_what_a_device_or_a_disk_cannot_do_is_said_and_nothing_is_lost(error, me
             raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(_distilling._Report, "on_step_end", fail)
+        patch.setattr(_distilling.Reporter, "on_step_end", fail)
         with pytest.raises(EffconvertError, match=message):
             run("model", Gqa(groups=1, pool="mean"), Distill(**SHORT))
     assert Path("out.training/checkpoints/checkpoint-20/config.json").is_file()
@@ -457,7 +465,7 @@ def test_what_a_device_or_a_disk_cannot_do_is_said_and_nothing_is_lost(error, me
 
 def test_no_cache_is_kept_while_it_trains(monkeypatch):
     put(Path("model"))
-    seen, real = [], _distilling.hidden_states
+    seen, real = [], _distiller.hidden_states
 
     def watched(base, *more):
         handle = base.register_forward_hook(lambda *found: seen.append(found[-1]))
@@ -465,7 +473,7 @@ def test_no_cache_is_kept_while_it_trains(monkeypatch):
         handle.remove()
         return states
 
-    monkeypatch.setattr(_distilling, "hidden_states", watched)
+    monkeypatch.setattr(_distiller, "hidden_states", watched)
     run("model", Gqa(groups=1, pool="mean"), Distill(**{**SHORT, "train_tokens": 1024}))
     assert seen
     assert all(output.past_key_values is None for output in seen)

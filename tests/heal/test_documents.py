@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from effconvert.convert.train import items, read_text
+from effconvert.convert.training_text import items, read_text
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality.text import read_calibration
 from effconvert.heal._documents import predicted_tokens, windows_of_conversations, windows_of_texts
