@@ -225,3 +225,12 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(OptionError, match="--ffn is 0"):
         Narrow(ffn=0)
     assert not Path("out").exists()
+
+
+def test_a_narrower_stream_is_refused_with_the_reason(command):
+    put(Path("source"))
+    told = command("narrow", "source", "--hidden", "16")
+    assert told.exit_code == 2
+    assert "a head that is tied to the embedding cannot follow its rotation" in told.output
+    with pytest.raises(OptionError, match="the width of the stream stays"):
+        Narrow(hidden=16)

@@ -49,6 +49,13 @@ class Narrow(Surgery):
         json_schema_extra={"metavar": "H"},
     )
 
+    @classmethod
+    def unknown(cls, name: str) -> str:
+        """Return the message for an unknown option `name`; for `--hidden` with the reason."""
+        if name == "hidden":
+            return "the width of the stream stays: a head that is tied to the embedding cannot follow its rotation (docs/log.md); give --ffn or --heads"
+        return super().unknown(name)
+
     @property
     def label(self) -> str:
         """The name, with the numbers that are given."""
