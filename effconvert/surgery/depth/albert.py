@@ -32,13 +32,13 @@ class Albert(Surgery):
     transformers opens the result without effconvert. --groups G stores G layers, each for a group of neighbours, which share their norms too: it is
     fitted to what all of them compute, as in share-layers, which leaves each its own norms and loses less. --embedding E makes the tables of tokens,
     positions and types E numbers wide, with a norm over E numbers and a matrix to the width of the layers, fitted to the original's embeddings. With all
-    layers and the full width no logit changes, and nothing is saved. A narrow embedding costs little. Shared layers cost much without training: drop
-    layers first (prune-layers). docs/albert.md has measurements. Lan et al. 2019, arXiv 1909.11942.
+    layers and the full width no logit changes, and nothing is saved. A narrow embedding costs little. Shared layers cost much without training:
+    dropping layers first (prune-layers) is better. docs/albert.md has measurements. Lan et al. 2019, arXiv 1909.11942.
 
     \b
     Examples:
       effconvert albert --embedding 128 google-bert/bert-base-uncased -o ./thin
-      effconvert albert --groups 3 --embedding 128 ./all-MiniLM-L6-v2
+      effconvert albert --groups 3 --embedding 128 ./all-MiniLM-L6-v2 -o ./shared
     """
 
     facts: ClassVar[Facts] = Facts("a bert", saves="parameters", native="albert", exact="with all layers, and an embedding of full width")
