@@ -14,6 +14,8 @@ from effconvert.eval.quality.evaluate import evaluate, prepare
 from effconvert.eval.results import Benchmark, Evaluation, check_output, machine, read, save, versions
 from effconvert.eval.speed.bench import bench, contexts_of, device_of
 from effconvert.eval.subject import open_model
+from effconvert.heal.distill import Distill
+from effconvert.heal.transplant import Transplant
 from effconvert.options import Conversion, RunOptions
 from effconvert.paths import expand, real
 from effconvert.progress import Advance, NoProgress, Progress, Unit
@@ -99,7 +101,7 @@ def _plan(recipe: Recipe, recipes: Sequence[Recipe], progress: Progress) -> tupl
     if recipe.report:
         check_drawing()
     outcomes = [
-        convert(model, (*before, *steps), _options(recipe, folder, revision=revision, dry_run=True), progress, reuse=True)
+        convert(model, _as_one(before, steps), _options(recipe, folder, revision=revision, dry_run=True), progress, reuse=True)
         for steps, folder in zip(_stages(recipe), outputs(recipe), strict=True)
     ]
     first = _first(model, revision)
@@ -110,6 +112,16 @@ def _plan(recipe: Recipe, recipes: Sequence[Recipe], progress: Progress) -> tupl
         device_of(recipe.bench)
         contexts_of([open_model(first)], recipe.bench)
     return tuple(outcomes)
+
+
+def _as_one(before: Sequence[Step], steps: Sequence[Step]) -> tuple[Step, ...]:
+    """Return the steps of a plan that goes through a model which is not written yet, without those that need it on disk; they change no shape."""
+    chain = (*before, *steps)
+    if not before:
+        return chain
+    last = len(chain) - 1
+    known = tuple(step for at, step in enumerate(chain) if not isinstance(step, Transplant) and (at == last or not isinstance(step, Distill)))
+    return known or chain[:1]
 
 
 def _check_files(recipe: Recipe, recipes: Sequence[Recipe]) -> None:

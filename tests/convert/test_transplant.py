@@ -17,11 +17,12 @@ from effconvert.heal.refit import Refit
 from effconvert.heal.transplant import Transplant
 from effconvert.hub.card_data import history
 from effconvert.recipe import read
+from effconvert.replay import replay
 from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.depth.prune_layers import PruneLayers
 from effconvert.surgery.ffn.moe import Moe
 from effconvert.surgery.mixing.linear import Linear
-from tests.heal.healing import opened, put, run, tensors
+from tests.heal.healing import opened, prose, put, run, tensors
 from tests.surgery.test_prune_layers import deep
 
 BOTH = Transplant(base="base", instruct="instruct")
@@ -157,6 +158,36 @@ def test_a_run_that_was_killed_goes_on_and_one_that_is_done_is_known(monkeypatch
     rewrite("instruct", 1.5)
     with pytest.raises(OptionError, match="out exists"):
         effconvert.convert.run.convert("converted", (BOTH,), effconvert.options.RunOptions(output=Path("out"), verify=False), reuse=True)
+
+
+def test_recipes_that_convert_transplant_and_distil_in_one_file():
+    pair()
+    Path("text.txt").write_text(prose())
+    Path("recipes.yaml").write_text("""
+model: base
+output: converted
+verify: false
+steps: [{gqa: {groups: 1, pool: mean}}]
+---
+model: converted
+output: moved
+verify: false
+steps: [{transplant: {base: base, instruct: instruct}}]
+---
+model: moved
+output: trained
+verify: false
+steps: [{distill: {teacher: instruct, data: text.txt, window: 32, batch-tokens: 128, train-tokens: 1024, rate: 0.003}}]
+---
+model: trained
+output: thinner
+verify: false
+steps: [{streaming: {window: 16}}]
+""")
+    for dry_run in (True, False):
+        assert len(replay(read(Path("recipes.yaml")), dry_run)) == 4
+    assert told("moved")["left"]
+    assert [*history(json.loads(Path("thinner/effconvert.json").read_text())).techniques] == ["gqa", "transplant", "distill", "streaming"]
 
 
 def test_a_dry_run_writes_nothing():
