@@ -6,7 +6,7 @@ import json
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -16,14 +16,16 @@ from effconvert.checkpoint.manifest import DRAFT, to_disk
 from effconvert.convert.output import partial_folder, replaced_folder
 from effconvert.convert.plan import Plan
 from effconvert.errors import EffconvertError, OptionError
-from effconvert.heal._kept import KINDS, Kept
-from effconvert.heal._teacher_cache import TeacherCache
 from effconvert.heal._windows import Windows
 from effconvert.heal.distill import Distill
 from effconvert.modeling import loading
 from effconvert.paths import real
 from effconvert.progress import Progress
 from effconvert.quantities import size
+
+if TYPE_CHECKING:  # these import transformers, which most conversions need not wait for
+    from effconvert.heal._kept import Kept
+    from effconvert.heal._teacher_cache import TeacherCache
 
 KEY = "effconvert-predictions.json"  # in the folder: what its predictions are of
 FORMAT = 1  # another one cannot be read
@@ -44,8 +46,10 @@ def options_of(plan: Plan) -> Distill:
     return options
 
 
-def kept_of(plan: Plan) -> Kept:
+def kept_of(plan: Plan) -> "Kept":
     """Return what is kept of each prediction."""
+    from effconvert.heal._kept import KINDS
+
     options = options_of(plan)
     return KINDS[options.cache_kind](options.cache_size, min(plan.config.vocabulary, plan.teacher.config.vocabulary))
 
@@ -98,13 +102,15 @@ def most_bytes(plan: Plan, windows: Windows) -> int:
     return needed * options.window * (kept.bytes_per_token + 4) + 4 * plan.teacher.config.hidden * (len(windows.held_out) * options.window + kept.vocabulary)
 
 
-def filled(plan: Plan, windows: Windows, progress: Progress) -> TeacherCache:
+def filled(plan: Plan, windows: Windows, progress: Progress) -> "TeacherCache":
     """Return the predictions that a run needs; those that are missing are computed first.
 
     Raises:
         OptionError: the folder is of something else, damaged, or in use.
         EffconvertError: the disk is full.
     """
+    from effconvert.heal._teacher_cache import TeacherCache
+
     options, folder = options_of(plan), _folder(plan)
     order = torch.randperm(len(windows.train), generator=torch.Generator().manual_seed(ORDER))
     train = [windows.train[index] for index in order.tolist()]
@@ -128,7 +134,7 @@ def filled(plan: Plan, windows: Windows, progress: Progress) -> TeacherCache:
     return cache
 
 
-def record(cache: TeacherCache) -> dict[str, Any]:
+def record(cache: "TeacherCache") -> dict[str, Any]:
     """Return what the manifest says of the cache."""
     tokens = sum(len(item["input_ids"]) for item in cache.train[: cache.needed])
     return {"kind": type(cache.kept).__name__.lower(), "size": cache.kept.size, "windows": cache.needed, "bytes_per_token": round(cache.disk / tokens, 1)}

@@ -25,7 +25,6 @@ from effconvert.convert.write import write_others
 from effconvert.errors import EffconvertError, OptionError
 from effconvert.eval.training import Point, Training
 from effconvert.modeling import loading
-from effconvert.modeling.transformers_internals import reporting_integrations
 from effconvert.paths import real
 from effconvert.progress import Advance, Progress
 from effconvert.quantities import size
@@ -54,6 +53,8 @@ def check_training(plan: Plan, output: Path, text: TrainingText) -> None:
             f"{gpus} GPUs are visible, and this is one process; start one for each (accelerate launch --num_processes {gpus} -m effconvert ...), "
             "or choose a GPU with CUDA_VISIBLE_DEVICES=0"
         )
+    from effconvert.modeling.transformers_internals import reporting_integrations  # imports transformers, for which other conversions need not wait
+
     report_to = options_of(plan).report_to
     if report_to not in ("none", "all") and report_to not in (installed := reporting_integrations()):
         raise OptionError(f"--report-to {report_to} is not installed, or transformers does not know it; give none, all, or one of: {', '.join(installed)}")
