@@ -4,7 +4,8 @@ import gc
 import hashlib
 import json
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +107,7 @@ def filled(plan: Plan, windows: Windows, progress: Progress) -> "TeacherCache":
     """Return the predictions that a run needs; those that are missing are computed first.
 
     Raises:
-        OptionError: the folder is of something else, damaged, or in use.
+        OptionError: the folder is of something else, or damaged.
         EffconvertError: the disk is full.
     """
     from effconvert.heal._teacher_cache import TeacherCache
@@ -117,7 +118,7 @@ def filled(plan: Plan, windows: Windows, progress: Progress) -> "TeacherCache":
     cache = TeacherCache(folder, kept_of(plan), options.temperature, train, min(len(train), options.steps * options.windows), windows.held_out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", timeout=0):
+        with _locked(folder, progress):
             _begin(folder, key_of(plan, windows))
             if missing := cache.missing:
                 teacher = loading.load(plan.teacher.folder, plan.teacher.config, plan.teacher.computing)
@@ -127,8 +128,6 @@ def filled(plan: Plan, windows: Windows, progress: Progress) -> "TeacherCache":
                 gc.collect()
             progress.step(f"checking {folder}")
             cache.check()
-    except Timeout:
-        raise OptionError(f"another effconvert is writing {folder}; wait for it, or give another --cache-teacher") from None
     except OSError as error:
         raise EffconvertError(f"{folder} cannot be written ({error.strerror or error}); what is finished is kept, and the same command goes on there") from None
     return cache
@@ -144,6 +143,21 @@ def _folder(plan: Plan) -> Path:
     folder = options_of(plan).cache_teacher
     assert folder is not None
     return folder
+
+
+@contextmanager
+def _locked(folder: Path, progress: Progress) -> Iterator[None]:
+    """Lock the folder. Who comes second waits, and finds the files of the first: another run, or another process of this one."""
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        progress.step(f"waiting for another effconvert that writes {folder}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _begin(folder: Path, key: dict[str, Any]) -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors import safe_open
 
 from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.checkpoint.manifest import DRAFT
 from effconvert.convert.plan import plan
+from effconvert.convert.teacher_cache import _locked
 from effconvert.errors import OptionError
 from effconvert.heal import _teacher_cache
 from effconvert.heal._kept import KINDS, KeptObjective, Samples, TopK
@@ -22,6 +24,7 @@ from effconvert.heal._windows import next_tokens
 from effconvert.heal.distill import Distill
 from effconvert.heal.refit import Refit
 from effconvert.modeling import loading
+from effconvert.progress import NoProgress
 from effconvert.recipe import read
 from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.embedding.factor_embed import FactorEmbed
@@ -401,6 +404,20 @@ def test_memory_is_that_of_no_teacher(monkeypatch):
     checkpoint = open_checkpoint(Path("model"))
     whole, cached = (plan(checkpoint, (Gqa(groups=1), Refit(), Distill(**{**SHORT, "cache_teacher": place}))) for place in (None, "kept"))
     assert training_bytes(whole) - training_bytes(cached) == whole.before.bytes - 4 * 128 * whole.config.hidden
+
+
+def test_who_comes_second_waits():
+    Path("kept").mkdir()
+    told, first = [], FileLock("kept/.lock")
+
+    class Told(NoProgress):
+        def step(self, what):
+            told.append(what)
+            first.release()
+
+    first.acquire()
+    with _locked(Path("kept"), Told()):
+        assert told == ["waiting for another effconvert that writes kept"]
 
 
 def test_files_are_plain_safetensors_with_the_token_ids():
