@@ -53,7 +53,10 @@ class Narrow(Surgery):
     def unknown(cls, name: str) -> str:
         """Return the message for an unknown option `name`; for `--hidden` with the reason."""
         if name == "hidden":
-            return "the width of the stream stays: a head that is tied to the embedding cannot follow its rotation (docs/log.md); give --ffn or --heads"
+            return (
+                "the width of the stream stays: a head that is tied to the embedding cannot follow its rotation, and fewer channels lose to dropped layers "
+                "by far (docs/log.md); give --ffn or --heads, or take prune-layers"
+            )
         return super().unknown(name)
 
     @property
