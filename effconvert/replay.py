@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
+from effconvert.convert import processes
 from effconvert.convert.run import Outcome, convert
 from effconvert.errors import EffconvertError, OptionError
 from effconvert.eval.quality.evaluate import evaluate, prepare
@@ -70,6 +71,8 @@ def replay(recipes: Sequence[Recipe], dry_run: bool = False, progress: Progress 
         OptionError, ModelError, EffconvertError: as the commands do; the recipe's output is named.
     """
     progress = progress or NoProgress()
+    if processes.count() > 1 and (len(recipes) > 1 or any(recipe.evaluate or recipe.bench or recipe.report for recipe in recipes)):
+        raise OptionError(f"{processes.count()} processes were started, which only distill uses; evaluate, bench and report in a command of its own")
     planned = [_named(recipe, recipes, partial(_plan, recipe, recipes, progress if dry_run else NoProgress())) for recipe in recipes]
     if dry_run:
         return [Replay(outcomes) for outcomes in planned]

@@ -128,8 +128,8 @@ class Shape:
         """
         if self.family.groups_key:
             raise ModelError(
-                f"{self.kind} runs a layer that is stored once many times ({self.family.groups_key} = {self.get(self.family.groups_key)}), and every step "
-                "here changes layers each by its own inputs; begin from an encoder such as bert, and let `albert` be the last step"
+                f"{self.kind} runs a layer that is stored once many times ({self.family.groups_key} = {self.get(self.family.groups_key)}), which no step "
+                "changes yet; begin from an encoder such as bert, let `albert` be the last step, and train the result with transformers"
             )
 
     @property

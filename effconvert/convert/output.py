@@ -198,3 +198,8 @@ def complete(output: Path, manifest: dict[str, Any]) -> None:
 def identity(plan: Plan) -> dict[str, Any]:
     """Return the entries that every manifest has: version, fingerprint, recipe."""
     return {"effconvert": __version__, "fingerprint": plan.fingerprint, "recipe": plan.recipe}
+
+
+def training_folder(output: Path) -> Path:
+    """Return where a distillation keeps its checkpoints."""
+    return output.with_name(output.name + ".training")

@@ -105,7 +105,7 @@ def _convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progr
     output.check(conversion, target, options.overwrite, max(conversion.draft_bytes, scratch_bytes(conversion, options) if options.verify else 0))
     if to_train:
         training.check_training(conversion, target, to_train)
-        conversion = replace(conversion, remarks=(*conversion.remarks, *training.remarks(conversion, to_train)))
+        conversion = replace(conversion, remarks=(*conversion.remarks, *training.remarks(conversion, to_train, target)))
     memory = check_memory(conversion, options) if options.verify else 0
     material = prepare(conversion, text, options) if text else None
     progress.plan(model, conversion, target, memory)

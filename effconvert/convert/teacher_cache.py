@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from effconvert.checkpoint.digest import digest
 from effconvert.checkpoint.manifest import DRAFT, to_disk
-from effconvert.convert.output import partial_folder, replaced_folder
+from effconvert.convert.output import partial_folder, replaced_folder, training_folder
 from effconvert.convert.plan import Plan
 from effconvert.errors import EffconvertError, OptionError
 from effconvert.heal._windows import Windows
@@ -79,7 +79,7 @@ def check_cache(plan: Plan, output: Path, windows: Windows) -> None:
         OptionError: the reason.
     """
     folder = _folder(plan)
-    places = [output, partial_folder(output), replaced_folder(output), plan.checkpoint.folder, plan.teacher.folder]
+    places = [output, partial_folder(output), replaced_folder(output), training_folder(output), plan.checkpoint.folder, plan.teacher.folder]
     for place in map(real, places):
         if real(folder) == place or place in real(folder).parents or real(folder) in place.parents:
             raise OptionError(f"--cache-teacher {folder} and {place}, which belongs to a model, are the same or one inside the other; give another folder")

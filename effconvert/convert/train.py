@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from effconvert.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from effconvert.checkpoint.manifest import to_disk
+from effconvert.checkpoint.manifest import DRAFT, to_disk
 from effconvert.checkpoint.shards import FLOATS, StoredTensor, as_bytes, copy_run, header
 from effconvert.convert import processes
+from effconvert.convert.output import training_folder
 from effconvert.convert.plan import Plan, Target
 from effconvert.convert.teacher_cache import check_cache, filled, most_bytes, options_of
 from effconvert.convert.teacher_cache import record as cache_record
@@ -32,11 +33,6 @@ from effconvert.quantities import size
 MARK = "effconvert-training.json"  # in OUT.training: which conversion it belongs to
 CHECKPOINTS = 4  # at a time: the last two, the best, and one that is being written
 TRAINING = 16  # bytes for each weight: itself, its gradient and the two moments of AdamW, in float32
-
-
-def training_folder(output: Path) -> Path:
-    """Return where a distillation keeps its checkpoints."""
-    return output.with_name(output.name + ".training")
 
 
 def check_training(plan: Plan, output: Path, text: TrainingText) -> None:
@@ -56,13 +52,18 @@ def check_training(plan: Plan, output: Path, text: TrainingText) -> None:
     from effconvert.modeling.transformers_internals import reporting_integrations  # imports transformers, for which other conversions need not wait
 
     report_to = options_of(plan).report_to
-    if report_to not in ("none", "all") and report_to not in (installed := reporting_integrations()):
-        raise OptionError(f"--report-to {report_to} is not installed, or transformers does not know it; give none, all, or one of: {', '.join(installed)}")
+    if report_to not in ("none", "all", *(installed := reporting_integrations())):
+        others = f"one of: {', '.join(installed)}" if installed else "install it first; no logger is installed"
+        raise OptionError(f"--report-to {report_to} is not installed, or transformers does not know it; give none, or {others}")
     need, free = training_bytes(plan), psutil.virtual_memory().available
     if not torch.accelerator.is_available() and need > free:
-        raise OptionError(f"distill needs {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; use refit or transfer, or a larger machine")
+        raise OptionError(
+            f"distill needs {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; lower --batch-tokens or --window, give --gradient-checkpointing, "
+            "or use refit or transfer"
+        )
     place = next(parent for parent in real(folder).parents if parent.exists())
-    if (need := checkpoint_bytes(plan)) > (free := shutil.disk_usage(place).free):
+    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.exists() else 0  # from an interrupted run
+    if (need := checkpoint_bytes(plan) - there) > (free := shutil.disk_usage(place).free):
         raise OptionError(f"{folder} needs up to {size(need)} for checkpoints, and {place} has {size(free)} free; give an --output on another disk")
     if getattr(plan.surgeries[-1], "cache_teacher", None):
         check_cache(plan, output, items(plan, text))
@@ -72,7 +73,8 @@ def training_bytes(plan: Plan) -> int:
     """Estimate the bytes of memory of a distillation: the weights being trained, the teacher, and activations of a step."""
     options = options_of(plan)
     config, tokens = plan.config, options.windows * options.window
-    activations = 4 * tokens * config.layers * (12 * config.hidden + 3 * config.ffn + config.heads * options.window)
+    layer = 12 * config.hidden + 3 * config.ffn + config.heads * options.window
+    activations = 4 * tokens * (config.layers * config.hidden + layer if options.gradient_checkpointing else config.layers * layer)
     student, teacher = TRAINING * plan.after.parameters + activations, plan.before.bytes
     return max(student + 4 * config.vocabulary * config.hidden, teacher) if options.cache_teacher else student + teacher  # of a cached teacher the head alone
 
@@ -82,12 +84,15 @@ def checkpoint_bytes(plan: Plan) -> int:
     return CHECKPOINTS * 12 * plan.after.parameters
 
 
-def remarks(plan: Plan, text: TrainingText) -> tuple[str, ...]:
+def remarks(plan: Plan, text: TrainingText, output: Path) -> tuple[str, ...]:
     """Return what the plan says of memory, and of the disk that a teacher's predictions take."""
-    told = f"training takes about {size(training_bytes(plan))} of memory, and until it is done {size(checkpoint_bytes(plan))} of disk"
+    told = [f"training takes about {size(training_bytes(plan))} of memory, and until it is done {size(checkpoint_bytes(plan))} of disk"]
+    if is_of_another(plan, output):
+        told.append(f"{training_folder(output)} has checkpoints of a run with other options or another text, which will be removed")
     if folder := getattr(plan.surgeries[-1], "cache_teacher", None):
-        return told, f"the original's predictions take up to {size(most_bytes(plan, items(plan, text)))} in {folder}; those that are there already are read"
-    return (told,)
+        most = size(most_bytes(plan, items(plan, text)))
+        told.append(f"the original's predictions take up to {most} in {folder}; those that are there already are read")
+    return tuple(told)
 
 
 def train(plan: Plan, student: Path, text: TrainingText, output: Path, progress: Progress) -> tuple[Path, Training]:
@@ -129,12 +134,23 @@ def layers_of_the_teacher(plan: Plan) -> list[range]:
 def begin(plan: Plan, output: Path) -> Path:
     """Make the folder for checkpoints; one of another conversion is emptied."""
     folder = training_folder(output)
-    mark = folder / MARK
-    if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")).get("fingerprint") != plan.fingerprint:
+    if is_of_another(plan, output):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    mark.write_text(json.dumps({"fingerprint": plan.fingerprint}), encoding="utf-8")
+    draft = folder / f"{MARK}{DRAFT}"
+    draft.write_text(json.dumps({"fingerprint": plan.fingerprint}), encoding="utf-8")
+    draft.replace(folder / MARK)
     return folder
+
+
+def is_of_another(plan: Plan, output: Path) -> bool:
+    """Whether there are checkpoints of another conversion, or of other options."""
+    try:
+        return bool(json.loads((training_folder(output) / MARK).read_text(encoding="utf-8"))["fingerprint"] != plan.fingerprint)
+    except OSError:
+        return False
+    except (ValueError, KeyError, TypeError):  # a kill left it half-written
+        return True
 
 
 def discard(output: Path) -> None:

@@ -51,6 +51,10 @@ def read_text(plan: Plan) -> TrainingText:
         raise ModelError(f"{folder} has no tokenizer, so it cannot be trained on a text; put it there")
     if options.data == SELF:
         raise OptionError("--data self is not possible: training needs more text than a model writes in time; give a file, or a dataset")
+    if config.predicts and not plan.teacher.config.predicts:
+        raise ModelError(f"the teacher ({plan.teacher.config.architecture}) has no head that predicts tokens, and the model has one; name one that has it")
+    if options.cache_teacher and options.cache_size > (known := min(config.vocabulary, plan.teacher.config.vocabulary)) and options.cache_kind == "topk":
+        raise OptionError(f"--cache-size {options.cache_size} is more than the {known} tokens that both models have; give at most that")
     if options.windows % processes.count():
         raise OptionError(f"a step has {options.windows} windows, which {processes.count()} processes cannot share evenly; change --batch-tokens")
     if options.cache_teacher and processes.count() > 1:
@@ -66,7 +70,10 @@ def read_text(plan: Plan) -> TrainingText:
         return _windows_of(text, plan, tokenizer, vocabulary)
     before, after = ((), ()) if config.decoder else special_ends(tokenizer)
     body = options.window - len(before) - len(after)
-    ids = windows(tokenizer, text, body, MOST, vocabulary)
+    try:
+        ids = windows(tokenizer, text, body, MOST, vocabulary)
+    except OptionError:  # whose message names the options of evaluation
+        raise OptionError(f"{text.name} is too short, and --window {options.window} needs {LEAST * options.window} tokens; give a longer --data") from None
     if len(ids) < LEAST:
         raise OptionError(f"{text.name} has {ids.numel()} tokens, and --window {options.window} needs {LEAST * options.window}; give a longer --data")
     around = (torch.tensor(end, dtype=ids.dtype).expand(len(ids), -1) for end in (before, after))
@@ -137,7 +144,10 @@ def items(plan: Plan, text: TrainingText) -> Windows:
     chosen = held_out(len(text.ids))
     if text.predicted is not None:
         return Windows(*(predicted_tokens(Filled(text.ids[rows], text.predicted[rows])) for rows in (~chosen, chosen)))
-    parts = repeating(text.ids[~chosen], options.recall), text.ids[chosen]
+    begin, end = map(len, special_ends(loading.load_tokenizer(plan.checkpoint.folder))) if options.recall else (0, 0)
+    train = text.ids[~chosen]
+    inner = repeating(train[:, begin : train.shape[1] - end], options.recall)  # no passage has the special tokens at the ends
+    parts = torch.cat([train[:, :begin], inner, train[:, train.shape[1] - end :]], 1), text.ids[chosen]
     if not config.predicts:
         return Windows(*map(unlabelled, parts))
     if config.decoder:

@@ -35,7 +35,8 @@ class Distiller(Trainer):  # type: ignore[misc]
     def __init__(self, teacher: Any, options: Distill, originals: Sequence[range], predicts: bool, **more: Any) -> None:
         super().__init__(**more)
         self.teacher, self.options = teacher, options
-        self.objective = Objective(options.objective, options.temperature, options.ce)
+        rest = 1 - options.hidden  # of the loss, which divergence and cross-entropy share
+        self.objective = Objective(options.objective, options.temperature, min(1.0, options.ce / rest) if rest else 0.0)
         self.head: Head | None = head_of(self.model) if predicts else None
         self.measure = "kl" if predicts else "hidden"
         self.layers = list(range(len(originals) - 1)) if options.hidden else []
@@ -43,6 +44,8 @@ class Distiller(Trainer):  # type: ignore[misc]
         self.same: dict[str, str] = {}
         if options.unchanged_rate < 1:
             self.same = unchanged(self.model, teacher, [layers.start for layers in originals])
+            if not options.unchanged_rate and all(name in self.same for name, parameter in self.model.named_parameters() if parameter.requires_grad):
+                raise ModelError("every weight is as in the original, so --unchanged-rate 0 leaves nothing to train; leave it out")
         self.model_accepts_loss_kwargs = False  # the loss is a mean, which accumulation averages
         self.began = time.monotonic()
         _route(self.model)
@@ -90,8 +93,11 @@ class Distiller(Trainer):  # type: ignore[misc]
         """Return the weighted sum of the distance of predictions and that of hidden states, a share `hidden` of the loss."""
         if not own.head or not theirs.head:
             return distance(own.hidden, theirs.hidden, self.options.hidden_loss)
+        apart = distance(own.hidden, theirs.hidden, self.options.hidden_loss) if hidden else None
+        if hidden == 1 and apart is not None:
+            return apart
         loss = objective(own.hidden[-1], own.head, theirs.hidden[-1], theirs.head, labels)
-        return (1 - hidden) * loss + hidden * distance(own.hidden, theirs.hidden, self.options.hidden_loss) if hidden else loss
+        return loss if apart is None else (1 - hidden) * loss + hidden * apart
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
         """Return the loss of a batch of windows; what is held out is measured alike whatever is trained on."""
@@ -121,9 +127,9 @@ class Distiller(Trainer):  # type: ignore[misc]
         values = []
         with self.accelerator.autocast():
             theirs, labels = self.teachers(inputs)
-        for shift in (0, 1):  # each token towards itself, and towards the one before it
+        for shift in (0, 1):  # towards the same hidden states, and towards those with their numbers in other places
             hidden = [states.detach().clone().requires_grad_() for states in theirs.hidden]
-            other = Predictions([states.roll(shift, 0) for states in theirs.hidden], theirs.head)
+            other = Predictions([states.roll(shift, -1) for states in theirs.hidden], theirs.head)
             with self.accelerator.autocast():
                 loss = self.loss(Predictions(hidden, theirs.head), other, labels, replace(self.objective, ce=0.0), self.options.hidden)
             gradients = torch.autograd.grad(loss, hidden, allow_unused=True)

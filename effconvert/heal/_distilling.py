@@ -1,6 +1,7 @@
 """Distillation on transformers' Trainer: checkpoints, schedules and resuming are the Trainer's."""
 # B = windows in a step, T = tokens in a window, N = tokens that count in a step, M = hidden width.
 
+import errno
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from effconvert.quiet import quiet_transformers
 
 EVALUATIONS = 10  # on held-out windows, in a run
 WARMUP = 0.05  # of all steps
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ def _plain_errors(place: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in FULL:
+            raise EffconvertError(f"training stopped ({error}); the same command goes on from the last checkpoint in {place}") from error
         raise EffconvertError(f"the checkpoints in {place} cannot be written ({error}); make room on that disk, and the same command goes on") from error
     except RuntimeError as error:  # torch.OutOfMemoryError, and what its allocator for CPUs raises
         if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
@@ -103,7 +107,7 @@ def distill(
         max_steps=options.steps,
         learning_rate=options.rate,
         lr_scheduler_type="cosine",
-        warmup_steps=max(1, round(WARMUP * options.steps)),
+        warmup_steps=round(WARMUP * options.steps),
         adam_beta2=0.95,
         weight_decay=0.0,
         eval_strategy="steps",
@@ -142,4 +146,6 @@ def distill(
     curve = points(trainer.state.log_history, options.windows * options.window)
     before, after = curve[0]["held_out"], min(point["held_out"] for point in curve)
     best = trainer.state.best_model_checkpoint if after < before else None
+    if best is None:
+        report.tell("no model on the way was better on the held-out windows, so the model stays as it was; try a lower --rate, or more --train-tokens")
     return Distilled(trainer.measure, before, after, Path(best) if best else None, curve)

@@ -45,6 +45,8 @@ def windows_of_conversations(tokenizer: Any, conversations: Iterable[Conversatio
         ModelError: the tokenizer has no chat template, or one that writes the past anew with each message.
         OptionError: the template refuses a conversation.
     """
+    if not tokenizer.is_fast:
+        raise ModelError("the tokenizer does not say where in a text its tokens stand, so it is unknown which the assistant said; take one with tokenizer.json")
     if not tokenizer.chat_template:
         raise ModelError("the tokenizer has no chat template, so conversations cannot be written as text; give a model that has one, or --data with a `text`")
     pieces = []

@@ -19,11 +19,15 @@ def unchanged(student: Any, teacher: Any, originals: Sequence[int]) -> dict[str,
     """
     theirs = dict(teacher.named_parameters(remove_duplicate=False))
     same: dict[str, str] = {}
-    for name, parameter in student.named_parameters(remove_duplicate=False):
+    changed: set[int] = set()
+    own = dict(student.named_parameters(remove_duplicate=False))
+    for name, parameter in own.items():
         other = _name_there(name, originals)
         if other in theirs and parameter.shape == theirs[other].shape and torch.equal(parameter, theirs[other].to(parameter)):
             same[name] = other
-    return same
+        else:
+            changed.add(id(parameter))  # also where several layers share it, and it is as in one of them
+    return {name: other for name, other in same.items() if id(own[name]) not in changed}
 
 
 def share(student: Any, teacher: Any, same: dict[str, str]) -> None:

@@ -136,8 +136,9 @@ def _training(manifest: Mapping[str, Any]) -> str:
     rows = [
         (f"{point.tokens:,}", f"{point.seconds:,.0f}", f"{point.held_out:.4g}", "" if point.loss is None else f"{point.loss:.4g}") for point in course.curve
     ]
-    markdown = table(["tokens", "seconds", f"held out: {course.unit} ↓", "loss"], rows)
-    return f"Distilled on {plain(course.text)}; {course.held_out_windows} windows of it were held out, and the model is the best of these.\n\n{markdown}"
+    chosen = "the model is the best of these" if course.after < course.before else "none of these is better than it was, so it stayed as it was"
+    markdown = table(["tokens", "seconds", f"held out: {plain(course.unit)} ↓", "loss"], rows)
+    return f"Distilled on {plain(course.text)}; {course.held_out_windows} windows of it were held out, and {chosen}.\n\n{markdown}"
 
 
 def score(value: Value | None) -> str:

@@ -2,13 +2,16 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+from tokenizers.processors import TemplateProcessing
 
 from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.convert import train as training
+from effconvert.convert import training_text
 from effconvert.convert.plan import plan
 from effconvert.errors import EffconvertError, ModelError, OptionError
 from effconvert.heal import _distiller, _distilling
@@ -19,6 +22,7 @@ from effconvert.heal.distill import Distill
 from effconvert.heal.refit import Refit
 from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.depth.prune_layers import PruneLayers
+from effconvert.surgery.depth.share_layers import ShareLayers
 from effconvert.surgery.embedding.factor_embed import FactorEmbed
 from effconvert.surgery.ffn.moe_split import MoeSplit
 from effconvert.surgery.mixing.linear import Linear
@@ -477,3 +481,91 @@ def test_no_cache_is_kept_while_it_trains(monkeypatch):
     run("model", Gqa(groups=1, pool="mean"), Distill(**{**SHORT, "train_tokens": 1024}))
     assert seen
     assert all(output.past_key_values is None for output in seen)
+
+
+@pytest.mark.parametrize(("ce", "hidden"), [(0.5, 0.0), (0.5, 0.5), (0.25, 0.125)])
+def test_shares_are_of_the_whole_loss(ce, hidden):
+    put(Path("model"), noise=1.0, only="weight")
+    run("model", Distill(teacher="model", **{**SHORT, "train_tokens": 1024, "rate": 1e-9}, ce=ce), place="text")
+    run("model", Distill(teacher="model", **{**SHORT, "train_tokens": 1024, "rate": 1e-9}, ce=ce, hidden=hidden), place="both")
+    losses = [json.loads(Path(place, "effconvert.json").read_text())["distillation"]["curve"][1]["loss"] for place in ("text", "both")]
+    assert losses[0] > 0.5  # of the original as its own student, cross-entropy is all that there is
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("steps", [(PruneLayers(layers="1"),), ()])
+def test_leaving_unchanged_weights_out_is_refused_where_there_are_no_others(steps):
+    put(Path("model"), noise=1.0, only="weight", num_hidden_layers=3)
+    with pytest.raises(ModelError, match="every weight is as in the original, so --unchanged-rate 0 leaves nothing to train"):
+        run("model", *steps, Distill(teacher=None if steps else "model", **SHORT, unchanged_rate=0.0))
+
+
+def test_what_layers_share_is_changed_where_it_is_not_as_in_all_of_them():
+    put(Path("model"), noise=1.0, only="weight")
+    run("model", ShareLayers(groups=1, pool="first"), place="before")
+    run("model", ShareLayers(groups=1, pool="first"), Distill(**SHORT, unchanged_rate=0.0))
+    before, after = tensors(Path("before")), tensors(Path("out"))
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert "model.layers.0.mlp.up_proj.weight" in changed
+    assert "model.embed_tokens.weight" not in changed
+
+
+def test_a_teacher_without_a_head_is_refused():
+    put(Path("model"))
+    put(Path("bare"))
+    transformers.AutoModel.from_pretrained("bare").save_pretrained("bare")
+    with pytest.raises(ModelError, match=r"the teacher \(LlamaModel\) has no head that predicts tokens"):
+        run("model", Distill(teacher="bare", **SHORT))
+
+
+def test_what_a_stopped_run_has_written_is_no_part_of_the_disk_that_it_needs(monkeypatch):
+    put(Path("model"), noise=1.0, only="weight")
+
+    def fail(self, args, state, control, **more):
+        if state.global_step == 22:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_distilling.Reporter, "on_step_end", fail)
+        with pytest.raises(KeyboardInterrupt):
+            run("model", Gqa(groups=1, pool="mean"), Distill(**SHORT))
+    there = sum(file.stat().st_size for file in Path("out.training").rglob("*") if file.is_file())
+    monkeypatch.setattr(training, "checkpoint_bytes", lambda plan: 10**17 + there - 1)
+    monkeypatch.setattr(training.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**17))
+    assert run("model", Gqa(groups=1, pool="mean"), Distill(**SHORT)).output.is_dir()
+
+
+def test_checkpoints_of_other_options_are_announced_and_a_damaged_mark_is_another_run(monkeypatch):
+    put(Path("model"), noise=1.0, only="weight")
+
+    def fail(self, args, state, control, **more):
+        if state.global_step == 22:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_distilling.Reporter, "on_step_end", fail)
+        with pytest.raises(KeyboardInterrupt):
+            run("model", Gqa(groups=1, pool="mean"), Distill(**SHORT))
+    told = " ".join(run("model", Gqa(groups=1, pool="mean"), Distill(**{**SHORT, "rate": 1e-4}), dry_run=True).plan.notes)
+    assert "out.training has checkpoints of a run with other options or another text, which will be removed" in told
+    assert "which will be removed" not in " ".join(run("model", Gqa(groups=1, pool="mean"), Distill(**SHORT), dry_run=True).plan.notes)
+    Path("out.training/effconvert-training.json").write_text("")
+    assert run("model", Gqa(groups=1, pool="mean"), Distill(**SHORT)).output.is_dir()
+
+
+def test_less_memory_is_planned_where_less_is_needed():
+    checkpoint = open_checkpoint(save(tiny("llama", num_hidden_layers=6), Path("model")))
+    steps = [(Gqa(groups=1, pool="mean"), Distill(**SHORT, gradient_checkpointing=saving)) for saving in (False, True)]
+    plain, saving = (training.training_bytes(plan(checkpoint, chosen)) for chosen in steps)
+    assert saving < plain
+
+
+def test_passages_are_not_copied_over_special_tokens():
+    put(Path("model"), "bert")
+    tokenizer = letters()
+    tokenizer.add_special_tokens({"mask_token": "<s>", "cls_token": "<pad>", "sep_token": "</s>"})
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<pad> $A </s>", special_tokens=[("<pad>", 0), ("</s>", 2)])
+    tokenizer.save_pretrained("model")
+    conversion = plan(open_checkpoint(Path("model")), (Gqa(groups=1, pool="mean"), Distill(**SHORT, recall=1.0)))
+    windows = training_text.items(conversion, training_text.read_text(conversion)).train
+    assert all(item["labels"][0] == UNLABELLED and item["input_ids"][0] == 0 and item["input_ids"][-1] == 2 for item in windows)

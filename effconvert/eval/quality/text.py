@@ -142,7 +142,9 @@ def _messages(value: Any) -> tuple[dict[str, Any], ...]:
     """
     if not isinstance(value, list) or not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in value):
         raise KeyError("messages")
-    return tuple({"role": message["role"], "content": message["content"]} for message in value)
+    if not all(isinstance(message.get("content"), str | list) for message in value):
+        raise KeyError("content")  # such as calls of tools, which are no text
+    return tuple(value)
 
 
 def read_text(path: Path, option: str = "--text") -> Text:
