@@ -42,7 +42,7 @@ def main(model, convert, options, data, keep, output):
             about = {"model": Path(model).name, "convert": convert, "options": chosen, "data": Path(data).name, "measure": written["distillation"]["measure"]}
             here = {"date": datetime.now(UTC).date(), "cores": os.cpu_count(), "threads": os.environ.get("OMP_NUM_THREADS", ""), "versions": versions(written)}
             for point in written["distillation"]["curve"]:
-                rounded = {"held_out": f"{point['held_out']:.5f}", "loss": f"{point['loss']:.5f}" if "loss" in point else ""}
+                rounded = {"held_out": f"{point['held_out']:.5f}", "loss": "" if point["loss"] is None else f"{point['loss']:.5f}"}
                 writer.writerow({**about, **rounded, "tokens": point["tokens"], "seconds": point["seconds"], "peak_gb": f"{peak:.2f}", **here})
             file.flush()
             curve = written["distillation"]["curve"]

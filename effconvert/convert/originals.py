@@ -18,8 +18,8 @@ def stand_for(student: Checkpoint, teacher: Checkpoint) -> list[range]:
         return [range(index, index + 1) for index in range(config.layers)]
     if config.hidden != original.hidden:
         raise ModelError(
-            f"the teacher is {original.hidden} wide and the student {config.hidden}: what layers compute is compared, "
-            "so the width must be the same; name the model that the student was made from, or distil without --hidden and --unchanged-rate, by predictions alone"
+            f"the teacher is {original.hidden} wide and the student {config.hidden}: what layers compute is compared, so the width must be the same; "
+            "name the model that the student was made from, or distil without --hidden and --unchanged-rate, by predictions alone"
         )
     signatures = [_signature(student, index) for index in range(config.layers)], [_signature(teacher, index) for index in range(original.layers)]
     if config.layers == original.layers:
