@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_outputs import BaseModelOutput
 
 from effconvert.errors import ModelError
+from effconvert.modeling.transformers_internals import BaseModelOutput
 
 ROWS = 256  # C
 SAME = 2e-2  # relative difference of logits, which bfloat16 alone may make

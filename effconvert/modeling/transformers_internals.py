@@ -30,12 +30,25 @@ try:
     from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
     from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+    from transformers.modeling_outputs import BaseModelOutput
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 except ImportError as error:
     raise untested(str(error).partition(" (")[0]) from error
 
-__all__ = ["ACT2FN", "AttentionInterface", "AttentionMaskInterface", "Cache", "CacheLayerMixin", "DynamicCache", "DynamicLayer", "eager_mask", "sdpa_mask"]
+__all__ = [
+    "ACT2FN",
+    "AttentionInterface",
+    "AttentionMaskInterface",
+    "BaseModelOutput",
+    "Cache",
+    "CacheLayerMixin",
+    "DynamicCache",
+    "DynamicLayer",
+    "eager_mask",
+    "sdpa_mask",
+]
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # of a model's argument for the cache: since 5.24, before, and before of models with states
 CHECKPOINTING = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the newer name first
 IMPLEMENTATION = "_attn_implementation"  # of a config: the name of the attention function
@@ -228,8 +241,6 @@ def _check_has(owner: Any, name: str) -> None:
 
 def reporting_integrations() -> list[str]:
     """Return the loggers that transformers' Trainer can write to here: tensorboard, wandb, and others that are installed."""
-    from transformers.integrations import get_available_reporting_integrations
-
     return list(get_available_reporting_integrations())
 
 
