@@ -11,9 +11,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from effconvert import processes
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.replaced import CLASS, OUTSIDE, SKIPS, Replaced
-from effconvert.convert import processes, selftext
+from effconvert.convert import selftext
 from effconvert.convert.calibration import calibration_bytes
 from effconvert.convert.inspection import Inspection, Look
 from effconvert.convert.plan import Plan

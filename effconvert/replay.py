@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from effconvert.convert import processes
+from effconvert import processes
 from effconvert.convert.run import Outcome, convert
 from effconvert.errors import EffconvertError, OptionError
 from effconvert.eval.quality.evaluate import evaluate, prepare

@@ -8,12 +8,13 @@ from typing import Any
 
 import yaml
 
+from effconvert import processes
 from effconvert.checkpoint import sources
 from effconvert.checkpoint.belonging import text_of
 from effconvert.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from effconvert.checkpoint.digest import file_hash
 from effconvert.checkpoint.manifest import CARD, MANIFEST, RECIPE, read_manifest, save_manifest
-from effconvert.convert import drafts, output, processes, selftext, training_text
+from effconvert.convert import drafts, output, selftext, training_text
 from effconvert.convert import train as training
 from effconvert.convert.calibration import check_caches
 from effconvert.convert.calibration import prepare as prepare_calibration
@@ -191,7 +192,7 @@ def _distill(
 
 def _follow(conversion: Plan, text: training_text.TrainingText, target: Path) -> Outcome:
     """Train beside the first process, which converts, reports and writes."""
-    if student := processes.told():
+    if student := processes.received():
         training.train(conversion, Path(student), text, target, NoProgress())
     return Outcome(conversion, target, None)
 

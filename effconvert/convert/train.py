@@ -13,10 +13,10 @@ import psutil
 import torch
 from torch import Tensor
 
+from effconvert import processes
 from effconvert.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from effconvert.checkpoint.manifest import DRAFT, to_disk
 from effconvert.checkpoint.shards import FLOATS, StoredTensor, as_bytes, copy_run, header
-from effconvert.convert import processes
 from effconvert.convert.output import training_folder
 from effconvert.convert.plan import Plan, Target
 from effconvert.convert.teacher_cache import check_cache, filled, most_bytes, options_of
@@ -86,13 +86,13 @@ def checkpoint_bytes(plan: Plan) -> int:
 
 def remarks(plan: Plan, text: TrainingText, output: Path) -> tuple[str, ...]:
     """Return what the plan says of memory, and of the disk that a teacher's predictions take."""
-    told = [f"training takes about {size(training_bytes(plan))} of memory, and until it is done {size(checkpoint_bytes(plan))} of disk"]
+    lines = [f"training takes about {size(training_bytes(plan))} of memory, and until it is done {size(checkpoint_bytes(plan))} of disk"]
     if is_of_another(plan, output):
-        told.append(f"{training_folder(output)} has checkpoints of a run with other options or another text, which will be removed")
+        lines.append(f"{training_folder(output)} has checkpoints of a run with other options or another text, which will be removed")
     if folder := getattr(plan.surgeries[-1], "cache_teacher", None):
         most = size(most_bytes(plan, items(plan, text)))
-        told.append(f"the original's predictions take up to {most} in {folder}; those that are there already are read")
-    return tuple(told)
+        lines.append(f"the original's predictions take up to {most} in {folder}; those that are there already are read")
+    return tuple(lines)
 
 
 def train(plan: Plan, student: Path, text: TrainingText, output: Path, progress: Progress) -> tuple[Path, Training]:

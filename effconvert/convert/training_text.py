@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effconvert.convert import processes
+from effconvert import processes
 from effconvert.convert.calibration import DOCSTRINGS, special_ends
 from effconvert.convert.plan import Plan
 from effconvert.convert.selftext import SELF
@@ -102,8 +102,7 @@ def _windows_of(documents: Documents, plan: Plan, tokenizer: Any, vocabulary: in
         OptionError: there are too few, or --recall, which would copy what fills windows up.
         ModelError: the model does not predict next tokens, or the tokenizer does not fit it.
     """
-    options, config = plan.surgeries[-1], plan.checkpoint.config
-    assert isinstance(options, Distill)
+    options, config = options_of(plan), plan.checkpoint.config
     if not (config.decoder and config.predicts):
         raise ModelError(f"windows of one document each are for models that predict the next token, and {config.architecture} does not; give a joined text")
     if options.recall:

@@ -3,7 +3,6 @@
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PrinterCallback, TrainingArguments
 
+from effconvert import processes
 from effconvert.checkpoint.shards import read_header
 from effconvert.errors import EffconvertError, ModelError
 from effconvert.heal._distiller import Distiller
@@ -72,6 +72,38 @@ def _plain_errors(place: Path) -> Iterator[None]:
         raise
 
 
+def _arguments(options: Distill, place: Path, device: str) -> TrainingArguments:
+    """Return what the Trainer is told: AdamW with a cosine, checkpoints in `place`, and a measurement with each."""
+    count = processes.count()
+    every = max(1, options.steps // EVALUATIONS)
+    return TrainingArguments(
+        output_dir=str(place),
+        per_device_train_batch_size=options.windows // count,
+        per_device_eval_batch_size=options.windows if count == 1 else 1,  # a batch that others fill up would be a mean of more windows
+        max_steps=options.steps,
+        learning_rate=options.rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(WARMUP * options.steps),
+        adam_beta2=0.95,
+        weight_decay=0.0,
+        eval_strategy="steps",
+        eval_steps=every,
+        eval_on_start=True,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        logging_steps=every,
+        report_to=[options.report_to],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        bf16=options.in_bfloat16(device),
+        use_cpu=device == "cpu",
+        seed=0,
+    )
+
+
 def distill(
     student: Any,
     teacher: Any,
@@ -98,41 +130,13 @@ def distill(
     """
     if options.gradient_checkpointing:
         checkpoint_activations(student)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    every = max(1, options.steps // EVALUATIONS)
-    arguments = TrainingArguments(
-        output_dir=str(place),
-        per_device_train_batch_size=options.windows // processes,
-        per_device_eval_batch_size=options.windows if processes == 1 else 1,  # a batch that others fill up would be a mean of more windows
-        max_steps=options.steps,
-        learning_rate=options.rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=round(WARMUP * options.steps),
-        adam_beta2=0.95,
-        weight_decay=0.0,
-        eval_strategy="steps",
-        eval_steps=every,
-        eval_on_start=True,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=2,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
-        logging_steps=every,
-        report_to=[options.report_to],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        bf16=options.in_bfloat16(student.device.type),
-        use_cpu=student.device.type == "cpu",
-        seed=0,
-    )
     trainer = kind(
         teacher,
         options,
         originals,
         predicts,
         model=student,
-        args=arguments,
+        args=_arguments(options, place, student.device.type),
         train_dataset=windows.train,
         eval_dataset=windows.held_out,
         callbacks=[Reporter(report.advance, report.tell, options.windows * options.window)],

@@ -8,6 +8,7 @@ and its head are kept, whole: KL on these is exact, whatever is kept of the othe
 
 import hashlib
 import json
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -135,7 +136,27 @@ def windows_of(cache: TeacherCache) -> Windows:
     return Windows(CachedWindows(cache), HeldOutWindows(cache))
 
 
-class CachedWindows(Sequence[Item]):
+class _ReadWhenAsked(Sequence[Item]):
+    """Items that are read from disk one at a time."""
+
+    @abstractmethod
+    def _item(self, index: int) -> Item:
+        """Read an item."""
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | Sequence[Item]:
+        """Return an item, or a list of them."""
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self)))]
+        if index >= len(self):
+            raise IndexError(index)
+        return self._item(index)
+
+
+class CachedWindows(_ReadWhenAsked):
     """The windows of a run with what was kept of the teacher's predictions, read from disk when they are asked for."""
 
     def __init__(self, cache: TeacherCache) -> None:
@@ -146,16 +167,8 @@ class CachedWindows(Sequence[Item]):
         """Return the number of windows."""
         return self.cache.needed
 
-    @overload
-    def __getitem__(self, index: int) -> Item: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Item]: ...
-    def __getitem__(self, index: int | slice) -> Item | Sequence[Item]:
+    def _item(self, index: int) -> Item:
         """Return an item with ids [T, K] and numbers that were kept of each prediction; those of tokens that do not count are 0."""
-        if isinstance(index, slice):
-            return [self[at] for at in range(*index.indices(len(self)))]
-        if index >= len(self):
-            raise IndexError(index)
         number, row = divmod(index, self.cache.per_shard)
         file = self._open(self.files[number])
         names = [name.removesuffix(".bounds") for name in file.keys() if name.endswith(".bounds")]  # noqa: SIM118
@@ -169,7 +182,7 @@ class CachedWindows(Sequence[Item]):
         return {**item, "ids": ids, "numbers": numbers}
 
 
-class HeldOutWindows(Sequence[Item]):
+class HeldOutWindows(_ReadWhenAsked):
     """The held-out windows with the teacher's last hidden states."""
 
     def __init__(self, cache: TeacherCache) -> None:
@@ -179,16 +192,8 @@ class HeldOutWindows(Sequence[Item]):
         """Return the number of windows."""
         return len(self.items)
 
-    @overload
-    def __getitem__(self, index: int) -> Item: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Item]: ...
-    def __getitem__(self, index: int | slice) -> Item | Sequence[Item]:
+    def _item(self, index: int) -> Item:
         """Return an item with hidden states [T, M]."""
-        if isinstance(index, slice):
-            return [self[at] for at in range(*index.indices(len(self)))]
-        if index >= len(self):
-            raise IndexError(index)
         return {**self.items[index], "hidden": self.file.get_slice("hidden")[index : index + 1][0]}
 
     def head(self, device: torch.device) -> Head:

@@ -40,6 +40,21 @@ def _text():
     Path("text.txt").write_text(prose())
 
 
+def stopped(monkeypatch, *steps, place="out"):
+    """Begin a distillation, and stop it as Ctrl-C does, two steps after a checkpoint."""
+    real = _distilling.Reporter.on_step_end
+
+    def stop(self, args, state, control, **more):
+        real(self, args, state, control, **more)
+        if state.global_step == 22:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_distilling.Reporter, "on_step_end", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run("model", *steps, Distill(**SHORT), place=place)
+
+
 def rows(count=ROWS + 40, width=12, vocabulary=50):
     draw = torch.Generator().manual_seed(0)
     hidden, theirs = (torch.randn(count, width, generator=draw, dtype=torch.double) for _ in range(2))
@@ -162,17 +177,7 @@ def test_a_model_that_training_makes_worse_stays_as_it_is():
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(steps, monkeypatch):
     put(Path("model"), attention_bias=False, mlp_bias=False, noise=1.0, only="weight")
     run("model", *steps, Distill(**SHORT), place="whole")
-    real = _distilling.Reporter.on_step_end
-
-    def stop(self, args, state, control, **more):
-        real(self, args, state, control, **more)
-        if state.global_step == 22:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(_distilling.Reporter, "on_step_end", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run("model", *steps, Distill(**SHORT), place="resumed")
+    stopped(monkeypatch, *steps, place="resumed")
     assert not Path("resumed").exists()
     assert (Path("resumed.training/checkpoints/checkpoint-20") / "config.json").is_file()
     run("model", *steps, Distill(**SHORT), place="resumed")
@@ -185,17 +190,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(steps, monkeypatch):
 def test_a_checkpoint_that_a_kill_left_unfinished_is_left_out(monkeypatch):
     put(Path("model"), noise=1.0, only="weight")
     run("model", Gqa(groups=1), Distill(**SHORT), place="whole")
-    real = _distilling.Reporter.on_step_end
-
-    def stop(self, args, state, control, **more):
-        real(self, args, state, control, **more)
-        if state.global_step == 22:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(_distilling.Reporter, "on_step_end", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run("model", Gqa(groups=1), Distill(**SHORT), place="resumed")
+    stopped(monkeypatch, Gqa(groups=1), place="resumed")
     checkpoints = sorted(Path("resumed.training/checkpoints").iterdir(), key=lambda path: int(path.name.rpartition("-")[2]))
     weights = checkpoints[-1] / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -389,6 +384,12 @@ def test_hidden_states_of_a_shorter_model_go_towards_those_after_the_dropped_lay
     assert told[1.0]["after"] < told[1.0]["before"] == told[0.0]["before"]
 
 
+def test_a_layer_stands_for_those_that_were_dropped_after_it():
+    checkpoint = open_checkpoint(save(tiny("llama", num_hidden_layers=5), Path("model")))
+    conversion = plan(checkpoint, (PruneLayers(layers="1,2,4"), Distill(**SHORT, hidden=0.5)))
+    assert training.layers_of_the_teacher(conversion) == [range(3), range(3, 5)]
+
+
 def test_unchanged_weights_stay_and_are_in_memory_once(monkeypatch):
     put(Path("model"), noise=1.0, only="weight", num_hidden_layers=3)
     shared = []
@@ -520,15 +521,7 @@ def test_a_teacher_without_a_head_is_refused():
 
 def test_what_a_stopped_run_has_written_is_no_part_of_the_disk_that_it_needs(monkeypatch):
     put(Path("model"), noise=1.0, only="weight")
-
-    def fail(self, args, state, control, **more):
-        if state.global_step == 22:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(_distilling.Reporter, "on_step_end", fail)
-        with pytest.raises(KeyboardInterrupt):
-            run("model", Gqa(groups=1, pool="mean"), Distill(**SHORT))
+    stopped(monkeypatch, Gqa(groups=1, pool="mean"))
     there = sum(file.stat().st_size for file in Path("out.training").rglob("*") if file.is_file())
     monkeypatch.setattr(training, "checkpoint_bytes", lambda plan: 10**17 + there - 1)
     monkeypatch.setattr(training.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**17))
@@ -537,15 +530,7 @@ def test_what_a_stopped_run_has_written_is_no_part_of_the_disk_that_it_needs(mon
 
 def test_checkpoints_of_other_options_are_announced_and_a_damaged_mark_is_another_run(monkeypatch):
     put(Path("model"), noise=1.0, only="weight")
-
-    def fail(self, args, state, control, **more):
-        if state.global_step == 22:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(_distilling.Reporter, "on_step_end", fail)
-        with pytest.raises(KeyboardInterrupt):
-            run("model", Gqa(groups=1, pool="mean"), Distill(**SHORT))
+    stopped(monkeypatch, Gqa(groups=1, pool="mean"))
     told = " ".join(run("model", Gqa(groups=1, pool="mean"), Distill(**{**SHORT, "rate": 1e-4}), dry_run=True).plan.notes)
     assert "out.training has checkpoints of a run with other options or another text, which will be removed" in told
     assert "which will be removed" not in " ".join(run("model", Gqa(groups=1, pool="mean"), Distill(**SHORT), dry_run=True).plan.notes)

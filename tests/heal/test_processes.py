@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from effconvert.convert import processes
+from effconvert import processes
 from effconvert.errors import OptionError
 from effconvert.heal.distill import Distill
 from effconvert.surgery.attention.gqa import Gqa

@@ -7,8 +7,6 @@ from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any
 
-import torch
-
 WAIT = timedelta(days=7)  # for the first process: converting a large model takes hours
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
 
@@ -37,26 +35,27 @@ def alone() -> Iterator[None]:
 
 @contextmanager
 def leading() -> Iterator[Tell]:
-    """Yield the function by which the first process tells the others what to train; those that are told nothing end."""
-    told = False
+    """Yield the function by which the first process tells the others what to train; those that get nothing end."""
+    begun = False
 
     def tell(message: Any) -> None:
-        nonlocal told
-        told = True
+        nonlocal begun
+        begun = True
         if count() > 1:
             _broadcast(message)
 
     yield tell
-    if is_first() and not told:  # after an error the launcher ends the others
+    if is_first() and not begun:  # after an error the launcher ends the others
         tell(None)
 
 
-def told() -> Any:
+def received() -> Any:
     """Wait for what the first process tells; None where there is nothing to train."""
     return _broadcast(None)
 
 
 def _broadcast(message: Any) -> Any:
+    import torch
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
