@@ -8,8 +8,19 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from effconvert import processes
 from effconvert.checkpoint.config import Config
@@ -41,6 +52,18 @@ class _Output(Console):
 def stdout() -> Console:
     """Return the console for results."""
     return _Output(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+
+
+class _Unit(ProgressColumn):
+    """The unit of an amount, and for tokens how many are done in a second."""
+
+    def __init__(self, unit: Unit) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        """Return the text of the column."""
+        return Text(f"{self.unit}, {task.speed:,.0f} a second" if self.unit == "tokens" and task.speed else self.unit)
 
 
 class Terminal:
@@ -94,12 +117,12 @@ class Terminal:
 
     def log(self, line: str) -> None:
         """Print a line of a training's log, above the progress bar and in files."""
-        self.err.print(escape(line))
+        self.err.print(escape(line), soft_wrap=True)
 
     @contextmanager
     def bar(self, what: str, total: int, unit: Unit) -> Iterator[Advance]:
         """Show a progress bar; yields a function that takes how much more is done."""
-        amount = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(), TextColumn(unit))
+        amount = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(), _Unit(unit))
         columns = (TextColumn("{task.description}"), BarColumn(), *amount, TimeRemainingColumn())
         with Progress(*columns, console=self.err, disable=not self.err.is_terminal, transient=True) as progress:
             task = progress.add_task(escape(what), total=total)

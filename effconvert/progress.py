@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-Unit = Literal["bytes", "tokens", "documents", "steps"]
+Unit = Literal["bytes", "tokens", "documents", "steps", "seconds"]
 Advance = Callable[[int], None]
 
 

@@ -29,3 +29,11 @@ def perplexity(value: float) -> str:
 def some(names: Sequence[str], most: int = 3) -> str:
     """Write the first of some names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def duration(seconds: float) -> str:
+    """Write a time as people do: 40 seconds, 12 minutes, 3.5 hours, 2.1 days."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.2g} {unit}"
+    return f"{max(1, round(seconds))} seconds"

@@ -12,6 +12,7 @@ from effconvert import processes
 from effconvert.checkpoint import sources
 from effconvert.checkpoint.belonging import text_of
 from effconvert.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.digest import file_hash
 from effconvert.checkpoint.manifest import CARD, MANIFEST, RECIPE, read_manifest, save_manifest
 from effconvert.convert import drafts, output, selftext, training_text
@@ -86,7 +87,9 @@ def _convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progr
     if processes.count() > 1 and not isinstance(surgeries[-1], Distill):
         raise OptionError(f"{processes.count()} processes were started, and only distill uses more than one; run the same command by itself")
     opening = open_as_stock if options.verify or options.dry_run else open_checked  # the former imports transformers, which is slow
-    checkpoint, teacher, target = opening(folder), _teacher(surgeries, progress), expand(options.output or default_name(model, surgeries))
+    checkpoint = opening(folder)
+    surgeries = _with_student(surgeries, checkpoint.config)
+    teacher, target = _teacher(surgeries, progress), expand(options.output or default_name(model, surgeries))
     if not reuse and any(step.undecided for step in surgeries):
         output.check_free(target, options.overwrite)
     surgeries, choices = decide(checkpoint, surgeries, teacher, options, progress)
@@ -107,6 +110,9 @@ def _convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progr
     if to_train:
         training.check_training(conversion, target, to_train)
         conversion = replace(conversion, remarks=(*conversion.remarks, *training.remarks(conversion, to_train, target)))
+        if options.dry_run:
+            progress.step("doing a few steps of the training")
+            conversion = replace(conversion, remarks=(*conversion.remarks, *training.time_remark(conversion, to_train)))
     memory = check_memory(conversion, options) if options.verify else 0
     material = prepare(conversion, text, options) if text else None
     progress.plan(model, conversion, target, memory)
@@ -142,6 +148,15 @@ def _with_healing(surgeries: tuple[Step, ...], options: RunOptions) -> tuple[Ste
     if len(surgeries) > 1 and any(isinstance(step, Transplant) for step in surgeries):
         raise OptionError("transplant compares a written model with its base, so it is a conversion of its own; do the other steps before or after it")
     return surgeries
+
+
+def _with_student(surgeries: tuple[Step, ...], config: Config) -> tuple[Step, ...]:
+    """Return the steps with those that make the student of a distillation."""
+    *before, last = surgeries
+    steps = last.student(config) if isinstance(last, Distill) else (last,)
+    if before and len(steps) > 1:
+        raise OptionError("--student-layers and --student-ffn make the student of a model as it is; put prune-layers, narrow and refit before distill instead")
+    return (*before, *steps)
 
 
 def _plan(checkpoint: Checkpoint, surgeries: tuple[Step, ...], teacher: Checkpoint | None, options: RunOptions, choices: tuple[str, ...]) -> Plan:
@@ -253,7 +268,7 @@ def _texts(model: str, plan: Plan, target: Path, options: RunOptions, record: di
     def read(options: Mapping[str, Any]) -> dict[str, Any]:
         named = {
             key: seen_from(target, value)
-            for key in ("model", "teacher", "base", "instruct", "calibrate", "data", "cache-teacher")
+            for key in ("model", "teacher", "base", "instruct", "calibrate", "data", "cache-teacher", "include-path")
             if (value := options.get(key)) and value not in CALIBRATION_WORDS
         }
         return {**options, **named}

@@ -5,9 +5,11 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -19,16 +21,21 @@ from effconvert.checkpoint.manifest import DRAFT, to_disk
 from effconvert.checkpoint.shards import FLOATS, StoredTensor, as_bytes, copy_run, header
 from effconvert.convert.output import training_folder
 from effconvert.convert.plan import Plan, Target
+from effconvert.convert.scores import scores
 from effconvert.convert.teacher_cache import check_cache, filled, most_bytes, options_of
 from effconvert.convert.teacher_cache import record as cache_record
 from effconvert.convert.training_text import TrainingText, items
 from effconvert.convert.write import write_others
 from effconvert.errors import EffconvertError, OptionError
 from effconvert.eval.training import Point, Training
+from effconvert.heal._windows import Windows
 from effconvert.modeling import loading
 from effconvert.paths import real
 from effconvert.progress import Advance, Progress
-from effconvert.quantities import size
+from effconvert.quantities import duration, size
+
+if TYPE_CHECKING:
+    from effconvert.heal._distilling import Setting
 
 MARK = "effconvert-training.json"  # in OUT.training: which conversion it belongs to
 CHECKPOINTS = 4  # at a time: the last two, the best, and one that is being written
@@ -65,6 +72,7 @@ def check_training(plan: Plan, output: Path, text: TrainingText) -> None:
     there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.exists() else 0  # from an interrupted run
     if (need := checkpoint_bytes(plan) - there) > (free := shutil.disk_usage(place).free):
         raise OptionError(f"{folder} needs up to {size(need)} for checkpoints, and {place} has {size(free)} free; give an --output on another disk")
+    scores(plan)  # also loads the tasks
     if getattr(plan.surgeries[-1], "cache_teacher", None):
         check_cache(plan, output, items(plan, text))
 
@@ -95,33 +103,64 @@ def remarks(plan: Plan, text: TrainingText, output: Path) -> tuple[str, ...]:
     return tuple(lines)
 
 
+def time_remark(plan: Plan, text: TrainingText) -> tuple[str, ...]:
+    """Return what the plan says of the time, after a few steps; nothing where the user limits it, or where several processes would share it."""
+    if options_of(plan).minutes or processes.count() > 1:
+        return ()
+    stand_in = "" if len(plan.surgeries) == 1 else ", with the original in the place of the model"
+    return (f"training takes about {duration(seconds(plan, text))} here, from a few of its steps{stand_in}",)
+
+
 def train(plan: Plan, student: Path, text: TrainingText, output: Path, progress: Progress) -> tuple[Path, Training]:
     """Distil the model in `student`, and return the folder of the best model on the way, and what happened.
 
     Raises:
         ModelError: a model computes NaN, or its logits in a way that is not known.
     """
-    from effconvert.heal._distiller import Distiller  # imports transformers' Trainer, which is slow
-    from effconvert.heal._distilling import distill
+    from effconvert.heal._distilling import distill  # imports transformers' Trainer, which is slow
     from effconvert.heal._training_log import Report
 
-    options, folder, checkpoint = options_of(plan), training_folder(output), open_checkpoint(student)
-    data, predicts, kind = items(plan, text), checkpoint.config.predicts and plan.teacher.config.predicts, Distiller
-    cache: dict[str, Any] | None = None
+    options, data, cache = options_of(plan), items(plan, text), None
     if options.cache_teacher:
         from effconvert.heal._cached_distilling import CachedDistiller
         from effconvert.heal._teacher_cache import windows_of
 
-        teacher, kind = filled(plan, data, progress), CachedDistiller
+        teacher = filled(plan, data, progress)
         data, cache = windows_of(teacher), cache_record(teacher)
+        setting = _setting(plan, student, data, output, teacher=teacher, kind=CachedDistiller, scores=scores(plan))
     else:
-        computing = plan.teacher.computing if options.unchanged_rate else torch.float32  # as the student's weights, of which it has some
-        teacher = loading.load(plan.teacher.folder, plan.teacher.config, computing).requires_grad_(False)
-    model = loading.load(student, checkpoint.config, torch.float32)
-    with progress.bar("distilling", options.steps * options.windows * options.window, "tokens") as advance:
-        result = distill(model, teacher, options, data, layers_of_the_teacher(plan), predicts, folder / "checkpoints", Report(advance, progress.log), kind)
+        setting = _setting(plan, student, data, output, scores=scores(plan))
+    tokens = options.steps * options.windows * options.window
+    with progress.bar("distilling", *((round(60 * options.minutes), "seconds") if options.minutes else (tokens, "tokens"))) as advance:
+        result = distill(setting, Report(advance, progress.log))
     curve = tuple(Point(**point) for point in result.curve)
     return result.best or student, Training(text.name, text.sha256, result.measure, result.before, result.after, curve, len(data.held_out), cache)
+
+
+def seconds(plan: Plan, text: TrainingText) -> float:
+    """Return how long a training takes, from a few of its steps; where other steps precede, with the model as it is before them."""
+    from effconvert.heal._distilling import seconds_of
+
+    converted = len(plan.surgeries) == 1
+    originals = layers_of_the_teacher(plan) if converted else [range(layer, layer + 1) for layer in range(plan.checkpoint.config.layers)]
+    with TemporaryDirectory(prefix="effconvert-time-") as scratch:
+        setting = _setting(plan, plan.checkpoint.folder, items(plan, text), Path(scratch) / "none", originals=originals)
+        if not converted:  # all weights are as in the original, and a share of the rate takes no less time
+            setting = replace(setting, options=setting.options.model_copy(update={"unchanged_rate": 1.0}))
+        return seconds_of(setting)
+
+
+def _setting(plan: Plan, student: Path, data: Windows, output: Path, teacher: Any = None, originals: Sequence[range] = (), **more: Any) -> "Setting":
+    """Load the models of a training."""
+    from effconvert.heal._distilling import Setting
+
+    options, checkpoint = options_of(plan), open_checkpoint(student)
+    if teacher is None:
+        computing = plan.teacher.computing if options.unchanged_rate else torch.float32  # as the student's weights, of which it has some
+        teacher = loading.load(plan.teacher.folder, plan.teacher.config, computing).requires_grad_(False)
+    model, predicts = loading.load(student, checkpoint.config, torch.float32), checkpoint.config.predicts and plan.teacher.config.predicts
+    originals = originals or layers_of_the_teacher(plan)
+    return Setting(model, teacher, options, data, originals, predicts, training_folder(output) / "checkpoints", **more)
 
 
 def layers_of_the_teacher(plan: Plan) -> list[range]:

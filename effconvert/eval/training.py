@@ -1,7 +1,7 @@
 """The course of a training, as the manifest keeps it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 MEASURES = {"kl": "KL(original || model), nats a token", "hidden": "distance of hidden states"}  # on held-out text
@@ -15,6 +15,7 @@ class Point:
     seconds: float
     held_out: float
     loss: float | None = None  # the mean since the point before
+    scores: Mapping[str, float] = field(default_factory=dict)  # of tasks and passkeys, by name
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Training:
     def unit(self) -> str:
         """What the distance on held-out windows is."""
         return MEASURES.get(self.measure, self.measure)
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """The names of what else was measured on the way."""
+        return tuple(dict.fromkeys(name for point in self.curve for name in point.scores))
 
     @property
     def closed(self) -> float | None:

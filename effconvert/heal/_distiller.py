@@ -2,22 +2,28 @@
 # B = windows in a step, T = tokens in a window, N = tokens that count in a step, M = hidden width.
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from effconvert.errors import EffconvertError, ModelError
+from effconvert.heal._deadline import rate
 from effconvert.heal._hidden import distance, hidden_states
 from effconvert.heal._objective import Head, Objective, head_of
 from effconvert.heal._sharing import unchanged
+from effconvert.heal._training_log import SCORE
 from effconvert.heal._windows import Item
 from effconvert.heal.distill import Distill
 from effconvert.modeling.transformers_internals import shard
 
+Scores = Callable[[Any], Mapping[str, float]]  # model -> its scores by name
+WARMUP = 0.05  # of a training
 NOTHING = 1e-3  # of the loss and gradient of a student that is something else: rounding
 
 
@@ -32,9 +38,9 @@ class Predictions:
 class Distiller(Trainer):  # type: ignore[misc]
     """A Trainer whose loss is the distance from a teacher."""
 
-    def __init__(self, teacher: Any, options: Distill, originals: Sequence[range], predicts: bool, **more: Any) -> None:
+    def __init__(self, teacher: Any, options: Distill, originals: Sequence[range], predicts: bool, scores: Scores | None, **more: Any) -> None:
         super().__init__(**more)
-        self.teacher, self.options = teacher, options
+        self.teacher, self.options, self.scores = teacher, options, scores
         rest = 1 - options.hidden  # of the loss, which divergence and cross-entropy share
         self.objective = Objective(options.objective, options.temperature, min(1.0, options.ce / rest) if rest else 0.0)
         self.head: Head | None = head_of(self.model) if predicts else None
@@ -82,6 +88,28 @@ class Distiller(Trainer):  # type: ignore[misc]
             self.optimizer: Any = torch.optim.AdamW(groups, lr=rate, betas=betas, weight_decay=0.0)
             return self.optimizer
         return super().create_optimizer(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Make the learning rate fall with the steps, or with the time if that is limited."""
+        if not self.options.minutes:
+            return super().create_scheduler(num_training_steps, optimizer)
+        self.lr_scheduler: Any = LambdaLR(self.optimizer if optimizer is None else optimizer, lambda _: rate(self.progress(), WARMUP))
+        return self.lr_scheduler
+
+    @property
+    def seconds(self) -> float:
+        """The time that training has taken until now, with that of the runs that this one goes on with."""
+        before: float = next((entry["seconds"] for entry in reversed(self.state.log_history) if "seconds" in entry), 0.0)
+        seconds: float = before + time.monotonic() - self.began
+        return seconds
+
+    def progress(self) -> float:
+        """Return the share of the training that is over, by the first process's clock if minutes are limited."""
+        steps: float = self.state.global_step / self.options.steps
+        if not self.options.minutes:
+            return steps
+        clock = torch.tensor(self.seconds / 60 / self.options.minutes, device=self.args.device)
+        return max(steps, float(broadcast(clock)))
 
     def predictions(self, model: Any, inputs: dict[str, Tensor], head: Head | None, layers: Sequence[int]) -> tuple[Predictions, Tensor]:
         """Run a model on windows, and return what it computes for all tokens that count, and their labels [N]."""
@@ -138,10 +166,11 @@ class Distiller(Trainer):  # type: ignore[misc]
             raise EffconvertError(f"a student that is its teacher has a loss of {values[0][0]:g}: a fault of effconvert, please report it")
 
     def log(self, logs: dict[str, float], *more: Any, **named: Any) -> None:
-        """Note the time that training took until now, with that of the runs that this one goes on with."""
-        before = next((entry["seconds"] for entry in reversed(self.state.log_history) if "seconds" in entry), 0.0)
-        now = time.monotonic()
-        logs["seconds"], self.began = round(before + now - self.began, 1), now
+        """Add the time that training took until now, and the scores of the model to a measurement."""
+        if "eval_loss" in logs and self.scores:
+            with torch.no_grad(), self.accelerator.autocast():
+                logs |= {f"{SCORE}{name}": value for name, value in self.scores(self.model).items()}
+        logs["seconds"], self.began = round(self.seconds, 1), time.monotonic()
         super().log(logs, *more, **named)
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:

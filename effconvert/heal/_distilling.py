@@ -4,6 +4,7 @@
 import errno
 import json
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,16 +18,17 @@ from transformers import PrinterCallback, TrainingArguments
 from effconvert import processes
 from effconvert.checkpoint.shards import read_header
 from effconvert.errors import EffconvertError, ModelError
-from effconvert.heal._distiller import Distiller
+from effconvert.heal._deadline import Deadline
+from effconvert.heal._distiller import WARMUP, Distiller, Scores
 from effconvert.heal._sharing import share
-from effconvert.heal._training_log import Report, Reporter, points
+from effconvert.heal._training_log import Clock, Report, Reporter, points
 from effconvert.heal._windows import Windows
 from effconvert.heal.distill import Distill
 from effconvert.modeling.transformers_internals import checkpoint_activations
 from effconvert.quiet import quiet_transformers
 
 EVALUATIONS = 10  # on held-out windows, in a run
-WARMUP = 0.05  # of all steps
+TIMED = 3  # steps that are done to say how long a training takes
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -72,50 +74,9 @@ def _plain_errors(place: Path) -> Iterator[None]:
         raise
 
 
-def _arguments(options: Distill, place: Path, device: str) -> TrainingArguments:
-    """Return what the Trainer is told: AdamW with a cosine, checkpoints in `place`, and a measurement with each."""
-    count = processes.count()
-    every = max(1, options.steps // EVALUATIONS)
-    return TrainingArguments(
-        output_dir=str(place),
-        per_device_train_batch_size=options.windows // count,
-        per_device_eval_batch_size=options.windows if count == 1 else 1,  # a batch that others fill up would be a mean of more windows
-        max_steps=options.steps,
-        learning_rate=options.rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=round(WARMUP * options.steps),
-        adam_beta2=0.95,
-        weight_decay=0.0,
-        eval_strategy="steps",
-        eval_steps=every,
-        eval_on_start=True,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=2,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
-        logging_steps=every,
-        report_to=[options.report_to],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        bf16=options.in_bfloat16(device),
-        use_cpu=device == "cpu",
-        seed=0,
-    )
-
-
-def distill(
-    student: Any,
-    teacher: Any,
-    options: Distill,
-    windows: Windows,
-    originals: Sequence[range],
-    predicts: bool,
-    place: Path,
-    report: Report,
-    kind: type[Distiller] = Distiller,
-) -> Distilled:
-    """Train `student`, and return which of the models on the way is best on held-out windows.
+@dataclass(frozen=True)
+class Setting:
+    """What is trained, towards what, on what, and where its checkpoints are.
 
     Args:
         student: a model in float32.
@@ -125,31 +86,100 @@ def distill(
         originals: for each layer of the student, the layers of the teacher that it stands for.
         predicts: whether both have a head that predicts tokens.
         place: folder for the Trainer's checkpoints; what is there from a run with the same options is gone on with.
-        report: what shows the progress.
+        scores: what else is measured of the student, beside the distance on held-out windows.
         kind: of Distiller.
     """
-    if options.gradient_checkpointing:
-        checkpoint_activations(student)
-    trainer = kind(
-        teacher,
-        options,
-        originals,
-        predicts,
-        model=student,
-        args=_arguments(options, place, student.device.type),
-        train_dataset=windows.train,
-        eval_dataset=windows.held_out,
-        callbacks=[Reporter(report.advance, report.tell, options.windows * options.window)],
-    )
-    trainer.remove_callback(PrinterCallback)
+
+    student: Any
+    teacher: Any
+    options: Distill
+    windows: Windows
+    originals: Sequence[range]
+    predicts: bool
+    place: Path
+    scores: Scores | None = None
+    kind: type[Distiller] = Distiller
+
+    def trainer(self, **arguments: Any) -> Distiller:
+        """Return the Trainer, with some arguments in place of the usual ones."""
+        if self.options.gradient_checkpointing:
+            checkpoint_activations(self.student)
+        trainer = self.kind(
+            self.teacher,
+            self.options,
+            self.originals,
+            self.predicts,
+            self.scores,
+            model=self.student,
+            args=TrainingArguments(**{**_arguments(self.options, self.place, self.student.device.type), **arguments}),
+            train_dataset=self.windows.train,
+            eval_dataset=self.windows.held_out,
+        )
+        trainer.remove_callback(PrinterCallback)
+        if not self.options.unchanged_rate:
+            share(self.student, None if trainer.is_fsdp_enabled else self.teacher, trainer.same)
+        return trainer
+
+
+def _arguments(options: Distill, place: Path, device: str) -> dict[str, Any]:
+    """Return what the Trainer is told: AdamW with a cosine, checkpoints in `place`, and a measurement with each."""
+    count = processes.count()
+    every = max(1, options.steps // EVALUATIONS)
+    return {
+        "output_dir": str(place),
+        "per_device_train_batch_size": options.windows // count,
+        "per_device_eval_batch_size": options.windows if count == 1 else 1,  # a batch that others fill up would be a mean of more windows
+        "max_steps": options.steps,
+        "learning_rate": options.rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": round(WARMUP * options.steps),
+        "adam_beta2": 0.95,
+        "weight_decay": 0.0,
+        "eval_strategy": "steps",
+        "eval_steps": every,
+        "eval_on_start": True,
+        "save_strategy": "steps",
+        "save_steps": every,
+        "save_total_limit": 2,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "logging_steps": every,
+        "report_to": [options.report_to],
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "bf16": options.in_bfloat16(device),
+        "use_cpu": device == "cpu",
+        "seed": 0,
+    }
+
+
+def distill(setting: Setting, report: Report) -> Distilled:
+    """Train the student, and return which of the models on the way is best on held-out windows."""
+    options, windows, tokens = setting.options, setting.windows, setting.options.windows * setting.options.window
+    trainer = setting.trainer()
+    if options.minutes:
+        trainer.add_callback(Deadline(trainer.progress, EVALUATIONS))
+    trainer.add_callback(Reporter(report, lambda: int(trainer.seconds) if options.minutes else trainer.state.global_step * tokens, tokens))
     trainer.check(windows.held_out[0])
-    if not options.unchanged_rate:
-        share(student, None if trainer.is_fsdp_enabled else teacher, trainer.same)
-    with quiet_transformers(), _plain_errors(place):
-        trainer.train(resume_from_checkpoint=last_whole_checkpoint(place))
-    curve = points(trainer.state.log_history, options.windows * options.window)
+    with quiet_transformers(), _plain_errors(setting.place):
+        trainer.train(resume_from_checkpoint=last_whole_checkpoint(setting.place))
+    curve = points(trainer.state.log_history, tokens)
     before, after = curve[0]["held_out"], min(point["held_out"] for point in curve)
     best = trainer.state.best_model_checkpoint if after < before else None
     if best is None:
         report.tell("no model on the way was better on the held-out windows, so the model stays as it was; try a lower --rate, or more --train-tokens")
     return Distilled(trainer.measure, before, after, Path(best) if best else None, curve)
+
+
+def seconds_of(setting: Setting) -> float:
+    """Return the seconds that a training would take, from those of a step and of a measurement of one batch; the student is changed by it."""
+    clock = Clock()
+    trainer = setting.trainer(max_steps=TIMED, eval_strategy="no", eval_on_start=False, save_strategy="no", logging_steps=10**6, report_to=[])
+    trainer.add_callback(clock)
+    batch = setting.windows.held_out[: trainer.args.per_device_eval_batch_size]
+    with quiet_transformers(), _plain_errors(setting.place):
+        trainer.train()
+        began = time.monotonic()
+        trainer.evaluate(batch)
+    measurement = (time.monotonic() - began) * len(setting.windows.held_out) / len(batch)
+    return clock.seconds * setting.options.steps + measurement * (EVALUATIONS + 1)

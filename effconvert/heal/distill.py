@@ -2,17 +2,21 @@
 
 from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from effconvert.errors import OptionError
 from effconvert.heal._healing import Healing
-from effconvert.options import HomePath
+from effconvert.options import HomePath, Listed, Names
 
 if TYPE_CHECKING:
     from effconvert.checkpoint.config import Config
     from effconvert.checkpoint.layer import Layer, Model
+    from effconvert.surgery._surgery import Step
+
+TOKENS = 262144  # to train on, where neither tokens nor minutes are given
+ENDLESS = 10**12  # tokens, where minutes are
 
 
 class Distill(Healing):
@@ -30,6 +34,7 @@ class Distill(Healing):
       effconvert distill ./SmolLM2-135M-gqa-1 --teacher ./SmolLM2-135M --data articles.txt -o ./distilled
       effconvert distill ./pruned --teacher HuggingFaceTB/SmolLM2-135M --train-tokens 2000000
       effconvert distill ./pruned --teacher ./SmolLM2-135M --data articles.txt --cache-teacher ./predictions
+      effconvert distill ./SmolLM2-135M --student-layers 20 --minutes 30 --passkey 256,1024
     """
 
     data: str = Field(
@@ -38,7 +43,20 @@ class Distill(Healing):
         "owner/name:config), or `docstrings` of the standard library. Messages are written by the chat template, and what the assistant says is predicted.",
         json_schema_extra={"metavar": "FILE|DATASET|docstrings"},
     )
-    train_tokens: int = Field(262144, ge=1024, le=10**12, description="Tokens to train on; the text is repeated where it has fewer.")
+    train_tokens: int | None = Field(
+        None,
+        ge=1024,
+        le=10**12,
+        description=f"Tokens to train on; the text is repeated where it has fewer. Default: {TOKENS}, or no limit with --minutes.",
+        json_schema_extra={"metavar": "N"},
+    )
+    minutes: float | None = Field(
+        None,
+        gt=0,
+        le=10**6,
+        description="Train for so long, measurements included; the learning rate falls with the time. Another run may see another number of tokens.",
+        json_schema_extra={"metavar": "NUMBER"},
+    )
     window: int = Field(512, ge=16, le=10**6, description="Tokens in each window: a model learns to attend no further.")
     packing: Literal["joined", "documents"] = Field(
         "joined",
@@ -65,6 +83,25 @@ class Distill(Healing):
     temperature: float = Field(1.0, gt=0, le=100, description="Divides logits before they are compared; the loss is multiplied by its square.")
     ce: float = Field(0.0, ge=0, le=1, description="Share of the loss on the text itself (cross-entropy); the rest is the divergence.")
 
+    student_layers: int | None = Field(
+        None,
+        ge=2,
+        description="Make a student with so many layers first: MODEL is the original, its layers are dropped as by prune-layers --drop, and refit follows.",
+        json_schema_extra={"metavar": "N"},
+    )
+    student_ffn: int | None = Field(
+        None, ge=1, description="Make a student with so many neurons in each FFN first, as by narrow --ffn.", json_schema_extra={"metavar": "F"}
+    )
+    tasks: Names = Field(
+        (),
+        description="Tasks of lm-eval to measure with each held-out measurement: their scores stand in the log and in the curve.",
+        json_schema_extra={"metavar": "TASK,…"},
+    )
+    include_path: HomePath | None = Field(None, description="Folder with task files of your own.", json_schema_extra={"metavar": "DIR"})
+    limit: int | None = Field(None, ge=1, description="Only the first N documents of each task.", json_schema_extra={"metavar": "N"})
+    passkey: Annotated[tuple[Annotated[int, Field(ge=64)], ...], Listed] = Field(
+        (), description="Lengths in tokens at which to hide a passkey and ask for it, with each held-out measurement.", json_schema_extra={"metavar": "N,…"}
+    )
     gradient_checkpointing: bool = Field(False, description="Compute activations of layers again for the gradients: less memory, a third more time.")
     report_to: str = Field(
         "none",
@@ -102,7 +139,15 @@ class Distill(Healing):
     )
 
     @model_validator(mode="after")
+    def _tasks_for_their_options(self) -> Self:
+        if not self.tasks and (self.include_path or self.limit):
+            raise ValueError(f"--{'limit' if self.limit else 'include-path'} is for lm-eval's tasks, and none is named; give --tasks, or leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _what_a_cache_has(self) -> Self:
+        if self.cache_teacher and self.minutes and not self.train_tokens:
+            raise ValueError("--cache-teacher keeps the predictions of the tokens to train on, and --minutes alone does not say how many; give --train-tokens")
         if self.cache_teacher and self.cache_kind == "samples" and self.objective != "kl":
             raise ValueError(
                 f"--objective {self.objective} needs the original's probability of what the model predicts, which samples do not have; "
@@ -136,9 +181,11 @@ class Distill(Healing):
     def notes(self, config: Config) -> str:
         """Say how many steps it takes, and what is compared."""
         compared = "" if config.predicts else "; compares last hidden states, for there is no head that predicts tokens"
-        return (
-            f"trains for {self.steps:,} steps of {self.windows * self.window:,} tokens; held-out text decides which of the models on the way is kept{compared}"
-        )
+        tokens = f"{self.windows * self.window:,} tokens"
+        length = f"{self.minutes:g} minutes, in steps of {tokens}" if self.minutes else f"{self.steps:,} steps of {tokens}"
+        if self.minutes and self.train_tokens:
+            length = f"{self.steps:,} steps of {tokens}, or for {self.minutes:g} minutes if they end first"
+        return f"trains for {length}; held-out text decides which of the models on the way is kept{compared}"
 
     def in_bfloat16(self, device: str) -> bool:
         """Return whether a step on this type of device computes in bfloat16."""
@@ -152,7 +199,28 @@ class Distill(Healing):
     @property
     def steps(self) -> int:
         """Steps of the optimiser."""
-        return max(1, self.train_tokens // (self.windows * self.window))
+        tokens = self.train_tokens or (ENDLESS if self.minutes else TOKENS)
+        return max(1, tokens // (self.windows * self.window))
+
+    def student(self, config: Config) -> tuple[Step, ...]:
+        """Return the steps that make the student that --student-layers and --student-ffn describe, and this one without these options.
+
+        Raises:
+            OptionError: the model has no more layers, or another model is named as the teacher.
+        """
+        if not self.student_layers and not self.student_ffn:
+            return (self,)
+        if self.teacher:
+            raise OptionError("the student of --student-layers or --student-ffn is made of MODEL, which is its teacher; leave --teacher out")
+        from effconvert.heal.refit import Refit
+        from effconvert.surgery.depth.prune_layers import PruneLayers
+        from effconvert.surgery.width.narrow import Narrow
+
+        if self.student_layers and self.student_layers >= config.layers:
+            raise OptionError(f"--student-layers {self.student_layers} is not fewer than the {config.layers} layers of the model; give fewer")
+        smaller: list[Step] = [PruneLayers(drop=config.layers - self.student_layers)] if self.student_layers else []
+        smaller += [Narrow(ffn=self.student_ffn)] if self.student_ffn else []
+        return (*smaller, Refit(), self.model_copy(update={"student_layers": None, "student_ffn": None}))
 
     def rewrite(self, model: Model) -> None:
         """Change nothing here: the whole model is trained when it is written."""

@@ -134,10 +134,17 @@ def _training(manifest: Mapping[str, Any]) -> str:
     if not course:
         return ""
     rows = [
-        (f"{point.tokens:,}", f"{point.seconds:,.0f}", f"{point.held_out:.4g}", "" if point.loss is None else f"{point.loss:.4g}") for point in course.curve
+        (
+            f"{point.tokens:,}",
+            f"{point.seconds:,.0f}",
+            f"{point.held_out:.4g}",
+            "" if point.loss is None else f"{point.loss:.4g}",
+            *(f"{point.scores[name]:.4g}" if name in point.scores else "" for name in course.scores),
+        )
+        for point in course.curve
     ]
     chosen = "the model is the best of these" if course.after < course.before else "none of these is better than it was, so it stayed as it was"
-    markdown = table(["tokens", "seconds", f"held out: {plain(course.unit)} ↓", "loss"], rows)
+    markdown = table(["tokens", "seconds", f"held out: {plain(course.unit)} ↓", "loss", *map(plain, course.scores)], rows)
     return f"Distilled on {plain(course.text)}; {course.held_out_windows} windows of it were held out, and {chosen}.\n\n{markdown}"
 
 

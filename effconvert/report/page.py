@@ -73,7 +73,7 @@ def write(report: Report, page: Path) -> None:
 
 def html(report: Report) -> str:
     """Return a self-contained page."""
-    from effconvert.report import diagram, plots  # not before: recipes without a report need no matplotlib
+    from effconvert.report import course, diagram, plots  # not before: recipes without a report need no matplotlib
     from effconvert.report.drawing import DARK, LIGHT
 
     pictures = {
@@ -81,7 +81,7 @@ def html(report: Report) -> str:
         "speed": plots.speed(report),
         "layers": diagram.layers(report),
         "cache": plots.cache(report),
-        "training": plots.training(report),
+        "training": course.training(report),
     }
     colours = list(enumerate(zip(LIGHT, DARK, strict=True)))
     return _template("page.html", autoescape=True).render(**_content(report), pictures=pictures, colours=colours)

@@ -230,26 +230,6 @@ def cache(report: Report) -> Picture | None:
     return _lines(lines, "cache", "KV cache", "B", caption, marked=False)
 
 
-def training(report: Report) -> Picture | None:
-    """Draw the held-out distance of a training against its tokens, with the time that it took."""
-    course = report.manifest and report.manifest.distillation
-    if not course or len(course.curve) < 2:
-        return None
-    with style():
-        canvas = figure(2.5)
-        axes = canvas.add_subplot()
-        tokens, values = zip(*((point.tokens, point.held_out) for point in course.curve), strict=True)
-        axes.plot(tokens, values, color=SERIES[0], marker=MARKERS[0], linestyle=LINES[0], zorder=3)
-        axes.set_ylim(0, 1.08 * max(values) or 1)
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.set_xlabel("tokens of training")
-        axes.set_title(course.unit, loc="left", fontsize=10, color=MUTED)
-        caption = f"On {course.held_out_windows} held-out windows, less is better; {course.curve[-1].seconds:,.0f} seconds for all."
-        description = f"Training: {course.unit} from {values[0]:.4g} to {min(values):.4g} in {tokens[-1]:,} tokens"
-        return Picture("Training", caption, svg(canvas, "training", description))
-
-
 def _legend(canvas: Figure, axes: Axes) -> None:
     handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     canvas.legend(handles.values(), handles.keys(), loc="outside upper left")

@@ -103,11 +103,18 @@ def shapes(report: Report) -> Table:
 def training(curve: Training) -> Table:
     """Return the course of a training."""
     rows = tuple(
-        (f"{point.tokens:,}", f"{point.seconds:,.0f}", number(point.held_out), "-" if point.loss is None else number(point.loss)) for point in curve.curve
+        (
+            f"{point.tokens:,}",
+            f"{point.seconds:,.0f}",
+            number(point.held_out),
+            "-" if point.loss is None else number(point.loss),
+            *(number(point.scores[name]) if name in point.scores else "-" for name in curve.scores),
+        )
+        for point in curve.curve
     )
     closed = "" if curve.closed is None else f", {curve.closed:.0%} of the distance before closed"
     note = f"Trained on {curve.text}; {curve.held_out_windows} windows of it were held out. The model that was written has {number(curve.after)}{closed}."
-    return Table("Training", ("tokens", "seconds", f"held out: {curve.unit}", "loss"), rows, note)
+    return Table("Training", ("tokens", "seconds", f"held out: {curve.unit}", "loss", *curve.scores), rows, note)
 
 
 def verification(report: Verification) -> Table | None:

@@ -260,9 +260,9 @@ def test_a_class_that_no_auto_class_opens_is_named_itself() -> None:
 
 
 def test_a_training_is_shown_with_its_curve():
-    curve = [{"tokens": 0, "seconds": 2.5, "held_out": 0.4}, {"tokens": 20480, "seconds": 60.0, "held_out": 0.1, "loss": 0.15}]
+    curve = [{"tokens": 0, "seconds": 2.5, "held_out": 0.4}, {"tokens": 20480, "seconds": 60.0, "held_out": 0.1, "loss": 0.15, "scores": {"passkey 256": 0.9}}]
     course = {"text": "a|b.txt", "sha256": "", "measure": "kl", "before": 0.4, "after": 0.1, "curve": curve, "held_out_windows": 32}
     card = render(manifest(distillation=course), CONFIG, "")
     assert "## Training\n\nDistilled on a\\|b.txt; 32 windows of it were held out, and the model is the best of these." in card
-    assert "| 20,480 | 60 | 0.1 | 0.15 |" in card
+    assert "| 20,480 | 60 | 0.1 | 0.15 | 0.9 |" in card
     assert "## Training" not in render(manifest(distillation={"kl_before": 0.4}), CONFIG, "")  # as earlier versions wrote it

@@ -257,11 +257,14 @@ def test_a_page_asks_the_network_for_nothing(converted, results, tmp_path):
 def test_a_training_is_shown_as_a_curve_and_a_table(converted, tmp_path):
     shutil.copytree(converted, tmp_path / "trained")
     manifest = json.loads((tmp_path / "trained" / "effconvert.json").read_text())
-    curve = [{"tokens": 0, "seconds": 2.5, "held_out": 0.4}, {"tokens": 20480, "seconds": 60.0, "held_out": 0.1, "loss": 0.15}]
+    curve = [{"tokens": 0, "seconds": 2.5, "held_out": 0.4}, {"tokens": 20480, "seconds": 60.0, "held_out": 0.1, "loss": 0.15, "scores": {"passkey 256": 0.9}}]
     manifest["distillation"] = {"text": "novels.txt", "sha256": "", "measure": "kl", "before": 0.4, "after": 0.1, "curve": curve, "held_out_windows": 32}
     (tmp_path / "trained" / "effconvert.json").write_text(json.dumps(manifest))
     report(tmp_path / "trained", [], tmp_path / "out.html")
     markdown = plain((tmp_path / "out.md").read_text())
-    assert "| 20,480 | 60 | 0.1 | 0.15 |" in markdown
+    assert "| 0 | 2 | 0.4 | - | - |" in markdown
+    assert "| 20,480 | 60 | 0.1 | 0.15 | 0.9 |" in markdown
     assert "32 windows of it were held out. The model that was written has 0.1, 75% of the distance before closed." in markdown
-    assert "Training: KL(original || model), nats a token from 0.4 to 0.1 in 20,480 tokens" in (tmp_path / "out.html").read_text()
+    page = (tmp_path / "out.html").read_text()
+    assert "Training: KL(original || model), nats a token from 0.4 to 0.1 in 20,480 tokens" in page
+    assert all(f">{text}<" in page for text in ("minutes", "scores", "passkey 256"))

@@ -1,0 +1,37 @@
+"""A training that ends after some minutes: its learning rate, its measurements and its end go by the clock."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback
+
+
+class Deadline(TrainerCallback):  # type: ignore[misc]
+    """Measures the model and saves it when each part of the time is over, and ends the training with the last."""
+
+    def __init__(self, progress: Callable[[], float], parts: int) -> None:
+        self.progress, self.parts, self.over = progress, parts, 0
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Begin with the part at which a run that goes on was stopped."""
+        self.over = self._part()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Ask the Trainer for what is due."""
+        part = self._part()
+        if part > self.over:
+            control.should_log = control.should_evaluate = control.should_save = True
+        if part == self.parts:
+            control.should_training_stop = True
+        self.over = part
+
+    def _part(self) -> int:
+        return min(self.parts, int(self.progress() * self.parts))
+
+
+def rate(progress: float, warmup: float) -> float:
+    """Return the learning rate as a share of the highest: it rises in the first `warmup` of a training, and falls with a cosine."""
+    if progress < warmup:
+        return progress / warmup
+    return (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup)))) / 2

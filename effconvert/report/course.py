@@ -1,0 +1,56 @@
+"""The picture of a training: its distance on held-out windows and its scores, against tokens and time."""
+
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from effconvert.eval.training import Training
+from effconvert.report.drawing import LINES, MARKERS, MUTED, SERIES, figure, style, svg
+from effconvert.report.facts import Report
+from effconvert.report.plots import Picture
+
+PANEL = 2.5  # inches
+
+
+def training(report: Report) -> Picture | None:
+    """Draw the held-out distance of a training, and the scores that were measured with it."""
+    course = report.manifest and report.manifest.distillation
+    if not course or len(course.curve) < 2:
+        return None
+    drawn = course.scores[: len(SERIES)]
+    with style():
+        canvas = figure(2 * PANEL if drawn else PANEL)
+        first, *rest = canvas.subplots(2 if drawn else 1, sharex=True, squeeze=False)[:, 0]
+        values = _line(first, course, 0, "", [point.held_out for point in course.curve])
+        first.set_ylim(0, 1.08 * max(values) or 1)
+        first.set_title(course.unit, loc="left", fontsize=10, color=MUTED)
+        _time(first, course)
+        for axes in rest:
+            for place, name in enumerate(drawn):
+                _line(axes, course, place, name, [point.scores.get(name, np.nan) for point in course.curve])
+            axes.set_title("scores", loc="left", fontsize=10, color=MUTED)
+            axes.legend(loc="best")
+        (rest[-1] if rest else first).set_xlabel("tokens of training")
+        omission = f" The first {len(drawn)} of {len(course.scores)} scores: the table has all." if len(drawn) < len(course.scores) else ""
+        caption = f"On {course.held_out_windows} held-out windows, less is better; {course.curve[-1].seconds:,.0f} seconds for all.{omission}"
+        description = f"Training: {course.unit} from {values[0]:.4g} to {min(values):.4g} in {course.curve[-1].tokens:,} tokens"
+        return Picture("Training", caption, svg(canvas, "training", description))
+
+
+def _line(axes: Axes, course: Training, series: int, label: str, values: list[float]) -> list[float]:
+    tokens = [point.tokens for point in course.curve]
+    axes.plot(tokens, values, color=SERIES[series], marker=MARKERS[series], linestyle=LINES[series], label=label, zorder=3)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    return values
+
+
+def _time(axes: Axes, course: Training) -> None:
+    """Draw a second axis with the minutes that the training took to each number of tokens."""
+    tokens, minutes = ([*values] for values in zip(*((point.tokens, point.seconds / 60) for point in course.curve), strict=True))
+    if all(later > earlier for earlier, later in pairwise(minutes)):
+        upper = axes.secondary_xaxis("top", functions=(partial(np.interp, xp=tokens, fp=minutes), partial(np.interp, xp=minutes, fp=tokens)))
+        upper.set_xlabel("minutes")
