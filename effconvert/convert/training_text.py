@@ -1,7 +1,9 @@
 """The text of a distillation: read before anything is written, and cut into windows."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,15 +15,17 @@ from effconvert.convert.plan import Plan
 from effconvert.convert.selftext import SELF
 from effconvert.convert.teacher_cache import options_of
 from effconvert.errors import ModelError, OptionError
-from effconvert.eval.quality.perplexity import beginning, windows
-from effconvert.eval.quality.text import MOST, ROWS, Documents, Text, calibration_text, read_calibration, read_documents
+from effconvert.eval.quality.perplexity import beginning
+from effconvert.eval.quality.text import PIECE, ROWS, Conversation, calibration_text, name_of, read_pieces, read_rows
 from effconvert.heal._documents import Filled, predicted_tokens, windows_of_conversations, windows_of_texts
-from effconvert.heal._windows import Windows, held_out, masked, next_tokens, repeating, unlabelled
+from effconvert.heal._windows import MOST_HELD_OUT, Windows, held_out, masked, next_tokens, repeating, unlabelled
 from effconvert.heal.distill import Distill
 from effconvert.modeling import loading
 from effconvert.paths import expand
 
 LEAST = 4  # windows of a text to train on
+READ = 20_000_000  # tokens of a text that are read in any case; of a longer one more are read only if they are needed
+BETWEEN = "\n\n"  # rows of a dataset
 
 
 @dataclass(frozen=True)
@@ -61,63 +65,90 @@ def read_text(plan: Plan) -> TrainingText:
         raise OptionError("--cache-teacher is for one process; fill the folder with one, or leave it out")
     tokenizer = loading.load_tokenizer(folder)
     _check_tokenizers(plan, tokenizer)
-    longest = min(config.longest or MOST, plan.teacher.config.longest or MOST)
-    if options.window > longest:
+    longest = min((length for length in (config.longest, plan.teacher.config.longest) if length), default=None)
+    if longest and options.window > longest:
         raise OptionError(f"--window {options.window} is more than the {longest} tokens that the models read; give at most that")
-    vocabulary = min(config.vocabulary, plan.teacher.config.vocabulary)
-    text = _source(options)
-    if isinstance(text, Documents):
-        return _windows_of(text, plan, tokenizer, vocabulary)
-    before, after = ((), ()) if config.decoder else special_ends(tokenizer)
-    body = options.window - len(before) - len(after)
-    try:
-        ids = windows(tokenizer, text, body, MOST, vocabulary)
-    except OptionError:  # whose message names the options of evaluation
-        raise OptionError(f"{text.name} is too short, and --window {options.window} needs {LEAST * options.window} tokens; give a longer --data") from None
+    name, rows, between = _rows(options)
+    first = next(rows, "")
+    rows, talk = chain([first], rows), not isinstance(first, str)
+    if talk or options.packing == "documents":
+        ids, predicted = _apart(plan, tokenizer, rows)
+    else:
+        ids, predicted = _joined(plan, tokenizer, rows, between), None
     if len(ids) < LEAST:
-        raise OptionError(f"{text.name} has {ids.numel()} tokens, and --window {options.window} needs {LEAST * options.window}; give a longer --data")
-    around = (torch.tensor(end, dtype=ids.dtype).expand(len(ids), -1) for end in (before, after))
-    return TrainingText(text.name, torch.cat([next(around), ids, next(around)], 1))
+        have = f"{len(ids)} windows" if predicted is not None else f"{ids.numel()} tokens"
+        need = f"at least {LEAST}" if predicted is not None else LEAST * options.window
+        raise OptionError(f"{name} makes {have} of --window {options.window}, and {need} are needed; give a longer --data")
+    if ids.max() >= (vocabulary := min(config.vocabulary, plan.teacher.config.vocabulary)):
+        raise ModelError(f"the tokenizer gives the token {int(ids.max())} and the model has {vocabulary}: they do not belong together")
+    return TrainingText(f"the first {ids.numel():,} tokens of {name}" if len(ids) == _needed(options) else name, ids, predicted)
 
 
-def _source(options: Distill) -> Text | Documents:
-    """Read --data: a text, or the documents that have windows of their own.
+def _rows(options: Distill) -> tuple[str, Iterator[str | Conversation], str]:
+    """Return the name of --data, its rows as they come, pieces of one text or documents, and what stands between them in one text.
 
     Raises:
         OptionError: it cannot be read, or --packing documents has none.
     """
     path = expand(options.data)
-    if options.data == DOCSTRINGS or (path.is_file() and not path.name.endswith(ROWS)):
-        if options.packing == "documents":
-            raise OptionError(f"--packing documents needs documents, and --data {options.data} is one text; give JSON lines, parquet or a dataset")
-        return calibration_text() if options.data == DOCSTRINGS else read_calibration(options.data, "--data")
-    documents = read_documents(options.data, "--data")
-    return documents if options.packing == "documents" or documents.conversations else documents.joined
+    if options.data != DOCSTRINGS and not (path.is_file() and not path.name.endswith(ROWS)):
+        return name_of(options.data), read_rows(options.data, "--data"), BETWEEN
+    if options.packing == "documents":
+        raise OptionError(f"--packing documents needs documents, and --data {options.data} is one text; give JSON lines, parquet or a dataset")
+    if options.data != DOCSTRINGS:
+        return path.name, read_pieces(path, "--data"), ""
+    text = calibration_text()
+    return text.name, iter([text.content]), ""
 
 
-def _windows_of(documents: Documents, plan: Plan, tokenizer: Any, vocabulary: int) -> TrainingText:
-    """Return windows of one document each.
+def _needed(options: Distill) -> int:
+    """Return how many windows are read: all that a run sees once, with those that are held out, and of a short run many more to choose from."""
+    steps = 0 if options.minutes else options.steps
+    return max(READ // options.window, steps * options.windows + MOST_HELD_OUT)
+
+
+def _joined(plan: Plan, tokenizer: Any, rows: Iterator[Any], between: str) -> Tensor:
+    """Return windows [N, T] of rows one after the other."""
+    options, first = options_of(plan), next(rows)
+    before, after = (beginning(tokenizer, first), ()) if plan.config.decoder else special_ends(tokenizer)
+    body = options.window - len(before) - len(after)
+    rows, parts, count = chain([first], rows), list[Tensor](), 0
+    while count < _needed(options) * body and (piece := _piece(rows, between)):
+        parts.append(torch.tensor(tokenizer(piece, add_special_tokens=False, verbose=False).input_ids, dtype=torch.int32))
+        count += len(parts[-1])
+    ids = torch.cat(parts)[: _needed(options) * body]
+    ids = ids[: len(ids) // body * body].view(-1, body)
+    around = (torch.tensor(end, dtype=ids.dtype).expand(len(ids), -1) for end in (before, after))
+    return torch.cat([next(around), ids, next(around)], 1)
+
+
+def _piece(rows: Iterator[str], between: str) -> str:
+    """Join rows to a text that is long enough to be tokenised at once."""
+    texts, size = list[str](), 0
+    while size < PIECE and (row := next(rows, None)) is not None:
+        texts.append(row)
+        size += len(row)
+    return "".join(text + between for text in texts)
+
+
+def _apart(plan: Plan, tokenizer: Any, rows: Iterator[Any]) -> tuple[Tensor, Tensor]:
+    """Return windows [N, T] of one document each, and which tokens are predicted.
 
     Raises:
-        OptionError: there are too few, or --recall, which would copy what fills windows up.
-        ModelError: the model does not predict next tokens, or the tokenizer does not fit it.
+        OptionError: --recall, which would copy what fills windows up.
+        ModelError: the model does not predict next tokens.
     """
-    options, config = options_of(plan), plan.checkpoint.config
+    options, config, first = options_of(plan), plan.checkpoint.config, next(rows)
     if not (config.decoder and config.predicts):
         raise ModelError(f"windows of one document each are for models that predict the next token, and {config.architecture} does not; give a joined text")
     if options.recall:
         raise OptionError("--recall copies passages within full windows, and windows of one document each are filled up; leave it out, or join the text")
-    if documents.conversations:
-        found = windows_of_conversations(tokenizer, documents.conversations, options.window)
+    rows, needed = chain([first], rows), _needed(options)
+    if isinstance(first, str):
+        found = windows_of_texts(tokenizer, beginning(tokenizer, first), rows, options.window, needed)
     else:
-        found = windows_of_texts(tokenizer, beginning(tokenizer, documents.texts[0]), documents.texts, options.window)
-    if len(found.ids) < LEAST:
-        raise OptionError(
-            f"{documents.name} makes {len(found.ids)} windows of --window {options.window}, and at least {LEAST} are needed; give a longer --data"
-        )
-    if found.ids.max() >= vocabulary:
-        raise ModelError(f"the tokenizer gives the token {int(found.ids.max())} and the model has {vocabulary}: they do not belong together")
-    return TrainingText(documents.name, found.ids, found.predicted)
+        found = windows_of_conversations(tokenizer, rows, options.window, needed)
+    return found.ids, found.predicted
 
 
 def _check_tokenizers(plan: Plan, tokenizer: Any) -> None:

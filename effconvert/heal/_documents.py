@@ -6,18 +6,20 @@ The filling is at the end, so no token that counts sees it, whatever stands in f
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from effconvert.errors import ModelError, OptionError
-from effconvert.heal._windows import UNLABELLED, Item
+from effconvert.heal._windows import UNLABELLED, Item, Items
 
 SHORTEST = 2  # tokens of a window, of which one is predicted
 ASSISTANT = "assistant"
 
 Conversation = Sequence[Mapping[str, Any]]  # messages: `role` and `content`
+Piece = tuple[Sequence[int], Sequence[bool] | None]  # of a document: token ids, and which of them are predicted; None: all
 
 
 @dataclass(frozen=True)
@@ -28,18 +30,24 @@ class Filled:
     predicted: Tensor  # bool: which tokens are predicted
 
 
-def windows_of_texts(tokenizer: Any, start: Sequence[int], texts: Iterable[str], length: int) -> Filled:
-    """Cut each text into windows of at most `length` tokens that begin with `start`; all tokens but the first of a window are predicted."""
-    pieces = []
-    for text in texts:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        body = length - len(start)
-        pieces += [([*start, *ids[at : at + body]], None) for at in range(0, len(ids), body)]
-    return _filled(pieces, length, _filling(tokenizer))
+def windows_of_texts(tokenizer: Any, start: Sequence[int], texts: Iterable[str], length: int, most: int) -> Filled:
+    """Cut each text into windows of at most `length` tokens that begin with `start`, until there are `most` windows.
+
+    All tokens but the first of a window are predicted.
+    """
+
+    def pieces() -> Iterator[Piece]:
+        for text in texts:
+            ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+            body = length - len(start)
+            for at in range(0, len(ids), body):
+                yield [*start, *ids[at : at + body]], None
+
+    return _filled(pieces(), length, most, _filling(tokenizer))
 
 
-def windows_of_conversations(tokenizer: Any, conversations: Iterable[Conversation], length: int) -> Filled:
-    """Write each conversation by the tokenizer's chat template, and cut it into windows; what the assistant says is predicted.
+def windows_of_conversations(tokenizer: Any, conversations: Iterable[Conversation], length: int, most: int) -> Filled:
+    """Write each conversation by the tokenizer's chat template, and cut it into windows, until there are `most`; what the assistant says is predicted.
 
     Raises:
         ModelError: the tokenizer has no chat template, or one that writes the past anew with each message.
@@ -49,22 +57,29 @@ def windows_of_conversations(tokenizer: Any, conversations: Iterable[Conversatio
         raise ModelError("the tokenizer does not say where in a text its tokens stand, so it is unknown which the assistant said; take one with tokenizer.json")
     if not tokenizer.chat_template:
         raise ModelError("the tokenizer has no chat template, so conversations cannot be written as text; give a model that has one, or --data with a `text`")
-    pieces = []
-    for number, messages in enumerate(conversations):
-        text, spans = _written(tokenizer, messages, number)
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        said = [any(begin <= first < end for begin, end in spans) for first, _ in encoded.offset_mapping]
-        for at in range(0, len(said), length):
-            pieces.append((encoded.input_ids[at : at + length], said[at : at + length]))
-    return _filled(pieces, length, _filling(tokenizer))
+
+    def pieces() -> Iterator[Piece]:
+        for number, messages in enumerate(conversations):
+            text, spans = _written(tokenizer, messages, number)
+            encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            said = [any(begin <= first < end for begin, end in spans) for first, _ in encoded.offset_mapping]
+            for at in range(0, len(said), length):
+                yield encoded.input_ids[at : at + length], said[at : at + length]
+
+    return _filled(pieces(), length, most, _filling(tokenizer))
 
 
-def predicted_tokens(windows: Filled) -> list[Item]:
+def predicted_tokens(windows: Filled) -> Items:
     """Make items of windows: a token counts whose next one is predicted."""
-    labels, counts = torch.full_like(windows.ids, UNLABELLED), torch.zeros_like(windows.predicted)
-    counts[:, :-1] = windows.predicted[:, 1:]
-    labels[:, :-1] = torch.where(counts[:, :-1], windows.ids[:, 1:], UNLABELLED)
-    return [{"input_ids": ids, "labels": label, "counts": count} for ids, label, count in zip(windows.ids, labels, counts, strict=True)]
+
+    def item(index: int) -> Item:
+        ids, counts = windows.ids[index].long(), torch.zeros_like(windows.predicted[index])
+        counts[:-1] = windows.predicted[index, 1:]
+        labels = torch.full_like(ids, UNLABELLED)
+        labels[:-1] = torch.where(counts[:-1], ids[1:], UNLABELLED)
+        return {"input_ids": ids, "labels": labels, "counts": counts}
+
+    return Items(len(windows.ids), item)
 
 
 def _written(tokenizer: Any, messages: Conversation, number: int) -> tuple[str, list[tuple[int, int]]]:
@@ -95,7 +110,7 @@ def _filling(tokenizer: Any) -> int:
     return int(next(number for number in known if number is not None))
 
 
-def _filled(pieces: Iterable[tuple[Sequence[int], Sequence[bool] | None]], length: int, filling: int) -> Filled:
+def _filled(pieces: Iterable[Piece], length: int, most: int, filling: int) -> Filled:
     """Fill windows up; those in which nothing is predicted are left out."""
 
     def kept() -> Iterator[tuple[Sequence[int], Sequence[bool]]]:
@@ -104,8 +119,8 @@ def _filled(pieces: Iterable[tuple[Sequence[int], Sequence[bool] | None]], lengt
             if len(ids) >= SHORTEST and any(predicted):
                 yield ids, predicted
 
-    rows = list(kept())
-    ids = torch.full((len(rows), length), filling)
+    rows = list(islice(kept(), most))
+    ids = torch.full((len(rows), length), filling, dtype=torch.int32)
     predicted = torch.zeros(len(rows), length, dtype=torch.bool)
     for row, (tokens, marks) in enumerate(rows):
         ids[row, : len(tokens)], predicted[row, : len(tokens)] = torch.tensor(tokens), torch.tensor(marks)

@@ -1,8 +1,9 @@
 """Windows of a text for distillation: which are held out, windows that repeat themselves, and tokens hidden from a masked language model."""
 # N = windows, T = tokens in a window.
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,24 @@ MASKED, AS_MASK, AS_ANOTHER = 0.15, 0.8, 0.1  # of the tokens; of these, those t
 UNLABELLED = -100  # the label of a token that is not to be predicted, as everywhere in transformers
 
 Item = dict[str, Tensor]  # one window: `input_ids`, `labels`, and which tokens' predictions `count`, [T] each
+
+
+@dataclass(frozen=True)
+class Items(Sequence[Item]):
+    """Windows that are made when they are asked for, so that of a long text the tokens alone are in memory."""
+
+    number: int
+    make: Callable[[int], Item]
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self.make(at) for at in range(*index.indices(self.number))]
+        if not -self.number <= index < self.number:
+            raise IndexError(index)
+        return self.make(index % self.number)
 
 
 @dataclass(frozen=True)
@@ -32,16 +51,26 @@ def held_out(count: int) -> Tensor:
     return chosen
 
 
-def next_tokens(ids: Tensor) -> list[Item]:
+def next_tokens(ids: Tensor) -> Items:
     """Make items of windows [N, T] for a model that predicts the next token."""
-    labels, counts = torch.full_like(ids, UNLABELLED), torch.ones_like(ids, dtype=torch.bool)
-    labels[:, :-1], counts[:, -1] = ids[:, 1:], False
-    return _items(ids, labels, counts)
+
+    def item(index: int) -> Item:
+        window = ids[index].long()
+        labels, counts = torch.full_like(window, UNLABELLED), torch.ones_like(window, dtype=torch.bool)
+        labels[:-1], counts[-1] = window[1:], False
+        return {"input_ids": window, "labels": labels, "counts": counts}
+
+    return Items(len(ids), item)
 
 
-def unlabelled(ids: Tensor) -> list[Item]:
+def unlabelled(ids: Tensor) -> Items:
     """Make items of windows [N, T] for a model that predicts no tokens."""
-    return _items(ids, torch.full_like(ids, UNLABELLED), torch.ones_like(ids, dtype=torch.bool))
+
+    def item(index: int) -> Item:
+        window = ids[index].long()
+        return {"input_ids": window, "labels": torch.full_like(window, UNLABELLED), "counts": torch.ones_like(window, dtype=torch.bool)}
+
+    return Items(len(ids), item)
 
 
 def masked(ids: Tensor, mask: int, special: Sequence[int], vocabulary: int) -> list[Item]:
@@ -49,17 +78,14 @@ def masked(ids: Tensor, mask: int, special: Sequence[int], vocabulary: int) -> l
 
     Devlin et al. 2018, arXiv 1810.04805, section 3.1. A window has the same masks whenever it is seen, so a run that goes on needs no state.
     """
-    draw = torch.Generator().manual_seed(0)
+    ids, draw = ids.long(), torch.Generator().manual_seed(0)
     chance = torch.rand(ids.shape, generator=draw)
     chosen = (torch.rand(ids.shape, generator=draw) < MASKED) & ~torch.isin(ids, torch.tensor([*special], dtype=ids.dtype))
     another = torch.randint(vocabulary, ids.shape, generator=draw)
     seen = torch.where(chosen & (chance < AS_MASK), mask, ids)
     seen = torch.where(chosen & (chance >= AS_MASK) & (chance < AS_MASK + AS_ANOTHER), another, seen)
-    return _items(seen, torch.where(chosen, ids, UNLABELLED), torch.ones_like(chosen))
-
-
-def _items(ids: Tensor, labels: Tensor, counts: Tensor) -> list[Item]:
-    return [{"input_ids": window, "labels": label, "counts": count} for window, label, count in zip(ids, labels, counts, strict=True)]
+    labels, counts = torch.where(chosen, ids, UNLABELLED), torch.ones_like(chosen)
+    return [{"input_ids": window, "labels": label, "counts": count} for window, label, count in zip(seen, labels, counts, strict=True)]
 
 
 def repeating(ids: Tensor, share: float) -> Tensor:

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from effconvert.checkpoint.checkpoint import open_checkpoint
+from effconvert.convert import training_text
+from effconvert.convert.plan import plan
 from effconvert.convert.training_text import items, read_text
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality.text import read_calibration
@@ -48,14 +51,14 @@ def model(folder="model", **more):
 
 
 def test_no_window_goes_across_the_end_of_a_document():
-    found = windows_of_texts(letters(), [1], ["sun and sea", "a", "", "moon " * 5], 8)
+    found = windows_of_texts(letters(), [1], ["sun and sea", "a", "", "moon " * 5], 8, 99)
     texts = [letters().decode(ids[ids != 0]) for ids in found.ids]
     assert texts == ["<s>sun and", "<s> sea", "<s>a", *("<s>" + ("moon " * 5)[at : at + 7] for at in range(0, 25, 7))]
     assert found.predicted[1].tolist() == [False, True, True, True, True, False, False, False]
 
 
 def test_a_token_counts_whose_next_one_is_predicted():
-    (item,) = predicted_tokens(windows_of_texts(letters(), [], ["sea"], 5))
+    (item,) = predicted_tokens(windows_of_texts(letters(), [], ["sea"], 5, 99))
     ids = item["input_ids"].tolist()
     assert item["counts"].tolist() == [True, True, False, False, False]
     assert item["labels"].tolist() == [ids[1], ids[2], -100, -100, -100]
@@ -67,7 +70,7 @@ def test_what_a_model_computes_of_filled_windows_is_what_it_computes_of_each_doc
     Path("text.txt").write_text(prose())
     run("model", technique)
     converted, texts = opened("out", dtype=torch.float32), [prose(length, seed=length) for length in (5, 19, 32)]
-    found = predicted_tokens(windows_of_texts(letters(), [], texts, 32))
+    found = predicted_tokens(windows_of_texts(letters(), [], texts, 32, 99))
     with torch.no_grad():
         together = converted.base_model(input_ids=torch.stack([item["input_ids"] for item in found])).last_hidden_state
         for text, states, item in zip(texts, together, found, strict=True):
@@ -76,9 +79,9 @@ def test_what_a_model_computes_of_filled_windows_is_what_it_computes_of_each_doc
 
 
 def test_what_the_assistant_says_is_predicted_and_nothing_else():
-    found = windows_of_conversations(talking(), [TALK], 200)
+    found = windows_of_conversations(talking(), [TALK], 200, 99)
     assert letters().decode(found.ids[0][found.predicted[0]]) == "a bird\nthe sea\n"
-    short = windows_of_conversations(talking(), [TALK], 16)
+    short = windows_of_conversations(talking(), [TALK], 16, 99)
     assert len("a bird\nthe sea\n") - len(short.ids) <= short.predicted.sum() <= len("a bird\nthe sea\n")  # the first token of a window is none
     assert not short.predicted[:, 0].any()
     assert short.predicted.any(1).all()  # the others are left out
@@ -86,12 +89,12 @@ def test_what_the_assistant_says_is_predicted_and_nothing_else():
 
 def test_templates_that_are_missing_or_write_the_past_anew_or_refuse_are_refused():
     with pytest.raises(ModelError, match="the tokenizer has no chat template"):
-        windows_of_conversations(letters(), [TALK], 32)
+        windows_of_conversations(letters(), [TALK], 32, 99)
     with pytest.raises(ModelError, match="writes earlier messages in another way once more follow"):
-        windows_of_conversations(talking("{{ messages | length }}" + TEMPLATE), [TALK], 32)
+        windows_of_conversations(talking("{{ messages | length }}" + TEMPLATE), [TALK], 32, 99)
     with pytest.raises(OptionError, match=r"refuses conversation 1 of --data .*no users"):
-        windows_of_conversations(talking("{% if messages[0].role == 'user' %}{{ raise_exception('no users') }}{% endif %}"), [TALK[1:2], TALK], 32)
-    said_first = windows_of_conversations(talking(), [TALK[1:]], 200)
+        windows_of_conversations(talking("{% if messages[0].role == 'user' %}{{ raise_exception('no users') }}{% endif %}"), [TALK[1:2], TALK], 32, 99)
+    said_first = windows_of_conversations(talking(), [TALK[1:]], 200, 99)
     assert letters().decode(said_first.ids[0][said_first.predicted[0]]) == "the sea\n"
 
 
@@ -151,3 +154,26 @@ def test_conversations_are_no_calibration_text_and_encoders_have_no_windows_of_d
     rows_to("text.jsonl", [{"text": prose(50, seed=seed)} for seed in range(60)])
     with pytest.raises(ModelError, match="windows of one document each are for models that predict the next token, and BertForMaskedLM does not"):
         run("encoder", Gqa(groups=1), Distill(data="text.jsonl", packing="documents", **SHORT))
+
+
+def test_of_a_long_text_no_more_is_read_than_is_needed(monkeypatch):
+    model()
+    seen = []
+    real = training_text.read_rows
+
+    def watched(*given):
+        for row in real(*given):
+            seen.append(row)
+            yield row
+
+    monkeypatch.setattr(training_text, "read_rows", watched)
+    monkeypatch.setattr(training_text, "READ", 640)
+    monkeypatch.setattr(training_text, "PIECE", 100)
+    rows_to("text.jsonl", [{"text": prose(50, seed=seed)} for seed in range(100)])
+    for packing in ("joined", "documents"):
+        seen.clear()
+        conversion = plan(open_checkpoint(Path("model")), (Gqa(groups=1), Distill(data="text.jsonl", packing=packing, **{**SHORT, "train_tokens": 1024})))
+        text = read_text(conversion)
+        assert len(text.ids) == 64  # 32 to train on, and the most that are held out
+        assert text.name == "the first 2,048 tokens of text.jsonl"
+        assert len(seen) < 45

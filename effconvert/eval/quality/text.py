@@ -32,7 +32,8 @@ EVALUATION_MODULES = (
 
 FILES = (".txt", ".md", ".json", ".jsonl", ".gz", ".csv", ".parquet")  # endings of file names, which no dataset's name has
 ROWS = (".jsonl", ".jsonl.gz", ".parquet")  # endings of names of files that hold rows
-MOST = 20_000_000  # characters of a dataset that are read
+MOST = 20_000_000  # characters of a dataset that are read to calibrate on
+PIECE = 4_000_000  # characters at a time
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,7 @@ class Text:
     content: str
 
 
-@dataclass(frozen=True)
-class Documents:
-    """The rows of a dataset: texts, or conversations of messages with `role` and `content`."""
-
-    name: str
-    texts: tuple[str, ...]
-    conversations: tuple[tuple[dict[str, Any], ...], ...]
-
-    @property
-    def joined(self) -> Text:
-        """The texts as one."""
-        return Text(self.name, "\n\n".join(self.texts))
+Conversation = tuple[dict[str, Any], ...]  # messages with `role` and `content`
 
 
 def default_text() -> Text:
@@ -84,17 +74,27 @@ def read_calibration(value: str, option: str = "--calibrate") -> Text:
     path = expand(value)
     if path.is_file() and not path.name.endswith(ROWS):
         return read_text(path, option)
-    documents = read_documents(value, option)
-    if documents.conversations:
-        raise OptionError(f"{option} {value} has conversations (`messages`), and a `text` in each row is needed here; give a dataset that has one")
-    return documents.joined
+    texts, size = list[str](), 0
+    for row in read_rows(value, option):
+        if not isinstance(row, str):
+            raise OptionError(f"{option} {value} has conversations (`messages`), and a `text` in each row is needed here; give a dataset that has one")
+        texts.append(row)
+        size += len(row)
+        if size > MOST:
+            break
+    return Text(name_of(value), "\n\n".join(texts))
 
 
-def read_documents(value: str, option: str) -> Documents:
-    """Return the rows of JSON lines, of parquet or of a dataset on the Hub: its column `text`, or else `messages`.
+def name_of(value: str) -> str:
+    """Return the name of a text in tables, for the value of an option that names a file or a dataset."""
+    return path.name if (path := expand(value)).is_file() else value
+
+
+def read_rows(value: str, option: str) -> Iterator[str | Conversation]:
+    """Yield the rows of JSON lines, of parquet or of a dataset on the Hub as they come: its column `text`, or else `messages`; never both.
 
     Raises:
-        OptionError: it is none of these, or has neither.
+        OptionError: it is none of these, or a row has neither.
         EffconvertError: the Hub cannot be reached.
     """
     path = expand(value)
@@ -104,6 +104,7 @@ def read_documents(value: str, option: str) -> Documents:
     hub = not path.exists() and name.count("/") == 1 and path.suffix not in FILES
     if not path.is_file() and not hub:
         raise OptionError(f"{option} {value} is neither a file nor the name of a dataset on the Hub (owner/name, owner/name:config); give one")
+    kinds = set[type]()
     try:
         with quiet_datasets():
             kind = "parquet" if path.suffix == ".parquet" else "json"
@@ -112,18 +113,12 @@ def read_documents(value: str, option: str) -> Documents:
                 if hub
                 else datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
             )
-            texts, conversations, size = list[str](), list[tuple[dict[str, Any], ...]](), 0
             for row in rows:
-                if isinstance(row.get("text"), str):
-                    texts.append(row["text"])
-                    size += len(texts[-1])
-                else:
-                    conversations.append(_messages(row["messages"]))
-                    size += sum(len(str(message["content"])) for message in conversations[-1])
-                if size > MOST:
-                    break
-            if texts and conversations:
-                raise KeyError("text")
+                found = row["text"] if isinstance(row.get("text"), str) else _messages(row["messages"])
+                kinds.add(type(found))
+                if len(kinds) > 1:
+                    raise KeyError("text")
+                yield found
     except KeyError:
         columns = "no column `text` with a text in each row, and no `messages` with a role and a content each"
         raise OptionError(f"{option} {value} has {columns}; give a dataset that has one, or a text file") from None
@@ -131,10 +126,9 @@ def read_documents(value: str, option: str) -> Documents:
         if is_offline(error):
             raise EffconvertError(f"{option} {value} is not here, and the Hub cannot be reached or has no such dataset; try again with a network") from error
         raise OptionError(f"{option} {value} cannot be read ({type(error).__name__}: {error}); give a text file") from None
-    return Documents(path.name if not hub else value, tuple(texts), tuple(conversations))
 
 
-def _messages(value: Any) -> tuple[dict[str, Any], ...]:
+def _messages(value: Any) -> Conversation:
     """Return the messages of a conversation.
 
     Raises:
@@ -153,15 +147,28 @@ def read_text(path: Path, option: str = "--text") -> Text:
     Raises:
         OptionError: the file does not exist, is not UTF-8 text, or is empty.
     """
+    return Text(path.name, "".join(read_pieces(path, option)))
+
+
+def read_pieces(path: Path, option: str) -> Iterator[str]:
+    """Yield the lines of the UTF-8 file `path`, the value of `option`, many at a time.
+
+    Raises:
+        OptionError: the file does not exist, is not UTF-8 text, or is empty.
+    """
+    empty = True
     try:
-        content = expand(path).read_text(encoding="utf-8")
+        with expand(path).open(encoding="utf-8") as file:
+            while lines := file.readlines(PIECE):
+                piece = "".join(lines)
+                empty = empty and not piece.strip()
+                yield piece
     except UnicodeDecodeError as error:
-        raise OptionError(f"{option} {path} is not UTF-8 text ({error.reason} at byte {error.start}); give a plain text file") from None
+        raise OptionError(f"{option} {path} is not UTF-8 text ({error.reason}); give a plain text file") from None
     except OSError as error:
         raise OptionError(f"{option} {path} cannot be read ({error.strerror}); give a plain text file") from None
-    if not content.strip():
+    if empty:
         raise OptionError(f"{option} {path} is empty; give a plain text file")
-    return Text(path.name, content)
 
 
 def _has_source(module: str) -> bool:
