@@ -259,7 +259,7 @@ def test_what_cannot_be_is_refused(kind, steps, error, message):
 def test_too_short_a_text_is_refused():
     put(Path("model"))
     Path("text.txt").write_text(prose(100))
-    with pytest.raises(OptionError, match="needs 128; give a longer --data"):
+    with pytest.raises(OptionError, match="makes 96 tokens of --window 32, and 128 are needed; give a longer --data"):
         run("model", Gqa(groups=1, pool="mean"), Distill(**SHORT))
 
 
