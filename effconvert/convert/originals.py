@@ -7,8 +7,10 @@ from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.errors import ModelError
 
 
-def stand_for(student: Checkpoint, teacher: Checkpoint) -> list[range]:
+def stand_for(student: Checkpoint, teacher: Checkpoint, any_width: bool = False) -> list[range]:
     """Return for each layer of `student` the layers of `teacher` that it stands for: its own, and those dropped after it.
+
+    Of a teacher of another width, where that is possible, each stands for as many as the others.
 
     Raises:
         ModelError: the student cannot be made from this teacher.
@@ -16,10 +18,13 @@ def stand_for(student: Checkpoint, teacher: Checkpoint) -> list[range]:
     config, original = student.config, teacher.config
     if student is teacher:
         return [range(index, index + 1) for index in range(config.layers)]
+    if any_width and config.hidden != original.hidden and config.layers <= original.layers:
+        ends = [round(index * original.layers / config.layers) for index in range(config.layers + 1)]
+        return [range(start, stop) for start, stop in pairwise(ends)]
     if config.hidden != original.hidden:
         raise ModelError(
             f"the teacher is {original.hidden} wide and the student {config.hidden}: what layers compute is compared, so the width must be the same; "
-            "name the model that the student was made from, or distil without --hidden and --unchanged-rate, by predictions alone"
+            "name the model that the student was made from, or distil by predictions (and hidden states) alone, without --unchanged-rate"
         )
     signatures = [_signature(student, index) for index in range(config.layers)], [_signature(teacher, index) for index in range(original.layers)]
     if config.layers == original.layers:

@@ -230,8 +230,9 @@ def plan(checkpoint: Checkpoint, surgeries: tuple[Step, ...], teacher: Checkpoin
         configs.append(surgery.config(configs[-1]))
     check_shared_caches(surgeries, configs)
     check_tokenizer(checkpoint, configs[-1])
-    layer_by_layer = any(surgery.needs_original(config) for surgery, config in zip(surgeries, configs, strict=False))
-    files, originals = other_files(checkpoint, configs[-1]), stand_for(checkpoint, teacher if teacher and layer_by_layer else checkpoint)
+    layer_by_layer = [surgery for surgery, config in zip(surgeries, configs, strict=False) if surgery.needs_original(config)]
+    any_width = all(surgery.any_width for surgery in layer_by_layer)
+    files, originals = other_files(checkpoint, configs[-1]), stand_for(checkpoint, teacher if teacher and layer_by_layer else checkpoint, any_width)
     config = configs[-1] = files.config
     draft = Plan(checkpoint, surgeries, config, {}, files.files, 0, teacher or checkpoint, tuple(configs), tuple(originals), None, files.edits, files.notes)
     *before, model = draft.models("meta")

@@ -61,6 +61,8 @@ def read_text(plan: Plan) -> TrainingText:
         raise OptionError(f"--cache-size {options.cache_size} is more than the {known} tokens that both models have; give at most that")
     if options.windows % processes.count():
         raise OptionError(f"a step has {options.windows} windows, which {processes.count()} processes cannot share evenly; change --batch-tokens")
+    if options.hidden and config.hidden != plan.teacher.config.hidden and processes.count() > 1:
+        raise OptionError("--hidden towards a teacher of another width is for one process; leave --hidden out")
     if options.cache_teacher and processes.count() > 1:
         raise OptionError("--cache-teacher is for one process; fill the folder with one, or leave it out")
     tokenizer = loading.load_tokenizer(folder)

@@ -4,6 +4,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from effconvert.errors import EffconvertError, ModelError
 from effconvert.heal._deadline import rate
 from effconvert.heal._hidden import distance, hidden_states
 from effconvert.heal._objective import Head, Objective, head_of
+from effconvert.heal._projections import Projections
 from effconvert.heal._sharing import unchanged
 from effconvert.heal._training_log import SCORE
 from effconvert.heal._windows import Item
@@ -47,6 +49,8 @@ class Distiller(Trainer):  # type: ignore[misc]
         self.measure = "kl" if predicts else "hidden"
         self.layers = list(range(len(originals) - 1)) if options.hidden else []
         self.teacher_layers = [originals[layer].stop - 1 for layer in self.layers]
+        own_width, width = (some.config.get_text_config().hidden_size for some in (self.model, teacher)) if options.hidden or not predicts else (0, 0)
+        self.projections = Projections(len(self.layers) + 1, own_width, width).to(self.args.device) if own_width != width else None
         self.same: dict[str, str] = {}
         if options.unchanged_rate < 1:
             self.same = unchanged(self.model, teacher, [layers.start for layers in originals])
@@ -77,6 +81,13 @@ class Distiller(Trainer):  # type: ignore[misc]
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         (model or self.model).load_state_dict(type(self.model).from_pretrained(resume_from_checkpoint, dtype=torch.float32).state_dict())
+        if self.projections:
+            self.projections.load(Path(resume_from_checkpoint))
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.projections and output_dir:
+            self.projections.save(Path(output_dir))
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Give weights that are as in the teacher a rate of their own, or none."""
@@ -86,8 +97,12 @@ class Distiller(Trainer):  # type: ignore[misc]
             rate, betas = self.args.learning_rate, (self.args.adam_beta1, self.args.adam_beta2)
             groups = [{"params": new}, *([{"params": old, "lr": rate * self.options.unchanged_rate}] if old else [])]
             self.optimizer: Any = torch.optim.AdamW(groups, lr=rate, betas=betas, weight_decay=0.0)
-            return self.optimizer
-        return super().create_optimizer(model)
+        else:
+            super().create_optimizer(model)
+        if self.projections:
+            self.optimizer.add_param_group({"params": [*self.projections.parameters()]})
+            self.optimizer.register_step_post_hook(lambda *_: self.projections.zero_grad())  # the Trainer does so for the model alone
+        return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Make the learning rate fall with the steps, or with the time if that is limited."""
@@ -120,12 +135,26 @@ class Distiller(Trainer):  # type: ignore[misc]
     def loss(self, own: Predictions, theirs: Predictions, labels: Tensor, objective: Objective, hidden: float) -> Tensor:
         """Return the weighted sum of the distance of predictions and that of hidden states, a share `hidden` of the loss."""
         if not own.head or not theirs.head:
-            return distance(own.hidden, theirs.hidden, self.options.hidden_loss)
-        apart = distance(own.hidden, theirs.hidden, self.options.hidden_loss) if hidden else None
+            return self.apart(own, theirs)
+        apart = self.apart(own, theirs) if hidden else None
         if hidden == 1 and apart is not None:
             return apart
         loss = objective(own.hidden[-1], own.head, theirs.hidden[-1], theirs.head, labels)
         return loss if apart is None else (1 - hidden) * loss + hidden * apart
+
+    def apart(self, own: Predictions, theirs: Predictions) -> Tensor:
+        """Return the distance of hidden states, at the teacher's width."""
+        same = own.hidden[-1].shape == theirs.hidden[-1].shape
+        return distance(own.hidden if same or not self.projections else self.projections.project(own.hidden), theirs.hidden, self.options.hidden_loss)
+
+    def fit_projections(self, items: Sequence[Item]) -> None:
+        """Fit the maps to the teacher's width on some windows, before the first step."""
+        if not self.projections:
+            return
+        inputs = self._prepare_inputs({key: torch.stack([item[key] for item in items]) for key in items[0]})
+        with torch.no_grad(), self.accelerator.autocast():
+            own, theirs = self.predictions(self.model, inputs, self.head, self.layers)[0], self.teachers(inputs)[0]
+        self.projections.fit(own.hidden, theirs.hidden)
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
         """Return the loss of a batch of windows; what is held out is measured alike whatever is trained on."""

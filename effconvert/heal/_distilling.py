@@ -161,6 +161,7 @@ def distill(setting: Setting, report: Report) -> Distilled:
         trainer.add_callback(Deadline(trainer.progress, EVALUATIONS))
     trainer.add_callback(Reporter(report, lambda: int(trainer.seconds) if options.minutes else trainer.state.global_step * tokens, tokens))
     trainer.check(windows.held_out[0])
+    trainer.fit_projections(windows.held_out[: options.windows])
     with quiet_transformers(), _plain_errors(setting.place):
         trainer.train(resume_from_checkpoint=last_whole_checkpoint(setting.place))
     curve = points(trainer.state.log_history, tokens)

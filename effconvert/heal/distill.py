@@ -125,8 +125,8 @@ class Distill(Healing):
         0.0,
         ge=0,
         le=1,
-        description="Share of the loss on hidden states after every layer. A model without a head that predicts tokens is trained on its last hidden "
-        "states, and with this on all.",
+        description="Share of the loss on hidden states after every layer; those of a teacher of another width are compared through linear maps, which are "
+        "trained and left behind. A model without a head that predicts tokens is trained on its last hidden states, and with this on all.",
     )
     hidden_loss: Literal["mse", "cosine"] = Field(
         "mse", description="Distance of hidden states: squared error as a share of the original's mean square, or one minus the cosine."
@@ -177,6 +177,11 @@ class Distill(Healing):
     def needs_original(self, config: Config) -> bool:
         """Only where layers or weights are compared with the original's."""
         return self.hidden > 0 or self.unchanged_rate < 1
+
+    @property
+    def any_width(self) -> bool:
+        """Where hidden states alone are compared: they are mapped to the original's width."""
+        return self.unchanged_rate == 1
 
     def notes(self, config: Config) -> str:
         """Say how many steps it takes, and what is compared."""

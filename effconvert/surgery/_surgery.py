@@ -148,6 +148,11 @@ class Step(Options):
         """Whether `layer` needs the model's activations on a text (`Layer.activations`): then the model is calibrated before anything is written."""
         return False
 
+    @property
+    def any_width(self) -> bool:
+        """Whether an original may have another hidden width than the model."""
+        return False
+
     def needs_survey(self, config: Config) -> bool:
         """Whether `outer` needs what `survey` returns (`Outer.survey`)."""
         return False

@@ -404,6 +404,16 @@ def test_unchanged_weights_stay_and_are_in_memory_once(monkeypatch):
     assert all(student.get_parameter(name).data_ptr() == teacher.get_parameter(other).data_ptr() for name, other in names.items())
 
 
+def test_a_teacher_that_shares_weights_teaches_what_a_second_model_does(monkeypatch):
+    put(Path("model"), noise=1.0, only="weight")
+    real = _distilling.share
+    for place, teacher in (("second", lambda model: None), ("shared", lambda model: model)):
+        monkeypatch.setattr(_distilling, "share", lambda student, model, same, teacher=teacher: real(student, teacher(model), same))
+        run("model", Gqa(groups=1, pool="mean"), Distill(**SHORT, unchanged_rate=0.0), place=place)
+    second = tensors(Path("second"))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in tensors(Path("shared")).items())
+
+
 def test_unchanged_weights_at_a_lower_rate_move_less():
     put(Path("model"), noise=1.0, only="weight")
     run("model", Gqa(groups=1, pool="mean"), place="before")
