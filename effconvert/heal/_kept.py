@@ -12,14 +12,13 @@ distributions of K + 1 outcomes, whose KL is never more than that of all V.
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
 
-from effconvert.heal._objective import ROWS, Head, Objective
+from effconvert.heal._in_pieces import summed
+from effconvert.heal._objective import Head, Objective
 
 NARROW = {torch.uint8: 2**8, torch.uint16: 2**16}  # types for small whole numbers -> how many there are
 Stored = Mapping[str, Tensor]
@@ -155,15 +154,12 @@ class KeptObjective:
             numbers: what is known of them, [N, K] or [N, K + 1].
             labels: the token that each predicts, [N]; -100 where that is no part of the cross-entropy.
         """
-        total, ce = hidden.new_zeros((), dtype=torch.float32), self.objective.ce_of(labels)
-        for at in range(0, len(hidden), ROWS):
-            rows = slice(at, at + ROWS)
-            part: Any = checkpoint(self._sum, hidden[rows], head, ids[rows], numbers[rows], labels[rows], ce, use_reentrant=False)
-            total = total + part
-        return total / len(hidden)
+        ce = self.objective.ce_of(labels)
+        result = summed(lambda own, rows: self._sum(head(own).float(), ids[rows], numbers[rows], labels[rows], ce), hidden, head.parameters())
+        return result / len(hidden)
 
-    def _sum(self, hidden: Tensor, head: Head, ids: Tensor, numbers: Tensor, labels: Tensor, ce: float) -> Tensor:
-        student, share = head(hidden).float(), self.objective.ce
+    def _sum(self, student: Tensor, ids: Tensor, numbers: Tensor, labels: Tensor, ce: float) -> Tensor:
+        share = self.objective.ce
         own = (student[:, : self.kept.vocabulary] / self.objective.temperature).log_softmax(-1)
         result = (1 - share) * self.kept.divergence(self.objective, own, ids, numbers) if share < 1 else student.new_zeros(())
         return result + ce * cross_entropy(student, labels, reduction="sum") if ce else result

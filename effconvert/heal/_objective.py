@@ -2,22 +2,35 @@
 # N = tokens, M = hidden width, V = vocabulary, C = tokens at a time.
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
-from torch.utils.checkpoint import checkpoint
 
 from effconvert.errors import ModelError
+from effconvert.heal._in_pieces import summed
 from effconvert.modeling.transformers_internals import BaseModelOutput
 
-ROWS = 256  # C
 SAME = 2e-2  # relative difference of logits, which bfloat16 alone may make
-Head = Callable[[Tensor], Tensor]  # hidden states [C, M] -> logits [C, V]
 SCALING = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # keys of configs: what `scaled` takes
+
+
+@dataclass(frozen=True)
+class Head:
+    """The function from last hidden states [C, M] to logits [C, V], and the parameters that it has."""
+
+    logits: Callable[[Tensor], Tensor]
+    given: Callable[[], Iterable[Tensor]] = tuple  # asked each time: FSDP puts others in their place
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self.logits(hidden)
+
+    def parameters(self) -> list[Tensor]:
+        """Return them, each once."""
+        return [*{id(parameter): parameter for parameter in self.given()}.values()]
 
 
 @dataclass(frozen=True)
@@ -38,18 +51,16 @@ class Objective:
             teacher_head: its logits.
             labels: the token that each predicts, [N]; -100 where that is no part of the cross-entropy.
         """
-        total = hidden.new_zeros((), dtype=torch.float32)
         ce = self.ce_of(labels)
-        for at in range(0, len(hidden), ROWS):
-            rows = slice(at, at + ROWS)
+
+        def loss(own: Tensor, rows: slice) -> Tensor:
             with torch.no_grad():
                 teacher = teacher_head(teacher_hidden[rows]).float()
-            part: Any = checkpoint(self._sum, hidden[rows], head, teacher, labels[rows], ce, use_reentrant=False)  # logits are computed again for gradients
-            total = total + part
-        return total / len(hidden)
+            return self._sum(head(own).float(), teacher, labels[rows], ce)
 
-    def _sum(self, hidden: Tensor, head: Head, teacher: Tensor, labels: Tensor, ce: float) -> Tensor:
-        student = head(hidden).float()
+        return summed(loss, hidden, head.parameters()) / len(hidden)
+
+    def _sum(self, student: Tensor, teacher: Tensor, labels: Tensor, ce: float) -> Tensor:
         count = min(student.shape[-1], teacher.shape[-1])  # rows beyond the tokenizer's are padding
         divergence = (1 - self.ce) * self.divergence(student[:, :count], teacher[:, :count]) if self.ce < 1 else student.new_zeros(())
         return divergence + ce * cross_entropy(student, labels, reduction="sum") if ce else divergence
@@ -99,12 +110,17 @@ def head_of(model: Any) -> Head:
             del base.forward
         return logits
 
+    def outside() -> Iterable[Tensor]:
+        base = {id(parameter) for parameter in model.base_model.parameters()}
+        yield from model.get_output_embeddings().parameters()  # which may be those of the input
+        yield from (parameter for parameter in model.parameters() if id(parameter) not in base)
+
     ids = torch.arange(1, 9, device=model.device)[None] % config.vocab_size
     with torch.no_grad():
         expected = model(input_ids=ids).logits[0]
         hidden = model.base_model(input_ids=ids).last_hidden_state[0]
-        for head in (by_its_matrix, by_its_class):
-            if gives(head, hidden, expected):
+        for logits in (by_its_matrix, by_its_class):
+            if gives(head := Head(logits, outside), hidden, expected):
                 return head
     raise ModelError(f"{type(model).__name__} computes its logits in a way that distill does not know; use transfer or refit, and please report it")
 

@@ -205,7 +205,7 @@ class HeldOutWindows(_ReadWhenAsked):
 def _head_from(weights: Mapping[str, Tensor], settings: Sequence[float | None], device: torch.device) -> Head:
     weight, *bias = (weights[name].to(device) for name in ("weight", "bias") if name in weights)
     cap, divisor, factor = settings
-    return lambda hidden: scaled(nn.functional.linear(hidden, weight, *bias), cap, divisor, factor)
+    return Head(lambda hidden: scaled(nn.functional.linear(hidden, weight, *bias), cap, divisor, factor))
 
 
 def _stacked(items: Sequence[Item]) -> Tensor:

@@ -1,6 +1,8 @@
 """Training towards a teacher's predictions: the loss and its gradients, what is kept, and what a stopped run does."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +18,8 @@ from effconvert.convert.plan import plan
 from effconvert.errors import EffconvertError, ModelError, OptionError
 from effconvert.heal import _distiller, _distilling
 from effconvert.heal._hidden import distance
-from effconvert.heal._objective import ROWS, Objective, head_of
+from effconvert.heal._in_pieces import ROWS
+from effconvert.heal._objective import Head, Objective, head_of
 from effconvert.heal._windows import UNLABELLED, held_out, masked, repeating
 from effconvert.heal.distill import Distill
 from effconvert.heal.refit import Refit
@@ -62,6 +65,10 @@ def rows(count=ROWS + 40, width=12, vocabulary=50):
     return hidden, theirs, heads, torch.randint(vocabulary, (count,), generator=draw)
 
 
+def matrix(weights):
+    return Head(lambda part: part @ weights.T, lambda: [weights])
+
+
 def written_out(objective, student, teacher, labels):
     """The loss by its definition, on all logits at once."""
     p, q = ((logits / objective.temperature).softmax(-1) for logits in (teacher, student))
@@ -81,7 +88,7 @@ def test_loss_and_gradients_are_those_of_the_definition(kind, temperature, ce):
     hidden, theirs, (weights, their_weights), labels = rows()
     objective, results = Objective(kind, temperature, ce), []
     for loss in (
-        lambda h, w: objective(h, lambda part: part @ w.T, theirs, lambda part: part @ their_weights.T, labels),
+        lambda h, w: objective(h, matrix(w), theirs, matrix(their_weights), labels),
         lambda h, w: written_out(objective, h @ w.T, theirs @ their_weights.T, labels),
     ):
         given = hidden.clone().requires_grad_(), weights.clone().requires_grad_()
@@ -96,7 +103,7 @@ def test_loss_and_gradients_are_those_of_the_definition(kind, temperature, ce):
 def test_a_student_that_is_its_teacher_has_no_loss_and_no_gradient(kind):
     hidden, _, (weights, _), labels = rows()
     hidden = hidden.float().requires_grad_()
-    head = lambda part: part @ weights.float().T  # noqa: E731
+    head = matrix(weights.float())
     loss = Objective(kind, 1.5)(hidden, head, hidden.detach(), head, labels)
     loss.backward()
     assert abs(loss.item()) < 1e-6
@@ -106,7 +113,7 @@ def test_a_student_that_is_its_teacher_has_no_loss_and_no_gradient(kind):
 def test_rows_of_padding_in_a_vocabulary_change_nothing():
     hidden, theirs, (weights, their_weights), labels = rows()
     padded = torch.cat([their_weights, torch.randn(14, 12).double()])
-    losses = [Objective()(hidden, lambda part: part @ weights.T, theirs, lambda part, w=w: part @ w.T, labels) for w in (their_weights, padded)]
+    losses = [Objective()(hidden, matrix(weights), theirs, matrix(w), labels) for w in (their_weights, padded)]
     assert torch.equal(*losses)
 
 
@@ -122,10 +129,29 @@ def test_the_head_of_every_family_is_known(kind):
 
 def test_no_logits_of_all_tokens_are_in_memory(monkeypatch):
     hidden, theirs, (weights, their_weights), labels = rows(4 * ROWS)
-    seen = []
-    head = lambda part, w: seen.append(len(part)) or part @ w.T  # noqa: E731
-    Objective()(hidden.requires_grad_(), lambda part: head(part, weights), theirs, lambda part: head(part, their_weights), labels).backward()
-    assert max(seen) == ROWS
+    seen, alive = [], []
+
+    def watched(weights):
+        def logits(part):
+            gc.collect()
+            seen.append((len(part), sum(found() is not None for found in alive)))
+            alive.append(weakref.ref(result := part @ weights.T))
+            return result
+
+        return Head(logits, lambda: [weights])
+
+    Objective()(hidden.requires_grad_(), watched(weights.requires_grad_()), theirs, watched(their_weights), labels).backward()
+    assert [count for count, _ in seen] == [ROWS] * 8  # of both models once for each piece: none is computed again for the gradients
+    assert max(before for _, before in seen) <= 1  # of the piece at work
+
+
+def test_nothing_is_kept_for_gradients_where_there_are_none(monkeypatch):
+    hidden, theirs, (weights, their_weights), labels = rows()
+    with torch.no_grad():
+        loss = Objective()(hidden.requires_grad_(), matrix(weights.requires_grad_()), theirs, matrix(their_weights), labels)
+    assert not loss.requires_grad
+    expected = Objective()(hidden, matrix(weights), theirs, matrix(their_weights), labels)
+    assert torch.equal(loss, expected.detach())
 
 
 def test_held_out_windows_are_from_all_over():

@@ -17,8 +17,9 @@ from effconvert.convert.plan import plan
 from effconvert.convert.teacher_cache import _locked
 from effconvert.errors import OptionError
 from effconvert.heal import _teacher_cache
+from effconvert.heal._in_pieces import ROWS
 from effconvert.heal._kept import KINDS, KeptObjective, Samples, TopK
-from effconvert.heal._objective import ROWS, Objective, head_of
+from effconvert.heal._objective import Head, Objective, head_of
 from effconvert.heal._teacher_cache import HELD_OUT, CachedWindows, HeldOutWindows, TeacherCache
 from effconvert.heal._windows import next_tokens
 from effconvert.heal.distill import Distill
@@ -38,6 +39,10 @@ V, WIDTH = 50, 12
 @pytest.fixture(autouse=True)
 def _text():
     Path("text.txt").write_text(prose())
+
+
+def matrix(weights):
+    return Head(lambda part: part @ weights.T, lambda: [weights])
 
 
 def rows(count=ROWS + 40):
@@ -86,7 +91,7 @@ def test_loss_and_gradients_are_those_of_the_definition(kind, divergence, temper
             apart = by_definition(objective, outcomes(own, ids), outcomes((teacher / temperature).softmax(-1), ids))
         return ((1 - ce) * temperature**2 * apart - ce * logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]).mean()
 
-    found = gradients(lambda h, w: KeptObjective(objective, kept)(h, lambda part: part @ w.T, ids, numbers, labels), hidden, weights)
+    found = gradients(lambda h, w: KeptObjective(objective, kept)(h, matrix(w), ids, numbers, labels), hidden, weights)
     for ours, theirs in zip(found, gradients(expected, hidden, weights), strict=True):
         assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max()  # log-probabilities are float32
 
@@ -106,7 +111,7 @@ def test_samples_are_the_distribution_on_average_and_so_is_their_gradient():
     full = gradients(lambda h, w: by_definition(Objective(), (h @ w.T).softmax(-1), theirs).mean(), hidden, weights)[1]
     for _ in range(400):
         ids, numbers = kept.unpack(kept.pack(*kept.keep(theirs.log(), draw)))
-        slopes.append(gradients(lambda h, w, i=ids, n=numbers: KeptObjective(Objective(), kept)(h, lambda part: part @ w.T, i, n, labels), hidden, weights)[1])
+        slopes.append(gradients(lambda h, w, i=ids, n=numbers: KeptObjective(Objective(), kept)(h, matrix(w), i, n, labels), hidden, weights)[1])
     slopes = torch.stack(slopes)
     away = (slopes.mean(0) - full).abs() / (slopes.std(0) / len(slopes) ** 0.5)
     assert away.max() < 5
@@ -127,8 +132,8 @@ def test_all_of_the_likeliest_ids_are_the_whole_prediction(divergence):
     hidden, weights, labels, teacher = rows()
     kept, objective = TopK(V, V), Objective(divergence, 1.5, 0.1)
     ids, numbers = kept.keep((teacher.float() / 1.5).log_softmax(-1), torch.Generator())
-    found = gradients(lambda h, w: KeptObjective(objective, kept)(h, lambda part: part @ w.T, ids, numbers, labels), hidden, weights)
-    whole = gradients(lambda h, w: objective(h, lambda part: part @ w.T, teacher, lambda part: part, labels), hidden, weights)
+    found = gradients(lambda h, w: KeptObjective(objective, kept)(h, matrix(w), ids, numbers, labels), hidden, weights)
+    whole = gradients(lambda h, w: objective(h, matrix(w), teacher, lambda part: part, labels), hidden, weights)
     for ours, theirs in zip(found, whole, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
