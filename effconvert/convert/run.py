@@ -1,21 +1,18 @@
 """One conversion from end to end: locate, plan, stream, verify, publish."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from effconvert import processes
 from effconvert.checkpoint import sources
-from effconvert.checkpoint.belonging import text_of
 from effconvert.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.digest import file_hash
-from effconvert.checkpoint.manifest import CARD, MANIFEST, RECIPE, read_manifest, save_manifest
-from effconvert.convert import drafts, output, selftext, training_text
+from effconvert.checkpoint.manifest import read_manifest, save_manifest
+from effconvert.convert import drafts, output, selftext, training_text, written
 from effconvert.convert import train as training
 from effconvert.convert.calibration import check_caches
 from effconvert.convert.calibration import prepare as prepare_calibration
@@ -27,24 +24,19 @@ from effconvert.convert.verify import Material, check_memory, prepare, scratch_b
 from effconvert.convert.write import is_unfinished, write
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality.text import default_text, read_text
-from effconvert.eval.results import versions
 from effconvert.eval.verification import Verification
 from effconvert.heal._healing import Healing
 from effconvert.heal.distill import Distill
 from effconvert.heal.refit import Refit
 from effconvert.heal.transfer import Transfer
 from effconvert.heal.transplant import Transplant
-from effconvert.hub.card import NULL, render
 from effconvert.hub.card_data import verification
 from effconvert.modeling.stock import check_writable, open_as_stock
-from effconvert.options import CALIBRATION_WORDS, RunOptions
-from effconvert.paths import expand, seen_from
+from effconvert.options import RunOptions
+from effconvert.paths import expand
 from effconvert.progress import NoProgress, Progress
 from effconvert.surgery._placed import open_checked
 from effconvert.surgery._surgery import Step
-from effconvert.version import __version__
-
-CALIBRATION_OPTIONS = ("calibrate", "calibration_tokens", "calibration_window")  # options of calibration
 
 
 @dataclass(frozen=True)
@@ -130,8 +122,8 @@ def _convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progr
         layer_errors = _layer_errors(conversion, partial)
         drafts.discard(conversion, partial)
         report = _verify(conversion, target, partial, material, progress) if material else None
-        record = {**_record(conversion, _source(model, options, folder), report, layer_errors, choices), **distillation, **moved}
-        output.write_texts(partial, _texts(model, conversion, target, options, record))
+        record = {**written.record(conversion, written.source(model, options, folder), report, layer_errors, choices), **distillation, **moved}
+        output.write_texts(partial, written.texts(model, conversion, target, options, record))
         if report:  # `push` checks that the folder is what was verified
             record["sha256"] = {name: file_hash(partial / name) for name in conversion.output_files}
         output.publish(conversion, partial, target, options.overwrite, record)
@@ -240,54 +232,6 @@ def _teacher(surgeries: tuple[Step, ...], progress: Progress) -> Checkpoint | No
     if not names and isinstance(surgeries[0], Healing):
         raise OptionError("--teacher is needed: the model that this one was made from")
     return open_checked(sources.locate(names.pop(), None, progress.step, to_convert=True)) if names else None
-
-
-def _record(conversion: Plan, source: dict[str, Any], report: Verification | None, layer_errors: Mapping[str, Any], choices: Sequence[str]) -> dict[str, Any]:
-    """Return what the manifest says of this conversion."""
-    record = {"source": source, "verified": report is not None, "report": report and asdict(report), "versions": versions()}
-    if conversion.calibration and not conversion.calibration.pending:
-        record["calibration"] = conversion.calibration.record
-    if layer_errors:
-        record["transfer"] = layer_errors
-    if choices:
-        record["choices"] = list(choices)
-    return record
-
-
-def _source(model: str, options: RunOptions, folder: Path) -> dict[str, Any]:
-    """Return where the model came from, back to the first original. Of a folder only the name: others will read this."""
-    source = {"model": folder.name if expand(model).exists() else model, "revision": options.revision, "commit": sources.commit(folder)}
-    before = read_manifest(folder)
-    origin = {key: before[key] for key in ("effconvert", "recipe", "source", "verified") if key in before}
-    return {**source, **({"made_by": origin} if origin else {})}
-
-
-def _texts(model: str, plan: Plan, target: Path, options: RunOptions, record: dict[str, Any]) -> dict[str, str]:
-    """Return the files that people read: the recipe, which makes the same bytes again, and the model card. Its paths are as seen from `target`."""
-
-    def read(options: Mapping[str, Any]) -> dict[str, Any]:
-        named = {
-            key: seen_from(target, value)
-            for key in ("model", "teacher", "base", "instruct", "calibrate", "data", "cache-teacher", "include-path")
-            if (value := options.get(key)) and value not in CALIBRATION_WORDS
-        }
-        return {**options, **named}
-
-    source = record["source"]
-    revision = None if expand(model).exists() else source["commit"] or source["revision"]
-    settings = {name.replace("_", "-"): getattr(options, name) for name in CALIBRATION_OPTIONS} if plan.needs_text else {}
-    steps = [{name: read(own) for name, own in step.items()} for step in plan.recipe]
-    recipe = read({"model": model, "revision": revision, "steps": steps, **settings})
-    recipe_text = f"# Written by effconvert {__version__}. The same bytes again: effconvert run {RECIPE} -o DIR\n"
-    if plan.calibration and plan.calibration.key:
-        recipe_text += f"# The model wrote its calibration text. Other machines and versions may sample another one; {MANIFEST} has the sha256 of this one.\n"
-    if any(value is None for step in steps for own in step.values() for value in own.values()):
-        recipe_text += f"# {NULL}.\n"
-    recipe_text += "".join(f"# {choice}\n" for choice in record.get("choices", ()))
-    before = text_of(plan.checkpoint.folder / CARD) or ""
-    manifest = {**output.identity(plan), **record, "files": dict.fromkeys(plan.output_files)}
-    recipe_text += yaml.safe_dump({key: value for key, value in recipe.items() if value}, sort_keys=False, allow_unicode=True)
-    return {RECIPE: recipe_text, CARD: render(manifest, plan.config.content, before)}
 
 
 def default_name(model: str, surgeries: tuple[Step, ...]) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from effconvert import processes
 from effconvert.errors import OptionError
 from effconvert.heal._healing import Healing
 from effconvert.options import HomePath, Listed, Names
@@ -63,8 +64,8 @@ class Distill(Healing):
         description="Windows of the rows one after the other, which go across their ends (joined), or of one row each, filled up at the end (documents). "
         "Messages are never joined.",
     )
-    batch_tokens: int = Field(2048, ge=16, le=10**8, description="Tokens in each step of the optimiser.")
-    rate: float = Field(2e-4, gt=0, le=1, description="Highest learning rate (AdamW, with a warm-up and a cosine).")
+    batch_tokens: int = Field(512, ge=16, le=10**8, description="Tokens in each step of the optimiser; at least a window for each process.")
+    rate: float = Field(1e-4, gt=0, le=1, description="Highest learning rate (AdamW, with a warm-up and a cosine).")
     recall: float = Field(
         0.0,
         ge=0,
@@ -199,7 +200,7 @@ class Distill(Healing):
     @property
     def windows(self) -> int:
         """Windows in a step."""
-        return max(1, self.batch_tokens // self.window)
+        return max(processes.count(), self.batch_tokens // self.window)
 
     @property
     def steps(self) -> int:
