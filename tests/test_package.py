@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DECLARED = {Requirement(line).name: Requirement(line) for line in PROJECT["dependencies"]}
-REPORT = {Requirement(line).name for line in PROJECT["optional-dependencies"]["report"]}
+OPTIONAL = {Requirement(line).name for extra in ("report", "kernels") for line in PROJECT["optional-dependencies"][extra]}
 WITHOUT = """
 import sys
 
@@ -43,7 +43,7 @@ def imported():
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
-    assert imported() == {*DECLARED, *REPORT}
+    assert imported() == {*DECLARED, *OPTIONAL}
 
 
 def pins(file):

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from effconvert.errors import ModelError
 from effconvert.heal._in_pieces import summed
+from effconvert.kernels.choice import runs_triton
 from effconvert.modeling.transformers_internals import BaseModelOutput
 
 SAME = 2e-2  # relative difference of logits, which bfloat16 alone may make
@@ -55,8 +56,14 @@ class Objective:
 
         def loss(own: Tensor, rows: slice) -> Tensor:
             with torch.no_grad():
-                teacher = teacher_head(teacher_hidden[rows]).float()
-            return self._sum(head(own).float(), teacher, labels[rows], ce)
+                teacher = teacher_head(teacher_hidden[rows])
+            student = head(own)
+            if runs_triton(student.device):
+                from effconvert.kernels.divergence import divergence  # imports triton
+
+                weight = (1 - self.ce) * self.temperature**2
+                return divergence(student, teacher.to(student.dtype), labels[rows], self.kind, self.temperature, weight, ce).sum()
+            return self._sum(student.float(), teacher.float(), labels[rows], ce)
 
         return summed(loss, hidden, head.parameters()) / len(hidden)
 

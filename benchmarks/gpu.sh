@@ -1,0 +1,8 @@
+#!/bin/sh
+# What a GPU can tell in six minutes: first whether the kernels are right on it, then what the loss of distillation costs. On a bare machine with torch,
+# triton and pytest, in a clone: OUT=DIR sh benchmarks/gpu.sh
+set -u
+OUT=${OUT:-.}
+nvidia-smi --query-gpu=name,driver_version,power.limit --format=csv,noheader
+timeout 120 python benchmarks/kernels_on_gpu.py || echo "the kernels are NOT right on this card"
+timeout 240 python benchmarks/distill_step.py -o "$OUT/distill-step-$(date +%F).csv"
