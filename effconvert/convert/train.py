@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -83,8 +84,17 @@ def training_bytes(plan: Plan) -> int:
     config, tokens = plan.config, options.windows * options.window
     layer = 12 * config.hidden + 3 * config.ffn + config.heads * options.window
     activations = 4 * tokens * (config.layers * config.hidden + layer if options.gradient_checkpointing else config.layers * layer)
+    if options.keeps_unchanged:  # at the least: what an earlier conversion changed is known when the models are loaded
+        trained = sum(_trained(target, options.lora) for target in plan.targets)
+        both = plan.after.parameters + plan.before.parameters  # before the weights that they share are there once
+        return max(4 * both, 4 * plan.after.parameters + TRAINING * trained + activations)
     student, teacher = TRAINING * plan.after.parameters + activations, plan.before.bytes
     return max(student + 4 * config.vocabulary * config.hidden, teacher) if options.cache_teacher else student + teacher  # of a cached teacher the head alone
+
+
+def _trained(target: Target, rank: int) -> int:
+    """Return how many numbers are trained for a tensor: all that the conversion computes, and for a matrix that stays those of its adapter."""
+    return math.prod(target.shape) if target.unit is not None else rank * sum(target.shape) if len(target.shape) == 2 else 0
 
 
 def checkpoint_bytes(plan: Plan) -> int:
@@ -156,7 +166,7 @@ def _setting(plan: Plan, student: Path, data: Windows, output: Path, teacher: An
 
     options, checkpoint = options_of(plan), open_checkpoint(student)
     if teacher is None:
-        computing = plan.teacher.computing if options.unchanged_rate else torch.float32  # as the student's weights, of which it has some
+        computing = torch.float32 if options.keeps_unchanged else plan.teacher.computing  # as the student's weights, of which it has some
         teacher = loading.load(plan.teacher.folder, plan.teacher.config, computing).requires_grad_(False)
     model, predicts = loading.load(student, checkpoint.config, torch.float32), checkpoint.config.predicts and plan.teacher.config.predicts
     originals = originals or layers_of_the_teacher(plan)

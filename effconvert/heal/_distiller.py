@@ -1,31 +1,23 @@
-"""A Trainer whose loss is the distance from a teacher."""
+"""The loss of a training: the distance from a teacher."""
 # B = windows in a step, T = tokens in a window, N = tokens that count in a step, M = hidden width.
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer
 
 from effconvert.errors import EffconvertError, ModelError
-from effconvert.heal._deadline import rate
 from effconvert.heal._hidden import distance, hidden_states
 from effconvert.heal._objective import Head, Objective, head_of
 from effconvert.heal._projections import Projections
 from effconvert.heal._sharing import unchanged
-from effconvert.heal._training_log import SCORE
+from effconvert.heal._student_trainer import Scores, StudentTrainer
 from effconvert.heal._windows import Item
 from effconvert.heal.distill import Distill
 from effconvert.modeling.transformers_internals import shard
 
-Scores = Callable[[Any], Mapping[str, float]]  # model -> its scores by name
-WARMUP = 0.05  # of a training
 NOTHING = 1e-3  # of the loss and gradient of a student that is something else: rounding
 
 
@@ -37,12 +29,12 @@ class Predictions:
     head: Head | None
 
 
-class Distiller(Trainer):  # type: ignore[misc]
+class Distiller(StudentTrainer):
     """A Trainer whose loss is the distance from a teacher."""
 
     def __init__(self, teacher: Any, options: Distill, originals: Sequence[range], predicts: bool, scores: Scores | None, **more: Any) -> None:
-        super().__init__(**more)
-        self.teacher, self.options, self.scores = teacher, options, scores
+        super().__init__(options, scores, **more)
+        self.teacher = teacher
         rest = 1 - options.hidden  # of the loss, which divergence and cross-entropy share
         self.objective = Objective(options.objective, options.temperature, min(1.0, options.ce / rest) if rest else 0.0)
         self.head: Head | None = head_of(self.model) if predicts else None
@@ -51,13 +43,10 @@ class Distiller(Trainer):  # type: ignore[misc]
         self.teacher_layers = [originals[layer].stop - 1 for layer in self.layers]
         own_width, width = (some.config.get_text_config().hidden_size for some in (self.model, teacher)) if options.hidden or not predicts else (0, 0)
         self.projections = Projections(len(self.layers) + 1, own_width, width).to(self.args.device) if own_width != width else None
-        self.same: dict[str, str] = {}
-        if options.unchanged_rate < 1:
+        if options.compares_weights:
             self.same = unchanged(self.model, teacher, [layers.start for layers in originals])
-            if not options.unchanged_rate and all(name in self.same for name, parameter in self.model.named_parameters() if parameter.requires_grad):
+            if options.unchanged_rate == 0 and all(name in self.same for name, parameter in self.model.named_parameters() if parameter.requires_grad):
                 raise ModelError("every weight is as in the original, so --unchanged-rate 0 leaves nothing to train; leave it out")
-        self.model_accepts_loss_kwargs = False  # the loss is a mean, which accumulation averages
-        self.began = time.monotonic()
         _route(self.model)
         self.teacher_head = self.use(teacher, predicts)
 
@@ -74,57 +63,6 @@ class Distiller(Trainer):  # type: ignore[misc]
         with torch.no_grad():
             answer: tuple[Predictions, Tensor] = self.teacher(run=lambda: self.predictions(self.teacher, inputs, self.teacher_head, self.teacher_layers))
         return answer
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load weights as any model is loaded: the Trainer would skip tensors that have other names on disk, such as those of experts."""
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        (model or self.model).load_state_dict(type(self.model).from_pretrained(resume_from_checkpoint, dtype=torch.float32).state_dict())
-        if self.projections:
-            self.projections.load(Path(resume_from_checkpoint))
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.projections and output_dir:
-            self.projections.save(Path(output_dir))
-
-    def create_optimizer(self, model: Any = None) -> Any:
-        """Give weights that are as in the teacher a rate of their own, or none."""
-        if self.same:
-            trained = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-            new, old = ([parameter for name, parameter in trained if (name in self.same) == same] for same in (False, True))
-            rate, betas = self.args.learning_rate, (self.args.adam_beta1, self.args.adam_beta2)
-            groups = [{"params": new}, *([{"params": old, "lr": rate * self.options.unchanged_rate}] if old else [])]
-            self.optimizer: Any = torch.optim.AdamW(groups, lr=rate, betas=betas, weight_decay=0.0)
-        else:
-            super().create_optimizer(model)
-        if self.projections:
-            self.optimizer.add_param_group({"params": [*self.projections.parameters()]})
-            self.optimizer.register_step_post_hook(lambda *_: self.projections.zero_grad())  # the Trainer does so for the model alone
-        return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Make the learning rate fall with the steps, or with the time if that is limited."""
-        if not self.options.minutes:
-            return super().create_scheduler(num_training_steps, optimizer)
-        self.lr_scheduler: Any = LambdaLR(self.optimizer if optimizer is None else optimizer, lambda _: rate(self.progress(), WARMUP))
-        return self.lr_scheduler
-
-    @property
-    def seconds(self) -> float:
-        """The time that training has taken until now, with that of the runs that this one goes on with."""
-        before: float = next((entry["seconds"] for entry in reversed(self.state.log_history) if "seconds" in entry), 0.0)
-        seconds: float = before + time.monotonic() - self.began
-        return seconds
-
-    def progress(self) -> float:
-        """Return the share of the training that is over, by the first process's clock if minutes are limited."""
-        steps: float = self.state.global_step / self.options.steps
-        if not self.options.minutes:
-            return steps
-        clock = torch.tensor(self.seconds / 60 / self.options.minutes, device=self.args.device)
-        return max(steps, float(broadcast(clock)))
 
     def predictions(self, model: Any, inputs: dict[str, Tensor], head: Head | None, layers: Sequence[int]) -> tuple[Predictions, Tensor]:
         """Run a model on windows, and return what it computes for all tokens that count, and their labels [N]."""
@@ -167,7 +105,10 @@ class Distiller(Trainer):  # type: ignore[misc]
     def loss_of(self, inputs: dict[str, Tensor], training: bool) -> Tensor:
         """Compute the loss of a batch, inside the call of the model that is trained."""
         own, labels = self.predictions(self.model, inputs, self.head, self.layers)
-        return self.compared(own, labels, inputs, training)
+        loss = self.compared(own, labels, inputs, training)
+        if self.balance and not training:
+            self.balance.note(inputs["counts"])
+        return loss + self.options.balance * self.balance.loss(inputs["counts"]) if self.balance and training and self.options.balance else loss
 
     def compared(self, own: Predictions, labels: Tensor, inputs: dict[str, Tensor], training: bool) -> Tensor:
         """Return the loss of what the student computes for a batch of windows."""
@@ -193,20 +134,6 @@ class Distiller(Trainer):  # type: ignore[misc]
             values.append((abs(loss.item()), max((float(gradient.abs().max()) for gradient in gradients if gradient is not None), default=0.0)))
         if any(same > NOTHING * different for same, different in zip(*values, strict=True)):
             raise EffconvertError(f"a student that is its teacher has a loss of {values[0][0]:g}: a fault of effconvert, please report it")
-
-    def log(self, logs: dict[str, float], *more: Any, **named: Any) -> None:
-        """Add the time that training took until now, and the scores of the model to a measurement."""
-        if "eval_loss" in logs and self.scores:
-            with torch.no_grad(), self.accelerator.autocast():
-                logs |= {f"{SCORE}{name}": value for name, value in self.scores(self.model).items()}
-        logs["seconds"], self.began = round(self.seconds, 1), time.monotonic()
-        super().log(logs, *more, **named)
-
-    def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
-        """Return the loss alone."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad():
-            return self.compute_loss(model, inputs).detach(), None, None
 
 
 def _route(model: Any) -> None:

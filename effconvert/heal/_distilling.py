@@ -19,8 +19,9 @@ from effconvert import processes
 from effconvert.checkpoint.shards import read_header
 from effconvert.errors import EffconvertError, ModelError
 from effconvert.heal._deadline import Deadline
-from effconvert.heal._distiller import WARMUP, Distiller, Scores
+from effconvert.heal._distiller import Distiller
 from effconvert.heal._sharing import share
+from effconvert.heal._student_trainer import WARMUP, Scores
 from effconvert.heal._training_log import Clock, Report, Reporter, points
 from effconvert.heal._windows import Windows
 from effconvert.heal.distill import Distill
@@ -68,7 +69,7 @@ def _plain_errors(place: Path) -> Iterator[None]:
     except RuntimeError as error:  # torch.OutOfMemoryError, and what its allocator for CPUs raises
         if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
             raise EffconvertError(
-                "the memory is too small for a step; lower --batch-tokens or --window, or give --gradient-checkpointing or --unchanged-rate 0 "
+                "the memory is too small for a step; lower --batch-tokens or --window, or give --gradient-checkpointing, --lora or --unchanged-rate 0 "
                 "(--dry-run says how much is needed), and the same command begins again"
             ) from error
         raise
@@ -116,8 +117,10 @@ class Setting:
             eval_dataset=self.windows.held_out,
         )
         trainer.remove_callback(PrinterCallback)
-        if not self.options.unchanged_rate:
-            share(self.student, None if trainer.is_fsdp_enabled else self.teacher, trainer.same)
+        if self.options.keeps_unchanged:
+            share(self.student, None if trainer.shares_weights_out else self.teacher, trainer.same)
+        if self.options.lora:
+            trainer.adapt()
         return trainer
 
 

@@ -33,6 +33,7 @@ class Projections(torch.nn.ModuleList):
 
     def save(self, folder: Path) -> None:
         """Write them beside a checkpoint."""
+        folder.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / FILE)
 
     def load(self, folder: Path) -> None:

@@ -83,7 +83,13 @@ class Distill(Healing):
     )
     temperature: float = Field(1.0, gt=0, le=100, description="Divides logits before they are compared; the loss is multiplied by its square.")
     ce: float = Field(0.0, ge=0, le=1, description="Share of the loss on the text itself (cross-entropy); the rest is the divergence.")
-
+    balance: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="Coefficient of the load-balancing loss of a model with experts, which is added to the loss (0.01 in Switch Transformers; "
+        "`router_aux_loss_coef` in transformers).",
+    )
     student_layers: int | None = Field(
         None,
         ge=2,
@@ -138,6 +144,14 @@ class Distill(Healing):
         le=1,
         description="Learning rate of the weights that are as in the original, as a share of --rate. 0 keeps them, and then they are in memory once.",
     )
+    lora: int = Field(
+        0,
+        ge=0,
+        le=4096,
+        description="Rank of adapters (LoRA) beside the linear layers that are as in the original, in place of training these: they are in memory once. "
+        "What the conversion changed is trained whole. The result has the adapters in its weights. 0: none.",
+        json_schema_extra={"metavar": "RANK"},
+    )
 
     @model_validator(mode="after")
     def _tasks_for_their_options(self) -> Self:
@@ -154,8 +168,11 @@ class Distill(Healing):
                 f"--objective {self.objective} needs the original's probability of what the model predicts, which samples do not have; "
                 "use --cache-kind topk, or kl"
             )
-        if self.cache_teacher and (self.hidden or self.unchanged_rate < 1):
-            what = "--hidden needs the original's hidden states" if self.hidden else "--unchanged-rate needs the original's weights"
+        if self.lora and self.unchanged_rate < 1:
+            raise ValueError("--lora keeps the weights that are as in the original, and --unchanged-rate says how fast they change; leave one of them out")
+        if self.cache_teacher and (self.hidden or self.compares_weights):
+            weights = f"{'--lora' if self.lora else '--unchanged-rate'} needs the original's weights"
+            what = "--hidden needs the original's hidden states" if self.hidden else weights
             raise ValueError(f"{what}, which --cache-teacher does not keep; leave one of them out")
         return self
 
@@ -166,6 +183,8 @@ class Distill(Healing):
             raise OptionError(f"--ce {self.ce:g} and --hidden {self.hidden:g} are shares of the loss, and together more than 1")
         if self.ce and not config.predicts:
             raise OptionError(f"--ce needs a head that predicts tokens, and {config.architecture} has none; leave it out")
+        if self.balance and not config.experts:
+            raise OptionError(f"--balance needs experts, and a {config.kind} has none; leave it out, or do moe-split or moe first")
         if self.cache_teacher and not (config.decoder and config.predicts):
             raise OptionError(f"--cache-teacher keeps predictions of the next token, and {config.architecture} makes none; leave it out")
         if self.cache_teacher and self.cache_kind == "topk" and self.cache_size > config.vocabulary:
@@ -177,7 +196,7 @@ class Distill(Healing):
 
     def needs_original(self, config: Config) -> bool:
         """Only where layers or weights are compared with the original's."""
-        return self.hidden > 0 or self.unchanged_rate < 1
+        return self.hidden > 0 or self.compares_weights
 
     @property
     def any_width(self) -> bool:
@@ -196,6 +215,16 @@ class Distill(Healing):
     def in_bfloat16(self, device: str) -> bool:
         """Return whether a step on this type of device computes in bfloat16."""
         return self.precision == "bfloat16" or (self.precision == "auto" and device == "cuda")
+
+    @property
+    def compares_weights(self) -> bool:
+        """Whether it matters which weights are as in the original."""
+        return self.unchanged_rate < 1 or self.lora > 0
+
+    @property
+    def keeps_unchanged(self) -> bool:
+        """Whether weights that are as in the original stay, so that both models have the same."""
+        return self.unchanged_rate == 0 or self.lora > 0
 
     @property
     def windows(self) -> int:

@@ -34,6 +34,7 @@ try:
     from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
     from transformers.modeling_outputs import BaseModelOutput
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+    from transformers.pytorch_utils import Conv1D
 except ImportError as error:
     raise untested(str(error).partition(" (")[0]) from error
 
@@ -44,6 +45,7 @@ __all__ = [
     "BaseModelOutput",
     "Cache",
     "CacheLayerMixin",
+    "Conv1D",
     "DynamicCache",
     "DynamicLayer",
     "eager_mask",
@@ -258,3 +260,21 @@ def shard(model: Any) -> None:
         if type(module).__name__ in (model._no_split_modules or ()):
             fully_shard(module)
     fully_shard(model)
+
+
+def routers(base: Any) -> dict[str, nn.Module]:
+    """Return the modules of a base model whose logits it gives where `output_router_logits` is asked for, by their names."""
+    _check_has(base, "_can_record_outputs")
+    if not (recorder := (base._can_record_outputs or {}).get("router_logits")):
+        return {}
+    kind = getattr(recorder, "target_class", recorder)
+    return {name: module for name, module in base.named_modules() if isinstance(module, kind)}
+
+
+def load_balancing_loss(logits: Tensor, chosen: int, counts: Tensor) -> Tensor:
+    """Return transformers' load-balancing loss of the router logits [N, E] of a layer, of which `chosen` are taken; `counts` says for which tokens, [B, T]."""
+    from transformers.models.mixtral import modeling_mixtral  # slow to import, and most conversions have no use for it
+
+    _check_has(modeling_mixtral, "load_balancing_loss_func")
+    loss: Tensor = modeling_mixtral.load_balancing_loss_func((logits,), logits.shape[-1], chosen, counts.to(logits.dtype))
+    return loss

@@ -1,6 +1,7 @@
-"""effconvert as one of several processes on CPUs: `python several.py FSDP DIE ARGUMENTS...`.
+"""effconvert as one of several processes on CPUs: `python several.py KIND DIE ARGUMENTS...`.
 
-FSDP is 1 to share the weights out with FSDP2, which accelerate itself leaves out on CPUs; DIE is a step at which the process ends without a word, or 0.
+KIND is ddp, or fsdp or zero for FSDP2 and DeepSpeed's ZeRO, which accelerate itself leaves out on CPUs.
+DIE is a step at which the process ends without a word, or 0.
 """
 
 import os
@@ -12,14 +13,14 @@ from accelerate.utils import DistributedType
 from effconvert.cli import main
 from effconvert.heal import _distilling
 
-fsdp, die, *arguments = sys.argv[1:]
+kind, die, *arguments = sys.argv[1:]
 started = PartialState.__init__
 
 
 def as_on_gpus(self, *given, **more):
     started(self, *given, **more)
     if self._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
-        self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        self._shared_state["distributed_type"] = DistributedType.DEEPSPEED if kind == "zero" else DistributedType.MULTI_GPU
 
 
 def ends(self, args, state, control, **more):
@@ -27,7 +28,7 @@ def ends(self, args, state, control, **more):
         os._exit(9)
 
 
-if fsdp == "1":
+if kind != "ddp":
     PartialState.__init__ = as_on_gpus
 if int(die):
     _distilling.Reporter.on_step_begin = ends

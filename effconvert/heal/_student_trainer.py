@@ -1,0 +1,139 @@
+"""A Trainer of a student: its learning rates, its checkpoints, and what its log says."""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer
+
+from effconvert.errors import OptionError
+from effconvert.heal._balance import balance
+from effconvert.heal._deadline import rate
+from effconvert.heal._lora import NAMES, RATE, Adapters
+from effconvert.heal._projections import Projections
+from effconvert.heal._training_log import SCORE
+from effconvert.heal.distill import Distill
+
+Scores = Callable[[Any], Mapping[str, float]]  # model -> its scores by name
+WARMUP = 0.05  # of a training
+
+
+class StudentTrainer(Trainer):  # type: ignore[misc]
+    """A Trainer whose loss a subclass computes."""
+
+    def __init__(self, options: Distill, scores: Scores | None, **more: Any) -> None:
+        super().__init__(**more)
+        self.options, self.scores = options, scores
+        if self.zero_stage == 3:
+            raise OptionError(
+                "distill has not been tried with DeepSpeed's ZeRO-3, which puts the head's weights away between layers; use configs/zero2.yaml, or "
+                "configs/fsdp2.yaml, which shares the weights of both models out"
+            )
+        self.same: dict[str, str] = {}  # parameters that are as in the teacher, and their names there
+        self.adapters: Adapters | None = None
+        self.projections: Projections | None = None
+        self.balance = balance(self.model, options.balance > 0)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean, which accumulation averages
+        self.began = time.monotonic()
+
+    @property
+    def zero_stage(self) -> int:
+        """The stage of DeepSpeed's ZeRO; 0 without it."""
+        return self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else 0
+
+    @property
+    def shares_weights_out(self) -> bool:
+        """Whether processes have parts of the weights (FSDP, DeepSpeed), so that two models cannot have one copy."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def adapt(self) -> None:
+        """Put adapters beside the linear layers that are as in the teacher.
+
+        Raises:
+            OptionError: FSDP or DeepSpeed shares the weights out.
+        """
+        if self.shares_weights_out:
+            raise OptionError("--lora works in one process, or with configs/ddp.yaml; FSDP and DeepSpeed share the weights out: leave it out there")
+        self.adapters = Adapters(self.model, self.same, self.options.lora)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write a plain model. Adapters are in its weights; they and projections have files of their own for a run that goes on."""
+        if self.args.should_save:
+            for aside in (self.adapters, self.projections):
+                if aside:
+                    aside.save(Path(output_dir or self.args.output_dir))
+            state_dict = self.adapters.merged() if self.adapters else state_dict
+        super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load weights as any model is loaded: the Trainer would skip tensors that have other names on disk, such as those of experts."""
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        stored = type(self.model).from_pretrained(resume_from_checkpoint, dtype=torch.float32).state_dict()
+        if self.adapters:
+            self.adapters.load(resume_from_checkpoint, stored)
+        else:
+            (model or self.model).load_state_dict(stored)
+        if self.projections:
+            self.projections.load(Path(resume_from_checkpoint))
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Give adapters, routers, and weights that are as in the teacher, a rate of their own, or none."""
+        routers = self.balance.rates if self.balance else {}
+        groups: dict[float, list[Tensor]] = {}  # multiple of the rate -> what is trained by it
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                factor = RATE if name.endswith(NAMES) else routers.get(name, 1.0) * (self.options.unchanged_rate if name in self.same else 1)
+                groups.setdefault(factor, []).append(parameter)
+        if self.projections:
+            groups.setdefault(1.0, []).extend(self.projections.parameters())
+        rate, betas = self.args.learning_rate, (self.args.adam_beta1, self.args.adam_beta2)
+        parameters = [{"params": group, "lr": rate * factor} for factor, group in groups.items()]
+        self.optimizer: Any = torch.optim.AdamW(parameters, lr=rate, betas=betas, weight_decay=0.0)
+        if projections := self.projections:
+            self.optimizer.register_step_post_hook(lambda *_: projections.zero_grad())  # the Trainer does so for the model alone
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Make the learning rate fall with the steps, or with the time if that is limited."""
+        if not self.options.minutes:
+            return super().create_scheduler(num_training_steps, optimizer)
+        self.lr_scheduler: Any = LambdaLR(self.optimizer if optimizer is None else optimizer, lambda _: rate(self.progress(), WARMUP))
+        return self.lr_scheduler
+
+    @property
+    def seconds(self) -> float:
+        """The time that training has taken until now, with that of the runs that this one goes on with."""
+        before: float = next((entry["seconds"] for entry in reversed(self.state.log_history) if "seconds" in entry), 0.0)
+        seconds: float = before + time.monotonic() - self.began
+        return seconds
+
+    def progress(self) -> float:
+        """Return the share of the training that is over, by the first process's clock if minutes are limited."""
+        steps: float = self.state.global_step / self.options.steps
+        if not self.options.minutes:
+            return steps
+        clock = torch.tensor(self.seconds / 60 / self.options.minutes, device=self.args.device)
+        return max(steps, float(broadcast(clock)))
+
+    def log(self, logs: dict[str, float], *more: Any, **named: Any) -> None:
+        """Add the time that training took until now, and the scores of the model to a measurement."""
+        if "eval_loss" in logs and self.scores:
+            with torch.no_grad(), self.accelerator.autocast():
+                logs |= {f"{SCORE}{name}": value for name, value in self.scores(self.model).items()}
+        if "eval_loss" in logs and self.balance:
+            logs[f"{SCORE}most used expert"] = self.balance.most_used(self.accelerator)
+        logs["seconds"], self.began = round(self.seconds, 1), time.monotonic()
+        super().log(logs, *more, **named)
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
+        """Return the loss alone."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            return self.compute_loss(model, inputs).detach(), None, None
