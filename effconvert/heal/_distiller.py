@@ -36,7 +36,7 @@ class Distiller(StudentTrainer):
         super().__init__(options, scores, **more)
         self.teacher = teacher
         rest = 1 - options.hidden  # of the loss, which divergence and cross-entropy share
-        self.objective = Objective(options.objective, options.temperature, min(1.0, options.ce / rest) if rest else 0.0)
+        self.objective = Objective(options.objective, options.temperature, min(1.0, options.ce / rest) if rest else 0.0, again=self.is_fsdp_enabled)
         self.head: Head | None = head_of(self.model) if predicts else None
         self.measure = "kl" if predicts else "hidden"
         self.layers = list(range(len(originals) - 1)) if options.hidden else []

@@ -6,19 +6,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 ROWS = 256  # C
 Loss = Callable[[Tensor, slice], Tensor]  # hidden states [C, M] of some rows -> the sum of their losses
 
 
-def summed(loss: Loss, hidden: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+def summed(loss: Loss, hidden: Tensor, parameters: Sequence[Tensor], again: bool = False) -> Tensor:
     """Return the sum of a loss over all rows; its gradients are computed with it, piece by piece.
 
     Args:
         loss: of a few rows.
         hidden: hidden states, [N, M].
         parameters: what else the loss depends on, and gradients go to.
+        again: compute the loss a second time for its gradients instead. FSDP needs that: it takes a gradient of the head for the end of the step.
     """
+    if again:
+        pieces: list[Any] = [checkpoint(loss, hidden[at : at + ROWS], slice(at, at + ROWS), use_reentrant=False) for at in range(0, len(hidden), ROWS)]
+        return torch.stack(pieces).sum()
     result: Tensor = _InPieces.apply(  # type: ignore[no-untyped-call]
         loss, torch.is_grad_enabled(), hidden, *parameters
     )

@@ -41,6 +41,7 @@ class Objective:
     kind: str = "kl"  # kl, reverse-kl or jsd
     temperature: float = 1.0
     ce: float = 0.0  # the share of the cross-entropy
+    again: bool = False  # compute logits a second time for the gradients: see `summed`
 
     def __call__(self, hidden: Tensor, head: Head, teacher_hidden: Tensor, teacher_head: Head, labels: Tensor) -> Tensor:
         """Return the mean loss of tokens.
@@ -65,7 +66,7 @@ class Objective:
                 return divergence(student, teacher.to(student.dtype), labels[rows], self.kind, self.temperature, weight, ce).sum()
             return self._sum(student.float(), teacher.float(), labels[rows], ce)
 
-        return summed(loss, hidden, head.parameters()) / len(hidden)
+        return summed(loss, hidden, head.parameters(), self.again) / len(hidden)
 
     def _sum(self, student: Tensor, teacher: Tensor, labels: Tensor, ce: float) -> Tensor:
         count = min(student.shape[-1], teacher.shape[-1])  # rows beyond the tokenizer's are padding

@@ -84,9 +84,10 @@ def written_out(objective, student, teacher, labels):
 
 @pytest.mark.parametrize("kind", ["kl", "reverse-kl", "jsd"])
 @pytest.mark.parametrize(("temperature", "ce"), [(1.0, 0.0), (2.0, 0.3), (1.0, 1.0)])
-def test_loss_and_gradients_are_those_of_the_definition(kind, temperature, ce):
+@pytest.mark.parametrize("again", [False, True])
+def test_loss_and_gradients_are_those_of_the_definition(kind, temperature, ce, again):
     hidden, theirs, (weights, their_weights), labels = rows()
-    objective, results = Objective(kind, temperature, ce), []
+    objective, results = Objective(kind, temperature, ce, again), []
     for loss in (
         lambda h, w: objective(h, matrix(w), theirs, matrix(their_weights), labels),
         lambda h, w: written_out(objective, h @ w.T, theirs @ their_weights.T, labels),
