@@ -34,9 +34,9 @@ clean:
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[report]'
 	@touch $@
 
-.venv/tested: .venv/installed
+.venv/tested: .venv/bin/pip pyproject.toml constraints.txt  ## All that .venv/installed has, and more, in one go.
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
-	@touch $@
+	@touch .venv/installed $@
 
 .venv-oldest/tested: PYTHON := $(OLDEST)
 .venv-%/tested: constraints-%.txt pyproject.toml

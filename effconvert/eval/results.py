@@ -9,6 +9,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -219,10 +220,15 @@ def versions() -> dict[str, str]:
     result = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
-            result[name] = version(name)
+            result[name] = _version(name)
         except ModuleNotFoundError:
             continue
     return result
+
+
+@cache  # it parses all of the package's metadata, which takes longer than many a tensor
+def _version(package: str) -> str:
+    return version(package)
 
 
 def machine(device: str) -> str:

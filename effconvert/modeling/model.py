@@ -195,11 +195,12 @@ def cache_for(config: Any) -> Cache:
 
 
 def own_config(config: Any) -> Config:
-    """Return our config of a transformers config. It is parsed once, and cached on the object."""
+    """Return our config of a transformers config. It is parsed once, and cached on the object if that is of our class: stock ones would save it."""
     own: Config | None = config.__dict__.get(PARSED)
     if own is None:
         own = Config(*decode(_plain(config)))
-        config.__dict__[PARSED] = own
+        if isinstance(config, ConvertedConfig):
+            config.__dict__[PARSED] = own
     return own
 
 

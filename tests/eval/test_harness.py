@@ -25,8 +25,9 @@ NEXT = list(pairwise(WORDS))
 
 @pytest.fixture(autouse=True)
 def own_datasets(tmp_path, monkeypatch):
-    """Keep what the dataset library makes of the tasks' files beside them, and a short text here."""
+    """Keep what the dataset library makes of the tasks' files beside them, have a short text here, and lm-eval not describe this machine."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # it asks pip for a list of packages
     prose()
 
 

@@ -29,6 +29,7 @@ from effconvert.surgery.mixing.streaming import Streaming
 from tests.heal.healing import TOKENS, heldout, prose, put, run, tensors
 
 GROUPED = {"num_key_value_heads": 2}
+TEACH = Transfer(epochs=3)  # enough to come nearer
 CASES = {  # what is taught: family, changes to its config, mixer
     "llama": ("llama", {}, Linear(window=6)),  # with biases
     "llama-grouped": ("llama", GROUPED, Linear(window=6)),
@@ -89,7 +90,7 @@ def taught(tmp_path_factory):
             (place / "text.txt").write_text(prose())
             source, text = put(place / "model", kind, **changes), str(place / "text.txt")
             run(source, mixer, place=place / "plain", calibrate=text)
-            made[name] = place, run(source, mixer, Transfer(), place=place / "taught", calibrate=text)
+            made[name] = place, run(source, mixer, TEACH, place=place / "taught", calibrate=text)
         return made[name]
 
     return find
@@ -171,14 +172,14 @@ def squared_error(place, which, ids):
 
 def test_the_same_text_gives_the_same_bytes(taught):
     place, _ = taught("llama")
-    run(place / "model", Linear(window=6), Transfer(), calibrate=str(place / "text.txt"))
+    run(place / "model", Linear(window=6), TEACH, calibrate=str(place / "text.txt"))
     assert not changed("out", place / "taught")
 
 
 def test_another_text_more_epochs_and_another_rate_give_others(taught):
     place, _ = taught("llama")
     Path("other.txt").write_text(prose(seed=1))
-    for index, (step, text) in enumerate(((Transfer(), "other.txt"), (Transfer(epochs=2), "text.txt"), (Transfer(rate=1e-3), "text.txt"))):
+    for index, (step, text) in enumerate(((TEACH, "other.txt"), (Transfer(epochs=2), "text.txt"), (Transfer(epochs=3, rate=1e-3), "text.txt"))):
         run(place / "model", Linear(window=6), step, place=f"out-{index}", calibrate=text)
         assert changed(f"out-{index}", place / "taught")
 
@@ -252,7 +253,7 @@ def test_what_is_neutral_stays_as_it_is():
 def test_a_model_of_half_precision_is_taught_as_it_is_stored(taught):
     source = put(Path("model"))
     opened(source).to(torch.bfloat16).save_pretrained(source)
-    outcome = run(source, Linear(window=6), Transfer())
+    outcome = run(source, Linear(window=6), TEACH)
     assert {tensor.dtype for tensor in tensors(Path("out")).values()} == {torch.bfloat16}
     for said in outcome.layer_errors.values():
         assert said["after"] < said["before"]
@@ -265,13 +266,14 @@ def test_a_model_of_half_precision_is_taught_as_it_is_stored(taught):
 
 def test_it_is_a_step_an_option_and_a_command_of_its_own(command):
     source = put(Path("model"))
-    little = ("--calibrate", "text.txt", "--calibration-tokens", TOKENS, "--no-verify")
+    tokens = 256
+    little = ("--calibrate", "text.txt", "--calibration-tokens", tokens, "--no-verify")
     done = command("linear", "--window", 6, "--transfer", source, "-o", "option", *little)
     assert done.exit_code == 0, done.stderr
     assert "error before transfer" in done.stdout
     Path("recipe.yaml").write_text(
         yaml.safe_dump(
-            {"model": str(source), "output": "step", "calibrate": "text.txt", "calibration-tokens": TOKENS, "steps": [{"linear": {"window": 6}}, "transfer"]}
+            {"model": str(source), "output": "step", "calibrate": "text.txt", "calibration-tokens": tokens, "steps": [{"linear": {"window": 6}}, "transfer"]}
         )
     )
     replay(read(Path("recipe.yaml")))
@@ -351,7 +353,7 @@ def test_a_chain_of_sharing_heads_and_mixers_is_taught_towards_the_first():
     source = put(Path("model"))
     steps = Gqa(groups=2, pool="mean"), Linear(window=6)
     run(source, *steps, place="plain")
-    outcome = run(source, *steps, Transfer())
+    outcome = run(source, *steps, TEACH)
     assert all(said["after"] < said["before"] for said in outcome.layer_errors.values())
     assert all(after < before for before, after in zip(*off(source, "plain", "out"), strict=True))
 

@@ -1,7 +1,6 @@
 """A bert as transformers' own albert: layers stored once, a narrow embedding, the fits behind norms, and what is refused."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -57,17 +56,6 @@ def error_of(original, folder="out"):
     """The mean squared error of the last hidden states, in shares of the original's variance."""
     expected, found = (model(ids()).last_hidden_state for model in (original, stock(folder)))
     return float((found - expected).square().mean() / expected.var())
-
-
-def test_the_native_class_needs_nothing_of_effconvert(python, environment):
-    put(Path("source"), "bert")
-    run("source", Albert(groups=1))
-    code = (
-        "import sys, torch, transformers; model = transformers.AutoModelForMaskedLM.from_pretrained('out'); model(torch.arange(3, 9)[None]); "
-        "assert not [name for name in sys.modules if name.startswith('effconvert')]; print(type(model).__name__)"
-    )
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.strip() == "AlbertForMaskedLM"
 
 
 @pytest.mark.parametrize("pooled", [True, False])

@@ -49,7 +49,8 @@ class Case:
     small_from: dict = field(default_factory=dict)  # changes to the config of the models that `small` is tried on: {"mlp_bias": False}
     neutral_from: dict = field(default_factory=dict)  # likewise for `neutral`: {"num_key_value_heads": 2}
     added: tuple = ()  # tensors outside the layers that appear where it becomes another family of transformers: ("pooler.dense.weight",)
-    pipeline: tuple = ()  # the families on which whole conversions are tried, where a few stand for all: ("llama", "bert")
+    pipeline: tuple = ()  # the families on which conversions are tried, where a few stand for all: ("llama", "bert")
+    whole: tuple = ()  # those whose conversions are looked at from all sides, where the others are tried with `neutral` options alone
     native_keys: tuple = ()  # keys of config.json that change there, beside those that name the family: ("use_cache",)
 
 
@@ -96,7 +97,13 @@ CASES = {
         {"groups": 2}, {"groups": 4}, MULTI_HEAD, OUT_OF_REACH, parts=("kv", "q", "q.bias", "o"), keys=("num_key_value_heads",), cache=True, same_bytes=True
     ),
     "mqa": Case(
-        {}, {}, MULTI_HEAD, OUT_OF_REACH, parts=("kv", "q", "q.bias", "o"), keys=("num_key_value_heads",), cache=True, same_bytes=True, neutral_from=HEADS[1]
+        *({}, {}, MULTI_HEAD, OUT_OF_REACH),
+        parts=("kv", "q", "q.bias", "o"),
+        keys=("num_key_value_heads",),
+        cache=True,
+        same_bytes=True,
+        neutral_from=HEADS[1],
+        whole=("llama", "qwen3", "phi3", "gpt2", "gpt_neox", "mixtral", "bert"),  # it is gqa to one group
     ),
     "moe": Case({"experts": 4, "noise": 0.5}, {"experts": 4}, DENSE, NO_EXPERTS, **EXPERTS),
     "moe-split": Case({"experts": 4, "active": 2}, {"experts": 4, "active": 4}, DENSE, NO_EXPERTS, **EXPERTS),
@@ -138,6 +145,7 @@ CASES = {
         cache=True,
         small_from=HEADS[1],
         neutral_from=HEADS[2],
+        whole=("llama", "qwen3", "phi3", "gemma2", "stablelm", "mixtral"),
     ),
     "fnet": Case(
         {},
@@ -163,7 +171,14 @@ CASES = {
         cache=True,
         pipeline=("llama", "qwen2", "gemma2", "gpt2", "gpt_neox", "cohere2", "opt"),
     ),
-    "factor-embed": Case({"rank": 6}, {"ratio": 1, "blocks": 1}),
+    "factor-embed": Case(
+        {"rank": 6},
+        {"ratio": 1, "blocks": 1},
+        whole=(
+            *("llama", "gemma2", "granite", "cohere", "phi3", "gpt2", "gpt_neox", "opt", "bloom", "deepseek_v3", "qwen2_moe"),
+            *("bert", "mpnet", "fnet", "distilbert", "modernbert"),
+        ),
+    ),
     "share-layers": Case(
         {"groups": 1},
         {"groups": 2},
@@ -216,6 +231,7 @@ CASES = {
         refusal="normalises what its layers add to|adds to the stream",
         keys=("per_layer_config",),
         cache=True,
+        whole=("llama", "gemma2", "olmo2", "cohere", "phi3", "gpt2", "opt", "falcon", "gpt_neo", "mpt", "qwen2_moe", "deepseek_v3", "modernbert"),
     ),
 }
 for name, row in mixing.ROWS.items():  # what they compute is tried on all families in tests/mixers; here a few are written, and read again
@@ -230,6 +246,7 @@ NEUTRAL = [
     if CASES[name].neutral is not None and name not in TABLED and (kind in GROUPING or not CASES[name].neutral_from)  # which only these can have
 ]
 NEUTRAL += [("mqa", "gpt_bigcode"), *(case for case in mixing.NEUTRAL if case in MATRIX)]
+WHOLE = [(name, kind) for name, kind in MATRIX if kind in (CASES[name].whole or KINDS[name])]
 OTHERWISE = [
     ("mqa", "gpt_bigcode"),
     ("gqa", "gpt_bigcode"),
@@ -256,7 +273,7 @@ LIKELY = {name: first_of(name, "llama", "bert") for name in CASES}
 
 
 # What no family changes is tried on a decoder and an encoder for each technique, and on every layout of a layer.
-ONCE = [(name, kind) for name, kind in MATRIX if kind in (LIKELY[name], "bert") or (name == "gqa" and kind in ("gpt2", "phi3", "gpt_neox", "olmo2", "mixtral"))]
+ONCE = [(name, kind) for name, kind in WHOLE if kind in (LIKELY[name], "bert") or (name == "gqa" and kind in ("gpt2", "phi3", "gpt_neox", "olmo2", "mixtral"))]
 
 
 def technique(name, options):
@@ -264,7 +281,11 @@ def technique(name, options):
 
 
 def build(kind, changes):
-    return tiny(kind, **(changes if kind in GROUPING else {}))
+    return tiny(kind, **changes_of(kind, changes))
+
+
+def changes_of(kind, changes):
+    return changes if kind in GROUPING else {}
 
 
 def small(name, kind):
@@ -299,6 +320,10 @@ def digests(folder):
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+def weighed(model):
+    return sum(parameter.numel() for parameter in model.parameters()), kv_bytes(model)
+
+
 def kv_bytes(model):
     """Bytes of the cache that a token adds (on average where mixers add those of many tokens at a time), and that mixers hold however few came."""
     if not own_config(model.config).family.decoder:
@@ -316,16 +341,36 @@ def held(model, length):
     return sum(softmax), sum(layer.nbytes for layer in cache.layers if hasattr(layer, "nbytes"))
 
 
-@pytest.fixture(scope="module", params=MATRIX, ids="-".join)
-def done(request, tmp_path_factory):
-    """A conversion that changes something, of a model in several shards: its name, its source and what came of it."""
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """A model in several shards of each family, written and read once: its folder, its parameters and the bytes of its cache."""
+    made = {}
+
+    def find(kind, changes):
+        key = kind, repr(changes_of(kind, changes))
+        if key not in made:
+            source = save(build(kind, changes), tmp_path_factory.mktemp(kind) / "source", max_shard_size="40KB")
+            characters(source)
+            (source / "NOTICE").write_text("words of the author")
+            (source / "README.md").write_text("---\nlicense: mit\n---\nThe original.\n")
+            made[key] = source, *weighed(read_back(source))
+        return made[key]
+
+    return find
+
+
+@pytest.fixture(scope="module", params=WHOLE, ids="-".join)
+def done(request, sources, tmp_path_factory):
+    """A conversion that changes something: its name, its source and what came of it."""
     name, kind = request.param
-    folder = tmp_path_factory.mktemp(f"{name}-{kind}")
-    source = save(build(kind, CASES[name].small_from), folder / "source", max_shard_size="40KB")
-    characters(source)
-    (source / "NOTICE").write_text("words of the author")
-    (source / "README.md").write_text("---\nlicense: mit\n---\nThe original.\n")
-    return name, source, run(source, folder / "out", name, small(name, kind), verify=False)
+    source, *_ = sources(kind, CASES[name].small_from)
+    return name, source, run(source, tmp_path_factory.mktemp(f"{name}-{kind}") / "out", name, small(name, kind), verify=False)
+
+
+@pytest.fixture(scope="module")
+def opened(done):
+    """The converted model. Nobody may change it."""
+    return read_back(done[2].output)
 
 
 def test_the_table_names_every_technique():
@@ -489,15 +534,15 @@ def test_a_conversion_leaves_the_other_files_and_config_keys_alone(done):
         assert changed <= {"model_type", "architectures", *family.constants, *family.absent, *keys, *CASES[name].native_keys}
 
 
-def test_what_was_planned_is_what_transformers_loads(done):
+def test_what_was_planned_is_what_transformers_loads(done, opened, sources):
     name, source, outcome = done
     before, after = outcome.plan.before, outcome.plan.after
+    found = sources(outcome.plan.checkpoint.config.kind, CASES[name].small_from)
+    assert found == (source, before.parameters, (before.kv_bytes, before.state_bytes))
+    assert weighed(opened) == (after.parameters, (after.kv_bytes, after.state_bytes))
+    assert read_config(outcome.output).kind == opened.config.model_type.removeprefix(KIND)
     for folder, size in ((source, before), (outcome.output, after)):
-        model = read_back(folder)
-        assert sum(parameter.numel() for parameter in model.parameters()) == size.parameters
-        assert kv_bytes(model) == (size.kv_bytes, size.state_bytes)
         assert sum(tensor.nbytes for tensor in tensors(folder).values()) == size.bytes
-        assert read_config(folder).kind == model.config.model_type.removeprefix(KIND)
         index = json.loads((folder / "model.safetensors.index.json").read_text())
         assert (index["metadata"]["total_size"], index["metadata"]["total_parameters"]) == (size.bytes, size.parameters)
         assert index["weight_map"].keys() == tensors(folder).keys()
@@ -523,10 +568,9 @@ def test_the_report_holds_what_was_measured(name, kind, tmp_path):
     assert manifest["verified"]
 
 
-def test_a_converted_model_survives_being_saved_and_loaded_by_transformers(done, tmp_path):
-    model = read_back(done[2].output)
-    again = read_back(save(model, tmp_path / "again"))
-    assert torch.equal(logits(again), logits(model))
+def test_a_converted_model_survives_being_saved_and_loaded_by_transformers(opened, tmp_path):
+    expected = logits(opened)
+    assert torch.equal(logits(read_back(save(opened, tmp_path / "again"))), expected)
 
 
 @pytest.mark.parametrize(("name", "kind"), ONCE, ids=map("-".join, ONCE))
@@ -547,8 +591,8 @@ def test_the_same_input_gives_the_same_bytes_in_shards_or_in_one(name, kind, tmp
 
 
 @pytest.mark.parametrize(("name", "kind"), REFUSED, ids=map("-".join, REFUSED))
-def test_a_family_that_cannot_say_it_is_refused_with_the_reason(name, kind, tmp_path):
-    source = save(build(kind, {}), tmp_path / "source")
+def test_a_family_that_cannot_say_it_is_refused_with_the_reason(name, kind, sources, tmp_path):
+    source, *_ = sources(kind, {})
     with pytest.raises(ModelError, match=CASES[name].refusal) as refused:
         run(source, tmp_path / "out", name, CASES[name].small)
     assert CASES[name].refusal

@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -172,16 +171,6 @@ def test_a_bare_bert_becomes_a_bare_fnet_with_its_pooler_or_one_of_zeros(pooled)
         torch.testing.assert_close(found.last_hidden_state, Written(Path("bare")).hidden(tokens(), ""), **CLOSE)
         first = found.last_hidden_state[:, 0]
         torch.testing.assert_close(found.pooler_output, model.pooler.dense(first).tanh() if pooled else torch.zeros_like(first), **CLOSE)
-
-
-def test_the_native_class_needs_nothing_of_effconvert(python, environment):
-    run("bert", Fnet())
-    code = (
-        "import sys, torch, transformers; model = transformers.AutoModelForMaskedLM.from_pretrained('out'); model(torch.arange(3, 9)[None]); "
-        "assert not [name for name in sys.modules if name.startswith('effconvert')]; print(type(model).__name__)"
-    )
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.strip() == "FNetForMaskedLM"
 
 
 def test_what_a_berts_config_leaves_out_is_said_for_fnet():

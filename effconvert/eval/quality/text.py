@@ -9,6 +9,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class Text:
 Conversation = tuple[dict[str, Any], ...]  # messages with `role` and `content`
 
 
+@cache  # parsing takes half a second, and a recipe or a caller of the API asks more than once
 def default_text() -> Text:
     """Return the docstrings of `EVALUATION_MODULES`, in that order."""
     version = ".".join(map(str, sys.version_info[:3]))
@@ -54,6 +56,7 @@ def default_text() -> Text:
     return Text(f"docstrings of {len(EVALUATION_MODULES)} standard-library modules, Python {version}", content)
 
 
+@cache
 def calibration_text() -> Text:
     """Return the docstrings of all other modules of the standard library with source files, in alphabetical order."""
     version = ".".join(map(str, sys.version_info[:3]))
