@@ -84,7 +84,7 @@ def training_bytes(plan: Plan) -> int:
     config, tokens = plan.config, options.windows * options.window
     layer = 12 * config.hidden + 3 * config.ffn + config.heads * options.window
     activations = 4 * tokens * (config.layers * config.hidden + layer if options.gradient_checkpointing else config.layers * layer)
-    if options.keeps_unchanged:  # at the least: what an earlier conversion changed is known when the models are loaded
+    if options.keeps_unchanged:  # at least: what an earlier conversion changed is known when the models are loaded
         trained = sum(_trained(target, options.lora) for target in plan.targets)
         both = plan.after.parameters + plan.before.parameters  # before the weights that they share are there once
         return max(4 * both, 4 * plan.after.parameters + TRAINING * trained + activations)
@@ -104,7 +104,8 @@ def checkpoint_bytes(plan: Plan) -> int:
 
 def remarks(plan: Plan, text: TrainingText, output: Path) -> tuple[str, ...]:
     """Return what the plan says of memory, and of the disk that a teacher's predictions take."""
-    lines = [f"training takes about {size(training_bytes(plan))} of memory, and until it is done {size(checkpoint_bytes(plan))} of disk"]
+    about = "at least" if options_of(plan).keeps_unchanged else "about"
+    lines = [f"training takes {about} {size(training_bytes(plan))} of memory, and until it is done {size(checkpoint_bytes(plan))} of disk"]
     if is_of_another(plan, output):
         lines.append(f"{training_folder(output)} has checkpoints of a run with other options or another text, which will be removed")
     if folder := getattr(plan.surgeries[-1], "cache_teacher", None):

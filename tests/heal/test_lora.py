@@ -7,6 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from effconvert.checkpoint.checkpoint import open_checkpoint
+from effconvert.convert.plan import plan
+from effconvert.convert.train import training_bytes
 from effconvert.errors import ModelError, OptionError
 from effconvert.heal import _distilling
 from effconvert.heal._lora import NAMES, Adapters
@@ -14,7 +17,7 @@ from effconvert.heal.distill import Distill
 from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.depth.prune_layers import PruneLayers
 from tests.heal.healing import opened, put, run, tensors
-from tests.models import tiny
+from tests.models import save, tiny
 
 SHORT = {"data": "text.txt", "window": 32, "batch_tokens": 128, "train_tokens": 5120, "rate": 1e-3, "lora": 4}
 IDS = torch.arange(6, 30).reshape(2, 12)
@@ -95,6 +98,13 @@ def test_weights_that_stay_are_in_memory_once_and_are_the_original_s(monkeypatch
     assert sum(distinct.values()) == own + kept + pooled
     stored = tensors(Path("model"))
     assert all(torch.equal(parameter, stored[name]) for name, parameter in teacher.named_parameters() if name in stored)  # training left them alone
+
+
+def test_less_memory_is_planned_where_less_is_trained():
+    checkpoint = open_checkpoint(save(tiny("llama", num_hidden_layers=6), Path("model")))
+    steps = [(Gqa(groups=1, pool="mean"), Distill(**{**SHORT, "lora": rank})) for rank in (0, 1, 4)]
+    whole, few, more = (training_bytes(plan(checkpoint, chosen)) for chosen in steps)
+    assert few < more < whole
 
 
 def test_what_adapters_cannot_do_is_refused(monkeypatch):

@@ -361,3 +361,16 @@ def test_a_table_of_auto_classes_that_is_laid_out_otherwise_is_told(monkeypatch)
     with pytest.raises(EffconvertError) as refusal:
         [*internals.auto_classes("llama")]
     assert told(refusal) == "_model_mapping of SimpleNamespace"
+
+
+def test_routers_that_are_recorded_are_found_and_a_model_that_does_not_say_is_told(monkeypatch):
+    base = tiny("mixtral").model
+    assert [*internals.routers(base)] == [f"layers.{index}.mlp.gate" for index in range(len(base.layers))]
+    assert internals.routers(tiny("llama").model) == {}
+    with pytest.raises(EffconvertError) as refusal:
+        internals.routers(SimpleNamespace())
+    assert told(refusal) == "_can_record_outputs of SimpleNamespace"
+    monkeypatch.delattr("transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func")
+    with pytest.raises(EffconvertError) as refusal:
+        internals.load_balancing_loss(torch.zeros(2, 4), 2, torch.ones(1, 2))
+    assert told(refusal) == "load_balancing_loss_func of transformers.models.mixtral.modeling_mixtral"
