@@ -115,8 +115,12 @@ def remarks(plan: Plan, text: TrainingText, output: Path) -> tuple[str, ...]:
 
 
 def time_remark(plan: Plan, text: TrainingText) -> tuple[str, ...]:
-    """Return what the plan says of the time, after a few steps; nothing where the user limits it, or where several processes would share it."""
-    if options_of(plan).minutes or processes.count() > 1:
+    """Return what the plan says of the time, after a few steps.
+
+    Nothing where the user limits it, where several processes would share it, or where both models may not fit memory.
+    """
+    options = options_of(plan)
+    if options.minutes or options.cache_teacher or processes.count() > 1:
         return ()
     stand_in = "" if len(plan.surgeries) == 1 else ", with the original in the place of the model"
     return (f"training takes about {duration(seconds(plan, text))} here, from a few of its steps{stand_in}",)
