@@ -44,7 +44,7 @@ def main(model, rows, calibrate, calibration_tokens, heldout, tokens, output):
         if not done:
             writer.writeheader()
         for row in ["", *(rows or apart(ladder, model))]:
-            if any((old["model"], old["commands"], old["calibration"]) == (about["model"], row, about["calibration"]) for old in done):
+            if any(all(old[key] == str(value) for key, value in {**key_of(about), "commands": row}.items()) for old in done):
                 continue
             place, seconds, peak = model, 0.0, 0.0
             for number, command in enumerate(filter(None, row.split(";"))):
@@ -59,8 +59,13 @@ def main(model, rows, calibrate, calibration_tokens, heldout, tokens, output):
             click.echo(f"{cache:7.3f} kB  {parameters / 1e6:7.2f} M  {loss:.3f}  {seconds:5.0f} s  {row or 'original'}")
 
 
+def key_of(about):
+    """Return what tells a row from others with the same commands. A row of the original needs no calibration, but is kept with each."""
+    return {name: about[name] for name in ("model", "calibration", "calibration_tokens")}
+
+
 def ladder(model):
-    """Return the rows for a model: fewer heads, fewer layers with a cache, both, fewer layers that attend, and fewer numbers."""
+    """Return the rows for a model: fewer heads, fewer layers with a cache, fewer layers that attend, fewer numbers, and several of these together."""
     from effconvert.checkpoint.reading import read_config
 
     config = read_config(Path(model))
@@ -70,8 +75,29 @@ def ladder(model):
     sharing = [pairs, f"share-kv --last {half}", f"share-kv --last {half // 2}"]
     skipping = [f"prune-layers --drop {count} --only attention --by influence" for count in (config.layers // 4, half)]
     narrow = [f"narrow-kv --keep {share}" for share in (0.75, 0.5, 0.333, 0.25, 0.125)]
+    latent = [mla for share in (0.5, 0.333, 0.25) if (mla := latents(config, share))]
     both = [f"gqa --groups {count} --refit;{pairs};{HEAL}" for count in counts]
-    return [f"{row} --refit" for row in [*gqa, *sharing, *skipping, *narrow]] + both
+    begin = half - half % 2  # from here on pairs of layers share a cache, and the layers before keep half of their numbers: both cannot be in one layer
+    both += [f"narrow-kv --keep 0.5 --layers 0-{begin - 1};share-kv --layers {begin + 1}-{config.layers - 1}/2;{HEAL}"]
+    both += [f"{first};{skipping[0]};{HEAL}" for first in latent[:1]]
+    both += [f"{skipping[0]};narrow-kv --keep 0.5;{HEAL}"]
+    return [f"{row} --refit" for row in [*gqa, *sharing, *skipping, *narrow, *latent]] + both
+
+
+def latents(config, share):
+    """Return the `mla` command that keeps a share of the cache, three numbers of values to two of keys; "" for models that it refuses."""
+    from effconvert import steps
+    from effconvert.errors import ModelError
+
+    numbers = round(share * config.cached_numbers)
+    width = max(2 * round(0.2 * numbers), config.rotary)
+    sizes = f"--rank {numbers - 1 - width} --rope-dims {width}"
+    one_each = f" --frequencies {','.join(['1'] * (width // 2))}" if width == config.rotary else ""
+    try:
+        steps.load("mla")(rank=1).check(config)
+    except ModelError:
+        return ""
+    return f"mla {sizes}{one_each}"
 
 
 def size(folder):

@@ -17,6 +17,7 @@ from effconvert.families import FAMILIES
 from effconvert.modeling.caches import kv_bytes
 
 RESULTS = Path(__file__).parent / "results"
+FRONTIER = "frontier-smollm2-2026-11-29.csv"
 CONTEXT = 512
 SMOLLM2 = {
     "model_type": "llama",
@@ -30,19 +31,21 @@ SMOLLM2 = {
     "vocab_size": 49152,
 }
 POINTS = {  # command: what is written beside it, where (in units of the picture, from the healed point)
-    "gqa --groups 1": ("gqa --groups 1", -10, 5),
+    "gqa --groups 1": ("gqa --groups 1", -10, -3),
     "streaming --window 64 --sinks 4": ("streaming --window 64", 10, 5),
     "linear --window 64": ("linear --window 64", 10, 16),
     "linformer-causal --rank 8": ("linformer-causal", -10, 5),
     "retnet": ("retnet", 10, 4),
     "performer --features 256": ("performer", 10, 4),
     "share-kv --layers 1-29/2": ("share-kv, pairs", 10, -4),
-    "narrow-kv --keep 0.5": ("narrow-kv --keep 0.5", 10, 16),
-    "narrow-kv --keep 0.333": ("narrow-kv --keep 0.333", -10, 16),
-    "prune-layers --drop 15 --only attention": ("attention of 15 layers dropped", 10, 12),
-    "prune-layers --drop 8 --only attention": ("of 8 layers", 10, 5),
+    "narrow-kv --keep 0.5": ("narrow-kv --keep 0.5", 10, 2),
+    "narrow-kv --keep 0.333": ("0.333", -10, 4),
+    "narrow-kv --keep 0.25": ("narrow-kv 0.25", -10, 5),
+    "mla --rank 115 --rope-dims 76": ("mla, native", 10, 6),
+    "prune-layers --drop 15 --only attention": ("15 attentions dropped", 10, 8),
+    "prune-layers --drop 8 --only attention": ("8 attentions", 10, 5),
     "prune-layers --drop 2": ("prune-layers --drop 2", -10, 0),
-    "prune-layers --drop 4": ("prune-layers --drop 4", -10, 6),
+    "prune-layers --drop 4": ("--drop 4", -10, 6),
     "prune-layers --drop 8": ("prune-layers --drop 8", 10, 6),
 }
 LEFT, TOP, WIDTH, HEIGHT = 74, 44, 640, 330
@@ -65,11 +68,16 @@ def measured():
         for row in rows(name):
             if row["options"] != "original":
                 yield command.format(**row), row["options"], float(row["loss"]) - original
-    frontier = rows("frontier-smollm2-2026-11-29.csv")
+    frontier = rows(FRONTIER)
     original = next(float(row["loss"]) for row in frontier if not row["commands"])
     for row in frontier:
-        if row["commands"].startswith(("share-kv", "prune-layers", "narrow-kv")) and ";" not in row["commands"]:
-            yield row["commands"].replace(" --by influence", "").replace(" --refit", ""), "--refit", float(row["loss"]) - original
+        if row["commands"].startswith(("share-kv", "prune-layers", "narrow-kv", "mla")) and ";" not in row["commands"]:
+            yield short(row), "--refit", float(row["loss"]) - original
+
+
+def short(row):
+    """Return the commands of a row of the frontier without what all of them have."""
+    return row["commands"].replace(" --by influence", "").replace(" --refit", "")
 
 
 def rows(name):
@@ -82,8 +90,8 @@ def cache(command):
     original = Config(SMOLLM2, FAMILIES["llama"])
     name, *words = command.split()
     options = {key.removeprefix("--"): value for key, value in zip(words[::2], words[1::2], strict=True)}
-    if name == "narrow-kv":  # the sizes that it chooses are in sum what --keep says
-        return float(options["keep"]) * kv_bytes(original, 2, CONTEXT) / CONTEXT / 1000
+    if name in ("narrow-kv", "mla"):  # their sizes are chosen on a text
+        return next(float(row["cache"]) for row in rows(FRONTIER) if short(row) == command)
     if name == "prune-layers":
         return (1 - int(options["drop"]) / original.layers) * kv_bytes(original, 2, CONTEXT) / CONTEXT / 1000
     converted = steps.load(name)(**options).config(original)

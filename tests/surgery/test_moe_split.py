@@ -12,7 +12,9 @@ from effconvert.errors import ModelError, OptionError
 from effconvert.heal.refit import Refit
 from effconvert.options import RunOptions
 from effconvert.surgery.depth.prune_layers import PruneLayers
+from effconvert.surgery.depth.share_layers import ShareLayers
 from effconvert.surgery.ffn._neurons import Sample, _balanced, by_energy
+from effconvert.surgery.ffn.moe import Moe
 from effconvert.surgery.ffn.moe_split import FLAT, MoeSplit
 from tests.heal.healing import TOKENS, apart, killed_saving, prose, put, run
 from tests.models import logits, save, tiny
@@ -204,6 +206,15 @@ EXACT = {(4, 4, 0): True, (4, 4, None): True, (8, 8, 4): True, (8, 8, 1): False,
 def test_what_cannot_be_split_is_refused(kind, changes, options, error, said):
     with pytest.raises(error, match=said):
         split(tiny(kind, **changes), **options)
+    assert not Path("out").exists()
+
+
+def test_layers_that_share_their_ffn_are_refused():
+    put(Path("source"), num_hidden_layers=4, **PLAIN)
+    run("source", ShareLayers(groups=2, pool="first"), place="shared")
+    for step in (MoeSplit(experts=EXPERTS, active=2), Moe(experts=EXPERTS)):
+        with pytest.raises(OptionError, match="layer 0 shares its FFN with others, and would store its own again as experts"):
+            run("shared", step)
     assert not Path("out").exists()
 
 

@@ -13,7 +13,7 @@ BALANCE = 0.02  # weight of the load-balancing loss, as in Drop-Upcycling; used 
 
 
 def check_dense(config: Config, chosen: set[int]) -> None:
-    """Refuse layers whose FFN is not the family's own.
+    """Refuse layers whose FFN is not the family's own, or is shared: experts of each layer would store it again for each.
 
     Raises:
         OptionError: the first of them.
@@ -22,6 +22,8 @@ def check_dense(config: Config, chosen: set[int]) -> None:
         other = next((record.technique for record in config.replaced_in(index) if overlap(record.place, "ffn")), None)
         if other or "ffn" in config.skips(index):
             raise OptionError(f"layer {index} has {other or 'nothing'} in place of its FFN, and experts are made from one; begin from the original")
+        if config.shares(index, "down"):
+            raise OptionError(f"layer {index} shares its FFN with others, and would store its own again as experts; begin from the original")
 
 
 def become_sparse(target: Config, chosen: set[int], experts: int, active: int, width: int, shared: int = 0) -> Config:

@@ -30,7 +30,8 @@ class MoeSplit(Layerwise):
     The neurons of an FFN are grouped into E parts of one size. S of them always run (the shared expert), and a router chooses K - S of the others
     for each token. Nothing is added but the router, so the model keeps its size, and a token costs K/E of the FFNs' arithmetic. Grouping and router are
     fitted to the calibration text in closed form. With K = E no logit changes; with fewer the model gets worse, and --refit brings part of it back.
-    The output is transformers' own family with experts: a llama becomes a qwen2_moe, or with --shared 0 a mixtral.
+    The output is transformers' own family with experts: a llama becomes a qwen2_moe, or with --shared 0 a mixtral. At the same perplexity dropping
+    layers (prune-layers) saves more, and on a CPU decoding is no faster: it is a start for training. docs/moe-split.md has measurements.
     MoEfication: Zhang et al. 2022, arXiv 2110.01786; CMoE: Pei et al. 2025, arXiv 2502.04416.
 
     \b

@@ -27,7 +27,8 @@ class Monarch(Factored):
     A projection [out, in] becomes two block-diagonal matrices of K blocks with a permutation between them: K (out + in) numbers, as many as two thin
     matrices of rank K. Each of its K x K blocks has rank 1. They are fitted on the calibration text block by
     block (activation-whitened), and the second matrix then to the whole output, layer by layer on the outputs of the converted layers below. On real weights
-    this is worse than low-rank at equal size: take that, unless you train on and want block-diagonal products.
+    this is worse than low-rank at equal size, and on a CPU it reads text far slower than the original: take low-rank, unless you train on and want
+    block-diagonal products.
     Dao et al. 2022, arXiv 2204.00595; docs/low-rank.md has measurements.
 
     \b
