@@ -4,7 +4,7 @@
     python benchmarks/distill_step.py --tiny      # on a CPU, to see that it runs; the kernel then needs TRITON_INTERPRET=1
 
 Needs torch and triton alone, so that it runs on a bare machine; Liger and TRL are measured beside it where they are installed. All forms get the same
-numbers and are held to the first one before they are timed. Rows are written as they come.
+numbers; how far their loss and gradients are from the first one's stands in their rows, which are written as they come.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 #!/bin/sh
-# What a GPU can tell in six minutes: first whether the kernels are right on it, then what the loss of distillation costs. On a bare machine with torch,
-# triton and pytest, in a clone: OUT=DIR sh benchmarks/gpu.sh
+# What a GPU can tell in six minutes: first whether the kernels are right on it, then what the loss of distillation costs. On a bare machine with torch
+# and triton, in a clone: OUT=DIR sh benchmarks/gpu.sh
 set -u
 OUT=${OUT:-.}
 nvidia-smi --query-gpu=name,driver_version,power.limit --format=csv,noheader

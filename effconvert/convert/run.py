@@ -103,8 +103,7 @@ def _convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progr
         training.check_training(conversion, target, to_train)
         conversion = replace(conversion, remarks=(*conversion.remarks, *training.remarks(conversion, to_train, target)))
         if options.dry_run:
-            progress.step("doing a few steps of the training")
-            conversion = replace(conversion, remarks=(*conversion.remarks, *training.time_remark(conversion, to_train)))
+            conversion = replace(conversion, remarks=(*conversion.remarks, *training.time_remark(conversion, to_train, progress)))
     memory = check_memory(conversion, options) if options.verify else 0
     material = prepare(conversion, text, options) if text else None
     progress.plan(model, conversion, target, memory)

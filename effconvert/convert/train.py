@@ -30,6 +30,7 @@ from effconvert.convert.write import write_others
 from effconvert.errors import EffconvertError, OptionError
 from effconvert.eval.training import Point, Training
 from effconvert.heal._windows import Windows
+from effconvert.kernels.choice import runs_triton
 from effconvert.modeling import loading
 from effconvert.paths import real
 from effconvert.progress import Advance, Progress
@@ -74,6 +75,10 @@ def check_training(plan: Plan, output: Path, text: TrainingText) -> None:
     if (need := checkpoint_bytes(plan) - there) > (free := shutil.disk_usage(place).free):
         raise OptionError(f"{folder} needs up to {size(need)} for checkpoints, and {place} has {size(free)} free; give an --output on another disk")
     scores(plan)  # also loads the tasks
+    try:
+        runs_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except ValueError as error:
+        raise OptionError(str(error)) from None
     if getattr(plan.surgeries[-1], "cache_teacher", None):
         check_cache(plan, output, items(plan, text))
 
@@ -81,15 +86,20 @@ def check_training(plan: Plan, output: Path, text: TrainingText) -> None:
 def training_bytes(plan: Plan) -> int:
     """Estimate the bytes of memory of a distillation: the weights being trained, the teacher, and activations of a step."""
     options = options_of(plan)
-    config, tokens = plan.config, options.windows * options.window
-    layer = 12 * config.hidden + 3 * config.ffn + config.heads * options.window
-    activations = 4 * tokens * (config.layers * config.hidden + layer if options.gradient_checkpointing else config.layers * layer)
+    config, activations = plan.config, _activation_bytes(plan)
     if options.keeps_unchanged:  # at least: what an earlier conversion changed is known when the models are loaded
         trained = sum(_trained(target, options.lora) for target in plan.targets)
         both = plan.after.parameters + plan.before.parameters  # before the weights that they share are there once
         return max(4 * both, 4 * plan.after.parameters + TRAINING * trained + activations)
     student, teacher = TRAINING * plan.after.parameters + activations, plan.before.bytes
     return max(student + 4 * config.vocabulary * config.hidden, teacher) if options.cache_teacher else student + teacher  # of a cached teacher the head alone
+
+
+def _activation_bytes(plan: Plan) -> int:
+    """Estimate the bytes of the activations of a step."""
+    options, config = options_of(plan), plan.config
+    layer = 12 * config.hidden + 3 * config.ffn + config.heads * options.window
+    return 4 * options.windows * options.window * (config.layers * config.hidden + layer if options.gradient_checkpointing else config.layers * layer)
 
 
 def _trained(target: Target, rank: int) -> int:
@@ -114,7 +124,7 @@ def remarks(plan: Plan, text: TrainingText, output: Path) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def time_remark(plan: Plan, text: TrainingText) -> tuple[str, ...]:
+def time_remark(plan: Plan, text: TrainingText, progress: Progress) -> tuple[str, ...]:
     """Return what the plan says of the time, after a few steps.
 
     Nothing where the user limits it, where several processes would share it, or where both models may not fit memory.
@@ -122,7 +132,13 @@ def time_remark(plan: Plan, text: TrainingText) -> tuple[str, ...]:
     options = options_of(plan)
     if options.minutes or options.cache_teacher or processes.count() > 1:
         return ()
-    stand_in = "" if len(plan.surgeries) == 1 else ", with the original in the place of the model"
+    converted = len(plan.surgeries) == 1
+    need = training_bytes(plan) if converted else (TRAINING + 4) * plan.before.parameters + _activation_bytes(plan)
+    if not torch.accelerator.is_available() and need > psutil.virtual_memory().available:
+        return (f"how long training takes is not known: a step of the original, which stands in for the model, needs {size(need)} of memory",)
+    progress.step("doing a few steps of the training")
+    stand_in = "" if converted else ", with the original in the place of the model"
+    stand_in += ", without --tasks and --passkey" if options.tasks or options.passkey else ""
     return (f"training takes about {duration(seconds(plan, text))} here, from a few of its steps{stand_in}",)
 
 

@@ -24,7 +24,7 @@ from effconvert.modeling import loading
 from effconvert.paths import expand
 
 LEAST = 4  # windows of a text to train on
-READ = 20_000_000  # tokens of a text that are read in any case; of a longer one more are read only if they are needed
+READ = 5_000_000  # tokens of a text that are read in any case; of a longer one more are read only if they are needed
 BETWEEN = "\n\n"  # rows of a dataset
 
 
@@ -61,7 +61,7 @@ def read_text(plan: Plan) -> TrainingText:
         raise OptionError(f"--cache-size {options.cache_size} is more than the {known} tokens that both models have; give at most that")
     if options.windows % processes.count():
         raise OptionError(f"a step has {options.windows} windows, which {processes.count()} processes cannot share evenly; change --batch-tokens")
-    if options.hidden and config.hidden != plan.teacher.config.hidden and processes.count() > 1:
+    if (options.hidden or not config.predicts) and config.hidden != plan.teacher.config.hidden and processes.count() > 1:
         raise OptionError("--hidden towards a teacher of another width is for one process; leave --hidden out")
     if options.cache_teacher and processes.count() > 1:
         raise OptionError("--cache-teacher is for one process; fill the folder with one, or leave it out")
@@ -75,12 +75,13 @@ def read_text(plan: Plan) -> TrainingText:
     rows, talk = chain([first], rows), not isinstance(first, str)
     if talk or options.packing == "documents":
         ids, predicted = _apart(plan, tokenizer, rows)
+        have = f"{len(ids)} windows"
     else:
-        ids, predicted = _joined(plan, tokenizer, rows, between), None
+        (ids, tokens), predicted = _joined(plan, tokenizer, rows, between), None
+        have = f"{tokens} tokens"
     if len(ids) < LEAST:
-        have = f"{len(ids)} windows" if predicted is not None else f"{ids.numel()} tokens"
         need = f"at least {LEAST}" if predicted is not None else LEAST * options.window
-        raise OptionError(f"{name} makes {have} of --window {options.window}, and {need} are needed; give a longer --data")
+        raise OptionError(f"{name} has {have}, and --window {options.window} needs {need}; give a longer --data")
     if ids.max() >= (vocabulary := min(config.vocabulary, plan.teacher.config.vocabulary)):
         raise ModelError(f"the tokenizer gives the token {int(ids.max())} and the model has {vocabulary}: they do not belong together")
     return TrainingText(f"the first {ids.numel():,} tokens of {name}" if len(ids) == _needed(options) else name, ids, predicted)
@@ -109,8 +110,8 @@ def _needed(options: Distill) -> int:
     return max(READ // options.window, steps * options.windows + MOST_HELD_OUT)
 
 
-def _joined(plan: Plan, tokenizer: Any, rows: Iterator[Any], between: str) -> Tensor:
-    """Return windows [N, T] of rows one after the other."""
+def _joined(plan: Plan, tokenizer: Any, rows: Iterator[Any], between: str) -> tuple[Tensor, int]:
+    """Return windows [N, T] of rows one after the other, and how many tokens there were."""
     options, first = options_of(plan), next(rows)
     before, after = (beginning(tokenizer, first), ()) if plan.config.decoder else special_ends(tokenizer)
     body = options.window - len(before) - len(after)
@@ -121,7 +122,7 @@ def _joined(plan: Plan, tokenizer: Any, rows: Iterator[Any], between: str) -> Te
     ids = torch.cat(parts)[: _needed(options) * body]
     ids = ids[: len(ids) // body * body].view(-1, body)
     around = (torch.tensor(end, dtype=ids.dtype).expand(len(ids), -1) for end in (before, after))
-    return torch.cat([next(around), ids, next(around)], 1)
+    return torch.cat([next(around), ids, next(around)], 1), count
 
 
 def _piece(rows: Iterator[str], between: str) -> str:

@@ -29,6 +29,7 @@ from effconvert.modeling.transformers_internals import checkpoint_activations
 from effconvert.quiet import quiet_transformers
 
 EVALUATIONS = 10  # on held-out windows, in a run
+NEVER = 10**12  # steps
 TIMED = 3  # steps that are done to say how long a training takes
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -127,7 +128,7 @@ class Setting:
 def _arguments(options: Distill, place: Path, device: str) -> dict[str, Any]:
     """Return what the Trainer is told: AdamW with a cosine, checkpoints in `place`, and a measurement with each."""
     count = processes.count()
-    every = max(1, options.steps // EVALUATIONS)
+    every = NEVER if options.minutes else max(1, options.steps // EVALUATIONS)  # then the clock decides: see Deadline
     return {
         "output_dir": str(place),
         "per_device_train_batch_size": options.windows // count,

@@ -4,6 +4,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -118,19 +119,24 @@ def head_of(model: Any) -> Head:
             del base.forward
         return logits
 
-    def outside() -> Iterable[Tensor]:
-        base = {id(parameter) for parameter in model.base_model.parameters()}
-        yield from model.get_output_embeddings().parameters()  # which may be those of the input
-        yield from (parameter for parameter in model.parameters() if id(parameter) not in base)
-
     ids = torch.arange(1, 9, device=model.device)[None] % config.vocab_size
     with torch.no_grad():
         expected = model(input_ids=ids).logits[0]
         hidden = model.base_model(input_ids=ids).last_hidden_state[0]
         for logits in (by_its_matrix, by_its_class):
-            if gives(head := Head(logits, outside), hidden, expected):
-                return head
+            if gives(Head(logits), hidden, expected):
+                return Head(logits, partial(map, model.get_parameter, _reached(logits, hidden, model)))
     raise ModelError(f"{type(model).__name__} computes its logits in a way that distill does not know; use transfer or refit, and please report it")
+
+
+def _reached(logits: Callable[[Tensor], Tensor], hidden: Tensor, model: Any) -> list[str]:
+    """Return the names of the parameters that logits depend on, wherever in the model they are: a head may be lent the embedding."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trained:
+        return []
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(logits(hidden.detach()).sum(), [*trained.values()], allow_unused=True)
+    return [name for name, gradient in zip(trained, gradients, strict=True) if gradient is not None]
 
 
 def gives(head: Head, hidden: Tensor, expected: Tensor) -> bool:

@@ -201,7 +201,7 @@ class Distill(Healing):
     @property
     def any_width(self) -> bool:
         """Where hidden states alone are compared: they are mapped to the original's width."""
-        return self.unchanged_rate == 1
+        return not self.compares_weights
 
     def notes(self, config: Config) -> str:
         """Say how many steps it takes, and what is compared."""

@@ -11,7 +11,6 @@ computed with it: nothing of float32 and no log-softmax is stored. Reads both lo
 """
 # C = rows, V = the student's columns, U = the teacher's, K = the smaller of both: further columns are padding.
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,19 +23,6 @@ KINDS = {"kl": 0, "reverse-kl": 1, "jsd": 2}
 BLOCK, WARPS = 4096, 8  # columns at a time, and warps for them
 LOWEST = tl.constexpr(-1e30)  # what stands for minus infinity
 TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What an operation moves and computes."""
-
-    bytes: int
-    flops: int
-
-
-def cost(rows: int, columns: int, itemsize: int) -> Cost:
-    """Return what the rows take at least: both logits once, and the gradient; some 20 operations for each number."""
-    return Cost(3 * rows * columns * itemsize + 12 * rows, 20 * rows * columns)
 
 
 def divergence_reference(

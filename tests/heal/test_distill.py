@@ -29,7 +29,7 @@ from effconvert.surgery.depth.share_layers import ShareLayers
 from effconvert.surgery.embedding.factor_embed import FactorEmbed
 from effconvert.surgery.ffn.moe_split import MoeSplit
 from effconvert.surgery.mixing.linear import Linear
-from tests.heal.healing import letters, prose, put, run, tensors
+from tests.heal.healing import letters, opened, prose, put, run, tensors
 from tests.models import DECODERS, heed_caps, save, tiny
 
 SHORT = {"data": "text.txt", "window": 32, "batch_tokens": 128, "train_tokens": 5120, "rate": 3e-3}
@@ -126,6 +126,31 @@ def test_the_head_of_every_family_is_known(kind):
         expected = model(input_ids=ids, use_cache=False).logits
         found = head_of(model)(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
     torch.testing.assert_close(found, expected)
+
+
+def pieces_have_the_gradients_of(model):
+    """Hold the gradients that pieces give to those of autograd, parameter by parameter."""
+    ids, found = torch.arange(3, 20)[None], []
+    for again in (False, True):
+        model.zero_grad()
+        head, hidden = head_of(model), model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        Objective(again=again)(hidden, head, hidden.detach().roll(1, -1), head, ids[0]).backward()
+        found.append({name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_pieces_give_gradients_to_all_that_a_head_depends_on(kind):
+    pieces_have_the_gradients_of(heed_caps(tiny(kind).eval()))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_also_where_a_head_is_lent_the_factors_of_an_embedding(tied):
+    put(Path("model"), tie_word_embeddings=tied)
+    run("model", FactorEmbed(rank=8, blocks=1))
+    pieces_have_the_gradients_of(opened("out", dtype=torch.float32))
 
 
 def test_no_logits_of_all_tokens_are_in_memory(monkeypatch):
@@ -286,7 +311,7 @@ def test_what_cannot_be_is_refused(kind, steps, error, message):
 def test_too_short_a_text_is_refused():
     put(Path("model"))
     Path("text.txt").write_text(prose(100))
-    with pytest.raises(OptionError, match="makes 96 tokens of --window 32, and 128 are needed; give a longer --data"):
+    with pytest.raises(OptionError, match="has 100 tokens, and --window 32 needs 128; give a longer --data"):
         run("model", Gqa(groups=1, pool="mean"), Distill(**SHORT))
 
 

@@ -128,7 +128,7 @@ def test_a_model_is_trained_on_conversations(more):
         ({"data": "text.txt", "packing": "documents"}, OptionError, r"needs documents, and --data text\.txt is one text"),
         ({"packing": "documents"}, OptionError, "needs documents, and --data docstrings is one text"),
         ({"data": "talk.jsonl", "recall": 0.5}, OptionError, "--recall copies passages within full windows"),
-        ({"data": "few.jsonl"}, OptionError, r"few\.jsonl makes . windows of --window 32, and at least 4 are needed"),
+        ({"data": "few.jsonl"}, OptionError, r"few\.jsonl has . windows, and --window 32 needs at least 4"),
         ({"data": "neither.jsonl"}, OptionError, "has no column `text` with a text in each row, and no `messages` with a role and a content each"),
         ({"data": "wrong.jsonl"}, OptionError, "no `messages` with a role and a content each"),
     ],

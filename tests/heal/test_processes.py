@@ -89,7 +89,7 @@ def test_weights_that_zero_3_puts_away_are_refused(monkeypatch):
     put(Path("model"))
     Path("text.txt").write_text(prose())
     monkeypatch.setattr(Distiller, "zero_stage", 3)
-    with pytest.raises(OptionError, match=r"when DeepSpeed's ZeRO-3 has put the head's weights away; use configs/zero2\.yaml"):
+    with pytest.raises(OptionError, match=r"tried with DeepSpeed's ZeRO-3, which puts the head's weights away between layers; use configs/zero2\.yaml"):
         run("model", Gqa(groups=1, pool="mean"), Distill(**OPTIONS))
 
 
