@@ -32,8 +32,9 @@ def some(names: Sequence[str], most: int = 3) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Write a time as people do: 40 seconds, 12 minutes, 3.5 hours, 2.1 days."""
+    """Write a time as people do: 40 seconds, 1.7 minutes, 12 minutes, 3.5 hours, 2.1 days."""
     for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 1.5 * length:
-            return f"{seconds / length:.2g} {unit}"
-    return f"{max(1, round(seconds))} seconds"
+        if (value := seconds / length) >= 1.5:
+            return f"{value:.1f} {unit}" if value < 10 and value != round(value) else f"{value:,.0f} {unit}"
+    whole = max(1, round(seconds))
+    return f"{whole} second{'s' * (whole > 1)}"

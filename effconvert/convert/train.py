@@ -68,7 +68,7 @@ def check_training(plan: Plan, output: Path, text: TrainingText) -> None:
     if not torch.accelerator.is_available() and need > free:
         raise OptionError(
             f"distill needs {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; lower --batch-tokens or --window, give --gradient-checkpointing, "
-            "or use refit or transfer"
+            "--lora or --unchanged-rate 0, or use refit or transfer"
         )
     place = next(parent for parent in real(folder).parents if parent.exists())
     there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.exists() else 0  # from an interrupted run

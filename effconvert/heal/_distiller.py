@@ -41,8 +41,6 @@ class Distiller(StudentTrainer):
         self.measure = "kl" if predicts else "hidden"
         self.layers = list(range(len(originals) - 1)) if options.hidden else []
         self.teacher_layers = [originals[layer].stop - 1 for layer in self.layers]
-        own_width, width = (some.config.get_text_config().hidden_size for some in (self.model, teacher)) if options.hidden or not predicts else (0, 0)
-        self.projections = Projections(len(self.layers) + 1, own_width, width).to(self.args.device) if own_width != width else None
         if options.compares_weights:
             self.same = unchanged(self.model, teacher, [layers.start for layers in originals])
             if options.unchanged_rate == 0 and all(name in self.same for name, parameter in self.model.named_parameters() if parameter.requires_grad):
@@ -86,13 +84,16 @@ class Distiller(StudentTrainer):
         return distance(own.hidden if same or not self.projections else self.projections.project(own.hidden), theirs.hidden, self.options.hidden_loss)
 
     def fit_projections(self, items: Sequence[Item]) -> None:
-        """Fit the maps to the teacher's width on some windows, before the first step."""
-        if not self.projections:
+        """Fit maps to the teacher's widths on some windows, before the first step, where hidden states are compared and have other widths."""
+        if self.measure == "kl" and not self.options.hidden:
             return
         inputs = self._prepare_inputs({key: torch.stack([item[key] for item in items]) for key in items[0]})
         with torch.no_grad(), self.accelerator.autocast():
             own, theirs = self.predictions(self.model, inputs, self.head, self.layers)[0], self.teachers(inputs)[0]
-        self.projections.fit(own.hidden, theirs.hidden)
+        widths = [(mine.shape[-1], other.shape[-1]) for mine, other in zip(own.hidden, theirs.hidden, strict=True)]
+        if any(mine != other for mine, other in widths):
+            self.projections = Projections(widths).to(self.args.device)
+            self.projections.fit(own.hidden, theirs.hidden)
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
         """Return the loss of a batch of windows; what is held out is measured alike whatever is trained on."""

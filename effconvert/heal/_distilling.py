@@ -181,6 +181,7 @@ def seconds_of(setting: Setting) -> float:
     clock = Clock()
     trainer = setting.trainer(max_steps=TIMED, eval_strategy="no", eval_on_start=False, save_strategy="no", logging_steps=10**6, report_to=[])
     trainer.add_callback(clock)
+    trainer.fit_projections(setting.windows.held_out[: setting.options.windows])
     batch = setting.windows.held_out[: trainer.args.per_device_eval_batch_size]
     with quiet_transformers(), _plain_errors(setting.place):
         trainer.train()

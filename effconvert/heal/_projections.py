@@ -15,8 +15,8 @@ RIDGE = 1e-3  # of the mean square of the student's states: what a fit on few to
 class Projections(torch.nn.ModuleList):
     """A map [M, O] for each hidden state that is compared. They are fitted once, then trained with the student, and left behind at the end."""
 
-    def __init__(self, count: int, width: int, to: int) -> None:
-        super().__init__(torch.nn.Linear(width, to, bias=False) for _ in range(count))
+    def __init__(self, widths: Sequence[tuple[int, int]]) -> None:
+        super().__init__(torch.nn.Linear(width, to, bias=False) for width, to in widths)
 
     def fit(self, own: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
         """Set each map to the least squares from the student's states [N, M] to the teacher's [N, O]."""

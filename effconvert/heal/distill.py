@@ -10,6 +10,7 @@ from effconvert import processes
 from effconvert.errors import OptionError
 from effconvert.heal._healing import Healing
 from effconvert.options import HomePath, Listed, Names
+from effconvert.quantities import duration
 
 if TYPE_CHECKING:
     from effconvert.checkpoint.config import Config
@@ -207,9 +208,9 @@ class Distill(Healing):
         """Say how many steps it takes, and what is compared."""
         compared = "" if config.predicts else "; compares last hidden states, for there is no head that predicts tokens"
         tokens = f"{self.windows * self.window:,} tokens"
-        length = f"{self.minutes:g} minutes, in steps of {tokens}" if self.minutes else f"{self.steps:,} steps of {tokens}"
+        length = f"{duration(60 * self.minutes)}, in steps of {tokens}" if self.minutes else f"{self.steps:,} steps of {tokens}"
         if self.minutes and self.train_tokens:
-            length = f"{self.steps:,} steps of {tokens}, or for {self.minutes:g} minutes if they end first"
+            length = f"{self.steps:,} steps of {tokens}, or for {duration(60 * self.minutes)} if they end first"
         return f"trains for {length}; held-out text decides which of the models on the way is kept{compared}"
 
     def in_bfloat16(self, device: str) -> bool:

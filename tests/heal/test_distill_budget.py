@@ -49,7 +49,7 @@ def test_tokens_end_it_where_they_are_fewer(steady):
     put(Path("model"), noise=1.0, only="weight")
     outcome = run("model", POOLED, Distill(**QUICK, minutes=1.0, train_tokens=1024))
     assert curve()[-1]["tokens"] == 1024
-    assert "trains for 8 steps of 128 tokens, or for 1 minutes if they end first" in " ".join(outcome.plan.notes)
+    assert "trains for 8 steps of 128 tokens, or for 60 seconds if they end first" in " ".join(outcome.plan.notes)
 
 
 def test_a_run_with_minutes_goes_on_where_it_was_stopped(steady, monkeypatch):
@@ -121,7 +121,7 @@ def test_the_plan_says_how_long_it_takes_after_a_few_steps():
     assert "here, from a few of its steps, with the original in the place of the model" in " ".join(outcome.plan.remarks)
     assert {path.name for path in Path().iterdir()} == before
     assert [duration(seconds) for seconds in (0.2, 80, 100, 4000, 9000, 2e5)] == [
-        "1 seconds",
+        "1 second",
         "80 seconds",
         "1.7 minutes",
         "67 minutes",

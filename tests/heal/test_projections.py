@@ -25,7 +25,7 @@ def _models():
 def test_maps_are_fitted_by_least_squares():
     draw = torch.Generator().manual_seed(0)
     own, theirs = [torch.randn(200, 8, generator=draw) for _ in range(2)], [torch.randn(200, 12, generator=draw) for _ in range(2)]
-    maps = Projections(2, 8, 12)
+    maps = Projections([(8, 12), (8, 12)])
     maps.fit(own, theirs)
     for found, mine, other in zip(maps.project(own), own, theirs, strict=True):
         torch.testing.assert_close(found, mine @ torch.linalg.lstsq(mine, other).solution, atol=5e-3, rtol=0)
