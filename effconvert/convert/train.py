@@ -29,6 +29,7 @@ from effconvert.convert.training_text import TrainingText, items
 from effconvert.convert.write import write_others
 from effconvert.errors import EffconvertError, OptionError
 from effconvert.eval.training import Point, Training
+from effconvert.heal._sharing import LAYER
 from effconvert.heal._windows import Windows
 from effconvert.kernels.choice import runs_triton
 from effconvert.modeling import loading
@@ -103,8 +104,10 @@ def _activation_bytes(plan: Plan) -> int:
 
 
 def _trained(target: Target, rank: int) -> int:
-    """Return how many numbers are trained for a tensor: all that the conversion computes, and for a matrix that stays those of its adapter."""
-    return math.prod(target.shape) if target.unit is not None else rank * sum(target.shape) if len(target.shape) == 2 else 0
+    """Return how many numbers are trained for a tensor: all that the conversion computes, and for a layer's matrix that stays those of its adapter."""
+    if target.unit is not None:
+        return math.prod(target.shape)
+    return rank * sum(target.shape) if len(target.shape) == 2 and LAYER.fullmatch(target.name) else 0
 
 
 def checkpoint_bytes(plan: Plan) -> int:
