@@ -86,6 +86,8 @@ class StudentTrainer(Trainer):  # type: ignore[misc]
     def create_optimizer(self, model: Any = None) -> Any:
         """Give adapters, routers, and weights that are as in the teacher, a rate of their own, or none."""
         routers = self.balance.rates if self.balance else {}
+        if not (self.same or routers or self.projections):
+            return super().create_optimizer(model)
         groups: dict[float, list[Tensor]] = {}  # multiple of the rate -> what is trained by it
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
@@ -95,7 +97,7 @@ class StudentTrainer(Trainer):  # type: ignore[misc]
             groups.setdefault(1.0, []).extend(self.projections.parameters())
         rate, betas = self.args.learning_rate, (self.args.adam_beta1, self.args.adam_beta2)
         parameters = [{"params": group, "lr": rate * factor} for factor, group in groups.items()]
-        self.optimizer: Any = torch.optim.AdamW(parameters, lr=rate, betas=betas, weight_decay=0.0)
+        self.optimizer: Any = torch.optim.AdamW(parameters, lr=rate, betas=betas, weight_decay=0.0, fused=self.args.device.type == "cuda")
         if projections := self.projections:
             self.optimizer.register_step_post_hook(lambda *_: projections.zero_grad())  # the Trainer does so for the model alone
         return self.optimizer
