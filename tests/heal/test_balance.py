@@ -27,6 +27,8 @@ def routed(model):
 @pytest.mark.parametrize("kind", SPARSE)
 def test_the_loss_of_one_layer_is_transformers_own_and_unchosen_tokens_do_not_count(kind):
     model = tiny(kind, num_hidden_layers=1).eval()
+    if kind == "granitemoe" and balance(model, needed=False) is None:
+        pytest.skip("this version of transformers does not record its router logits, and --balance is refused")
     balanced, ids = routed(model)
     counts = torch.ones_like(ids, dtype=torch.bool)
     counts[:, -2:] = False
