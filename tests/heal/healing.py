@@ -13,6 +13,7 @@ from effconvert.checkpoint.reading import read_config
 from effconvert.convert import drafts
 from effconvert.convert.run import convert
 from effconvert.families import FAMILIES
+from effconvert.heal import _distilling
 from effconvert.modeling.loading import class_of
 from effconvert.options import RunOptions
 from tests.models import save, tiny
@@ -110,6 +111,21 @@ def killed_saving(monkeypatch, number, convert, damage=lambda file: None):
         patched.setattr(drafts, "save", dying)
         with pytest.raises(KeyboardInterrupt):
             convert()
+
+
+def stopped_at(monkeypatch, step, train):
+    """Begin a training, and stop it as Ctrl-C does, at the end of a step."""
+    real = _distilling.Reporter.on_step_end
+
+    def stop(self, args, state, control, **more):
+        real(self, args, state, control, **more)
+        if state.global_step == step:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_distilling.Reporter, "on_step_end", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train()
 
 
 def run(model, *steps, place="out", **more):

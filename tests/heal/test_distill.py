@@ -29,7 +29,7 @@ from effconvert.surgery.depth.share_layers import ShareLayers
 from effconvert.surgery.embedding.factor_embed import FactorEmbed
 from effconvert.surgery.ffn.moe_split import MoeSplit
 from effconvert.surgery.mixing.linear import Linear
-from tests.heal.healing import letters, opened, prose, put, run, tensors
+from tests.heal.healing import letters, opened, prose, put, run, stopped_at, tensors
 from tests.models import DECODERS, heed_caps, save, tiny
 
 SHORT = {"data": "text.txt", "window": 32, "batch_tokens": 128, "train_tokens": 5120, "rate": 3e-3}
@@ -45,17 +45,7 @@ def _text():
 
 def stopped(monkeypatch, *steps, place="out"):
     """Begin a distillation, and stop it as Ctrl-C does, two steps after a checkpoint."""
-    real = _distilling.Reporter.on_step_end
-
-    def stop(self, args, state, control, **more):
-        real(self, args, state, control, **more)
-        if state.global_step == 22:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(_distilling.Reporter, "on_step_end", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run("model", *steps, Distill(**SHORT), place=place)
+    stopped_at(monkeypatch, 22, lambda: run("model", *steps, Distill(**SHORT), place=place))
 
 
 def rows(count=ROWS + 40, width=12, vocabulary=50):

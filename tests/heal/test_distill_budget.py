@@ -10,14 +10,13 @@ import torch
 
 from effconvert.convert.scores import unchanged_chance
 from effconvert.errors import ModelError, OptionError
-from effconvert.heal import _distilling
 from effconvert.heal._deadline import rate
 from effconvert.heal._distiller import Distiller
 from effconvert.heal.distill import Distill
 from effconvert.quantities import duration
 from effconvert.surgery.attention.gqa import Gqa
 from tests.eval.evaluating import choices
-from tests.heal.healing import letters, prose, put, run, tensors
+from tests.heal.healing import letters, prose, put, run, stopped_at, tensors
 
 QUICK = {"data": "text.txt", "window": 32, "batch_tokens": 128, "rate": 3e-3}
 POOLED = Gqa(groups=1, pool="mean")
@@ -54,17 +53,7 @@ def test_tokens_end_it_where_they_are_fewer(steady):
 
 def test_a_run_with_minutes_goes_on_where_it_was_stopped(steady, monkeypatch):
     put(Path("model"), noise=1.0, only="weight")
-    real = _distilling.Reporter.on_step_end
-
-    def stop(self, args, state, control, **more):
-        real(self, args, state, control, **more)
-        if state.global_step == 13:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(_distilling.Reporter, "on_step_end", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run("model", POOLED, Distill(**QUICK, minutes=1.0))
+    stopped_at(monkeypatch, 13, lambda: run("model", POOLED, Distill(**QUICK, minutes=1.0)))
     run("model", POOLED, Distill(**QUICK, minutes=1.0))
     run("model", POOLED, Distill(**QUICK, minutes=1.0), place="whole")
     assert [point["tokens"] for point in curve()] == [point["tokens"] for point in curve("whole")]

@@ -16,7 +16,7 @@ from effconvert.heal._lora import NAMES, Adapters
 from effconvert.heal.distill import Distill
 from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.depth.prune_layers import PruneLayers
-from tests.heal.healing import opened, put, run, tensors
+from tests.heal.healing import opened, put, run, stopped_at, tensors
 from tests.models import save, tiny
 
 SHORT = {"data": "text.txt", "window": 32, "batch_tokens": 128, "train_tokens": 5120, "rate": 1e-3, "lora": 4}
@@ -67,17 +67,7 @@ def test_it_closes_a_part_of_the_gap_and_writes_a_plain_model(steps):
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(monkeypatch):
     put(Path("model"), noise=1.0, only="weight")
     run("model", Gqa(groups=1, pool="mean"), Distill(**SHORT), place="whole")
-    real = _distilling.Reporter.on_step_end
-
-    def stop(self, args, state, control, **more):
-        real(self, args, state, control, **more)
-        if state.global_step == 22:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(_distilling.Reporter, "on_step_end", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run("model", Gqa(groups=1, pool="mean"), Distill(**SHORT), place="resumed")
+    stopped_at(monkeypatch, 22, lambda: run("model", Gqa(groups=1, pool="mean"), Distill(**SHORT), place="resumed"))
     opened("resumed.training/checkpoints/checkpoint-20")  # a plain model
     run("model", Gqa(groups=1, pool="mean"), Distill(**SHORT), place="resumed")
     whole, resumed = tensors(Path("whole")), tensors(Path("resumed"))

@@ -10,7 +10,7 @@ from effconvert.errors import ModelError
 from effconvert.heal import _distilling
 from effconvert.heal._projections import Projections
 from effconvert.heal.distill import Distill
-from tests.heal.healing import opened, prose, put, run, tensors
+from tests.heal.healing import opened, prose, put, run, stopped_at, tensors
 
 SHORT = {"data": "text.txt", "window": 32, "batch_tokens": 128, "train_tokens": 2560, "rate": 3e-3, "hidden": 0.5, "teacher": "teacher"}
 
@@ -56,17 +56,7 @@ def test_their_gradients_are_of_one_step(monkeypatch):
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(monkeypatch):
     run("model", Distill(**SHORT), place="whole")
-    real = _distilling.Reporter.on_step_end
-
-    def stop(self, args, state, control, **more):
-        real(self, args, state, control, **more)
-        if state.global_step == 11:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(_distilling.Reporter, "on_step_end", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run("model", Distill(**SHORT))
+    stopped_at(monkeypatch, 11, lambda: run("model", Distill(**SHORT)))
     run("model", Distill(**SHORT))
     whole = tensors(Path("whole"))
     assert all(torch.equal(tensor, whole[name]) for name, tensor in tensors(Path("out")).items())
