@@ -1,10 +1,9 @@
 """Output for people: tables on stdout, and progress on stderr if that is a terminal."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -23,10 +22,10 @@ from rich.table import Table
 from rich.text import Text
 
 from effconvert import processes
-from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.replaced import CLASS, OUTSIDE, SKIPS, Replaced
+from effconvert.checkpoint.replaced import CLASS
 from effconvert.convert import selftext
 from effconvert.convert.calibration import calibration_bytes
+from effconvert.convert.in_words import differences, shape, typed
 from effconvert.convert.inspection import Inspection, Look
 from effconvert.convert.plan import Plan
 from effconvert.convert.run import Outcome
@@ -36,7 +35,6 @@ from effconvert.modeling.loading import has_tokenizer
 from effconvert.progress import Advance, Unit
 from effconvert.quantities import count, perplexity, size, some
 
-PLACES = {"scores": "softmax attention"}  # name of a place, where people use another word
 WIDTH = 110  # of output to a file or a pipe
 FILES = 12  # names of files that are shown
 
@@ -77,7 +75,7 @@ class Terminal:
     def plan(self, model: str, plan: Plan, output: Path, verify_bytes: int) -> None:
         """Print the plan."""
         before, after = plan.before, plan.after
-        steps = " -> ".join(f"{name} {_options(options)}".strip() for step in plan.recipe for name, options in step.items())
+        steps = " -> ".join(f"{name} {typed(options)}".strip() for step in plan.recipe for name, options in step.items())
         self.out.print(f"[bold]{escape(steps)}[/]: {escape(model)} -> {escape(str(output))}", soft_wrap=True)
         rows = [
             ("parameters", before.parameters, after.parameters, count),
@@ -91,9 +89,9 @@ class Terminal:
         for what, old, new, show in rows:
             table.add_row(what, show(old), show(new), f"{new / old:.3g} x" if old else "")
         becomes = plan.checkpoint.config.kind != plan.config.kind
-        self.out.print(f"{plan.checkpoint.config.kind}, {_shape(plan.checkpoint.config)}")
-        self.out.print(f"becomes {plan.config.kind + ', ' if becomes else ''}{_shape(plan.config)}")
-        for line in _differences(plan.config):
+        self.out.print(f"{plan.checkpoint.config.kind}, {shape(plan.checkpoint.config)}")
+        self.out.print(f"becomes {plan.config.kind + ', ' if becomes else ''}{shape(plan.config)}")
+        for line in differences(plan.config):
             self.out.print(line, soft_wrap=True)
         self.out.print(table)
         if plan.calibration:
@@ -183,11 +181,11 @@ class Terminal:
         config, checkpoint = inspection.checkpoint.config, inspection.checkpoint
         kind = "decoder" if config.decoder else "encoder"
         self.out.print(f"[bold]{escape(self.model)}[/]: {config.kind} ({escape(config.architecture)}), {kind}, {checkpoint.dtype}", soft_wrap=True)
-        self.out.print(f"{_shape(config)}, width {config.hidden}, vocabulary {config.get('vocab_size')}")
+        self.out.print(f"{shape(config)}, width {config.hidden}, vocabulary {config.get('vocab_size')}")
         if windows := sorted({window for window in config.windows() if window}):
             sliding = sum(window is not None for window in config.windows())
             self.out.print(f"{sliding} of {config.layers} layers see a sliding window of {windows[0]} tokens")
-        for line in _differences(config):
+        for line in differences(config):
             self.out.print(line, soft_wrap=True)
         table = Table("part", "parameters", "share", box=None, pad_edge=False, header_style="bold")
         for part, number in sorted(inspection.parts.items(), key=lambda item: -item[1]):
@@ -269,42 +267,3 @@ class Demonstration(Terminal):
         if not self.has_plan:
             super().plan(model, plan, output, verify_bytes)
         self.has_plan = True
-
-
-def _shape(config: Config) -> str:
-    if config.latent:
-        numbers = f"{config.get('kv_lora_rank')} latents and a key of {config.get('qk_rope_head_dim')}"
-        return f"{config.layers} layers, {config.heads} query heads, {numbers} that they share"
-    attention = f"{config.heads} query and {config.kv_heads} KV heads of {config.head_dim}" if config.attention else "none of which attends"
-    return f"{config.layers} layers, {attention}"
-
-
-def _differences(config: Config) -> Iterator[str]:
-    groups: dict[tuple[str, str], list[Replaced]] = {}
-    for record in config.replaced:
-        groups.setdefault((record.technique, record.place), []).append(record)
-    for (name, place), records in groups.items():
-        technique = f"{name} {_options({key: _range([record.options[key] for record in records]) for key in records[0].options})}".strip()
-        if place in OUTSIDE:
-            tied = " and of the head, which is the same" if place == "embed" and config.tied and config.predicts else ""
-            yield f"{technique} in place of the {'embedding' if place == 'embed' else place}{tied}"
-            continue
-        count = sum(len(record.layers) for record in records)
-        yield f"{count} of {config.layers} layers have {technique} in place of {PLACES.get(place, place)}"
-    for common in config.shared:
-        what = {"layer": "all that they have", "cache": "keys and values"}.get(common.what, f"their {common.what}")
-        yield f"layers {', '.join(map(str, common.layers))} share {what}"
-    for word, place in SKIPS.items():
-        if gone := sum(place in config.skips(index) for index in range(config.layers)):
-            yield f"{gone} of {config.layers} layers have no {word}"
-
-
-def _range(values: Sequence[Any]) -> Any:
-    """Return the one value of several records, or all of them; of numbers the least and the greatest."""
-    if all(value == values[0] for value in values):
-        return values[0]
-    return f"{min(values)}-{max(values)}" if all(type(value) is int for value in values) else " or ".join(dict.fromkeys(map(str, values)))
-
-
-def _options(options: dict[str, object]) -> str:
-    return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in options.items() if value is not None)

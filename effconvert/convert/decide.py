@@ -17,6 +17,7 @@ from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.sources import cache
 from effconvert.convert import selftext
 from effconvert.convert.calibration import check_caches, prepare
+from effconvert.convert.in_words import typed
 from effconvert.convert.plan import Plan, code_of, plan
 from effconvert.convert.survey import forward_of
 from effconvert.errors import OptionError
@@ -56,7 +57,7 @@ def decide(
 
 
 def _typed(step: Step) -> str:
-    return " ".join([step.name, *(f"--{key} {value}" for key, value in step.recipe[step.name].items() if value is not None)])
+    return f"{step.name} {typed(step.recipe[step.name])}".strip()
 
 
 def _decide(step: Step, before: Plan, progress: Progress) -> Step:
