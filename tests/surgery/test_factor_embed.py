@@ -17,7 +17,7 @@ from effconvert.checkpoint.reading import read_config
 from effconvert.checkpoint.shards import StoredTensor
 from effconvert.checkpoint.wrappers import Wrapper
 from effconvert.cli import main
-from effconvert.console import _differences
+from effconvert.convert.in_words import differences
 from effconvert.convert.inspection import inspect
 from effconvert.convert.plan import plan
 from effconvert.errors import ModelError, OptionError
@@ -471,10 +471,10 @@ def test_the_plan_says_what_is_saved_and_where_nothing_is():
     assert "embedding keeps 65.2% of 4096 parameters" in planned("llama", TIED, rank=RANKS).notes[-1]
     assert "embedding and head keep" in planned("llama", {}, rank=f"{RANKS},{RANKS}").notes[-1]
     assert "nothing is saved: at these ranks there are 4960 parameters, and the table has 4096" in planned("llama", TIED, rank=31, blocks=1).notes[-1]
-    assert list(_differences(planned("llama", TIED, rank=8, blocks=1).config)) == [
+    assert list(differences(planned("llama", TIED, rank=8, blocks=1).config)) == [
         "factor-embed --rank 8 --blocks 1 --where both in place of the embedding and of the head, which is the same"
     ]
-    [head] = _differences(planned("llama", {}, rank=8, blocks=1, where="head").config)
+    [head] = differences(planned("llama", {}, rank=8, blocks=1, where="head").config)
     assert head == "factor-embed --rank 8 --blocks 1 --where head in place of the head"
 
 

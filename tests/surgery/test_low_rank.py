@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.checkpoint.reading import read_config
 from effconvert.cli import main
-from effconvert.console import _differences
+from effconvert.convert.in_words import differences
 from effconvert.convert.plan import plan
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError, OptionError
@@ -156,7 +156,7 @@ def test_config_json_has_the_rank_of_each_replaced_projection():
 
 
 def test_the_plan_shows_ranks_as_a_range():
-    assert list(_differences(planned(rank="6,0,5,4,6,5").config)) == [
+    assert list(differences(planned(rank="6,0,5,4,6,5").config)) == [
         "2 of 2 layers have low-rank --parts gate --rank 4-6 in place of gate",
         "2 of 2 layers have low-rank --parts down --rank 5 in place of down",
         "1 of 2 layers have low-rank --parts up --rank 6 in place of up",
