@@ -134,6 +134,7 @@ def test_a_step_of_training_moves_shared_matrices_and_differences_and_survives_s
     assert layers[0].self_attn.q_proj.weight is layers[1].self_attn.q_proj.weight
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for the older name
 def test_an_adapter_on_top_trains_and_is_merged_with_its_own_layer_only():
     peft = pytest.importorskip("peft")
     put(Path("source"), num_hidden_layers=4)

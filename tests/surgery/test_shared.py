@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from transformers import Trainer, TrainingArguments
 
 import effconvert
 from effconvert.checkpoint.shared import SHARES
@@ -117,6 +118,47 @@ def test_a_gradient_reaches_the_one_parameter_from_every_layer():
     model = opened("out")
     model(torch.arange(3, 12)[None]).logits.square().mean().backward()
     assert len([name for name, parameter in model.named_parameters() if name.endswith("q_proj.weight") and parameter.grad.abs().sum() > 0]) == 1
+
+
+@pytest.mark.parametrize("what", ["layer", "ffn"])
+def test_a_trainer_trains_it_once_and_saves_it_once(what):
+    deep()
+    to("out", Share(what=what))
+    model, ids = opened("out"), torch.arange(3, 19)[None]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    quiet = {"report_to": [], "disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no", "use_cpu": True}
+    trainer = Trainer(model, TrainingArguments("run", max_steps=2, learning_rate=1e-2, **quiet), train_dataset=[{"input_ids": ids[0], "labels": ids[0]}])
+    trainer.train()
+    trainer.save_model("trained")
+    assert tensors("trained").keys() == tensors("out").keys()
+    after = opened("trained")
+    assert torch.equal(logits(after), logits(model.eval()))
+    name = "mlp.down_proj.weight"
+    assert after.model.layers[2].get_parameter(name) is after.model.layers[1].get_parameter(name)
+    assert not torch.equal(after.model.layers[1].get_parameter(name), before[f"model.layers.1.{name}"])
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for the older name
+@pytest.mark.parametrize("what", ["layer", "ffn"])
+def test_adapters_of_peft_are_of_each_layer_and_leave_what_is_shared_as_it_is(what):
+    peft = pytest.importorskip("peft")
+    deep()
+    to("out", Share(what=what))
+    model, ids = opened("out"), torch.arange(3, 19)[None]
+    expected, before = logits(model), {name: value.clone() for name, value in model.state_dict().items()}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["down_proj"], r=2))
+    torch.testing.assert_close(logits(adapted.eval()), expected)
+    optimizer = torch.optim.SGD([parameter for parameter in adapted.parameters() if parameter.requires_grad], lr=1.0)
+    for _ in range(2):
+        adapted(ids, labels=ids).loss.backward()
+        optimizer.step()
+    adapters = [layer.mlp.down_proj.lora_B["default"].weight for layer in adapted.base_model.model.model.layers[1:3]]
+    assert not torch.equal(*adapters)
+    adapted.save_pretrained("adapter")
+    again = peft.PeftModel.from_pretrained(opened("out"), "adapter").eval()
+    torch.testing.assert_close(logits(again), logits(adapted))
+    assert (logits(again) - expected).abs().max() > 1e-3
+    assert all(torch.equal(value, before[name]) for name, value in again.unload().state_dict().items())
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "phi3"])
