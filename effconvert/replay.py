@@ -160,7 +160,7 @@ def _run(recipe: Recipe, progress: Progress) -> Replay:
         save(benchmark, files["bench"])
     if recipe.report:
         report(recipe.target, [file for what, file in files.items() if what not in FORMS], files[".html"], overwrite=True)
-    return Replay(tuple(conversions), evaluation, benchmark, tuple(files.values()))
+    return Replay(tuple(conversions), evaluation, benchmark, tuple(file for file in files.values() if file.exists()))  # no picture without a training
 
 
 def _stages(recipe: Recipe) -> list[tuple[Step, ...]]:

@@ -13,7 +13,8 @@ def run(model: str, results: tuple[str, ...], **values: Any) -> None:
     """Write one page on the gains and costs of a conversion.
 
     MODEL is a folder that effconvert wrote, or another model's. RESULTS are files of `effconvert eval -o` and `effconvert bench -o` that include this
-    model; without them the page shows the conversion's own verification. The page is self-contained, and is also written as JSON and Markdown.
+    model; without them the page shows the conversion's own verification. The page is self-contained, and is also written as JSON and Markdown,
+    the picture of a training as PNG.
 
     \b
     Examples:
@@ -25,13 +26,15 @@ def run(model: str, results: tuple[str, ...], **values: Any) -> None:
     from effconvert.console import stdout
     from effconvert.paths import expand
     from effconvert.report import default_page, report
+    from effconvert.report.page import FORMS
 
     page = options.output or default_page(Path(model))
     result = report(expand(model), [expand(file) for file in results], page, options.overwrite)
+    forms = [form for form in FORMS[1:] if page.with_suffix(form).exists()]
     out = stdout()
     for doubt in result.doubts:
         out.print(f"distrust: {doubt}", soft_wrap=True, markup=False)
-    out.print(f"written to {page}, and beside it as .json and .md", soft_wrap=True, markup=False)
+    out.print(f"written to {page}, and beside it as {', '.join(forms)}", soft_wrap=True, markup=False)
 
 
 command = OptionsCommand(

@@ -23,7 +23,14 @@ ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
 COSTS = {"prefill": "prefill", "first": "first token", "decode": "decode step", "cache": "KV cache", "peak": "peak memory"}
 
 
-def render(manifest: dict[str, Any], config: dict[str, Any], before: str, results: Sequence[Evaluation | Benchmark] = (), repo: str | None = None) -> str:
+def render(
+    manifest: dict[str, Any],
+    config: dict[str, Any],
+    before: str,
+    results: Sequence[Evaluation | Benchmark] = (),
+    repo: str | None = None,
+    picture: str = "",
+) -> str:
     """Return the card of a converted model.
 
     Args:
@@ -32,6 +39,7 @@ def render(manifest: dict[str, Any], config: dict[str, Any], before: str, result
         before: README.md of its source, or an earlier card of its own: metadata is carried over, text is not.
         results: results whose last subject is this model and whose first is the model it is compared with.
         repo: its id on the Hub, where it has one.
+        picture: file with the picture of its training, beside the card.
 
     Raises:
         ModelError: the manifest is damaged.
@@ -46,7 +54,7 @@ def render(manifest: dict[str, Any], config: dict[str, Any], before: str, result
         "": _summary(past, report, manifest, head),
         "How to load": _loading(manifest, config, repo),
         "What it cost": _cost(past, report),
-        "Training": _training(manifest),
+        "Training": _training(manifest, picture),
         "Evaluation": "\n\n".join(map(_evaluation, evaluations)),
         "Speed and memory": "\n\n".join(map(_benchmark, benchmarks)),
         "Limits": "\n".join(f"- {limit}" for limit in _limits(past, report, manifest, head, results)),
@@ -129,7 +137,7 @@ def _cost(past: History, report: Verification | None) -> str:
     return "\n\n".join(parts)
 
 
-def _training(manifest: Mapping[str, Any]) -> str:
+def _training(manifest: Mapping[str, Any], picture: str) -> str:
     course = training(manifest)
     if not course:
         return ""
@@ -145,7 +153,8 @@ def _training(manifest: Mapping[str, Any]) -> str:
     ]
     chosen = "the model is the best of these" if course.after < course.before else "none of these is better than it was, so it stayed as it was"
     markdown = table(["tokens", "seconds", f"held out: {plain(course.unit)} ↓", "loss", *map(plain, course.scores)], rows)
-    return f"Distilled on {plain(course.text)}; {course.held_out_windows} windows of it were held out, and {chosen}.\n\n{markdown}"
+    image = f"![held-out distance and scores against tokens and minutes]({picture})\n\n" if picture else ""
+    return f"Distilled on {plain(course.text)}; {course.held_out_windows} windows of it were held out, and {chosen}.\n\n{image}{markdown}"
 
 
 def score(value: Value | None) -> str:

@@ -8,6 +8,7 @@ import json
 import sys
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,6 +27,7 @@ from effconvert.checkpoint.tensors import INDEX, PICKLES, SINGLE
 from effconvert.errors import EffconvertError, ModelError, OptionError
 from effconvert.eval.results import Benchmark, Evaluation
 from effconvert.hub.card import render
+from effconvert.hub.card_data import training
 from effconvert.hub.hub_errors import explain_errors
 from effconvert.hub.publishable import last_name, without_paths
 from effconvert.hub.push_options import PushOptions
@@ -35,6 +37,7 @@ from effconvert.report.inputs import read_results
 from effconvert.surgery._placed import open_checked
 
 WEIGHTS = (".safetensors", ".safetensors.index.json")  # a repository may have only one set of these
+PICTURE = "training.png"
 Content = Path | bytes
 
 
@@ -164,7 +167,8 @@ def contents(folder: Path, repo: str, manifest: dict[str, Any], results: list[Ev
     try:
         before = (folder / CARD).read_text(encoding="utf-8", errors="replace") if CARD in files else ""
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        files[CARD] = render(manifest, config, before, results, repo).encode()
+        files |= _picture(manifest)
+        files[CARD] = render(manifest, config, before, results, repo, PICTURE if PICTURE in files else "").encode()
         if RECIPE in files:
             files[RECIPE] = _recipe((folder / RECIPE).read_text(encoding="utf-8"), manifest).encode()
     except (ValueError, yaml.YAMLError) as error:
@@ -173,6 +177,16 @@ def contents(folder: Path, repo: str, manifest: dict[str, Any], results: list[Ev
     hashes = {name: sha256(content).hexdigest() if isinstance(content, bytes) else manifest["sha256"][name] for name, content in files.items()}
     files[MANIFEST] = (json.dumps({**without_paths(manifest), "files": sizes, "sha256": hashes}, indent=2) + "\n").encode()
     return files
+
+
+def _picture(manifest: dict[str, Any]) -> dict[str, Content]:
+    """Return the picture of a training, where there was one and matplotlib is installed."""
+    course = training(manifest)
+    if not course or len(course.curve) < 2 or find_spec("matplotlib") is None:
+        return {}
+    from effconvert.report.course import png
+
+    return {PICTURE: png(course)}
 
 
 def _recipe(text: str, manifest: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """One page about a converted model: its conversion, its cost in quality, its gains in speed and memory, and what to distrust.
 
 `gather` reads everything into a `Report` (`facts`), and `doubts` lists what to distrust. The JSON is that dataclass. `page` renders its `tables` as
-Markdown and HTML, so the three forms always agree. `plots` and `diagram` draw the pictures of the HTML.
+Markdown and HTML, so the forms always agree. `plots`, `diagram` and `course` draw the pictures of the HTML; that of a training is a PNG too.
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ def default_page(folder: Path) -> Path:
 
 
 def report(folder: Path, results: Sequence[Path] = (), output: Path | None = None, overwrite: bool = False) -> "Report":
-    """Write a report on the model in `folder` as HTML, JSON and Markdown.
+    """Write a report on the model in `folder` as HTML, JSON and Markdown, and the picture of its training as PNG.
 
     Args:
         folder: a model that effconvert wrote, or any other.
         results: files of `effconvert eval -o` and `effconvert bench -o` that include this model.
         output: the page, ending in .html; by default the model's name and -report.html, here.
-        overwrite: replace the three files if they exist.
+        overwrite: replace the files if they exist.
 
     Raises:
         OptionError: a folder or file does not exist, a file is about other models, or the output exists.

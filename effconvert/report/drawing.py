@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from html import escape
 from io import StringIO
+from typing import Any
 
 import matplotlib
 import matplotlib.style
+from cycler import cycler
 from matplotlib.figure import Figure
 
 # Okabe & Ito (2008), https://jfly.uni-koeln.de/color/: the four that differ most to protanopes and deuteranopes, of those with
@@ -27,8 +29,10 @@ INK, MUTED, GRID, SURFACE = "#010203", "#010204", "#010205", "#010206"
 SERIES = ("#010207", "#010208", "#010209", "#01020a")
 NAMES = {INK: "ink", MUTED: "muted", GRID: "grid", SURFACE: "surface"} | {colour: f"series-{i}" for i, colour in enumerate(SERIES)}
 
+PLAIN = {INK: "#1f2328", MUTED: "#59636e", GRID: "#d1d9e0", SURFACE: "#ffffff"} | dict(zip(SERIES, LIGHT, strict=True))  # for a file of its own
+
 WIDTH = 4.0  # inches, of 72 units each: 288, shown at 350 to 420 pixels
-STYLE = {
+STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "effconvert",
     "text.parse_math": False,  # a name may hold dollars
@@ -42,6 +46,7 @@ STYLE = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
+    "axes.prop_cycle": cycler(color=SERIES),
     "axes.linewidth": 0.8,
     "grid.color": GRID,
     "grid.linewidth": 0.6,
@@ -65,9 +70,9 @@ STYLE = {
 
 
 @contextmanager
-def style() -> Iterator[None]:
-    """Draw in our style, whatever matplotlib's global style is."""
-    with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
+def style(**changes: Any) -> Iterator[None]:
+    """Draw in our style, with changes to it, whatever matplotlib's global style is."""
+    with matplotlib.style.context(["default", STYLE | changes]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the browser has its own fonts
         yield
 
@@ -100,6 +105,12 @@ def svg(canvas: Figure, name: str, description: str) -> str:
     label = escape(description)
     spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     return f'<svg {spaces} {box[0]} role="img" aria-label="{label}"><title>{label}</title>{body}'
+
+
+def plain() -> dict[str, Any]:
+    """Return the changes of style for a picture that is a file of its own: colours on white in place of the page's."""
+    colours = {key: PLAIN[value] for key, value in STYLE.items() if isinstance(value, str) and value in PLAIN}
+    return colours | {"axes.prop_cycle": cycler(color=LIGHT), "figure.facecolor": PLAIN[SURFACE]}
 
 
 def short(name: str, letters: int = 30) -> str:

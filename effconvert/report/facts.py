@@ -1,4 +1,4 @@
-"""The content of a report as plain data, from which all three forms are rendered."""
+"""The content of a report as plain data, from which all forms are rendered."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field

@@ -15,7 +15,7 @@ class ReportOptions(Options):
         description="Page to write, ending in .html; .json and .md come beside it. Default: the model's name and -report.html, here.",
         json_schema_extra={"short": "-o", "metavar": "FILE"},
     )
-    overwrite: bool = Field(False, description="Replace the three files if they exist.")
+    overwrite: bool = Field(False, description="Replace the files if they exist.")
 
     @field_validator("output")
     @classmethod

@@ -1,4 +1,4 @@
-"""Write a report as HTML, Markdown and JSON: all three files or none."""
+"""Write a report as HTML, Markdown and JSON, and the picture of a training as PNG: all of them or none."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from effconvert.report import tables
 from effconvert.report.facts import Report
 from effconvert.report.inputs import Manifest
 
-FORMS = (".html", ".json", ".md")
+FORMS = (".html", ".json", ".md", ".png")  # the last one where the model was distilled
 
 
 def check_drawing() -> None:
@@ -32,7 +32,7 @@ def check_drawing() -> None:
 
 
 def check_output(folder: Path, results: Sequence[Path], page: Path, overwrite: bool) -> None:
-    """Refuse, before anything is read, an output where the three files cannot be written.
+    """Refuse, before anything is read, an output where the files cannot be written.
 
     Raises:
         OptionError: one of them exists, is a source of the report, or would change the model.
@@ -49,18 +49,20 @@ def check_output(folder: Path, results: Sequence[Path], page: Path, overwrite: b
 
 
 def write(report: Report, page: Path) -> None:
-    """Write the three forms of `report`.
+    """Write the forms of `report`.
 
     Raises:
         OptionError: they cannot be written there.
     """
     data = json.dumps(asdict(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    forms = dict(zip(FORMS, (html(report), data, markdown(report)), strict=True))
-    drafts = {page.with_name(f".{page.stem}{form}.draft"): page.with_suffix(form) for form in FORMS}
+    picture = training_picture(report)
+    texts = (html(report), data, markdown(report, page.with_suffix(".png").name if picture else ""))
+    forms = {form: text.encode() for form, text in zip(FORMS, texts, strict=False)} | ({".png": picture} if picture else {})
+    drafts = {page.with_name(f".{page.stem}{form}.draft"): page.with_suffix(form) for form in forms}
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
         for draft, file in drafts.items():
-            draft.write_text(forms[file.suffix], encoding="utf-8")
+            draft.write_bytes(forms[file.suffix])
         for draft, file in drafts.items():
             draft.replace(file)
     except OSError as error:
@@ -87,9 +89,17 @@ def html(report: Report) -> str:
     return _template("page.html", autoescape=True).render(**_content(report), pictures=pictures, colours=colours)
 
 
-def markdown(report: Report) -> str:
-    """Return the report without pictures."""
-    text = _template("page.md", autoescape=False).render(**_content(report))
+def training_picture(report: Report) -> bytes:
+    """Return the picture of a training, empty without one."""
+    from effconvert.report import course
+
+    training = report.manifest and report.manifest.distillation
+    return course.png(training) if training and len(training.curve) > 1 else b""
+
+
+def markdown(report: Report, picture: str = "") -> str:
+    """Return the report without pictures, but for that of a training in the file of this name."""
+    text = _template("page.md", autoescape=False).render(**_content(report), picture=picture)
     return re.sub(r"\n{3,}", "\n\n", text)
 
 

@@ -339,6 +339,17 @@ def test_results_of_this_model_come_onto_the_card_and_those_of_others_do_not(ser
 # Refused before the Hub is asked
 
 
+def test_the_picture_of_a_training_is_sent_and_shown(server: Hub, push: Push, folder: Path) -> None:
+    curve = [{"tokens": 0, "seconds": 2.5, "held_out": 0.4}, {"tokens": 20480, "seconds": 60.0, "held_out": 0.1, "loss": 0.15}]
+    rewrite(folder, distillation={"text": "n.txt", "sha256": "", "measure": "kl", "before": 0.4, "after": 0.1, "curve": curve, "held_out_windows": 3})
+    assert push(folder).exit_code == 0
+    sent = server.repos["lab/pushed"].files()
+    assert sent["training.png"].startswith(b"\x89PNG")
+    assert b"(training.png)" in sent["README.md"]
+    assert json.loads(sent["effconvert.json"])["files"]["training.png"] == len(sent["training.png"])
+    assert "had all of this already" in push(folder).stdout  # the picture has the same bytes again
+
+
 def unverify(folder: Path) -> None:
     rewrite(folder, verified=False, report=None)
 

@@ -268,3 +268,7 @@ def test_a_training_is_shown_as_a_curve_and_a_table(converted, tmp_path):
     page = (tmp_path / "out.html").read_text()
     assert "Training: KL(original || model), nats a token from 0.4 to 0.1 in 20,480 tokens" in page
     assert all(f">{text}<" in page for text in ("minutes", "scores", "passkey 256"))
+    picture = (tmp_path / "out.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert b"nats a token from 0.4 to 0.1" in picture  # for those who do not see it
+    assert "(out.png)" in (tmp_path / "out.md").read_text()
