@@ -30,7 +30,9 @@ def calibrate(plan: Plan, folder: Path, progress: Progress) -> None:
     after = [model.outer.on_top(config) for model, config in zip(plan.models("cpu"), plan.configs[1:], strict=False)]
     outer = [plan.checkpoint.model("cpu").outer, *after]  # the configs know of all changes outside the layers
     activations = Activations(plan.checkpoint, plan.teacher, outer, plan.calibration.batches)
+    activations.ready = False
     layers: list[Layer | None] = [*plan.models("cpu", activations)[-1].layers]
+    activations.ready = True
     with progress.bar("calibrating", len(layers) * ids.numel(), "tokens") as advance:
         for index in range(len(layers)):
             layer, file = layers[index], folder / drafts.names(plan)[index]

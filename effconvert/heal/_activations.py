@@ -19,6 +19,7 @@ class Activations:
 
     Attributes:
         states: the layer's inputs, [B, T, M] for each batch.
+        ready: whether a layer may be computed. While steps only say what they change, it would see the inputs of the first.
     """
 
     def __init__(self, source: Checkpoint, teacher: Checkpoint, outer: Sequence[Outer], batches: Sequence[Tensor]) -> None:
@@ -32,7 +33,7 @@ class Activations:
         """
         self.device = device()
         self.source, self.teacher, self.ids = source, teacher, [batch.to(self.device) for batch in batches]
-        self.outer = outer
+        self.outer, self.ready = outer, True
         self._original = outer[0] if teacher is source else teacher.model("cpu").outer
         self.runners: dict[int, LayerRunner] = {}
         self.notes: dict[int, dict[str, float]] = {}
@@ -109,6 +110,7 @@ class Activations:
             del self._lent[lender]
 
     def _run(self, outer: Outer, layer: Layer, index: int, states: Sequence[Tensor], parts: Sequence[str] = (), until: str = "") -> Iterator[Capture]:
+        assert self.ready, "a step computed a layer in `rewrite`, before its turn; use `layer.later`"
         tensors = self.stored(layer)
         for capture in self._runner(outer).run(index, tensors, states, parts, until):
             check_finite([capture.out, *capture.outputs.values()], f"layer {index}")

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.layer import Layer
 from effconvert.checkpoint.replaced import OWN
 from effconvert.heal._regression import AttentionWindow, Queries, Rotation, Values, by_head, mixtures, solve
@@ -137,11 +138,17 @@ class LatentHead(Head):
         self.layer["kv_a"], self.layer["kv_a.bias"] = weight, bias
 
 
+def kind_of(config: Config, index: int) -> type[Head] | None:
+    """Return the kind of one head that a layer has by its config; None where it has another kind of attention."""
+    if any(record.technique == "narrow-kv" for record in config.replaced_in(index)):
+        return OwnHead
+    return LatentHead if config.latent and not config.get("qk_nope_head_dim") and "attention" not in config.skips(index) else None
+
+
 def head_of(layer: Layer) -> Head | None:
     """Return the one head of a layer; None where it has another kind of attention."""
-    if any(record.technique == "narrow-kv" for record in layer.config.replaced_in(layer.index)):
-        return OwnHead(layer)
-    return LatentHead(layer) if layer.config.latent and not layer.config.get("qk_nope_head_dim") and {"q", "kv_a", "o"} <= {*layer} else None
+    kind = kind_of(layer.config, layer.index)
+    return kind(layer) if kind and (kind is OwnHead or {"q", "kv_a", "o"} <= {*layer}) else None
 
 
 def refit_head(head: Head, original: int) -> None:

@@ -106,14 +106,16 @@ def check_heads(model: Model) -> None:
     Raises:
         OptionError: the teacher is such a model.
     """
-    from effconvert.heal._one_head import head_of
+    from effconvert.heal._one_head import kind_of
 
     for layer in model.layers:
-        if head_of(layer) and (record := model.original.replaced_at(layer.originals[0], "attention")):
+        if not kind_of(model.config, layer.index):  # by its config: reading a layer here would convert it before its turn
+            continue
+        if record := model.original.replaced_at(layer.originals[0], "attention"):
             raise OptionError(
                 f"layer {layer.originals[0]} of the teacher has {record.technique} too, so nothing is left to fit; name the model before that as --teacher"
             )
-        if head_of(layer) and model.config.heads != model.original.heads:
+        if model.config.heads != model.original.heads:
             raise OptionError(
                 f"the model has {model.config.heads} query heads and the teacher {model.original.heads}, so its one head of keys and values cannot be fitted; "
                 "refit after each of the two steps, in conversions of their own"
