@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from effconvert.kernels.decode_attention import decode_attention, decode_attention_reference
 from effconvert.kernels.divergence import KINDS, divergence, divergence_reference
 
 TWICE = 2  # times the error of plain PyTorch in the same type
@@ -30,10 +31,47 @@ def of_divergence():
             yield f"divergence {kind} {dtype} {rows} x {columns}, {theirs} {what}", *errors
 
 
+def of_decode_attention():
+    """The same of a decoding step: odd groups, unequal widths, lengths, a window with sinks, masks, a soft-cap; at last a replayed CUDA graph."""
+    limits = {"start": [0, 700], "stop": [4000, 3001]}
+    cases = [  # KV heads, query heads for each, tokens, keys, widths, options
+        *((8, shared, 1, 4096, 128, 128, {}) for shared in (1, 3, 6, 9, 12, 36)),
+        (3, 3, 1, 4001, 64, 64, limits),
+        (2, 6, 3, 4096, 80, 80, {**limits, "window": 1000, "sinks": 4}),
+        (1, 32, 1, 4096, 96, 48, {"softcap": 20.0}),
+        (1, 128, 1, 2048, 576, 512, {}),
+        (2, 9, 1, 4096, 100, 60, {"window": 512, "sinks": [4, 0], "sink_query": True}),
+        (8, 3, 4, 3000, 128, 128, {"mask": True}),
+        (8, 9, 1, 3000, 64, 64, {"mask": True}),
+        (1, 9, 1, 131072, 64, 64, {}),
+    ]
+    types = [(torch.bfloat16, cases), (torch.float16, cases[6:9]), (torch.float32, [cases[1], *cases[6:8]])]  # each is compiled anew, for a second or two
+    for dtype, (kv_heads, shared, tokens, keys, width, value_width, how) in [(dtype, case) for dtype, some in types for case in some]:
+        draw = torch.Generator("cuda").manual_seed(0)
+        sizes = (kv_heads * shared, tokens, width), (kv_heads, keys, width), (kv_heads, keys, value_width), (kv_heads * shared, tokens, width)
+        *inputs, far = (torch.randn(2, *size, generator=draw, device="cuda").to(dtype) for size in sizes)
+        options = {name: torch.tensor(value, device="cuda") if isinstance(value, list) else value for name, value in how.items()}
+        if "mask" in how:
+            options["mask"] = torch.rand(2, tokens, keys, generator=draw, device="cuda") > 0.3
+        results = []
+        for function, kept in ((decode_attention, dtype), (decode_attention_reference, dtype), (decode_attention_reference, torch.float64)):
+            others = {"sink_query": far.to(kept)} if "sink_query" in how else {}
+            results.append(function(*(tensor.to(kept) for tensor in inputs), **{**options, **others}))
+        kernel, plain, exact = results
+        name = f"decode_attention {dtype} {kv_heads} x {shared} heads, {tokens} of {keys} tokens, {width} + {value_width}, {', '.join(how)}"
+        yield name, *(float((some.double() - exact).abs().max() / exact.abs().max()) for some in (kernel, plain))
+    kernel, graph = decode_attention(*inputs), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again = decode_attention(*inputs)
+    graph.replay()
+    torch.cuda.synchronize()
+    yield "decode_attention in a CUDA graph, from the same without", float((again - kernel).abs().max()), 0.0
+
+
 def main():
     """Print each case, and exit."""
     wrong = 0
-    for name, error, plain in of_divergence():
+    for name, error, plain in itertools.chain(of_decode_attention(), of_divergence()):
         bad = not error <= max(TWICE * plain, 1e-6)
         wrong += bad
         print(f"{'WRONG' if bad else 'right'}  {name}: {error:.1e}, PyTorch {plain:.1e}", flush=True)

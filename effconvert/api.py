@@ -119,22 +119,24 @@ class Loaded:
         return iter((self.model, self.tokenizer))
 
 
-def load(model: str | PathLike[str], dtype: str = "auto", device: str | None = None) -> Loaded:
+def load(model: str | PathLike[str], dtype: str = "auto", device: str | None = None, kernels: str = "auto") -> Loaded:
     """Load a model with transformers, strictly: no tensor missing, none left over, and no remote code.
 
     Args:
         model: a folder, a Hub id (`org/name` or `org/name@revision`) or a .gguf file.
         dtype: `auto` (that of the weights), float32, bfloat16 or float16.
         device: by default this machine's accelerator, or the CPU.
+        kernels: decoding steps run as Triton kernels (`triton`), without (`reference`), or as EFFCONVERT_KERNELS says, else where kernels were measured
+            to be faster, which is on no card so far (`auto`); docs/kernels.md.
 
     Raises:
-        OptionError: the model, type or device does not exist.
+        OptionError: the model, type or device does not exist, or kernels cannot run there.
         ModelError: the model cannot be loaded.
     """
-    options = EvalOptions(dtype=dtype, device=device)
+    options = BenchOptions(dtype=dtype, device=device, kernels=kernels)
     opened = open_model(fspath(model))
     tokenizer = loading.load_tokenizer(opened.folder) if loading.has_tokenizer(opened.folder) else None
-    return Loaded(load_model(opened, options.dtype, pick_device(options.device)), tokenizer, opened.subject)
+    return Loaded(load_model(opened, options.dtype, pick_device(options.device), options.kernels), tokenizer, opened.subject)
 
 
 def _as_list(models: Models) -> list[str]:

@@ -92,7 +92,8 @@ def show(benchmark: "Benchmark") -> None:
         if any(ratio_row):
             out.print(f"[dim]{line(ratio_row)}[/]", soft_wrap=True)
     dtypes = " and ".join(dict.fromkeys(subject.dtype for subject in benchmark.subjects)) if settings["dtype"] == "auto" else settings["dtype"]
-    cache = f"{settings['cache']} cache" + (", CUDA graphs" if settings["graphs"] else "")
+    kernels = f", kernels: {settings['kernels']}" if settings["kernels"] != "auto" else ""
+    cache = f"{settings['cache']} cache" + (", CUDA graphs" if settings["graphs"] else "") + kernels
     out.print(f"\nmedians of {settings['rounds']} rounds, each of {settings['new_tokens']} steps; {dtypes}, {cache}; x: to model 1", soft_wrap=True)
     out.print(
         f"memory alone: a step that only reads weights and cache, at the {size(benchmark.bandwidth)}/s measured here. "

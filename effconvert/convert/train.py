@@ -77,7 +77,7 @@ def check_training(plan: Plan, output: Path, text: TrainingText) -> None:
         raise OptionError(f"{folder} needs up to {size(need)} for checkpoints, and {place} has {size(free)} free; give an --output on another disk")
     scores(plan)  # also loads the tasks
     try:
-        runs_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        runs_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu"), "divergence")
     except ValueError as error:
         raise OptionError(str(error)) from None
     if getattr(plan.surgeries[-1], "cache_teacher", None):

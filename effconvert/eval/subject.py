@@ -16,6 +16,7 @@ from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.digest import digest
 from effconvert.errors import EffconvertError, OptionError, UnknownLayoutError
 from effconvert.eval.results import ShapedSubject, Subject
+from effconvert.kernels.choice import runs_triton
 from effconvert.modeling.caches import state_bytes
 from effconvert.modeling.loading import load, measurable
 from effconvert.modeling.size import size_of
@@ -155,10 +156,23 @@ def pick_dtype(name: str, opened: Opened) -> torch.dtype:
     return opened.checkpoint.computing if name == "auto" else getattr(torch, name)
 
 
-def load_model(opened: Opened, dtype: str, device: str) -> Any:
-    """Load a model with the transformers class that it names.
+def check_kernels(kernels: str, device: str) -> None:
+    """Check that what is asked for can run: "auto", "triton" or "reference".
 
     Raises:
+        OptionError: kernels are asked for, by an argument or the environment, and cannot run on the device.
+    """
+    try:
+        runs_triton(torch.device(device), "decode_attention", kernels)
+    except ValueError as error:
+        raise OptionError(str(error)) from None
+
+
+def load_model(opened: Opened, dtype: str, device: str, kernels: str = "auto") -> Any:
+    """Load a model with the transformers class that it names; decoding steps run as Triton kernels where `kernels` says so.
+
+    Raises:
+        OptionError: kernels are asked for, and cannot run here or not in this model.
         EffconvertError: it does not fit into memory.
         ModelError: transformers cannot load it, or a tensor is missing.
     """
@@ -168,9 +182,18 @@ def load_model(opened: Opened, dtype: str, device: str) -> Any:
     free = psutil.virtual_memory().available
     if device == "cpu" and need > free:
         raise EffconvertError(f"{opened.subject.name} takes {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; measure it on a larger machine")
-    return load(opened.folder, opened.config, torch_dtype, device)
+    check_kernels(kernels, device)
+    from effconvert.modeling.attention import NAME  # imports transformers, as loading does
+    from effconvert.modeling.decoding import choose
+
+    model = load(opened.folder, opened.config, torch_dtype, device)
+    try:
+        choose(model, kernels, NAME)
+    except ValueError as error:
+        raise OptionError(str(error)) from None
+    return model
 
 
-def load_measured(opened: Opened, dtype: str, device: str) -> Any:
+def load_measured(opened: Opened, dtype: str, device: str, kernels: str = "auto") -> Any:
     """Load what of a model is measured: see `load_model`, and `effconvert.modeling.loading.measurable`."""
-    return measurable(load_model(opened, dtype, device), opened.config)
+    return measurable(load_model(opened, dtype, device, kernels), opened.config)

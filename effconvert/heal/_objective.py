@@ -60,7 +60,7 @@ class Objective:
             with torch.no_grad():
                 teacher = teacher_head(teacher_hidden[rows])
             student = head(own)
-            if runs_triton(student.device):
+            if runs_triton(student.device, "divergence"):
                 from effconvert.kernels.divergence import divergence  # imports triton
 
                 weight = (1 - self.ce) * self.temperature**2

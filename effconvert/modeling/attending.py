@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from effconvert.checkpoint.config import Config
+from effconvert.modeling.decoding import decoded
 from effconvert.modeling.transformers_internals import attention_function, cache_among, repeat_heads, rotary, scaling_of
 from effconvert.surgery._rope import join_pairs, split_pairs
 
@@ -42,11 +43,14 @@ class Attending:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend: queries [B, H, T, D], keys [B, G, N, D], values [B, G, N, D']; returns [B, T, H, D']."""
+        mask = self.arguments.get("attention_mask")
+        capped = {"softcap": cap} if (cap := self.config.get("attn_logit_softcapping")) else {}
+        scaling = scaling_of(self.module, self.config.scale)
+        if (step := decoded(self.module, query, key, value, mask, scaling=scaling, **capped)) is not None:
+            return step  # for which nothing has to be padded
         repeat_heads(self.module, query.shape[1] // key.shape[1])
         width, more = value.shape[-1], key.shape[-1] - value.shape[-1]  # torch is fastest where both are of one width
         query, key = (pad(rows, (0, max(0, -more))) for rows in (query, key))
-        mask = self.arguments.get("attention_mask")
-        capped = {"softcap": cap} if (cap := self.config.get("attn_logit_softcapping")) else {}
-        function, scaling = attention_function(self.module.config), scaling_of(self.module, self.config.scale)
+        function = attention_function(self.module.config)
         out: Tensor = function(self.module, query, key, pad(value, (0, max(0, more))), mask, scaling=scaling, **capped)[0]
         return out[..., :width]

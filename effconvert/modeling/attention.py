@@ -8,12 +8,23 @@ import torch
 from torch import Tensor, nn
 
 from effconvert.checkpoint.config import Config
+from effconvert.modeling.decoding import decoded
 from effconvert.modeling.grouped import unique_heads
 from effconvert.modeling.packed import Packing
 from effconvert.modeling.places import NAME as OWN_NAME
 from effconvert.modeling.places import Own
 from effconvert.modeling.state import State
-from effconvert.modeling.transformers_internals import AttentionInterface, AttentionMaskInterface, attention_inputs, cache_among, eager, rotary, sdpa, sdpa_mask
+from effconvert.modeling.transformers_internals import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    attention_inputs,
+    cache_among,
+    eager,
+    is_causal,
+    rotary,
+    sdpa,
+    sdpa_mask,
+)
 from effconvert.surgery.mixing._call import Call, Rotation, padding_first, reorder
 from effconvert.surgery.mixing._mixing import Mixing
 
@@ -84,7 +95,8 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
         live = live.gather(1, order)
     rotation = None if angles is None else Rotation(rotary(module), angles, order)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    call = Call(query, key, value, scaling, live, causal, state, hidden, rotation, kwargs.get("softcap"), attention_mask is not None)
+    padded, kernels = attention_mask is not None, getattr(module, "kernels", "auto")
+    call = Call(query, key, value, scaling, live, causal, state, hidden, rotation, kwargs.get("softcap"), padded, kernels=kernels)
     out = module.effconvert(call)
     if order is not None:
         out = reorder(out, order.argsort(1))
@@ -94,12 +106,14 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
 
 
 def softmax(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
-    """Attend as the family does without a mixer. Soft-capped scores need its eager implementation."""
+    """Attend as the family does without a mixer. Soft-capped scores need its eager implementation. A decoding step may run as a kernel."""
+    if (out := decoded(module, query, key, value, attention_mask, **kwargs)) is not None:
+        return out, None
     if kwargs.get("softcap") is None and getattr(module, "softmax", "sdpa") == "sdpa":
         return sdpa(module, query, key, value, attention_mask, **kwargs)
     key, value = (rows.repeat_interleave(getattr(module, "repeats", 1), 1) for rows in (key, value))  # one for each query head, as the family expects
     tokens, known = query.shape[-2], key.shape[-2]
-    if attention_mask is None and getattr(module, "is_causal", False) and tokens > 1:
+    if attention_mask is None and is_causal(module) and tokens > 1:
         attention_mask = torch.ones(tokens, known, dtype=torch.bool, device=query.device).tril(known - tokens)[None, None]
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, torch.finfo(query.dtype).min)

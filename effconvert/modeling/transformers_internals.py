@@ -138,6 +138,11 @@ def attends(module: nn.Module) -> bool:
     return hasattr(module, "is_causal")
 
 
+def is_causal(module: nn.Module) -> bool:
+    """Whether an attention module sees earlier tokens alone."""
+    return bool(getattr(module, "is_causal", False))
+
+
 def repeat_heads(attention: nn.Module, times: int) -> None:
     """Set how many query heads of a module share a KV head, for `sdpa`."""
     attention.num_key_value_groups = times  # type: ignore[assignment]

@@ -8,15 +8,19 @@ import sys
 SHARED = 232_448  # bytes of shared memory that a block of threads may have on sm_90
 
 
-def compiled(kernel, cases):
-    """Compile `module:name` for each case, and return what each takes: shared memory, registers, stack, and whether it moves 16 bytes at a time."""
+def compiled(cases):
+    """Compile each case, and return what it takes: shared memory, registers, stack, whether it moves 16 bytes at a time, and how it multiplies.
+
+    A case has the kernel as module:name, the types of arguments, constants, which arguments are multiples of 16 (by name), warps, and maybe the stages of
+    the pipeline.
+    """
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run([sys.executable, __file__, kernel, json.dumps(cases)], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run([sys.executable, __file__, json.dumps(cases)], capture_output=True, text=True, env=environment, check=False)
     assert not done.returncode, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def main(kernel, cases):
+def main(cases):
     import re
     from importlib import import_module
     from pathlib import Path
@@ -27,13 +31,15 @@ def main(kernel, cases):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    module, _, name = kernel.partition(":")
-    function, types = getattr(import_module(module), name), {"fp32": tl.float32}
+    types = {"fp32": tl.float32}
     for case in cases:
+        module, _, name = case["kernel"].partition(":")
+        function = getattr(import_module(module), name)
         fixed = {key: types.get(value, value) for key, value in case["fixed"].items()}
-        aligned = {(index,): [["tt.divisibility", 16]] for index in range(case["aligned"])}
-        source = ASTSource(function, {**case["signature"], **dict.fromkeys(fixed, "constexpr")}, fixed, aligned)
-        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": case["warps"]})
+        aligned = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in case["aligned"]}
+        signature = {name: case["signature"].get(name, "constexpr") for name in function.arg_names}
+        options = {"num_warps": case["warps"], **({"num_stages": case["stages"]} if "stages" in case else {})}
+        made = triton.compile(ASTSource(function, signature, fixed, aligned), target=GPUTarget("cuda", 90, 32), options=options)
         with TemporaryDirectory() as folder:
             file = Path(folder) / "kernel.cubin"
             file.write_bytes(made.asm["cubin"])
@@ -42,8 +48,9 @@ def main(kernel, cases):
         code = made.asm["ptx"]
         facts = {"registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack": int(re.search(r"STACK:(\d+)", usage)[1])}
         wide = {f"wide_{kind}s": f"{short}.global.v4" in code for kind, short in (("load", "ld"), ("store", "st"))}
-        print(json.dumps({"shared": made.metadata.shared, **facts, **wide}))
+        ways = {"copies": "cp.async.cg.shared.global" in code, "tensor_cores": "mma.sync" in code or "wgmma" in code}
+        print(json.dumps({"shared": made.metadata.shared, **facts, **wide, **ways}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], json.loads(sys.argv[2]))
+    main(json.loads(sys.argv[1]))

@@ -281,6 +281,7 @@ def test_what_attends_is_found_once_a_layer(kind):
     layers = getattr(model, FAMILIES[kind].prefix).get_submodule(FAMILIES[kind].layers)
     assert len(found) == len(layers)
     assert all(f"{attention}." in f"{name}." for name in found)
+    assert {internals.is_causal(model.get_submodule(name)) for name in found} == {FAMILIES[kind].decoder}
 
 
 def test_a_model_says_whether_it_keeps_activations():

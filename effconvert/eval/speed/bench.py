@@ -15,7 +15,7 @@ from effconvert.eval.results import Benchmark, Cell, Timing
 from effconvert.eval.speed import memory
 from effconvert.eval.speed.bench_options import CONTEXTS, BenchOptions
 from effconvert.eval.speed.passes import SEED, Job, Loaded, Runner, Seconds, bandwidth, writes
-from effconvert.eval.subject import Opened, load_measured, open_model, pick_device, pick_dtype
+from effconvert.eval.subject import Opened, check_kernels, load_measured, open_model, pick_device, pick_dtype
 from effconvert.progress import Advance, NoProgress, Progress
 from effconvert.quiet import quiet_transformers
 
@@ -50,7 +50,7 @@ def bench(models: Sequence[str], options: BenchOptions, progress: Progress | Non
     passes = len(opened) * len(batches) * len(contexts) * (options.warmup + options.rounds + 1)
     with quiet_transformers(), progress.bar("measuring", passes, "steps") as advance:
         for group in [list(range(len(opened)))] if fit_together else [[index] for index in range(len(opened))]:
-            loaded = [Loaded(index, opened[index], load_measured(opened[index], options.dtype, device)) for index in group]
+            loaded = [Loaded(index, opened[index], load_measured(opened[index], options.dtype, device, options.kernels)) for index in group]
             for batch in batches:
                 for context in contexts:
                     runs = [CellRun(model, Job(batch, context, vocabulary, options, device)) for model in loaded]
@@ -75,11 +75,12 @@ def device_of(options: BenchOptions) -> str:
     """Return the device to measure on.
 
     Raises:
-        OptionError: the device does not exist, or cannot replay graphs.
+        OptionError: the device does not exist, or cannot replay graphs or run kernels.
     """
     device = pick_device(options.device)
     if options.graphs and not device.startswith("cuda"):
         raise OptionError(f"--graphs replays CUDA graphs, and the device is {device}; leave it out, or give --device cuda where there is one")
+    check_kernels(options.kernels, device)
     return device
 
 

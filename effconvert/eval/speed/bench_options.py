@@ -24,6 +24,9 @@ class BenchOptions(Options):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Type to compute in; auto: that of each model's weights.")
     cache: Literal["dynamic", "static"] = Field("dynamic", description="A cache that grows (dynamic), or one allocated for all tokens (static).")
     graphs: bool = Field(False, description="Replay decoding steps as a CUDA graph; needs --cache static.")
+    kernels: Literal["auto", "triton", "reference"] = Field(
+        "auto", description="Decode by Triton kernels (triton), without (reference), or where they were measured to be faster: no card so far (auto)."
+    )
     output: HomePath | None = Field(None, description="Write the results to this JSON file.", json_schema_extra={"short": "-o", "metavar": "FILE"})
 
     @model_validator(mode="after")

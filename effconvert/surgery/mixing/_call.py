@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from effconvert.kernels.choice import cannot, runs_triton
+
 Slots = Mapping[str, tuple[tuple[int, ...], str]]  # name -> shape for one sequence, and dtype: "model" (that of the keys), "float32", "bool", "int64"
 
 
@@ -65,6 +67,7 @@ class Call:
     softcap: float | None = None  # of scores: cap * tanh(score / cap)
     padded: bool = False  # whether there may be tokens that are not live
     pending: int = 0  # tokens that the state has counted already and that come in later calls
+    kernels: str = "auto"  # whether operations run as kernels: auto, triton or reference
 
     def part(self, start: int, stop: int) -> Call:
         """Return the call for the tokens from `start` to `stop`."""
@@ -89,6 +92,18 @@ class Call:
     def max_tokens(self) -> int:
         """An upper bound on the number of live tokens so far, these included: padding is counted."""
         return self.query.shape[-2] if self.state is None else self.state.tokens - self.pending
+
+    @property
+    def steps_by_kernel(self) -> bool:
+        """Whether it decodes one token, for which no gradient is wanted, by the kernel of `decode_attention`."""
+        step = self.query.shape[-2] == 1 and not (torch.is_grad_enabled() and self.query.requires_grad)
+        if not step or not runs_triton(self.query.device, "decode_attention", self.kernels):
+            return False
+        from effconvert.kernels.decode_attention import uncovered  # imports triton
+
+        if why := uncovered(self.query, self.key, self.value):
+            cannot("decode_attention", why, self.kernels)
+        return not why
 
     @property
     def grouped(self) -> Tensor:

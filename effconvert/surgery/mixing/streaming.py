@@ -101,9 +101,12 @@ class Streaming(Mixing):
         call = call.prescaled
         positions = call.positions()  # [B, T]
         key, value, live = call.with_window(self.window - 1)
-        near, counted = window_scores(call.grouped, key, live, self.window)
         sink_key, sink_value = call.first_tokens(self.sinks, positions)  # [B, Hk, S, D]
-        far = self._inside_cache(call, positions).unflatten(1, (key.shape[1], -1)) @ sink_key[:, :, None].mT  # [B, Hk, R, T, S]
+        moved = self._inside_cache(call, positions)
+        if call.steps_by_kernel:
+            return self._step(call, moved, torch.cat([sink_key, key], 2), torch.cat([sink_value, value], 2), live, positions)
+        near, counted = window_scores(call.grouped, key, live, self.window)
+        far = moved.unflatten(1, (key.shape[1], -1)) @ sink_key[:, :, None].mT  # [B, Hk, R, T, S]
         outside_window = positions[:, :, None] - torch.arange(self.sinks, device=positions.device) >= self.window  # [B, T, S]
         scores = torch.cat([near, far], -1).float() * call.scaling
         if call.softcap is not None:
@@ -113,6 +116,17 @@ class Streaming(Mixing):
         near, far = weight.split([near.shape[-1], self.sinks], -1)
         output: Tensor = window_values(near, value) + far @ sink_value[:, :, None]
         return output.flatten(1, 2)
+
+    def _step(self, call: Call, moved: Tensor, key: Tensor, value: Tensor, live: Tensor, positions: Tensor) -> Tensor:
+        """Decode a token by the kernel: keys and values [B, Hk, S + W, D] of the sinks and of the window, whose live tokens are its last ones."""
+        from effconvert.kernels.decode_attention import decode_attention
+
+        sinks = (positions[:, 0] - self.window + 1).clamp(0, self.sinks)  # [B], outside the window
+        start = (key.shape[2] - live.sum(1)) * (sinks == 0)
+        output: Tensor = decode_attention(
+            call.query, key, value, start, window=self.window, sinks=sinks, scaling=call.scaling, softcap=call.softcap, sink_query=moved
+        )
+        return output
 
     def _inside_cache(self, call: Call, positions: Tensor) -> Tensor:
         """Return the queries, with those past the cache's last position moved to it."""
