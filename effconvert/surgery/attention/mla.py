@@ -31,8 +31,8 @@ class Mla(Surgery):
     A token caches R + 1 + d numbers a layer: R of which the values of all heads are made, one constant, and a key of d that all query heads share.
     Keys of one RoPE frequency are mixed across heads, and values freely; what loses least on a text goes. The result is a deepseek_v3 without experts,
     which transformers opens by itself; vLLM's class lacks what it needs. No logit changes where R and d are as many as the model caches. At the same
-    size narrow-kv, which needs effconvert, can choose for each layer. --refit makes up for a part. At a third of
-    the cache gqa loses less. docs/mla.md has the measurements.
+    size narrow-kv, which needs effconvert, can choose for each layer. --refit makes up for a part. At half of
+    the cache both lose the same; at a third narrow-kv loses less. docs/mla.md has the measurements.
     DeepSeek-V2 2024, arXiv 2405.04434; TransMLA: Meng et al. 2025, arXiv 2502.07864.
 
     \b
