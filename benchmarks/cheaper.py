@@ -44,7 +44,7 @@ ROWS = [  # at the sizes of the tables in docs/
     "narrow --heads 6",
     "moe-split --experts 8 --active 6",
     "moe-split --experts 8 --active 4",
-    "low-rank --rank 192 --layers 12-17",
+    "low-rank --form plain --rank 192 --layers 12-17",
     "low-rank --ratio 0.75",
     "monarch --blocks 192 --layers 12-17",
     "factor-embed --rank 384",

@@ -131,7 +131,8 @@ class Layer(Parts):
                 else:
                     yield name, self._origin((present[0], *parts)), join([self[part] for part in present], present, config)
         for part in own:
-            yield self._name(part, config), self._origin([part]), self[part] if self._changed(part) else None
+            value = self[part] if self._changed(part) else None
+            yield self._name(part, config), self._type_of(value, self._origin([part])), value
         if config.family == source.family:
             gone = tuple(f"{config.place(place)}." for place in config.skips(self.index))
             yield from ((name, self._stored[name], None) for name in config.family.buffers if name in self._stored and not name.startswith(gone))
@@ -178,9 +179,10 @@ class Layer(Parts):
         return parts
 
     def _read(self, part: str) -> torch.Tensor:
-        tensor = self._stored[self._name(part, self._source)].read(self._device)
+        stored = self._stored[self._name(part, self._source)]
         if f".{OWN}" in part:
-            return tensor
+            return stored.own(self._device)
+        tensor = stored.read(self._device)
         family, stem = self._source.family, part.removesuffix(".bias")
         fused = self._source.modules[self._source.parts[stem]]
         if family.transposed and tensor.ndim == 2:

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.parts import Deferred, Parts
 from effconvert.checkpoint.replaced import OWN
-from effconvert.checkpoint.shards import FLOATS, StoredTensor
+from effconvert.checkpoint.shards import FLOATS, StoredTensor, rounded
 from effconvert.checkpoint.wrappers import head_prefix
 from effconvert.errors import ModelError
 
@@ -47,8 +46,7 @@ class Outer(Parts):
                 yield name, self._stored[self._name(on_disk, self._source)], None
                 continue
             value = self._value(part)
-            whole = isinstance(value, torch.Tensor) and not value.is_floating_point()
-            yield name, replace(self._origin_of(part), dtype="I64") if whole else self._origin_of(part), value
+            yield name, self._type_of(value, self._origin_of(part)), value
 
     def bare(self) -> Iterator[tuple[str, str, StoredTensor, torch.Tensor | Deferred | None]]:
         """Yield the parts of the base model: the part, its name there, the tensor on disk it comes from, and its new value or None.
@@ -67,9 +65,9 @@ class Outer(Parts):
             return self._stored_rows(on_disk, numbers)
         value = self._value(part)
         if isinstance(value, Deferred) and value.rows:
-            return value.rows(numbers).to(FLOATS[self._origin_of(part).dtype]).float()
+            return rounded(value.rows(numbers), self._origin_of(part).dtype)
         rows = (value.compute() if isinstance(value, Deferred) else value)[numbers]
-        return rows.to(FLOATS[self._origin_of(part).dtype]).float() if rows.is_floating_point() else rows
+        return rounded(rows, self._type_of(rows, self._origin_of(part)).dtype)
 
     def rows_before(self, part: str, numbers: torch.Tensor) -> torch.Tensor:
         """Return rows of a part as it was before this surgery."""

@@ -4,13 +4,13 @@ import math
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.shards import FLOATS, StoredTensor
+from effconvert.checkpoint.shards import FLOATS, StoredTensor, rounded
 from effconvert.errors import ModelError
 
 ROWS = 8192  # of a tensor that is computed some rows at a time
@@ -206,12 +206,18 @@ class Parts(MutableMapping[str, torch.Tensor]):
         tensor = self[part]
         if not self._changed(part) or tensor.is_meta:
             return tensor
-        return tensor.to(FLOATS[self._origin([part]).dtype]).float()
+        return rounded(tensor, self._type_of(tensor, self._origin([part])).dtype)
 
     def _origin(self, parts: Sequence[str]) -> StoredTensor:
         """Return the tensor on disk that these parts, fused in one, come from; for new parts a neighbour, usually the queries."""
         names = [self._name(part, self._source) for part in (*parts, *filter(None, map(self._copy_source, parts)))]
         return next((self._stored[name] for name in names if name in self._stored), self._neighbour)
+
+    @staticmethod
+    def _type_of(value: torch.Tensor | Deferred | None, origin: StoredTensor) -> StoredTensor:
+        """Return `origin` with the type for a new value: whole numbers keep theirs."""
+        whole = isinstance(value, torch.Tensor) and not value.is_floating_point()
+        return replace(origin, dtype="I64") if whole else origin
 
     def _copy_source(self, part: str) -> str:
         """Return the part that this one was copied from."""

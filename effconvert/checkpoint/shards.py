@@ -64,6 +64,12 @@ class StoredTensor:
             raise ModelError(f"{self.name} in {self.file.name} holds NaN or infinity, so the model cannot be sound; fetch it again or ask its author")
         return tensor
 
+    def own(self, device: str) -> torch.Tensor:
+        """Return a tensor of a technique, likewise; whole numbers as they are."""
+        if self.dtype in FLOATS:
+            return self.read(device)
+        return torch.empty(self.shape, dtype=NUMBERS[self.dtype], device="meta") if device == "meta" else self._numbers()
+
     def _numbers(self) -> torch.Tensor:
         """Return the tensor in its own type."""
         flat = torch.empty(self.stop - self.start, dtype=torch.uint8)
@@ -157,10 +163,16 @@ def as_bytes(tensor: torch.Tensor, dtype: str, name: str) -> memoryview:
     Raises:
         ModelError: a finite number overflows in `dtype`.
     """
-    rounded = tensor.to(NUMBERS[dtype]).contiguous()
-    if not is_finite(rounded):
+    stored = tensor.to(NUMBERS[dtype]).contiguous()
+    if not is_finite(stored):
         raise ModelError(f"{name} as computed does not fit {dtype}: the largest number is {tensor.abs().max():.3g}; convert the model to BF16 first")
-    return rounded.reshape(-1).view(torch.uint8).numpy().data
+    return stored.reshape(-1).view(torch.uint8).numpy().data
+
+
+def rounded(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Return a tensor as it is read back after it was stored as `dtype`: in float32; whole numbers as they are."""
+    stored = tensor.to(NUMBERS[dtype])
+    return stored.float() if stored.is_floating_point() else stored
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

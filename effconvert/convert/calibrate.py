@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from effconvert.checkpoint.layer import Layer
-from effconvert.checkpoint.shards import FLOATS
+from effconvert.checkpoint.shards import NUMBERS, rounded
 from effconvert.convert import drafts
 from effconvert.convert.plan import Plan
 from effconvert.heal._activations import Activations
@@ -40,7 +40,7 @@ def calibrate(plan: Plan, folder: Path, progress: Progress) -> None:
             drafts.discard_damaged(file)
             complete = all((folder / drafts.names(plan)[user]).is_file() for user in users)
             if layer is not None and not complete:  # not `if layer`, which computes its length
-                tensors = {name: numbers.to(FLOATS[origin.dtype]) for name, (origin, numbers, new) in stored_tensors(layer, stored=True).items() if new}
+                tensors = {name: numbers.to(NUMBERS[origin.dtype]) for name, (origin, numbers, new) in stored_tensors(layer, stored=True).items() if new}
                 if not file.is_file():  # else the layer was computed again for a later one, before activations advance
                     drafts.save(file, tensors, activations.notes.get(index, {}))
             activations.advance(index, _layer_tensors(plan, index, folder))
@@ -50,11 +50,11 @@ def calibrate(plan: Plan, folder: Path, progress: Progress) -> None:
 
 
 def _layer_tensors(plan: Plan, index: int, folder: Path) -> dict[str, Tensor]:
-    """Return all tensors of a converted layer but its buffers, in float32."""
+    """Return all tensors of a converted layer but the family's buffers, in float32; whole numbers as they are."""
     targets, buffers = plan.layer_targets(index), plan.config.family.buffers
     changed = {unit: drafts.read(plan, unit, folder) for unit in {target.unit for target in targets.values()} if unit is not None}
     return {
-        name: target.origin.read("cpu") if target.unit is None else changed[target.unit][name].float()
+        name: target.origin.own("cpu") if target.unit is None else rounded(changed[target.unit][name], target.dtype)
         for name, target in targets.items()
         if name not in buffers
     }

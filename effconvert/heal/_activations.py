@@ -9,7 +9,7 @@ from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.layer import Layer
 from effconvert.checkpoint.outer import Outer
-from effconvert.checkpoint.shards import FLOATS
+from effconvert.checkpoint.shards import NUMBERS
 from effconvert.heal._capture import Capture
 from effconvert.heal._layerwise import LayerRunner, check_finite, device, outer_tensors, stored_tensors, zero_sublayer
 
@@ -83,7 +83,7 @@ class Activations:
         trial = layer.on_top(layer.index, layer.config)
         for part, tensor in trainable.items():
             trial[part] = tensor
-        changed = {name: tensor.to(FLOATS[origin.dtype]).to(stored[name]) for name, origin, tensor in trial.tensors() if isinstance(tensor, Tensor)}
+        changed = {name: tensor.to(NUMBERS[origin.dtype]).to(stored[name]) for name, origin, tensor in trial.tensors() if isinstance(tensor, Tensor)}
         runner = self._runner(self._outer_of(layer.config))
         return runner.place_output(layer.index, {**stored, **changed}, self.states, batch, place)
 

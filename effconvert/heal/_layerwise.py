@@ -21,7 +21,7 @@ from effconvert.checkpoint.layer import Layer
 from effconvert.checkpoint.outer import Outer
 from effconvert.checkpoint.parts import ROWS, Deferred
 from effconvert.checkpoint.replaced import OWN
-from effconvert.checkpoint.shards import FLOATS, StoredTensor, is_finite
+from effconvert.checkpoint.shards import StoredTensor, is_finite, rounded
 from effconvert.errors import ModelError
 from effconvert.heal._capture import PROBE, Capture, StopForwardError, record, register
 from effconvert.modeling.loading import class_of
@@ -59,7 +59,8 @@ class LayerRunner:
     def _run_time_tensors(self, index: int, tensors: Tensors) -> dict[str, Tensor]:
         """Rename the tensors of a layer to its module's names: name in the layer -> tensor."""
         prefix = f"{self.config.layer_path(index)}."
-        expected = {prefix + name: parameter for name, parameter in self.layers[index].named_parameters()}
+        own = [(name, buffer) for name, buffer in self.layers[index].named_buffers() if OWN in name]
+        expected = {prefix + name: tensor for name, tensor in [*self.layers[index].named_parameters(), *own]}
         parameters = self._named({prefix + name: tensor for name, tensor in tensors.items()}, expected)
         return {name.removeprefix(prefix): tensor for name, tensor in parameters.items()}
 
@@ -273,8 +274,8 @@ def stored_tensors(layer: Layer, stored: bool = False) -> dict[str, tuple[Stored
         if name in layer.config.family.buffers:
             continue
         numbers = tensor.compute() if isinstance(tensor, Deferred) else tensor
-        rounded = origin.read("cpu") if numbers is None else numbers.to(FLOATS[origin.dtype]).float()
-        tensors[name] = (origin, rounded, numbers is not None)
+        after = origin.own("cpu") if numbers is None else rounded(numbers, origin.dtype)
+        tensors[name] = (origin, after, numbers is not None)
     return tensors
 
 

@@ -74,7 +74,8 @@ class Transfer(Healing):
         for record in config.replaced_in(layer.index):
             technique = technique_of(record)
             place = technique.transfer_place or LARGER_PLACE.get(record.place, record.place)
-            names = [f"{record.place}.{OWN}{name}" for name in technique.parameters(config, record.place) if name not in technique.frozen]
+            fixed = {*technique.frozen, *technique.whole_numbers}
+            names = [f"{record.place}.{OWN}{name}" for name in technique.parameters(config, record.place) if name not in fixed]
             own.setdefault(place if names or _family_parts(layer, place) else "layer", []).extend(names)  # the layer, where nothing at the place is trainable
         return {place: [*own[place], *_family_parts(layer, place)] for place in ORDER if place in own}
 

@@ -61,7 +61,7 @@ def _technique(name: str, options: str, place: str, kind: type[Kind]) -> Kind:
     if not issubclass(step, kind):
         raise ModelError(f"{statement}, and {name} replaces nothing there; take the file that effconvert wrote")
     try:
-        technique: Kind = step(**json.loads(options))
+        technique: Kind = step.recorded(json.loads(options))
     except OptionError as error:
         raise ModelError(f"{statement}, which makes no sense ({error}); take the file that effconvert wrote") from None
     return technique

@@ -7,7 +7,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from effconvert.checkpoint.replaced import OUTSIDE, OWN, PLACES, Replaced, overlap
 from effconvert.errors import ModelError, OptionError, TechniqueError
@@ -94,6 +94,11 @@ class Placed(Surgery):
     def is_exact(self, config: Config) -> bool:
         """False; techniques override this for their neutral options."""
         return False
+
+    @classmethod
+    def recorded(cls, options: Mapping[str, Any]) -> Self:
+        """Return the technique that a record of config.json means; where a default has changed since, older records lack the option."""
+        return cls(**options)
 
     @property
     def settings(self) -> dict[str, Any]:

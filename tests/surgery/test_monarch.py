@@ -23,7 +23,7 @@ def random(*shape, seed=0):
 
 
 def dense(left, right):
-    return Monarch(blocks=len(left)).product(left, right)
+    return Monarch(blocks=len(left)).product({"left": left, "right": right})
 
 
 @pytest.mark.parametrize(("out", "inner", "blocks"), [(24, 16, 4), (16, 24, 8), (12, 12, 3), (8, 16, 1)])

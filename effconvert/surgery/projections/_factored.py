@@ -4,6 +4,7 @@
 from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Factored(Replacement):
-    """Two parameters, `left` and `right`, in place of each chosen projection."""
+    """Two factors, `left` and `right`, in place of each chosen projection; some forms have an order beside them."""
 
     parts: str = Field("mlp", description="Projections: mlp, attention, all, or a list of q, k, v, o, gate, up, down.", json_schema_extra={"metavar": "PARTS"})
 
@@ -48,11 +49,11 @@ class Factored(Replacement):
         """Return the projections of a layer that are replaced."""
 
     @abstractmethod
-    def factors(self, weight: Tensor, moment: Tensor | None, index: int, place: str, config: Config) -> tuple[Tensor, Tensor]:
-        """Return the two factors of a projection [O, I] for inputs with this second moment; on the meta device their shapes."""
+    def factors(self, weight: Tensor, moment: Tensor | None, index: int, place: str, config: Config) -> Mapping[str, Tensor]:
+        """Return what `parameters` names, of a projection [O, I] for inputs with this second moment; on the meta device their shapes."""
 
     @abstractmethod
-    def product(self, left: Tensor, right: Tensor) -> Tensor:
+    def product(self, factors: Mapping[str, Tensor]) -> Tensor:
         """Return the matrix [O, I] that the factors stand for."""
 
     def layer(self, layer: Layer) -> None:
@@ -61,18 +62,18 @@ class Factored(Replacement):
 
         chosen, fitted = self.replaces(layer.config, layer.index), self.needs_calibration(layer.config)
         changed = layer.on_top(layer.index, layer.config)  # with products in place of the factors
-        results: dict[str, tuple[Tensor, Tensor]] = {}
+        results: dict[str, Mapping[str, Tensor]] = {}
         for group in SAME_INPUT:
             places = [place for place in group if place in chosen]
             moment = second_moment(changed, places[0], biased=False) if places and layer.activations and fitted else None
             for place in places:
                 weight = layer[place].to("meta") if fitted and not layer.activations else layer[place]
-                left, right = self.factors(weight, moment, layer.index, place, layer.config)
-                results[place] = left.float(), right.float()
+                results[place] = self.factors(weight, moment, layer.index, place, layer.config)
                 if layer.activations:
-                    changed[place] = self.product(*results[place])
-        for place, (left, right) in results.items():
-            layer[f"{place}.{OWN}left"], layer[f"{place}.{OWN}right"] = left, right
+                    changed[place] = self.product(results[place])
+        for place, found in results.items():
+            for name, value in found.items():
+                layer[f"{place}.{OWN}{name}"] = value
             del layer[place]
 
     def pairs(self, config: Config) -> list[tuple[int, str]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from effconvert.surgery._surgery import ForwardProtocol
 from effconvert.surgery.attention._heads import moment_of
 from effconvert.surgery.projections._factors import factors, losses
-from effconvert.surgery.projections._parts import SAME_INPUT, equal_rank
+from effconvert.surgery.projections._parts import SAME_INPUT, equal_rank, thin_size
 
 TOKENS = 4096  # of the calibration text, for the choice
 STEPS = 100  # of the bisection
@@ -22,7 +22,7 @@ TINY, NEGLIGIBLE = 1e-100, 1e-12  # least divisor; share of a projection's energ
 LEAST = 20  # no rank is less than this part of the full one
 
 
-def choose(forward: ForwardProtocol, projections: Sequence[tuple[int, str]], ratio: float) -> list[int]:
+def choose(forward: ForwardProtocol, projections: Sequence[tuple[int, str]], ratio: float, pivoted: bool) -> list[int]:
     """Return the rank of each projection (layer, part), 0 for one that stays whole, so that `ratio` of their parameters are left."""
     curves: dict[tuple[int, str], Tensor] = {}
     truncated: dict[int, list[Tensor]] = {}  # the first states behind each layer with all its projections truncated
@@ -46,7 +46,7 @@ def choose(forward: ForwardProtocol, projections: Sequence[tuple[int, str]], rat
             effect = max(0.0, forward.divergence(states[:1], last)) / float(distances[index].clamp_min(TINY))  # rounded, it may be below 0
             curves |= {(layer, part): curve * effect for (layer, part), curve in curves.items() if layer == index}
             advance(1)
-    return fill([curves[projection] for projection in projections], [forward.config.matrices[part] for _, part in projections], ratio)
+    return fill([curves[projection] for projection in projections], [forward.config.matrices[part] for _, part in projections], ratio, pivoted)
 
 
 def _curves(
@@ -59,7 +59,7 @@ def _curves(
             continue
         moment = moment_of(batch.inputs[together[0]] for batch in forward.capture(index, states, together[0]))
         for part in together:
-            weight, rank = forward.weights(index, part), equal_rank(*forward.config.matrices[part], ratio)
+            weight, rank = forward.weights(index, part), equal_rank(*forward.config.matrices[part], ratio, pivoted=False)
             left, right = factors(weight, moment, rank)
             product, curve = (left @ right).float(), losses(weight, moment)
             changed = forward.layer(index, states, weights={part: product})
@@ -73,13 +73,18 @@ def _distance(changed: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
     return torch.cat([error.flatten() for error in errors]).mean().double().cpu()
 
 
-def fill(curves: Sequence[Tensor], shapes: Sequence[tuple[int, int]], ratio: float) -> list[int]:
+def fill(curves: Sequence[Tensor], shapes: Sequence[tuple[int, int]], ratio: float, pivoted: bool) -> list[int]:
     """Return the ranks with the least sum of losses at a share of the parameters; 0 where a matrix [O, I] stays whole.
 
     Each matrix minimises its loss plus a price for each parameter; the price is the least that keeps the share.
     """
-    budget = ratio * sum(out * inner for out, inner in shapes)
-    return _at(least_price(lambda price: _parameters(_at(price, curves, shapes), shapes), budget), curves, shapes)
+    whole = [out * inner for out, inner in shapes]
+    sizes = [torch.tensor([thin_size(*shape, rank, pivoted) for rank in range(min(shape) + 1)]) for shape in shapes]
+
+    def parameters(price: float) -> int:
+        return sum(int(size[rank]) if rank else full for rank, size, full in zip(_at(price, curves, sizes, whole), sizes, whole, strict=True))
+
+    return _at(least_price(parameters, ratio * sum(whole)), curves, sizes, whole)
 
 
 def least_price(parameters: Callable[[float], int], budget: float) -> float:
@@ -91,14 +96,11 @@ def least_price(parameters: Callable[[float], int], budget: float) -> float:
     return high
 
 
-def _at(price: float, curves: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> list[int]:
+def _at(price: float, curves: Sequence[Tensor], sizes: Sequence[Tensor], whole: Sequence[int]) -> list[int]:
+    """Return the best rank of each matrix; `sizes` has the parameters at each rank from 0 to the full one."""
     ranks: list[int] = []
-    for curve, (out, inner) in zip(curves, shapes, strict=True):
-        least, most = -(-min(out, inner) // LEAST), (out * inner - 1) // (out + inner)  # above which two matrices are no smaller than one
-        costs = curve[least : most + 1] + price * (out + inner) * torch.arange(least, most + 1, dtype=curve.dtype)
-        ranks.append(least + int(costs.argmin()) if len(costs) and costs.min() < price * out * inner else 0)
+    for curve, size, full in zip(curves, sizes, whole, strict=True):
+        least, beyond = -(-(len(size) - 1) // LEAST), int((size < full).sum())  # from there on two factors are no smaller than the matrix
+        costs = curve[least:beyond] + price * size[least:beyond]
+        ranks.append(least + int(costs.argmin()) if len(costs) and costs.min() < price * full else 0)
     return ranks
-
-
-def _parameters(ranks: Sequence[int], shapes: Sequence[tuple[int, int]]) -> int:
-    return sum(rank * (out + inner) if rank else out * inner for rank, (out, inner) in zip(ranks, shapes, strict=True))

@@ -4,7 +4,7 @@
 from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field
 
@@ -14,7 +14,7 @@ from effconvert.quantities import count
 from effconvert.surgery._replacement import PlaceContext
 from effconvert.surgery._surgery import Facts
 from effconvert.surgery.projections._factored import Factored
-from effconvert.surgery.projections._parts import equal_rank
+from effconvert.surgery.projections._parts import equal_rank, thin_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,10 +28,13 @@ Rank = Annotated[str | None, BeforeValidator(lambda value: str(value) if type(va
 class LowRank(Factored):
     """Replace projections by two thin matrices.
 
-    A projection [out, in] becomes [out, rank] times [rank, in], which is smaller below rank = out * in / (out + in). The two are chosen so that the
-    projection's outputs on the calibration text change least (activation-whitened SVD: Wang et al. 2024, arXiv 2403.07378), layer by layer, on the
-    outputs of the converted layers below. --ratio chooses the rank of each projection by what its truncation does to the hidden states behind the
-    layer. Dropping layers costs less quality at equal size where that was measured (docs/low-rank.md).
+    A projection [out, in] becomes [out, rank] times [rank, in]. The two are chosen so that the projection's outputs on the calibration text change least
+    (activation-whitened SVD: Wang et al. 2024, arXiv 2403.07378), layer by layer, on the outputs of the converted layers below. Some of the inputs or
+    outputs are taken as they are (pivots), so that one factor has an identity inside, which is not stored: any rank below the full one is smaller than the
+    projection. --ratio chooses the rank of each projection by what its truncation does to the hidden states behind the layer.
+
+    The model gets smaller, and not faster: near ratio 1 --form plain decodes faster and loses more. On SmolLM2, narrow --ffn loses more at nine tenths of
+    the FFNs' parameters, and less at three quarters (than plain factors). Dropping layers costs less quality at equal size (docs/low-rank.md).
 
     \b
     Examples:
@@ -50,6 +53,17 @@ class LowRank(Factored):
         description="Rank of each projection, instead of --ratio; or one for each, layer by layer, where 0 leaves a projection as it is.",
         json_schema_extra={"metavar": "N"},
     )
+
+    form: Literal["pivoted", "plain"] = Field(
+        "pivoted",
+        description="Factors with an identity inside one of them, which is not stored; or plain ones: larger at equal rank, faster to run.",
+    )
+    whole_numbers: ClassVar[tuple[str, ...]] = ("order",)
+
+    @classmethod
+    def recorded(cls, options: Mapping[str, Any]) -> Self:
+        """Return what a record means: without a form it is of the time when there was only the plain one."""
+        return super().recorded({"form": "plain", **options})
 
     @property
     def label(self) -> str:
@@ -85,7 +99,8 @@ class LowRank(Factored):
         """Choose the rank of each projection."""
         from effconvert.surgery.projections._ranks import choose
 
-        ranks = choose(forward, list(self._ranks(forward.config)), self.ratio or 1)
+        pairs = list(self._ranks(forward.config))
+        ranks = choose(forward, pairs, self.ratio, self._pivoted) if self.ratio and self.ratio < 1 else [0] * len(pairs)
         return self.model_copy(update={"ratio": None, "rank": ",".join(map(str, ranks))})
 
     def is_exact(self, config: Config) -> bool:
@@ -96,9 +111,10 @@ class LowRank(Factored):
         """Say what is saved."""
         ranks = self._ranks(config)
         before = sum(out * inner for out, inner in (config.matrices[place] for _, place in ranks))
-        after = sum(rank * sum(config.matrices[place]) or config.matrices[place][0] * config.matrices[place][1] for (_, place), rank in ranks.items())
+        sizes = {place: config.matrices[place] for _, place in ranks}
+        after = sum(thin_size(*sizes[place], rank, self._pivoted) if rank else sizes[place][0] * sizes[place][1] for (_, place), rank in ranks.items())
         if after >= before:
-            return f"nothing is saved: at these ranks the two thin matrices have {count(after)} parameters, and the projections have {count(before)}"
+            return f"nothing is saved: at these ranks the two factors have {count(after)} parameters, and the projections have {count(before)}"
         return f"{sum(rank > 0 for rank in ranks.values())} of {len(ranks)} projections are replaced, and keep {after / before:.1%} of their parameters"
 
     def config(self, config: Config) -> Config:
@@ -108,34 +124,52 @@ class LowRank(Factored):
             groups.setdefault((place, rank), []).append(index)
         for (place, rank), layers in groups.items():
             if rank:
-                config = config.with_replaced(Replaced(self.name, {"parts": place, "rank": rank}, place, tuple(layers), (place,)))
+                config = config.with_replaced(Replaced(self.name, {"parts": place, "rank": rank, "form": self.form}, place, tuple(layers), (place,)))
         return config
 
     def parameters(self, config: Config, place: str = "") -> Mapping[str, tuple[int, ...]]:
-        """Two factors, [O, K] and [K, I]."""
-        out, inner = config.matrices[place]
-        return {"left": (out, int(self.rank or 0)), "right": (int(self.rank or 0), inner)}
+        """Two factors, [O, K] and [K, I]; in the pivoted form less the identity, and the order of outputs or inputs."""
+        return self._shapes(*config.matrices[place], int(self.rank or 0))
 
     def replaces(self, config: Config, index: int) -> list[str]:
         """Return those with a rank."""
         return [place for (layer, place), rank in self._ranks(config).items() if layer == index and rank]
 
-    def factors(self, weight: Tensor, moment: Tensor | None, index: int, place: str, config: Config) -> tuple[Tensor, Tensor]:
-        """Return [O, K] and [K, I]."""
-        from effconvert.surgery.projections._factors import factors
+    def factors(self, weight: Tensor, moment: Tensor | None, index: int, place: str, config: Config) -> Mapping[str, Tensor]:
+        """Return them."""
+        import torch
 
-        rank, (out, inner) = self._ranks(config)[index, place], weight.shape
+        from effconvert.surgery.projections._factors import thin
+
+        rank, whole = self._ranks(config)[index, place], dict.fromkeys(self.whole_numbers, torch.int64)
         if weight.is_meta:
-            return weight.new_empty(out, rank), weight.new_empty(rank, inner)
-        return factors(weight, moment, rank)
+            return {name: weight.new_empty(shape, dtype=whole.get(name)) for name, shape in self._shapes(*config.matrices[place], rank).items()}
+        return thin(weight, moment, rank, self._pivoted)
 
-    def product(self, left: Tensor, right: Tensor) -> Tensor:
+    def product(self, factors: Mapping[str, Tensor]) -> Tensor:
         """Multiply them."""
-        return left @ right
+        from effconvert.surgery.projections._factors import product
+
+        return product(factors)
 
     def forward(self, weights: Mapping[str, Tensor], hidden: Tensor, context: PlaceContext) -> Tensor:
         """Multiply by one factor after the other; the family's bias is added to it."""
-        return hidden @ weights["right"].T @ weights["left"].T
+        if not self._pivoted:
+            return hidden @ weights["right"].T @ weights["left"].T
+        from effconvert.surgery.projections._pivoted import multiply
+
+        return multiply(weights, hidden)
+
+    @property
+    def _pivoted(self) -> bool:
+        return self.form == "pivoted"
+
+    def _shapes(self, out: int, inner: int, rank: int) -> Mapping[str, tuple[int, ...]]:
+        if not self._pivoted:
+            return {"left": (out, rank), "right": (rank, inner)}
+        from effconvert.surgery.projections._pivoted import shapes
+
+        return shapes(out, inner, rank)
 
     def _ranks(self, config: Config) -> dict[tuple[int, str], int]:
         """Return the rank of each projection, by layer and place; 0 for one that stays as it is.
@@ -147,7 +181,7 @@ class LowRank(Factored):
         pairs = self.pairs(config)
         full = [min(config.matrices[place]) for _, place in pairs]
         if self.ratio is not None:
-            return {(index, place): equal_rank(*config.matrices[place], self.ratio) for index, place in pairs}
+            return {(index, place): equal_rank(*config.matrices[place], self.ratio, self._pivoted) for index, place in pairs}
         ranks = [int(rank) for rank in str(self.rank).split(",")]
         ranks *= len(pairs) if len(ranks) == 1 else 1
         if len(ranks) != len(pairs):

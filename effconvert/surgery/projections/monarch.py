@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Monarch(Factored):
     """Replace projections by Monarch matrices.
 
-    A projection [out, in] becomes two block-diagonal matrices of K blocks with a permutation between them: K (out + in) numbers, as many as two thin
+    A projection [out, in] becomes two block-diagonal matrices of K blocks with a permutation between them: K (out + in) numbers, as many as two plain thin
     matrices of rank K. Each of its K x K blocks has rank 1. They are fitted on the calibration text block by
     block (activation-whitened), and the second matrix then to the whole output, layer by layer on the outputs of the converted layers below. On real weights
     this is worse than low-rank at equal size, and on a CPU it reads text far slower than the original: take low-rank, unless you train on and want
@@ -88,20 +88,20 @@ class Monarch(Factored):
         """Return those that the layer has."""
         return [place for layer, place in self.pairs(config) if layer == index]
 
-    def factors(self, weight: Tensor, moment: Tensor | None, index: int, place: str, config: Config) -> tuple[Tensor, Tensor]:
+    def factors(self, weight: Tensor, moment: Tensor | None, index: int, place: str, config: Config) -> Mapping[str, Tensor]:
         """Return the blocks of both factors."""
         from effconvert.surgery.projections._blocks import monarch
 
         if weight.is_meta:
-            left, right = self.parameters(config, place).values()
-            return weight.new_empty(left), weight.new_empty(right)
-        return monarch(weight, moment, self.blocks)
+            return {name: weight.new_empty(shape) for name, shape in self.parameters(config, place).items()}
+        left, right = monarch(weight, moment, self.blocks)
+        return {"left": left.float(), "right": right.float()}
 
-    def product(self, left: Tensor, right: Tensor) -> Tensor:
+    def product(self, factors: Mapping[str, Tensor]) -> Tensor:
         """Return the matrix with the blocks of rank 1."""
         import torch
 
-        return torch.einsum("kpr,rks->pkrs", left, right).flatten(2).flatten(0, 1)
+        return torch.einsum("kpr,rks->pkrs", factors["left"], factors["right"]).flatten(2).flatten(0, 1)
 
     def forward(self, weights: Mapping[str, Tensor], hidden: Tensor, context: PlaceContext) -> Tensor:
         """Multiply [B, T, I] by the blocks of inputs, sort by output block, and multiply by those of outputs; the family's bias is added to it."""
