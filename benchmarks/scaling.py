@@ -26,6 +26,10 @@ DECODERS = {
     "performer": {"features": 256},
     "retnet": {"decay": "paper"},
     "linformer-causal": {"rank": 8},
+    "sparse strided": {"pattern": "strided", "block": 64},
+    "sparse fixed": {"pattern": "fixed", "block": 64},
+    "sparse log": {"pattern": "log", "block": 16},
+    "longnet": {"segments": [64, 512, 4096], "dilations": [1, 4, 16]},
 }
 ENCODERS = {"softmax": None, "linformer": {"rank": 128}, "linformer 256": {"rank": 256}, "nystrom": {"landmarks": 64}, "performer": {"features": 256}}
 
@@ -33,16 +37,13 @@ ONE = """
 import json, resource, sys, time
 import torch, transformers
 from effconvert.checkpoint.config import Config
-from effconvert.families import FAMILIES
-from effconvert.modeling.model import config_class, model_class
 from effconvert.eval.quality.perplexity import cache_bytes
-from effconvert.checkpoint.config import Config
 from effconvert.families import FAMILIES
 from effconvert.modeling.model import config_class, model_class
 from effconvert.modeling.transformers_internals import cache_among, cache_name
-from effconvert.eval.quality import cache_bytes
 from effconvert.steps import load
-kind, name, options, context, layers = json.loads(sys.argv[1])
+kind, name, options, context, layers, clock = json.loads(sys.argv[1])
+seconds = getattr(time, clock)
 alike = {"num_hidden_layers": layers, "vocab_size": 256, "intermediate_size": 1536}
 if kind == "llama":
     shape = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 1 << 17}
@@ -63,7 +64,7 @@ decoder = kind == "llama"
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 def run(ids):
     options = {"use_cache": True, "logits_to_keep": 1} if decoder else {}
-    start = time.perf_counter(); out = model(ids, **options); return out, time.perf_counter() - start
+    start = seconds(); out = model(ids, **options); return out, seconds() - start
 with torch.inference_mode():
     ids = torch.randint(256, (1, context), generator=torch.Generator().manual_seed(1))
     run(ids[:, :1]); base = peak()
@@ -73,7 +74,7 @@ with torch.inference_mode():
     if decoder:
         cache, steps = cache_among(out.values()), []
         for step in range(9):
-            start = time.perf_counter(); model(ids[:, :1], use_cache=True, **{cache_name(model): cache}); steps.append(time.perf_counter() - start)
+            start = seconds(); model(ids[:, :1], use_cache=True, **{cache_name(model): cache}); steps.append(seconds() - start)
         found |= {"decode_s": sorted(steps)[4], "cache_mb": cache_bytes(cache) / 1e6}
 print(json.dumps({**found, "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}))
 """
@@ -84,10 +85,11 @@ print(json.dumps({**found, "torch": torch.__version__, "transformers": transform
 @click.option("--kind", type=click.Choice(["llama", "bert"]), default="llama", help="A decoder of SmolLM2's shape, or an encoder of MiniLM's.")
 @click.option("--layers", default=4)
 @click.option("--only", help="Some of the mixers, with commas between.")
+@click.option("--busy", is_flag=True, help="Count seconds of the processor, not of the clock: for a machine that has other work. Give one thread.")
 @click.option("-o", "--output", type=Path, required=True)
-def main(contexts, kind, layers, only, output):
+def main(contexts, kind, layers, only, busy, output):
     """Measure and append to a CSV."""
-    fresh = not output.exists()
+    fresh, clock = not output.exists(), "process_time" if busy else "perf_counter"
     with output.open("a", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         if fresh:
@@ -96,7 +98,7 @@ def main(contexts, kind, layers, only, output):
             for name, options in (DECODERS if kind == "llama" else ENCODERS).items():
                 if only and name not in only.split(","):
                     continue
-                done = subprocess.run([sys.executable, "-c", ONE, json.dumps([kind, name, options, context, layers])], capture_output=True, text=True)
+                done = subprocess.run([sys.executable, "-c", ONE, json.dumps([kind, name, options, context, layers, clock])], capture_output=True, text=True)
                 if done.returncode:
                     click.echo(f"{name} {context}: {done.stderr.strip().splitlines()[-1]}")
                     continue

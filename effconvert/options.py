@@ -43,6 +43,11 @@ def shown(value: Any) -> str:
     return SHORT.repr(value)
 
 
+def as_typed(value: Any) -> str:
+    """Write the value of an option as a user types it."""
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
 class Options(BaseModel):
     """A frozen set of options that refuses unknown ones."""
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.replaced import OUTSIDE, SKIPS, Replaced
+from effconvert.options import as_typed
 
 PLACES = {"scores": "softmax attention"}  # name of a place, where people use another word
 
@@ -43,9 +44,9 @@ def _range(values: Sequence[Any]) -> Any:
     """Return the one value of several records, or all of them; of numbers the least and the greatest."""
     if all(value == values[0] for value in values):
         return values[0]
-    return f"{min(values)}-{max(values)}" if all(type(value) is int for value in values) else " or ".join(dict.fromkeys(map(str, values)))
+    return f"{min(values)}-{max(values)}" if all(type(value) is int for value in values) else " or ".join(dict.fromkeys(map(as_typed, values)))
 
 
 def typed(options: dict[str, object]) -> str:
     """Return options as a user types them, without those that are not set."""
-    return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in options.items() if value is not None)
+    return " ".join(f"--{key.replace('_', '-')} {as_typed(value)}" for key, value in options.items() if value is not None)

@@ -7,9 +7,10 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, cast, get_args, get_origin
 
 from pydantic import BeforeValidator, Field
+from pydantic.fields import FieldInfo
 
 from effconvert.errors import OptionError
 from effconvert.options import Options
@@ -110,7 +111,7 @@ class Step(Options):
         if not needed:
             with suppress(OptionError):  # other options than the defaults would do
                 cls().check(config)
-        metavars = ((name, (cast(Any, field.json_schema_extra) or {}).get("metavar", "N")) for name, field in needed)
+        metavars = ((name, (cast(Any, field.json_schema_extra) or {}).get("metavar") or _choices(field) or "N") for name, field in needed)
         return " ".join(f"--{name.replace('_', '-')} {metavar}" for name, metavar in metavars) or "as it is"
 
     @abstractmethod
@@ -182,6 +183,11 @@ class Step(Options):
 
         Read and assign parts in functions given to `Parts.later`: at most two layers fit in memory. Runs first on the meta device, where there are only shapes.
         """
+
+
+def _choices(field: FieldInfo) -> str:
+    """Return the words that an option can be, if it is one of some."""
+    return " or ".join(get_args(field.annotation)) if get_origin(field.annotation) is Literal else ""
 
 
 class Surgery(Step):

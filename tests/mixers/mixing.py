@@ -55,6 +55,22 @@ ROWS = MappingProxyType(
         "linformer-causal": Row(
             DECODERS, {**NOTHING, **dict.fromkeys(ENCODERS, "keeps what was before")}, {"block": 6, "rank": 2}, {"block": 8, "rank": 8}, pipeline=("llama",)
         ),
+        "sparse": Row(
+            ATTENDING,
+            NOTHING,
+            {"pattern": "fixed", "block": 6, "summaries": 1, "sinks": 1},
+            {"pattern": "strided", "block": 64},
+            {"pattern": "log", "block": 2, "sinks": 1},
+            ("gpt2", "bert"),
+        ),
+        "longnet": Row(
+            ATTENDING,
+            NOTHING,
+            {"segments": [4, 8], "dilations": [1, 2], "sinks": 1},
+            {"segments": [64], "dilations": [1]},
+            {"segments": [4, 12], "dilations": [1, 2]},
+            ("phi3", "distilbert"),
+        ),
         "nystrom": Row(ENCODERS, {**NOTHING, **BACKWARDS}, {"landmarks": 8}, {"landmarks": 64, "iterations": 0}, {"landmarks": 8}, ("distilbert",)),
     }
 )

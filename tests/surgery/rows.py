@@ -3,9 +3,13 @@
 import dataclasses
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from effconvert.checkpoint.config import Config
 from effconvert.families import FAMILIES
+from effconvert.modeling.state import State
+from effconvert.surgery.mixing._call import Call
 
 HEADS, GROUPS, WIDTH = 4, 2, 8
 
@@ -23,3 +27,40 @@ def random(*shape, seed=0, dtype=torch.float32):
 def rows(tokens, texts=2):
     """Queries, keys and values of some texts."""
     return [random(texts, heads, tokens, WIDTH, seed=seed) for seed, heads in enumerate((HEADS, GROUPS, GROUPS))]
+
+
+def mixed(technique, query, key, value, live=None, split=None, causal=True, softcap=None):
+    """What a mixer without parameters gives of all tokens, called once, or in parts with a state, which has to have the size that was planned."""
+    padded = live is not None
+    live = torch.ones(len(key), key.shape[2], dtype=torch.bool) if live is None else live
+    llama = config("llama", num_key_value_heads=GROUPS)
+    state, made, at = State(technique.cache_slots(llama)) if split else None, [], 0
+    for size in split or [key.shape[2]]:
+        part = slice(at, at + size)
+        at += size
+        q, k, v = (tensor[:, :, part] for tensor in (query, key, value))
+        if state:
+            state.update(k, v)
+        made.append(technique.mix({}, Call(q, k, v, WIDTH**-0.5, live[:, part], causal, state, q, None, softcap, padded)))
+        if state:
+            assert state.nbytes == len(key) * technique.cache_bytes(llama, 4, at)
+    return torch.cat(made, 2)
+
+
+class _Largest(TorchDispatchMode):
+    """Notes how many numbers the largest tensor has that anything gives."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not out._is_view():
+            self.numbers = max(self.numbers, out.numel())
+        return out
+
+
+def cost(technique, tokens, **given):
+    """Multiplications of a mixer for one text, and the numbers of its largest tensor, each for a token and a head."""
+    with FlopCounterMode(display=False) as flops, _Largest() as largest:
+        mixed(technique, *rows(tokens, 1), **given)
+    return flops.get_total_flops() / tokens / HEADS / WIDTH / 4, largest.numbers / tokens / HEADS

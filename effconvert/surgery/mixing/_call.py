@@ -175,6 +175,20 @@ def reorder(rows: Tensor, order: Tensor) -> Tensor:
     return rows.gather(-2, places.expand(*rows.shape[:-2], -1, rows.shape[-1]))
 
 
+def extended(old: Tensor, new: Tensor, start: Tensor, begin: Tensor, count: int) -> Tensor:
+    """Return the first `count` rows of each text's tensor [B, Hk, N, D]: `old` ones, and from row `begin` [B, 1] on those of `new`, whose first is row `start`.
+
+    There are at least as many rows as old ones. A text that has fewer than others, as it has more padding, ends with rows that mean nothing.
+    """
+    if missing := count - old.shape[2]:
+        old = torch.nn.functional.pad(old, (0, 0, 0, missing))
+    row = torch.arange(count, device=old.device)
+    place = row - start  # among the new ones, [B, count]
+    is_new = (row >= begin) & (place >= 0) & (place < new.shape[2])
+    chosen = new if new.shape[2] == 1 else reorder(new, place.clamp(0, new.shape[2] - 1))
+    return torch.where(is_new[:, None, :, None], chosen, old)
+
+
 def past(count: int, kv_heads: int, head_dim: int) -> dict[str, tuple[tuple[int, ...], str]]:
     """Return the slots of `Call.with_window`."""
     rows = ((kv_heads, count, head_dim), "model")

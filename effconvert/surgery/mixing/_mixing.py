@@ -62,5 +62,5 @@ class Mixing(TokenMixing):
         if config.get("attn_logit_softcapping") and not cls.softcaps:
             raise ModelError(
                 f"{config.kind} caps its scores (attn_logit_softcapping), which no feature map can follow, so {name} cannot take the place of its attention; "
-                "streaming and linformer-causal can"
+                "streaming, linformer-causal and sparse can"
             )

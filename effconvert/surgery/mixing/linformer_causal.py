@@ -160,24 +160,17 @@ class LinformerCausal(Mixing):
         An unfinished block has mixtures too. No token sees them, and the finished block overwrites them.
         """
         import torch
-        from torch.nn import functional
 
-        from effconvert.surgery.mixing._call import reorder
+        from effconvert.surgery.mixing._call import extended
 
         old = call.read(name, {name: ((near.shape[1], 0, near.shape[-1]), "model")})
-        blocks, reach = call.max_tokens // self.block, near.shape[2]  # C, G
-        if missing := blocks * self.rank - old.shape[2]:
-            old = functional.pad(old, (0, 0, 0, missing))
         begins = (own == 0)[:, None, :, None, None]  # [B, 1, G, 1, 1]
         sink = (torch.arange(self.block, device=old.device) < self.sinks)[:, None]
         left = self._first_block_share(old.device)[:, None]  # [K, 1]
         mixtures = matrix.float()[:, None] @ near.float().masked_fill(begins & sink, 0)
-        mixtures = torch.where(begins, mixtures / left.clamp_min(1 / self.block), mixtures).to(old.dtype).flatten(3)  # [B, Hk, G, K D]
-        place = torch.arange(blocks, device=old.device) - own[:, :1]  # [B, C], among the new mixtures
-        new = mixtures if reach == 1 else reorder(mixtures, place.clamp(0, reach - 1))
-        is_new = (place >= 0) & (place < reach)
-        rows = torch.where(is_new[:, None, :, None], new, old.unflatten(2, (blocks, self.rank)).flatten(3))  # [B, Hk, C, K D]
-        result: Tensor = rows.unflatten(3, (self.rank, near.shape[-1])).flatten(2, 3)
+        mixtures = torch.where(begins, mixtures / left.clamp_min(1 / self.block), mixtures).to(old.dtype).flatten(2, 3)  # [B, Hk, G K, D]
+        start = own[:, :1] * self.rank
+        result = extended(old, mixtures, start, start, call.max_tokens // self.block * self.rank)
         call.write(**{name: result})
         return result
 
