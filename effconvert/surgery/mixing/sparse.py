@@ -30,8 +30,8 @@ class Sparse(Mixing):
     of each earlier block; log, its own block and those 1, 2, 4, 8, ... blocks back; and always the first S tokens of the text (--sinks), which are in
     neither paper and needed here. Encoders see as much to the other side. With L near the root of the text's length, strided and fixed take O(T sqrt(T))
     time, log O(T log(T)). Only fixed makes the KV cache smaller: with the others later tokens may see any token, and writing one took
-    longer than with softmax at all lengths measured. streaming with as many keys loses less. Exact where L is as long as the longest text. Layers with a sliding window
-    stay as they are. Child et al. 2019, arXiv 1904.10509; Li et al. 2019, arXiv 1907.00235.
+    longer than with softmax at all lengths measured. streaming with as many keys loses less. Exact where L is as long as the longest
+    text. Layers with a sliding window stay as they are. Child et al. 2019, arXiv 1904.10509; Li et al. 2019, arXiv 1907.00235.
 
     \b
     Examples:
