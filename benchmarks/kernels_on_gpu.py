@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.chunked_attention import SHAPES, doubled, given, leaves
+from effconvert.kernels.chunked_attention import chunked_attention, chunked_attention_reference
 from effconvert.kernels.decode_attention import decode_attention, decode_attention_reference
 from effconvert.kernels.divergence import KINDS, divergence, divergence_reference
 
@@ -68,10 +70,33 @@ def of_decode_attention():
     yield "decode_attention in a CUDA graph, from the same without", float((again - kernel).abs().max()), 0.0
 
 
+def of_chunked_attention():
+    """The same of linear attention, with and without a window: outputs, state and each gradient, behind left padding; and a step."""
+    cases = [(shape, tokens, torch.bfloat16) for tokens in (1000, 1) for shape in SHAPES] + [(next(iter(SHAPES)), 1000, torch.float32)]
+    for shape, tokens, dtype in cases:
+        arguments = given(*SHAPES[shape], 2, tokens, "cuda", dtype)
+        if "window" in arguments and tokens > 1:
+            arguments["window"].live[1, :500] = False
+            arguments["key"][1, :, :500] = 0
+        results = []
+        for function, kept in ((chunked_attention, arguments), (chunked_attention_reference, arguments), (chunked_attention_reference, doubled(arguments))):
+            for some in leaves(kept):
+                some.requires_grad_(tokens > 1)
+            out, state = function(**kept)
+            weights = (8 * torch.arange(out.numel(), device="cuda").view(out.shape).cos()).round() / 8  # which all types have exactly
+            weights[1, ..., :500, :] *= tokens == 1 or "window" not in kept  # the reference's gradients of padding are those of a division by nearly 0
+            loss = (out * weights).sum() + state.sum() * 0.01
+            results.append([out.detach(), state.detach(), *(torch.autograd.grad(loss, leaves(kept)) if tokens > 1 else [])])
+        whats = ("outputs", "state", *(f"gradient {number}" for number in range(len(results[0]) - 2)))
+        for what, kernel, plain, exact in zip(whats, *results, strict=True):
+            errors = [float((some.double() - exact).abs().max() / exact.abs().max()) for some in (kernel, plain)]
+            yield f"chunked_attention {shape}, {dtype}, {tokens} tokens, {what}", errors[0], max(errors[1], torch.finfo(arguments["value"].dtype).eps / 2)
+
+
 def main():
     """Print each case, and exit."""
     wrong = 0
-    for name, error, plain in itertools.chain(of_decode_attention(), of_divergence()):
+    for name, error, plain in itertools.chain(of_decode_attention(), of_chunked_attention(), of_divergence()):
         bad = not error <= max(TWICE * plain, 1e-6)
         wrong += bad
         print(f"{'WRONG' if bad else 'right'}  {name}: {error:.1e}, PyTorch {plain:.1e}", flush=True)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from effconvert.surgery.mixing._call import Call, Slots
 
 SHARE = -2.197  # logit of 0.1, the initial weight of the window, as in LoLCATs
+LEAST = 1e-30  # that outputs are divided by
 
 
 class Linear(Mixing):
@@ -104,36 +105,32 @@ class Linear(Mixing):
 
     def mix(self, weights: Mapping[str, Tensor], call: Call) -> Tensor:
         """Apply window and features to the values and to ones, and divide the two: one normaliser for both."""
-        import torch
         from torch.nn import functional
 
-        from effconvert.kernels.linear_attention import linear_attention
-        from effconvert.kernels.window import window_scores, window_values
+        from effconvert.kernels.linear_attention import Window
+        from effconvert.surgery.mixing._features import attend
 
         groups = call.key.shape[1]
         query = self._features(call.query, weights, "query").unflatten(1, (groups, -1))  # [B, Hk, R, T, m]
         key, value, live = call.with_window(self.window) if self.window else (call.key, call.value, call.live)
         tokens = call.query.shape[-2]
-        augmented = functional.pad(value.float(), (0, 1), value=1.0)  # [B, Hk, P + T, D + 1]: the ones give the normaliser
         # A token leaves the window W tokens after it came, so the features get the same sequence W tokens later.
         back = self.window + tokens - key.shape[-2]  # without a state the sequence begins with the first token, not W before it
-        old_key, old_value, old_live = (functional.pad(rows, (0, 0, back, 0))[..., :tokens, :] for rows in (key, augmented, live[:, None, :, None].float()))
-        features = (self._features(old_key, weights, "key") * old_live)[:, :, None]
+        old_key, old_live = (functional.pad(rows, (0, 0, back, 0))[..., :tokens, :] for rows in (key, live[:, None, :, None].float()))
+        features = self._features(old_key, weights, "key") * old_live
         if not call.causal:
-            state = features.mT @ old_value[:, :, None]
-            sums = query @ state
-        else:
-            shape = (groups, 1, query.shape[-1], augmented.shape[-1])
-            sums, state = linear_attention(query, features, old_value, call.read("state", {"state": (shape, "float32")}))
-            call.write(state=state)
+            augmented = functional.pad(value.float(), (0, 1), value=1.0)  # [B, Hk, T, D + 1]: the ones give the normaliser
+            sums = query @ (features.mT @ augmented)[:, :, None]
+            output: Tensor = sums[..., :-1] / sums[..., -1:].clamp_min(LEAST)
+            return output.flatten(1, 2)
+        window = None
         if self.window:
             soft = call.prescaled
-            scores, counted = window_scores(soft.grouped, key, live, self.window)
-            scores = (scores.float() * soft.scaling).masked_fill(~counted, torch.finfo(torch.float32).min)
-            highest = scores.amax(-1, keepdim=True)
-            share = weights["share"].float().sigmoid().unflatten(0, (groups, -1))[..., None, None]
-            sums = sums + share * window_values((scores - highest).exp() * counted, augmented)
-        output: Tensor = sums[..., :-1] / sums[..., -1:].clamp_min(1e-30)
+            share = weights["share"].float().sigmoid().unflatten(0, (groups, -1))
+            window = Window(soft.grouped, key, live, share, self.window, soft.scaling)
+        shape = (groups, 1, query.shape[-1], value.shape[-1] + 1)
+        output, state = attend(query, features, value, call.read("state", {"state": (shape, "float32")}), least=LEAST, window=window, kernels=call.kernels)
+        call.write(state=state)
         return output.flatten(1, 2)
 
     def _feature_count(self, config: Config) -> int:

@@ -59,32 +59,32 @@ class Performer(Mixing):
         import torch
         from torch.nn import functional
 
-        from effconvert.kernels.linear_attention import linear_attention
+        from effconvert.surgery.mixing._features import attend
 
-        omega, root, lowest = weights["omega"].float(), call.scaling**0.5, torch.finfo(torch.float32).min
+        omega, root, lowest, tiny = weights["omega"].float(), call.scaling**0.5, torch.finfo(torch.float32).min, torch.finfo(torch.float32).tiny
         query = exponents(call.grouped.float() * root, omega)  # [B, Hk, R, T, m]
         query = (query - query.detach().amax(-1, keepdim=True)).exp()
         key = exponents(call.key.float() * root, omega).masked_fill(~call.live[:, None, :, None], -torch.inf)  # [B, Hk, T, m]
         height = key.detach().amax(-1).clamp_min(lowest)  # [B, Hk, T]
-        augmented = functional.pad(call.value.float(), (0, 1), value=1.0)  # [B, Hk, T, D + 1]: the ones give the normaliser
         if not call.causal:
+            augmented = functional.pad(call.value.float(), (0, 1), value=1.0)  # [B, Hk, T, D + 1]: the ones give the normaliser
             key = (key - height.amax(-1)[..., None, None]).exp()
             sums = query @ (key.mT @ augmented)[:, :, None]
-        else:
-            # Keys are scaled by the largest exponent so far, and the state is scaled down as that rises. So no token depends on later ones.
-            slots = {
-                "state": ((augmented.shape[1], 1, len(omega), augmented.shape[-1]), "float32"),
-                "highest": ((augmented.shape[1],), "float32"),
-            }
-            state = call.read("state", slots)
-            before = call.read("highest", slots).masked_fill(~state[..., -1].any(-1)[..., 0], lowest)  # no key came yet
-            highest = torch.cat([before[..., None], height], -1).cummax(-1).values  # [B, Hk, 1 + T]
-            fall = (highest[..., :-1] - highest[..., 1:]).masked_fill(highest[..., :-1] == lowest, 0)
-            key = (key - highest[..., 1:, None]).exp()
-            sums, state = linear_attention(query, key[:, :, None], augmented, state, fall[:, :, None])
-            call.write(state=state, highest=highest[..., -1].clone())
-        output: Tensor = (sums[..., :-1] / sums[..., -1:].clamp_min(torch.finfo(torch.float32).tiny)).flatten(1, 2)
-        return output
+            output: Tensor = sums[..., :-1] / sums[..., -1:].clamp_min(tiny)
+            return output.flatten(1, 2)
+        # Keys are scaled by the largest exponent so far, and the state is scaled down as that rises. So no token depends on later ones.
+        slots = {
+            "state": ((key.shape[1], 1, len(omega), call.value.shape[-1] + 1), "float32"),
+            "highest": ((key.shape[1],), "float32"),
+        }
+        state = call.read("state", slots)
+        before = call.read("highest", slots).masked_fill(~state[..., -1].any(-1)[..., 0], lowest)  # no key came yet
+        highest = torch.cat([before[..., None], height], -1).cummax(-1).values  # [B, Hk, 1 + T]
+        fall = (highest[..., :-1] - highest[..., 1:]).masked_fill(highest[..., :-1] == lowest, 0)
+        key = (key - highest[..., 1:, None]).exp()
+        output, state = attend(query, key, call.value, state, fall[:, :, None], tiny, kernels=call.kernels)
+        call.write(state=state, highest=highest[..., -1].clone())
+        return output.flatten(1, 2)
 
 
 def orthogonal(features: int, width: int, generator: Generator) -> Tensor:

@@ -99,13 +99,13 @@ class Retnet(Mixing):
         """
         from torch.nn import functional
 
-        from effconvert.kernels.linear_attention import linear_attention
+        from effconvert.surgery.mixing._features import attend
 
         query, live = call.grouped.float() * call.scaling, call.live.float()
         key, value = call.key.float() * live[:, None, :, None], call.value.float()
         fall = functional.logsigmoid(-weights["decay"].float()).unflatten(0, query.shape[1:3])[..., None] * live[:, None, None]  # no decay at padding
         shape = (*query.shape[1:3], key.shape[-1], value.shape[-1])
-        sums, state = linear_attention(query, key[:, :, None], value, call.read("state", {"state": (shape, "float32")}), fall)
+        sums, state = attend(query, key, value, call.read("state", {"state": (shape, "float32")}), fall, kernels=call.kernels)
         call.write(state=state)
         sums = sums.flatten(1, 2)  # [B, H, T, D]
         normed = sums * (sums.square().mean(-1, keepdim=True) + EPSILON).rsqrt() * weights["gain"].float()[:, None]
