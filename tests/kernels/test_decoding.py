@@ -195,7 +195,7 @@ def test_kernels_are_refused_where_none_can_run(monkeypatch):
 def test_the_command_says_what_would_run_here_and_why_not(command, monkeypatch):
     shown = command("kernels").output
     assert "device: cpu" in shown
-    assert shown.count("here: the reference, as kernels run on CUDA devices, not on cpu; measured on no card") == 2
+    assert shown.count("here: the reference, as kernels run on CUDA devices, not on cpu; measured on no card") == 3
     assert shown.count("here: the reference, as it has no kernel") == 2
     monkeypatch.setattr(choice, "_has_triton", lambda: False)
     assert "not on cpu and triton is not installed" in command("kernels").output
