@@ -22,7 +22,7 @@ from effconvert.paths import expand, real
 from effconvert.progress import Advance, NoProgress, Progress, Unit
 from effconvert.recipe import Recipe, as_keys, outputs
 from effconvert.report import report
-from effconvert.report.page import FORMS, check_drawing
+from effconvert.report.page import FORMS, check_drawing, forms
 from effconvert.surgery._surgery import Step
 
 Result = TypeVar("Result")
@@ -159,8 +159,9 @@ def _run(recipe: Recipe, progress: Progress) -> Replay:
     if benchmark:
         save(benchmark, files["bench"])
     if recipe.report:
-        report(recipe.target, [file for what, file in files.items() if what not in FORMS], files[".html"], overwrite=True)
-    return Replay(tuple(conversions), evaluation, benchmark, tuple(file for file in files.values() if file.exists()))  # no picture without a training
+        page = report(recipe.target, [file for what, file in files.items() if what not in FORMS], files[".html"], overwrite=True)
+        files = {what: file for what, file in files.items() if what not in FORMS or what in forms(page)}
+    return Replay(tuple(conversions), evaluation, benchmark, tuple(files.values()))
 
 
 def _stages(recipe: Recipe) -> list[tuple[Step, ...]]:

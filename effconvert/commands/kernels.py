@@ -38,4 +38,6 @@ def command() -> None:
         if not why and not runs_triton(device, name):
             why = f"{VARIABLE} says so" if asked == "reference" else "the kernel was never measured on this card"
         measured = f"; measured on {', '.join(operation.measured) or 'no card'}" if operation.kernel else ""
-        click.echo(f"  here: {f'the reference, as {why}' if why else 'the kernel'}{measured}\n")
+        refused = asked == "triton" and operation.kernel and missing  # as everything that would call it says
+        runs = f"an error, as {why}" if refused else f"the reference, as {why}" if why else "the kernel"
+        click.echo(f"  here: {runs}{measured}\n")

@@ -26,15 +26,14 @@ def run(model: str, results: tuple[str, ...], **values: Any) -> None:
     from effconvert.console import stdout
     from effconvert.paths import expand
     from effconvert.report import default_page, report
-    from effconvert.report.page import FORMS
+    from effconvert.report.page import forms
 
     page = options.output or default_page(Path(model))
     result = report(expand(model), [expand(file) for file in results], page, options.overwrite)
-    forms = [form for form in FORMS[1:] if page.with_suffix(form).exists()]
     out = stdout()
     for doubt in result.doubts:
         out.print(f"distrust: {doubt}", soft_wrap=True, markup=False)
-    out.print(f"written to {page}, and beside it as {', '.join(forms)}", soft_wrap=True, markup=False)
+    out.print(f"written to {page}, and beside it as {', '.join(forms(result)[1:])}", soft_wrap=True, markup=False)
 
 
 command = OptionsCommand(

@@ -10,6 +10,7 @@ from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.layer import Layer
 from effconvert.checkpoint.outer import Outer
 from effconvert.checkpoint.shards import NUMBERS
+from effconvert.errors import TechniqueError
 from effconvert.heal._capture import Capture
 from effconvert.heal._layerwise import LayerRunner, check_finite, device, outer_tensors, stored_tensors, zero_sublayer
 
@@ -110,7 +111,8 @@ class Activations:
             del self._lent[lender]
 
     def _run(self, outer: Outer, layer: Layer, index: int, states: Sequence[Tensor], parts: Sequence[str] = (), until: str = "") -> Iterator[Capture]:
-        assert self.ready, "a step computed a layer in `rewrite`, before its turn; use `layer.later`"
+        if not self.ready:
+            raise TechniqueError("a step computes a layer in `rewrite`, before its turn; it should do that in `layer.later`")
         tensors = self.stored(layer)
         for capture in self._runner(outer).run(index, tensors, states, parts, until):
             check_finite([capture.out, *capture.outputs.values()], f"layer {index}")

@@ -34,11 +34,12 @@ def report(folder: Path, results: Sequence[Path] = (), output: Path | None = Non
         EffconvertError: matplotlib is not installed.
     """
     from effconvert.report.gather import gather  # imports torch, which `--help` must not load
-    from effconvert.report.page import check_drawing, check_output, write
+    from effconvert.report.page import check_drawing, check_output, forms, write
 
     check_drawing()
     page = output or default_page(folder)
     check_output(folder, results, page, overwrite)
     result = gather(folder, results)
+    check_output(folder, results, page, overwrite, forms(result))
     write(result, page)
     return result

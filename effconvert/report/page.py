@@ -18,7 +18,8 @@ from effconvert.report import tables
 from effconvert.report.facts import Report
 from effconvert.report.inputs import Manifest
 
-FORMS = (".html", ".json", ".md", ".png")  # the last one where the model was distilled
+PICTURE = ".png"  # of a training
+FORMS = (".html", ".json", ".md", PICTURE)
 
 
 def check_drawing() -> None:
@@ -31,15 +32,21 @@ def check_drawing() -> None:
         raise EffconvertError("a report needs matplotlib, which is not installed; run, in a clone of the repository: pip install '.[report]'")
 
 
-def check_output(folder: Path, results: Sequence[Path], page: Path, overwrite: bool) -> None:
-    """Refuse, before anything is read, an output where the files cannot be written.
+def forms(report: Report) -> tuple[str, ...]:
+    """Return the endings of the files of a report: the picture is there if the model was distilled."""
+    training = report.manifest and report.manifest.distillation
+    return FORMS if training and len(training.curve) > 1 else FORMS[:-1]
+
+
+def check_output(folder: Path, results: Sequence[Path], page: Path, overwrite: bool, written: Sequence[str] = FORMS[:-1]) -> None:
+    """Refuse an output where the files with these endings cannot be written.
 
     Raises:
         OptionError: one of them exists, is a source of the report, or would change the model.
     """
     if page.resolve().parent.is_relative_to(folder.resolve()):
         raise OptionError(f"{page} is inside the model's folder, where a .json file is part of the model; give another --output")
-    for file in (page.with_suffix(form) for form in FORMS):
+    for file in (page.with_suffix(form) for form in written):
         if file.is_dir():
             raise OptionError(f"{file} is a folder; give another --output")
         if file.resolve() in [path.resolve() for path in results]:
@@ -55,14 +62,14 @@ def write(report: Report, page: Path) -> None:
         OptionError: they cannot be written there.
     """
     data = json.dumps(asdict(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    picture = training_picture(report)
-    texts = (html(report), data, markdown(report, page.with_suffix(".png").name if picture else ""))
-    forms = {form: text.encode() for form, text in zip(FORMS, texts, strict=False)} | ({".png": picture} if picture else {})
-    drafts = {page.with_name(f".{page.stem}{form}.draft"): page.with_suffix(form) for form in forms}
+    drawn = PICTURE in forms(report)
+    texts = (html(report), data, markdown(report, page.with_suffix(PICTURE).name if drawn else ""))
+    contents = {form: text.encode() for form, text in zip(FORMS, texts, strict=False)} | ({PICTURE: training_picture(report)} if drawn else {})
+    drafts = {page.with_name(f".{page.stem}{form}.draft"): page.with_suffix(form) for form in contents}
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
         for draft, file in drafts.items():
-            draft.write_bytes(forms[file.suffix])
+            draft.write_bytes(contents[file.suffix])
         for draft, file in drafts.items():
             draft.replace(file)
     except OSError as error:
@@ -90,11 +97,12 @@ def html(report: Report) -> str:
 
 
 def training_picture(report: Report) -> bytes:
-    """Return the picture of a training, empty without one."""
+    """Return the picture of a training."""
     from effconvert.report import course
 
-    training = report.manifest and report.manifest.distillation
-    return course.png(training) if training and len(training.curve) > 1 else b""
+    assert report.manifest
+    assert report.manifest.distillation
+    return course.png(report.manifest.distillation)
 
 
 def markdown(report: Report, picture: str = "") -> str:

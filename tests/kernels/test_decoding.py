@@ -197,7 +197,8 @@ def test_the_command_says_what_would_run_here_and_why_not(command, monkeypatch):
     assert "not on cpu and triton is not installed" in command("kernels").output
     monkeypatch.setenv("EFFCONVERT_KERNELS", "fast")
     assert command("kernels").exit_code == 2
-    monkeypatch.delenv("EFFCONVERT_KERNELS")
+    monkeypatch.setenv("EFFCONVERT_KERNELS", "triton")
+    assert "here: an error, as kernels run on CUDA devices, not on cpu" in command("kernels").output
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a card")

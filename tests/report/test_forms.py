@@ -12,6 +12,7 @@ import pytest
 from transformers import MambaConfig, MambaForCausalLM
 
 from effconvert.convert.run import convert
+from effconvert.errors import OptionError
 from effconvert.eval.results import save
 from effconvert.eval.subject import open_model
 from effconvert.options import RunOptions
@@ -254,12 +255,21 @@ def test_a_page_asks_the_network_for_nothing(converted, results, tmp_path):
     assert set(re.findall(r'href="#([^"]*)"|url\(#([^)]*)\)', page)) <= {pair for name in ids for pair in ((name, ""), ("", name))}
 
 
+def test_without_a_training_a_picture_of_somebody_else_is_in_nobodys_way(converted, tmp_path):
+    (tmp_path / "out.png").write_text("mine")
+    report(converted, [], tmp_path / "out.html")
+    assert (tmp_path / "out.png").read_text() == "mine"
+
+
 def test_a_training_is_shown_as_a_curve_and_a_table(converted, tmp_path):
     shutil.copytree(converted, tmp_path / "trained")
     manifest = json.loads((tmp_path / "trained" / "effconvert.json").read_text())
     curve = [{"tokens": 0, "seconds": 2.5, "held_out": 0.4}, {"tokens": 20480, "seconds": 60.0, "held_out": 0.1, "loss": 0.15, "scores": {"passkey 256": 0.9}}]
     manifest["distillation"] = {"text": "novels.txt", "sha256": "", "measure": "kl", "before": 0.4, "after": 0.1, "curve": curve, "held_out_windows": 32}
     (tmp_path / "trained" / "effconvert.json").write_text(json.dumps(manifest))
+    (tmp_path / "taken.png").write_text("mine")
+    with pytest.raises(OptionError, match=r"taken.png exists; give another --output, or --overwrite"):
+        report(tmp_path / "trained", [], tmp_path / "taken.html")
     report(tmp_path / "trained", [], tmp_path / "out.html")
     markdown = plain((tmp_path / "out.md").read_text())
     assert "| 0 | 2 | 0.4 | - | - |" in markdown

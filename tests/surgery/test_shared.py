@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 import effconvert
 from effconvert.checkpoint.shared import SHARES
 from effconvert.convert.run import convert
-from effconvert.errors import ModelError, OptionError
+from effconvert.errors import ModelError, OptionError, TechniqueError
 from effconvert.eval.quality.perplexity import cache_bytes
 from effconvert.heal.refit import Refit
 from effconvert.modeling import cache_for
@@ -230,6 +230,18 @@ def test_a_module_that_holds_more_is_refused():
     deep("gpt2")
     with pytest.raises(ModelError, match="a layer of gpt2 has no gate"):
         to("out", Share(what="gate"))
+
+
+def test_a_step_that_computes_a_layer_before_its_turn_is_a_mistake_of_its_author():
+    class Early(ShareFitted):
+        def rewrite(self, model):
+            super().rewrite(model)
+            assert "o" in model.layers[1]  # fits it, on the inputs of the first layer
+
+    put(Path("model"), num_hidden_layers=4)
+    with pytest.raises(TechniqueError, match=r"a step computes a layer in `rewrite`, before its turn"):
+        run("model", Early())
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("saved", [1, 2, 3])
