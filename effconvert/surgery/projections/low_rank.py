@@ -34,7 +34,8 @@ class LowRank(Factored):
     projection. --ratio chooses the rank of each projection by what its truncation does to the hidden states behind the layer.
 
     The model gets smaller, and not faster: near ratio 1 --form plain decodes faster and loses more. On SmolLM2, narrow --ffn loses more at nine tenths of
-    the FFNs' parameters, as much at three quarters, and less at half. Dropping layers costs less quality at equal size (docs/low-rank.md).
+    the FFNs' parameters, as much at three quarters, and less at half. Dropping layers costs less on 4,096
+    calibration tokens (docs/low-rank.md).
 
     \b
     Examples:
