@@ -14,8 +14,8 @@ from typing import Any
 
 import matplotlib
 import matplotlib.style
-from cycler import cycler
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 
 # Okabe & Ito (2008), https://jfly.uni-koeln.de/color/: the four that differ most to protanopes and deuteranopes, of those with
 # enough contrast to the background; tests/eval/test_report.py computes both.

@@ -140,9 +140,12 @@ class ShareFfn(Replacement):
                     layer.later(partial(self._fit, between=between, members=group, own=own))
                 else:
                     layer.share(between[0], "ffn")
-                for name, shape in self.parameters(model.config).items():
-                    part = f"down.{OWN}{name}"
-                    layer.defer(part, shape, partial(lambda index, part, own: own[index][part], index, part, own))
+                layer.later(partial(self._give_own, own=own))
+
+    def _give_own(self, layer: Layer, own: dict[int, dict[str, Tensor]]) -> None:
+        for name, shape in self.parameters(layer.config).items():
+            part = f"down.{OWN}{name}"
+            layer.defer(part, shape, partial(lambda index, part: own[index][part], layer.index, part))
 
     def _width(self, config: Config) -> int:
         return self.width or config.ffn
