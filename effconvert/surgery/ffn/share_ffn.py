@@ -29,7 +29,8 @@ class ShareFfn(Replacement):
     The neurons of all these layers are pooled. Those that write most on the calibration text stay, and one output projection is fitted to what each
     layer's own FFN gives. Each layer keeps a gain for each neuron and a shift of the output, which are few numbers and most of the quality (--no-gains
     leaves them out). The FFN is stored once, on disk and in memory; a token computes as much as before. --refit then fits the outputs of attention to
-    the original's hidden states. The result needs effconvert. For decoders prune-layers and narrow cost less at the same size: take these first.
+    the original's hidden states. The result needs effconvert. On a decoder it cost as much as dropped layers, which also save
+    time and cache: take prune-layers first.
     Pessoa Pires et al. 2023, arXiv 2309.01826 (One Wide Feedforward is All You Need); docs/share-ffn.md has measurements.
 
     \b
@@ -112,7 +113,7 @@ class ShareFfn(Replacement):
     def notes(self, config: Config) -> str:
         """Say that decoders are not what the paper shows."""
         shown = "that one FFN is enough was shown for encoders and translation models, trained as such"
-        rest = "for decoders prune-layers and narrow cost less at the same size (docs/share-ffn.md)" if config.decoder else "train it further"
+        rest = "on a decoder dropped layers cost as much, and save time and cache (docs/share-ffn.md)" if config.decoder else "train it further"
         return f"{shown}; {rest}"
 
     def parameters(self, config: Config, place: str = "") -> Mapping[str, tuple[int, ...]]:
