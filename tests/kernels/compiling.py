@@ -20,11 +20,24 @@ def compiled(cases):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def main(cases):
+def used(made):
+    """Return the registers and the stack of a compiled kernel, by the tool that comes with triton."""
     import re
-    from importlib import import_module
     from pathlib import Path
     from tempfile import TemporaryDirectory
+
+    import triton
+
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(made.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "--dump-resource-usage", file], capture_output=True, text=True, check=True).stdout
+    return {"registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack": int(re.search(r"STACK:(\d+)", usage)[1])}
+
+
+def main(cases):
+    from importlib import import_module
 
     import triton
     import triton.language as tl
@@ -40,13 +53,8 @@ def main(cases):
         signature = {name: case["signature"].get(name, "constexpr") for name in function.arg_names}
         options = {"num_warps": case["warps"], **({"num_stages": case["stages"]} if "stages" in case else {})}
         made = triton.compile(ASTSource(function, signature, fixed, aligned), target=GPUTarget("cuda", 90, 32), options=options)
-        with TemporaryDirectory() as folder:
-            file = Path(folder) / "kernel.cubin"
-            file.write_bytes(made.asm["cubin"])
-            tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-            usage = subprocess.run([tool, "--dump-resource-usage", file], capture_output=True, text=True, check=True).stdout
         code = made.asm["ptx"]
-        facts = {"registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack": int(re.search(r"STACK:(\d+)", usage)[1])}
+        facts = used(made)
         wide = {f"wide_{kind}s": f"{short}.global.v4" in code for kind, short in (("load", "ld"), ("store", "st"))}
         ways = {"copies": "cp.async.cg.shared.global" in code, "tensor_cores": "mma.sync" in code or "wgmma" in code}
         print(json.dumps({"shared": made.metadata.shared, **facts, **wide, **ways}))

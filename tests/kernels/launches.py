@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-SHARED = 232_448  # bytes of shared memory that a block of threads may have on sm_90
+from tests.kernels.compiling import used
 
 
 def launched(module, *arguments):
@@ -42,10 +42,6 @@ def kind(value):
 
 
 def facts(kernel, given, options):
-    import re
-    from pathlib import Path
-    from tempfile import TemporaryDirectory
-
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -58,15 +54,9 @@ def facts(kernel, given, options):
     signature = {name: "constexpr" if name in fixed else kinds[name][0] for name in kernel.arg_names}
     aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(kernel.arg_names) if name not in {*fixed, *free} and kinds[name][1]}
     made = triton.compile(ASTSource(kernel, signature, fixed, aligned), target=GPUTarget("cuda", 90, 32), options=how)
-    with TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(made.asm["cubin"])
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run([tool, "--dump-resource-usage", file], capture_output=True, text=True, check=True).stdout
     code = made.asm["ptx"]
     counts = {"wgmma": code.count("wgmma.mma_async"), "mma": code.count("mma.sync.aligned"), "copies": "cp.async.cg.shared.global" in code}
-    counts |= {"registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack": int(re.search(r"STACK:(\d+)", usage)[1])}
-    return {"shared": made.metadata.shared, **how, **counts, "floating": "fma.rn.f32" in code}
+    return {"shared": made.metadata.shared, **how, **counts, **used(made), "floating": "fma.rn.f32" in code}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from effconvert.surgery.mixing._call import Call
 from effconvert.surgery.mixing.linear import Linear
 from effconvert.surgery.mixing.performer import Performer
 from effconvert.surgery.mixing.retnet import Retnet
-from tests.kernels.launches import SHARED, launched
+from tests.kernels.compiling import SHARED
+from tests.kernels.launches import launched
 
 LOLCATS, LINEAR, RETENTION, PERFORMER = ({"window": 20}, {}, {"decay": 2, "norm": False}, {"decay": 1})
 FORMS = pytest.mark.parametrize("form", [LOLCATS, LINEAR, RETENTION, PERFORMER], ids=["lolcats", "linear", "retention", "performer"])

@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from effconvert.kernels import decode_attention as operation
-from effconvert.kernels.decode_attention import cost, decode_attention, decode_attention_reference, splits_for, tiles, uncovered
+from effconvert.kernels._decode import SPLITS, splits_for, tiles
+from effconvert.kernels.decode_attention import cost, decode_attention, decode_attention_reference, uncovered
 from tests.kernels.compiling import SHARED, compiled
 
 LEAST = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # the interpreter cuts bfloat16 off where a GPU rounds
@@ -207,7 +207,7 @@ def case(group, tokens, width, value_width, flags, dtype="bf16", itemsize=2):
     widths = dict(zip(("D1", "D2", "V1", "V2"), (*cut.widths, *cut.value_widths), strict=True))
     absent = dict.fromkeys({"start", "stop", "counts"} - counts.keys())
     return {
-        "kernel": "effconvert.kernels.decode_attention:_part",
+        "kernel": "effconvert.kernels._decode:part",
         "signature": pointers | counts | numbers,
         "fixed": {**dict.fromkeys(FLAGS, False), **flags, **sizes, **widths, **absent},
         "aligned": [*pointers, *counts, *STRIDES],
@@ -219,8 +219,8 @@ def case(group, tokens, width, value_width, flags, dtype="bf16", itemsize=2):
 def sums(width):
     """The same of the second kernel."""
     signature = {"parts": "*fp32", "norms": "*fp32", "out": "*bf16", "splits": "i32"}
-    fixed = {"V": width, "PARTS": operation.SPLITS, "COLUMNS": 64}
-    return {"kernel": "effconvert.kernels.decode_attention:_sum", "signature": signature, "fixed": fixed, "aligned": [*signature][:3], "warps": 4}
+    fixed = {"V": width, "PARTS": SPLITS, "COLUMNS": 64}
+    return {"kernel": "effconvert.kernels._decode:add_up", "signature": signature, "fixed": fixed, "aligned": [*signature][:3], "warps": 4}
 
 
 WHOLE = [(3, 1, 64, 64, {}), (9, 1, 512, 512, {})]  # in float32

@@ -12,6 +12,7 @@ from effconvert.modeling.state import State
 from effconvert.surgery.mixing._call import Call
 
 HEADS, GROUPS, WIDTH = 4, 2, 8
+EXACT = 1e-5  # of float32 values of about 1
 
 
 def config(kind="bert", **keys):
@@ -45,6 +46,34 @@ def mixed(technique, query, key, value, live=None, split=None, causal=True, soft
         if state:
             assert state.nbytes == len(key) * technique.cache_bytes(llama, 4, at)
     return torch.cat(made, 2)
+
+
+def close(one, other, atol=EXACT):
+    """Whether two tensors are the same but for rounding."""
+    return torch.allclose(one, other.to(one.dtype), rtol=0, atol=atol)
+
+
+def padding_changes_nothing(technique, reference, text):
+    """Check that tokens that are not live take no place: a decoder's call puts its live tokens last, an encoder has them wherever they stand.
+
+    Args:
+        technique: a mixer without parameters.
+        reference: what it gives of queries, keys, values, and whether causal, without padding.
+        text: tokens.
+    """
+    left, live = 20, torch.ones(2, text, dtype=torch.bool)
+    live[0, :left] = live[1] = False
+    wild = [torch.where(live[:, None, :, None], tensor, 1e4) for tensor in rows(text)]
+    expected = reference(*(tensor[:1, :, left:] for tensor in rows(text)))
+    for split in (None, [5, 30, 15]):
+        made = mixed(technique, *wild, live, split)
+        assert close(made[:1, :, left:], expected), split
+        assert made.isfinite().all()
+    live[0] = random(text) > 0
+    wild = [torch.where(live[:, None, :, None], tensor, 1e4) for tensor in rows(text)]
+    made = mixed(technique, *wild, live, causal=False)
+    assert close(made[:1, :, live[0]], reference(*(tensor[:1, :, live[0]] for tensor in rows(text)), causal=False))
+    assert made.isfinite().all()
 
 
 class _Largest(TorchDispatchMode):

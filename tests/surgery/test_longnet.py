@@ -1,5 +1,7 @@
 """Dilated attention is one softmax over the keys of all pairs, a key as often as there are pairs that have it, in whatever parts it is computed."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -8,11 +10,10 @@ from effconvert.convert.in_words import typed
 from effconvert.errors import OptionError
 from effconvert.surgery.mixing.longnet import Longnet
 from effconvert.surgery.mixing.sparse import Sparse
-from tests.surgery.rows import GROUPS, HEADS, WIDTH, config, cost, mixed, random, rows
+from tests.surgery.rows import GROUPS, HEADS, WIDTH, close, config, cost, mixed, padding_changes_nothing, random, rows
 
 TEXT = 50
 LLAMA = config("llama", num_key_value_heads=GROUPS, max_position_embeddings=64)
-EXACT = 1e-5  # of float32 values of about 1
 SHAPES = [
     {"segments": segments, "dilations": dilations, "sinks": sinks}
     for segments, dilations, sinks in (
@@ -49,10 +50,6 @@ def reference(options, query, key, value, causal=True, softcap=None):
     return (scores + counts(query.shape[2], **options, causal=causal).double().log()).softmax(-1) @ value
 
 
-def close(one, other, atol=EXACT):
-    return torch.allclose(one, other.to(one.dtype), rtol=0, atol=atol)
-
-
 @pytest.mark.parametrize("options", SHAPES, ids=named)
 def test_mixing_is_one_softmax_over_the_multiset_in_any_number_of_calls(options):
     expected = reference(options, *rows(TEXT))
@@ -67,20 +64,7 @@ def test_encoders_see_both_sides_of_a_segment(options):
 
 @pytest.mark.parametrize("options", SHAPES, ids=named)
 def test_padding_changes_nothing_and_takes_no_place_in_a_segment(options):
-    """Where a decoder's call puts its live tokens last, as it does wherever there is padding; in an encoder wherever it stands."""
-    left, live = 20, torch.ones(2, TEXT, dtype=torch.bool)
-    live[0, :left] = live[1] = False
-    wild = [torch.where(live[:, None, :, None], tensor, 1e4) for tensor in rows(TEXT)]
-    expected = reference(options, *(tensor[:1, :, left:] for tensor in rows(TEXT)))
-    for split in (None, [5, 30, 15]):
-        made = mixed(Longnet(**options), *wild, live, split)
-        assert close(made[:1, :, left:], expected), split
-        assert made.isfinite().all()
-    live[0] = random(TEXT) > 0
-    wild = [torch.where(live[:, None, :, None], tensor, 1e4) for tensor in rows(TEXT)]
-    made = mixed(Longnet(**options), *wild, live, causal=False)
-    assert close(made[:1, :, live[0]], reference(options, *(tensor[:1, :, live[0]] for tensor in rows(TEXT)), causal=False))
-    assert made.isfinite().all()
+    padding_changes_nothing(Longnet(**options), partial(reference, options), TEXT)
 
 
 @pytest.mark.parametrize("segments", [(TEXT,), (1000,), (64, 64)])  # a pair that is there twice counts all keys twice

@@ -1,17 +1,18 @@
 """Sparse attention is one softmax over the keys of its pattern, in whatever parts it is computed, at a cost that is not quadratic."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from effconvert.errors import OptionError
 from effconvert.surgery.mixing.sparse import Sparse
-from tests.surgery.rows import GROUPS, HEADS, WIDTH, config, cost, mixed, random, rows
+from tests.surgery.rows import GROUPS, HEADS, WIDTH, close, config, cost, mixed, padding_changes_nothing, random, rows
 
 TEXT = 50
 SPLITS = [None, [7, 1, 20, 22], [1] * TEXT]
 LLAMA = config("llama", num_key_value_heads=GROUPS, max_position_embeddings=64)
-EXACT = 1e-5  # of float32 values of about 1
 SHAPES = [
     {"pattern": pattern, "block": block, "sinks": sinks, **more}
     for pattern, more in (("strided", {}), ("fixed", {"summaries": 1}), ("fixed", {}), ("log", {}))
@@ -43,10 +44,6 @@ def reference(options, query, key, value, causal=True, softcap=None):
     return scores.masked_fill(~seen(query.shape[2], **options, causal=causal), -torch.inf).softmax(-1) @ value
 
 
-def close(one, other, atol=EXACT):
-    return torch.allclose(one, other.to(one.dtype), rtol=0, atol=atol)
-
-
 @pytest.mark.parametrize("options", SHAPES, ids=named)
 def test_mixing_is_one_softmax_over_the_pattern_in_any_number_of_calls(options):
     expected = reference(options, *rows(TEXT))
@@ -61,20 +58,7 @@ def test_encoders_see_as_much_to_the_other_side(options):
 
 @pytest.mark.parametrize("options", SHAPES, ids=named)
 def test_padding_changes_nothing_and_takes_no_place_in_the_pattern(options):
-    """Where a decoder's call puts its live tokens last, as it does wherever there is padding; in an encoder wherever it stands."""
-    left, live = 20, torch.ones(2, TEXT, dtype=torch.bool)
-    live[0, :left] = live[1] = False
-    wild = [torch.where(live[:, None, :, None], tensor, 1e4) for tensor in rows(TEXT)]
-    expected = reference(options, *(tensor[:1, :, left:] for tensor in rows(TEXT)))
-    for split in (None, [5, 30, 15]):
-        made = mixed(Sparse(**options), *wild, live, split)
-        assert close(made[:1, :, left:], expected), split
-        assert made.isfinite().all()
-    live[0] = random(TEXT) > 0
-    wild = [torch.where(live[:, None, :, None], tensor, 1e4) for tensor in rows(TEXT)]
-    made = mixed(Sparse(**options), *wild, live, causal=False)
-    assert close(made[:1, :, live[0]], reference(options, *(tensor[:1, :, live[0]] for tensor in rows(TEXT)), causal=False))
-    assert made.isfinite().all()
+    padding_changes_nothing(Sparse(**options), partial(reference, options), TEXT)
 
 
 @pytest.mark.parametrize("options", [{"pattern": "strided"}, {"pattern": "fixed"}, {"pattern": "log"}], ids=named)
