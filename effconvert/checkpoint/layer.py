@@ -77,7 +77,7 @@ class Layer(Parts):
         super().__init__(config, stored, device, below)
         self.index, self.activations = index, activations
         self.originals = range(index, index + 1) if originals is None else originals
-        self._source_index: int = index if below is None else below._source_index
+        self.source_index: int = index if below is None else below.source_index
 
     def on_top(self, index: int, config: Config) -> Layer:
         """Return this layer for the next surgery."""
@@ -87,7 +87,7 @@ class Layer(Parts):
     def unchanged(self) -> Layer:
         """This layer as it was before this surgery."""
         layer = Layer(self.index, self.config, self._stored, self._device, self._below, self.originals, self.activations)
-        layer._source_index = self._source_index
+        layer.source_index = self.source_index
         return layer
 
     def share(self, first: Self, what: str) -> None:
@@ -173,7 +173,7 @@ class Layer(Parts):
 
     def _stored_parts(self) -> list[str]:
         parts = [part for stem in self._source.parts for part in (stem, f"{stem}.bias")]
-        for record in self._source.replaced_in(self._source_index):
+        for record in self._source.replaced_in(self.source_index):
             prefix = ".".join(filter(None, [self._source.place(record.place), OWN]))
             parts += [f"{record.place}.{OWN}{name.removeprefix(prefix)}" for name in self._stored if name.startswith(prefix)]
         return parts

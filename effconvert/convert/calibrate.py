@@ -30,15 +30,15 @@ def calibrate(plan: Plan, folder: Path, progress: Progress) -> None:
     after = [model.outer.on_top(config) for model, config in zip(plan.models("cpu"), plan.configs[1:], strict=False)]
     outer = [plan.checkpoint.model("cpu").outer, *after]  # the configs know of all changes outside the layers
     activations = Activations(plan.checkpoint, plan.teacher, outer, plan.calibration.batches)
-    activations.ready = False
+    activations.turn = None
     layers: list[Layer | None] = [*plan.models("cpu", activations)[-1].layers]
-    activations.ready = True
     with progress.bar("calibrating", len(layers) * ids.numel(), "tokens") as advance:
         for index in range(len(layers)):
             layer, file = layers[index], folder / drafts.names(plan)[index]
             users = [later for later in range(index, len(layers)) if index in {later, plan.config.cache_of(later), *plan.config.leaders(later)}]
             drafts.discard_damaged(file)
             complete = all((folder / drafts.names(plan)[user]).is_file() for user in users)
+            activations.turn = layer.source_index if layer is not None else None
             if layer is not None and not complete:  # not `if layer`, which computes its length
                 tensors = {name: numbers.to(NUMBERS[origin.dtype]) for name, (origin, numbers, new) in stored_tensors(layer, stored=True).items() if new}
                 if not file.is_file():  # else the layer was computed again for a later one, before activations advance

@@ -20,7 +20,7 @@ class Activations:
 
     Attributes:
         states: the layer's inputs, [B, T, M] for each batch.
-        ready: whether a layer may be computed. While steps only say what they change, it would see the inputs of the first.
+        turn: number of the source's layer whose inputs these are; None while steps only say what they change, and no layer may be computed.
     """
 
     def __init__(self, source: Checkpoint, teacher: Checkpoint, outer: Sequence[Outer], batches: Sequence[Tensor]) -> None:
@@ -34,7 +34,8 @@ class Activations:
         """
         self.device = device()
         self.source, self.teacher, self.ids = source, teacher, [batch.to(self.device) for batch in batches]
-        self.outer, self.ready = outer, True
+        self.outer = outer
+        self.turn: int | None = 0
         self._original = outer[0] if teacher is source else teacher.model("cpu").outer
         self.runners: dict[int, LayerRunner] = {}
         self.notes: dict[int, dict[str, float]] = {}
@@ -50,6 +51,8 @@ class Activations:
 
     def capture(self, layer: Layer, parts: Sequence[str] = (), until: str = "", states: Sequence[Tensor] | None = None) -> Iterator[Capture]:
         """Run a layer with its current weights on `states`, by default the current inputs, and yield its activations for each batch: see `LayerRunner.run`."""
+        if states is None and layer.source_index != self.turn:
+            raise TechniqueError(f"a step computes layer {layer.index} out of its turn, on the inputs of another; it should do that in `layer.later`")
         return self._run(self._outer_of(layer.config), layer, layer.index, self.states if states is None else states, parts, until)
 
     def original(self, layers: Sequence[int], parts: Sequence[str] = (), until: str = "") -> Iterator[Capture]:
@@ -111,7 +114,7 @@ class Activations:
             del self._lent[lender]
 
     def _run(self, outer: Outer, layer: Layer, index: int, states: Sequence[Tensor], parts: Sequence[str] = (), until: str = "") -> Iterator[Capture]:
-        if not self.ready:
+        if self.turn is None:
             raise TechniqueError("a step computes a layer in `rewrite`, before its turn; it should do that in `layer.later`")
         tensors = self.stored(layer)
         for capture in self._runner(outer).run(index, tensors, states, parts, until):
