@@ -24,8 +24,10 @@ from effconvert.convert.verify import Material, check_memory, prepare, scratch_b
 from effconvert.convert.write import is_unfinished, write
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality.text import default_text, read_text
+from effconvert.eval.subject import check_kernels
 from effconvert.eval.verification import Verification
 from effconvert.heal._healing import Healing
+from effconvert.heal._layerwise import device
 from effconvert.heal.distill import Distill
 from effconvert.heal.refit import Refit
 from effconvert.heal.transfer import Transfer
@@ -73,6 +75,7 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progre
 def _convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progress: Progress, reuse: bool, tell: processes.Tell) -> Outcome:
     if not surgeries:
         raise OptionError("there is no step to do; name at least one technique")
+    check_kernels("auto", device().type)  # of calibration, training and verification
     text = (read_text(options.text) if options.text else default_text()) if options.verify else None
     folder = sources.locate(model, options.revision, progress.step, to_convert=True)
     surgeries = _with_healing(surgeries, options)

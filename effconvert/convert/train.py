@@ -31,7 +31,6 @@ from effconvert.errors import EffconvertError, OptionError
 from effconvert.eval.training import Point, Training
 from effconvert.heal._sharing import LAYER
 from effconvert.heal._windows import Windows
-from effconvert.kernels.choice import runs_triton
 from effconvert.modeling import loading
 from effconvert.paths import real
 from effconvert.progress import Advance, Progress
@@ -76,10 +75,6 @@ def check_training(plan: Plan, output: Path, text: TrainingText) -> None:
     if (need := checkpoint_bytes(plan) - there) > (free := shutil.disk_usage(place).free):
         raise OptionError(f"{folder} needs up to {size(need)} for checkpoints, and {place} has {size(free)} free; give an --output on another disk")
     scores(plan)  # also loads the tasks
-    try:
-        runs_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu"), "divergence")
-    except ValueError as error:
-        raise OptionError(str(error)) from None
     if getattr(plan.surgeries[-1], "cache_teacher", None):
         check_cache(plan, output, items(plan, text))
 
