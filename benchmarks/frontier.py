@@ -10,7 +10,7 @@ again. The size of a cache follows from the shape: it is what a plan promises an
 import csv
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
@@ -32,31 +32,40 @@ HEAL = "refit --teacher {model}"
 @click.option("--calibration-tokens", default=16384)
 @click.option("--heldout", type=Path, help="Text to measure on; by default docstrings of other modules.")
 @click.option("--tokens", default=4096)
+@click.option(
+    "--jobs", default=1, help="Rows at a time, each with so many processor threads as OMP_NUM_THREADS says. Seconds are then those of a busy machine."
+)
 @click.option("-o", "--output", type=Path, required=True)
-def main(model, rows, calibrate, calibration_tokens, heldout, tokens, output):
+def main(model, rows, calibrate, calibration_tokens, heldout, tokens, jobs, output):
     """Measure and append to a CSV."""
     done = list(csv.DictReader(output.open(newline=""))) if output.exists() else []
     asked = ["--calibrate", calibrate, "--calibration-tokens", str(calibration_tokens), "--no-verify", "--overwrite"]
     about = {"model": Path(model).name, "calibration": Path(calibrate).name, "calibration_tokens": calibration_tokens, "tokens": tokens}
     about |= {"date": datetime.now(UTC).date(), "cores": os.cpu_count()}
-    with output.open("a", newline="") as file, TemporaryDirectory() as scratch:
+    measured = {row["commands"] for row in done if all(row[key] == str(value) for key, value in key_of(about).items())}
+    missing = [row for row in ["", *(rows or apart(ladder, model))] if row not in measured]
+    with output.open("a", newline="") as file, ThreadPoolExecutor(jobs) as pool:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         if not done:
             writer.writeheader()
-        for row in ["", *(rows or apart(ladder, model))]:
-            if any(all(old[key] == str(value) for key, value in {**key_of(about), "commands": row}.items()) for old in done):
-                continue
-            place, seconds, peak = model, 0.0, 0.0
-            for number, command in enumerate(filter(None, row.split(";"))):
-                target = Path(scratch) / str(number)
-                spent, most = timed([sys.executable, "-m", "effconvert", *command.format(model=model).split(), *asked, str(place), "-o", str(target)])
-                place, seconds, peak = target, seconds + spent, max(peak, most)
-            cache, parameters = apart(size, place)
-            loss, name, installed = apart(loss_of, str(place), heldout, tokens)
-            measured = {"cache": f"{cache:.3f}", "parameters": parameters, "loss": f"{loss:.4f}", "seconds": f"{seconds:.0f}", "peak_gb": f"{peak:.2f}"}
-            writer.writerow({**about, **measured, "commands": row, "heldout": name, "versions": installed})
+        for row in pool.map(lambda row: measure(model, row, asked, heldout, tokens), missing):
+            writer.writerow({**about, **row})
             file.flush()
-            click.echo(f"{cache:7.3f} kB  {parameters / 1e6:7.2f} M  {loss:.3f}  {seconds:5.0f} s  {row or 'original'}")
+            click.echo("{cache:>7} kB  {parameters:>10}  {loss}  {seconds:>5} s  {commands}".format(**row))
+
+
+def measure(model, row, asked, heldout, tokens):
+    """Run the commands of a row one after the other, and return its part of the CSV."""
+    place, seconds, peak = model, 0.0, 0.0
+    with TemporaryDirectory() as scratch:
+        for number, command in enumerate(filter(None, row.split(";"))):
+            target = Path(scratch) / str(number)
+            spent, most = timed([sys.executable, "-m", "effconvert", *command.format(model=model).split(), *asked, str(place), "-o", str(target)])
+            place, seconds, peak = target, seconds + spent, max(peak, most)
+        cache, parameters = apart(size, place)
+        loss, name, installed = apart(loss_of, str(place), heldout, tokens)
+    sizes = {"cache": f"{cache:.3f}", "parameters": parameters, "seconds": f"{seconds:.0f}", "peak_gb": f"{peak:.2f}"}
+    return {**sizes, "commands": row, "loss": f"{loss:.4f}", "heldout": name, "versions": installed}
 
 
 def key_of(about):
