@@ -7,6 +7,8 @@ from torch import Tensor
 HELD_OUT = 8  # every eighth window
 STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # of a ridge, in means of the Gram matrix's diagonal
 TINY = 1e-30  # least divisor
+RIDGE = 1e-6  # of the mean of a moment's diagonal: in directions that the text does not cover, the weights themselves decide
+ROUNDING = 1e-9  # least energy of a direction, as a share of the largest
 
 
 class Moments:
@@ -26,6 +28,21 @@ class Moments:
         if not len(self.gram):
             return 0.0
         return float(2 * (change * self.cross).sum() - ((change @ self.gram) * change).sum())
+
+
+def damped(moment: Tensor) -> Tensor:
+    """Add a little to the diagonal of second moments, [..., M, M]."""
+    scale = RIDGE * moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(TINY)
+    return moment + scale[..., None, None] * torch.eye(moment.shape[-1], dtype=moment.dtype)
+
+
+def positive(moment: Tensor) -> Tensor:
+    """Return second moments [..., M, M], or the nearest that have a Cholesky factor: on fewer tokens than M, rounded sums leave directions below zero."""
+    if not torch.linalg.cholesky_ex(moment).info.any():
+        return moment
+    energies, vectors = torch.linalg.eigh(moment)
+    nearest: Tensor = (vectors * energies.clamp_min(ROUNDING * energies[..., -1:])[..., None, :]) @ vectors.mT
+    return nearest
 
 
 def ridge(fit: Moments, held_out: Moments) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,17 @@ def test_all_directions_give_the_same_attention(layout, rotary):
     difference -= difference.mean(-1, keepdim=True)  # softmax ignores what all keys have in common
     assert difference.abs().max() < 1e-9 * scores.abs().max()
     assert (new_values.sum(0) + found.bias - values.sum(0)).abs().max() < 1e-9 * values.abs().max()  # of all heads, whose weights sum to 1
+
+
+def test_fewer_tokens_than_inputs_do_even_if_rounding_leaves_a_direction_with_less_than_nothing():
+    heads, inputs = random_heads()
+    few = inputs[:20]
+    unseen = torch.linalg.svd(few - few.mean(0)).Vh[-2]  # a direction in which all these tokens are alike
+    broken = few.T @ few / len(few) - 1e-6 * torch.outer(unseen, unseen)
+    assert torch.linalg.eigvalsh(broken)[0] < 0
+    found, whole = (latents(replace(heads, moment=moment), 4, 6) for moment in (broken, broken + 1e-5 * torch.eye(len(broken))))
+    values = [torch.einsum("hdr,rm,tm->thd", some.values, some.c, few) for some in (found, whole)]
+    assert (values[0] - values[1]).abs().max() <= 1e-3 * values[1].abs().max()
 
 
 @pytest.mark.parametrize("rank", [5, 12])

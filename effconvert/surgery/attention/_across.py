@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from effconvert.checkpoint.layer import Layer
-from effconvert.surgery.attention._heads import RIDGE, Heads, heads_of, projections, read_heads, write_heads
+from effconvert.surgery._ridge import damped, positive
+from effconvert.surgery.attention._heads import Heads, heads_of, projections, read_heads, write_heads
 from effconvert.surgery.attention._pooling import SCORES, pool
 
 Reader = dict[str, Tensor]  # the new queries and outputs of a layer that reads: part -> tensor
@@ -46,7 +47,7 @@ def sharing_cost(layer: Layer, reader: Layer, x: Tensor, y: Tensor) -> float:
     biases = _biases(layer)
     x, y = (torch.cat([rows, rows.new_ones(len(rows), 1)], 1) if biases else rows for rows in (x.double(), y.double()))
     heads = heads_of(layer, x.T @ x / len(x))
-    own, both = _damped(y.T @ y / len(y)), y.T @ x / len(x)
+    own, both = positive(damped(y.T @ y / len(y))), y.T @ x / len(x)
     member = _as_member(heads, reader, biases, own, both)
     unpredicted = own - both @ torch.linalg.solve(heads.moment, both.mT)  # what of y no x says, [M, M]
     lost = 0.0
@@ -54,7 +55,7 @@ def sharing_cost(layer: Layer, reader: Layer, x: Tensor, y: Tensor) -> float:
     for index in range(len(heads.k)):
         two = _side_by_side([_only(heads, index), _only(member.heads, index)])
         grams = torch.einsum("mhd,mhe->hde", two.o, two.o).unflatten(0, (2, -1)).sum(1)  # [2, D, D]
-        roots = torch.linalg.cholesky(_damped(grams))
+        roots = torch.linalg.cholesky(damped(grams))
         rows = (roots.mT @ two.v).flatten(0, 1)
         lost += float(torch.linalg.eigvalsh(rows @ heads.moment @ rows.T)[: -two.v.shape[1]].sum())
         lost += float(((roots[1].mT @ v[index]) @ unpredicted * (roots[1].mT @ v[index])).sum())
@@ -119,10 +120,4 @@ def _moments(layer: Layer, reader: Layer, width: int) -> tuple[Tensor, Tensor]:
         own += (y.T @ y).double().cpu()
         both += (y.T @ x).double().cpu()
         count += len(x)
-    return _damped(own / count), both / count
-
-
-def _damped(moment: Tensor) -> Tensor:
-    """Add a little to the diagonal, so that there is a Cholesky factor."""
-    scale = RIDGE * moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)
-    return moment + scale[..., None, None] * torch.eye(moment.shape[-1], dtype=moment.dtype)
+    return positive(damped(own / count)), both / count

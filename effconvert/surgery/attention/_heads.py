@@ -9,9 +9,8 @@ from torch import Tensor
 
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.layer import Layer
+from effconvert.surgery._ridge import damped, positive
 from effconvert.surgery._rope import join_pairs, split_pairs
-
-RIDGE = 1e-6  # of the mean of the moments' diagonal: in directions that the text does not cover, the weights themselves decide
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,12 @@ def read_heads(layer: Layer, ones: bool = False) -> Heads:
 def heads_of(layer: Layer, moment: Tensor) -> Heads:
     """Return the heads of a layer whose inputs have these second moments, [M, M] in float64; with biases one more, of ones, which may be there without."""
     config, biases = layer.config, [part for part in "qkv" if f"{part}.bias" in layer]
-    moment = moment + RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
     return Heads(
-        *projections(layer.__getitem__, config, biases, len(moment) > config.hidden), moment, config.rotary_of(layer.index), config.family.rope, config.normed
+        *projections(layer.__getitem__, config, biases, len(moment) > config.hidden),
+        positive(damped(moment)),
+        config.rotary_of(layer.index),
+        config.family.rope,
+        config.normed,
     )
 
 

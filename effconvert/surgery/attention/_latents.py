@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from effconvert.surgery._ridge import positive
 from effconvert.surgery.attention._heads import Heads
 from effconvert.surgery.attention._pooling import SCORES, cholesky
 
@@ -105,7 +106,7 @@ def _best(values: Tensor, pairs: int | Sequence[int]) -> Tensor:
 
 def _prediction(rows: Tensor, moment: Tensor) -> Tensor:
     """Return the best linear prediction of inputs [M - 1, R] from `rows` [R, M - 1] of them: S A^T (A S A^T)^-1."""
-    root = torch.linalg.cholesky(moment)
+    root = torch.linalg.cholesky(positive(moment))
     basis, triangle = torch.linalg.qr((rows @ root).T)  # [M - 1, R], [R, R]
     result: Tensor = torch.linalg.solve_triangular(triangle.T, root @ basis, upper=False, left=False)
     return result

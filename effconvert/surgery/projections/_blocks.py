@@ -7,15 +7,14 @@ Output p K + k of a Monarch matrix is sum over r of left[k, p, r] right[r, k, :]
 import torch
 from torch import Tensor
 
-from effconvert.surgery.projections._factors import RIDGE
+from effconvert.surgery._ridge import damped, positive
 
 
 def monarch(weight: Tensor, moment: Tensor | None, blocks: int) -> tuple[Tensor, Tensor]:
     """Return the blocks of outputs [K, O/K, K] and of inputs [K, K, I/K], in float64, for inputs with this second moment [I, I]; None: equally likely."""
     weight = weight.double()
     inputs = weight.shape[1]
-    unit = torch.eye(inputs, dtype=weight.dtype)
-    second = unit if moment is None else moment + RIDGE * moment.diagonal().mean() * unit
+    second = torch.eye(inputs, dtype=weight.dtype) if moment is None else positive(damped(moment))
     parts = weight.unflatten(0, (-1, blocks)).unflatten(2, (blocks, -1)).permute(1, 2, 0, 3)  # [K, K, O/K, I/K]: by output block k, input block r
     own = torch.stack([second[rows, rows] for rows in _slices(inputs, blocks)])  # [K, I/K, I/K]: each block's own moment
     roots = torch.linalg.cholesky(own)
@@ -34,8 +33,7 @@ def _fitted(parts: Tensor, left: Tensor, right: Tensor, second: Tensor) -> Tenso
         cross = rows @ second
         gram = cross @ rows.T
         wanted = parts[k].transpose(0, 1).flatten(1)  # [O/K, I]
-        damped = gram + RIDGE * gram.diagonal().mean().clamp_min(1e-30) * torch.eye(blocks, dtype=gram.dtype)
-        fitted[k] = left[k] + torch.linalg.solve(damped, cross @ (wanted - left[k] @ rows).T).T
+        fitted[k] = left[k] + torch.linalg.solve(damped(gram), cross @ (wanted - left[k] @ rows).T).T
     return fitted
 
 

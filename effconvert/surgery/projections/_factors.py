@@ -12,10 +12,9 @@ from torch import Tensor
 
 from effconvert.checkpoint.layer import Layer
 from effconvert.checkpoint.replaced import OWN
+from effconvert.surgery._ridge import damped, positive
 from effconvert.surgery.projections import _pivoted
 from effconvert.surgery.projections._parts import FACTORED
-
-RIDGE = 1e-6  # of the mean of the moment's diagonal: in directions that the text does not cover, the weights themselves decide
 
 
 def factors(weight: Tensor, moment: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
@@ -48,11 +47,10 @@ def losses(weight: Tensor, moment: Tensor | None) -> Tensor:
 def _whitened(weight: Tensor, moment: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Return A A^T, or A^T A and A where that is smaller; A = W C [O, I] with C C^T = S."""
     outputs, inputs = weight.shape
-    unit = torch.eye(inputs, dtype=weight.dtype)
-    damped = unit if moment is None else moment + RIDGE * moment.diagonal().mean() * unit
+    second = torch.eye(inputs, dtype=weight.dtype) if moment is None else damped(moment)
     if outputs <= inputs:
-        return weight @ damped @ weight.T, None
-    whitened = weight @ torch.linalg.cholesky(damped)
+        return weight @ second @ weight.T, None
+    whitened = weight @ torch.linalg.cholesky(positive(second))
     return whitened.T @ whitened, whitened
 
 
