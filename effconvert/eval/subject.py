@@ -183,12 +183,11 @@ def load_model(opened: Opened, dtype: str, device: str, kernels: str = "auto") -
     if device == "cpu" and need > free:
         raise EffconvertError(f"{opened.subject.name} takes {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; measure it on a larger machine")
     check_kernels(kernels, device)
-    from effconvert.modeling.attention import NAME  # imports transformers, as loading does
-    from effconvert.modeling.decoding import choose
+    from effconvert.modeling.attention import choose  # imports transformers, as loading does
 
     model = load(opened.folder, opened.config, torch_dtype, device)
     try:
-        choose(model, kernels, NAME)
+        choose(model, kernels)
     except ValueError as error:
         raise OptionError(str(error)) from None
     return model

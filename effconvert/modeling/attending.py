@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from effconvert.checkpoint.config import Config
-from effconvert.modeling.decoding import decoded
+from effconvert.modeling.decoding import decoded, of_one_width
 from effconvert.modeling.transformers_internals import attention_function, cache_among, repeat_heads, rotary, scaling_of
 from effconvert.surgery._rope import join_pairs, split_pairs
 
@@ -49,8 +48,6 @@ class Attending:
         if (step := decoded(self.module, query, key, value, mask, scaling=scaling, **capped)) is not None:
             return step  # for which nothing has to be padded
         repeat_heads(self.module, query.shape[1] // key.shape[1])
-        width, more = value.shape[-1], key.shape[-1] - value.shape[-1]  # torch is fastest where both are of one width
-        query, key = (pad(rows, (0, max(0, -more))) for rows in (query, key))
-        function = attention_function(self.module.config)
-        out: Tensor = function(self.module, query, key, pad(value, (0, max(0, more))), mask, scaling=scaling, **capped)[0]
+        function, width = attention_function(self.module.config), value.shape[-1]
+        out: Tensor = function(self.module, *of_one_width(query, key, value), mask, scaling=scaling, **capped)[0]
         return out[..., :width]

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from effconvert.checkpoint.config import Config
-from effconvert.modeling.decoding import decoded
+from effconvert.kernels.choice import cannot, runs_triton
+from effconvert.modeling import latent
+from effconvert.modeling.decoding import OPERATION, by_groups, decoded, is_step, of_one_width
 from effconvert.modeling.grouped import unique_heads
 from effconvert.modeling.packed import Packing
 from effconvert.modeling.places import NAME as OWN_NAME
@@ -20,6 +22,7 @@ from effconvert.modeling.transformers_internals import (
     attention_inputs,
     cache_among,
     eager,
+    implementation,
     is_causal,
     rotary,
     sdpa,
@@ -30,6 +33,7 @@ from effconvert.surgery.mixing._mixing import Mixing
 
 NAME = "effconvert"  # of our function in transformers' registry
 SLICE = 2048  # tokens of a decoder's mixer per call, which limits its memory on long prompts
+BEFORE = "attention_before"  # attribute of a stock model that has our function: the name of its own
 SOFTMAX = ("sdpa", "eager")  # implementations for layers without a mixer
 
 
@@ -76,6 +80,10 @@ def _pass_inputs(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, mixing: Any = None, **kwargs: Any) -> Any:
     """Attend by the module's mixer, or by softmax without one: an attention function for transformers' registry."""
+    if latent.absorbs(module):
+        if (out := latent.decode(module, query, key, value, attention_mask, **kwargs)) is not None:
+            return out, None
+        key, value = latent.expanded(module, key, value)
     key, value = unique_heads(module, query, key), unique_heads(module, query, value)
     if mixing is None:
         return softmax(module, query, key, value, attention_mask, **kwargs)
@@ -110,7 +118,10 @@ def softmax(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
     if (out := decoded(module, query, key, value, attention_mask, **kwargs)) is not None:
         return out, None
     if kwargs.get("softcap") is None and getattr(module, "softmax", "sdpa") == "sdpa":
-        return sdpa(module, query, key, value, attention_mask, **kwargs)
+        if is_step(query, key, attention_mask) and is_causal(module) and kwargs.get("is_causal") is not False and not kwargs.get("dropout"):
+            return by_groups(query, key, value, attention_mask, kwargs.get("scaling")), None
+        out, weights = sdpa(module, *of_one_width(query, key, value), attention_mask, **kwargs)
+        return out[..., : value.shape[-1]], weights
     key, value = (rows.repeat_interleave(getattr(module, "repeats", 1), 1) for rows in (key, value))  # one for each query head, as the family expects
     tokens, known = query.shape[-2], key.shape[-2]
     if attention_mask is None and is_causal(module) and tokens > 1:
@@ -118,6 +129,38 @@ def softmax(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, torch.finfo(query.dtype).min)
     return eager(module)(module, query, key, value, attention_mask, **kwargs)
+
+
+def choose(model: Any, kernels: str) -> None:
+    """Have a model on its device decode by kernels, or not: "auto", "triton" or "reference". Latent attention decodes by its latents, but for "reference".
+
+    "reference" gives a stock model the attention function back that it had.
+
+    Args:
+        model: of transformers, or of a class of ours. A stock model is given our attention function where a step differs from its own.
+        kernels: what is asked for.
+
+    Raises:
+        ValueError: kernels are asked for, and cannot run here, or the model does not attend by an attention function.
+    """
+    if kernels == "reference" and (was := model.__dict__.pop(BEFORE, None)):
+        model.set_attn_implementation(was)
+    runs, before = runs_triton(model.device, OPERATION, kernels), implementation(model.config)
+    modules = [module for module in model.modules() if is_causal(module)]
+    latents = [module for module in modules if latent.can_absorb(module) and kernels != "reference" and before in (NAME, *SOFTMAX)]
+    for module in modules:
+        module.kernels = kernels
+        latent.absorb(module, NAME if module in latents else "")
+    if not (runs or latents) or not model.can_generate() or before == NAME:
+        return
+    if modules:
+        model.set_attn_implementation(NAME)  # which some classes answer by a warning alone
+    if implementation(model.config) != NAME:
+        cannot(OPERATION, f"{type(model).__name__} does not attend through transformers' AttentionInterface", kernels)
+        return
+    model.__dict__[BEFORE] = before
+    for module in modules:
+        module.softmax = before
 
 
 def _visible(mask: Tensor | None, back: int, tokens: int, batch: int, device: torch.device) -> Tensor:

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from effconvert.kernels.choice import cannot, runs_triton
-from effconvert.modeling.transformers_internals import implementation, is_causal
+from effconvert.modeling.transformers_internals import is_causal
 
 OPERATION = "decode_attention"
 TOKENS = 4  # at most, in a decoding step: a prompt, which other kernels are for, has more
@@ -27,13 +28,11 @@ def decoded(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor
     Raises:
         ValueError: the kernel was asked for, and cannot run here or does not cover this step.
     """
-    tokens, asked = query.shape[2], getattr(module, "kernels", "auto")
-    if tokens > TOKENS or not runs_triton(query.device, OPERATION, asked):
+    asked = getattr(module, "kernels", "auto")
+    if not is_step(query, key, mask) or not runs_triton(query.device, OPERATION, asked):
         return None
     if not is_causal(module) or kwargs.get("is_causal") is False or kwargs.get("output_attentions") or (torch.is_grad_enabled() and query.requires_grad):
         return None  # an encoder, who wants the weights, or training
-    if mask is None and 1 < tokens < key.shape[2]:
-        return None  # a prompt into an empty static cache: transformers means the first keys by that
     from effconvert.kernels.decode_attention import decode_attention, uncovered  # imports triton
 
     if why := _not_covered(query, key, mask, kwargs) or uncovered(query, key, value):
@@ -41,6 +40,34 @@ def decoded(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor
         return None
     out = decode_attention(query, key, value, mask=None if mask is None else mask[:, 0], scaling=kwargs.get("scaling"), softcap=kwargs.get("softcap"))
     return out.transpose(1, 2)
+
+
+def is_step(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+    """Whether this is a decoding step: few tokens, and not a prompt into an empty static cache, by which transformers means the first keys."""
+    tokens, keys = query.shape[2], key.shape[2]
+    return tokens <= TOKENS and (mask is not None or tokens in (1, keys))
+
+
+def by_groups(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+    """Return the outputs of a decoding step by PyTorch, [B, T, H, D']: the query heads of a group are rows of one, so that no key is repeated for each of them.
+
+    Arguments as in `decoded`; without a mask the step is the first tokens of a text.
+    """
+    tokens, width = query.shape[2], value.shape[-1]
+    query, key, value = of_one_width(query, key, value)
+    packed = query.unflatten(1, (key.shape[1], -1))  # [B, Hk, R, T, D], R query heads for each
+    if mask is None and tokens > 1:
+        mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()[None, None]
+    rows = None if mask is None else mask.expand(-1, packed.shape[2], -1, -1).flatten(1, 2)[:, None]  # [B, 1, R T, S]
+    out = scaled_dot_product_attention(packed.flatten(2, 3), key, value, rows, scale=scaling)[..., :width]
+    rows_of_heads: Tensor = out.unflatten(2, (-1, tokens)).flatten(1, 2)
+    return rows_of_heads.transpose(1, 2)
+
+
+def of_one_width(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pad queries, keys and values with zeros to one width: PyTorch's fused attention needs it, and is several times as fast on a CPU. Outputs end in zeros."""
+    more = key.shape[-1] - value.shape[-1]
+    return pad(query, (0, max(0, -more))), pad(key, (0, max(0, -more))), pad(value, (0, max(0, more)))
 
 
 def _not_covered(query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> str:
@@ -54,29 +81,3 @@ def _not_covered(query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[s
     if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) not in ((batch, 1, tokens, keys), (1, 1, tokens, keys))):
         return f"a mask {mask.dtype} {[*mask.shape]}"
     return ""
-
-
-def choose(model: Any, kernels: str, name: str) -> None:
-    """Have a model on its device decode by kernels, or not: "auto", "triton" or "reference".
-
-    Args:
-        model: of transformers, or of a class of ours.
-        kernels: what is asked for.
-        name: that of our attention function in transformers' registry, which a stock model is given where kernels run.
-
-    Raises:
-        ValueError: kernels are asked for, and cannot run here, or the model does not attend by an attention function.
-    """
-    runs = runs_triton(model.device, OPERATION, kernels)
-    modules = [module for module in model.modules() if is_causal(module)]
-    for module in modules:
-        module.kernels = kernels
-    if not runs or not model.can_generate() or (before := implementation(model.config)) == name:
-        return
-    if modules:
-        model.set_attn_implementation(name)  # which some classes answer by a warning alone
-    if implementation(model.config) != name:
-        cannot(OPERATION, f"{type(model).__name__} does not attend through transformers' AttentionInterface", kernels)
-        return
-    for module in modules:
-        module.softmax = before

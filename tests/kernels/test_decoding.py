@@ -16,6 +16,7 @@ from effconvert.eval.speed.bench_options import BenchOptions
 from effconvert.kernels import choice
 from effconvert.kernels import decode_attention as operation
 from effconvert.modeling import attention, decoding
+from effconvert.modeling.attention import choose
 from effconvert.modeling.model import config_class, model_class
 from effconvert.steps import load
 from effconvert.surgery.mixing import _call
@@ -65,7 +66,7 @@ def calls(monkeypatch):
         return real(query, key, *given, **more)
 
     monkeypatch.setattr(operation, "decode_attention", counted)
-    for file in (decoding, _call):
+    for file in (attention, decoding, _call):
         monkeypatch.setattr(file, "runs_triton", lambda device, name, asked: asked == "triton")
     return found
 
@@ -86,10 +87,6 @@ def test_logits_are_those_of_the_reference(name, calls):
     choose(model, "reference")
     assert torch.equal(in_pieces(model, ids, SIZES, mask, **positions(model, mask))[0], expected)
     assert not calls
-
-
-def choose(model, kernels):
-    decoding.choose(model, kernels, attention.NAME)
 
 
 @pytest.mark.parametrize("kind", ["bloom", "gpt_neo"])
@@ -186,6 +183,9 @@ def test_kernels_are_refused_where_none_can_run(monkeypatch):
     monkeypatch.setenv("EFFCONVERT_KERNELS", "triton")
     with pytest.raises(OptionError, match="EFFCONVERT_KERNELS is triton, and kernels run on CUDA devices, not on cpu; unset it"):
         effconvert.load(folder, device="cpu")
+    with pytest.raises(OptionError, match="EFFCONVERT_KERNELS is triton"):
+        effconvert.convert(folder, {"retnet": {"decay": "paper"}}, output="out")
+    assert not Path("out").exists()
 
 
 def test_the_command_says_what_would_run_here_and_why_not(command, monkeypatch):

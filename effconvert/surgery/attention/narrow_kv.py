@@ -30,8 +30,8 @@ class NarrowKv(Replacement):
 
     The keys and values of all heads become one head that all query heads share. Keys of one RoPE frequency are mixed across heads, values and other keys
     freely; the directions that matter least on a text are left out, over all layers together. Queries and outputs of each head absorb the mixing,
-    so they grow as the cache shrinks: it saves memory, and decoding one text is slower on a CPU. --refit recovers most of the loss. The result needs
-    effconvert. docs/narrow-kv.md compares it with gqa and others.
+    so they grow as the cache shrinks: reading a prompt takes longer, and decoding after a long one is faster. --refit recovers most of the loss. The
+    result needs effconvert. docs/narrow-kv.md compares it with gqa and others.
 
     \b
     Examples:

@@ -1,0 +1,77 @@
+"""Latent attention decodes by its latents: the logits are the family's, and keys and values of all heads are not made."""
+
+import pytest
+import torch
+from transformers import StaticCache
+
+from effconvert.kernels import decode_attention as operation
+from effconvert.modeling import attention, decoding
+from effconvert.modeling.attention import choose
+from tests.mixers.mixing import far, in_pieces, positions, tokens
+from tests.models import tiny
+
+SIZES = (8, 1, 2, 1)  # tokens at a time
+SAME = 2e-6  # of the largest logit, in float32
+
+
+@pytest.fixture
+def model():
+    """A deepseek_v3 without experts, as mla writes it."""
+    return tiny("deepseek_v3")
+
+
+def expansions(model):
+    """Return a list that grows by the number of tokens of which keys and values are made."""
+    counts = []
+    for layer in model.model.layers:
+        layer.self_attn.kv_b_proj.register_forward_hook(lambda module, args, out: counts.append(args[0].shape[2]))
+    return counts
+
+
+def test_steps_give_the_same_logits_without_keys_and_values_of_all_heads(model):
+    ids, mask = tokens(2, sum(SIZES)), torch.ones(2, sum(SIZES), dtype=torch.long)
+    mask[1, :4] = 0
+    expected, _ = in_pieces(model, ids, SIZES, mask, **positions(model, mask))
+    choose(model, "auto")
+    counts = expansions(model)
+    found, _ = in_pieces(model, ids, SIZES, mask, **positions(model, mask))
+    assert 0 < far(found, expected) <= SAME
+    assert set(counts) == {SIZES[0]}  # the prompt's
+    assert far(in_pieces(model, ids, (3, 1, 8))[0], in_pieces(tiny("deepseek_v3"), ids, (12,))[0]) <= SAME  # without a mask
+    choose(model, "reference")
+    assert torch.equal(in_pieces(model, ids, SIZES, mask, **positions(model, mask))[0], expected)
+    assert counts[-1] == sum(SIZES)  # those of all tokens, in each step
+
+
+def test_the_function_that_a_user_sets_afterwards_is_heeded(model):
+    ids = tokens(2, sum(SIZES))
+    expected, _ = in_pieces(model, ids, SIZES)
+    choose(model, "auto")
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(in_pieces(model, ids, SIZES)[0], expected)
+
+
+def test_a_static_cache_and_gradients(model):
+    ids = tokens(2, 12)
+    expected, _ = in_pieces(model, ids, (12,))
+    choose(model, "auto")
+    found, _ = in_pieces(model, ids, (3, 1, 6, 2), cache=StaticCache(config=model.config, max_cache_len=20))
+    assert far(found, expected) <= SAME
+    model(ids[:, :2]).logits.sum().backward()
+    assert model.model.layers[0].self_attn.kv_b_proj.weight.grad.isfinite().all()
+
+
+def test_a_step_runs_as_a_kernel_where_it_is_asked_for(model, monkeypatch):
+    pytest.importorskip("triton")
+    ids, shapes, real = tokens(2, sum(SIZES)), [], operation.decode_attention
+    expected, _ = in_pieces(model, ids, SIZES)
+    monkeypatch.setattr(
+        operation, "decode_attention", lambda query, key, *given, **more: shapes.append((query.shape, key.shape)) or real(query, key, *given, **more)
+    )
+    for file in (attention, decoding):
+        monkeypatch.setattr(file, "runs_triton", lambda device, name, asked: asked == "triton")
+    choose(model, "triton")
+    found, _ = in_pieces(model, ids, SIZES)
+    assert far(found, expected) <= SAME
+    heads, width = model.config.num_attention_heads, model.config.kv_lora_rank + model.config.qk_rope_head_dim
+    assert shapes[0] == ((2, heads, 1, width), (2, 1, 9, width))
