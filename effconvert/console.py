@@ -179,8 +179,9 @@ class Terminal:
     def inspection(self, inspection: Inspection) -> None:
         """Print the shape, parts and sizes of a model, and the techniques that fit."""
         config, checkpoint = inspection.checkpoint.config, inspection.checkpoint
-        kind = "decoder" if config.decoder else "encoder"
-        self.out.print(f"[bold]{escape(self.model)}[/]: {config.kind} ({escape(config.architecture)}), {kind}, {checkpoint.dtype}", soft_wrap=True)
+        self.out.print(f"[bold]{escape(self.model)}[/]: {config.kind} ({escape(config.architecture)}), {config.role}, {checkpoint.dtype}", soft_wrap=True)
+        if config.encoder_decoder:
+            self.out.print("layers are the encoder's; the decoder is outside them, and copied as it is")
         self.out.print(f"{shape(config)}, width {config.hidden}, vocabulary {config.get('vocab_size')}")
         if windows := sorted({window for window in config.windows() if window}):
             sliding = sum(window is not None for window in config.windows())

@@ -6,7 +6,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from effconvert.families import FAMILIES
+from effconvert.families import CONVERTIBLE, FAMILIES
 
 BASIC = {"vocab_size": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
@@ -82,6 +82,10 @@ SETTINGS = {
     "nomic_bert": SHAPE,
     "modernbert": {**SHAPE, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 8, "layer_types": ["full_attention", "sliding_attention"]},
 }
+TWO_STACKS = {  # settings of all families with an encoder and a decoder; the stacks differ in what they can
+    **{"d_model": 32, "max_position_embeddings": 64, "decoder_start_token_id": 2, "forced_eos_token_id": None, "num_beams": 1, "encoder_layerdrop": 0.0},
+    **{"encoder_layers": 3, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 40},
+}
 GROUPING = [kind for kind, family in FAMILIES.items() if family.kv_heads_key]
 ATTENDING = [
     kind for kind, family in FAMILIES.items() if family.attention and not family.own_attention and "kv_a" not in family.parts
@@ -91,16 +95,21 @@ DECODERS = [kind for kind, family in FAMILIES.items() if family.decoder]
 
 def tiny(kind, **changes):
     """A float32 model of family `kind` with 4 query heads, multi-head where the family has the choice; `changes` go to its config."""
-    settings = {**BASIC, **SETTINGS[kind], **changes}
-    model_class = getattr(transformers, FAMILIES[kind].lm)
+    settings = {**BASIC, **(TWO_STACKS if CONVERTIBLE[kind].decoder_layers else SETTINGS[kind]), **changes}
+    model_class = getattr(transformers, CONVERTIBLE[kind].lm)
     model = model_class(model_class.config_class(**settings)).eval()
     heed_caps(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for _, parameter in sorted(model.named_parameters()):
+        for _, parameter in sorted((name, parameter) for name, parameter in model.named_parameters() if not computed(kind, name)):
             noise = 0.2 * torch.randn(parameter.shape, generator=generator)
             parameter.copy_(parameter + noise if parameter.ndim == 1 else noise)
     return model
+
+
+def computed(kind, name):
+    """Whether a parameter is one that the family's class computes, and does not store."""
+    return name.endswith("embed_positions.weight") and "embed_positions.weight" in CONVERTIBLE[kind].buffers
 
 
 def heed_caps(model):

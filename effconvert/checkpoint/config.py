@@ -14,7 +14,7 @@ from effconvert.checkpoint.replaced import OUTSIDE, SKIPS, Replaced, by_layer, e
 from effconvert.checkpoint.shared import Shared, clash_of, renumber
 from effconvert.checkpoint.wrappers import Wrapper
 from effconvert.errors import ModelError, OptionError
-from effconvert.families import FAMILIES, KNOWN
+from effconvert.families import CONVERTIBLE, KNOWN
 
 CONFIG = "config.json"
 LAYER_NUMBERS = ("mlp_only_layers",)  # keys that hold numbers of layers
@@ -180,6 +180,8 @@ class Config(Records):
     def with_skips(self, place: str, layers: Iterable[int]) -> "Config":
         """Return this config without the attention or the ffn of these layers, by transformers' `per_layer_config`."""
         self.check_alone()
+        if self.encoder_decoder:
+            raise ModelError(f"{self.kind} is an encoder-decoder, whose class reads what config.json says of single layers for both stacks; drop whole layers")
         if place == "attention" and (read := {self.cache_of(reader) for reader in self.readers} & {*layers}):
             raise OptionError(f"other layers read the keys and values of layer {min(read)}, so its attention must stay; leave it out of --layers")
         entries = by_layer(self.raw)
@@ -203,7 +205,7 @@ class Config(Records):
         self.check_interface()
         if self.family.fixed_kv_heads:
             raise ModelError(f"{self.kind} cannot be written with another number of KV heads: it has {self.kv_heads} by definition")
-        stock = FAMILIES[self.kind]
+        stock = CONVERTIBLE[self.kind]
         shared = replace(self, raw={**self.raw, stock.grouped.kv_heads_key: count}, family=stock.grouped)
         if stock.kv_heads_key:
             return shared
@@ -262,7 +264,7 @@ class Config(Records):
 
     def with_window(self, window: int, layers: set[int]) -> "Config | None":
         """Return this config with a sliding window of `window` tokens in `layers`; None where transformers has no class for it."""
-        family = FAMILIES.get(self.family.windowed)
+        family = CONVERTIBLE.get(self.family.windowed)
         if family is None or window < 2 or any(self.windows()) or (family.layers_alike and len(layers) < self.layers):
             return None
         try:

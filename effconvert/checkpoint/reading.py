@@ -13,7 +13,7 @@ from effconvert.checkpoint.shared import Shared, whole_layers
 from effconvert.checkpoint.unsupported import OWN_CODE, instead, own_code, unknown_family
 from effconvert.checkpoint.wrappers import unwrap
 from effconvert.errors import ModelError, OptionError, UnknownLayoutError
-from effconvert.families import FAMILIES, KNOWN
+from effconvert.families import CONVERTIBLE, KNOWN
 
 
 def read_content(folder: Path) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def read_config(folder: Path) -> Config:
     replaced: tuple[Replaced, ...] = ()
     shared: tuple[Shared, ...] = ()
     family = KNOWN.get(str(kind))
-    if isinstance(kind, str) and kind.removeprefix(KIND) in FAMILIES and kind.startswith(KIND):
+    if isinstance(kind, str) and kind.removeprefix(KIND) in CONVERTIBLE and kind.startswith(KIND):
         raw, family, replaced, shared = read(raw)
         kind = raw["model_type"]
     if not isinstance(kind, str) or family is None:

@@ -24,7 +24,7 @@ import effconvert.modeling
 def __getattr__(name):
     return getattr(effconvert.modeling, name)
 '''
-AUTO = {"AutoModelForCausalLM": "lm", "AutoModelForMaskedLM": "lm", "AutoModel": "base"}  # transformers' class -> the family's
+AUTO = {"AutoModelForCausalLM": "lm", "AutoModelForMaskedLM": "lm", "AutoModelForSeq2SeqLM": "lm", "AutoModel": "base"}  # transformers' class -> the family's
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ def encode(raw: Mapping[str, Any], family: Family, replaced: tuple[Replaced, ...
         for index in record.layers:
             names[index] = f"{KIND}{record.technique}"
     module = STUB_FILE.removesuffix(".py")
-    heads = ("AutoModelForCausalLM", "AutoModel") if family.decoder else ("AutoModelForMaskedLM", "AutoModel")
-    classes = {auto: f"{module}.{CLASS}{getattr(family, AUTO[auto])}" for auto in heads}
+    with_head = "AutoModelForCausalLM" if family.decoder else "AutoModelForSeq2SeqLM" if family.decoder_layers else "AutoModelForMaskedLM"
+    classes = {auto: f"{module}.{CLASS}{getattr(family, AUTO[auto])}" for auto in (with_head, "AutoModel")}
     block: dict[str, Any] = {"replaced": _plain(replaced), "layer_types": original}
     block |= {"shared": _plain(shared)} if shared else {}
     block |= {"grouped": True} if grouped else {}

@@ -105,6 +105,16 @@ class Shape:
         return self.family.decoder and not both_ways
 
     @property
+    def encoder_decoder(self) -> bool:
+        """Whether there is a decoder behind the encoder; the layers are then the encoder's, and no step changes the decoder's as layers."""
+        return bool(self.family.decoder_layers)
+
+    @property
+    def role(self) -> str:
+        """What it is: a decoder, an encoder, or an encoder-decoder."""
+        return "decoder" if self.decoder else "encoder-decoder" if self.encoder_decoder else "encoder"
+
+    @property
     def blocks(self) -> int:
         """Blocks of heads in a tensor of fused queries, keys and values; each block has a share of every part."""
         return self.kv_heads if self.family.per_head else self.family.blocks or 1

@@ -4,14 +4,14 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from effconvert.families import FAMILIES
+from effconvert.families import CONVERTIBLE
 from effconvert.options import shown
 
 RECURRENT = ("state_size", "ssm_state_size", "mamba_d_state", "linear_conv_kernel_dim", "conv_L_cache", "lru_width", "attention_hidden_size")
 
 # A key of config.json that is not false -> what a model with this key is, and what to take instead. The first key that fits gives the reason.
 SIGNS: Mapping[str, tuple[str, str]] = {
-    "is_encoder_decoder": ("it is an encoder-decoder", "take a model that is only a decoder or only an encoder"),
+    "is_encoder_decoder": ("it is an encoder-decoder", "take a model that is only a decoder or only an encoder, or a bart or marian"),
     **dict.fromkeys(RECURRENT, ("it has recurrent layers, which keep a state instead of keys and values", "take a model that attends in all of its layers")),
     "kv_lora_rank": (
         "it has latent attention (MLA), which keeps one compressed vector a token instead of keys and values",
@@ -37,7 +37,7 @@ def unknown_family(path: object, raw: Mapping[str, Any]) -> str:
     kind, text = raw.get("model_type"), raw.get("text_config")
     if kind is None:
         name = next(iter(raw.get("architectures") or []), None)
-        owner = next((family for family, row in FAMILIES.items() if name in (row.base, row.lm)), None)
+        owner = next((family for family, row in CONVERTIBLE.items() if name in (row.base, row.lm)), None)
         advice = f"its class is {name}, so write model_type = {owner!r} into it" if owner else "write the one that it is of into it"
         return f"{path} names no family (model_type); {advice}"
     statement = f"{path} names the family {kind!r}, which effconvert does not know"
@@ -49,12 +49,12 @@ def unknown_family(path: object, raw: Mapping[str, Any]) -> str:
         return f"{statement}: it is code of its own ({code}); {OWN_CODE}"
     if isinstance(text, Mapping):
         inside = text.get("model_type")
-        advice = "save the language model alone" if inside in FAMILIES else "effconvert does not know that family either, so take another model"
+        advice = "save the language model alone" if inside in CONVERTIBLE else "effconvert does not know that family either, so take another model"
         return f"{statement}: it is a model around a language model ({inside}); {advice}"
     quantised = raw.get("quantization_config")
     method = f"its weights are quantised too ({shown(quantised.get('quant_method'))}); " if isinstance(quantised, Mapping) else ""
-    near = get_close_matches(str(kind), FAMILIES, n=1, cutoff=0.88)  # for misspellings, not for other families with similar names
-    return f"{statement}; {method}{f'the nearest is {near[0]!r}; ' if near else ''}it knows {', '.join(FAMILIES)}; {ANOTHER}"
+    near = get_close_matches(str(kind), CONVERTIBLE, n=1, cutoff=0.88)  # for misspellings, not for other families with similar names
+    return f"{statement}; {method}{f'the nearest is {near[0]!r}; ' if near else ''}it knows {', '.join(CONVERTIBLE)}; {ANOTHER}"
 
 
 def own_code(raw: Mapping[str, Any]) -> str:

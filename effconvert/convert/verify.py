@@ -93,7 +93,8 @@ def prepare(plan: Plan, text: Text, options: RunOptions) -> Material:
     random = torch.randint(config.vocabulary, (1, min(context, 2 * PROMPT)), generator=torch.Generator().manual_seed(0))
     texts = tuple(exact.texts(config, options.tokens, psutil.virtual_memory().available - check_memory(plan, options))) if plan.is_exact else ()
     if not config.decoder:
-        return Material(None, random, text.name, f"{config.kind} is an encoder and predicts no next token", texts)
+        why = "an encoder-decoder; effconvert eval measures targets given sources" if config.encoder_decoder else "an encoder and predicts no next token"
+        return Material(None, random, text.name, f"{config.kind} is {why}", texts)
     if not config.predicts:
         return Material(None, random, text.name, f"{config.architecture} has no language-model head", texts)
     if not loading.has_tokenizer(folder):
@@ -147,7 +148,9 @@ class Run:
 def _run(plan: Plan, folder: Path, material: Material, advance: Advance, record: Path | None = None, reference: LogitsFile | None = None) -> Run:
     config = plan.config if folder != plan.checkpoint.folder else plan.checkpoint.config
     whole, windows, has_quality = loading.load(folder, config, measuring_dtype(plan)), material.windows, not material.unmeasured
-    model, parameters = loading.measurable(whole, config), sum(parameter.numel() for parameter in whole.parameters())
+    constants = tuple(f".{buffer}" for buffer in config.family.buffers)
+    model = loading.measurable(whole, config)
+    parameters = sum(parameter.numel() for name, parameter in whole.named_parameters() if not f".{name}".endswith(constants))
     prompt = windows[0, :PROMPT]
     logits = [perplexity.logits_of(model, _beginning(material)).float().cpu(), *exact.logits(model, material.texts, config.decoder, advance)]
     quality = perplexity.summary(perplexity.measure(model, list(windows), record, reference, advance), windows.shape[1]) if has_quality else None

@@ -55,6 +55,11 @@ class Opened:
         return self.config.decoder
 
     @property
+    def role(self) -> str:
+        """What it is: a decoder, an encoder, or an encoder-decoder."""
+        return self.known.role if self.known else "decoder" if self.decoder else "encoder"
+
+    @property
     def head(self) -> bool:
         """Whether it has a language-model head."""
         return self.config.predicts

@@ -27,7 +27,7 @@ class Family:
     lacking: Mapping[str, tuple[str, object]] = field(default_factory=dict)  # parts that a model lacks if its config has this: part -> key, value
     first_lacks: frozenset[str] = frozenset()  # parts that layer 0 lacks and all others have
     norms_stream: bool = False  # whether layers normalise the residual stream itself
-    buffers: tuple[str, ...] = ()  # tensors in layers that are no parameters: constants of its class, or what old versions of transformers saved
+    buffers: tuple[str, ...] = ()  # tensors that are no trained parameters: constants of its class, or what old versions of transformers saved
 
     aliases: Mapping[str, str] = field(default_factory=dict)  # in names of tensors: another spelling that transformers reads -> this row's
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # likewise, modules that transformers splits into equal rows -> this row's, in order
@@ -48,6 +48,7 @@ class Family:
     scales_queries: bool = False  # whether queries are scaled by their position in the text
 
     decoder: bool = True
+    decoder_layers: str = ""  # in families with an encoder and a decoder, the path of the decoder's layers; `layers` are the encoder's
     both_ways_key: str = ""  # a key that makes a decoder's attention bidirectional and halves its window; classes have `is_causal` too
     always_causal: bool = False  # whether its class does not heed `is_causal`
     refused: Mapping[str, tuple[bool, str]] = field(default_factory=dict)  # switches: key -> the value that they may not have, and why
@@ -112,10 +113,10 @@ class Family:
         return self.parts.get("q", "").rpartition(".")[0]
 
     def renamed(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """Return config.json with its keys as the row has them. Classes with names of their own for the shape read the usual ones too."""
+        """Return config.json with its keys as the row has them. Classes with names of their own for the shape read the usual ones too, and those first."""
         usual = {"num_attention_heads": self.heads_key, "num_hidden_layers": self.layers_key, "hidden_size": self.hidden_key}
-        names = {other: key for other, key in {**usual, **self.spellings}.items() if key and key not in raw}
-        return {names.get(key, key): value for key, value in raw.items()}
+        names = {other: key for other, key in self.spellings.items() if key not in raw} | {other: key for other, key in usual.items() if key}
+        return {names.get(key, key): value for key, value in raw.items()} | {key: raw[other] for other, key in usual.items() if key and other in raw}
 
     @property
     def grouped(self) -> "Family":

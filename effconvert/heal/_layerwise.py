@@ -25,7 +25,7 @@ from effconvert.checkpoint.shards import StoredTensor, is_finite, rounded
 from effconvert.errors import ModelError
 from effconvert.heal._capture import PROBE, Capture, StopForwardError, record, register
 from effconvert.modeling.loading import class_of
-from effconvert.modeling.transformers_internals import names_at_run_time
+from effconvert.modeling.transformers_internals import compute_constant, names_at_run_time
 from effconvert.quiet import quiet_transformers
 from effconvert.surgery._placed import table_rows
 
@@ -41,12 +41,14 @@ class LayerRunner:
 
         A technique outside the layers does not run in it: `outer` has the rows of its table.
         """
-        self.config = config
+        self.config, self.device = config, device
         self.whole = skeleton(config.plain_outside, device, config.family.lm if head else config.family.base)
         self.model = self.whole.base_model
         self.layers: list[nn.Module] = [self.model.get_submodule(config.layer_path(index)) for index in range(config.layers)]
         self.ids = ids
         self._fill_outer(outer)
+        if config.encoder_decoder:
+            self._complete_encoder()
         self.calls: dict[torch.Size, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}  # texts and their tokens, [B, T] -> arguments of each layer
         self.wrap_output: Callable[[Tensor], Any] = lambda state: state  # what the family's layers return: a tensor or a tuple
         self.lent: dict[int, list[dict[str, Tensor]]] = {}  # layer whose keys and values others read -> these, for each batch: module -> its output
@@ -55,6 +57,15 @@ class LayerRunner:
         """Load the weights outside the layers; those that no layer reads, such as a pooler's, may be missing."""
         outside = {name: parameter for name, parameter in self.model.named_parameters() if not name.startswith(f"{self.config.family.layers}.")}
         fill(self.model, self._named(outer, outside, partial=True))
+
+    def _complete_encoder(self) -> None:
+        """Tie the encoder's embedding, and compute constants that its class holds as parameters (marian's sines)."""
+        constants = tuple(f".{buffer}" for buffer in self.config.family.buffers)
+        for name, parameter in list(self.model.named_parameters()):
+            if parameter.is_meta and name.endswith(constants):
+                compute_constant(self.model, self.model.get_submodule(name.rpartition(".")[0]), self.device)
+        if self.config.tied:
+            self.model.tie_weights()
 
     def _run_time_tensors(self, index: int, tensors: Tensors) -> dict[str, Tensor]:
         """Rename the tensors of a layer to its module's names: name in the layer -> tensor."""
@@ -228,6 +239,8 @@ def outer_tensors(outer: Outer, ids: Sequence[Tensor]) -> dict[str, Tensor]:
         table = embedding_rows(outer, (config.vocabulary, config.embed_width), tokens)
         tensors[f"{config.family.outer['embed']}.weight"] = table.to(ids[0].device)
     for part, name, origin, value in outer.bare():
+        if part.startswith("decoder."):
+            continue  # behind the layers
         if value is None:
             value = embedding_rows(outer, origin.shape, tokens) if part == "embed" else origin.read("cpu")
         numbers = value.compute() if isinstance(value, Deferred) else value

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from effconvert import processes
-from effconvert.errors import OptionError
+from effconvert.errors import ModelError, OptionError
 from effconvert.heal._healing import Healing
 from effconvert.options import HomePath, Listed, Names
 from effconvert.quantities import duration
@@ -180,6 +180,7 @@ class Distill(Healing):
     def check(self, config: Config) -> None:
         """Refuse shares of the loss that are more than all of it, or that the model has no head for."""
         config.check_alone()
+        _check_role(config)
         if self.ce + self.hidden > 1:
             raise OptionError(f"--ce {self.ce:g} and --hidden {self.hidden:g} are shares of the loss, and together more than 1")
         if self.ce and not config.predicts:
@@ -190,6 +191,12 @@ class Distill(Healing):
             raise OptionError(f"--cache-teacher keeps predictions of the next token, and {config.architecture} makes none; leave it out")
         if self.cache_teacher and self.cache_kind == "topk" and self.cache_size > config.vocabulary:
             raise OptionError(f"--cache-size {self.cache_size} is more than the {config.vocabulary} tokens of the model; give at most that")
+
+    @classmethod
+    def allowed_options(cls, config: Config) -> str:
+        """Any model, and the refusal of what is trained on pairs."""
+        _check_role(config)
+        return super().allowed_options(config)
 
     def needs_calibration(self, config: Config) -> bool:
         """Never: it trains the whole model."""
@@ -267,3 +274,11 @@ class Distill(Healing):
 
     def heal(self, layer: Layer, originals: range) -> None:
         """Do nothing: see `rewrite`."""
+
+
+def _check_role(config: Config) -> None:
+    if config.encoder_decoder:
+        raise ModelError(
+            f"{config.kind} is an encoder-decoder, which is trained on pairs of texts, and distill knows of texts alone; take refit or transfer for its "
+            "encoder, and train it with Seq2SeqTrainer of transformers"
+        )

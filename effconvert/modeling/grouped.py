@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from effconvert.checkpoint.config import Config
-from effconvert.families import FAMILIES
+from effconvert.families import CONVERTIBLE
 from effconvert.modeling.transformers_internals import DynamicLayer, repeat_heads
 
 
@@ -68,6 +68,6 @@ def _repeat(heads: list[int], config: Config, _: nn.Module, __: Any, out: Tensor
     """Repeat heads in the output of a projection, to the family's layout with H heads of each part."""
     parts = out.unflatten(-1, (-1, config.head_dim)).split(heads, -2)
     parts = [rows.repeat_interleave(config.heads // rows.shape[-2], -2) for rows in parts]
-    if len(parts) > 1 and FAMILIES[config.kind].per_head:
+    if len(parts) > 1 and CONVERTIBLE[config.kind].per_head:
         return torch.stack(parts, -2).flatten(-3)  # [..., H, 3, D]
     return torch.cat(parts, -2).flatten(-2)

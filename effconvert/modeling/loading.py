@@ -32,6 +32,10 @@ class Loadable(Protocol):
         """Whether it was saved without any head."""
 
     @property
+    def encoder_decoder(self) -> bool:
+        """Whether it has an encoder and a decoder."""
+
+    @property
     def needs_eager(self) -> bool:
         """Whether its class computes what it should in eager attention alone."""
 
@@ -63,8 +67,22 @@ def load(folder: Path, config: Loadable, dtype: torch.dtype, device: str | None 
 
 
 def measurable(model: Any, config: Loadable) -> Any:
-    """Return the module that is run in measurements: the model if it gives logits of tokens, else the base model below its head."""
-    return model if config.predicts or config.bare else model.base_model
+    """Return the module that is run in measurements: the model if it gives logits of tokens, else the base model below its head.
+
+    One with an encoder and a decoder that is given a text alone reads it as its source, and predicts it.
+    """
+    module = model if config.predicts or config.bare else model.base_model
+    if config.encoder_decoder:
+        module.register_forward_pre_hook(_predict_source, with_kwargs=True)
+    return module
+
+
+def _predict_source(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if any(name in kwargs for name in ("decoder_input_ids", "labels", "encoder_outputs")) or len(args) != 1:
+        return args, kwargs
+    known = (model.config.decoder_start_token_id, model.config.eos_token_id, model.config.bos_token_id)
+    start = args[0].new_full((len(args[0]), 1), next((token for token in known if isinstance(token, int)), 0))
+    return args, {**kwargs, "decoder_input_ids": torch.cat([start, args[0][:, :-1]], 1)}
 
 
 def class_of(config: Loadable) -> Any:

@@ -11,7 +11,7 @@ from torch import nn
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.replaced import CLASS, KIND, STUB, STUB_FILE, decode, encode, read
 from effconvert.errors import ModelError
-from effconvert.families import FAMILIES, Family
+from effconvert.families import CONVERTIBLE, Family
 from effconvert.modeling.attention import NAME, SOFTMAX, install
 from effconvert.modeling.caches import caches
 from effconvert.modeling.grouped import Grouped, share
@@ -55,6 +55,13 @@ class ConvertedConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the content of config.json."""
         return encode(*decode(_plain(self)))
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
+        """Return the config of what reads text; of an encoder or a decoder alone in transformers' class, which writes one's keys over the other's."""
+        ours = own_config(self)
+        if not ours.encoder_decoder or decoder == encoder:
+            return super().get_text_config(decoder, encoder)  # type: ignore[misc]
+        return type(transformers.AutoConfig.for_model(ours.kind)).from_dict(dict(ours.raw)).get_text_config(decoder, encoder)
 
 
 class ConvertedModel(Outside, Sharing):
@@ -128,6 +135,8 @@ class ConvertedModel(Outside, Sharing):
             self._set_softmax(name)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if own_config(self.config).encoder_decoder:  # techniques are in its encoder alone, which has no cache
+            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         requested = generation_config.cache_implementation
         if requested not in (None, "dynamic"):
             raise ValueError(f"cache_implementation={requested!r} has no room for the states of mixers; leave it out")
@@ -241,9 +250,9 @@ def model_class(architecture: str) -> Any:
         ModelError: there is none.
     """
     stock = getattr(transformers, architecture, None)
-    kind = next((kind for kind, family in FAMILIES.items() if _is_of(stock, family, kind)), None)
+    kind = next((kind for kind, family in CONVERTIBLE.items() if _is_of(stock, family, kind)), None)
     if stock is None or kind is None:
-        raise ModelError(f"{architecture} is no class of a family that effconvert knows; it knows {', '.join(FAMILIES)}")
+        raise ModelError(f"{architecture} is no class of a family that effconvert knows; it knows {', '.join(CONVERTIBLE)}")
     check_overridden(stock)
     keep_names(architecture, kind, CLASS + architecture)
 
@@ -251,7 +260,7 @@ def model_class(architecture: str) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:  # no hooks: PEFT calls `forward` directly, without them
         if self._mixes:
             args, kwargs = _refuse(self, args, kwargs)
-        if FAMILIES[kind].decoder:
+        if CONVERTIBLE[kind].decoder:
             args, kwargs = _with_cache(self, args, kwargs)
         return stock.forward(self, *args, **kwargs)
 
@@ -266,7 +275,7 @@ def _is_of(stock: Any, family: Family, kind: str) -> bool:
 def class_by_name(name: str) -> Any:
     """Return the class of that name: EffconvertLlamaForCausalLM, EffconvertLlamaConfig."""
     architecture = name.removeprefix(CLASS)
-    for kind in FAMILIES:
+    for kind in CONVERTIBLE:
         if architecture.endswith("Config") and name == config_class(kind).__name__:
             return config_class(kind)
     return model_class(architecture)

@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 from effconvert.checkpoint.replaced import KIND
-from effconvert.families import FAMILIES
+from effconvert.families import CONVERTIBLE
 from effconvert.modeling.stand_ins import stand_in
 
 
@@ -12,7 +12,7 @@ def configs() -> None:
     """Register the configs. It is called when AutoConfig has been imported; other modules of transformers may not be yet."""
     from transformers import AutoConfig
 
-    for kind in FAMILIES:
+    for kind in CONVERTIBLE:
         AutoConfig.register(KIND + kind, stand_in(partial(_config_class, kind), model_type=KIND + kind), exist_ok=True)
 
 

@@ -25,7 +25,7 @@ class Sharing:
             if (first := config.stored_in(index, name)) != index
         }
         self._tied_weights_keys = {**(self._tied_weights_keys or {}), **self._shared_keys}  # `save_pretrained` leaves these out
-        self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=False)  # `from_pretrained` does not report these as missing
+        self.all_tied_weights_keys = {**self.all_tied_weights_keys, **self._shared_keys}  # `from_pretrained` does not report these as missing
         self.tie_weights(recompute_mapping=False)  # type: ignore[attr-defined]
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:

@@ -39,7 +39,7 @@ def size_of_tensors(tensors: Iterable[tuple[str, str, tuple[int, ...]]], config:
         math.prod(shape)
         for name, dtype, shape in tensors
         if dtype in FLOATS
-        and not name.endswith(tuple(f".{buffer}" for buffer in family.buffers))
+        and not f".{name}".endswith(tuple(f".{buffer}" for buffer in family.buffers))
         and not (config.tied and name.startswith(heads) and shape == embedding)
     )
     on_disk = sum(math.prod(shape) * ITEMSIZE[dtype] for _, dtype, shape in tensors)

@@ -166,6 +166,13 @@ def check_overridden(model: Any) -> None:
         _check_has(model, name)
 
 
+def compute_constant(model: Any, module: nn.Module, device: Any) -> None:
+    """Give the parameters of a module, which have no memory yet, the values that the class of `model` begins with."""
+    _check_has(model, "_init_weights")
+    module.to_empty(device=device)
+    model._init_weights(module)
+
+
 def keep_names(architecture: str, kind: str, ours: str) -> None:
     """Make the class `ours` read the names that `architecture` has on disk, where they differ from those in memory (experts)."""
     if mapping := _name_mapping(architecture, kind):

@@ -100,6 +100,11 @@ class Described:
         return self._is_one_of("AutoModel", ENCODER)
 
     @property
+    def encoder_decoder(self) -> bool:
+        """Never of what can be measured: see `check_measurable`."""
+        return bool(self.config.is_encoder_decoder)
+
+    @property
     def needs_eager(self) -> bool:
         """Whether its class computes what it should in eager attention alone: capped scores."""
         return bool(self.get("attn_logit_softcapping"))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from effconvert.checkpoint.replaced import OUTSIDE, OWN, PLACES, Replaced, overlap
 from effconvert.errors import ModelError, OptionError, TechniqueError
-from effconvert.families import FAMILIES
+from effconvert.families import CONVERTIBLE
 from effconvert.surgery._surgery import Layerwise, Surgery
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Placed(Surgery):
         config.check_alone()
         name = cls.__module__.rpartition(".")[2].replace("_", "-")
         if why := cls.no_decoders if config.decoder else cls.no_encoders:
-            raise ModelError(f"{config.kind} is {'a decoder' if config.decoder else 'an encoder'}, and {name} {why}")
+            raise ModelError(f"{config.kind} is {'a decoder' if config.decoder else f'an {config.role}'}, and {name} {why}")
 
     def is_exact(self, config: Config) -> bool:
         """False; techniques override this for their neutral options."""
@@ -221,7 +221,7 @@ class Replacement(Layerwise, Placed):
         Raises:
             TechniqueError: the mistake.
         """
-        known = {part for family in FAMILIES.values() for part in family.parts} | config.parts.keys()
+        known = {part for family in CONVERTIBLE.values() for part in family.parts} | config.parts.keys()
         if unknown := [part for part in self.drops if part not in known]:
             raise TechniqueError(f"{self.name} drops {unknown[0]!r}, which is no part of a layer; the parts of {config.kind} are {', '.join(config.parts)}")
         kind = type(self)
@@ -266,6 +266,8 @@ class OuterReplacement(Placed):
 
     def check(self, config: Config) -> None:
         """Refuse families that the technique does not fit, and models with a technique at that place already."""
+        if config.encoder_decoder:
+            raise ModelError(f"{config.kind} is an encoder-decoder, which reads its table in two places; give a decoder or an encoder")
         if wrong := [place for place in self.places(config) if place not in OUTSIDE]:
             raise TechniqueError(f"{self.name} runs at {wrong[0]!r}, which is not outside the layers; its author can choose from {', '.join(OUTSIDE)}")
         self.check_family(config)

@@ -327,6 +327,17 @@ def test_new_modules_are_begun_by_our_method(monkeypatch):
     assert {*attentions(made), made.lm_head} <= {*begun}
 
 
+def test_a_constant_is_computed_as_the_class_begins_with_it():
+    base = tiny("marian").model
+    positions, expected = base.encoder.embed_positions, base.encoder.embed_positions.weight.clone()
+    positions.to("meta")
+    internals.compute_constant(base, positions, "cpu")
+    assert torch.equal(positions.weight, expected)
+    with pytest.raises(EffconvertError) as refusal:
+        internals.compute_constant(SimpleNamespace(), positions, "cpu")
+    assert told(refusal) == "_init_weights of SimpleNamespace"
+
+
 def test_a_class_of_ours_has_the_names_on_disk_of_its_family():
     get = internals.get_checkpoint_conversion_mapping
     assert get("GPTNeoXForCausalLM")

@@ -14,6 +14,7 @@ from effconvert.errors import EffconvertError, ModelError, OptionError
 from effconvert.eval import results
 from effconvert.eval.quality import table
 from effconvert.eval.quality.decoders import Decoders
+from effconvert.eval.quality.encoder_decoders import EncoderDecoders
 from effconvert.eval.quality.encoders import Encoders
 from effconvert.eval.quality.eval_options import EvalOptions
 from effconvert.eval.quality.running import Running
@@ -26,13 +27,16 @@ from effconvert.paths import expand
 from effconvert.progress import NoProgress, Progress
 from effconvert.quiet import quiet_transformers
 
+Measured = Decoders | Encoders | EncoderDecoders
+KINDS: dict[str, type[Measured]] = {"decoder": Decoders, "encoder": Encoders, "encoder-decoder": EncoderDecoders}
+
 
 @dataclass(frozen=True)
 class Prepared:
     """Everything that a measurement needs, checked; no model is loaded yet."""
 
     running: list[Running]
-    plan: Decoders | Encoders
+    plan: Measured
     store: Store
     text: Text
     device: str
@@ -52,11 +56,13 @@ def prepare(models: Sequence[str], options: EvalOptions, scratch: Path, progress
     device = pick_device(options.device)
     running = [Running(open_model(model, progress.step), options.dtype, device) for model in models]
     for model in running:
-        if model.opened.decoder != running[0].opened.decoder:
-            raise OptionError(f"{running[0].name} and {model.name} are a decoder and an encoder, and no measurement fits both; measure them separately")
+        if (role := model.opened.role) != (first := running[0].opened.role):
+            raise OptionError(
+                f"{running[0].name} is of another kind than {model.name} ({first}, {role}), and no measurement fits both; measure them separately"
+            )
         if not has_tokenizer(model.opened.folder):
             raise ModelError(f"{model.name} has no tokenizer, which its measurements need; put its files into the model's folder")
-    store, kind = Store(options.cache), Decoders if running[0].opened.decoder else Encoders
+    store, kind = Store(options.cache), KINDS[running[0].opened.role]
     return Prepared(
         running, kind(running, options, text, store, scratch, show_bars=sys.stderr.isatty() and not isinstance(progress, NoProgress)), store, text, device
     )
@@ -104,7 +110,7 @@ def evaluate(models: Sequence[str], options: EvalOptions, progress: Progress | N
     )
 
 
-def _measure(plan: Decoders | Encoders, index: int, model: Running, store: Store, progress: Progress) -> list[Result]:
+def _measure(plan: Measured, index: int, model: Running, store: Store, progress: Progress) -> list[Result]:
     model_results: list[Result] = []
     try:
         for measurement in plan.measurements(index):
@@ -151,7 +157,7 @@ def models_fault(model: Running) -> Iterator[None]:
         ) from error
 
 
-def _settings(options: EvalOptions, text: Text, device: str, plan: Decoders | Encoders) -> dict[str, object]:
+def _settings(options: EvalOptions, text: Text, device: str, plan: Measured) -> dict[str, object]:
     """Return the settings that the numbers depend on, without paths of this machine."""
     own = options.model_dump(mode="json", exclude={"output", "cache", "include_path", "text", "pairs", "confirm_run_unsafe_code"})
     longest = {"max_length": plan.max_length, "passkey": plan.passkeys} if isinstance(plan, Decoders) else {}

@@ -108,20 +108,33 @@ def measure(
     Raises:
         ModelError: a logit is NaN or infinite.
     """
-    count = sum(len(window) - 1 for window in batch)
+
+    def predicted() -> Iterator[tuple[Tensor, Tensor]]:
+        for window in batch:
+            yield logits_of(model, window)[:-1], window[1:]  # [T-1, V], [T-1]
+            advance(len(window))
+
+    return measure_predictions(model, predicted(), sum(len(window) - 1 for window in batch), record, reference)
+
+
+def measure_predictions(
+    model: Any, predicted: Iterable[tuple[Tensor, Tensor]], count: int, record: Path | None = None, reference: LogitsFile | None = None
+) -> list[Window]:
+    """Measure predictions of `model`, computed one after the other: for each document the logits [T, V] and the tokens [T] that came, together `count` tokens.
+
+    `record` and `reference` are as in `measure`.
+    """
     if record:
         reserve(record, count * vocabulary(model) * model.dtype.itemsize)
         reference = LogitsFile(record, model.dtype, vocabulary(model))
     reference_rows = reference.rows(count) if reference else None  # [rows, V]
     results, start = [], 0
-    for window in batch:
-        logits, targets = logits_of(model, window)[:-1], window[1:]  # [T-1, V], [T-1]
+    for logits, targets in predicted:
         rows = reference_rows[start : start + len(logits)] if reference_rows is not None else None
         if record and rows is not None:
             rows.copy_(logits)
         results.append(_window(logits, targets, None if record else rows))
         start += len(logits)
-        advance(len(window))
     return results
 
 

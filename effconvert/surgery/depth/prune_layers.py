@@ -146,7 +146,7 @@ class PruneLayers(Layerwise):
         if self.by in (None, "search") and not config.predicts:
             raise OptionError(f"--by search compares predictions, and {config.architecture} has no language-model head; use --by influence or angular")
         if self.by in (None, "search") and not config.decoder:
-            raise OptionError(f"--by search compares predictions of the next token, and {config.kind} is an encoder; use --by influence or angular")
+            raise OptionError(f"--by search compares predictions of the next token, and {config.kind} is an {config.role}; use --by influence or angular")
 
     def _required(self, config: Config) -> dict[int, str]:
         """Return the layers that must stay, and why."""
