@@ -11,6 +11,7 @@ from typing import Any
 from effconvert.checkpoint import patterns
 from effconvert.checkpoint.records import Records
 from effconvert.checkpoint.replaced import OUTSIDE, SKIPS, Replaced, by_layer, encode, overlap
+from effconvert.checkpoint.shape import DECODER_SKIPS
 from effconvert.checkpoint.shared import Shared, clash_of, renumber
 from effconvert.checkpoint.wrappers import Wrapper
 from effconvert.errors import ModelError, OptionError
@@ -74,7 +75,7 @@ class Config(Records):
     def needs_effconvert(self) -> bool:
         """Whether loading needs a class of effconvert, because transformers has none."""
         ties = self.shared and not self.family.groups_key  # of which no class of transformers knows
-        return self.family.shares_kv_in_our_class or bool(self.replaced or ties or self._skipped)
+        return self.family.shares_kv_in_our_class or bool(self.replaced or ties or self._skipped or self.decoder_lacks)
 
     @property
     def plain_outside(self) -> "Config":
@@ -190,6 +191,22 @@ class Config(Records):
             entry = dict(entries.get(layer) or {})
             entries[layer] = {**entry, "skip": sorted({*(entry.get("skip") or ()), word})}
         return replace(self, raw={**self.raw, "per_layer_config": {str(layer): entries[layer] for layer in sorted(entries)}})
+
+    def without_decoder_ffn(self) -> "Config":
+        """Return this config without the FFNs of the decoder behind its encoder.
+
+        Raises:
+            OptionError: there is no such decoder, or its FFNs are gone already.
+        """
+        if not self.encoder_decoder:
+            role = "a decoder" if self.decoder else "an encoder"
+            raise OptionError(
+                f"--drop-decoder drops the FFNs of a decoder that reads an encoder's output, and {self.kind} is {role} alone, which nobody has shown to do "
+                "without; leave it out"
+            )
+        if self.decoder_lacks:
+            raise OptionError(f"the decoder of this {self.kind} has no FFNs any more; leave out --drop-decoder")
+        return self.with_keys({DECODER_SKIPS: ["mlp"]})
 
     def with_kv_heads(self, count: int) -> "Config":
         """Return this config with `count` KV heads: of its family or a related one if they can, else of a class of effconvert.

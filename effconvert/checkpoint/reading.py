@@ -9,6 +9,7 @@ from typing import Any
 
 from effconvert.checkpoint.config import CONFIG, Config
 from effconvert.checkpoint.replaced import KIND, Replaced, check_depth, read
+from effconvert.checkpoint.shape import DECODER_SKIPS
 from effconvert.checkpoint.shared import Shared, whole_layers
 from effconvert.checkpoint.unsupported import OWN_CODE, instead, own_code, unknown_family
 from effconvert.checkpoint.wrappers import unwrap
@@ -154,5 +155,6 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "no_rope_layers": (_numbers, "a list with 1 for each layer that RoPE turns, and 0 for each other,"),
     "no_rope_layer_interval": _integer(1),
     "tie_word_embeddings": (lambda value: isinstance(value, bool), "true or false"),
+    DECODER_SKIPS: (lambda value: value == ["mlp"], 'the list ["mlp"]'),
     "use_sliding_window": (lambda value: isinstance(value, bool), "true or false"),
 }

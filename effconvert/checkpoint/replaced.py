@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from effconvert.checkpoint.shape import DECODER_SKIPS
 from effconvert.checkpoint.shared import Shared, read_shared
 from effconvert.errors import ModelError
 from effconvert.families import EXPERTS_KEYS, KNOWN, Family
@@ -59,11 +60,12 @@ def encode(raw: Mapping[str, Any], family: Family, replaced: tuple[Replaced, ...
     """Return config.json of the model `raw` with the records `replaced` and `shared`, and with KV heads shared as in `family`."""
     grouped, skips = family.shares_kv_in_our_class, skipped(raw, family)
     shared = () if family.groups_key else shared  # its own class stores layers once
-    if not (replaced or shared or grouped or skips):
+    halved = bool(family.decoder_layers and raw.get(DECODER_SKIPS))
+    if not (replaced or shared or grouped or skips or halved):
         return dict(raw)
     count = raw.get(family.layers_key, family.defaults.get(family.layers_key))
     original = raw.get("layer_types")
-    names = [f"{KIND}gqa"] * count if grouped else list(original or ["full_attention"] * count)
+    names = [f"{KIND}gqa"] * count if grouped else [f"{KIND}skip"] * count if halved else list(original or ["full_attention"] * count)
     for record in replaced:
         names = [f"{KIND}{record.technique}"] * count if record.place in OUTSIDE else names  # so that stock classes refuse the model
     for index in skips:
@@ -102,7 +104,7 @@ def read(content: Mapping[str, Any]) -> tuple[dict[str, Any], Family, tuple[Repl
         ModelError: its records are missing or make no sense.
     """
     raw, family, replaced, shared = decode(content)
-    if not (replaced or shared or family.shares_kv_in_our_class or skipped(raw, family)):
+    if not (replaced or shared or family.shares_kv_in_our_class or skipped(raw, family) or (family.decoder_layers and raw.get(DECODER_SKIPS))):
         raise ModelError(f"config.json is of a {content['model_type']} and has no record of what differs; take the file that effconvert wrote")
     return raw, family, replaced, shared
 

@@ -13,6 +13,7 @@ from effconvert.families import EXPERTS_KEYS, Family
 
 ATTENTION_PARTS = ("q", "k", "v", "kv_a", "kv_a_norm", "kv_b", "o", "q_norm", "k_norm", "attn_norm", "attn_post_norm")  # the parts of attention, with its norms
 TOP_K_KEY = "num_experts_per_tok"
+DECODER_SKIPS = "decoder_skips"  # key of config.json for all layers of the decoder behind an encoder: ["mlp"], as in transformers' `per_layer_config`
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,16 @@ class Shape:
     def encoder_decoder(self) -> bool:
         """Whether there is a decoder behind the encoder; the layers are then the encoder's, and no step changes the decoder's as layers."""
         return bool(self.family.decoder_layers)
+
+    @property
+    def decoder_lacks(self) -> tuple[str, ...]:
+        """The modules that each layer of the decoder behind an encoder lacks: none, or those of its FFN with the norm before it.
+
+        A norm behind the FFN stays, as it norms the stream, which later layers were trained on (decision 44).
+        """
+        if not (self.encoder_decoder and self.get(DECODER_SKIPS)):
+            return ()
+        return tuple(self.family.parts[part] for part in ("mlp_norm", "up", "down") if part in self.family.parts)
 
     @property
     def role(self) -> str:

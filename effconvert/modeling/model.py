@@ -17,7 +17,7 @@ from effconvert.modeling.caches import caches
 from effconvert.modeling.grouped import Grouped, share
 from effconvert.modeling.lent import LentLayer, lend
 from effconvert.modeling.outside import Outside, has_no_table
-from effconvert.modeling.places import Own, leave_out, put
+from effconvert.modeling.places import Own, leave_out, leave_out_decoder_ffn, put
 from effconvert.modeling.shared import Sharing
 from effconvert.modeling.stand_ins import stand_in
 from effconvert.modeling.state import State
@@ -89,6 +89,8 @@ class ConvertedModel(Outside, Sharing):
                     install(module, technique, ours, index)
                 else:
                     put(layer, record, ours, index)
+        if ours.decoder_lacks:
+            leave_out_decoder_ffn(self.base_model.get_submodule(ours.family.decoder_layers), ours)  # type: ignore[attr-defined]
         self._put_outside(ours)
         if ours.shared:
             self._share(layers_of(self, ours), ours)

@@ -82,6 +82,21 @@ def leave_out(layer: nn.Module, place: str, config: Config, index: int) -> None:
             layer.set_submodule(config.parts[part], nn.Identity())
 
 
+class Zeros(nn.Module):
+    """In place of an FFN's output projection: gives zeros."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return zeros in the shape of the hidden states that come in, [B, T, M]: what stood before it passes them on."""
+        return torch.zeros_like(hidden)
+
+
+def leave_out_decoder_ffn(layers: nn.Module, config: Config) -> None:
+    """Remove the FFN from each layer of the decoder behind an encoder."""
+    for layer in layers.children():
+        for path in config.decoder_lacks:
+            layer.set_submodule(path, Zeros() if path == config.family.parts["down"] else nn.Identity())
+
+
 def put(layer: nn.Module, record: Replaced, config: Config, index: int) -> None:
     """Put a technique into the module of its place, and remove the parts that it drops."""
     path = config.place(record.place)

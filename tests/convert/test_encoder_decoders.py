@@ -12,7 +12,7 @@ from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.checkpoint.reading import read_config
 from effconvert.convert.inspection import applicable
 from effconvert.convert.plan import plan
-from effconvert.errors import ModelError
+from effconvert.errors import EffconvertError, ModelError, OptionError
 from effconvert.families import ENCODER_DECODERS
 from effconvert.heal._layerwise import LayerRunner, outer_tensors, stored_tensors
 from effconvert.heal.distill import Distill
@@ -30,11 +30,12 @@ from effconvert.surgery.width.narrow import Narrow
 from tests.heal.healing import opened, prose, put, run
 from tests.models import on_disk, save, tiny
 
+FEW = {"calibration_tokens": 256}
 CLOSE = {"rtol": 0, "atol": 1e-5}
 KINDS = [(kind, True) for kind in ENCODER_DECODERS] + [("bart", False), ("marian", False)]  # with the embedding tied, or not
 STEPS = {  # one step for each layout
-    "bart": (Gqa(groups=2), Narrow(ffn=24), Refit()),
-    "mbart": (ShareFfn(), Refit()),
+    "bart": (Gqa(groups=2), Refit()),
+    "mbart": (Narrow(ffn=24),),
     "marian": (LowRank(ratio="0.5"),),
     "m2m_100": (PruneLayers(layers="1"), Sparse(pattern="strided", block=4)),
     "plbart": (Linear(), Transfer(epochs=1)),
@@ -107,7 +108,7 @@ def test_a_model_saved_without_its_head_opens(tmp_path):
 
 @pytest.mark.parametrize("kind", STEPS)
 def test_the_encoder_is_converted_and_the_decoder_stays_to_the_bit(kind):
-    outcome = run(put("model", kind), *STEPS[kind], verify=True)
+    outcome = run(put("model", kind), *STEPS[kind], verify=True, **FEW)
     before, after = on_disk(Path("model")), on_disk(Path("out"))
     outside = {name for name in before if "encoder.layers" not in name}
     assert outside == {name for name in after if "encoder.layers" not in name}
@@ -128,7 +129,7 @@ def test_the_encoder_is_converted_and_the_decoder_stays_to_the_bit(kind):
 
 
 def test_neutral_options_change_no_logit():
-    outcome = run(put("model", "marian"), Sparse(pattern="strided", block=64), Gqa(groups=4), verify=True)
+    outcome = run(put("model", "marian"), Sparse(pattern="strided", block=64), Gqa(groups=4), verify=True, **FEW)
     assert outcome.report.difference < 1e-5
     torch.testing.assert_close(logits(opened()), logits(tiny("marian")), **CLOSE)
 
@@ -136,7 +137,7 @@ def test_neutral_options_change_no_logit():
 @torch.inference_mode()
 @pytest.mark.parametrize(("kind", "sides"), [("bart", ("right",)), ("m2m_100", ("right", "left"))])  # bart counts padding on the left as positions
 def test_nothing_depends_on_what_a_source_is_padded_with(kind, sides):
-    run(put("model", kind), Linear())
+    run(put("model", kind), Linear(), **FEW)
     model, (source, target) = opened(), pairs()
     alone = logits(model)
     for side in sides:
@@ -147,13 +148,69 @@ def test_nothing_depends_on_what_a_source_is_padded_with(kind, sides):
             torch.testing.assert_close(model(ids, attention_mask=mask, decoder_input_ids=target).logits, alone, **CLOSE)
 
 
+@pytest.mark.parametrize("kind", ["bart", "mbart"])  # with a norm behind the FFN, which stays, and before it
+def test_a_decoder_without_ffns_is_one_whose_ffns_give_zeros(kind):
+    outcome = run(put("model", kind), ShareFfn(width=60, drop_decoder=True), verify=True, **FEW)
+    gone = {name for name in on_disk(Path("model")) if "decoder" in name} - {*on_disk(Path("out"))}
+    parts = ("fc1", "fc2", "final_layer_norm") if kind == "mbart" else ("fc1", "fc2")
+    assert gone == {f"model.decoder.layers.{index}.{part}.{what}" for index in range(2) for part in parts for what in ("weight", "bias")}
+    assert any("nothing makes up for them" in note for note in outcome.plan.notes)
+    model, zeroed, (source, target) = opened(dtype=torch.float32), tiny(kind), pairs()
+    assert outcome.plan.after.parameters == model.num_parameters()
+    with torch.inference_mode():
+        before = logits(zeroed)
+        for layer in zeroed.model.decoder.layers:
+            torch.nn.init.zeros_(layer.fc2.weight)
+            torch.nn.init.zeros_(layer.fc2.bias)
+        expected = zeroed(encoder_outputs=model.model.encoder(source), decoder_input_ids=target).logits
+    torch.testing.assert_close(logits(model), expected, **CLOSE)
+    assert (expected - before).abs().max() > 0.01
+    written = model.generate(source, max_new_tokens=6, do_sample=False)
+    assert torch.equal(written, model.generate(source, max_new_tokens=6, do_sample=False, use_cache=False))
+    save(model, Path("again"))
+    assert torch.equal(logits(opened("again", dtype=torch.float32)), logits(model))
+    model.train()(source, labels=target).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    assert "has no FFNs any more" in str(refusal("out", ShareFfn(drop_decoder=True)))
+
+
+def refusal(folder, step):
+    """The error that a plan of this step ends with."""
+    with pytest.raises(EffconvertError) as error:
+        plan(open_checkpoint(Path(folder)), (step,))
+    return error.value
+
+
+@pytest.mark.parametrize(("kind", "role"), [("llama", "a decoder"), ("bert", "an encoder")])
+def test_no_other_model_loses_its_ffns(kind, role):
+    error = refusal(save(tiny(kind), Path("model")), ShareFfn(drop_decoder=True))
+    assert isinstance(error, OptionError)
+    assert f"{kind} is {role} alone, which nobody has shown to do without" in str(error)
+
+
+def test_what_a_config_says_of_the_decoder_is_checked():
+    content = read_config(save(tiny("bart"), Path("model"))).without_decoder_ffn().content
+    assert (content["model_type"], content["architectures"]) == ("effconvert_bart", ["EffconvertBartForConditionalGeneration"])
+    Path("model/config.json").write_text(json.dumps({**content, "decoder_skips": ["attention"]}))
+    with pytest.raises(ModelError, match=r"decoder_skips = \['attention'\], where the list"):
+        read_config(Path("model"))
+
+
 def test_the_usual_name_of_the_depth_in_an_old_config_follows_it():
     put("model", "bart")
     file = Path("model/config.json")
     file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": 3}))  # as facebook/bart-base has it
-    run("model", PruneLayers(layers="0"))
+    run("model", PruneLayers(layers="0"), **FEW)
     assert "num_hidden_layers" not in json.loads(Path("out/config.json").read_text())
     assert len(opened().model.encoder.layers) == 2
+
+
+@pytest.mark.parametrize("last", ["num_hidden_layers", "encoder_layers"])
+def test_where_a_config_names_the_depth_twice_the_usual_name_counts_as_in_transformers(last, tmp_path):
+    content = {"model_type": "bart", "architectures": ["BartModel"], "d_model": 32, "encoder_attention_heads": 4}
+    depths = {"num_hidden_layers": 3, "encoder_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps({**content, **dict(sorted(depths.items(), key=lambda item: item[0] == last))}))
+    assert read_config(tmp_path).layers == transformers.AutoConfig.from_pretrained(tmp_path).encoder_layers == 3
 
 
 def test_what_does_not_fit_is_refused_with_the_reason(tmp_path):

@@ -30,19 +30,21 @@ class ShareFfn(Replacement):
     layer's own FFN gives. Each layer keeps a gain for each neuron and a shift of the output, which are few numbers and most of the quality (--no-gains
     leaves them out). The FFN is stored once, on disk and in memory; a token computes as much as before. --refit then fits the outputs of attention to
     the original's hidden states. The result needs effconvert. On a decoder it cost as much as dropped layers, which also save
-    time and cache: take prune-layers first.
+    time and cache: take prune-layers first. Of a model with an encoder and a decoder (bart, marian) the encoder's layers share; --drop-decoder drops the
+    decoder's FFNs, as the paper does, for a model that is trained afterwards.
     Pessoa Pires et al. 2023, arXiv 2309.01826 (One Wide Feedforward is All You Need); docs/share-ffn.md has measurements.
 
     \b
     Examples:
       effconvert share-ffn ./all-MiniLM-L6-v2
       effconvert share-ffn --width 4608 ./all-MiniLM-L6-v2 -o ./wide
+      effconvert share-ffn --drop-decoder ./opus-mt-en-de
       effconvert share-ffn --layers 11-18 --group 2 --refit ./SmolLM2-135M
     """
 
     facts: ClassVar[Facts] = Facts("models with an FFN whose output projection is a module", saves="parameters", native="", exact="")
 
-    where: ClassVar[frozenset[str]] = frozenset({"layers", "width", "group"})
+    where: ClassVar[frozenset[str]] = frozenset({"layers", "width", "group", "drop_decoder"})
     layers: Layers = layers_field("Layers that share, from 0, negative from the end: 10-17, or 0,1. Default: all.")
     width: int | None = Field(
         None, ge=1, description="Neurons of the shared FFN. Default: as many as each layer's own has.", json_schema_extra={"metavar": "W"}
@@ -51,6 +53,9 @@ class ShareFfn(Replacement):
         None, ge=2, description="Have each N of these layers share, in order: 2 makes pairs. Default: all share one.", json_schema_extra={"metavar": "N"}
     )
     gains: bool = Field(True, description="Give each layer a gain for each neuron and a shift of the output.")
+    drop_decoder: bool = Field(
+        False, description="Of a model with an encoder and a decoder, drop the decoder's FFNs. Nothing makes up for them before the model is trained."
+    )
 
     @classmethod
     def allowed_options(cls, config: Config) -> str:
@@ -60,7 +65,7 @@ class ShareFfn(Replacement):
             config.with_ffn(config.ffn)
         except ModelError:
             return "as it is"
-        return f"--width W, up to {config.layers * config.ffn}"
+        return f"--width W, up to {config.layers * config.ffn}{'; --drop-decoder' if config.encoder_decoder and not config.decoder_lacks else ''}"
 
     def places(self, config: Config) -> tuple[str, ...]:
         """Run at the output projection, for gains."""
@@ -84,7 +89,8 @@ class ShareFfn(Replacement):
         return False
 
     def config(self, config: Config) -> Config:
-        """Record which layers share an FFN, its width, and the gains."""
+        """Record which layers share an FFN, its width, the gains, and that a decoder has no FFNs."""
+        config = config.without_decoder_ffn() if self.drop_decoder else config
         for group in self._groups(config):
             config = config.with_shared("ffn", group)
         members = tuple(sorted(self.chosen(config)))
@@ -111,10 +117,11 @@ class ShareFfn(Replacement):
         return 7 * 8 * (self._width(config) + min(SPARE, (config.layers - 1) * config.ffn)) ** 2
 
     def notes(self, config: Config) -> str:
-        """Say that decoders are not what the paper shows."""
+        """Say that decoders are not what the paper shows, and what it takes to drop a decoder's FFNs."""
         shown = "that one FFN is enough was shown for encoders and translation models, trained as such"
         rest = "on a decoder dropped layers cost as much, and save time and cache (docs/share-ffn.md)" if config.decoder else "train it further"
-        return f"{shown}; {rest}"
+        dropped = "; the decoder's FFNs go, and nothing makes up for them, not refit nor transfer: it writes nothing sensible before it is trained"
+        return f"{shown}; {rest}{dropped if self.drop_decoder else ''}"
 
     def parameters(self, config: Config, place: str = "") -> Mapping[str, tuple[int, ...]]:
         """A gain for each neuron, [W], and a shift of the output, [M]."""
@@ -131,7 +138,12 @@ class ShareFfn(Replacement):
         return context.original(hidden * weights["gain"]) + weights["shift"]
 
     def rewrite(self, model: Model) -> None:
-        """Fit the shared FFN where the first layer of a group is converted, with what each has of its own."""
+        """Fit the shared FFN where the first layer of a group is converted, with what each has of its own. Drop the decoder's FFNs."""
+        if self.drop_decoder:
+            lacking = model.config.without_decoder_ffn().decoder_lacks
+            gone = tuple(f".{module}.{name}" for module in lacking for name in ("weight", "bias"))
+            for part in [part for part in model.outer if part.startswith("decoder.layers.") and part.endswith(gone)]:
+                del model.outer[part]
         for group in self._groups(model.config):
             own: dict[int, dict[str, Tensor]] = {}
             between = model.layers[group[0] : group[-1] + 1]
