@@ -81,7 +81,7 @@ class Terminal:
             ("parameters", before.parameters, after.parameters, count),
             *([("active for a token", before.active, after.active, count)] if after.active < after.parameters or before.active < before.parameters else []),
             ("on disk", before.bytes, after.bytes, size),
-            ("KV cache a token", before.kv_bytes, after.kv_bytes, size),
+            *([("KV cache a token", before.kv_bytes, after.kv_bytes, size)] if before.kv_bytes or after.kv_bytes else []),
         ]
         if before.state_bytes or after.state_bytes:
             rows.append(("state of mixers", before.state_bytes, after.state_bytes, size))
@@ -158,7 +158,8 @@ class Terminal:
         table = Table("verification", "original", "converted", box=None, pad_edge=False, header_style="bold")
         before, after = report.before, report.after
         table.add_row("parameters", count(before.parameters), count(after.parameters))
-        table.add_row("KV cache a token", size(before.kv_bytes), size(after.kv_bytes))
+        if before.kv_bytes or after.kv_bytes:
+            table.add_row("KV cache a token", size(before.kv_bytes), size(after.kv_bytes))
         if before.state_bytes or after.state_bytes:
             table.add_row("state of mixers", size(before.state_bytes), size(after.state_bytes))
         if before.quality and after.quality:
@@ -181,7 +182,7 @@ class Terminal:
         config, checkpoint = inspection.checkpoint.config, inspection.checkpoint
         self.out.print(f"[bold]{escape(self.model)}[/]: {config.kind} ({escape(config.architecture)}), {config.role}, {checkpoint.dtype}", soft_wrap=True)
         if config.encoder_decoder:
-            self.out.print("layers are the encoder's; the decoder is outside them, and copied as it is")
+            self.out.print("layers are the encoder's; the decoder is outside them, and is copied")
         self.out.print(f"{shape(config)}, width {config.hidden}, vocabulary {config.get('vocab_size')}")
         if windows := sorted({window for window in config.windows() if window}):
             sliding = sum(window is not None for window in config.windows())

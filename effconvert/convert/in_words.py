@@ -38,6 +38,8 @@ def differences(config: Config) -> Iterator[str]:
     for word, place in SKIPS.items():
         if gone := sum(place in config.skips(index) for index in range(config.layers)):
             yield f"{gone} of {config.layers} layers have no {word}"
+    if config.decoder_lacks:
+        yield "no layer of the decoder has an mlp"
 
 
 def _range(values: Sequence[Any]) -> Any:

@@ -80,7 +80,7 @@ def parts(checkpoint: Checkpoint) -> dict[str, int]:
     places = {f"{checkpoint.prefix}{module}": part for part, module in family.outer.items()} | {module: part for part, module in family.head.items()}
     for name, tensor in checkpoint.outer.items():
         part = next((part for module, part in places.items() if name.startswith(f"{module}.")), "other")
-        counts[part] += math.prod(tensor.shape) if tensor.dtype in FLOATS else 0
+        counts[part] += math.prod(tensor.shape) if tensor.dtype in FLOATS and not family.is_buffer(name) else 0
     for index in range(checkpoint.config.layers):
         layer = checkpoint.layer(index, "meta")
         for part in [part for part in layer if checkpoint.config.stored_for(index, part) == index]:

@@ -148,9 +148,8 @@ class Run:
 def _run(plan: Plan, folder: Path, material: Material, advance: Advance, record: Path | None = None, reference: LogitsFile | None = None) -> Run:
     config = plan.config if folder != plan.checkpoint.folder else plan.checkpoint.config
     whole, windows, has_quality = loading.load(folder, config, measuring_dtype(plan)), material.windows, not material.unmeasured
-    constants = tuple(f".{buffer}" for buffer in config.family.buffers)
     model = loading.measurable(whole, config)
-    parameters = sum(parameter.numel() for name, parameter in whole.named_parameters() if not f".{name}".endswith(constants))
+    parameters = sum(parameter.numel() for name, parameter in whole.named_parameters() if not config.family.is_buffer(name))
     prompt = windows[0, :PROMPT]
     logits = [perplexity.logits_of(model, _beginning(material)).float().cpu(), *exact.logits(model, material.texts, config.decoder, advance)]
     quality = perplexity.summary(perplexity.measure(model, list(windows), record, reference, advance), windows.shape[1]) if has_quality else None

@@ -107,6 +107,10 @@ class Family:
                 changes |= differing
         return replace(self, **changes) if changes else self
 
+    def is_buffer(self, name: str) -> bool:
+        """Whether the tensor `name`, in a layer or outside, is no trained parameter."""
+        return f".{name}".endswith(tuple(f".{buffer}" for buffer in self.buffers))
+
     @property
     def attention(self) -> str:
         """The attention module of a layer, which has its queries; empty without attention."""

@@ -60,9 +60,8 @@ class LayerRunner:
 
     def _complete_encoder(self) -> None:
         """Tie the encoder's embedding, and compute constants that its class holds as parameters (marian's sines)."""
-        constants = tuple(f".{buffer}" for buffer in self.config.family.buffers)
         for name, parameter in list(self.model.named_parameters()):
-            if parameter.is_meta and name.endswith(constants):
+            if parameter.is_meta and self.config.family.is_buffer(name):
                 compute_constant(self.model, self.model.get_submodule(name.rpartition(".")[0]), self.device)
         if self.config.tied:
             self.model.tie_weights()

@@ -165,4 +165,6 @@ def _scores(evaluation: Evaluation, task: str | None) -> list[EvalResult]:
 def auto_class(config: Mapping[str, Any]) -> tuple[str, str | None]:
     """Return the Auto class that opens a model, and the Hub's name of its task, where it has one."""
     architecture = str((config.get("architectures") or ["AutoModel"])[0])
+    if config.get("is_encoder_decoder") and architecture.endswith(("ForConditionalGeneration", "MTModel")):
+        return "AutoModelForSeq2SeqLM", None  # what it writes, translations or summaries, nobody says
     return next((classes for ending, classes in TASKS.items() if architecture.endswith(ending)), (architecture, None))

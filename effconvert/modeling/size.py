@@ -38,9 +38,7 @@ def size_of_tensors(tensors: Iterable[tuple[str, str, tuple[int, ...]]], config:
     parameters = sum(
         math.prod(shape)
         for name, dtype, shape in tensors
-        if dtype in FLOATS
-        and not f".{name}".endswith(tuple(f".{buffer}" for buffer in family.buffers))
-        and not (config.tied and name.startswith(heads) and shape == embedding)
+        if dtype in FLOATS and not family.is_buffer(name) and not (config.tied and name.startswith(heads) and shape == embedding)
     )
     on_disk = sum(math.prod(shape) * ITEMSIZE[dtype] for _, dtype, shape in tensors)
     idle = _experts(tensors, config) * (config.experts - config.top_k) // max(1, config.experts)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from effconvert.eval.results import Cell, Evaluation, Row, ShapedSubject, Subject, Timing, Value
 from effconvert.eval.training import Training
 from effconvert.eval.verification import Verification
+from effconvert.families import ENCODER_DECODERS
 from effconvert.quantities import count, perplexity, size
 from effconvert.report.facts import Report, better, lineage
 
@@ -71,6 +72,11 @@ def chance_of(p: float | None) -> str:
     return "?" if p is None else "< 0.001" if p < 0.001 else f"= {p:.2g}"
 
 
+def _cache(subject: ShapedSubject) -> str:
+    """Say how much a model caches for a token. Of the decoder behind an encoder that is not counted."""
+    return size(subject.kv_bytes) if subject.kv_bytes else "not counted" if subject.kind in ENCODER_DECODERS else "none"
+
+
 def shapes(report: Report) -> Table:
     """Return the table of the models' shapes."""
 
@@ -89,7 +95,7 @@ def shapes(report: Report) -> Table:
         ("weights", [subject.dtype for subject in report.subjects]),
         ("parameters", [count(subject.parameters) for subject in report.subjects]),
         ("on disk", [size(subject.bytes) for subject in report.subjects]),
-        ("KV cache a token", shape(lambda subject: size(subject.kv_bytes) if subject.kv_bytes else "none")),
+        ("KV cache a token", shape(_cache)),
     ]
     if any(subject.mixers for subject in report.shaped.values()):
         rows.insert(4, ("mixers", shape(mixer_summary)))

@@ -18,6 +18,7 @@ from effconvert.heal._layerwise import LayerRunner, outer_tensors, stored_tensor
 from effconvert.heal.distill import Distill
 from effconvert.heal.refit import Refit
 from effconvert.heal.transfer import Transfer
+from effconvert.hub.card_data import auto_class
 from effconvert.modeling.stock import open_as_stock
 from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.depth.prune_layers import PruneLayers
@@ -203,6 +204,17 @@ def test_the_usual_name_of_the_depth_in_an_old_config_follows_it():
     run("model", PruneLayers(layers="0"), **FEW)
     assert "num_hidden_layers" not in json.loads(Path("out/config.json").read_text())
     assert len(opened().model.encoder.layers) == 2
+
+
+def test_a_card_names_the_class_that_opens_it_and_a_plan_says_nothing_of_a_cache(command):
+    put("model", "marian")
+    told = command("narrow", "--ffn", "48", "model", "-o", "out").output
+    assert "KV cache" not in told
+    assert "AutoModelForSeq2SeqLM" in Path("out/README.md").read_text()
+    told = command("inspect", "out").output
+    assert "marian (MarianMTModel), encoder-decoder" in told
+    assert "other" not in told  # the bias of logits is no parameter
+    assert auto_class({"architectures": ["LlavaForConditionalGeneration"]})[0] == "LlavaForConditionalGeneration"
 
 
 @pytest.mark.parametrize("last", ["num_hidden_layers", "encoder_layers"])
