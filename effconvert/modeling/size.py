@@ -35,10 +35,11 @@ def size_of_tensors(tensors: Iterable[tuple[str, str, tuple[int, ...]]], config:
     tensors, family = list(tensors), config.family
     embedding = next((shape for name, _, shape in tensors if name.endswith(f"{family.outer['embed']}.weight")), None)
     heads = tuple(family.head.values())
+    copies = (".embed_tokens.weight",) if config.encoder_decoder else ()  # of the encoder and the decoder, in old files
     parameters = sum(
         math.prod(shape)
         for name, dtype, shape in tensors
-        if dtype in FLOATS and not family.is_buffer(name) and not (config.tied and name.startswith(heads) and shape == embedding)
+        if dtype in FLOATS and not family.is_buffer(name) and not (config.tied and shape == embedding and (name.startswith(heads) or name.endswith(copies)))
     )
     on_disk = sum(math.prod(shape) * ITEMSIZE[dtype] for _, dtype, shape in tensors)
     idle = _experts(tensors, config) * (config.experts - config.top_k) // max(1, config.experts)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.checkpoint.reading import read_config
@@ -100,6 +101,15 @@ def test_the_encoder_computes_in_a_walk_what_it_computes_in_the_whole_model(kind
             states = [look.out for look in runner.run(index, weights, states)]
             torch.testing.assert_close(states[0], out, **CLOSE)
     assert all(parameter.is_meta for name, parameter in runner.model.named_parameters() if name.startswith("decoder.layers"))
+
+
+def test_copies_of_the_embedding_in_an_old_file_are_not_counted_again():
+    model = tiny("bart")
+    put("model", "bart")
+    copies = {f"model.{side}.embed_tokens.weight": model.model.shared.weight.detach().clone() for side in ("encoder", "decoder")}
+    save_file({**on_disk(Path("model")), **copies}, "model/model.safetensors", metadata={"format": "pt"})
+    outcome = run("model", Narrow(ffn=24), verify=True, **FEW)
+    assert outcome.plan.before.parameters == model.num_parameters()
 
 
 def test_a_model_saved_without_its_head_opens(tmp_path):
