@@ -25,6 +25,7 @@ DECODERS = {
     "linear elu": {"feature": "elu"},
     "performer": {"features": 256},
     "retnet": {"decay": "paper"},
+    "deltanet": {},
     "linformer-causal": {"rank": 8},
     "sparse strided": {"pattern": "strided", "block": 64},
     "sparse fixed": {"pattern": "fixed", "block": 64},

@@ -15,7 +15,8 @@ from effconvert.kernels.linear_attention import linear_attention
 from effconvert.modeling.attention import Mixer
 from effconvert.modeling.state import State
 from effconvert.surgery.mixing._call import Call
-from effconvert.surgery.mixing.retnet import EPSILON, Retnet, by_distance, fit_decay
+from effconvert.surgery.mixing._retained import EPSILON, by_distance, fit_decay
+from effconvert.surgery.mixing.retnet import Retnet
 
 HEADS, GROUPS, WIDTH, HIDDEN, TOKENS = 4, 2, 8, 24, 150  # more tokens than two chunks
 SPLITS = [[TOKENS], [64, 86], [7, 1, 100, 42], [1] * TOKENS]

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from effconvert.surgery._surgery import Facts
 from effconvert.surgery.mixing._mixing import Mixing
+from effconvert.surgery.mixing._retained import OPEN
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,10 +18,6 @@ if TYPE_CHECKING:
     from effconvert.checkpoint.config import Config
     from effconvert.checkpoint.layer import Layer
     from effconvert.surgery.mixing._call import Call, Slots
-
-EPSILON = 1e-10  # of the group norm
-OPEN = 1.2784645  # silu of it is 1
-SHORTEST, LONGEST = 2.0**-3, 2.0**-12  # 1 - gamma of heads with the shortest reach, and with the longest
 
 
 class Retnet(Mixing):
@@ -73,19 +70,13 @@ class Retnet(Mixing):
         """Fit the decays to how attention falls with the distance, and the gains to the size of its outputs."""
         import torch
 
-        assert layer.activations
-        heads, attention, squares, count = layer.config.heads, torch.zeros(0), torch.zeros(layer.config.heads, dtype=torch.float64), 0
-        for capture in layer.activations.capture(layer, ("o",), until="o"):
-            assert capture.weights is not None
-            batch = by_distance(capture.weights).double().cpu()  # [H, T // 2]
-            attention = attention + batch if len(attention) else batch
-            outputs = capture.inputs["o"].reshape(*capture.state.shape[:2], heads, -1)  # [B, T, H, D]
-            squares += outputs.double().square().mean((1, 3)).sum(0).cpu()
-            count += len(outputs)
+        from effconvert.surgery.mixing._retained import fit_decay, survey
+
+        attention, size = survey(layer)
         far = fit_decay(attention)
         decay = torch.where(far.isnan(), values["decay"].double(), torch.logit(far)).float()
-        size = (squares / count).sqrt().float()  # the norm makes every head's root mean square 1
-        return {**values, "decay": decay, "gain": size[:, None].expand_as(values["gain"]).clone()}
+        # The norm makes every head's root mean square 1.
+        return {**values, "decay": decay, "gain": size.float()[:, None].expand_as(values["gain"]).clone()}
 
     def cache_slots(self, config: Config) -> Slots:
         """The decayed sum over all tokens, for each query head."""
@@ -100,6 +91,7 @@ class Retnet(Mixing):
         from torch.nn import functional
 
         from effconvert.surgery.mixing._features import attend
+        from effconvert.surgery.mixing._retained import gated, normed
 
         query, live = call.grouped.float() * call.scaling, call.live.float()
         key, value = call.key.float() * live[:, None, :, None], call.value.float()
@@ -107,38 +99,4 @@ class Retnet(Mixing):
         shape = (*query.shape[1:3], key.shape[-1], value.shape[-1])
         sums, state = attend(query, key, value, call.read("state", {"state": (shape, "float32")}), fall, kernels=call.kernels)
         call.write(state=state)
-        sums = sums.flatten(1, 2)  # [B, H, T, D]
-        normed = sums * (sums.square().mean(-1, keepdim=True) + EPSILON).rsqrt() * weights["gain"].float()[:, None]
-        gate = functional.linear(call.hidden, weights["gate"].to(call.hidden.dtype)).float() + weights["gate_bias"].float()
-        gated: Tensor = normed * functional.silu(gate).unflatten(-1, (normed.shape[1], -1)).transpose(1, 2)
-        return gated
-
-
-def by_distance(weights: Tensor) -> Tensor:
-    """Sum attention [B, H, T, T] over the batch for each distance, [H, T // 2].
-
-    Only the later half of the queries counts, which have all these distances: earlier ones share attention among fewer keys. This also leaves out the
-    first token, an attention sink of many heads.
-    """
-    import torch
-
-    tokens = weights.shape[-1]
-    far = tokens // 2
-    return torch.stack([weights[:, :, tokens - far :].diagonal(tokens - far - distance, -2, -1).sum((0, -1)) for distance in range(far)], -1)
-
-
-def fit_decay(attention: Tensor) -> Tensor:
-    """Return 1 - gamma of each head [H], by least squares of log attention [H, distances] on the distance; NaN where no two distances get attention.
-
-    Distances are weighted by their attention, or the many distant ones with hardly any attention would decide.
-    """
-    import torch
-
-    weight = attention / attention.sum(-1, keepdim=True).clamp_min(torch.finfo(attention.dtype).tiny)
-    distance = torch.arange(attention.shape[-1], dtype=attention.dtype)
-    log = attention.clamp_min(torch.finfo(attention.dtype).tiny).log()
-    off = distance - (weight * distance).sum(-1, keepdim=True)
-    spread = (weight * off.square()).sum(-1)
-    slope = (weight * off * log).sum(-1) / spread
-    far = -torch.expm1(slope)
-    return torch.where((attention > 0).sum(-1) > 1, far.clamp(LONGEST, SHORTEST), torch.nan)
+        return gated(normed(sums.flatten(1, 2), weights["gain"]), weights, call.hidden)
