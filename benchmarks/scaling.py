@@ -26,6 +26,8 @@ DECODERS = {
     "performer": {"features": 256},
     "retnet": {"decay": "paper"},
     "deltanet": {},
+    "rwkv 7": {"version": "7"},
+    "rwkv 4": {"version": "4"},
     "linformer-causal": {"rank": 8},
     "sparse strided": {"pattern": "strided", "block": 64},
     "sparse fixed": {"pattern": "fixed", "block": 64},

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from effconvert.modeling.attention import attend
+from effconvert.modeling.transformers_internals import attends, attention_inputs, rotary
+from effconvert.surgery.mixing._call import Rotation
 
 PROBE = "effconvert_probe"  # the name of our attention function in transformers' registry
 
@@ -26,6 +28,7 @@ class Capture:
     key: Tensor | None = None  # likewise, [B, Hk, T, D]
     scaling: float | None = None  # of their scores
     weights: Tensor | None = None  # of attention, [B, H, T, T]
+    rotation: Rotation | None = None  # the RoPE that the layer is called with, though some layers do not apply it
 
 
 class StopForwardError(Exception):
@@ -44,7 +47,12 @@ def record(module: nn.Module, parts: Mapping[str, str], capture: Capture, until:
 
         return hook
 
+    def note_rotation(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        angles = attention_inputs(args, kwargs)[1]
+        capture.rotation = None if angles is None else Rotation(rotary(attention), angles)
+
     handles = [module.get_submodule(name).register_forward_hook(recorder(part), with_kwargs=True) for part, name in parts.items()]
+    handles += [inner.register_forward_pre_hook(note_rotation, with_kwargs=True) for inner in module.modules() if attends(inner)]
     _CAPTURES.append(capture)
     try:
         yield

@@ -38,6 +38,7 @@ def without(kinds, *others):
     return [kind for kind in kinds if kind not in others]
 
 
+ONCE = dict.fromkeys(ENCODERS, "goes through a text once")
 BACKWARDS = dict.fromkeys(DECODERS, "which a decoder must not see")
 ROWS = MappingProxyType(
     {
@@ -51,7 +52,8 @@ ROWS = MappingProxyType(
         "linear": Row(without(ATTENDING, *CAPPED), {**NO_CAPS, **NOTHING}, {"window": 6}, {"window": 64}, {"feature": "elu"}, ("phi3", "gpt_neox", "bert")),
         "performer": Row(without(ATTENDING, *CAPPED), {**NO_CAPS, **NOTHING}, {"features": 32}, encoder={"features": 32}, pipeline=("gpt2", "modernbert")),
         "retnet": Row(without(DECODERS, *CAPPED), {**NO_CAPS, **NOTHING, **dict.fromkeys(ENCODERS, "looks back only")}, {}, pipeline=("llama",)),
-        "deltanet": Row(without(DECODERS, *CAPPED), {**NO_CAPS, **NOTHING, **dict.fromkeys(ENCODERS, "goes through a text once")}, {}, pipeline=("llama",)),
+        "deltanet": Row(without(DECODERS, *CAPPED), {**NO_CAPS, **NOTHING, **ONCE}, {}, pipeline=("llama",)),
+        "rwkv": Row(without(DECODERS, *CAPPED), {**NO_CAPS, **NOTHING, **ONCE}, {"version": "4"}, pipeline=("llama",)),
         "linformer": Row(ENCODERS, {**NOTHING, **BACKWARDS}, {"rank": 8}, {"rank": 64}, {"rank": 8}, ("bert",)),
         "linformer-causal": Row(
             DECODERS, {**NOTHING, **dict.fromkeys(ENCODERS, "keeps what was before")}, {"block": 6, "rank": 2}, {"block": 8, "rank": 8}, pipeline=("llama",)
