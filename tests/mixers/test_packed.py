@@ -53,10 +53,12 @@ def test_gradients_are_those_of_the_texts_alone(name):
     for row, lengths, factors in zip(ids, LENGTHS, weight, strict=True):
         for text, factor in zip(row.split(lengths), factors.split(lengths), strict=True):
             one_by_one = one_by_one + (model(text[None]).logits[0] * factor).sum()
-    for made, wanted in zip(together, torch.autograd.grad(one_by_one, parameters, allow_unused=True), strict=True):
+    alone_each = torch.autograd.grad(one_by_one, parameters, allow_unused=True)
+    largest = max(float(wanted.abs().max()) for wanted in alone_each if wanted is not None)
+    for made, wanted in zip(together, alone_each, strict=True):
         assert (made is None) == (wanted is None)
-        if wanted is not None:
-            torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+        if wanted is not None:  # what changes nothing, as a bias of all keys in rwkv --version 4, has rounding for a gradient
+            torch.testing.assert_close(made, wanted, rtol=1e-4, atol=max(1e-5 * float(wanted.abs().max()), 1e-7 * largest))
 
 
 def test_a_family_with_a_window_of_its_own_is_not_taken_for_packed():

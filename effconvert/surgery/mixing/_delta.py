@@ -45,7 +45,7 @@ def delta_rule(
             level = step.cumsum(-2)  # the log of all decays since the start of the chunk, [B, G, C, 1 or D]
             before, last = level - step, level[..., -1:, :]
             given = v if k is None else _products(a, k, before, level).tril(-1) @ v
-            depends = torch.eye(v.shape[-2], dtype=v.dtype, device=v.device) - _products(a, b, before, level).tril(-1)
+            depends = -_products(a, b, before, level)  # [B, G, C, C], of which the solver takes what is below the diagonal, and ones on it
             new = torch.linalg.solve_triangular(depends, (a * before.exp()) @ state + given, upper=False, unitriangular=True)  # [B, G, C, D']
             each = level[:, :, None]
             out = (q * each.exp()) @ state[:, :, None] + _products(q, b[:, :, None], each, each).tril() @ new[:, :, None]

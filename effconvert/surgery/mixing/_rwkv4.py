@@ -151,7 +151,7 @@ def weighted_mean(
     """
     import torch
 
-    (sums, total, scale), outputs, tiny = state, [], torch.finfo(value.dtype).tiny
+    (sums, total, scale), outputs = state, []
     decay, bonus = decay[:, None, None], bonus[:, None, None]  # [H, 1, 1, D]
     for start in range(0, key.shape[2], chunk):
         k, v, alive = key[:, :, start : start + chunk], value[:, :, start : start + chunk], live[:, start : start + chunk]
@@ -164,8 +164,8 @@ def weighted_mean(
         scores = torch.where(own, k + bonus, k - away.clamp_min(0) * decay).masked_fill(~seen, LOWEST)  # [B, H, C, C, D]
         before = scale[:, :, None] - (count - 1).clamp_min(0)[:, None, :, None] * decay[:, 0]  # [B, H, C, D]
         top = torch.maximum(scores.amax(-2), before)
-        weight, kept = (scores - top[..., None, :]).exp() * seen, (before - top).exp()
-        outputs.append(((weight * v[:, :, None]).sum(-2) + kept * sums[:, :, None]) / (weight.sum(-2) + kept * total[:, :, None]).clamp_min(tiny))
+        weight, kept = (scores - top[..., None, :]).exp(), (before - top).exp()  # one of them is 1
+        outputs.append(((weight * v[:, :, None]).sum(-2) + kept * sums[:, :, None]) / (weight.sum(-2) + kept * total[:, :, None]))
         scores = k[:, :, 0] - (count[:, -1:] - count)[:, None, :, None] * decay[:, 0]  # after the chunk, [B, H, C, D]
         before = scale - count[:, -1, None, None] * decay[:, 0, 0]
         scale = torch.maximum(scores.amax(-2), before)
