@@ -125,17 +125,16 @@ class Call:
             for name, tensor in tensors.items():
                 self.state.tensors[name] = tensor.to(self.state.tensors[name].dtype)
 
-    def with_window(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return keys and values [B, Hk, P + T, D] and which are live [B, P + T]; P are the last `count` earlier tokens (slots: `past`).
+    def with_window(self, count: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return keys and values [B, Hk, P + T, D] and which are live [B, P + T]; P are the last `count` earlier tokens, or all if it is None (slots: `past`).
 
         Without a state P is at most T, as there are no earlier tokens.
         """
+        tokens, rows = self.key.shape[-2], (self.key, self.value)
         if self.state is None:
-            count = min(count, self.key.shape[-2])
-        shape, like = (*self.key.shape[:2], count, self.key.shape[-1]), self.key
-        if self.state is None:
-            old_key = old_value = like.new_zeros(shape)
-            old_live = torch.zeros(len(like), count, dtype=torch.bool, device=like.device)
+            count = min(count or 0, tokens)
+            old_key, old_value = (each.new_zeros(*each.shape[:2], count, each.shape[-1]) for each in rows)
+            old_live = torch.zeros(len(self.key), count, dtype=torch.bool, device=self.key.device)
         else:
             old_key, old_value, old_live = (self.state.tensors[name] for name in ("past_key", "past_value", "past_live"))
         key, value = torch.cat([old_key, self.key], 2), torch.cat([old_value, self.value], 2)
@@ -143,8 +142,8 @@ class Call:
         if self.padded:  # padding between earlier and new tokens must not take up places in the window
             order = padding_first(live)
             key, value, live = reorder(key, order), reorder(value, order), live.gather(1, order)
-        tokens = self.key.shape[-2]
-        self.write(past_key=key[:, :, tokens:].clone(), past_value=value[:, :, tokens:].clone(), past_live=live[:, tokens:].clone())
+        drop = 0 if count is None else tokens
+        self.write(past_key=key[:, :, drop:].clone(), past_value=value[:, :, drop:].clone(), past_live=live[:, drop:].clone())
         return key, value, live
 
     def positions(self) -> Tensor:
