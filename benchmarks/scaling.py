@@ -33,6 +33,8 @@ DECODERS = {
     "sparse fixed": {"pattern": "fixed", "block": 64},
     "sparse log": {"pattern": "log", "block": 16},
     "longnet": {"segments": [64, 512, 4096], "dilations": [1, 4, 16]},
+    "aft simple": {"form": "simple"},
+    "aft conv": {"form": "conv", "window": 64},
 }
 ENCODERS = {"softmax": None, "linformer": {"rank": 128}, "linformer 256": {"rank": 256}, "nystrom": {"landmarks": 64}, "performer": {"features": 256}}
 

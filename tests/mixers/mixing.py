@@ -74,7 +74,7 @@ ROWS = MappingProxyType(
             {"segments": [4, 12], "dilations": [1, 2]},
             ("phi3", "distilbert"),
         ),
-        "aft": Row(ATTENDING, NOTHING, {"form": "local", "window": 3, "length": 64}, {}, {"form": "conv", "window": 3}, ("gemma2", "bert")),
+        "aft": Row(ATTENDING, NOTHING, {"form": "local", "window": 3}, {}, {"form": "conv", "window": 3}, ("gemma2", "bert")),
         "nystrom": Row(ENCODERS, {**NOTHING, **BACKWARDS}, {"landmarks": 8}, {"landmarks": 64, "iterations": 0}, {"landmarks": 8}, ("distilbert",)),
     }
 )

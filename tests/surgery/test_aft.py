@@ -19,14 +19,15 @@ from tests.models import characters, save, tiny
 from tests.surgery.rows import GROUPS, HEADS, WIDTH, close, config, random
 
 TEXT, HIDDEN, LONGEST = 50, HEADS * WIDTH, 64
-LLAMA, BERT = config("llama", num_key_value_heads=GROUPS), config("bert")
+LLAMA = config("llama", num_key_value_heads=GROUPS, max_position_embeddings=LONGEST)
+BERT = config("bert", max_position_embeddings=LONGEST)
 FORMS = [
     Aft(form="simple"),
     Aft(form="conv", window=1),
     Aft(form="conv", window=5),
     Aft(form="conv", window=100),
-    Aft(form="local", window=19, length=LONGEST),
-    Aft(form="full", length=LONGEST),
+    Aft(form="local", window=19),
+    Aft(form="full"),
 ]
 SPLITS = [None, [TEXT], [7, 1, 20, 22], [1] * TEXT]
 
@@ -143,7 +144,7 @@ def test_what_comes_later_changes_nothing(technique):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_forms_are_each_other_where_tables_say_the_same(causal):
-    conv, local, full, simple = (Aft(form="conv", window=LONGEST), Aft(form="local", window=LONGEST, length=LONGEST), FORMS[-1], FORMS[0])
+    conv, local, full, simple = (Aft(form="conv", window=LONGEST), Aft(form="local", window=LONGEST), FORMS[-1], FORMS[0])
     weights = trained(conv, causal)
     expected = mixed(conv, weights, *given(causal=causal), causal=causal)
     rows = weights["table"][:, None].expand(-1, LONGEST, -1)
@@ -187,13 +188,17 @@ def test_at_first_all_weights_are_equal_and_gates_are_open():
 
 
 def test_texts_longer_than_the_table_are_refused():
-    for technique in (Aft(form="full", length=TEXT - 1), Aft(form="local", window=4, length=TEXT - 1)):
+    for technique in (FORMS[4], FORMS[5]):
         for causal, split in ((True, None), (True, [1] * TEXT), (False, None)):
-            with pytest.raises(ValueError, match="a text has 50 tokens, and the table of aft is for 49 at most"):
-                mixed(technique, trained(technique, causal), *given(causal=causal), split=split, causal=causal)
+            weights = trained(technique, causal)
+            weights["table"] = weights["table"][:, : TEXT - 1, : TEXT - 1]
+            with pytest.raises(ValueError, match="a text has 50 tokens, and aft's tables are for 49 at most"):
+                mixed(technique, weights, *given(causal=causal), split=split, causal=causal)
         live = torch.ones(2, TEXT, dtype=torch.bool)
         live[:, :2] = False  # padding does not count
-        assert mixed(technique, trained(technique), *given(), live, [25, 25]).isfinite().all()
+        weights = trained(technique)
+        weights["table"] = weights["table"][:, : TEXT - 1, : TEXT - 1]
+        assert mixed(technique, weights, *given(), live, [25, 25]).isfinite().all()
 
 
 def test_what_is_remembered():
@@ -232,7 +237,7 @@ def test_attention_that_depends_on_positions_alone_is_what_full_gives():
     weights = [causal_softmax(scores).expand(2, -1, -1, -1)] * 6
     ours, theirs = fitted(FORMS[-1], inputs, weights)
     assert close(ours, theirs, 1e-4)
-    local = Aft(form="local", window=19, length=LONGEST)
+    local = Aft(form="local", window=19)
     ours, theirs = fitted(local, inputs, weights)
     assert not close(ours, theirs, 1e-1)
     ours, theirs = fitted(local, inputs, [causal_softmax(scores.triu(-18)).expand(2, -1, -1, -1)] * 6)  # alike beyond the window
@@ -243,7 +248,7 @@ def test_attention_that_depends_on_positions_alone_is_what_full_gives():
 def test_attention_that_asks_for_nothing_is_fitted(form):
     """Scores that are a linear function of the key's token, with and without a number for each distance."""
     technique, direction = (Aft(form="simple") if form == "simple" else Aft(form="conv", window=6)), random(HEADS, HIDDEN, seed=5) / HIDDEN**0.5
-    stretched = 10.0 ** -torch.linspace(0, 2, HIDDEN)  # as of a model's activations: few directions are large
+    stretched = 10.0 ** -torch.linspace(0, 1, HIDDEN)  # as of a model's activations: few directions are large
     inputs = [random(2, TEXT, HIDDEN, seed=seed) * stretched for seed in range(12)]
     near = random(HEADS, 6, seed=6) if form == "conv" else torch.zeros(HEADS, 1)
     bias = table_of(Aft(form="conv", window=near.shape[1]), {"table": near}, TEXT, True).float()
@@ -287,9 +292,8 @@ def load(folder):
         ({}, "--form is needed"),
         ({"form": "relative"}, "--form is 'relative'"),
         ({"form": "simple", "window": 4}, "--window belongs to --form local and conv; --form simple has none"),
-        ({"form": "conv", "length": 64}, "--length belongs to --form full and local; --form conv is for texts of any length"),
-        ({"form": "full"}, "--form full has numbers for each position, so it needs --length"),
-        ({"form": "local", "window": 0, "length": 9}, "--window is 0"),
+        ({"form": "full", "window": 4}, "--window belongs to --form local and conv; --form full has none"),
+        ({"form": "local", "window": 0}, "--window is 0"),
     ],
 )
 def test_options_that_cannot_be(options, said):
@@ -297,11 +301,11 @@ def test_options_that_cannot_be(options, said):
         Aft(**options)
 
 
-def test_tables_for_more_than_the_model_reads_are_refused():
-    bert = config("bert", max_position_embeddings=40)
-    with pytest.raises(OptionError, match="--length 64 is more than the 40 tokens that this model reads; give at most 40"):
-        FORMS[-1].check(bert)
-    Aft(form="full", length=40).check(bert)
+def test_a_number_for_each_pair_has_an_end():
+    with pytest.raises(OptionError, match="each pair of the 4096 tokens that it reads; it does that up to 2048, so take local or conv"):
+        Aft(form="full").check(config("llama", max_position_embeddings=4096))
+    for form in ("simple", "conv", "local"):
+        Aft(form=form).check(config("llama", max_position_embeddings=4096))
 
 
 def test_layers_with_a_window_are_left_alone():

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from effconvert.errors import OptionError
 from effconvert.surgery._surgery import Facts
 from effconvert.surgery.mixing._mixing import Mixing
+from effconvert.surgery.mixing.linformer import longest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from effconvert.surgery.mixing._call import Call, Slots
     from effconvert.surgery.mixing._channels import Bias
 
-WINDOW = 64
+WINDOW, LONGEST = 64, 2048  # tokens: the default window, and the longest text that has a number for each pair
 LARGEST = 40.0  # that a bias counts as: exp(2 x 40) is within float32
 
 
@@ -31,15 +32,15 @@ class Aft(Mixing):
     """Weigh values by keys and positions, without queries (AFT).
 
     A token's output is, channel by channel, the mean of the values it sees, weighted by exp(key + w), times a gate that depends on the token. Keys are
-    new, and w depends on the two positions alone: none (simple); a table of all pairs of N positions (full); of pairs less than W apart (local); or of
-    distances below W (conv). Beyond the window w is 0. Keys and w begin as what comes closest to the model's attention on the calibration text, and the
-    gate at 1. What a query looks for is lost, so train afterwards. The projections of queries and keys stay and are not used. Each head has its own w;
-    the paper's full and local have one for all. Zhai et al. 2021, arXiv 2105.14103.
+    new, and w depends on the two positions alone: 0 (simple); a number for each pair of positions (full), for pairs less than W apart (local), or for
+    distances below W (conv), and 0 beyond. full and local are for texts as long as the model reads. Keys and w begin as what comes closest to the
+    model's attention on the calibration text, and the gate at 1. What a query looks for is lost, so train afterwards. The projections of queries and
+    keys stay and are not used. Each head has its own w; the paper's full and local have one for all. Zhai et al. 2021, arXiv 2105.14103.
 
     \b
     Examples:
       effconvert aft --form conv --window 64 --layers 1-29/2 ./SmolLM2-135M -o ./aft
-      effconvert aft --form full --length 512 google-bert/bert-base-uncased
+      effconvert aft --form full google-bert/bert-base-uncased
     """
 
     facts: ClassVar[Facts] = Facts("models that attend", saves="KV cache: a state of fixed size, but with --form full", native="", exact="")
@@ -54,25 +55,20 @@ class Aft(Mixing):
         description=f"Distances that positions count for, the token's own included, W (local and conv). Default: {WINDOW}.",
         json_schema_extra={"metavar": "W"},
     )
-    length: int | None = Field(
-        None, ge=2, description="Longest text in tokens, N (full and local); longer ones are refused.", json_schema_extra={"metavar": "N"}
-    )
 
     @model_validator(mode="after")
     def _sound(self) -> Aft:
         if self.window is not None and self.form not in ("local", "conv"):
             raise ValueError(f"--window belongs to --form local and conv; --form {self.form} has none")
-        if self.length is not None and not self._absolute:
-            raise ValueError(f"--length belongs to --form full and local; --form {self.form} is for texts of any length")
-        if self.length is None and self._absolute:
-            raise ValueError(f"--form {self.form} has numbers for each position, so it needs --length, the longest text in tokens")
         return self
 
     def check(self, config: Config) -> None:
-        """Refuse tables for longer texts than the model reads."""
+        """Refuse tables of positions that have no end, or that would be larger than the model."""
         super().check(config)
-        if self.length and config.longest and self.length > config.longest:
-            raise OptionError(f"--length {self.length} is more than the {config.longest} tokens that this model reads; give at most {config.longest}")
+        if self._absolute and longest(config) > LONGEST and self.form == "full":
+            raise OptionError(
+                f"--form full has a number for each pair of the {config.longest} tokens that it reads; it does that up to {LONGEST}, so take local or conv"
+            )
 
     @property
     def _absolute(self) -> bool:
@@ -91,9 +87,11 @@ class Aft(Mixing):
     def parameters(self, config: Config, place: str = "") -> Mapping[str, tuple[int, ...]]:
         """The projections to keys and gates, and the table."""
         inner, distances = config.heads * config.head_dim, self._window if config.decoder else 2 * self._window - 1
-        tables = {"full": (self.length, self.length), "local": (self.length, distances), "conv": (distances,)}
-        table = {"table": (config.heads, *(size or 0 for size in tables[self.form]))} if self.form in tables else {}
-        return {"key": (inner, config.hidden), "gate": (inner, config.hidden), **table}
+        shapes: dict[str, tuple[int, ...]] = {"key": (inner, config.hidden), "gate": (inner, config.hidden)}
+        if self.form != "simple":
+            rows = (longest(config),) if self._absolute else ()
+            shapes["table"] = (config.heads, *rows, *(rows if self.form == "full" else (distances,)))
+        return shapes
 
     def initial_values(self, config: Config, index: int, place: str = "") -> Mapping[str, Tensor]:
         """Equal weights, and gates of 1."""
@@ -111,12 +109,11 @@ class Aft(Mixing):
         from effconvert.surgery.mixing._additive import Terms, fit_cells, fit_terms, look
 
         config, texts, cells = layer.config, look(layer), None
-        window = 0 if self.form == "simple" else min(self._window, self.length or self._window)
+        window = 0 if self.form == "simple" else self._window
         distances = window if config.decoder else max(0, 2 * window - 1)
         keys, near = (texts[0].inputs.new_zeros(config.heads, width) for width in (config.hidden, distances))
-        terms = Terms(keys, near, config.decoder)
-        if self._absolute:  # positions first: where they say all, no key is fitted to what is left of them
-            terms = fit_terms(texts, terms, keys=False)
+        terms = fit_terms(texts, Terms(keys, near, config.decoder), keys=False)
+        if self._absolute:
             cells = fit_cells(layer, texts, terms, self._reach)
         terms = fit_terms(texts, terms, cells)
         fitted = {"key": terms.key.repeat_interleave(config.head_dim, 0).cpu()}
@@ -180,7 +177,7 @@ class Aft(Mixing):
             if order is not None:
                 key, value, live = reorder(key, order), reorder(value, order), live.gather(1, order)
             if self._absolute:
-                self._refuse_longer(live.shape[1], live.sum(1))
+                _refuse_longer(weights["table"], live.shape[1], live.sum(1))
             start = torch.zeros(1, 1, dtype=torch.int64, device=key.device)
             mixed = look_around(*_prepared(key, value, live), self._reach, self._bias(weights, start, False))
             mixed = mixed if order is None else reorder(mixed, order.argsort(1))
@@ -197,7 +194,7 @@ class Aft(Mixing):
         start = torch.zeros(1, 1, dtype=torch.int64, device=key.device)  # the position of the first row; where distances count, any will do
         if self._absolute:
             positions = call.positions()
-            self._refuse_longer(call.max_tokens, positions[:, -1] + 1)
+            _refuse_longer(weights["table"], call.max_tokens, positions[:, -1] + 1)
             start = (positions[:, -1:] + 1 - key.shape[2])[: None if call.padded else 1]
         empty = dict.fromkeys(Sums._fields, (call.query.shape[1::2], "float32"))
         sums = Sums.stored(*(call.read(name, empty) if self._reach is not None else call.query.new_zeros(1, 1, 1).float() for name in Sums._fields))
@@ -227,10 +224,11 @@ class Aft(Mixing):
 
         return bias
 
-    def _refuse_longer(self, most: int, counts: Tensor) -> None:
-        """Refuse texts longer than the table; `most` is an upper bound of their numbers of tokens."""
-        if most > (limit := self.length or 0) and (count := int(counts.max())) > limit:
-            raise ValueError(f"a text has {count} tokens, and the table of aft is for {limit} at most; cut it, or convert with --form conv")
+
+def _refuse_longer(table: Tensor, most: int, counts: Tensor) -> None:
+    """Refuse texts longer than a table of positions; `most` is an upper bound of their numbers of tokens."""
+    if most > (limit := table.shape[1]) and (count := int(counts.max())) > limit:
+        raise ValueError(f"a text has {count} tokens, and aft's tables are for {limit} at most; cut it, or convert with --form conv")
 
 
 def _prepared(key: Tensor, value: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
