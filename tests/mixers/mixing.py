@@ -75,6 +75,7 @@ ROWS = MappingProxyType(
             ("phi3", "distilbert"),
         ),
         "aft": Row(ATTENDING, NOTHING, {"form": "local", "window": 3}, {}, {"form": "conv", "window": 3}, ("gemma2", "bert")),
+        "hyena": Row(ATTENDING, NOTHING, {"length": 12}, encoder={"length": 12}, pipeline=("gemma2", "bert")),
         "nystrom": Row(ENCODERS, {**NOTHING, **BACKWARDS}, {"landmarks": 8}, {"landmarks": 64, "iterations": 0}, {"landmarks": 8}, ("distilbert",)),
     }
 )

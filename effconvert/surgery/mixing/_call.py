@@ -42,12 +42,16 @@ class Rotation:
         both = torch.stack([*self.parts], 1)
         return both if self.order is None else reorder(both.expand(len(self.order), -1, -1, -1), self.order)
 
+    def undone(self, rows: Tensor) -> Tensor:
+        """Return queries or keys [B, H, T, D] as they were before RoPE."""
+        cos, sin = self.angles.expand(len(rows), -1, -1, -1).unbind(1)
+        size = cos.square() + sin.square()  # YaRN scales its angles
+        turned, still = rows.split([cos.shape[-1], rows.shape[-1] - cos.shape[-1]], -1)
+        return torch.cat([self.apply(turned, turned, cos / size, -sin / size)[0], still], -1)
+
     def at_angles(self, query: Tensor, to: Tensor) -> Tensor:
         """Return queries [B, H, T, D] with the angles `to` [B, 2, T, rotary] in place of their own."""
-        cos, sin = self.angles.expand(len(query), -1, -1, -1).unbind(1)
-        size = cos.square() + sin.square()  # YaRN scales its angles
-        turned, still = query.split([cos.shape[-1], query.shape[-1] - cos.shape[-1]], -1)
-        plain = self.apply(turned, turned, cos / size, -sin / size)[0]
+        plain, still = self.undone(query).split([to.shape[-1], query.shape[-1] - to.shape[-1]], -1)
         return torch.cat([self.apply(plain, plain, to[:, 0], to[:, 1])[0], still], -1)
 
 
