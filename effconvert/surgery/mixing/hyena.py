@@ -51,7 +51,7 @@ class Hyena(Mixing):
     length: int | None = Field(
         None,
         ge=1,
-        description="Tokens that an explicit filter reaches back to; those before do not count. Default: the longest text.",
+        description="Distances of an explicit filter; tokens further away do not count, and a decoder does not keep them. Default: the longest text.",
         json_schema_extra={"metavar": "TOKENS"},
     )
 
@@ -106,21 +106,21 @@ class Hyena(Mixing):
         return {**values, **self._long(layer.config, layer.index, closest.at(int(lags[0]), int(lags[-1])).float(), lags)}
 
     def cache_slots(self, config: Config) -> Slots:
-        """The last tokens of the short convolutions, and what the long ones convolve, which grows from nothing."""
+        """The last tokens of the short convolutions, and what the long ones convolve: as many tokens as --length says, or it grows from nothing."""
         if not config.decoder:
             return {}
         heads = {"value": config.kv_heads, "key": config.kv_heads, "query": config.heads}
         near = {f"near_{name}": ((count, SHORT - 1, config.head_dim), "model") for name, count in heads.items()}
-        return {**near, **{f"past_{number}": ((config.kv_heads, 0, config.head_dim), "model") for number in range(self.order)}}
+        return {**near, **{f"past_{number}": ((config.kv_heads, (self.length or 1) - 1, config.head_dim), "model") for number in range(self.order)}}
 
     def cache_bytes(self, config: Config, itemsize: int, context: int = 0) -> int:
-        """Return the bytes of the slots, and of what each long convolution keeps of the tokens that its filter reaches."""
+        """Return the bytes of the slots, and where they grow, of what each long convolution keeps of the tokens that its filter reaches."""
         kept = context if self.filter == "implicit" else min(context, self._lags(config)[-1])
         return super().cache_bytes(config, itemsize) + kept * int(self.token_bytes(config, itemsize))
 
     def token_bytes(self, config: Config, itemsize: int) -> float:
-        """Return the bytes that the long convolutions keep of a token."""
-        return float(self.order * config.kv_heads * config.head_dim * itemsize) if config.decoder else 0.0
+        """Return the bytes that the long convolutions keep of a token, where they keep all."""
+        return float(self.order * config.kv_heads * config.head_dim * itemsize) if config.decoder and self.length is None else 0.0
 
     def mix(self, weights: Mapping[str, Tensor], call: Call) -> Tensor:
         """Convolve and gate in turn: z = gate * (filter conv z), first of the values."""
@@ -135,9 +135,10 @@ class Hyena(Mixing):
         call, order = live_last(call)
         value, key, query = (_near(call, name, rows) for name, rows in (("value", call.value), ("key", call.key), ("query", call.query)))
         mixed, gates = _short(value, weights["value_taps"]), [*(_short(key, taps) for taps in weights["key_taps"]), _short(query, weights["query_taps"])]
-        reach = None if self.filter == "implicit" else weights["filters"].shape[1] - 1
+        most = None if self.filter == "implicit" else weights["filters"].shape[1] - 1
+        least = 0 if call.state is None else (self.length or 1) - 1
         for number, gate in enumerate(gates):
-            rows = _behind(call, f"past_{number}", mixed.to(call.value.dtype), 0, reach)  # [B, Hk, N, D]
+            rows = _behind(call, f"past_{number}", mixed.to(call.value.dtype), least, most)  # [B, Hk, N, D]
             filters = self._filters(weights, call, number, rows.shape[2])
             mixed = (1 + gate) * convolve(rows, filters, call.key.shape[2])
         return mixed if order is None else reorder(mixed, order.argsort(1))
@@ -156,7 +157,7 @@ class Hyena(Mixing):
         from effconvert.surgery.mixing import _implicit
 
         taps = torch.cat([(lags == 0).float().expand((self.order - 1) * config.kv_heads, -1), last])
-        return {"filters": taps} if self.filter == "explicit" else _implicit.fitted(_implicit.initial(len(taps), index), taps, lags)
+        return {"filters": taps * (1 + lags.abs())} if self.filter == "explicit" else _implicit.fitted(_implicit.initial(len(taps), index), taps, lags)
 
     def _filters(self, weights: Mapping[str, Tensor], call: Call, number: int, tokens: int) -> Filter:
         """Return the filters of one long convolution, over `tokens` tokens at most."""
@@ -167,9 +168,10 @@ class Hyena(Mixing):
 
         groups, last = call.key.shape[1], number == self.order - 1
         own = slice(number * groups, None if last else (number + 1) * groups)
-        if self.filter == "explicit":
-            taps = weights["filters"]
-            return Filter(taps[own], 0 if call.causal else -(taps.shape[1] // 2))
+        if self.filter == "explicit":  # divided by the distance: training moves all numbers alike, and a filter's far ones are small
+            taps = weights["filters"][own].float()
+            first = 0 if call.causal else -(taps.shape[1] // 2)
+            return Filter(taps / (1 + torch.arange(first, first + taps.shape[1], device=taps.device).abs()), first)
         lags = torch.arange(0 if call.causal else 1 - tokens, tokens, device=call.key.device)
         return Filter(_implicit.taps(weights, lags)[own], int(lags[0]))
 
