@@ -32,6 +32,7 @@ DECODERS = {
     "sparse strided": {"pattern": "strided", "block": 64},
     "sparse fixed": {"pattern": "fixed", "block": 64},
     "sparse log": {"pattern": "log", "block": 16},
+    "hyena": {},
     "longnet": {"segments": [64, 512, 4096], "dilations": [1, 4, 16]},
     "aft simple": {"form": "simple"},
     "aft conv": {"form": "conv", "window": 64},
