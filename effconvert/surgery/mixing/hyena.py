@@ -28,7 +28,7 @@ class Hyena(Mixing):
     Values pass N long convolutions. After each a gate multiplies them: of keys, and after the last of queries. So only the gates know what tokens say, and
     filters the distance alone. The last filter of each head starts as the mean of its attention at each distance on the calibration text, over half of its
     window; all else starts neutral. Little is left of a pretrained model before --refit or --transfer, and it has to be trained on. Encoders have filters to
-    both sides. RoPE is taken from queries and keys.
+    both sides. Reading a prompt of 2,048 tokens or more is faster than with softmax, and writing a token slower at every length measured.
     Poli et al. 2023, arXiv 2302.10866; one filter for all channels of a head: Massaroli et al. 2023, arXiv 2310.18780.
 
     \b
