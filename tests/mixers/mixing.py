@@ -76,6 +76,14 @@ ROWS = MappingProxyType(
         ),
         "aft": Row(ATTENDING, NOTHING, {"form": "local", "window": 3}, {}, {"form": "conv", "window": 3}, ("gemma2", "bert")),
         "hyena": Row(ATTENDING, NOTHING, {"length": 12}, encoder={"length": 12}, pipeline=("gemma2", "bert")),
+        "lsh": Row(
+            ATTENDING,
+            NOTHING,
+            {"buckets": 4, "rounds": 2, "chunk": 2, "sinks": 1},
+            {"buckets": 2, "chunk": 64},
+            {"buckets": 4, "rounds": 1, "chunk": 2},
+            ("gpt_neox", "bert"),
+        ),
         "nystrom": Row(ENCODERS, {**NOTHING, **BACKWARDS}, {"landmarks": 8}, {"landmarks": 64, "iterations": 0}, {"landmarks": 8}, ("distilbert",)),
     }
 )

@@ -31,7 +31,7 @@ def rows(tokens, texts=2):
 
 
 def mixed(technique, query, key, value, live=None, split=None, causal=True, softcap=None):
-    """What a mixer without parameters gives of all tokens, called once, or in parts with a state, which has to have the size that was planned."""
+    """What a mixer as it begins gives of all tokens, called once, or in parts with a state, which has to have the size that was planned."""
     padded = live is not None
     live = torch.ones(len(key), key.shape[2], dtype=torch.bool) if live is None else live
     llama = config("llama", num_key_value_heads=GROUPS)
@@ -42,7 +42,7 @@ def mixed(technique, query, key, value, live=None, split=None, causal=True, soft
         q, k, v = (tensor[:, :, part] for tensor in (query, key, value))
         if state:
             state.update(k, v)
-        made.append(technique.mix({}, Call(q, k, v, WIDTH**-0.5, live[:, part], causal, state, q, None, softcap, padded)))
+        made.append(technique.mix(technique.initial_values(llama, 0), Call(q, k, v, WIDTH**-0.5, live[:, part], causal, state, q, None, softcap, padded)))
         if state:
             assert state.nbytes == len(key) * technique.cache_bytes(llama, 4, at)
     return torch.cat(made, 2)
@@ -57,7 +57,7 @@ def padding_changes_nothing(technique, reference, text):
     """Check that tokens that are not live take no place: a decoder's call puts its live tokens last, an encoder has them wherever they stand.
 
     Args:
-        technique: a mixer without parameters.
+        technique: a mixer.
         reference: what it gives of queries, keys, values, and whether causal, without padding.
         text: tokens.
     """
@@ -88,8 +88,8 @@ class _Largest(TorchDispatchMode):
         return out
 
 
-def cost(technique, tokens, **given):
-    """Multiplications of a mixer for one text, and the numbers of its largest tensor, each for a token and a head."""
+def cost(technique, tokens, text=None, **given):
+    """Multiplications of a mixer for one text, random or given, and the numbers of its largest tensor, each for a token and a head."""
     with FlopCounterMode(display=False) as flops, _Largest() as largest:
-        mixed(technique, *rows(tokens, 1), **given)
+        mixed(technique, *(text or rows(tokens, 1)), **given)
     return flops.get_total_flops() / tokens / HEADS / WIDTH / 4, largest.numbers / tokens / HEADS
