@@ -36,6 +36,8 @@ DECODERS = {
     "longnet": {"segments": [64, 512, 4096], "dilations": [1, 4, 16]},
     "aft simple": {"form": "simple"},
     "aft conv": {"form": "conv", "window": 64},
+    "lsh": {"buckets": 64, "rounds": 4, "chunk": 16},
+    "chunk-ffn": {"size": 256},
 }
 ENCODERS = {"softmax": None, "linformer": {"rank": 128}, "linformer 256": {"rank": 256}, "nystrom": {"landmarks": 64}, "performer": {"features": 256}}
 

@@ -44,6 +44,7 @@ BERT = Family(
     norms_stream=True,
     decoder=False,
     kv_heads_key="",
+    chunks_ffn=True,
     fourier="fnet",
     stored_once="albert",
     tokenizer="BertTokenizer",
@@ -119,6 +120,7 @@ ENCODERS: Mapping[str, Family] = {
         },
         outer={**{part: at for part, at in BERT.outer.items() if part != "types"}, "distances": "encoder.relative_attention_bias"},  # added to the scores
         own_attention=True,
+        chunks_ffn=False,
         constants={"pad_token_id": 1},
     ),
     "fnet": replace(
@@ -169,6 +171,7 @@ ENCODERS: Mapping[str, Family] = {
         ffn_key="hidden_dim",
         kv_heads_key="",
         ffn="ffn",
+        chunks_ffn=True,
     ),
     "eurobert": replace(LLAMA, base="EuroBertModel", lm="EuroBertForMaskedLM", decoder=False, buffers=()),
     "nomic_bert": Family(

@@ -69,6 +69,7 @@ class Family:
     caches_query_heads: bool = False  # whether its class repeats keys and values for each query head before it caches them
     shares_kv_in_our_class: bool = False  # query heads share KV heads, in a class of effconvert: transformers has none for this family
     ffn: str = ""  # the FFN module of a layer; empty: its projections are in the layer itself
+    chunks_ffn: bool = False  # whether its class runs the FFN some tokens at a time, by `chunk_size_feed_forward`
     expert_ffn_key: str = ""  # width inside an expert, if not `ffn_key`
     shared_ffn_key: str = ""  # width of the expert that runs for every token, where there is one
     experts_key: str = ""  # number of experts of a layer; `parts` has them as experts.*.gate

@@ -135,6 +135,13 @@ CASES = {
         replaces=("up", "up.bias", "down", "down.bias"),
         pipeline=("gpt2", "phi", "starcoder2", "falcon", "gpt_neo", "distilbert"),
     ),
+    "chunk-ffn": Case(
+        {"size": 3},
+        {"size": 7},
+        [kind for kind, family in FAMILIES.items() if family.ffn and "ffn" not in family.adds_inside and not family.experts_key],
+        "has no module of its own|adds to the stream|has experts in place of an FFN",
+        pipeline=("llama", "phi3", "gemma2", "gpt2", "gpt_neo", "distilbert"),
+    ),
     "expand-kv": Case(
         {"groups": 2},
         {"groups": 4},
