@@ -12,10 +12,10 @@ from effconvert.surgery.mixing.lsh import Lsh, balance
 from tests.surgery.rows import GROUPS, HEADS, WIDTH, close, config, cost, mixed, padding_changes_nothing, random, rows
 
 TEXT = 50
-SPLITS = [None, [7, 1, 20, 22], [1] * TEXT]
+SPLITS = [None, [7, 1, 20, 22], [4] * 12 + [2], [1] * TEXT]
 LLAMA = config("llama", num_key_value_heads=GROUPS, max_position_embeddings=64)
 SHAPES = [
-    {"buckets": buckets, "rounds": rounds, "chunk": chunk, "sinks": sinks} for buckets, rounds, chunk, sinks in ((2, 1, 5, 0), (4, 3, 3, 2), (64, 2, 1, 9))
+    {"buckets": buckets, "rounds": rounds, "chunk": chunk, "sinks": sinks} for buckets, rounds, chunk, sinks in ((4, 2, 5, 0), (4, 3, 3, 2), (64, 2, 1, 9))
 ]
 
 
