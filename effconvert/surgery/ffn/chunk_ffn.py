@@ -25,8 +25,8 @@ class ChunkFfn(Replacement):
 
     An FFN treats each token by itself, and the numbers inside it, several times as many as outside, need not be in memory for all tokens at once. So no
     logit changes, and long prompts need less memory. Where gradients are wanted, what is inside is computed again for the backward pass, chunk by
-    chunk: training needs less memory and takes longer. The last chunk may be shorter. No weight changes; do this last, as nothing else can then
-    be put in the FFN's place. Kitaev et al. 2020, arXiv 2001.04451.
+    chunk: training needs less memory, for one more forward pass of each FFN. The last chunk may be shorter. No weight changes; do this last, as
+    nothing else can then be put in the FFN's place. Kitaev et al. 2020, arXiv 2001.04451.
 
     \b
     Examples:
