@@ -78,6 +78,8 @@ SETTINGS = {
     "electra": {**SHAPE, "embedding_size": 16},
     "fnet": {**{key: value for key, value in SHAPE.items() if key != "num_attention_heads"}, "type_vocab_size": 2},
     "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64},
+    "roformer": SHAPE,
+    "jina_embeddings_v3": {**SHAPE, "type_vocab_size": 2},
     "eurobert": {**GROUPED, "attention_bias": True, "mlp_bias": True},
     "nomic_bert": SHAPE,
     "modernbert": {**SHAPE, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 8, "layer_types": ["full_attention", "sliding_attention"]},
@@ -164,6 +166,7 @@ LAYOUTS = {  # of RoPE, and its part
     "cohere2": ("interleaved", 1),
     "glm4": ("interleaved", 0.5),
     "ernie4_5": ("interleaved", 1),
+    "roformer": ("interleaved", 1),
 }
 
 

@@ -278,6 +278,15 @@ class Shape:
         return patterns.turns(self.get, self.family, self.layers)
 
     @property
+    def has_table(self) -> bool:
+        """Whether positions are vectors of a table, which are added to the embeddings."""
+        return "positions" in self.family.outer
+
+    def lacks_table_of(self, original: "Shape") -> bool:
+        """Whether the original's layers read positions in the stream, from a table that this model has not."""
+        return original.has_table and not self.has_table
+
+    @property
     def normed(self) -> bool:
         """Whether queries and keys go through a norm."""
         return "q_norm" in self.parts

@@ -109,6 +109,13 @@ GPT2 = Family(
     positions_key="n_positions",
     kv_heads_key="",
     multi_query="gpt_bigcode",
+    with_rope={
+        "gpt_neox": {
+            **{"hidden_act": "gelu_new", "layer_norm_eps": 1e-5, "hidden_dropout": 0.1, "attention_dropout": 0.1, "tie_word_embeddings": True},
+            **{"bos_token_id": 50256, "eos_token_id": 50256, "use_parallel_residual": False, "attention_bias": True, "rotary_pct": 1.0},
+        }
+    },
+    tokenizer="GPT2Tokenizer",
     ffn="mlp",
 )
 
@@ -197,6 +204,7 @@ DECODERS: Mapping[str, Family] = {
         transposed=False,
         fixed_kv_heads=1,
         multi_query="",
+        with_rope={},
         constants={"multi_query": True},
         absent={"scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False, "add_cross_attention": False},
     ),
@@ -220,6 +228,7 @@ DECODERS: Mapping[str, Family] = {
         rope="halves",
         rotary_key="rotary_pct",
         defaults={"rotary_pct": 0.25},
+        absent={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
         kv_heads_key="",
         ffn="mlp",
     ),

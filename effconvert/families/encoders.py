@@ -47,6 +47,7 @@ BERT = Family(
     chunks_ffn=True,
     fourier="fnet",
     stored_once="albert",
+    with_rope={"roformer": BERT_DEFAULTS, "jina_embeddings_v3": BERT_DEFAULTS},
     tokenizer="BertTokenizer",
 )
 ROBERTA = replace(
@@ -59,7 +60,8 @@ ROBERTA = replace(
     defaults={**BERT.defaults, "pad_token_id": 1},
     fourier="",
     stored_once="",
-    tokenizer="",
+    with_rope={"jina_embeddings_v3": {**BERT_DEFAULTS, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}},
+    tokenizer="RobertaTokenizer",
 )
 ALBERT = replace(
     BERT,
@@ -87,14 +89,15 @@ ALBERT = replace(
     defaults={**BERT.defaults, "embedding_size": 128, "num_hidden_groups": 1},
     fourier="",
     stored_once="",
+    with_rope={},
     tokenizer="AlbertTokenizer",
 )
 
 ENCODERS: Mapping[str, Family] = {
     "bert": BERT,
     "roberta": ROBERTA,
-    "xlm-roberta": replace(ROBERTA, base="XLMRobertaModel", lm="XLMRobertaForMaskedLM"),
-    "camembert": replace(ROBERTA, base="CamembertModel", lm="CamembertForMaskedLM"),
+    "xlm-roberta": replace(ROBERTA, base="XLMRobertaModel", lm="XLMRobertaForMaskedLM", tokenizer="XLMRobertaTokenizer"),
+    "camembert": replace(ROBERTA, base="CamembertModel", lm="CamembertForMaskedLM", tokenizer="CamembertTokenizer"),
     "electra": replace(
         BERT,
         base="ElectraModel",
@@ -106,6 +109,7 @@ ENCODERS: Mapping[str, Family] = {
         defaults={**BERT.defaults, "embedding_size": 128},
         fourier="",
         stored_once="",
+        with_rope={},
         tokenizer="",
     ),
     "mpnet": replace(
@@ -121,6 +125,8 @@ ENCODERS: Mapping[str, Family] = {
         outer={**{part: at for part, at in BERT.outer.items() if part != "types"}, "distances": "encoder.relative_attention_bias"},  # added to the scores
         own_attention=True,
         chunks_ffn=False,
+        with_rope={},
+        tokenizer="",
         constants={"pad_token_id": 1},
     ),
     "fnet": replace(
@@ -138,6 +144,7 @@ ENCODERS: Mapping[str, Family] = {
         absent={"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False},
         fourier="",
         stored_once="",
+        with_rope={},
         tokenizer="FNetTokenizer",
         float32_only=True,  # torch.fft has no bfloat16, and on CPUs no float16
     ),
@@ -172,6 +179,56 @@ ENCODERS: Mapping[str, Family] = {
         kv_heads_key="",
         ffn="ffn",
         chunks_ffn=True,
+    ),
+    "roformer": replace(
+        BERT,
+        base="RoFormerModel",
+        lm="RoFormerForMaskedLM",
+        prefix="roformer",
+        outer={
+            **{part: at for part, at in BERT.outer.items() if part not in ("positions", "pooler")},
+            "project_in": "embeddings_project",
+            "angles": "encoder.embed_positions",  # sines and cosines of all positions, which its class never trains
+        },
+        embed_key="embedding_size",
+        own_attention=True,
+        rope="interleaved",
+        refused={"rotary_value": (True, "values are turned too, of which effconvert knows nothing")},
+        absent={"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False},
+        fourier="",
+        stored_once="",
+        with_rope={},
+        tokenizer="RoFormerTokenizer",
+    ),
+    "jina_embeddings_v3": replace(
+        ROBERTA,
+        base="JinaEmbeddingsV3Model",
+        lm="JinaEmbeddingsV3ForMaskedLM",
+        layers="layers",
+        parts={
+            **{part: at for part, at in LLAMA.parts.items() if part in ("q", "k", "v", "o")},
+            "attn_post_norm": "post_attention_layernorm",
+            "up": "mlp.fc1",
+            "down": "mlp.fc2",
+            "mlp_post_norm": "post_mlp_layernorm",
+        },
+        outer={part: at for part, at in BERT.outer.items() if part != "positions"},
+        aliases={  # names in files of the Hub, which transformers writes too
+            "encoder.layers": "layers",
+            "emb_ln": "embeddings.LayerNorm",
+            "mixer.out_proj": "self_attn.o_proj",
+            "norm1": "post_attention_layernorm",
+            "norm2": "post_mlp_layernorm",
+        },
+        fused={"mixer.Wqkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")},
+        positions_after_padding=False,
+        rope="halves",
+        ffn="mlp",
+        chunks_ffn=False,
+        absent={"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False},
+        defaults={**ROBERTA.defaults, "rope_theta": 20000.0, **sizes(1024, 4096, 24, 16, 250002)},
+        with_rope={},
+        tokenizer="XLMRobertaTokenizer",
     ),
     "eurobert": replace(LLAMA, base="EuroBertModel", lm="EuroBertForMaskedLM", decoder=False, buffers=()),
     "nomic_bert": Family(

@@ -90,6 +90,7 @@ class Family:
     groups_key: str = ""  # how many layers are stored; each runs in place of a group of neighbours: see `Shape.layer_path`
     group_layer: str = ""  # in such a family, the layer inside the module of its group
     latent: str = ""  # the family that is this one with latent attention
+    with_rope: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # those that are this one with RoPE, not a table -> keys it leaves out
     dense_first_key: str = ""  # how many layers have an FFN, before those with experts, of which the row knows nothing: it must be all
     tokenizer: str = ""  # the tokenizer's class where the files name none; a related family has another default
     float32_only: bool = False  # whether its class computes in float32 alone

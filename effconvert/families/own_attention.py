@@ -27,6 +27,7 @@ GPTJ = replace(
     rotary_key="rotary_dim",
     rotary_counts=True,
     multi_query="",
+    with_rope={},
     defaults={"rotary_dim": 64},
 )
 BLOOM = Family(
@@ -118,6 +119,7 @@ OWN_ATTENTION: Mapping[str, Family] = {
         },
         buffers=("attn.attention.bias", "attn.attention.masked_bias"),
         own_attention=True,
+        with_rope={},
         packs=False,
         transposed=False,
         heads_key="num_heads",

@@ -56,8 +56,11 @@ class Activations:
         return self._run(self._outer_of(layer.config), layer, layer.index, self.states if states is None else states, parts, until)
 
     def original(self, layers: Sequence[int], parts: Sequence[str] = (), until: str = "") -> Iterator[Capture]:
-        """Run layers of the original one after the other on `states`; yield the activations of the last for each batch."""
-        states = self.states
+        """Run layers of the original one after the other on `states`; yield the activations of the last for each batch.
+
+        If the original's layers read a token's position in their inputs, and those of the converted model do not have it, they run on the original's own.
+        """
+        states = self.original_stream(2 * layers[0]) if self.outer[-1].config.lacks_table_of(self._original.config) else self.states
         for index in layers[:-1]:
             states = [capture.out for capture in self._run(self._original, self.teacher.layer(index, "cpu"), index, states)]
         return self._run(self._original, self.teacher.layer(layers[-1], "cpu"), layers[-1], states, parts, until)

@@ -31,13 +31,13 @@ class Forward:
             batches: token ids, [B, T] each.
             bar: shows progress over a number of steps.
         """
-        self._model, self._batches, self.bar = model, batches, bar
+        self._model, self.ids, self.bar = model, batches, bar
         self.config: Config = model().config
 
     def begin(self, tokens: int) -> list[Tensor]:
         """Return the inputs of the first layer for about `tokens` tokens, spread over the text."""
-        count = max(1, min(len(self._batches), round(tokens * len(self._batches) / sum(batch.numel() for batch in self._batches))))
-        ids = [self._batches[index * len(self._batches) // count].to(device()) for index in range(count)]
+        count = max(1, min(len(self.ids), round(tokens * len(self.ids) / sum(batch.numel() for batch in self.ids))))
+        ids = [self.ids[index * len(self.ids) // count].to(device()) for index in range(count)]
         self._outer = self._model().outer
         self._runner = LayerRunner(self.config, outer_tensors(self._outer, ids), ids, device(), head=self.config.decoder)
         return self._runner.begin()
@@ -77,7 +77,7 @@ class Forward:
     @property
     def counts(self) -> Tensor:
         """How often each token occurs in the calibration text, [V]."""
-        return torch.cat([batch.flatten() for batch in self._batches]).cpu().bincount(minlength=self.config.vocabulary)
+        return torch.cat([batch.flatten() for batch in self.ids]).cpu().bincount(minlength=self.config.vocabulary)
 
     def table_rows(self, place: str, tokens: Tensor) -> Tensor:
         """Return rows of the table at `embed` or `head`, [N, M] in float32."""
@@ -85,7 +85,7 @@ class Forward:
 
     def head_inputs(self) -> Iterator[Tensor]:
         """Run the model on the whole calibration text, and yield what its head gets, [B, T, M] for each batch."""
-        states = self.begin(sum(batch.numel() for batch in self._batches))
+        states = self.begin(sum(batch.numel() for batch in self.ids))
         with self.bar(self.config.layers) as advance:
             for index in range(self.config.layers):
                 states = self.layer(index, states)

@@ -12,7 +12,7 @@ from torch import Tensor
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.layer import Layer
 from effconvert.checkpoint.replaced import OWN
-from effconvert.heal._regression import AttentionWindow, Queries, Rotation, Values, by_head, mixtures, solve
+from effconvert.surgery._regression import AttentionWindow, Queries, Rotation, Values, by_head, mixtures, solve
 from effconvert.surgery._ridge import HELD_OUT, Moments, ridge
 from effconvert.surgery.attention._mla import halves, interleaved, value_latents
 

@@ -22,8 +22,8 @@ class Refit(Healing):
     scores of the original's layer, values and the output projection to its attention's output. A layer with a mixer refits its output projection
     alone; a layer without any attention fits its MLP to the output of the original's layer. After a factorised embedding, dropped layers, low-rank
     projections and shared layers, attention and MLP outputs are also fitted to the original's hidden states, and so are the outputs of narrow FFNs and
-    of experts that one was split into. Parameters that layers share stay as they are. A change that does not improve held-out windows is not kept.
-    MODEL is the converted model.
+    of experts that one was split into. Where RoPE is in place of a position table, the original's layers run on its own inputs, as theirs know positions.
+    Parameters that layers share stay as they are. A change that does not improve held-out windows is not kept. MODEL is the converted model.
 
     \b
     Examples:
@@ -167,7 +167,7 @@ def _notes_by_place(config: Config) -> list[str]:
 def after_gaps(model: Model) -> list[dict[str, int]]:
     """Return for each layer its parts that write to the stream just before a gap, at a low-rank or shared projection, or after; and the step that follows.
 
-    After a technique in place of the embedding, that is every part.
+    After a technique in place of the embedding, or without the original's position table, that is every part.
 
     Step 2 l of the original is the input of its layer l, step 2 l + 1 the stream between its attention and its FFN.
     """
@@ -185,7 +185,8 @@ def after_gaps(model: Model) -> list[dict[str, int]]:
         | {second for part, second in half.values() if model.config.shares(layer.index, part)}
         for layer in model.layers
     ]
-    dropped = not steps.isdisjoint(range(writers[0][2])) or model.config.replaced_outside("embed") is not None
+    embeds_otherwise = model.config.replaced_outside("embed") is not None or model.config.lacks_table_of(model.original)
+    dropped = embeds_otherwise or not steps.isdisjoint(range(writers[0][2]))
     for (index, part, step), (_, _, following) in zip(writers, [*writers[1:], (0, "", 2 * model.original.layers)], strict=True):
         dropped = dropped or step % 2 in thin[index] or not steps.isdisjoint(range(step + 1, following))
         if dropped:

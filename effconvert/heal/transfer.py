@@ -12,7 +12,7 @@ from effconvert.heal._healing import Healing
 
 if TYPE_CHECKING:
     from effconvert.checkpoint.config import Config
-    from effconvert.checkpoint.layer import Layer
+    from effconvert.checkpoint.layer import Layer, Model
 
 PROJECTIONS = {"attention": ("q", "k", "v", "o"), "ffn": ("gate", "up", "down")}  # the projections at a place
 LARGER_PLACE = {part: place for place, parts in PROJECTIONS.items() for part in parts} | {"scores": "attention"}  # the place that is trained for a smaller one
@@ -24,8 +24,9 @@ class Transfer(Healing):
 
     Gradient descent on one layer at a time, in the memory of one layer. A mixer's parameters and the projections around it are trained to reproduce
     the output of the original's attention; the inputs are the output of the converted layers below. A layer without any attention is trained as a
-    whole, to reproduce the output of the original's layer. A change that does not improve held-out windows is not kept. MODEL is the converted
-    model. The method is the attention transfer of LoLCATs (Zhang et al. 2024, arXiv 2410.10254).
+    whole, to reproduce the output of the original's layer. Where RoPE is in place of a position table, attention is trained in all layers, towards the
+    original on its own inputs. A change that does not improve held-out windows is not kept. MODEL is the converted model. The method is the attention
+    transfer of LoLCATs (Zhang et al. 2024, arXiv 2410.10254).
 
     \b
     Examples:
@@ -36,19 +37,20 @@ class Transfer(Healing):
     epochs: int = Field(8, ge=1, le=1000, description="Passes over the text for each layer.")
     rate: float = Field(3e-3, gt=0, le=1, description="Highest learning rate of the projections (AdamW); the mixer's own parameters get ten times that.")
 
-    def check(self, config: Config) -> None:
-        """Refuse models in which no technique runs."""
-        if config.attention and not config.plain_outside.replaced:
-            raise OptionError("no technique runs in its layers, so there is nothing to train; put one in first (effconvert linear, ...), or use refit")
-
     def notes(self, config: Config) -> str:
         """Say which layers, and what is in them."""
         records = config.plain_outside.replaced
         if not records:
-            return f"trains the {config.layers} layers, which have no attention"
+            return f"trains attention in all {config.layers} layers" if config.attention else f"trains the {config.layers} layers, which have no attention"
         count = len({index for record in records for index in record.layers}) if config.attention else config.layers
         kinds = dict.fromkeys("a mixer" if record.place == "scores" else f"{record.technique} in place of their {record.place}" for record in records)
         return f"trains the {count} layers that have {' or '.join(kinds)}"
+
+    def rewrite(self, model: Model) -> None:
+        """Refuse models in whose layers nothing is new: neither a technique, nor RoPE in place of the original's position table."""
+        if model.config.attention and not model.config.plain_outside.replaced and not model.config.lacks_table_of(model.original):
+            raise OptionError("no technique runs in its layers, so there is nothing to train; put one in first (effconvert linear, ...), or use refit")
+        super().rewrite(model)
 
     def changes(self, layer: Layer, originals: range) -> list[str]:
         """The parts that are trained at any place."""
@@ -70,7 +72,9 @@ class Transfer(Healing):
         from effconvert.surgery._placed import technique_of
 
         config = layer.config
-        own: dict[str, list[str]] = {} if config.attention else {"layer": []}
+        own: dict[str, list[str]] = {}
+        if not config.attention or not config.plain_outside.replaced:
+            own["attention" if config.attention else "layer"] = []
         for record in config.replaced_in(layer.index):
             technique = technique_of(record)
             place = technique.transfer_place or LARGER_PLACE.get(record.place, record.place)

@@ -53,8 +53,12 @@ class ForwardProtocol(Protocol):
         """The tensors outside the layers."""
 
     @property
+    def ids(self) -> Sequence[Tensor]:
+        """The calibration text, [B, T] for each batch."""
+
+    @property
     def counts(self) -> Tensor:
-        """How often each token occurs in the calibration text, [V]."""
+        """How often each token occurs in it, [V]."""
 
     def table_rows(self, place: str, tokens: Tensor) -> Tensor:
         """Return rows of the table at `embed` or `head`, [N, M] in float32."""

@@ -15,10 +15,10 @@ from effconvert.convert.plan import plan, stand_for
 from effconvert.errors import ModelError, OptionError
 from effconvert.families import FAMILIES
 from effconvert.heal._layer import _is_held_out
-from effconvert.heal._regression import Problem
 from effconvert.heal.refit import Refit
 from effconvert.recipe import read
 from effconvert.replay import replay
+from effconvert.surgery._regression import Problem
 from effconvert.surgery._ridge import ridge
 from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.attention.mqa import Mqa

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from effconvert.heal import _regression
-from effconvert.heal._regression import AttentionWindow, Queries, Rotation, Values, by_head, mixtures, solve
-from effconvert.surgery import _ridge
+from effconvert.surgery import _regression, _ridge
+from effconvert.surgery._regression import AttentionWindow, Keys, Queries, Rotation, Values, by_head, mixtures, solve
 from effconvert.surgery._ridge import HELD_OUT, Moments, ridge
 
 WIDTH, HEADS, GROUPS, DIM = 6, 4, 2, 4  # M, H, G, D
@@ -56,6 +55,15 @@ def queries(count, rotary=4, layout="halves"):
     return Queries(windows, keys, spin, HEADS)
 
 
+def keys(count):
+    """Likewise with the queries fixed."""
+    problem = queries(count)
+    fixed = [draw(HEADS, LENGTH, DIM, seed=6000 + at) for at in range(count)]
+    for each, query in zip(problem.windows, fixed, strict=True):
+        each.query, each.key = query, each.query
+    return Keys(problem.windows, fixed, problem.rotation, HEADS)
+
+
 def values(count):
     windows, outputs, truth = [window(10 * at) for at in range(count)], draw(WIDTH, HEADS * DIM, seed=78), draw(GROUPS * DIM, WIDTH, seed=79)
     for at, each in enumerate(windows):
@@ -63,8 +71,16 @@ def values(count):
     return Values(windows, outputs, HEADS, GROUPS)
 
 
+def anew(problem):
+    """The same problem, after its windows have changed."""
+    if isinstance(problem, Values):
+        return Values(problem.windows, problem.outputs, HEADS, GROUPS)
+    fixed = problem.queries if isinstance(problem, Keys) else problem.keys
+    return type(problem)(problem.windows, list(fixed.values()), problem.rotation, HEADS)
+
+
 def rows_of(problem):
-    return (HEADS if isinstance(problem, Queries) else GROUPS) * DIM
+    return (GROUPS if isinstance(problem, Values) else HEADS) * DIM
 
 
 def squared_error(problem, weights, windows):
@@ -72,9 +88,12 @@ def squared_error(problem, weights, windows):
     total = weights.new_zeros(())
     for each in windows:
         probability = each.weights.to(weights.dtype)
-        if isinstance(problem, Queries):
-            key = problem.keys[id(each)].repeat_interleave(HEADS // GROUPS, 0)
-            mine = problem.rotation((each.inputs @ weights.T).view(LENGTH, HEADS, DIM).transpose(0, 1)) @ key.transpose(1, 2)
+        if not isinstance(problem, Values):
+            rows = problem.rotation((each.inputs @ weights.T).view(LENGTH, HEADS, DIM).transpose(0, 1))
+            query, key = (
+                (problem.queries[id(each)], rows) if isinstance(problem, Keys) else (rows, problem.keys[id(each)].repeat_interleave(HEADS // GROUPS, 0))
+            )
+            mine = query @ key.transpose(1, 2)
             off = mine - each.query @ each.key.transpose(1, 2)
             mean = (probability * off).sum(-1, keepdim=True)
             total = total + (probability * (off - mean) ** 2).sum() / 2  # the variance of what is off: KL to second order
@@ -101,7 +120,8 @@ def dense(problem, windows):
 
 
 PROBLEMS = {f"queries {layout}{rotary}": (lambda count, rotary=rotary, layout=layout: queries(count, rotary, layout)) for layout, rotary in LAYOUTS} | {
-    "values": values
+    "keys": keys,
+    "values": values,
 }
 
 
@@ -159,8 +179,7 @@ def test_held_out_windows_are_chosen_on_and_never_fitted(name):
         assert [id(each) for each in problem.held_out] == [id(problem.windows[HELD_OUT - 1]), id(problem.windows[-1])]
         for each in problem.held_out:
             each.target, each.query, each.inputs = each.target + change, each.query + change, each.inputs * (1 + change)
-        again = Queries(problem.windows, list(problem.keys.values()), problem.rotation, HEADS) if isinstance(problem, Queries) else None
-        problem = again or Values(problem.windows, problem.outputs, HEADS, GROUPS)
+        problem = anew(problem)
         way = []
         real = problem.gradient
 
@@ -203,11 +222,7 @@ def test_inputs_that_are_always_zero_stop_nobody(name):
     problem = PROBLEMS[name](16)
     for each in problem.windows:
         each.inputs[:] = 0
-    problem = (
-        Queries(problem.windows, list(problem.keys.values()), problem.rotation, HEADS)
-        if isinstance(problem, Queries)
-        else Values(problem.windows, problem.outputs, HEADS, GROUPS)
-    )
+    problem = anew(problem)
     start = draw(rows_of(problem), WIDTH, seed=6)
     assert torch.equal(solve(problem, start), start)  # no weights are better than others
 

@@ -51,6 +51,7 @@ class Case:
     added: tuple = ()  # tensors outside the layers that appear where it becomes another family of transformers: ("pooler.dense.weight",)
     pipeline: tuple = ()  # the families on which conversions are tried, where a few stand for all: ("llama", "bert")
     whole: tuple = ()  # those whose conversions are looked at from all sides, where the others are tried with `neutral` options alone
+    outside: tuple = ()  # parts outside the layers that change there, or go: ("positions",)
     native_keys: tuple = ()  # keys of config.json that change there, beside those that name the family: ("use_cache",)
 
 
@@ -156,7 +157,7 @@ CASES = {
     ),
     "fnet": Case(
         {},
-        kinds=[*mixing.ENCODERS, "mpnet"],
+        kinds=[*mixing.ENCODERS, "mpnet", "roformer"],
         refusal="is a decoder, and fnet mixes|does not attend|adds to the stream",
         added=("embed_projection", "embed_projection.bias", "pooler.dense.weight", "pooler.dense.bias"),
         native_keys=("num_attention_heads", "attention_probs_dropout_prob", "use_cache"),
@@ -231,6 +232,23 @@ CASES = {
         cache=True,
         small_from=UNBIASED,
         neutral_from=UNBIASED,
+    ),
+    "rope": Case(
+        {},
+        None,
+        ["bert", "roberta", "xlm-roberta", "camembert", "gpt2"],
+        "has RoPE already|no family of transformers is the same with RoPE|adds distances to its scores|does not attend",
+        parts=("q", "q.bias", "k", "k.bias"),
+        some=True,
+        chosen=True,
+        added=("angles",),
+        outside=("positions", "types", "embed", "embed_norm", "embed_norm.bias"),
+        pipeline=("bert", "roberta", "gpt2"),
+        native_keys=(
+            *("embedding_size", "rope_parameters", "max_position_embeddings", "activation_function", "hidden_act", "layer_norm_epsilon", "layer_norm_eps"),
+            *("attn_pdrop", "attention_dropout", "resid_pdrop", "hidden_dropout", "rotary_pct", "use_parallel_residual", "attention_bias"),
+            *("n_embd", "hidden_size", "n_head", "num_attention_heads", "n_inner", "intermediate_size", "n_layer", "num_hidden_layers", "n_positions"),
+        ),
     ),
     "prune-layers": Case(
         {"layers": "1", "only": "attention"},
@@ -425,7 +443,8 @@ def test_a_conversion_that_changes_something_changes_what_it_should_and_no_other
         return
     config, checkpoint, names, new = plan.checkpoint.config, plan.checkpoint, renamed(plan), own_tensors(plan)
     native = plan.config.family.base != config.family.base
-    added = {plan.models("meta")[-1].outer.place(part) for part in case.added} if native else set()
+    outer = plan.models("meta")[-1].outer
+    added = {outer.place(part) for part in case.added if part in outer} if native else set()
     assert after.keys() == {*names.values()} | new.keys() | added
     assert {tensor: tuple(after[tensor].shape) for tensor in new} == new
     changing, unchanged = all_parts(case.parts, config), {}
@@ -433,6 +452,8 @@ def test_a_conversion_that_changes_something_changes_what_it_should_and_no_other
         inside = tensor.removeprefix(checkpoint.prefix).removeprefix(f"{config.family.layers}.").partition(".")[2]
         suffix = ".bias" if tensor.endswith(".bias") else ""
         parts = {part + suffix for part in config.parts_in(inside)} if tensor not in checkpoint.outer else set()
+        if tensor in checkpoint.outer and outer_part(tensor, checkpoint.prefix, config) in case.outside:
+            continue
         if parts & changing:
             unchanged[min(parts)] = unchanged.get(min(parts), case.some) & (bits(after[there]) == bits(before[tensor]))
             assert case.some or bits(after[there]) != bits(before[tensor]), tensor
@@ -480,7 +501,7 @@ def renamed(plan):
                 names[checkpoint.layer_prefix(index) + name] = plan.layer_prefix(index) + name
     outer = plan.models("meta")[-1].outer
     parts = {name: outer_part(name, checkpoint.prefix, checkpoint.config) for name in checkpoint.outer}
-    gone = {outer.table(place) for place in OUTSIDE if config.replaced_outside(place)}
+    gone = {outer.table(place) for place in OUTSIDE if config.replaced_outside(place)} | {*parts.values()} - {*outer}
     return names | {name: outer.place(part) for name, part in parts.items() if part not in gone}
 
 

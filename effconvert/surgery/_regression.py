@@ -118,14 +118,8 @@ class Queries(Problem):
     def gradient(self, weights: Tensor, window: AttentionWindow, with_target: bool) -> tuple[Tensor, float]:
         """See `Problem`."""
         key = self._key(window)
-        scores = self.rotation(by_head(window.inputs @ weights.T, self.blocks)) @ key.mT  # [H, T, T]
-        if with_target:
-            scores -= window.query @ _repeat_heads(window.key, self.blocks).mT
-        probability = window.weights.to(scores.dtype)
-        score_gradient = probability * scores
-        score_gradient -= probability * score_gradient.sum(-1, keepdim=True)  # softmax ignores a constant added to all scores of a token
+        score_gradient, error = _score_gradient(self.rotation(by_head(window.inputs @ weights.T, self.blocks)), key, window, with_target)
         query_gradient = self.rotation(score_gradient @ key, back=True)
-        error = float((score_gradient * scores).sum()) / 2 if with_target else 0.0
         return query_gradient.transpose(0, 1).flatten(1).T @ window.inputs, error
 
     def curvature(self) -> Tensor:
@@ -139,6 +133,29 @@ class Queries(Problem):
 
     def _key(self, window: AttentionWindow) -> Tensor:
         return _repeat_heads(self.keys[id(window)], self.blocks)
+
+
+class Keys(Problem):
+    """Fit keys, with the queries fixed, to the same scores; each query head has a KV head of its own."""
+
+    def __init__(self, windows: Sequence[AttentionWindow], queries: Sequence[Tensor], rotation: "Rotation", heads: int) -> None:
+        self.rotation, self.queries = rotation, {id(window): query for window, query in zip(windows, queries, strict=True)}
+        super().__init__(windows, heads)
+
+    def gradient(self, weights: Tensor, window: AttentionWindow, with_target: bool) -> tuple[Tensor, float]:
+        """See `Problem`."""
+        query = self.queries[id(window)]
+        score_gradient, error = _score_gradient(query, self.rotation(by_head(window.inputs @ weights.T, self.blocks)), window, with_target)
+        key_gradient = self.rotation(score_gradient.mT @ query, back=True)
+        return key_gradient.transpose(0, 1).flatten(1).T @ window.inputs, error
+
+    def curvature(self) -> Tensor:
+        """For each rotary pair, over all angles, the energy of the queries that attend to a key."""
+        total = torch.zeros(())
+        for window in self.fit_windows[:: max(1, len(self.fit_windows) // 8)]:
+            energy = window.weights.to(window.inputs.dtype).mT @ self.queries[id(window)].square()  # [H, T, D]
+            total = total.to(energy.device) + self.rotation.pair_means(energy).sum(1)
+        return torch.diag_embed(total + 1e-3 * total.mean(-1, keepdim=True) + TINY)
 
 
 class Values(Problem):
@@ -207,6 +224,17 @@ class Rotation:
             rotation.scale = float((before * after).sum() / before.square().sum().clamp_min(TINY))
         error = torch.linalg.vector_norm(rotation(before) - after) / torch.linalg.vector_norm(after).clamp_min(TINY)
         return rotation if error < 1e-3 else None
+
+
+def _score_gradient(query: Tensor, key: Tensor, window: AttentionWindow, with_target: bool) -> tuple[Tensor, float]:
+    """Return the gradient [H, T, T] for the scores of rotated queries and keys, [H, T, D], of half their squared error, and that error: see `Problem`."""
+    scores = query @ key.mT
+    if with_target:
+        scores -= window.query @ _repeat_heads(window.key, len(query)).mT
+    probability = window.weights.to(scores.dtype)
+    gradient = probability * scores
+    gradient -= probability * gradient.sum(-1, keepdim=True)  # softmax ignores a constant added to all scores of a token
+    return gradient, float((gradient * scores).sum()) / 2 if with_target else 0.0
 
 
 def mixtures(window: AttentionWindow, values: Tensor, heads: int, kv_heads: int) -> Tensor:
