@@ -136,13 +136,15 @@ def off(*folders):
     return [float((weights - original).abs().sum(-1).mean()) for weights in found]
 
 
-@pytest.mark.parametrize(("kind", "to"), [TARGETS[1], TARGETS[3]])
+@pytest.mark.parametrize(("kind", "to"), [TARGETS[0], TARGETS[1], TARGETS[3]])
 def test_a_fit_finds_what_positions_did(kind, to):
     put(by_place(kind))
     for name, steps in {"turned": [Rope(fit="none", to=to)], "fitted": [Rope(to=to)]}.items():
         run("source", *steps, place=name)
     turned, fitted = off("turned", "fitted")
-    assert fitted < 0.3 * turned
+    assert fitted < 0.4 * turned
+    if FAMILIES[to].own_attention:  # refit leaves queries alone
+        return
     for name in ("turned", "fitted"):
         run(name, Refit(teacher="source"), place=f"{name}-refitted")
     turned_later, fitted_later = off("turned-refitted", "fitted-refitted")
