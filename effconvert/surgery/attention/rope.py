@@ -32,15 +32,15 @@ HEAD = {"predictions.transform.LayerNorm": "layer_norm", "predictions.transform.
 class Rope(Surgery):
     """Turn queries and keys by position, in place of a position table.
 
-    The table goes, and with it the longest text that it allows. transformers opens the result without effconvert: a bert becomes a roformer (--to
-    jina_embeddings_v3 keeps its pooler, and techniques between projections apply to it), roberta and its like a jina_embeddings_v3, gpt2 a gpt_neox.
-    No RoPE computes what a table does: what a position adds to the stream is lost. The mean of the table stays, and queries and keys of each layer are
-    fitted by least squares to the scores of the original, which knows the positions. --refit fits the outputs too.
-    RoFormer: Su et al. 2021, arXiv 2104.09864.
+    transformers opens the result without effconvert: a bert becomes a roformer (--to jina_embeddings_v3 keeps its pooler, and techniques between
+    projections apply to it), roberta and its like a jina_embeddings_v3, gpt2 a gpt_neox. No RoPE computes what a table does: what a position adds to the
+    stream is lost. The mean of the table stays. Queries and keys of each layer are fitted by least squares to the scores of the original, which knows
+    the positions, and the norm of the embeddings to its embeddings. On all-MiniLM-L6-v2 that loses 0.03 of 0.87 on STS-B, and --refit adds nothing.
+    docs/rope.md has the measurements. RoFormer: Su et al. 2021, arXiv 2104.09864.
 
     \b
     Examples:
-      effconvert rope --refit ./all-MiniLM-L6-v2 -o ./turned
+      effconvert rope ./all-MiniLM-L6-v2 -o ./turned
       effconvert rope --to jina_embeddings_v3 --calibrate mine.txt ./all-MiniLM-L6-v2
     """
 
