@@ -114,7 +114,7 @@ class Shape:
     def decoder_lacks(self) -> tuple[str, ...]:
         """The modules that each layer of the decoder behind an encoder lacks: none, or those of its FFN with the norm before it.
 
-        A norm behind the FFN stays, as it norms the stream, which later layers were trained on (decision 44).
+        A norm behind the FFN stays, as it norms the stream, which later layers were trained on (decision 42).
         """
         if not (self.encoder_decoder and self.get(DECODER_SKIPS)):
             return ()
