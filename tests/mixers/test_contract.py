@@ -21,6 +21,8 @@ from tests.mixers.mixing import (
     PIECES,
     ROWS,
     SAME,
+    UNLIKE,
+    cases,
     converted,
     far,
     in_pieces,
@@ -38,8 +40,6 @@ from tests.mixers.mixing import (
 from tests.models import DECODERS, tiny
 
 CAUSAL = [(name, kind) for name, kind in FORMS if kind in DECODERS]
-# Saving, half precision and gradients are the same code in all families: these differ in how they are laid out.
-UNLIKE = ["llama", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox", "opt", "bert", "modernbert"]
 FEW = [(name, kind) for name, kind in MATRIX if kind in UNLIKE]
 FEW_CAUSAL = [case for case in FEW if case in CAUSAL]
 REFUSED = [(name, kind) for name, row in ROWS.items() for kind in row.refused]
@@ -64,7 +64,7 @@ def test_the_table_names_every_mixer_and_every_family():
         assert sorted([*row.kinds, *row.refused]) == sorted(FAMILIES), name
 
 
-@pytest.mark.parametrize(("name", "kind"), NEUTRAL, ids=map("-".join, NEUTRAL))
+@pytest.mark.parametrize(("name", "kind"), cases(NEUTRAL))
 def test_neutral_options_change_no_logit(name, kind):
     model, other = pair(kind, (name, neutral(name, kind)))
     mixing = [index for index, module in enumerate(layers(other)) if has_mixer(module)]
@@ -84,14 +84,14 @@ def has_mixer(layer):
     return any(name.endswith("effconvert") for name, _ in layer.named_modules())
 
 
-@pytest.mark.parametrize(("name", "kind"), FORMS, ids=map("-".join, FORMS))
+@pytest.mark.parametrize(("name", "kind"), cases(FORMS))
 def test_small_options_change_what_is_computed_and_are_not_called_exact(models, name, kind):
     model, other = models(name, kind)
     assert far(run(other, tokens()), run(model, tokens())) > 1e-3
     assert not load(name)(**small(name, kind)).is_exact(stock_config(model))
 
 
-@pytest.mark.parametrize(("name", "kind"), FORMS, ids=map("-".join, FORMS))
+@pytest.mark.parametrize(("name", "kind"), cases(FORMS))
 def test_a_batch_computes_what_its_rows_compute_alone(models, name, kind):
     _, model = models(name, kind)
     together = run(model, tokens(3))
@@ -99,7 +99,7 @@ def test_a_batch_computes_what_its_rows_compute_alone(models, name, kind):
     assert far(together, alone) <= SAME
 
 
-@pytest.mark.parametrize(("name", "kind"), FORMS, ids=map("-".join, FORMS))
+@pytest.mark.parametrize(("name", "kind"), cases(FORMS))
 def test_padding_on_the_right_changes_nothing(models, name, kind):
     _, model = models(name, kind)
     ids, mask = torch.cat([tokens(), tokens(length=5, seed=1)], 1), torch.ones(2, 25, dtype=torch.long)
@@ -110,7 +110,7 @@ def test_padding_on_the_right_changes_nothing(models, name, kind):
     assert far(run(model, ids, attention_mask=mask)[:, :20], expected) <= SAME
 
 
-@pytest.mark.parametrize(("name", "kind"), FORMS, ids=map("-".join, FORMS))
+@pytest.mark.parametrize(("name", "kind"), cases(FORMS))
 def test_rows_of_different_lengths_and_one_of_padding_alone_do_not_touch_each_other(models, name, kind):
     _, model = models(name, kind)
     ids, mask = tokens(3), torch.ones(3, 20, dtype=torch.long)
@@ -121,7 +121,7 @@ def test_rows_of_different_lengths_and_one_of_padding_alone_do_not_touch_each_ot
     assert far(made[1:2, :12], run(model, ids[1:2, :12])) <= SAME
 
 
-@pytest.mark.parametrize(("name", "kind"), CAUSAL, ids=map("-".join, CAUSAL))
+@pytest.mark.parametrize(("name", "kind"), cases(CAUSAL))
 def test_padding_on_the_left_changes_nothing(models, name, kind):
     _, model = models(name, kind)
     ids, mask = torch.cat([tokens(length=5, seed=1), tokens()], 1), torch.ones(2, 25, dtype=torch.long)
@@ -150,7 +150,7 @@ def test_padding_between_tokens_changes_nothing(models, name, kind):
         assert far(made[:, [*range(8), *range(12, 24)]], expected) <= SAME
 
 
-@pytest.mark.parametrize(("name", "kind"), CAUSAL, ids=map("-".join, CAUSAL))
+@pytest.mark.parametrize(("name", "kind"), cases(CAUSAL))
 def test_decoding_in_pieces_equals_one_pass(models, name, kind):
     _, model = models(name, kind)
     expected = run(model, tokens())
@@ -161,7 +161,7 @@ def test_decoding_in_pieces_equals_one_pass(models, name, kind):
     assert far(in_pieces(model, tokens(), [20])[0], expected) <= SAME
 
 
-@pytest.mark.parametrize(("name", "kind"), CAUSAL, ids=map("-".join, CAUSAL))
+@pytest.mark.parametrize(("name", "kind"), cases(CAUSAL))
 def test_no_token_sees_a_later_one(models, name, kind):
     _, model = models(name, kind)
     ids = tokens()
