@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from effconvert import processes
 from effconvert.checkpoint import sources
 from effconvert.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -24,15 +26,14 @@ from effconvert.convert.verify import Material, check_memory, prepare, scratch_b
 from effconvert.convert.write import is_unfinished, write
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality.text import default_text, read_text
-from effconvert.eval.subject import check_kernels
 from effconvert.eval.verification import Verification
 from effconvert.heal._healing import Healing
-from effconvert.heal._layerwise import device
 from effconvert.heal.distill import Distill
 from effconvert.heal.refit import Refit
 from effconvert.heal.transfer import Transfer
 from effconvert.heal.transplant import Transplant
 from effconvert.hub.card_data import verification
+from effconvert.kernels.choice import runs_triton
 from effconvert.modeling.stock import check_writable, open_as_stock
 from effconvert.options import RunOptions
 from effconvert.paths import expand
@@ -75,7 +76,7 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progre
 def _convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progress: Progress, reuse: bool, tell: processes.Tell) -> Outcome:
     if not surgeries:
         raise OptionError("there is no step to do; name at least one technique")
-    check_kernels("auto", device().type)  # of calibration, training and verification
+    _check_kernels()
     text = (read_text(options.text) if options.text else default_text()) if options.verify else None
     folder = sources.locate(model, options.revision, progress.step, to_convert=True)
     surgeries = _with_healing(surgeries, options)
@@ -131,6 +132,14 @@ def _convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progr
         output.publish(conversion, partial, target, options.overwrite, record)
         training.discard(target)
     return Outcome(conversion, target, report, resumed, layer_errors=layer_errors)
+
+
+def _check_kernels() -> None:
+    """Refuse what EFFCONVERT_KERNELS asks of calibration, training and verification, if it cannot be had here."""
+    try:
+        runs_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu"), "decode_attention")
+    except ValueError as error:
+        raise OptionError(str(error)) from None
 
 
 def _with_healing(surgeries: tuple[Step, ...], options: RunOptions) -> tuple[Step, ...]:

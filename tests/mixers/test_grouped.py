@@ -330,7 +330,7 @@ def test_more_groups_than_heads_are_refused(tmp_path):
 
 
 def test_the_families_are_those_without_a_key():
-    encoders = {"bert", "roberta", "distilbert", "nomic_bert", "modernbert"}
+    encoders = {"bert", "roberta", "distilbert", "nomic_bert", "modernbert", "jina_embeddings_v3"}
     assert set(KINDS) == {"gpt2", "gpt_neox", "opt", *encoders}
 
 

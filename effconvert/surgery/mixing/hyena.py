@@ -1,4 +1,4 @@
-"""Mix tokens by long convolutions with gates in place of attention (Hyena)."""
+"""Long convolutions with gates in place of attention (Hyena)."""
 # B = batch, H = query heads, Hk = KV heads, G = Hk or H, T = tokens, N = tokens with those before, D = head width, F = filters, n = lags of a filter.
 
 from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
@@ -23,7 +23,7 @@ SHORT = 3  # tokens of the short convolutions
 
 
 class Hyena(Mixing):
-    """Mix tokens by long convolutions with gates in place of attention (Hyena).
+    """Long convolutions with gates in place of attention (Hyena).
 
     Values pass N long convolutions. After each a gate multiplies them: of keys, and after the last of queries. So only the gates know what tokens say, and
     filters the distance alone. The last filter of each head starts as the mean of its attention at each distance on the calibration text, over half of its
