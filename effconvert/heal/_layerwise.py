@@ -27,7 +27,7 @@ from effconvert.heal._capture import PROBE, Capture, StopForwardError, record, r
 from effconvert.modeling.loading import class_of
 from effconvert.modeling.transformers_internals import compute_constant, names_at_run_time
 from effconvert.quiet import quiet_transformers
-from effconvert.surgery._placed import table_rows
+from effconvert.surgery._placed import table_rows, unchunked
 
 OUTPUT_PARTS = {"scores": "o", "attention": "o", "ffn": "down"}  # place -> the part whose output is the place's output
 Tensors = Mapping[str, Tensor]  # name in a layer -> tensor, as the family stores it
@@ -39,10 +39,11 @@ class LayerRunner:
     def __init__(self, config: Config, outer: Tensors, ids: Sequence[Tensor], device: torch.device, head: bool = False) -> None:
         """Build the bare model, or with `head` the language model, which `predict` needs.
 
-        A technique outside the layers does not run in it: `outer` has the rows of its table.
+        A technique outside the layers does not run in it: `outer` has the rows of its table. Neither does one that runs a module in chunks: hooks inside see
+        all tokens at once.
         """
         self.config, self.device = config, device
-        self.whole = skeleton(config.plain_outside, device, config.family.lm if head else config.family.base)
+        self.whole = skeleton(unchunked(config.plain_outside), device, config.family.lm if head else config.family.base)
         self.model = self.whole.base_model
         self.layers: list[nn.Module] = [self.model.get_submodule(config.layer_path(index)) for index in range(config.layers)]
         self.ids = ids

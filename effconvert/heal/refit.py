@@ -38,7 +38,9 @@ class Refit(Healing):
         notes += (
             ["a norm follows its MLP, so refit makes up for little of dropped layers, attention or neurons"] if "mlp_post_norm" in config.family.parts else []
         )
-        return "; ".join(notes + _notes_by_place(config))
+        from effconvert.surgery._placed import unchunked
+
+        return "; ".join(notes + _notes_by_place(unchunked(config)))
 
     def changes(self, layer: Layer, originals: range) -> list[str]:
         """Queries, values and outputs of attention; the MLP's output where a technique replaces all of attention."""

@@ -39,7 +39,9 @@ class Transfer(Healing):
 
     def notes(self, config: Config) -> str:
         """Say which layers, and what is in them."""
-        records = config.plain_outside.replaced
+        from effconvert.surgery._placed import unchunked
+
+        records = unchunked(config.plain_outside).replaced
         if not records:
             return f"trains attention in all {config.layers} layers" if config.attention else f"trains the {config.layers} layers, which have no attention"
         count = len({index for record in records for index in record.layers}) if config.attention else config.layers
@@ -48,7 +50,9 @@ class Transfer(Healing):
 
     def rewrite(self, model: Model) -> None:
         """Refuse models in whose layers nothing is new: neither a technique, nor RoPE in place of the original's position table."""
-        if model.config.attention and not model.config.plain_outside.replaced and not model.config.lacks_table_of(model.original):
+        from effconvert.surgery._placed import unchunked
+
+        if model.config.attention and not unchunked(model.config.plain_outside).replaced and not model.config.lacks_table_of(model.original):
             raise OptionError("no technique runs in its layers, so there is nothing to train; put one in first (effconvert linear, ...), or use refit")
         super().rewrite(model)
 
@@ -69,9 +73,9 @@ class Transfer(Healing):
 
     def _trainable_parts(self, layer: Layer) -> dict[str, list[str]]:
         """Return the places of a layer that are trained, smaller ones first, with their parts: a technique's own, and the family's beside them."""
-        from effconvert.surgery._placed import technique_of
+        from effconvert.surgery._placed import technique_of, unchunked
 
-        config = layer.config
+        config = unchunked(layer.config)
         own: dict[str, list[str]] = {}
         if not config.attention or not config.plain_outside.replaced:
             own["attention" if config.attention else "layer"] = []

@@ -73,6 +73,11 @@ def techniques_of(config: Config) -> Iterator[tuple[Replaced, Placed]]:
         yield record, outer_technique_of(record) if record.place in OUTSIDE else technique_of(record)
 
 
+def unchunked(config: Config) -> Config:
+    """Return a config without the techniques that run a module some tokens at a time: who looks inside such a module would see one chunk of them."""
+    return replace(config, replaced=tuple(record for record in config.replaced if record.place in OUTSIDE or not technique_of(record).chunks))
+
+
 def table_rows(outer: Outer, place: str, tokens: torch.Tensor) -> torch.Tensor:
     """Return the rows [N, M] of the embedding (`embed`) or of the head for some tokens, in float32; of a technique in its place, what it computes."""
     part = outer.table(place)

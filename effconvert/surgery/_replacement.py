@@ -112,6 +112,7 @@ class Replacement(Layerwise, Placed):
     place: ClassVar[str] = ""  # where it runs: scores, attention, ffn, layer, or a part such as q; empty where its options choose
     drops: ClassVar[tuple[str, ...]] = ()  # parts that it removes
     where: ClassVar[frozenset[str]] = frozenset({"layers"})  # options that choose layers, which config.json does not keep
+    chunks: ClassVar[bool] = False  # whether all it does is to run the module of its place some tokens at a time
     transfer_place: ClassVar[str] = ""  # the place whose output `transfer` trains it to reproduce; empty: its own
 
     def places(self, config: Config) -> tuple[str, ...]:

@@ -1,12 +1,19 @@
 """An FFN that runs some tokens at a time computes the same, and keeps less in memory."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from effconvert.errors import ModelError, OptionError
 from effconvert.families import FAMILIES
+from effconvert.heal.refit import Refit
+from effconvert.heal.transfer import Transfer
 from effconvert.surgery.ffn.chunk_ffn import NATIVE, ChunkFfn
+from effconvert.surgery.mixing.linear import Linear
+from effconvert.surgery.projections.low_rank import LowRank
+from tests.heal import healing
 from tests.mixers.mixing import converted, far, in_pieces, keep_no_activations, run, stock_config, tokens
 from tests.models import tiny
 
@@ -109,6 +116,25 @@ def test_classes_of_transformers_that_have_chunks_are_named():
         if not family.ffn:
             with pytest.raises(ModelError, match=f"set {NATIVE} in config.json" if family.chunks_ffn else "has no module of its own for ffn"):
                 ChunkFfn.check_family(stock_config(model))
+
+
+@pytest.mark.parametrize("steps", [(LowRank(ratio="0.5", parts="attention"), Refit()), (Linear(), Transfer(epochs=1))], ids=["refit", "transfer"])
+def test_what_follows_sees_all_tokens_of_a_text_at_once(steps):
+    """Refit fits the FFN's output projection to all tokens, and transfer has no FFN to train."""
+    Path("text.txt").write_text(healing.prose())
+    healing.put(Path("source"))
+    healing.run("source", *steps, place="plain")
+    healing.run("source", ChunkFfn(size=8), *steps, place="chunked")
+    plain, chunked = healing.tensors(Path("plain")), healing.tensors(Path("chunked"))
+    assert plain.keys() == chunked.keys()
+    assert all(torch.equal(plain[name], chunked[name]) for name in plain)
+
+
+def test_transfer_alone_has_nothing_to_train():
+    Path("text.txt").write_text(healing.prose())
+    healing.put(Path("source"))
+    with pytest.raises(OptionError, match="nothing to train"):
+        healing.run("source", ChunkFfn(size=8), Transfer())
 
 
 @pytest.mark.parametrize(("options", "said"), [({}, "--size is needed"), ({"size": 0}, "--size is 0")])

@@ -36,6 +36,7 @@ class ChunkFfn(Replacement):
 
     facts: ClassVar[Facts] = Facts("models whose FFN is a module of its own", saves="memory of activations", native="", exact="always")
     place: ClassVar[str] = "ffn"
+    chunks = True
 
     size: int = Field(ge=1, description="Tokens of a chunk.", json_schema_extra={"metavar": "N"})
 
