@@ -369,6 +369,11 @@ def test_an_encoder_is_measured_in_reading_alone(tmp_path):
         assert set(cell.ratios) - {"peak"} == {"prefill"}
 
 
+def test_an_encoder_decoder_is_measured_in_reading_alone(tmp_path):
+    found = bench([str(save(tiny("bart"), tmp_path / "pair"))], BenchOptions(**QUICK))
+    assert found.notes == ("pair is an encoder-decoder, whose writing is not measured: prefill only",)
+
+
 def test_a_decoder_without_a_head_is_measured_in_reading_alone(tmp_path):
     found = bench([str(save(tiny("llama").model, tmp_path / "body"))], BenchOptions(**QUICK))
     assert found.notes == ("body has no language-model head and writes no tokens: prefill only",)

@@ -134,8 +134,9 @@ def _notes(opened: list[Opened], options: BenchOptions, contexts: list[int], fit
         if not model.known:
             notes.append(f"effconvert does not know the layout of {model.subject.name} ({model.subject.kind}), so nothing foresees the memory of a pass")
         if not writes(model):
-            why = "has no language-model head" if model.decoder else f"is an {model.role}"
-            notes.append(f"{model.subject.name} {why} and writes no tokens: prefill only")
+            why = "has no language-model head and writes no tokens" if model.decoder else "is an encoder and writes no tokens"
+            why = "is an encoder-decoder, whose writing is not measured" if model.role == "encoder-decoder" else why
+            notes.append(f"{model.subject.name} {why}: prefill only")
     if len({pick_dtype(options.dtype, model) for model in opened}) > 1:
         notes.append("the models compute in different types; give --dtype to compare the architectures alone")
     if options.cache == "static":
