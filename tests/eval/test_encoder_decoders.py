@@ -22,7 +22,8 @@ def bart(tmp_path_factory):
 
 
 def written(*rows):
-    Path("pairs.jsonl").write_text("".join(json.dumps(dict(zip(("source", "target"), row, strict=True))) + "\n" for row in rows))
+    pairs = (json.dumps(dict(zip(("source", "target"), row, strict=True)), ensure_ascii=False) for row in rows)
+    Path("pairs.jsonl").write_text("".join(f"{pair}\n" for pair in pairs))
     return Path("pairs.jsonl")
 
 
@@ -74,10 +75,28 @@ def test_what_is_longer_than_the_models_read_is_cut_and_noted(bart):
     assert [note for note in evaluation.notes if "bart: 1 of 4 sources and targets are longer than the 64 tokens" in note]
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"source": "a"}', '{"source": "a", "target": ""}', '{"source": "a", "target": 3}'])
+def test_bits_per_byte_are_of_what_was_read_of_a_target(bart):
+    bits = [row(measure(bart, text=written(("a", letters))), "targets", "bits_per_byte").values[0].value for letters in ("x" * 63, "x" * 500)]
+    assert bits[0] == pytest.approx(bits[1])  # 63 letters and the token that begins a text, either time
+
+
+def test_a_line_ends_at_a_line_feed_alone(bart):
+    assert row(measure(bart, text=written(("one\u2028two", "three"))), "targets", "perplexity").documents == 1
+
+
+def test_windows_that_leave_no_room_for_a_pair_are_refused(bart):
+    Path("plain.txt").write_text("x" * 100)
+    with pytest.raises(OptionError, match=r"in windows of 4 leave too few .* --context of at least 10"):
+        measure(bart, text=Path("plain.txt"), context=4)
+    Path("plain.txt").write_text("xxxx")
+    with pytest.raises(OptionError, match=r"4 tokens of .* a longer --text"):
+        measure(bart, text=Path("plain.txt"))
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"source": "a"}', '{"source": "a", "target": " "}', '{"source": "a", "target": 3}'])
 def test_lines_without_a_pair_are_refused(bart, line):
     Path("pairs.jsonl").write_text(f'{{"source": "a", "target": "b"}}\n\n{line}\n')
-    with pytest.raises(OptionError, match=r"line 2 of pairs\.jsonl has no"):
+    with pytest.raises(OptionError, match=r"line 3 of pairs\.jsonl has no"):
         measure(bart, text=Path("pairs.jsonl"))
 
 

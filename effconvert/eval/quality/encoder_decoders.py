@@ -31,6 +31,7 @@ class Pairs:
 
     sources: tuple[Tensor, ...]  # token ids [S]
     targets: tuple[Tensor, ...]  # token ids [T]
+    sizes: tuple[int, ...]  # bytes of each target, as far as it is read
 
     @property
     def lists(self) -> list[list[int]]:
@@ -88,17 +89,16 @@ class EncoderDecoders:
             compared = self._comparable(index)
             predicted = predict(model.model, pairs, advance)
             results = measure_predictions(model.model, predicted, count, self.file if needed else None, self.logits_file if compared else None)
-            return self._result(results, self.alike[index], compared)
+            return self._result(results, index, compared)
 
         yield Measurement(self._key(index), "predicting targets", count, "tokens", run, needed)
 
-    def _result(self, results: Sequence[Window], alike: bool, compared: bool) -> Result:
+    def _result(self, results: Sequence[Window], index: int, compared: bool) -> Result:
         """Return how well all targets together were predicted; numbers a token only where all models have the same."""
         names = [str(number) for number in range(len(results))]
-        sizes = [len(target.encode()) for _, target in self.strings]
-        losses = [(-window.loss, size) for window, size in zip(results, sizes, strict=True)]
+        losses = [(-window.loss, size) for window, size in zip(results, self.pairs[index].sizes, strict=True)]
         samples = [make("targets", "bits_per_byte", "bits_per_byte", losses, names, "lower")]
-        if alike:
+        if self.alike[index]:
             samples.insert(0, make("targets", "perplexity", "weighted_perplexity", [(-window.loss, window.tokens) for window in results], names, "lower"))
         if compared:
             samples.append(make("targets", "kl", "ratio", [(window.kl or 0.0, window.tokens) for window in results], names, "lower"))
@@ -111,7 +111,7 @@ class EncoderDecoders:
 
     def _key(self, index: int) -> dict[str, Any]:
         original = self.models[0].key if self._comparable(index) else None
-        content = sha256(repr((self.pairs[index].lists, self.strings)).encode()).hexdigest()
+        content = sha256(repr((self.pairs[index].lists, self.pairs[index].sizes)).encode()).hexdigest()
         return {**self.models[index].key, "what": "targets", "pairs": content, "alike": self.alike[index], "original": original}
 
     def _tokenized(self, model: Running, longest: int) -> Pairs:
@@ -125,7 +125,12 @@ class EncoderDecoders:
             raise ModelError(
                 f"the tokenizer of {model.name} gives the token {most} and the model has {model.opened.subject.vocabulary}: they do not belong together"
             )
-        return Pairs(*(tuple(torch.tensor(ids[:longest]) for ids in side) for side in (sources, targets)))
+        strings = [target for _, target in self.strings]
+        for index in [index for index, ids in enumerate(targets) if len(ids) > longest]:
+            strings[index] = model.tokenizer.decode(targets[index][:longest], skip_special_tokens=True)
+        sizes = tuple(max(1, len(target.encode())) for target in strings)
+        read = [tuple(torch.tensor(ids[:longest]) for ids in side) for side in (sources, targets)]
+        return Pairs(read[0], read[1], sizes)
 
 
 @torch.inference_mode()
@@ -146,7 +151,9 @@ def predict(model: Any, pairs: Pairs, advance: Advance) -> Iterator[tuple[Tensor
 def _rows(text: Text, tokenizer: Any, tokens: int) -> list[Strings]:
     """Return the first pairs of JSON lines, until their targets have `tokens` tokens."""
     pairs, count = list[Strings](), 0
-    for number, line in enumerate(filter(str.strip, text.content.splitlines()), 1):
+    for number, line in enumerate(text.content.split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             source, target = row["source"], row["target"]
@@ -154,7 +161,7 @@ def _rows(text: Text, tokenizer: Any, tokens: int) -> list[Strings]:
             raise OptionError(
                 f'line {number} of {text.name} has no "source" and "target" ({type(error).__name__}: {error}); give JSON lines with both'
             ) from None
-        if not (isinstance(source, str) and isinstance(target, str) and source and target):
+        if not (isinstance(source, str) and isinstance(target, str) and source.strip() and target.strip()):
             raise OptionError(f'line {number} of {text.name} has no text as its "source" and "target"; give JSON lines with both')
         count += len(tokenizer(text_target=target, verbose=False).input_ids)
         if pairs and count > tokens:
@@ -168,7 +175,8 @@ def _halves(text: Text, tokenizer: Any, context: int, tokens: int) -> list[Strin
     spans = offsets(tokenizer, text.content)[:tokens]
     half = min(context - 2, len(spans)) // 2
     if half < 4:
-        raise OptionError(f"{text.name} has {len(spans)} tokens, and at least 8 are needed for a source and a target; give a longer --text")
+        lacking = "a longer --text" if len(spans) < 8 else "a --context of at least 10"
+        raise OptionError(f"{len(spans)} tokens of {text.name} in windows of {context} leave too few for a source and a target; give {lacking}")
     starts = range(0, len(spans) - 2 * half + 1, 2 * half)
     sides = [tuple(text.content[spans[at][0] : spans[at + half - 1][1]] for at in (start, start + half)) for start in starts]
     return [(source, target) for source, target in sides]
