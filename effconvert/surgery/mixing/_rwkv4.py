@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from effconvert.checkpoint.config import Config
     from effconvert.checkpoint.layer import Layer
-    from effconvert.surgery.mixing._call import Call, Rotation, Slots
+    from effconvert.surgery.mixing._call import Call, Slots
 
 CHUNK = 16
 SMALL = 1e-3  # size of random maps
@@ -49,7 +49,7 @@ def fit(layer: Layer, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         assert capture.weights is not None
         assert capture.key is not None
         rotation = capture.rotation if config.rotary_of(layer.index) else None
-        keys = unrotated(capture.key.float(), rotation).double().repeat_interleave(config.heads // config.kv_heads, 1)
+        keys = (rotation.undone(capture.key.float()) if rotation else capture.key).double().repeat_interleave(config.heads // config.kv_heads, 1)
         sums = [total + part.cpu() for total, part in zip(sums, equations(capture.weights.double(), keys), strict=True)]
     found = solve(*sums)[:, None]  # [H, 1, 2 + D]
     return {
@@ -96,16 +96,6 @@ def solve(moments: Tensor, products: Tensor) -> Tensor:
     return found
 
 
-def unrotated(rows: Tensor, rotation: Rotation | None) -> Tensor:
-    """Return queries or keys [B, H, T, D] as they were before RoPE: here positions matter by a decay alone."""
-    import torch
-
-    if rotation is None:
-        return rows
-    cos = torch.ones_like(rotation.angles[:, 0])
-    return rotation.at_angles(rows, torch.stack([cos, torch.zeros_like(cos)], 1))
-
-
 def cache_slots(config: Config) -> Slots:
     """The weighted sums of values and of ones, for each channel, with the log of their scale, and the last token."""
     queries, keys = (config.heads, config.head_dim), (config.kv_heads, config.head_dim)
@@ -119,8 +109,11 @@ def mix(weights: Mapping[str, Tensor], call: Call) -> Tensor:
 
     from effconvert.surgery.mixing._shift import shifted
 
-    (query,) = shifted(call, "last_query", unrotated(call.query.float(), call.rotation), weights["query_shift"][:, None])
-    (key,) = shifted(call, "last_key", unrotated(call.key.float(), call.rotation), weights["key_shift"][:, None])
+    query, key = call.query.float(), call.key.float()
+    if call.rotation:  # positions matter by a decay alone
+        query, key = call.rotation.undone(query), call.rotation.undone(key)
+    (query,) = shifted(call, "last_query", query, weights["query_shift"][:, None])
+    (key,) = shifted(call, "last_key", key, weights["key_shift"][:, None])
     (value,) = shifted(call, "last_value", call.value.float(), weights["value_shift"][:, None])
     shared = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(shared, 1) @ weights["key"].float().mT, value.repeat_interleave(shared, 1)
