@@ -308,6 +308,14 @@ def test_a_number_for_each_pair_has_an_end():
         Aft(form=form).check(config("llama", max_position_embeddings=4096))
 
 
+def test_a_window_is_no_longer_than_the_text():
+    Aft(form="local", window=64).check(config("llama", max_position_embeddings=64))
+    with pytest.raises(OptionError, match="--window 65 is more than the 64 tokens that llama reads"):
+        Aft(form="local", window=65).check(config("llama", max_position_embeddings=64))
+    Aft(form="conv", window=65).check(config("llama", max_position_embeddings=64))  # which has no longest text
+    Aft(form="local").check(config("llama", max_position_embeddings=32))
+
+
 def test_layers_with_a_window_are_left_alone():
     alternating = config("gemma2", sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2)
     assert FORMS[0].chosen(alternating) == {1, 3}

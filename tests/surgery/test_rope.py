@@ -239,6 +239,11 @@ def test_what_cannot_be_turned_is_refused_with_the_reason(kind, changes, step, e
     assert not Path("out").exists()
 
 
+def test_a_base_is_a_number():
+    with pytest.raises(OptionError, match="--theta is inf"):
+        Rope(theta=float("inf"))
+
+
 def test_a_model_with_a_technique_in_it_is_refused():
     put(tiny("bert"))
     run("source", Linear(feature="elu"), place="mixed")

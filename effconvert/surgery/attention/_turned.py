@@ -57,8 +57,13 @@ def fit_norm(forward: ForwardProtocol, table: Tensor) -> dict[str, Tensor]:
 
 def turning(tokens: int, width: int, theta: float, layout: str, device: torch.device | None = None) -> Rotation:
     """Return the rotation of all numbers of a head by the position."""
-    angles = torch.arange(tokens).double()[:, None] * theta ** (-torch.arange(0, width, 2).double() / width)
-    return Rotation(torch.polar(torch.ones_like(angles), angles).to(device, torch.complex64), width, layout, width)
+    turns = angles(tokens, width, theta)
+    return Rotation(torch.polar(torch.ones_like(turns), turns).to(device, torch.complex64), width, layout, width)
+
+
+def angles(tokens: int, width: int, theta: float) -> Tensor:
+    """Return the angle by which each pair of a head turns at each position, [T, P] in float64."""
+    return torch.arange(tokens).double()[:, None] * theta ** (-torch.arange(0, width, 2).double() / width)
 
 
 def _windows(layer: Layer) -> list[AttentionWindow]:

@@ -49,7 +49,9 @@ class Rope(Surgery):
     to: str | None = Field(
         None, description="The family to become: roformer or jina_embeddings_v3 for a bert. Default: the first.", json_schema_extra={"metavar": "FAMILY"}
     )
-    theta: float = Field(10000.0, gt=1, description="The base of the angles: pair p of P turns by theta^(-p/P) from one token to the next.")
+    theta: float = Field(
+        10000.0, gt=1, allow_inf_nan=False, description="The base of the angles: pair p of P turns by theta^(-p/P) from one token to the next."
+    )
     fit: Literal["scores", "none"] = Field(
         "scores", description="Fit queries and keys to the original's scores on the calibration text (scores), or turn them as they are (none)."
     )
@@ -144,8 +146,11 @@ class Rope(Surgery):
             outer.defer_rows("embed", outer.shape("embed"), lambda numbers: outer.rows_before("embed", numbers) + mean)
         device = "meta" if outer.shapes_only else "cpu"
         if "angles" in family.outer:
+            from effconvert.surgery.attention._turned import angles
+
             assert config.longest
-            outer["angles"] = _angles(config.longest, config.head_dim, self.theta).to(device)
+            turns = angles(config.longest, config.head_dim, self.theta)
+            outer["angles"] = torch.cat([turns.sin(), turns.cos()], 1).float().to(device)  # as roformer keeps them, [T, 2 P]
         if config.bare and "pooler" in family.outer and "pooler.dense.weight" not in outer:  # its class always has one
             shapes = {"weight": (config.hidden, config.hidden), "bias": (config.hidden,)}
             for name, shape in shapes.items():
@@ -190,11 +195,3 @@ def _obstacle(config: Config) -> str:
     if not config.has_table:
         return f"{config.kind} adds distances to its scores, and has no position table to replace"
     return f"{config.kind} has a position table, and no family of transformers is the same with RoPE; give a bert, a roberta or a gpt2"
-
-
-def _angles(positions: int, width: int, theta: float) -> Tensor:
-    """Return the sines of all angles of a head, then the cosines, as roformer keeps them, [T, 2P]."""
-    import torch
-
-    angles = torch.arange(positions).double()[:, None] * theta ** (-torch.arange(0, width, 2).double() / width)
-    return torch.cat([angles.sin(), angles.cos()], 1).float()

@@ -63,8 +63,10 @@ class Aft(Mixing):
         return self
 
     def check(self, config: Config) -> None:
-        """Refuse tables of positions that have no end, or that would be larger than the model."""
+        """Refuse tables of positions that have no end, that have columns for no pair, or that would be larger than the model."""
         super().check(config)
+        if self.form == "local" and self.window and self.window > (most := longest(config)):
+            raise OptionError(f"--window {self.window} is more than the {most} tokens that {config.kind} reads; give at most that, or leave it out")
         if self._absolute and longest(config) > LONGEST and self.form == "full":
             raise OptionError(
                 f"--form full has a number for each pair of the {config.longest} tokens that it reads; it does that up to {LONGEST}, so take local or conv"
