@@ -52,10 +52,10 @@ def fitted(weights: Mapping[str, Tensor], target: Tensor, lags: Tensor) -> dict[
         inputs = (features * (-lags.abs() / reach).exp()[:, None])[~own]  # [n - 1, W]
         gram = inputs.mT @ inputs
         gram += RIDGE * gram.diagonal().mean().clamp_min(TINY) * torch.eye(len(gram)).double()
-        found = torch.linalg.solve(gram, inputs.mT @ target[:, ~own].mT).mT  # [F, W]
-        error = (found @ inputs.mT - target[:, ~own]).square().sum(1)
+        solution = torch.linalg.solve(gram, inputs.mT @ target[:, ~own].mT).mT  # [F, W]
+        error = (solution @ inputs.mT - target[:, ~own]).square().sum(1)
         better = error < best
-        best, last = torch.where(better, error, best), torch.where(better[:, None], found, last)
+        best, last = torch.where(better, error, best), torch.where(better[:, None], solution, last)
         fall = torch.where(better, math.log(math.expm1(1 / reach)), fall)
     left = target[:, own] - last @ features[own].mT
     return {**weights, "last": last.float(), "own": left[:, 0].float(), "fall": fall.float()}

@@ -51,12 +51,12 @@ def fit(layer: Layer, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         rotation = capture.rotation if config.rotary_of(layer.index) else None
         keys = (rotation.undone(capture.key.float()) if rotation else capture.key).double().repeat_interleave(config.heads // config.kv_heads, 1)
         sums = [total + part.cpu() for total, part in zip(sums, equations(capture.weights.double(), keys), strict=True)]
-    found = solve(*sums)[:, None]  # [H, 1, 2 + D]
+    solution = solve(*sums)[:, None]  # [H, 1, 2 + D]
     return {
         **values,
-        "decay": (-found[..., 0]).clamp(SLOWEST, FASTEST).log().float().expand_as(values["decay"]).clone(),
-        "bonus": found[..., 1].float().expand_as(values["bonus"]).clone(),
-        "key": found[..., 2:].float().expand_as(values["key"]).clone(),
+        "decay": (-solution[..., 0]).clamp(SLOWEST, FASTEST).log().float().expand_as(values["decay"]).clone(),
+        "bonus": solution[..., 1].float().expand_as(values["bonus"]).clone(),
+        "key": solution[..., 2:].float().expand_as(values["key"]).clone(),
     }
 
 
@@ -92,8 +92,8 @@ def solve(moments: Tensor, products: Tensor) -> Tensor:
     scale = moments.diagonal(dim1=-2, dim2=-1)
     scale = scale + RIDGE * scale[:, 2:].mean(-1, keepdim=True) + torch.finfo(scale.dtype).tiny
     strength = torch.cat([torch.full_like(scale[:, :2], RIDGE**2), torch.full_like(scale[:, 2:], RIDGE)], -1) * scale
-    found: Tensor = torch.linalg.solve(moments + torch.diag_embed(strength), products)
-    return found
+    solution: Tensor = torch.linalg.solve(moments + torch.diag_embed(strength), products)
+    return solution
 
 
 def cache_slots(config: Config) -> Slots:
