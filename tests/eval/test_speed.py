@@ -371,7 +371,7 @@ def test_an_encoder_is_measured_in_reading_alone(tmp_path):
 
 def test_an_encoder_decoder_is_measured_in_reading_alone(tmp_path):
     found = bench([str(save(tiny("bart"), tmp_path / "pair"))], BenchOptions(**QUICK))
-    assert found.notes == ("pair is an encoder-decoder, whose writing is not measured: prefill only",)
+    assert found.notes == ("pair is an encoder-decoder, whose writing is not measured: prefill only, of a text as source and target",)
 
 
 def test_a_decoder_without_a_head_is_measured_in_reading_alone(tmp_path):

@@ -136,7 +136,7 @@ def _notes(opened: list[Opened], options: BenchOptions, contexts: list[int], fit
         if not writes(model):
             why = "has no language-model head and writes no tokens" if model.decoder else "is an encoder and writes no tokens"
             why = "is an encoder-decoder, whose writing is not measured" if model.role == "encoder-decoder" else why
-            notes.append(f"{model.subject.name} {why}: prefill only")
+            notes.append(f"{model.subject.name} {why}: prefill only{', of a text as source and target' if model.role == 'encoder-decoder' else ''}")
     if len({pick_dtype(options.dtype, model) for model in opened}) > 1:
         notes.append("the models compute in different types; give --dtype to compare the architectures alone")
     if options.cache == "static":
