@@ -223,7 +223,7 @@ def _limits(
     else:
         quality, made_with = report.after.quality, _versions(manifest.get("versions", {}))
         yield (
-            f"Verified: reloaded from disk in stock transformers, every number finite, parameters and cache as planned. Computed in {plain(report.dtype)} on "
+            f"Verified: reloaded from disk in transformers, every number finite, parameters and cache as planned. Computed in {plain(report.dtype)} on "
             f"{plain(report.device)}{f', with {plain(made_with)}' if made_with else ''}."
         )
         if past.last < len(past.recipe):

@@ -75,7 +75,7 @@ def _verdict(manifest: Manifest | None) -> str:
         return "Not verified by effconvert, which did not write this model."
     if not manifest.verified:
         return "NOT VERIFIED: this model was written and never loaded. Convert it again without --no-verify."
-    return "Verified: reloaded from disk in stock transformers, run, and compared with its original."
+    return "Verified: reloaded from disk in transformers, run, and compared with its original."
 
 
 def _cards(report: Report) -> Iterator[Card]:
