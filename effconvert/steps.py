@@ -1,8 +1,10 @@
 """The steps of conversions: techniques that change the architecture, and healing methods that recover quality."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from effconvert import discovery, heal, surgery
+from effconvert.options import as_typed
 
 if TYPE_CHECKING:
     from effconvert.surgery._surgery import Step
@@ -35,3 +37,18 @@ def load(name: str) -> "type[Step]":
     """Import step `name` and return its class."""
     step: type[Step] = discovery.load(heal if name in healing_methods() else surgery, name)
     return step
+
+
+def arguments(name: str, options: Mapping[str, Any]) -> list[str]:
+    """Return the options of step `name` as a user types them: without those that are not set, and switches only where they differ from the default.
+
+    Manifests of other versions may have steps and switches that this one has not; such a switch is taken to be off by default.
+    """
+    words, fields = list[str](), load(name).model_fields if name in catalogue() else {}
+    for key, value in options.items():
+        if isinstance(value, bool):
+            field = fields.get(key.replace("-", "_"))
+            words += [] if value == (field.default if field else False) else [f"--{'' if value else 'no-'}{key}"]
+        elif value is not None:
+            words += [f"--{key}", as_typed(value)]
+    return words

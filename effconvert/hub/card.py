@@ -16,6 +16,7 @@ from effconvert.eval.verification import Verification
 from effconvert.hub.card_data import History, auto_class, front_matter, history, metadata, training, verification
 from effconvert.hub.publishable import cut_paths, without_paths
 from effconvert.modeling import loading
+from effconvert.steps import arguments
 
 THIS = "this model"
 NULL = "null is an option that was not set; teacher: null heals towards the model that is converted"
@@ -77,8 +78,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _steps(recipe: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:
-    commands = [[name, *(f"--{key} {value}" for key, value in options.items() if value is not None)] for step in recipe for name, options in step.items()]
-    return ", then ".join(" ".join(words) for words in commands)
+    return ", then ".join(" ".join([name, *arguments(name, options)]) for step in recipe for name, options in step.items())
 
 
 def _link(past: History) -> str:

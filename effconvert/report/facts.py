@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from effconvert.eval.results import Benchmark, Cell, Evaluation, Row, ShapedSubject, Subject, Value
-from effconvert.options import as_typed
 from effconvert.report.inputs import Manifest, Source
+from effconvert.steps import arguments
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,7 @@ class Report:
 
 def command_line(recipe: Sequence[dict[str, dict[str, Any]]]) -> str:
     """Write a recipe as options on the command line."""
-    steps = [
-        " ".join([name, *(f"--{key} {as_typed(value)}" for key, value in options.items() if value is not None)])
-        for step in recipe
-        for name, options in step.items()
-    ]
-    return ", then ".join(steps)
+    return ", then ".join(" ".join([name, *arguments(name, options)]) for step in recipe for name, options in step.items())
 
 
 def lineage(source: Source) -> str:

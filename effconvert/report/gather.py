@@ -14,6 +14,7 @@ from effconvert.report.doubts import doubts
 from effconvert.report.facts import Card, Report, beside_original, better, command_line, lineage
 from effconvert.report.inputs import Manifest, names, read_manifest, read_results
 from effconvert.report.tables import number, score
+from effconvert.steps import arguments
 
 
 def gather(folder: Path, files: Sequence[Path]) -> Report:
@@ -142,9 +143,8 @@ def _commands(report: Report) -> Iterator[str]:
         source, steps = report.manifest.source, [item for step in report.manifest.recipe for item in step.items()]
         if len(steps) == 1:
             name, options = steps[0]
-            arguments = [text for key, value in options.items() if value is not None for text in (f"--{key}", str(value))]
             revision = ["--revision", source.commit or source.revision or ""] if source.commit or source.revision else []
-            yield shlex.join(["effconvert", name, *arguments, source.model, *revision, "-o", report.model])
+            yield shlex.join(["effconvert", name, *arguments(name, options), source.model, *revision, "-o", report.model])
         else:
             yield shlex.join(["effconvert", "run", "recipe.yaml", "-o", report.model]) + "  # the recipe above"
     for name, content in report.results.items():
