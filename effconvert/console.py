@@ -25,7 +25,7 @@ from effconvert import processes
 from effconvert.checkpoint.replaced import CLASS
 from effconvert.convert import selftext
 from effconvert.convert.calibration import calibration_bytes
-from effconvert.convert.in_words import differences, shape, typed
+from effconvert.convert.in_words import differences, shape
 from effconvert.convert.inspection import Inspection, Look
 from effconvert.convert.plan import Plan
 from effconvert.convert.run import Outcome
@@ -34,6 +34,7 @@ from effconvert.eval.verification import Verification
 from effconvert.modeling.loading import has_tokenizer
 from effconvert.progress import Advance, Unit
 from effconvert.quantities import count, perplexity, size, some
+from effconvert.steps import arguments
 
 WIDTH = 110  # of output to a file or a pipe
 FILES = 12  # names of files that are shown
@@ -75,7 +76,7 @@ class Terminal:
     def plan(self, model: str, plan: Plan, output: Path, verify_bytes: int) -> None:
         """Print the plan."""
         before, after = plan.before, plan.after
-        steps = " -> ".join(f"{name} {typed(options)}".strip() for step in plan.recipe for name, options in step.items())
+        steps = " -> ".join(" ".join([name, *arguments(name, options)]) for step in plan.recipe for name, options in step.items())
         self.out.print(f"[bold]{escape(steps)}[/]: {escape(model)} -> {escape(str(output))}", soft_wrap=True)
         rows = [
             ("parameters", before.parameters, after.parameters, count),

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from effconvert import discovery, heal, surgery
-from effconvert.options import as_typed
 
 if TYPE_CHECKING:
     from effconvert.surgery._surgery import Step
@@ -44,6 +43,8 @@ def arguments(name: str, options: Mapping[str, Any]) -> list[str]:
 
     Manifests of other versions may have steps and switches that this one has not; such a switch is taken to be off by default.
     """
+    from effconvert.options import as_typed  # imports pydantic, which `--help` does without
+
     words, fields = list[str](), load(name).model_fields if name in catalogue() else {}
     for key, value in options.items():
         if isinstance(value, bool):

@@ -17,13 +17,13 @@ from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.sources import cache
 from effconvert.convert import selftext
 from effconvert.convert.calibration import check_caches, prepare
-from effconvert.convert.in_words import typed
 from effconvert.convert.plan import Plan, code_of, plan
 from effconvert.convert.survey import forward_of
 from effconvert.errors import OptionError
 from effconvert.eval.results import versions
 from effconvert.options import RunOptions
 from effconvert.progress import Progress
+from effconvert.steps import arguments
 from effconvert.surgery._surgery import Step
 
 
@@ -57,7 +57,7 @@ def decide(
 
 
 def _typed(step: Step) -> str:
-    return f"{step.name} {typed(step.recipe[step.name])}".strip()
+    return " ".join([step.name, *arguments(step.name, step.recipe[step.name])])
 
 
 def _decide(step: Step, before: Plan, progress: Progress) -> Step:

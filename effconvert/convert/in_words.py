@@ -6,6 +6,7 @@ from typing import Any
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.replaced import OUTSIDE, SKIPS, Replaced
 from effconvert.options import as_typed
+from effconvert.steps import arguments
 
 PLACES = {"scores": "softmax attention"}  # name of a place, where people use another word
 
@@ -25,7 +26,9 @@ def differences(config: Config) -> Iterator[str]:
     for record in config.replaced:
         groups.setdefault((record.technique, record.place), []).append(record)
     for (name, place), records in groups.items():
-        technique = f"{name} {typed({key: _range([record.options[key] for record in records]) for key in records[0].options})}".strip()
+        technique = " ".join(
+            [name, *arguments(name, {key.replace("_", "-"): _range([record.options[key] for record in records]) for key in records[0].options})]
+        )
         if place in OUTSIDE:
             tied = " and of the head, which is the same" if place == "embed" and config.tied and config.predicts else ""
             yield f"{technique} in place of the {'embedding' if place == 'embed' else place}{tied}"
@@ -47,8 +50,3 @@ def _range(values: Sequence[Any]) -> Any:
     if all(value == values[0] for value in values):
         return values[0]
     return f"{min(values)}-{max(values)}" if all(type(value) is int for value in values) else " or ".join(dict.fromkeys(map(as_typed, values)))
-
-
-def typed(options: dict[str, object]) -> str:
-    """Return options as a user types them, without those that are not set."""
-    return " ".join(f"--{key.replace('_', '-')} {as_typed(value)}" for key, value in options.items() if value is not None)

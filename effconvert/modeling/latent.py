@@ -2,6 +2,7 @@
 # B = batch, H = heads, T = new tokens, S = tokens in the cache, R = rank of the latents, P = width of the key that RoPE turns, N, V = widths of the other key
 # and of a value.
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,9 +23,20 @@ def absorb(module: Any, name: str) -> None:
     """Have a module pass its latents on while it attends by the function of this name in transformers' registry; never, where that is empty."""
     module.__dict__.pop(EXPAND, None)
     if name:
-        module.__dict__[EXPAND] = lambda latent, turned: (
-            (turned, latent) if implementation(module.config) == name else expanded(module, turned, latent)  # [B, 1, S, P], [B, 1, S, R]
-        )
+        module.__dict__[EXPAND] = _Latents(module, name)
+
+
+@dataclass
+class _Latents:
+    """Takes the place of the method; an object and no function, as a deep copy of a model copies it along."""
+
+    module: Any
+    name: str
+
+    def __call__(self, latent: Tensor, turned: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the attention function gets in place of keys and values: [B, 1, S, P], [B, 1, S, R]."""
+        ours = implementation(self.module.config) == self.name
+        return (turned, latent) if ours else expanded(self.module, turned, latent)
 
 
 def absorbs(module: nn.Module) -> bool:
@@ -54,6 +66,8 @@ def decode(module: Any, query: Tensor, turned: Tensor, latent: Tensor, mask: Ten
     """
     if not is_step(query, latent, mask) or kwargs.get("output_attentions") or kwargs.get("dropout") or (mask is not None and mask.dtype != torch.bool):
         return None
+    if type(module.kv_b_proj) is not nn.Linear:
+        return None  # quantised, or with an adapter: its weight is not all of it
     rank = latent.shape[-1]
     unturned = query.shape[-1] - turned.shape[-1]
     up_key, up_value = module.kv_b_proj.weight.view(query.shape[1], -1, rank).split([unturned, module.v_head_dim], 1)  # [H, N, R], [H, V, R]

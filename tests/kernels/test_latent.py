@@ -1,5 +1,7 @@
 """Latent attention decodes by its latents: the logits are the family's, and keys and values of all heads are not made."""
 
+import copy
+
 import pytest
 import torch
 from transformers import StaticCache
@@ -49,6 +51,23 @@ def test_the_function_that_a_user_sets_afterwards_is_heeded(model):
     choose(model, "auto")
     model.set_attn_implementation("sdpa")
     assert torch.equal(in_pieces(model, ids, SIZES)[0], expected)
+
+
+def test_an_adapter_and_a_copy_of_the_model_are_heeded(model):
+    class Doubled(torch.nn.Linear):
+        def forward(self, inputs):
+            return 2 * super().forward(inputs)
+
+    ids = tokens(2, sum(SIZES))
+    copied = copy.deepcopy(model)
+    choose(model, "auto")
+    again = copy.deepcopy(model)
+    again.set_attn_implementation("sdpa")
+    assert torch.equal(in_pieces(again, ids, SIZES)[0], in_pieces(copied, ids, SIZES)[0])
+    for some in (model, copied):
+        for layer in some.model.layers:
+            layer.self_attn.kv_b_proj.__class__ = Doubled
+    assert far(in_pieces(model, ids, SIZES)[0], in_pieces(copied, ids, SIZES)[0]) <= SAME
 
 
 def test_a_static_cache_and_gradients(model):

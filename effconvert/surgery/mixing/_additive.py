@@ -61,10 +61,12 @@ def look(layer: Layer) -> list[Texts]:
     """Run a layer on the calibration text, and return its attention: evenly spaced queries, as many as there is room for."""
     assert layer.activations
     stride = -(-layer.config.heads * layer.activations.scores // MOST)
-    return [
-        Texts(inputs, weights[:, :, number % stride :: stride].clone(), torch.arange(number % stride, weights.shape[-1], stride, device=inputs.device))
-        for number, (inputs, weights) in enumerate(_attention(layer))
-    ]
+    texts = []
+    for number, (inputs, weights) in enumerate(_attention(layer)):
+        first = number % min(stride, weights.shape[-1])  # short texts have one as well
+        queries = torch.arange(first, weights.shape[-1], stride, device=inputs.device)
+        texts.append(Texts(inputs, weights[:, :, first::stride].clone(), queries))
+    return texts
 
 
 def _attention(layer: Layer) -> Iterator[tuple[Tensor, Tensor]]:
