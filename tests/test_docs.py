@@ -84,3 +84,7 @@ def test_the_picture_is_what_its_script_draws_from_the_results():
     drawn = runpy.run_path(str(ROOT / "benchmarks" / "plot_cache.py"))["picture"]()
     assert text(DOCS / "cache.svg") == drawn
     assert len(drawn) < 60_000
+
+
+def test_the_page_of_designs_is_what_its_script_writes_from_the_results():
+    assert text(DOCS / "designs.md") == runpy.run_path(str(ROOT / "benchmarks" / "plot_designs.py"))["page"]()
