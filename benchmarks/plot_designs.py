@@ -10,11 +10,15 @@ import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from effconvert import steps
+from effconvert.checkpoint.reading import read_config
+from effconvert.modeling.caches import kv_bytes
 from effconvert.report.drawing import MARKERS, plain, style, svg
 
 RESULTS = Path(__file__).parent / "results"
+MODEL = Path(__file__).parent.parent / "effconvert" / "demo" / "model"
 EMBEDDED, STARTS = "designs-embedded-2026-11-29.csv", "designs-starts-embedded-2026-11-29.csv"
 CONTEXTS = ("512", "2048", "8192", "16384")
 # technique: what a text of T tokens costs, and what its paper says of it (all by their authors, for models trained so from the start)
@@ -128,12 +132,20 @@ def picture():
             axes.plot(kilobytes, healed, marker, color=line.get_color())
             axes.annotate(short(command), (kilobytes, healed), xytext=(7, -3), textcoords="offset points", fontsize=8.5)
         axes.set(xscale="log", yscale="log", xlabel="cache of 512 tokens, kB", ylabel="KL from the original, nats a token")
+        axes.margins(x=0.2)
+        whole = kv_bytes(read_config(MODEL), 2, 512) / 1000
+        axes.axvline(whole, color="C3", linewidth=0.8, linestyle="--", zorder=0)
+        axes.annotate("original", (whole, axes.get_ylim()[1]), xytext=(-6, -12), textcoords="offset points", ha="right", fontsize=8.5)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.set_minor_formatter(NullFormatter())
         return svg(canvas, "designs", "Cache of each design against its distance from the original, converted (hollow) and healed (filled)")
 
 
 def short(command):
     """Return a command for a label."""
-    return command.replace("--", "").replace("pattern ", "").split(" sinks")[0]
+    name, _, options = command.partition(" --")
+    return f"{name} {options.split(' --')[0].rpartition(' ')[2]}".strip()
 
 
 def number(found, heal):

@@ -4,7 +4,6 @@ import inspect
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-import pytest
 import torch
 
 from effconvert.checkpoint.config import Config
@@ -96,19 +95,6 @@ FORMS = [(name, kind) for name, kind in MATRIX if kind not in AS_OTHERS]  # of w
 # Saving, half precision and gradients are the same code in all families: these differ in how they are laid out.
 UNLIKE = ("llama", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox", "opt", "bert", "modernbert")
 NEUTRAL = [(name, kind) for name, kind in MATRIX if ROWS[name].neutral and (kind in DECODERS or not set(ROWS[name].kinds) & set(DECODERS))]
-
-
-def cases(pairs):
-    """Parameters of a test for mixers in families: of those that are not UNLIKE every mixer goes through another third, and the rest are slow tests.
-
-    What a family does in a way of its own shows with any mixer, and what a mixer does in any family.
-    """
-    mixers, families = list(ROWS), sorted({kind for _, kind in MATRIX})
-
-    def slow(name, kind):
-        return kind not in UNLIKE and (mixers.index(name) + families.index(kind)) % 3 != 0
-
-    return [pytest.param(name, kind, id=f"{name}-{kind}", marks=[pytest.mark.slow] if slow(name, kind) else []) for name, kind in pairs]
 
 
 def small(name, kind):

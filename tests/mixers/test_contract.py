@@ -22,7 +22,6 @@ from tests.mixers.mixing import (
     ROWS,
     SAME,
     UNLIKE,
-    cases,
     converted,
     far,
     in_pieces,
@@ -37,7 +36,7 @@ from tests.mixers.mixing import (
     tokens,
     wide,
 )
-from tests.models import DECODERS, tiny
+from tests.models import DECODERS, cases, tiny
 
 CAUSAL = [(name, kind) for name, kind in FORMS if kind in DECODERS]
 FEW = [(name, kind) for name, kind in MATRIX if kind in UNLIKE]
@@ -133,7 +132,7 @@ def test_padding_on_the_left_changes_nothing(models, name, kind):
     assert far(pieces[:, 5:], expected) <= SAME
 
 
-@pytest.mark.parametrize(("name", "kind"), FEW_CAUSAL, ids=map("-".join, FEW_CAUSAL))
+@pytest.mark.parametrize(("name", "kind"), cases(FEW_CAUSAL))
 def test_padding_between_tokens_changes_nothing(models, name, kind):
     """As when a batch of texts of different lengths, padded on the right, is gone on with."""
     _, model = models(name, kind)
@@ -169,7 +168,7 @@ def test_no_token_sees_a_later_one(models, name, kind):
     assert far(run(model, other)[:, :11], run(model, ids)[:, :11]) <= SAME
 
 
-@pytest.mark.parametrize(("name", "kind"), FEW, ids=map("-".join, FEW))
+@pytest.mark.parametrize(("name", "kind"), cases(FEW))
 def test_bfloat16_is_run_and_stays_bfloat16(models, name, kind):
     _, model = models(name, kind)
     half = copy.deepcopy(model).bfloat16()
@@ -185,7 +184,7 @@ def test_bfloat16_is_run_and_stays_bfloat16(models, name, kind):
                 assert layer.tensors[slot].dtype == (torch.bfloat16 if dtype == "model" else getattr(torch, dtype)), slot
 
 
-@pytest.mark.parametrize(("name", "kind"), FEW_CAUSAL, ids=map("-".join, FEW_CAUSAL))
+@pytest.mark.parametrize(("name", "kind"), cases(FEW_CAUSAL))
 def test_the_state_has_the_size_that_was_planned_however_long_the_text(models, name, kind):
     model, other = models(name, kind)
     config = load(name)(**small(name, kind)).config(stock_config(model))
@@ -200,7 +199,7 @@ def test_the_state_has_the_size_that_was_planned_however_long_the_text(models, n
                 assert tensor.untyped_storage().nbytes() == tensor.nbytes, slot
 
 
-@pytest.mark.parametrize(("name", "kind"), FEW_CAUSAL, ids=map("-".join, FEW_CAUSAL))
+@pytest.mark.parametrize(("name", "kind"), cases(FEW_CAUSAL))
 def test_under_autocast_states_keep_their_types(models, name, kind):
     _, model = models(name, kind)
     with torch.autocast("cpu", torch.bfloat16):
@@ -211,7 +210,7 @@ def test_under_autocast_states_keep_their_types(models, name, kind):
             assert dtype == "model" or layer.tensors[slot].dtype == getattr(torch, dtype), slot
 
 
-@pytest.mark.parametrize(("name", "kind"), FEW, ids=map("-".join, FEW))
+@pytest.mark.parametrize(("name", "kind"), cases(FEW))
 def test_a_model_is_saved_and_loaded_again_to_the_bit(models, name, kind, tmp_path):
     _, model = models(name, kind)
     model = shaken(model)
@@ -233,7 +232,7 @@ def shaken(model):
     return made
 
 
-@pytest.mark.parametrize(("name", "kind"), FEW, ids=map("-".join, FEW))
+@pytest.mark.parametrize(("name", "kind"), cases(FEW))
 def test_gradients_reach_every_new_parameter_under_checkpointing(models, name, kind):
     _, model = models(name, kind)
     model = copy.deepcopy(model).train()

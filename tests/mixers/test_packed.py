@@ -5,8 +5,8 @@ import torch
 
 from effconvert.modeling.model import cache_for
 from effconvert.modeling.packed import Packing
-from tests.mixers.mixing import FORMS, ROWS, SAME, cache_of, cases, far, pair, run, small, stock_config, tokens, wide, with_cache
-from tests.models import DECODERS, tiny
+from tests.mixers.mixing import FORMS, ROWS, SAME, cache_of, far, pair, run, small, stock_config, tokens, wide, with_cache
+from tests.models import DECODERS, cases, tiny
 
 PACKS = [(name, kind) for name, kind in FORMS if kind in DECODERS and kind != "opt"]
 LENGTHS = ((12, 1, 7), (5, 15))  # of the texts in each row

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from effconvert.convert.in_words import typed
 from effconvert.errors import OptionError
+from effconvert.steps import arguments
 from effconvert.surgery.mixing.longnet import Longnet
 from effconvert.surgery.mixing.sparse import Sparse
 from tests.surgery.rows import GROUPS, HEADS, WIDTH, close, config, cost, mixed, padding_changes_nothing, random, rows
@@ -156,7 +156,7 @@ def test_options_that_cannot_be(options, said):
 def test_it_is_told_as_it_is_typed():
     technique = Longnet(segments="64,512", dilations="1,4")
     assert technique.label == "longnet-64x1-512x4"
-    assert typed(technique.recipe["longnet"]) == "--segments 64,512 --dilations 1,4 --sinks 4"
+    assert " ".join(arguments("longnet", technique.recipe["longnet"])) == "--segments 64,512 --dilations 1,4 --sinks 4"
     assert Longnet.allowed_options(LLAMA) == "--segments W,... --dilations R,..."
     assert Sparse.allowed_options(LLAMA) == "--pattern strided or fixed or log --block L"
 
