@@ -45,15 +45,15 @@ def scores(plan: Plan) -> Callable[[Any], Mapping[str, float]] | None:
     tasks = [(name, harness.run) for name in harness.tasks] if harness else []
 
     def measure(model: Any) -> dict[str, float]:
-        found: dict[str, float] = {}
+        values: dict[str, float] = {}
         with unchanged_chance():
             for length in options.passkey:
                 result = language.passkey(model, tokenizer, length, lambda _: None)
-                found[f"passkey {length}"] = result.samples[0].value
+                values[f"passkey {length}"] = result.samples[0].value
             for name, task in tasks:
                 for samples in task(name, model, tokenizer, config.longest).samples:
-                    found[f"{name} {samples.metric}"] = samples.value
-        return found
+                    values[f"{name} {samples.metric}"] = samples.value
+        return values
 
     return measure
 

@@ -28,8 +28,8 @@ def forward_of(plan: Plan, number: int, progress: Progress, title: str) -> Forwa
 @torch.no_grad()
 def surveyed(plan: Plan, progress: Progress) -> Plan:
     """Return the plan with what its steps measure. A resumed run measures again: the same text gives the same numbers."""
-    found: dict[int, Mapping[str, Tensor]] = {}
+    results: dict[int, Mapping[str, Tensor]] = {}
     for number in plan.surveying:
         step = plan.surgeries[number]
-        found[number] = step.survey(forward_of(replace(plan, surveys=dict(found)), number, progress, f"{step.name}: reading the text"))
-    return replace(plan, surveys=found)
+        results[number] = step.survey(forward_of(replace(plan, surveys=dict(results)), number, progress, f"{step.name}: reading the text"))
+    return replace(plan, surveys=results)

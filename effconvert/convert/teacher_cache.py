@@ -174,24 +174,24 @@ def _begin(folder: Path, key: dict[str, Any]) -> None:
 
 
 def _check_key(folder: Path, key: dict[str, Any]) -> None:
-    found: Any = None
+    stored: Any = None
     with suppress(OSError, ValueError):
-        found = json.loads((folder / KEY).read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
+        stored = json.loads((folder / KEY).read_text(encoding="utf-8"))
+    if not isinstance(stored, dict):
         if {path.name for path in folder.iterdir()} <= {".lock", KEY + DRAFT}:
             return  # a run was killed before it wrote the key
         raise OptionError(f"--cache-teacher {folder} holds files that effconvert did not write, or has lost its {KEY}; give another folder, or remove it")
-    different = [name for name in key if found.get(name) != key[name]]
+    different = [name for name in key if stored.get(name) != key[name]]
     if different:
-        told = [OTHER.get(name) or f"--{name} was {found.get(name)} for them and is {key[name]} now" for name in different]
-        raise OptionError(f"--cache-teacher {folder} has other predictions: {', '.join(told)}; give another folder, or remove this one")
+        changes = [OTHER.get(name) or f"--{name} was {stored.get(name)} for them and is {key[name]} now" for name in different]
+        raise OptionError(f"--cache-teacher {folder} has other predictions: {', '.join(changes)}; give another folder, or remove this one")
 
 
 def _sha256(windows: Windows) -> str:
     """Return the hash of windows: their tokens, and which of them are predicted."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for part in (windows.train, windows.held_out):
         for item in part:
             for name, tensor in sorted(item.items()):
-                found.update(f"{name} {[*tensor.shape]}".encode() + tensor.numpy().tobytes())
-    return found.hexdigest()
+                digest.update(f"{name} {[*tensor.shape]}".encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()

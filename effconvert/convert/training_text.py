@@ -148,10 +148,10 @@ def _apart(plan: Plan, tokenizer: Any, rows: Iterator[Any]) -> tuple[Tensor, Ten
         raise OptionError("--recall copies passages within full windows, and windows of one document each are filled up; leave it out, or join the text")
     rows, needed = chain([first], rows), _needed(options)
     if isinstance(first, str):
-        found = windows_of_texts(tokenizer, beginning(tokenizer, first), rows, options.window, needed)
+        windows = windows_of_texts(tokenizer, beginning(tokenizer, first), rows, options.window, needed)
     else:
-        found = windows_of_conversations(tokenizer, rows, options.window, needed)
-    return found.ids, found.predicted
+        windows = windows_of_conversations(tokenizer, rows, options.window, needed)
+    return windows.ids, windows.predicted
 
 
 def _check_tokenizers(plan: Plan, tokenizer: Any) -> None:

@@ -48,25 +48,25 @@ def transplanted(plan: Plan, progress: Progress) -> tuple[Plan, dict[str, Any]]:
     base, instruct = (open_checked(sources.locate(model, None, progress.step, to_convert=True)) for model in (options.base, options.instruct))
     remarks = _differences(base, instruct)
     with progress.bar("comparing with the base", _bytes(converted) + _bytes(base), "bytes") as advance:
-        found = _counterparts(converted, base, advance)
-    remarks += _source(plan, options, base, len(found))
+        counterparts = _counterparts(converted, base, advance)
+    remarks += _source(plan, options, base, len(counterparts))
     theirs = {tensor.name: tensor for tensor in instruct.stored}
     shards = {
-        name: [replace(target, origin=theirs[found[target.origin.name]]) if target.origin.name in found else target for target in targets]
+        name: [replace(target, origin=theirs[counterparts[target.origin.name]]) if target.origin.name in counterparts else target for target in targets]
         for name, targets in plan.shards.items()
     }
     own = {tensor.name: tensor for tensor in converted.stored}
-    moved, whole = (sum(math.prod(own[name].shape) for name in names) for names in (found, own))
-    left = [name for name in own if name not in found]
+    moved, whole = (sum(math.prod(own[name].shape) for name in names) for names in (counterparts, own))
+    left = [name for name in own if name not in counterparts]
     remarks.append(
-        f"{len(found)} of {len(own)} tensors, {moved / whole:.1%} of {count(whole)} parameters, are the base's and become those of {options.instruct}"
+        f"{len(counterparts)} of {len(own)} tensors, {moved / whole:.1%} of {count(whole)} parameters, are the base's and become those of {options.instruct}"
         + (f"; as they are stay {_summary(left)}" if left else "")
     )
     config = plan.config.with_keys({key: instruct.config.raw[key] for key in SPECIAL if key in instruct.config.raw})
     files = other_files(instruct, instruct.config)
     taken = [name for name in files.files if belongs(name, TAKEN)]
     rest = [name for name in plan.files if not belongs(name, TAKEN)]
-    record = {"tensors": len(found), "of": len(own), "parameters": moved, "left": left, "base_sha256": digest(base), "instruct_sha256": digest(instruct)}
+    record = {"tensors": len(counterparts), "of": len(own), "parameters": moved, "left": left, "base_sha256": digest(base), "instruct_sha256": digest(instruct)}
     return (
         replace(
             plan,
@@ -93,8 +93,8 @@ def _differences(base: Checkpoint, instruct: Checkpoint) -> list[str]:
     ours, theirs = ({tensor.name: (tensor.dtype, tensor.shape) for tensor in model.stored} for model in (base, instruct))
     for name in {**ours, **theirs}:
         if ours.get(name) != theirs.get(name):
-            told = [f"{where} has {_described(tensors.get(name))}" for where, tensors in (("the base", ours), ("the instruct model", theirs))]
-            raise ModelError(f"{name}: {' and '.join(told)}; tensors can only be exchanged where both have the same")
+            descriptions = [f"{where} has {_described(tensors.get(name))}" for where, tensors in (("the base", ours), ("the instruct model", theirs))]
+            raise ModelError(f"{name}: {' and '.join(descriptions)}; tensors can only be exchanged where both have the same")
     first, second = (_entries(model.folder) for model in (base, instruct))
     different = sorted(key for key in {**first, **second} if key not in HARMLESS and (first.get(key) or None) != (second.get(key) or None))
     if wrong := [key for key in different if COMPUTES.search(key)]:
@@ -169,14 +169,14 @@ def _chosen(same: Mapping[str, list[str]], places: Mapping[str, tuple[int, str]]
     for name, names in same.items():
         if name in places and len(names) == 1 and names[0] in base:
             votes.setdefault(places[name][0], Counter())[base[names[0]][0]] += 1
-    found = {}
+    chosen = {}
     for name, names in same.items():
         layer, inside = places.get(name, (-1, name))
         of_layer = votes[layer].most_common(1)[0][0] if layer in votes else layer
         likely = [other for other in names if base.get(other, (-1, other)) == (of_layer, inside)]
         if likely or len(names) == 1:
-            found[name] = (likely or names)[0]
-    return found
+            chosen[name] = (likely or names)[0]
+    return chosen
 
 
 def _places(checkpoint: Checkpoint) -> dict[str, tuple[int, str]]:
@@ -186,12 +186,12 @@ def _places(checkpoint: Checkpoint) -> dict[str, tuple[int, str]]:
 
 def _content(tensor: StoredTensor) -> bytes:
     """Return a hash of a tensor's type, shape and bytes."""
-    found = hashlib.blake2b(f"{tensor.dtype} {tensor.shape}".encode())
+    content = hashlib.blake2b(f"{tensor.dtype} {tensor.shape}".encode())
     with tensor.file.open("rb") as file:
         file.seek(tensor.start)
         for start in range(tensor.start, tensor.stop, CHUNK):
-            found.update(file.read(min(CHUNK, tensor.stop - start)))
-    return found.digest()
+            content.update(file.read(min(CHUNK, tensor.stop - start)))
+    return content.digest()
 
 
 def _bytes(checkpoint: Checkpoint) -> int:

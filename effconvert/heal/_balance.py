@@ -18,8 +18,8 @@ def balance(model: Any, needed: bool) -> "Balance | None":
     Raises:
         ModelError: they are `needed`, and transformers does not record what their routers compute.
     """
-    if found := routers(model.base_model):
-        return Balance(model, found)
+    if all_routers := routers(model.base_model):
+        return Balance(model, all_routers)
     if needed:
         raise ModelError(f"transformers does not record the router logits of {type(model).__name__}, which --balance needs; leave it out")
     return None

@@ -126,7 +126,7 @@ class Setting:
 
 
 def _arguments(options: Distill, place: Path, device: str) -> dict[str, Any]:
-    """Return what the Trainer is told: AdamW with a cosine, checkpoints in `place`, and a measurement with each."""
+    """Return the arguments of the Trainer: AdamW with a cosine, checkpoints in `place`, and a measurement with each."""
     count = processes.count()
     every = NEVER if options.minutes else max(1, options.steps // EVALUATIONS)  # then the clock decides: see Deadline
     return {

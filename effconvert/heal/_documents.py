@@ -62,9 +62,9 @@ def windows_of_conversations(tokenizer: Any, conversations: Iterable[Conversatio
         for number, messages in enumerate(conversations):
             text, spans = _written(tokenizer, messages, number)
             encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            said = [any(begin <= first < end for begin, end in spans) for first, _ in encoded.offset_mapping]
-            for at in range(0, len(said), length):
-                yield encoded.input_ids[at : at + length], said[at : at + length]
+            by_assistant = [any(begin <= first < end for begin, end in spans) for first, _ in encoded.offset_mapping]
+            for at in range(0, len(by_assistant), length):
+                yield encoded.input_ids[at : at + length], by_assistant[at : at + length]
 
     return _filled(pieces(), length, most, _filling(tokenizer))
 
@@ -114,8 +114,8 @@ def _filled(pieces: Iterable[Piece], length: int, most: int, filling: int) -> Fi
     """Fill windows up; those in which nothing is predicted are left out."""
 
     def kept() -> Iterator[tuple[Sequence[int], Sequence[bool]]]:
-        for ids, said in pieces:
-            predicted = [False, *(said[1:] if said is not None else [True] * (len(ids) - 1))]
+        for ids, by_assistant in pieces:
+            predicted = [False, *(by_assistant[1:] if by_assistant is not None else [True] * (len(ids) - 1))]
             if len(ids) >= SHORTEST and any(predicted):
                 yield ids, predicted
 

@@ -26,10 +26,10 @@ def hidden_states(base: torch.nn.Module, inputs: dict[str, Tensor], layers: Sequ
     output = base(**inputs, **more, **({"output_hidden_states": True} if layers else {}))
     if not layers:
         return [output.last_hidden_state]
-    found = output.hidden_states
-    if found is None or len(found) <= max(layers) + 1:
+    states = output.hidden_states
+    if states is None or len(states) <= max(layers) + 1:
         raise ModelError(f"transformers does not give the hidden states of all layers of {type(base).__name__}; leave --hidden out")
-    return [*(found[layer + 1] for layer in layers), output.last_hidden_state]
+    return [*(states[layer + 1] for layer in layers), output.last_hidden_state]
 
 
 def distance(own: Sequence[Tensor], theirs: Sequence[Tensor], kind: str) -> Tensor:

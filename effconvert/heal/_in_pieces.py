@@ -43,9 +43,9 @@ class _InPieces(torch.autograd.Function):
                 part = loss(own, rows)
             total += part.detach()
             sources = [tensor for tensor, want in zip((own, *parameters), wanted, strict=True) if want]
-            found = iter(torch.autograd.grad(part, sources, allow_unused=True) if sources and part.requires_grad else ())
+            own_parts = iter(torch.autograd.grad(part, sources, allow_unused=True) if sources and part.requires_grad else ())
             for index, gradient in enumerate(gradients):
-                if gradient is not None and (own_part := next(found, None)) is not None:
+                if gradient is not None and (own_part := next(own_parts, None)) is not None:
                     (gradient[rows] if index == 0 else gradient).add_(own_part)
         ctx.gradients = gradients
         return total

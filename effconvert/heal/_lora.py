@@ -30,7 +30,7 @@ class Adapters:
             ModelError: there is none.
         """
         self.model, self.weights = model, dict[str, Any]()  # name of W -> its module
-        made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # layers that share a W share its adapter
+        adapters: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # layers that share a W share its adapter
         draw = torch.Generator().manual_seed(0)
         for name in kept:
             module = model.get_submodule(name.rpartition(".")[0])
@@ -38,10 +38,10 @@ class Adapters:
                 continue
             weight = module.weight
             out, width = weight.shape if isinstance(module, nn.Linear) else weight.shape[::-1]
-            if id(weight) not in made:
+            if id(weight) not in adapters:
                 a = (torch.rand(rank, width, generator=draw) * 2 - 1) * width**-0.5  # as Hu et al. begin: A is random, B zero
-                made[id(weight)] = nn.Parameter(a.to(weight)), nn.Parameter(torch.zeros(out, rank).to(weight))
-            for own, parameter in zip(NAMES, made[id(weight)], strict=True):
+                adapters[id(weight)] = nn.Parameter(a.to(weight)), nn.Parameter(torch.zeros(out, rank).to(weight))
+            for own, parameter in zip(NAMES, adapters[id(weight)], strict=True):
                 module.register_parameter(own, parameter)
             module.register_forward_hook(_add)
             self.weights[name] = module

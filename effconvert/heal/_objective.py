@@ -142,7 +142,7 @@ def _reached(logits: Callable[[Tensor], Tensor], hidden: Tensor, model: Any) -> 
 def gives(head: Head, hidden: Tensor, expected: Tensor) -> bool:
     """Whether a head computes these logits from hidden states."""
     try:
-        found = head(hidden)
+        logits = head(hidden)
     except RuntimeError:  # of another width
         return False
-    return found.shape == expected.shape and bool((found - expected).abs().max() <= SAME * expected.abs().max())
+    return logits.shape == expected.shape and bool((logits - expected).abs().max() <= SAME * expected.abs().max())

@@ -14,7 +14,7 @@ SCORE = "score_"  # what the names of scores begin with in the Trainer's log
 
 @dataclass(frozen=True)
 class Report:
-    """What shows the progress of a training: told how much more of it is done, in tokens or in seconds, and lines of its log."""
+    """What shows the progress of a training: it gets how much more of it is done, in tokens or in seconds, and lines of its log."""
 
     advance: Advance
     tell: Callable[[str], None]
@@ -24,13 +24,13 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
     """Tells a progress bar how far a training is, and how far the student is from the teacher after each evaluation."""
 
     def __init__(self, report: Report, done: Callable[[], int], tokens: int) -> None:
-        self.report, self.done, self.tokens, self.told = report, done, tokens, 0
+        self.report, self.done, self.tokens, self.reported = report, done, tokens, 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Advance the bar; a run that goes on begins with what was done before."""
         done = self.done()
-        self.report.advance(done - self.told)
-        self.told = done
+        self.report.advance(done - self.reported)
+        self.reported = done
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Say what was measured."""
@@ -54,14 +54,14 @@ class Clock(TrainerCallback):  # type: ignore[misc]
 def points(history: Sequence[dict[str, Any]], tokens: int) -> list[dict[str, Any]]:
     """Return the curve of a Trainer's log, for steps of so many tokens."""
     losses = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
-    found: dict[int, dict[str, Any]] = {}
+    curve: dict[int, dict[str, Any]] = {}
     for entry in history:
         if "eval_loss" in entry:  # a run that goes on measures its checkpoint again
             step = entry["step"]
             scores = {key.removeprefix(SCORE): value for key, value in entry.items() if key.startswith(SCORE)}
             point = {"tokens": step * tokens, "seconds": entry["seconds"], "held_out": entry["eval_loss"], "scores": scores}
-            found.setdefault(step, {**point, **({"loss": losses[step]} if step in losses else {})})
-    return list(found.values())
+            curve.setdefault(step, {**point, **({"loss": losses[step]} if step in losses else {})})
+    return list(curve.values())
 
 
 def line(point: dict[str, Any]) -> str:

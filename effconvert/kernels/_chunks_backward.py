@@ -17,9 +17,9 @@ def _totals(out, slope, thirds, g_b, g_g, g_r, g_t, T, G: tl.constexpr, R: tl.co
     """Store minus the products of outputs and their gradients, `thirds` [B, G, R, T]: the gradient of a normaliser, a value of 1, but for its scale."""
     tokens, columns, head = tl.program_id(0) * C + tl.arange(0, C), tl.arange(0, BD), tl.program_id(1).to(tl.int64)
     slope += head // (G * R) * g_b + head // R % G * g_g + head % R * g_r
-    made = _down(out, head * T + tokens, D, tokens < T, columns, D, ACC).to(ACC)
+    outputs = _down(out, head * T + tokens, D, tokens < T, columns, D, ACC).to(ACC)
     slopes = _down(slope, tokens, g_t, tokens < T, columns, D, ACC).to(ACC)
-    tl.store(thirds + head * T + tokens, -tl.sum(made * slopes, 1), mask=tokens < T)
+    tl.store(thirds + head * T + tokens, -tl.sum(outputs * slopes, 1), mask=tokens < T)
 
 
 @triton.jit(do_not_specialize=VARYING)

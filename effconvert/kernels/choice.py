@@ -1,6 +1,6 @@
 """Whether operations run as Triton kernels.
 
-By default ("auto") a kernel runs on the cards on which it was held to its reference and beat it, which its file names in MEASURED; so far that is none.
+By default ("auto") a kernel runs on the cards on which it agreed with its reference and was faster, which its file names in MEASURED; so far that is none.
 """
 
 import ast

@@ -25,7 +25,7 @@ from effconvert.kernels.linear_attention import CHUNK, Window, chunked_attention
 
 __all__ = ["chunked_attention", "chunked_attention_reference", "cost", "uncovered"]
 
-MEASURED = ()  # cards on which it was held to the reference and beat it
+MEASURED = ()  # cards on which it agreed with the reference and was faster
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float64: tl.float64}
 THREADS = {"num_warps": 4, "num_stages": 2}
 WIDEST = 256  # of values, and of the window's queries and keys
@@ -363,8 +363,8 @@ def _gradients(ctx: Any, slope: Tensor, slope_state: Tensor, *_: Any) -> tuple[T
     saved = ctx.saved_tensors
     slope = slope.to(ctx.saved_tensors[2].dtype)  # outputs are rounded to the type of the values, or these would be float32
     slope = slope if slope.stride(-1) == 1 else slope.contiguous()
-    made = torch.ops.effconvert.chunked_attention_backward(slope, slope_state.contiguous(), *saved, *ctx.numbers)
-    query, key, value, state, fall, near_query, near_key, share = made
+    gradients = torch.ops.effconvert.chunked_attention_backward(slope, slope_state.contiguous(), *saved, *ctx.numbers)
+    query, key, value, state, fall, near_query, near_key, share = gradients
     given = [None if saved[index] is None else tensor for index, tensor in ((4, fall), (5, near_query), (6, near_key), (8, share))]
     return query, key, value, state, given[0], given[1], given[2], None, given[3], None, None, None, None
 

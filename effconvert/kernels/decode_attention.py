@@ -21,7 +21,7 @@ from torch import Tensor
 
 from effconvert.kernels._decode import add_up, part, splits_for, tiles
 
-MEASURED = ()  # cards on which it was held to the reference and beat it
+MEASURED = ()  # cards on which it agreed with the reference and was faster
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST = 2048  # bytes of the widest keys and values
 PROCESSORS = 132  # of an H100 or H200, where no card can be asked

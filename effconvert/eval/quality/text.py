@@ -117,11 +117,11 @@ def read_rows(value: str, option: str) -> Iterator[str | Conversation]:
                 else datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
             )
             for row in rows:
-                found = row["text"] if isinstance(row.get("text"), str) else _messages(row["messages"])
-                kinds.add(type(found))
+                content = row["text"] if isinstance(row.get("text"), str) else _messages(row["messages"])
+                kinds.add(type(content))
                 if len(kinds) > 1:
                     raise KeyError("text")
-                yield found
+                yield content
     except KeyError:
         columns = "no column `text` with a text in each row, and no `messages` with a role and a content each"
         raise OptionError(f"{option} {value} has {columns}; give a dataset that has one, or a text file") from None

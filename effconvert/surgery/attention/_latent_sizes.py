@@ -51,8 +51,8 @@ def losses(forward: ForwardProtocol, layers: Collection[int], tokens: int) -> It
                 layer = forward.parts(index)
                 inputs = torch.cat([capture.inputs["q"].flatten(0, -2) for capture in forward.capture(index, states, "q")]).double().cpu()
                 inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
-                found = directions(heads_of(layer, inputs.T @ inputs / len(inputs)))
+                worth = directions(heads_of(layer, inputs.T @ inputs / len(inputs)))
                 energy = torch.cat([state.flatten(0, -2) for state in states]).double().square().sum(1).log().mean().exp()  # a few huge tokens do not decide
-                yield index, found.pair_values / energy.cpu(), found.other_values / energy.cpu()
+                yield index, worth.pair_values / energy.cpu(), worth.other_values / energy.cpu()
             states = forward.layer(index, states)
             advance(1)

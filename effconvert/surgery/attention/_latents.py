@@ -77,16 +77,16 @@ def covariance(heads: Heads) -> tuple[Tensor, Tensor]:
 
 def latents(heads: Heads, pairs: int | Sequence[int], rank: int) -> Latents:
     """Return the head of the `pairs` = N and `rank` = R directions that are worth most; where `pairs` has a number for each frequency, so many of each."""
-    found, count = directions(heads), len(heads.k)
-    best = _best(found.pair_values, pairs)  # by frequency
+    ranked, count = directions(heads), len(heads.k)
+    best = _best(ranked.pair_values, pairs)  # by frequency
     pair, column = best // count, best % count
-    vectors, gains = found.pair_vectors[pair, :, column].conj(), found.gains[:, pair].T  # [N, Hk]
+    vectors, gains = ranked.pair_vectors[pair, :, column].conj(), ranked.gains[:, pair].T  # [N, Hk]
     (key_pairs, key_rest), (query_pairs, query_rest) = heads.pairs(heads.k), heads.pairs(heads.q)
     keys = torch.einsum("ns,snm->nm", vectors * gains, key_pairs[:, pair])
     queries = (vectors / gains).T.repeat_interleave(heads.shared, 0)[..., None] * query_pairs[:, pair]  # [H, N, M]
     q = torch.cat([queries.real, queries.imag], 1)
     moment, mean = covariance(heads)
-    others = found.others[len(found.others) - rank :].flip(0)  # [R, M - 1]
+    others = ranked.others[len(ranked.others) - rank :].flip(0)  # [R, M - 1]
     back = _prediction(others, moment)  # [M - 1, R]
     values, means = (rows.repeat_interleave(heads.shared, 0) for rows in (heads.v[..., :-1] @ back, (heads.v @ mean)[..., None]))
     if query_rest.shape[1]:
@@ -112,9 +112,9 @@ def _prediction(rows: Tensor, moment: Tensor) -> Tensor:
     return result
 
 
-def assigned(found: Latents, bias: Tensor) -> dict[str, Tensor]:
+def assigned(head: Latents, bias: Tensor) -> dict[str, Tensor]:
     """Return the parameters of `narrow-kv` in float32; `bias` is that of o, [M - 1]."""
-    result = {"o": found.o.flatten(1).float(), "o_bias": (found.bias + bias.double()).float()}
-    for name, rows in (("q", found.q.flatten(0, 1)), ("kv", torch.cat([found.k, found.c]))):
+    result = {"o": head.o.flatten(1).float(), "o_bias": (head.bias + bias.double()).float()}
+    for name, rows in (("q", head.q.flatten(0, 1)), ("kv", torch.cat([head.k, head.c]))):
         result[name], result[f"{name}_bias"] = rows[:, :-1].float(), rows[:, -1].float()
-    return {**result, **({"pairs": found.pairs.float()} if len(found.pairs) else {})}
+    return {**result, **({"pairs": head.pairs.float()} if len(head.pairs) else {})}

@@ -12,22 +12,22 @@ from effconvert.surgery.attention._latents import Latents
 TINY = 1e-30  # least energy of values
 
 
-def assigned(found: Latents, moment: Tensor, scale: float, constant: float) -> dict[str, Tensor]:
+def assigned(head: Latents, moment: Tensor, scale: float, constant: float) -> dict[str, Tensor]:
     """Return the parts in float32: q, kv_a with its bias and norm, and kv_b.
 
     The class normalises the R + 1 latents. The last one is a constant that is much larger than the others together, so it alone decides what all are
     divided by, and the norm's gains undo that. Behind the norm it is 1, and kv_b multiplies what a head's values have in common with it.
     `moment` are the second moments of the inputs, [M, M], and `scale` is the factor of scores that the queries are for.
     """
-    pairs, width = len(found.pairs), len(found.c) + 1
-    energy = torch.einsum("rm,mn,rn->", found.c, moment, found.c).clamp_min(TINY).sqrt()  # of all latents, which becomes 1
-    c = torch.cat([found.c / energy, torch.zeros_like(found.c[:1])])
+    pairs, width = len(head.pairs), len(head.c) + 1
+    energy = torch.einsum("rm,mn,rn->", head.c, moment, head.c).clamp_min(TINY).sqrt()  # of all latents, which becomes 1
+    c = torch.cat([head.c / energy, torch.zeros_like(head.c[:1])])
     c[-1, -1] = constant
-    q = interleaved(found.q * (scale * (2 * pairs) ** 0.5), pairs)
-    kv_a = torch.cat([c, interleaved(found.k, pairs)])
+    q = interleaved(head.q * (scale * (2 * pairs) ** 0.5), pairs)
+    kv_a = torch.cat([c, interleaved(head.k, pairs)])
     gains = torch.full((width,), constant / width**0.5)
     gains[-1] = width**-0.5
-    kv_b = torch.cat([found.values * energy, found.means[..., None]], -1)  # [H, D, R + 1]
+    kv_b = torch.cat([head.values * energy, head.means[..., None]], -1)  # [H, D, R + 1]
     parts = {"q": q.flatten(0, 1)[:, :-1], "kv_a": kv_a[:, :-1], "kv_a.bias": kv_a[:, -1], "kv_a_norm": gains, "kv_b": kv_b.flatten(0, 1)}
     return {part: rows.float() for part, rows in parts.items()}
 

@@ -1,7 +1,7 @@
 """Write the weights of several layers as one matrix that they share and a low-rank difference for each.
 
 The shared matrix is the least-squares compromise on the inputs of each layer, W = sum_l (W_l - D_l) S_l (sum_l S_l)^-1 with their second moments S_l; the
-differences D_l are truncated SVDs of W_l - W, whitened by S_l. The two are found in turn. Bae et al. 2024, arXiv 2410.20672.
+differences D_l are truncated SVDs of W_l - W, whitened by S_l. The two are fitted in turn. Bae et al. 2024, arXiv 2410.20672.
 """
 # M = hidden width, F = neurons, O = outputs of a projection, I = its inputs, K = rank.
 

@@ -144,12 +144,12 @@ class Albert(Surgery):
         width, hidden = self._width(config), config.hidden
         if width < hidden:
             shapes = {"basis": (hidden, width), "matrix": (hidden, width), "bias": (hidden,)}
-            found = outer.survey or {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-            outer.defer_rows("embed", (config.vocabulary, width), lambda numbers: outer.rows_before("embed", numbers) @ found["basis"])
+            fitted = outer.survey or {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+            outer.defer_rows("embed", (config.vocabulary, width), lambda numbers: outer.rows_before("embed", numbers) @ fitted["basis"])
             for part in ("positions", "types"):
-                outer[part] = outer.before(part).to(found["basis"].device) @ found["basis"]
+                outer[part] = outer.before(part).to(fitted["basis"].device) @ fitted["basis"]
             outer["embed_norm"], outer["embed_norm.bias"] = torch.ones(width, device=device), torch.zeros(width, device=device)
-            outer["project_in"], outer["project_in.bias"] = found["matrix"], found["bias"]
+            outer["project_in"], outer["project_in.bias"] = fitted["matrix"], fitted["bias"]
         else:
             outer["project_in"], outer["project_in.bias"] = torch.eye(hidden, device=device), torch.zeros(hidden, device=device)
         if config.bare and "pooler.dense.weight" not in outer:  # AlbertModel always has one

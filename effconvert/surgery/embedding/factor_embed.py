@@ -163,13 +163,13 @@ class FactorEmbed(OuterReplacement):
         import torch
 
         groups, blocks = self._analysed(forward)
-        found = {"tokens": torch.cat(groups)}
+        results = {"tokens": torch.cat(groups)}
         for place, ranks in self._ranks(forward.config).items():
             for number, (block, rank) in enumerate(zip(blocks[place], ranks, strict=True)):
                 if rank < forward.config.embed_width:
                     factors = block.factors(rank)
-                    found |= {f"{place}.{side}_{number}": factor.float() for side, factor in zip(("left", "right"), factors, strict=True)}
-        return found
+                    results |= {f"{place}.{side}_{number}": factor.float() for side, factor in zip(("left", "right"), factors, strict=True)}
+        return results
 
     def outer(self, outer: Outer) -> None:
         """Replace the tables. The left factors are computed from rows of the table when they are written."""

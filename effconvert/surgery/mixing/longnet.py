@@ -170,5 +170,5 @@ class Longnet(Mixing):
 def _by_head(rows: Tensor, places: Tensor) -> Tensor:
     """Gather rows [B, Hk, N, D] at places [B, H, n], of each head its own: [B, H, n, D]. Places that do not exist are the nearest ones."""
     index = places.clamp(0, rows.shape[2] - 1).unflatten(1, (rows.shape[1], -1))[..., None]  # [B, Hk, R, n, 1]
-    found = rows[:, :, None].expand(-1, -1, index.shape[2], -1, -1).gather(3, index.expand(-1, -1, -1, -1, rows.shape[3]))
-    return found.flatten(1, 2)
+    gathered = rows[:, :, None].expand(-1, -1, index.shape[2], -1, -1).gather(3, index.expand(-1, -1, -1, -1, rows.shape[3]))
+    return gathered.flatten(1, 2)

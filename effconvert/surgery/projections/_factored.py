@@ -71,8 +71,8 @@ class Factored(Replacement):
                 results[place] = self.factors(weight, moment, layer.index, place, layer.config)
                 if layer.activations:
                     changed[place] = self.product(results[place])
-        for place, found in results.items():
-            for name, value in found.items():
+        for place, values in results.items():
+            for name, value in values.items():
                 layer[f"{place}.{OWN}{name}"] = value
             del layer[place]
 

@@ -29,8 +29,8 @@ def factors(weight: Tensor, moment: Tensor | None, rank: int) -> tuple[Tensor, T
 def thin(weight: Tensor, moment: Tensor | None, rank: int, pivoted: bool) -> dict[str, Tensor]:
     """Return what is stored of these factors: `left` and `right` in float32, and in the pivoted form the order."""
     left, right = factors(weight, moment, rank)
-    found = _pivoted.pivoted(left, right, moment) if pivoted else {"left": left, "right": right}
-    return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
+    stored = _pivoted.pivoted(left, right, moment) if pivoted else {"left": left, "right": right}
+    return {name: value.float() if value.is_floating_point() else value for name, value in stored.items()}
 
 
 def product(stored: Mapping[str, Tensor]) -> Tensor:

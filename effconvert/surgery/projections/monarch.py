@@ -118,6 +118,6 @@ def _divisors(config: Config, places: tuple[str, ...]) -> str:
         ModelError: there is none.
     """
     common = gcd(*(side for place in places for side in config.matrices[place]))
-    if found := [str(number) for number in range(2, common + 1) if common % number == 0]:
-        return ", ".join(found)
+    if divisors := [str(number) for number in range(2, common + 1) if common % number == 0]:
+        return ", ".join(divisors)
     raise ModelError(f"the projections of this {config.kind} have no common divisor, so there are no blocks; take low-rank")
