@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from effconvert.checkpoint.config import Config
 from effconvert.kernels.choice import cannot, runs_triton
 from effconvert.modeling import latent
-from effconvert.modeling.decoding import OPERATION, by_groups, decoded, is_step, of_one_width
+from effconvert.modeling.decoding import OPERATION, by_groups, decoded, of_one_width
 from effconvert.modeling.grouped import unique_heads
 from effconvert.modeling.packed import Packing
 from effconvert.modeling.places import NAME as OWN_NAME
@@ -118,8 +118,9 @@ def softmax(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
     if (out := decoded(module, query, key, value, attention_mask, **kwargs)) is not None:
         return out, None
     if kwargs.get("softcap") is None and getattr(module, "softmax", "sdpa") == "sdpa":
-        if is_step(query, key, attention_mask) and is_causal(module) and kwargs.get("is_causal") is not False and not kwargs.get("dropout"):
-            return by_groups(query, key, value, attention_mask, kwargs.get("scaling")), None
+        if (out := by_groups(module, query, key, value, attention_mask, **kwargs)) is not None:
+            return out, None
+        kwargs["scaling"] = kwargs.get("scaling") or query.shape[-1] ** -0.5  # of the width before it is padded
         out, weights = sdpa(module, *of_one_width(query, key, value), attention_mask, **kwargs)
         return out[..., : value.shape[-1]], weights
     key, value = (rows.repeat_interleave(getattr(module, "repeats", 1), 1) for rows in (key, value))  # one for each query head, as the family expects

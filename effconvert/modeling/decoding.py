@@ -1,4 +1,4 @@
-"""Decoding steps by the kernel of `decode_attention`, where that runs. Elsewhere models attend as they did without it."""
+"""Decoding steps: by the kernel of `decode_attention`, where that runs, or by PyTorch without keys that are repeated for each query head."""
 # B = batch, H = query heads, Hk = KV heads, T = new tokens, S = keys, D = width of keys, D' = that of values.
 
 from typing import Any
@@ -29,10 +29,8 @@ def decoded(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor
         ValueError: the kernel was asked for, and cannot run here or does not cover this step.
     """
     asked = getattr(module, "kernels", "auto")
-    if not is_step(query, key, mask) or not runs_triton(query.device, OPERATION, asked):
+    if not is_step(module, query, key, mask, kwargs) or not runs_triton(query.device, OPERATION, asked) or (torch.is_grad_enabled() and query.requires_grad):
         return None
-    if not is_causal(module) or kwargs.get("is_causal") is False or kwargs.get("output_attentions") or (torch.is_grad_enabled() and query.requires_grad):
-        return None  # an encoder, who wants the weights, or training
     from effconvert.kernels.decode_attention import decode_attention, uncovered  # imports triton
 
     if why := _not_covered(query, key, mask, kwargs) or uncovered(query, key, value):
@@ -42,26 +40,32 @@ def decoded(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor
     return out.transpose(1, 2)
 
 
-def is_step(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
-    """Whether this is a decoding step: few tokens, and not a prompt into an empty static cache, by which transformers means the first keys."""
-    tokens, keys = query.shape[2], key.shape[2]
-    return tokens <= TOKENS and (mask is not None or tokens in (1, keys))
+def is_step(module: Any, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+    """Whether this is a decoding step of which nobody wants the weights; arguments as in `decoded`.
 
-
-def by_groups(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
-    """Return the outputs of a decoding step by PyTorch, [B, T, H, D']: the query heads of a group are rows of one, so that no key is repeated for each of them.
-
-    Arguments as in `decoded`; without a mask the step is the first tokens of a text.
+    Without a mask few tokens before many keys are a prompt into an empty static cache, by which transformers means the first keys.
     """
-    tokens, width = query.shape[2], value.shape[-1]
+    tokens, keys = query.shape[2], key.shape[2]
+    few = tokens <= TOKENS and (mask is not None or tokens in (1, keys))
+    return few and is_causal(module) and kwargs.get("is_causal") is not False and not kwargs.get("output_attentions")
+
+
+def by_groups(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor | None:
+    """Return the outputs of a decoding step by PyTorch, [B, T, H, D']; None for anything else. Arguments as in `decoded`.
+
+    The query heads of a group are rows of one, so that no key is repeated for each of them.
+    """
+    if not is_step(module, query, key, mask, kwargs) or kwargs.get("softcap") is not None or _not_covered(query, key, mask, kwargs):
+        return None
+    tokens, width, scaling = query.shape[2], value.shape[-1], kwargs.get("scaling") or query.shape[-1] ** -0.5
     query, key, value = of_one_width(query, key, value)
     packed = query.unflatten(1, (key.shape[1], -1))  # [B, Hk, R, T, D], R query heads for each
     if mask is None and tokens > 1:
         mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()[None, None]
     rows = None if mask is None else mask.expand(-1, packed.shape[2], -1, -1).flatten(1, 2)[:, None]  # [B, 1, R T, S]
     out = scaled_dot_product_attention(packed.flatten(2, 3), key, value, rows, scale=scaling)[..., :width]
-    rows_of_heads: Tensor = out.unflatten(2, (-1, tokens)).flatten(1, 2)
-    return rows_of_heads.transpose(1, 2)
+    by_head: Tensor = out.unflatten(2, (-1, tokens)).flatten(1, 2)
+    return by_head.transpose(1, 2)
 
 
 def of_one_width(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

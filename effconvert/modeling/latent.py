@@ -64,15 +64,13 @@ def decode(module: Any, query: Tensor, turned: Tensor, latent: Tensor, mask: Ten
         mask: which keys are seen, bool [B, 1, T, S]; None: all before a token, and itself.
         kwargs: what transformers gives an attention function.
     """
-    if not is_step(query, latent, mask) or kwargs.get("output_attentions") or kwargs.get("dropout") or (mask is not None and mask.dtype != torch.bool):
-        return None
-    if type(module.kv_b_proj) is not nn.Linear:
-        return None  # quantised, or with an adapter: its weight is not all of it
+    if not is_step(module, query, latent, mask, kwargs) or type(module.kv_b_proj) is not nn.Linear:
+        return None  # a prompt; or it is quantised, or has an adapter, so that its weight is not all of it
     rank = latent.shape[-1]
     unturned = query.shape[-1] - turned.shape[-1]
     up_key, up_value = module.kv_b_proj.weight.view(query.shape[1], -1, rank).split([unturned, module.v_head_dim], 1)  # [H, N, R], [H, V, R]
     inside = torch.cat([query[..., :unturned] @ up_key, query[..., unturned:]], -1)  # [B, H, T, R + P]
     key = torch.cat([latent, turned], -1)  # [B, 1, S, R + P]
     if (out := decoded(module, inside, key, latent, mask, **kwargs)) is None:
-        out = by_groups(inside, key, key, mask, kwargs["scaling"])[..., :rank]  # of one width, which is faster than the narrower latents
-    return torch.einsum("bthr,hvr->bthv", out, up_value)
+        out = by_groups(module, inside, key, key, mask, **kwargs)  # keys as values: of one width, which is faster than the narrower latents
+    return None if out is None else torch.einsum("bthr,hvr->bthv", out[..., :rank], up_value)

@@ -1,6 +1,7 @@
 """Latent attention decodes by its latents: the logits are the family's, and keys and values of all heads are not made."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,3 +95,29 @@ def test_a_step_runs_as_a_kernel_where_it_is_asked_for(model, monkeypatch):
     assert far(found, expected) <= SAME
     heads, width = model.config.num_attention_heads, model.config.kv_lora_rank + model.config.qk_rope_head_dim
     assert shapes[0] == ((2, heads, 1, width), (2, 1, 9, width))
+
+
+@pytest.mark.parametrize("width", [5, 8, 11])
+@pytest.mark.parametrize("case", ["one token", "the first tokens", "a mask"])
+def test_rows_of_groups_are_softmax_of_each_head(width, case):
+    module = SimpleNamespace(is_causal=True)
+    count, keys = {"one token": (1, 9), "the first tokens": (3, 3), "a mask": (2, 9)}[case]
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, *shape, generator=draw) for shape in ((6, count, 8), (2, keys, 8), (2, keys, width)))
+    mask = torch.rand(2, 1, count, keys, generator=draw) > 0.3 if case == "a mask" else None
+    scores = query.double() @ key.double().repeat_interleave(3, 1).mT * 8**-0.5
+    seen = mask if mask is not None else torch.ones(count, keys, dtype=torch.bool).tril(keys - count)
+    expected = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value.double().repeat_interleave(3, 1)
+    found = decoding.by_groups(module, query, key, value, mask)
+    assert (found.transpose(1, 2) - expected).abs().max() <= 1e-6
+    assert (attention.softmax(SimpleNamespace(is_causal=True, num_key_value_groups=3), query, key, value, mask)[0] - found).abs().max() <= 1e-6
+
+
+def test_what_is_no_plain_step_is_left_to_the_family():
+    module, (query, key) = SimpleNamespace(is_causal=True), (torch.ones(1, 2, 1, 8), torch.ones(1, 2, 9, 8))
+    assert decoding.by_groups(module, query, key, key, None) is not None
+    for given in ({"position_bias": torch.ones(1, 2, 1, 9)}, {"softcap": 3.0}, {"dropout": 0.1}, {"is_causal": False}, {"output_attentions": True}):
+        assert decoding.by_groups(module, query, key, key, None, **given) is None, given
+    assert decoding.by_groups(module, query, key, key, torch.zeros(1, 1, 1, 9)) is None  # a mask that is added to scores
+    assert decoding.by_groups(SimpleNamespace(is_causal=False), query, key, key, None) is None
+    assert decoding.by_groups(module, torch.ones(1, 2, 3, 8), key, key, None) is None  # a prompt into a static cache
