@@ -98,19 +98,20 @@ def test_a_step_runs_as_a_kernel_where_it_is_asked_for(model, monkeypatch):
 
 
 @pytest.mark.parametrize("width", [5, 8, 11])
-@pytest.mark.parametrize("case", ["one token", "the first tokens", "a mask"])
+@pytest.mark.parametrize("case", ["one token", "the first tokens", "a mask", "a prompt"])
 def test_rows_of_groups_are_softmax_of_each_head(width, case):
-    module = SimpleNamespace(is_causal=True)
-    count, keys = {"one token": (1, 9), "the first tokens": (3, 3), "a mask": (2, 9)}[case]
+    module = SimpleNamespace(is_causal=True, num_key_value_groups=3)
+    count, keys = {"one token": (1, 9), "the first tokens": (3, 3), "a mask": (2, 9), "a prompt": (6, 6)}[case]
     draw = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, *shape, generator=draw) for shape in ((6, count, 8), (2, keys, 8), (2, keys, width)))
     mask = torch.rand(2, 1, count, keys, generator=draw) > 0.3 if case == "a mask" else None
     scores = query.double() @ key.double().repeat_interleave(3, 1).mT * 8**-0.5
     seen = mask if mask is not None else torch.ones(count, keys, dtype=torch.bool).tril(keys - count)
     expected = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value.double().repeat_interleave(3, 1)
-    found = decoding.by_groups(module, query, key, value, mask)
-    assert (found.transpose(1, 2) - expected).abs().max() <= 1e-6
-    assert (attention.softmax(SimpleNamespace(is_causal=True, num_key_value_groups=3), query, key, value, mask)[0] - found).abs().max() <= 1e-6
+    whole, _ = attention.softmax(module, query, key, value, mask)
+    assert (whole.transpose(1, 2) - expected).abs().max() <= 1e-6
+    step = decoding.by_groups(module, query, key, value, mask)
+    assert step is None if case == "a prompt" else torch.equal(step, whole)
 
 
 def test_what_is_no_plain_step_is_left_to_the_family():
