@@ -26,6 +26,7 @@ from effconvert.convert.verify import Material, check_memory, prepare, scratch_b
 from effconvert.convert.write import is_unfinished, write
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality.text import default_text, read_text
+from effconvert.eval.subject import check_kernels
 from effconvert.eval.verification import Verification
 from effconvert.heal._healing import Healing
 from effconvert.heal.distill import Distill
@@ -33,7 +34,6 @@ from effconvert.heal.refit import Refit
 from effconvert.heal.transfer import Transfer
 from effconvert.heal.transplant import Transplant
 from effconvert.hub.card_data import verification
-from effconvert.kernels.choice import runs_triton
 from effconvert.modeling.stock import check_writable, open_as_stock
 from effconvert.options import RunOptions
 from effconvert.paths import expand
@@ -76,7 +76,7 @@ def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progre
 def _convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progress: Progress, reuse: bool, tell: processes.Tell) -> Outcome:
     if not surgeries:
         raise OptionError("there is no step to do; name at least one technique")
-    _check_kernels()
+    check_kernels("auto", "cuda" if torch.cuda.is_available() else "cpu")  # for calibration, training and verification
     text = (read_text(options.text) if options.text else default_text()) if options.verify else None
     folder = sources.locate(model, options.revision, progress.step, to_convert=True)
     surgeries = _with_healing(surgeries, options)
@@ -132,14 +132,6 @@ def _convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progr
         output.publish(conversion, partial, target, options.overwrite, record)
         training.discard(target)
     return Outcome(conversion, target, report, resumed, layer_errors=layer_errors)
-
-
-def _check_kernels() -> None:
-    """Refuse what EFFCONVERT_KERNELS asks of calibration, training and verification, if it cannot be had here."""
-    try:
-        runs_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu"), "decode_attention")
-    except ValueError as error:
-        raise OptionError(str(error)) from None
 
 
 def _with_healing(surgeries: tuple[Step, ...], options: RunOptions) -> tuple[Step, ...]:
