@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+from effconvert.checkpoint.layout import Layout
 from effconvert.checkpoint.replaced import OUTSIDE, Replaced, skipped
-from effconvert.checkpoint.shape import Shape
 from effconvert.checkpoint.shared import CACHE_PARTS, Shared
 from effconvert.errors import ModelError
 
 
 @dataclass(frozen=True)
-class Records(Shape):
+class Records(Layout):
     """A shape with the records of techniques and of shared layers, and what follows from them for each layer."""
 
     replaced: tuple[Replaced, ...] = ()  # techniques that replace the family's own modules

@@ -87,7 +87,7 @@ class Family:
     window_keys: Mapping[str, object] = field(default_factory=dict)  # other keys of its config
     fourier: str = ""  # the family that is this one with Fourier transforms in place of attention
     stored_once: str = ""  # the family that is this one with layers that are stored once and run many times
-    groups_key: str = ""  # how many layers are stored; each runs in place of a group of neighbours: see `Shape.layer_path`
+    groups_key: str = ""  # how many layers are stored; each runs in place of a group of neighbours: see `Layout.layer_path`
     group_layer: str = ""  # in such a family, the layer inside the module of its group
     latent: str = ""  # the family that is this one with latent attention
     with_rope: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # those that are this one with RoPE, not a table -> keys it leaves out
