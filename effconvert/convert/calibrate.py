@@ -14,7 +14,7 @@ from effconvert.checkpoint.shards import NUMBERS, rounded
 from effconvert.convert import drafts
 from effconvert.convert.plan import Plan
 from effconvert.heal._activations import Activations
-from effconvert.heal._layerwise import return_memory, stored_tensors
+from effconvert.heal._tensors import return_memory, stored_tensors
 from effconvert.progress import Progress
 
 

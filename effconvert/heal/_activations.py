@@ -12,7 +12,8 @@ from effconvert.checkpoint.outer import Outer
 from effconvert.checkpoint.shards import NUMBERS
 from effconvert.errors import TechniqueError
 from effconvert.heal._capture import Capture
-from effconvert.heal._layerwise import LayerRunner, check_finite, device, outer_tensors, stored_tensors, zero_sublayer
+from effconvert.heal._layerwise import LayerRunner, device
+from effconvert.heal._tensors import check_finite, outer_tensors, stored_tensors, zero_sublayer
 
 
 class Activations:

@@ -12,7 +12,8 @@ from effconvert.checkpoint.layer import Layer, Model
 from effconvert.checkpoint.outer import Outer
 from effconvert.checkpoint.parts import ROWS
 from effconvert.heal._capture import Capture
-from effconvert.heal._layerwise import LayerRunner, check_finite, device, outer_tensors, return_memory, stored_tensors, zero_sublayer
+from effconvert.heal._layerwise import LayerRunner, device
+from effconvert.heal._tensors import check_finite, outer_tensors, return_memory, stored_tensors, zero_sublayer
 from effconvert.progress import Advance
 from effconvert.surgery._placed import table_rows
 from effconvert.surgery.projections._factors import product_of

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from effconvert.checkpoint.layer import Layer
 from effconvert.heal._capture import Capture
-from effconvert.heal._layerwise import zero_sublayer
+from effconvert.heal._tensors import zero_sublayer
 from effconvert.surgery._regression import AttentionWindow, Queries, Rotation, Values, by_head, solve
 from effconvert.surgery._ridge import HELD_OUT, Moments, ridge
 from effconvert.surgery.projections._factors import assign_product, fitted_of, outputs_of, product_of

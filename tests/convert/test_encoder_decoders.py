@@ -15,7 +15,8 @@ from effconvert.convert.inspection import applicable
 from effconvert.convert.plan import plan
 from effconvert.errors import EffconvertError, ModelError, OptionError
 from effconvert.families import ENCODER_DECODERS
-from effconvert.heal._layerwise import LayerRunner, outer_tensors, stored_tensors
+from effconvert.heal._layerwise import LayerRunner
+from effconvert.heal._tensors import outer_tensors, stored_tensors
 from effconvert.heal.distill import Distill
 from effconvert.heal.refit import Refit
 from effconvert.heal.transfer import Transfer

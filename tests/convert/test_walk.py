@@ -15,7 +15,8 @@ from effconvert.checkpoint.shards import read_header
 from effconvert.errors import ModelError
 from effconvert.families import FAMILIES
 from effconvert.heal._capture import Capture
-from effconvert.heal._layerwise import LayerRunner, embedding_rows, stored_tensors
+from effconvert.heal._layerwise import LayerRunner
+from effconvert.heal._tensors import embedding_rows, stored_tensors
 from tests.models import ATTENDING, DECODERS, save, tiny
 
 WINDOWS, BATCH, LENGTH = 5, 2, 20  # so the last batch is shorter

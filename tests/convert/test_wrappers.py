@@ -17,7 +17,8 @@ from effconvert.convert.run import convert
 from effconvert.errors import ModelError
 from effconvert.eval.quality.perplexity import sees_later
 from effconvert.families import FAMILIES
-from effconvert.heal._layerwise import LayerRunner, stored_tensors
+from effconvert.heal._layerwise import LayerRunner
+from effconvert.heal._tensors import stored_tensors
 from effconvert.heal.refit import Refit
 from effconvert.modeling.loading import load
 from effconvert.options import RunOptions

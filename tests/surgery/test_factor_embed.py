@@ -22,7 +22,7 @@ from effconvert.convert.inspection import inspect
 from effconvert.convert.plan import plan
 from effconvert.errors import ModelError, OptionError
 from effconvert.heal._forward import Forward
-from effconvert.heal._layerwise import outer_tensors
+from effconvert.heal._tensors import outer_tensors
 from effconvert.heal.refit import Refit
 from effconvert.heal.transfer import Transfer
 from effconvert.surgery._placed import open_checked, table_rows

@@ -11,7 +11,7 @@ from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.checkpoint.reading import read_config
 from effconvert.convert.plan import plan
 from effconvert.errors import ModelError, OptionError
-from effconvert.heal._layerwise import zero_sublayer
+from effconvert.heal._tensors import zero_sublayer
 from effconvert.heal.refit import Refit
 from effconvert.heal.transfer import Transfer
 from effconvert.surgery._placed import open_checked
