@@ -14,8 +14,8 @@ HEADS, GROUPS, WIDTH, HIDDEN, TOKENS = 4, 2, 8, 24, 150  # more tokens than two 
 SPLITS = [[TOKENS], [64, 86], [7, 1, 100, 42], [1] * TOKENS]
 
 
-def config(kind="llama"):
-    raw = {"model_type": kind, "num_attention_heads": HEADS, "num_key_value_heads": GROUPS, "hidden_size": HIDDEN, "head_dim": WIDTH, "num_hidden_layers": 2}
+def config(kind="llama", heads=HEADS):
+    raw = {"model_type": kind, "num_attention_heads": heads, "num_key_value_heads": GROUPS, "hidden_size": HIDDEN, "head_dim": WIDTH, "num_hidden_layers": 2}
     return Config(raw, FAMILIES[kind])
 
 

@@ -76,6 +76,25 @@ def padding_changes_nothing(technique, reference, text):
     assert made.isfinite().all()
 
 
+def capped_scores_are_capped_first(technique, reference, text):
+    """Check that a mixer caps scores before their softmax, as `reference` does with `softcap`, and that it makes a difference."""
+    query, key, value = rows(text)
+    expected = reference(3 * query, key, value, softcap=2.0)
+    for split in (None, [7, 1, text - 8]):
+        assert close(mixed(technique, 3 * query, key, value, split=split, softcap=2.0), expected)
+    assert not close(mixed(technique, 3 * query, key, value), expected, 0.1)
+
+
+def gradients_are_those_of(technique, reference, text):
+    """Check a mixer's gradients for queries, keys and values against those of `reference`."""
+    gradients = []
+    for form in (lambda *given: mixed(technique, *given), reference):
+        given = [tensor.clone().requires_grad_() for tensor in rows(text)]
+        (form(*given) * random(2, HEADS, text, WIDTH, seed=7)).sum().backward()
+        gradients.append([tensor.grad for tensor in given])
+    assert all(close(ours, theirs, 1e-4) for ours, theirs in zip(*gradients, strict=True))
+
+
 class _Largest(TorchDispatchMode):
     """Notes how many numbers the largest tensor has that anything gives."""
 

@@ -10,7 +10,19 @@ from effconvert.errors import OptionError
 from effconvert.steps import arguments
 from effconvert.surgery.mixing.longnet import Longnet
 from effconvert.surgery.mixing.sparse import Sparse
-from tests.surgery.rows import GROUPS, HEADS, WIDTH, close, config, cost, mixed, padding_changes_nothing, random, rows
+from tests.surgery.rows import (
+    GROUPS,
+    HEADS,
+    WIDTH,
+    capped_scores_are_capped_first,
+    close,
+    config,
+    cost,
+    gradients_are_those_of,
+    mixed,
+    padding_changes_nothing,
+    rows,
+)
 
 TEXT = 50
 LLAMA = config("llama", num_key_value_heads=GROUPS, max_position_embeddings=64)
@@ -100,21 +112,11 @@ def test_what_comes_later_changes_nothing(options):
 
 
 def test_capped_scores_are_capped_before_their_softmax():
-    query, key, value = rows(TEXT)
-    expected = reference(SHAPES[1], 3 * query, key, value, softcap=2.0)
-    for split in (None, [7, 1, 42]):
-        assert close(mixed(Longnet(**SHAPES[1]), 3 * query, key, value, split=split, softcap=2.0), expected)
-    assert not close(mixed(Longnet(**SHAPES[1]), 3 * query, key, value), expected, 0.1)
+    capped_scores_are_capped_first(Longnet(**SHAPES[1]), partial(reference, SHAPES[1]), TEXT)
 
 
 def test_gradients_are_those_of_the_multiset():
-    found = []
-    for form in (lambda *given: mixed(Longnet(**SHAPES[1]), *given), lambda *given: reference(SHAPES[1], *given)):
-        given = [tensor.clone().requires_grad_() for tensor in rows(TEXT)]
-        (form(*given) * random(2, HEADS, TEXT, WIDTH, seed=7)).sum().backward()
-        found.append([tensor.grad for tensor in given])
-    for ours, theirs in zip(*found, strict=True):
-        assert close(ours, theirs, 1e-4)
+    gradients_are_those_of(Longnet(**SHAPES[1]), partial(reference, SHAPES[1]), TEXT)
 
 
 @pytest.mark.parametrize("causal", [True, False])

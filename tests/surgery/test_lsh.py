@@ -9,7 +9,20 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from effconvert.errors import OptionError
 from effconvert.surgery.mixing.lsh import Lsh, balance
-from tests.surgery.rows import GROUPS, HEADS, WIDTH, close, config, cost, mixed, padding_changes_nothing, random, rows
+from tests.surgery.rows import (
+    GROUPS,
+    HEADS,
+    WIDTH,
+    capped_scores_are_capped_first,
+    close,
+    config,
+    cost,
+    gradients_are_those_of,
+    mixed,
+    padding_changes_nothing,
+    random,
+    rows,
+)
 
 TEXT = 50
 SPLITS = [None, [7, 1, 20, 22], [4] * 12 + [2], [1] * TEXT]
@@ -116,21 +129,11 @@ def test_what_comes_later_changes_nothing():
 
 
 def test_capped_scores_are_capped_before_their_softmax():
-    query, key, value = rows(TEXT)
-    expected = reference(SHAPES[1], 3 * query, key, value, softcap=2.0)
-    for split in (None, [7, 1, 42]):
-        assert close(mixed(Lsh(**SHAPES[1]), 3 * query, key, value, split=split, softcap=2.0), expected)
-    assert not close(mixed(Lsh(**SHAPES[1]), 3 * query, key, value), expected, 0.1)
+    capped_scores_are_capped_first(Lsh(**SHAPES[1]), partial(reference, SHAPES[1]), TEXT)
 
 
 def test_gradients_are_those_of_the_explicit_matrix():
-    found = []
-    for form in (lambda *given: mixed(Lsh(**SHAPES[1]), *given), lambda *given: reference(SHAPES[1], *given)):
-        given = [tensor.clone().requires_grad_() for tensor in rows(TEXT)]
-        (form(*given) * random(2, HEADS, TEXT, WIDTH, seed=7)).sum().backward()
-        found.append([tensor.grad for tensor in given])
-    for ours, theirs in zip(*found, strict=True):
-        assert close(ours, theirs, 1e-4)
+    gradients_are_those_of(Lsh(**SHAPES[1]), partial(reference, SHAPES[1]), TEXT)
 
 
 @pytest.mark.parametrize("causal", [True, False])

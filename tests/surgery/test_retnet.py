@@ -7,9 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from effconvert.checkpoint.config import Config
 from effconvert.errors import ModelError, OptionError
-from effconvert.families import FAMILIES
 from effconvert.heal._capture import Capture
 from effconvert.kernels.linear_attention import linear_attention
 from effconvert.modeling.attention import Mixer
@@ -17,29 +15,9 @@ from effconvert.modeling.state import State
 from effconvert.surgery.mixing._call import Call
 from effconvert.surgery.mixing._retained import EPSILON, by_distance, fit_decay
 from effconvert.surgery.mixing.retnet import Retnet
+from tests.surgery.recurrent import GROUPS, HEADS, HIDDEN, SPLITS, TOKENS, WIDTH, config, random, rows
 
-HEADS, GROUPS, WIDTH, HIDDEN, TOKENS = 4, 2, 8, 24, 150  # more tokens than two chunks
-SPLITS = [[TOKENS], [64, 86], [7, 1, 100, 42], [1] * TOKENS]
 TECHNIQUE = Retnet(decay="paper")
-
-
-def config(kind="llama", heads=HEADS):
-    raw = {"model_type": kind, "num_attention_heads": heads, "num_key_value_heads": GROUPS, "hidden_size": HIDDEN, "head_dim": WIDTH, "num_hidden_layers": 2}
-    return Config(raw, FAMILIES[kind])
-
-
-def random(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def rows(tokens=TOKENS):
-    """Queries, keys, values and hidden states of two texts."""
-    return (
-        random(2, HEADS, tokens, WIDTH),
-        random(2, GROUPS, tokens, WIDTH, seed=1),
-        random(2, GROUPS, tokens, WIDTH, seed=2),
-        random(2, tokens, HIDDEN, seed=3),
-    )
 
 
 def trained():

@@ -8,7 +8,19 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from effconvert.errors import OptionError
 from effconvert.surgery.mixing.sparse import Sparse
-from tests.surgery.rows import GROUPS, HEADS, WIDTH, close, config, cost, mixed, padding_changes_nothing, random, rows
+from tests.surgery.rows import (
+    GROUPS,
+    HEADS,
+    WIDTH,
+    capped_scores_are_capped_first,
+    close,
+    config,
+    cost,
+    gradients_are_those_of,
+    mixed,
+    padding_changes_nothing,
+    rows,
+)
 
 TEXT = 50
 SPLITS = [None, [7, 1, 20, 22], [1] * TEXT]
@@ -98,22 +110,12 @@ def test_what_comes_later_changes_nothing(options):
 
 @pytest.mark.parametrize("options", SHAPES[1::3], ids=named)
 def test_capped_scores_are_capped_before_their_softmax(options):
-    query, key, value = rows(TEXT)
-    expected = reference(options, 3 * query, key, value, softcap=2.0)
-    for split in (None, [7, 1, 42]):
-        assert close(mixed(Sparse(**options), 3 * query, key, value, split=split, softcap=2.0), expected)
-    assert not close(mixed(Sparse(**options), 3 * query, key, value), expected, 0.1)
+    capped_scores_are_capped_first(Sparse(**options), partial(reference, options), TEXT)
 
 
 @pytest.mark.parametrize("options", SHAPES[1::3], ids=named)
 def test_gradients_are_those_of_the_explicit_matrix(options):
-    found = []
-    for form in (lambda *given: mixed(Sparse(**options), *given), lambda *given: reference(options, *given)):
-        given = [tensor.clone().requires_grad_() for tensor in rows(TEXT)]
-        (form(*given) * random(2, HEADS, TEXT, WIDTH, seed=7)).sum().backward()
-        found.append([tensor.grad for tensor in given])
-    for ours, theirs in zip(*found, strict=True):
-        assert close(ours, theirs, 1e-4)
+    gradients_are_those_of(Sparse(**options), partial(reference, options), TEXT)
 
 
 @pytest.mark.parametrize("causal", [True, False])

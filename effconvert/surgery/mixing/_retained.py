@@ -6,7 +6,7 @@ from __future__ import annotations  # type imports stay lazy: `--help` must not 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
@@ -31,6 +31,24 @@ def gated(rows: Tensor, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor
     gate = functional.linear(hidden, weights["gate"].to(hidden.dtype)).float() + weights["gate_bias"].float()
     opened: Tensor = rows * functional.silu(gate).unflatten(-1, (rows.shape[1], -1)).transpose(1, 2)
     return opened
+
+
+def fitted(layer: Layer, values: Mapping[str, Tensor], name: str, stored: Callable[[Tensor], Tensor]) -> Mapping[str, Tensor]:
+    """Return a mixer's parameters with decays as its attention falls with the distance, and gains for outputs of its size.
+
+    Args:
+        layer: with its activations.
+        values: the parameters to begin with; decays whose attention tells nothing stay.
+        name: the decays, of query heads or of KV heads, [H or Hk, ...].
+        stored: what stands for a decay of 1 - far.
+    """
+    import torch
+
+    attention, size = survey(layer)
+    begun = values[name]
+    far = fit_decay(attention.unflatten(0, (len(begun), -1)).sum(1)).view(-1, *[1] * (begun.ndim - 1))
+    decay = torch.where(far.isnan(), begun.double(), stored(far)).float()
+    return {**values, name: decay, "gain": size.float()[:, None].expand_as(values["gain"]).clone()}
 
 
 def survey(layer: Layer) -> tuple[Tensor, Tensor]:

@@ -52,14 +52,9 @@ def initial_values(config: Config, index: int) -> Mapping[str, Tensor]:
 
 def fit(layer: Layer, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Fit the decays to how attention falls with the distance, and the gains to the size of its outputs."""
-    import torch
+    from effconvert.surgery.mixing._retained import fitted
 
-    from effconvert.surgery.mixing._retained import fit_decay, survey
-
-    attention, size = survey(layer)
-    far = fit_decay(attention.unflatten(0, (layer.config.kv_heads, -1)).sum(1))[:, None]  # [G, 1]
-    decay = torch.where(far.isnan(), values["decay_bias"].double(), _bias(far)).float()
-    return {**values, "decay_bias": decay, "gain": size.float()[:, None].expand_as(values["gain"]).clone()}
+    return fitted(layer, values, "decay_bias", _bias)
 
 
 def _bias(far: Tensor) -> Tensor:

@@ -68,12 +68,9 @@ class Deltanet(Mixing):
         """Fit the decays to how attention falls with the distance, and the gains to the size of its outputs."""
         import torch
 
-        from effconvert.surgery.mixing._retained import fit_decay, survey
+        from effconvert.surgery.mixing._retained import fitted
 
-        attention, size = survey(layer)
-        far = fit_decay(attention.unflatten(0, (layer.config.kv_heads, -1)).sum(1))
-        decay = torch.where(far.isnan(), values["decay_bias"].double(), torch.logit(far)).float()
-        return {**values, "decay_bias": decay, "gain": size.float()[:, None].expand_as(values["gain"]).clone()}
+        return fitted(layer, values, "decay_bias", torch.logit)
 
     def cache_slots(self, config: Config) -> Slots:
         """The matrix of each KV head."""

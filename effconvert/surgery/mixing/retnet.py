@@ -70,13 +70,9 @@ class Retnet(Mixing):
         """Fit the decays to how attention falls with the distance, and the gains to the size of its outputs."""
         import torch
 
-        from effconvert.surgery.mixing._retained import fit_decay, survey
+        from effconvert.surgery.mixing._retained import fitted
 
-        attention, size = survey(layer)
-        far = fit_decay(attention)
-        decay = torch.where(far.isnan(), values["decay"].double(), torch.logit(far)).float()
-        # The norm makes every head's root mean square 1.
-        return {**values, "decay": decay, "gain": size.float()[:, None].expand_as(values["gain"]).clone()}
+        return fitted(layer, values, "decay", torch.logit)
 
     def cache_slots(self, config: Config) -> Slots:
         """The decayed sum over all tokens, for each query head."""
