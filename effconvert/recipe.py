@@ -107,7 +107,8 @@ def _located(recipes: Sequence[Recipe], folder: Path, overrides: Mapping[str, An
     written = {real(output) for recipe in recipes for output in outputs(recipe)}
 
     def located(options: Kind) -> Kind:
-        given = {name: value for name in READ if name not in overrides and (value := getattr(options, name, None)) is not None}
+        names = [name for name in READ if name in type(options).model_fields and name not in overrides]  # a step may have a method of such a name
+        given = {name: value for name in names if (value := getattr(options, name)) is not None}
         local = {name: value for name, value in given.items() if real(value) not in written and value not in CALIBRATION_WORDS}
         return options.model_copy(update={name: type(value)(found_from(folder, str(value))) for name, value in local.items()})
 

@@ -16,7 +16,7 @@ from effconvert.checkpoint import sources
 from effconvert.convert.run import convert
 from effconvert.errors import EffconvertError, ModelError, OptionError
 from effconvert.options import RunOptions
-from effconvert.recipe import _Loader, as_keys, read, schema
+from effconvert.recipe import Recipe, _Loader, _located, as_keys, read, schema
 from effconvert.replay import replay
 from effconvert.steps import catalogue
 from effconvert.steps import load as technique
@@ -929,3 +929,14 @@ def test_the_schema_needs_no_torch(python, environment):
     program = "import sys\nfrom effconvert.recipe import schema\nassert schema()\nassert not {'torch', 'transformers'} & set(sys.modules)"
     done = subprocess.run([python, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", catalogue())
+def test_in_another_folder_only_options_of_a_step_are_paths(name, tmp_path):
+    """Not its methods of such names: `pairs`, `base`."""
+    kind = technique(name)
+    step = kind.model_construct(**dict.fromkeys(kind.model_fields))
+    (tmp_path / "there" / "m").mkdir(parents=True)
+    (located,) = _located([Recipe.model_construct(model="m", output="o", steps=(step,))], tmp_path / "there", {})
+    assert Path(located.model).samefile(tmp_path / "there" / "m")
+    assert vars(located.steps[0]).keys() == vars(step).keys()

@@ -214,8 +214,9 @@ class Config(Records):
         Raises:
             ModelError: no class can have `count` KV heads.
         """
-        if self.plain_outside.replaced and count != self.kv_heads:
-            techniques = " and ".join(dict.fromkeys(record.technique for record in self.plain_outside.replaced))
+        inside = [record for record in self.plain_outside.replaced if overlap(record.place, "attention")]
+        if inside and count != self.kv_heads:
+            techniques = " and ".join(dict.fromkeys(record.technique for record in inside))
             raise ModelError(f"its {techniques} fits {self.kv_heads} KV heads; change their number first, and do {techniques} afterwards")
         if count == self.kv_heads:
             return self

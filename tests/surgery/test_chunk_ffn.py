@@ -10,6 +10,7 @@ from effconvert.errors import ModelError, OptionError
 from effconvert.families import FAMILIES
 from effconvert.heal.refit import Refit
 from effconvert.heal.transfer import Transfer
+from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.ffn.chunk_ffn import NATIVE, ChunkFfn
 from effconvert.surgery.mixing.linear import Linear
 from effconvert.surgery.projections.low_rank import LowRank
@@ -141,3 +142,10 @@ def test_transfer_alone_has_nothing_to_train():
 def test_options_that_cannot_be(options, said):
     with pytest.raises(OptionError, match=said):
         ChunkFfn(**options)
+
+
+def test_the_number_of_kv_heads_can_change_afterwards():
+    config = stock_config(tiny("llama"))
+    assert Gqa(groups=2).config(ChunkFfn(size=8).config(config)).kv_heads == 2
+    with pytest.raises(ModelError, match="its linear fits 4 KV heads; change their number first"):
+        Gqa(groups=2).config(Linear().config(ChunkFfn(size=8).config(config)))
