@@ -22,13 +22,6 @@ MIXED = 1e-5  # of float32 in a call whose values are shorter: weights are two f
 CHUNK = 32
 
 
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch):
-    """What is not written is NaN."""
-    for name, real in (("empty", torch.empty), ("empty_like", torch.empty_like)):
-        monkeypatch.setattr(torch, name, lambda *shape, real=real, **more: real(*shape, **more).fill_(torch.nan))
-
-
 def given(window=0, decay=0, norm=True, tokens=40, before=None, batch=1, groups=2, shared=2, features=20, width=24, dtype=torch.float64):
     """Return the arguments of the operation. `decay` is the number of states for a KV head; the first texts of a batch begin with padding."""
     draw = torch.Generator().manual_seed(0)
