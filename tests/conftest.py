@@ -7,17 +7,40 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 from click.testing import CliRunner, Result
 
 import effconvert
 from effconvert.cli import main
+from effconvert.families import CONVERTIBLE
 
+ALWAYS = {"llama", "gpt2", "bert"}  # families that every test goes through
+MANY = 12  # families of a test that goes through all that it can
 SHARDS = 5  # of the tiny model, at least
 os.environ["TRITON_INTERPRET"] = "1"  # kernels run without a GPU; triton reads it when it is imported, which torch may do at any time
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of tests over many families, run ALWAYS and a third of the others, another third for each test and option; the rest are slow tests.
+
+    What a family does in a way of its own shows in any test, and what a technique does in any family. Tests of the families themselves are marked `families`.
+    """
+    over: defaultdict[str, list[tuple[str, pytest.Item]]] = defaultdict(list)
+    for item in items:
+        options = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        kind = options.get("kind")
+        if kind in CONVERTIBLE and not item.get_closest_marker("families"):
+            over[f"{item.nodeid.partition('[')[0]} {options.get('name')}"].append((kind, item))
+    for test, cases in over.items():
+        for index, (kind, item) in enumerate(cases):
+            if len(cases) >= MANY and kind not in ALWAYS and (crc32(test.encode()) + index) % 3:
+                item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish() -> None:

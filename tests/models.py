@@ -2,7 +2,6 @@
 
 from random import Random
 
-import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -94,19 +93,6 @@ ATTENDING = [
     kind for kind, family in FAMILIES.items() if family.attention and not family.own_attention and "kv_a" not in family.parts
 ]  # by what can be changed
 DECODERS = [kind for kind, family in FAMILIES.items() if family.decoder]
-
-
-def cases(pairs, always=("llama", "gpt2", "bert")):
-    """Parameters of a test for techniques in families: beside `always`, every technique goes through another third of them. The rest are slow tests.
-
-    What a family does in a way of its own shows with any technique, and what a technique does in any family.
-    """
-    names, kinds = list(dict.fromkeys(name for name, _ in pairs)), sorted({kind for _, kind in pairs})
-
-    def slow(name, kind):
-        return kind not in always and (names.index(name) + kinds.index(kind)) % 3 != 0
-
-    return [pytest.param(name, kind, id=f"{name}-{kind}", marks=[pytest.mark.slow] if slow(name, kind) else []) for name, kind in pairs]
 
 
 def tiny(kind, **changes):

@@ -22,6 +22,8 @@ from effconvert.surgery.mixing.retnet import Retnet
 from effconvert.surgery.mixing.streaming import Streaming
 from tests.models import DECODERS, save, tiny
 
+pytestmark = pytest.mark.families  # all of them, each time
+
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
 
 

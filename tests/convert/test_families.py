@@ -21,6 +21,8 @@ from effconvert.surgery.mixing.linear import Linear
 from tests.mixers.mixing import with_cache
 from tests.models import DECODERS, GROUPING, SETTINGS, on_disk, save, tiny
 
+pytestmark = pytest.mark.families  # all of them, each time
+
 
 def bare(kind):
     """The model without its language-model head, built as such: it may have parts that the other lacks (BERT's pooler)."""

@@ -19,6 +19,8 @@ from effconvert.heal._layerwise import LayerRunner
 from effconvert.heal._tensors import embedding_rows, stored_tensors
 from tests.models import ATTENDING, DECODERS, save, tiny
 
+pytestmark = pytest.mark.families  # all of them, each time
+
 WINDOWS, BATCH, LENGTH = 5, 2, 20  # so the last batch is shorter
 CLOSE = {"rtol": 0, "atol": 1e-5}  # in float32, of numbers of about 1
 PARTS = ("q", "o", "down")

@@ -36,7 +36,7 @@ from tests.mixers.mixing import (
     tokens,
     wide,
 )
-from tests.models import DECODERS, cases, tiny
+from tests.models import DECODERS, tiny
 
 CAUSAL = [(name, kind) for name, kind in FORMS if kind in DECODERS]
 FEW = [(name, kind) for name, kind in MATRIX if kind in UNLIKE]
@@ -63,7 +63,7 @@ def test_the_table_names_every_mixer_and_every_family():
         assert sorted([*row.kinds, *row.refused]) == sorted(FAMILIES), name
 
 
-@pytest.mark.parametrize(("name", "kind"), cases(NEUTRAL))
+@pytest.mark.parametrize(("name", "kind"), NEUTRAL)
 def test_neutral_options_change_no_logit(name, kind):
     model, other = pair(kind, (name, neutral(name, kind)))
     mixing = [index for index, module in enumerate(layers(other)) if has_mixer(module)]
@@ -83,14 +83,14 @@ def has_mixer(layer):
     return any(name.endswith("effconvert") for name, _ in layer.named_modules())
 
 
-@pytest.mark.parametrize(("name", "kind"), cases(FORMS))
+@pytest.mark.parametrize(("name", "kind"), FORMS)
 def test_small_options_change_what_is_computed_and_are_not_called_exact(models, name, kind):
     model, other = models(name, kind)
     assert far(run(other, tokens()), run(model, tokens())) > 1e-3
     assert not load(name)(**small(name, kind)).is_exact(stock_config(model))
 
 
-@pytest.mark.parametrize(("name", "kind"), cases(FORMS))
+@pytest.mark.parametrize(("name", "kind"), FORMS)
 def test_a_batch_computes_what_its_rows_compute_alone(models, name, kind):
     _, model = models(name, kind)
     together = run(model, tokens(3))
@@ -98,7 +98,7 @@ def test_a_batch_computes_what_its_rows_compute_alone(models, name, kind):
     assert far(together, alone) <= SAME
 
 
-@pytest.mark.parametrize(("name", "kind"), cases(FORMS))
+@pytest.mark.parametrize(("name", "kind"), FORMS)
 def test_padding_on_the_right_changes_nothing(models, name, kind):
     _, model = models(name, kind)
     ids, mask = torch.cat([tokens(), tokens(length=5, seed=1)], 1), torch.ones(2, 25, dtype=torch.long)
@@ -109,7 +109,7 @@ def test_padding_on_the_right_changes_nothing(models, name, kind):
     assert far(run(model, ids, attention_mask=mask)[:, :20], expected) <= SAME
 
 
-@pytest.mark.parametrize(("name", "kind"), cases(FORMS))
+@pytest.mark.parametrize(("name", "kind"), FORMS)
 def test_rows_of_different_lengths_and_one_of_padding_alone_do_not_touch_each_other(models, name, kind):
     _, model = models(name, kind)
     ids, mask = tokens(3), torch.ones(3, 20, dtype=torch.long)
@@ -120,7 +120,7 @@ def test_rows_of_different_lengths_and_one_of_padding_alone_do_not_touch_each_ot
     assert far(made[1:2, :12], run(model, ids[1:2, :12])) <= SAME
 
 
-@pytest.mark.parametrize(("name", "kind"), cases(CAUSAL))
+@pytest.mark.parametrize(("name", "kind"), CAUSAL)
 def test_padding_on_the_left_changes_nothing(models, name, kind):
     _, model = models(name, kind)
     ids, mask = torch.cat([tokens(length=5, seed=1), tokens()], 1), torch.ones(2, 25, dtype=torch.long)
@@ -132,7 +132,7 @@ def test_padding_on_the_left_changes_nothing(models, name, kind):
     assert far(pieces[:, 5:], expected) <= SAME
 
 
-@pytest.mark.parametrize(("name", "kind"), cases(FEW_CAUSAL))
+@pytest.mark.parametrize(("name", "kind"), FEW_CAUSAL)
 def test_padding_between_tokens_changes_nothing(models, name, kind):
     """As when a batch of texts of different lengths, padded on the right, is gone on with."""
     _, model = models(name, kind)
@@ -149,7 +149,7 @@ def test_padding_between_tokens_changes_nothing(models, name, kind):
         assert far(made[:, [*range(8), *range(12, 24)]], expected) <= SAME
 
 
-@pytest.mark.parametrize(("name", "kind"), cases(CAUSAL))
+@pytest.mark.parametrize(("name", "kind"), CAUSAL)
 def test_decoding_in_pieces_equals_one_pass(models, name, kind):
     _, model = models(name, kind)
     expected = run(model, tokens())
@@ -160,7 +160,7 @@ def test_decoding_in_pieces_equals_one_pass(models, name, kind):
     assert far(in_pieces(model, tokens(), [20])[0], expected) <= SAME
 
 
-@pytest.mark.parametrize(("name", "kind"), cases(CAUSAL))
+@pytest.mark.parametrize(("name", "kind"), CAUSAL)
 def test_no_token_sees_a_later_one(models, name, kind):
     _, model = models(name, kind)
     ids = tokens()
@@ -168,7 +168,7 @@ def test_no_token_sees_a_later_one(models, name, kind):
     assert far(run(model, other)[:, :11], run(model, ids)[:, :11]) <= SAME
 
 
-@pytest.mark.parametrize(("name", "kind"), cases(FEW))
+@pytest.mark.parametrize(("name", "kind"), FEW)
 def test_bfloat16_is_run_and_stays_bfloat16(models, name, kind):
     _, model = models(name, kind)
     half = copy.deepcopy(model).bfloat16()
@@ -184,7 +184,7 @@ def test_bfloat16_is_run_and_stays_bfloat16(models, name, kind):
                 assert layer.tensors[slot].dtype == (torch.bfloat16 if dtype == "model" else getattr(torch, dtype)), slot
 
 
-@pytest.mark.parametrize(("name", "kind"), cases(FEW_CAUSAL))
+@pytest.mark.parametrize(("name", "kind"), FEW_CAUSAL)
 def test_the_state_has_the_size_that_was_planned_however_long_the_text(models, name, kind):
     model, other = models(name, kind)
     config = load(name)(**small(name, kind)).config(stock_config(model))
@@ -199,7 +199,7 @@ def test_the_state_has_the_size_that_was_planned_however_long_the_text(models, n
                 assert tensor.untyped_storage().nbytes() == tensor.nbytes, slot
 
 
-@pytest.mark.parametrize(("name", "kind"), cases(FEW_CAUSAL))
+@pytest.mark.parametrize(("name", "kind"), FEW_CAUSAL)
 def test_under_autocast_states_keep_their_types(models, name, kind):
     _, model = models(name, kind)
     with torch.autocast("cpu", torch.bfloat16):
@@ -210,7 +210,7 @@ def test_under_autocast_states_keep_their_types(models, name, kind):
             assert dtype == "model" or layer.tensors[slot].dtype == getattr(torch, dtype), slot
 
 
-@pytest.mark.parametrize(("name", "kind"), cases(FEW))
+@pytest.mark.parametrize(("name", "kind"), FEW)
 def test_a_model_is_saved_and_loaded_again_to_the_bit(models, name, kind, tmp_path):
     _, model = models(name, kind)
     model = shaken(model)
@@ -232,7 +232,7 @@ def shaken(model):
     return made
 
 
-@pytest.mark.parametrize(("name", "kind"), cases(FEW))
+@pytest.mark.parametrize(("name", "kind"), FEW)
 def test_gradients_reach_every_new_parameter_under_checkpointing(models, name, kind):
     _, model = models(name, kind)
     model = copy.deepcopy(model).train()

@@ -6,7 +6,7 @@ import torch
 from effconvert.modeling.model import cache_for
 from effconvert.modeling.packed import Packing
 from tests.mixers.mixing import FORMS, ROWS, SAME, cache_of, far, pair, run, small, stock_config, tokens, wide, with_cache
-from tests.models import DECODERS, cases, tiny
+from tests.models import DECODERS, tiny
 
 PACKS = [(name, kind) for name, kind in FORMS if kind in DECODERS and kind != "opt"]
 LENGTHS = ((12, 1, 7), (5, 15))  # of the texts in each row
@@ -26,7 +26,7 @@ def alone(model, ids):
     return torch.stack([torch.cat([run(model, text[None])[0] for text in row.split(lengths)]) for row, lengths in zip(ids, LENGTHS, strict=True)])
 
 
-@pytest.mark.parametrize(("name", "kind"), cases(PACKS))
+@pytest.mark.parametrize(("name", "kind"), PACKS)
 def test_each_text_is_read_as_if_it_were_alone(name, kind):
     """Beside softmax layers, whose mask is transformers' own: the second, or those with a window, which some mixers leave alone."""
     windowed = stock_config(tiny(kind, **wide(kind))).windows()[0]

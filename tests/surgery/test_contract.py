@@ -26,7 +26,7 @@ from effconvert.steps import load
 from effconvert.steps import techniques as catalogue
 from effconvert.surgery._placed import techniques_of
 from tests.mixers import mixing
-from tests.models import ATTENDING, DECODERS, GROUPING, SETTINGS, cases, characters, heed_caps, logits, save, tiny
+from tests.models import ATTENDING, DECODERS, GROUPING, SETTINGS, characters, heed_caps, logits, save, tiny
 
 
 @dataclass(frozen=True)
@@ -409,7 +409,7 @@ def test_the_class_of_a_technique_carries_its_name_and_summary(name):
     assert type(surgery).__doc__.startswith(catalogue()[name])
 
 
-@pytest.mark.parametrize(("name", "kind"), cases(NEUTRAL))
+@pytest.mark.parametrize(("name", "kind"), NEUTRAL)
 def test_neutral_options_change_no_logit(name, kind, tmp_path):
     case = CASES[name]
     model = build(kind, case.neutral_from)
