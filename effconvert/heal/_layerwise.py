@@ -205,12 +205,13 @@ class LayerRunner:
 def skeleton(config: Config, device: torch.device, architecture: str) -> Any:
     """Build a model of `config` of the class `architecture`, with buffers and without weights."""
     from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
 
     from effconvert.modeling.transformers_internals import attend_by
 
     register()
     config = config.alone
-    with quiet_transformers(), init_empty_weights(include_buffers=False), torch.device(device):
+    with quiet_transformers(), init_empty_weights(include_buffers=False), no_init_weights(), torch.device(device):
         model_class = class_of(replace(config, raw={**config.raw, "architectures": [architecture]}))
         model = model_class(model_class.config_class.from_dict(config.content)).eval()
     if not config.family.own_attention:  # which has no function to record, and stays as it runs by default: falcon's eager one adds ALiBi twice
