@@ -8,9 +8,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.chunked_attention import SHAPES, doubled, given, leaves
+from effconvert.kernels._kinds import KINDS
 from effconvert.kernels.chunked_attention import chunked_attention, chunked_attention_reference
 from effconvert.kernels.decode_attention import decode_attention, decode_attention_reference
-from effconvert.kernels.divergence import KINDS, divergence, divergence_reference
+from effconvert.kernels.divergence import divergence, divergence_reference
 
 TWICE = 2  # times the error of plain PyTorch in the same type
 

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from effconvert.heal._in_pieces import summed
 from effconvert.heal._objective import Head, Objective
+from effconvert.kernels._divergences import outcomes, sparse_divergence_reference
+from effconvert.kernels._kinds import SparseKind
 
 NARROW = {torch.uint8: 2**8, torch.uint16: 2**16}  # types for small whole numbers -> how many there are
 Stored = Mapping[str, Tensor]
@@ -54,8 +55,8 @@ class Kept:
         """Return ids [N, K] and numbers as the loss takes them."""
 
     @abstractmethod
-    def divergence(self, objective: Objective, own: Tensor, ids: Tensor, numbers: Tensor) -> Tensor:
-        """Return the sum of the divergences of the student's log-probabilities [C, V] from what was kept."""
+    def compared(self, objective: Objective) -> SparseKind:
+        """Return how a student is compared with what was kept."""
 
 
 class Samples(Kept):
@@ -93,9 +94,9 @@ class Samples(Kept):
         ids[filled], weights[filled] = stored["ids"].long(), stored["counts"].float() / self.size
         return ids, weights
 
-    def divergence(self, objective: Objective, own: Tensor, ids: Tensor, numbers: Tensor) -> Tensor:
-        """The cross-entropy with the samples: KL but for the teacher's entropy, which no student changes."""
-        return -(numbers * own.gather(-1, ids)).sum() * objective.temperature**2
+    def compared(self, objective: Objective) -> SparseKind:
+        """By the cross-entropy with the samples: KL but for the teacher's entropy, which no student changes."""
+        return "samples"
 
 
 class TopK(Kept):
@@ -109,7 +110,7 @@ class TopK(Kept):
     def keep(self, log_probs: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Take the likeliest ids; the tail is the last number."""
         ids = log_probs.topk(self.size).indices
-        return ids, self._outcomes(log_probs, ids)
+        return ids, outcomes(log_probs, ids)
 
     def pack(self, ids: Tensor, numbers: Tensor) -> dict[str, Tensor]:
         """Store both as they are."""
@@ -119,19 +120,9 @@ class TopK(Kept):
         """Read both as they are."""
         return stored["ids"].long(), stored["log_probs"]
 
-    def divergence(self, objective: Objective, own: Tensor, ids: Tensor, numbers: Tensor) -> Tensor:
-        """Compare both as distributions of K + 1 outcomes."""
-        t = objective.temperature  # by which the objective divides what it gets
-        return objective.divergence(self._outcomes(own, ids) * t, numbers * t)
-
-    def _outcomes(self, log_probs: Tensor, ids: Tensor) -> Tensor:
-        """Return the log-probabilities of some ids and of all others together, [C, K + 1], or [C, V] where all are kept."""
-        kept = log_probs.gather(-1, ids)
-        if ids.shape[-1] == self.vocabulary:
-            return kept
-        # The others are summed themselves: 1 - sum(kept) would cancel, and has neither value nor gradient where the kept ones round to 1.
-        tail = log_probs.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
-        return torch.cat([kept, tail], -1)
+    def compared(self, objective: Objective) -> SparseKind:
+        """As distributions of K + 1 outcomes."""
+        return objective.kind
 
 
 KINDS: dict[str, type[Kept]] = {"samples": Samples, "topk": TopK}
@@ -154,12 +145,10 @@ class KeptObjective:
             numbers: what is known of them, [N, K] or [N, K + 1].
             labels: the token that each predicts, [N]; -100 where that is no part of the cross-entropy.
         """
-        ce = self.objective.ce_of(labels)
-        result = summed(lambda own, rows: self._sum(head(own).float(), ids[rows], numbers[rows], labels[rows], ce), hidden, head.parameters())
-        return result / len(hidden)
+        objective, ce = self.objective, self.objective.ce_of(labels)
+        how = self.kept.compared(objective), self.kept.vocabulary, objective.temperature, objective.weight, ce
 
-    def _sum(self, student: Tensor, ids: Tensor, numbers: Tensor, labels: Tensor, ce: float) -> Tensor:
-        share = self.objective.ce
-        own = (student[:, : self.kept.vocabulary] / self.objective.temperature).log_softmax(-1)
-        result = (1 - share) * self.kept.divergence(self.objective, own, ids, numbers) if share < 1 else student.new_zeros(())
-        return result + ce * cross_entropy(student, labels, reduction="sum") if ce else result
+        def loss(own: Tensor, rows: slice) -> Tensor:
+            return sparse_divergence_reference(head(own), ids[rows], numbers[rows], labels[rows], *how).sum()
+
+        return summed(loss, hidden, head.parameters()) / len(hidden)

@@ -1,7 +1,6 @@
 """The loss of distillation: how far a student's predictions are from a teacher's, with the logits of a few tokens in memory at a time."""
 # N = tokens, M = hidden width, V = vocabulary, C = tokens at a time.
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -9,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div
 
 from effconvert.errors import ModelError
 from effconvert.heal._in_pieces import summed
+from effconvert.kernels._divergences import divergence_reference
+from effconvert.kernels._kinds import Kind
 from effconvert.kernels.choice import runs_triton
 from effconvert.modeling.transformers_internals import BaseModelOutput
 
@@ -39,7 +39,7 @@ class Head:
 class Objective:
     """A weighted sum of a divergence from the teacher and the cross-entropy of the text, in nats a token."""
 
-    kind: str = "kl"  # kl, reverse-kl or jsd
+    kind: Kind = "kl"
     temperature: float = 1.0
     ce: float = 0.0  # the share of the cross-entropy
     again: bool = False  # compute logits a second time for the gradients: see `summed`
@@ -62,34 +62,20 @@ class Objective:
             student = head(own)
             if runs_triton(student.device, "divergence"):
                 from effconvert.kernels.divergence import divergence  # imports triton
-
-                weight = (1 - self.ce) * self.temperature**2
-                return divergence(student, teacher.to(student.dtype), labels[rows], self.kind, self.temperature, weight, ce).sum()
-            return self._sum(student.float(), teacher.float(), labels[rows], ce)
+            else:
+                divergence = divergence_reference
+            return divergence(student, teacher.to(student.dtype), labels[rows], self.kind, self.temperature, self.weight, ce).sum()
 
         return summed(loss, hidden, head.parameters(), self.again) / len(hidden)
 
-    def _sum(self, student: Tensor, teacher: Tensor, labels: Tensor, ce: float) -> Tensor:
-        count = min(student.shape[-1], teacher.shape[-1])  # rows beyond the tokenizer's are padding
-        divergence = (1 - self.ce) * self.divergence(student[:, :count], teacher[:, :count]) if self.ce < 1 else student.new_zeros(())
-        return divergence + ce * cross_entropy(student, labels, reduction="sum") if ce else divergence
+    @property
+    def weight(self) -> float:
+        """What the divergence is multiplied by: its share, and the square of the temperature, which makes up for the smaller gradients."""
+        return (1 - self.ce) * self.temperature**2
 
     def ce_of(self, labels: Tensor) -> float:
         """Return the share of the cross-entropy for each token of a sum that is divided by all: it is a mean over those that have a label."""
         return self.ce * len(labels) / max(1, int((labels >= 0).sum())) if self.ce else 0.0
-
-    def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Return the sum of the divergences of logits [C, V]."""
-        own, theirs = ((logits / self.temperature).log_softmax(-1) for logits in (student, teacher))
-        if self.kind == "kl":
-            result = kl_div(own, theirs, reduction="sum", log_target=True)
-        elif self.kind == "reverse-kl":
-            result = kl_div(theirs, own, reduction="sum", log_target=True)
-        else:
-            mean = torch.logaddexp(own, theirs) - math.log(2)
-            result = (kl_div(mean, theirs, reduction="sum", log_target=True) + kl_div(mean, own, reduction="sum", log_target=True)) / 2
-        scaled: Tensor = result * self.temperature**2
-        return scaled
 
 
 def scaled(logits: Tensor, cap: float | None, divisor: float | None, factor: float | None) -> Tensor:

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from effconvert import processes
 from effconvert.errors import ModelError, OptionError
 from effconvert.heal._healing import Healing
+from effconvert.kernels._kinds import Kind
 from effconvert.options import HomePath, Listed, Names
 from effconvert.quantities import duration
 
@@ -78,7 +79,7 @@ class Distill(Healing):
         description="Numbers to compute in; weights and gradients stay float32. auto is bfloat16 on a GPU and float32 on a CPU, where bfloat16 is "
         "faster if the CPU computes it (AVX512-BF16, AMX).",
     )
-    objective: Literal["kl", "reverse-kl", "jsd"] = Field(
+    objective: Kind = Field(
         "kl",
         description="KL(original || model) (kl), KL(model || original) (reverse-kl), or the Jensen-Shannon divergence, half of both to their mean (jsd).",
     )

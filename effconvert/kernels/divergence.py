@@ -17,40 +17,19 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+
+from effconvert.kernels._divergences import divergence_reference
+from effconvert.kernels._kinds import KINDS, Kind
+
+__all__ = ["divergence", "divergence_reference"]
 
 MEASURED = ()  # cards on which it agreed with the reference and was faster
-KINDS = {"kl": 0, "reverse-kl": 1, "jsd": 2}
 BLOCK, WARPS = 4096, 8  # columns at a time, and warps for them
 LOWEST = tl.constexpr(-1e30)  # what stands for minus infinity
 TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def divergence_reference(
-    student: Tensor, teacher: Tensor, labels: Tensor, kind: str = "kl", temperature: float = 1.0, weight: float = 1.0, ce: float = 0.0
-) -> Tensor:
-    """Return the loss of each row, [C], in plain PyTorch: the specification of `divergence`, with a gradient by autograd."""
-    precise = torch.float64 if student.dtype == torch.float64 else torch.float32
-    student, teacher = student.to(precise), teacher.to(precise)
-    shared = min(student.shape[1], teacher.shape[1])
-    q, p = ((logits[:, :shared] / temperature).log_softmax(-1) for logits in (student, teacher))
-    if kind == "kl":
-        apart = _kl(p, q)
-    elif kind == "reverse-kl":
-        apart = _kl(q, p)
-    else:
-        m = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0, dtype=precise))
-        apart = (_kl(p, m) + _kl(q, m)) / 2
-    loss = weight * apart
-    return loss + ce * cross_entropy(student, labels, reduction="none", ignore_index=-100) if ce else loss
-
-
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """Return KL(p || q) of log-probabilities; what p gives no probability adds nothing."""
-    return torch.where(p > -torch.inf, p.exp() * (p - q), 0).sum(-1)
-
-
-def divergence(student: Tensor, teacher: Tensor, labels: Tensor, kind: str = "kl", temperature: float = 1.0, weight: float = 1.0, ce: float = 0.0) -> Tensor:
+def divergence(student: Tensor, teacher: Tensor, labels: Tensor, kind: Kind = "kl", temperature: float = 1.0, weight: float = 1.0, ce: float = 0.0) -> Tensor:
     """Return the loss of each row, [C], in float32 (float64 for float64), by a Triton kernel.
 
     The gradient is computed with it, for the student's logits alone; of the gradient there is no gradient.
@@ -59,7 +38,7 @@ def divergence(student: Tensor, teacher: Tensor, labels: Tensor, kind: str = "kl
         student: logits, [C, V].
         teacher: logits, [C, U], of the same type; columns beyond the smaller of V and U take no part in the divergence.
         labels: the token that each row predicts, [C], int64; negative: no cross-entropy.
-        kind: kl, KL(teacher || student); reverse-kl; or jsd.
+        kind: one of KINDS.
         temperature: by which both logits are divided for the divergence.
         weight: w, of the divergence.
         ce: c, of the cross-entropy.
@@ -72,7 +51,7 @@ def divergence(student: Tensor, teacher: Tensor, labels: Tensor, kind: str = "kl
     return losses
 
 
-def _check(student: Tensor, teacher: Tensor, labels: Tensor, kind: str, temperature: float) -> None:
+def _check(student: Tensor, teacher: Tensor, labels: Tensor, kind: Kind, temperature: float) -> None:
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, and there are {', '.join(KINDS)}")
     if not temperature > 0:
@@ -95,7 +74,7 @@ def _check(student: Tensor, teacher: Tensor, labels: Tensor, kind: str, temperat
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, labels: Tensor, kind: str, temperature: float, weight: float, ce: float) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, labels: Tensor, kind: Kind, temperature: float, weight: float, ce: float) -> Tensor:
         losses, gradient = launch(student, teacher, labels, kind, temperature, weight, ce, ctx.needs_input_grad[0])
         ctx.save_for_backward(gradient)
         return losses
@@ -108,7 +87,7 @@ class _Divergence(torch.autograd.Function):
 
 
 def launch(
-    student: Tensor, teacher: Tensor, labels: Tensor, kind: str, temperature: float, weight: float, ce: float, wanted: bool
+    student: Tensor, teacher: Tensor, labels: Tensor, kind: Kind, temperature: float, weight: float, ce: float, wanted: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Run the kernel: a program for each row. Returns the losses [C] and, if wanted, the gradient [C, V]."""
     rows, columns = student.shape
@@ -119,7 +98,7 @@ def launch(
         place = student if gradient is None else gradient  # which is not written where no gradient is wanted
         _rows[(rows,)](
             student, teacher, labels, losses, place, student.stride(0), teacher.stride(0), place.stride(0), columns, min(columns, teacher.shape[1]),
-            1 / temperature, weight, ce, KIND=KINDS[kind], CE=ce != 0, GRADIENT=wanted, BLOCK=block,
+            1 / temperature, weight, ce, KIND=KINDS.index(kind), CE=ce != 0, GRADIENT=wanted, BLOCK=block,
             ACC=tl.float64 if precise == torch.float64 else tl.float32, num_warps=WARPS,
         )  # fmt: skip
     return losses, gradient
