@@ -8,10 +8,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.chunked_attention import SHAPES, doubled, given, leaves
-from effconvert.kernels._kinds import KINDS
+from effconvert.kernels._divergences import outcomes
+from effconvert.kernels._kinds import KINDS, SPARSE_KINDS
 from effconvert.kernels.chunked_attention import chunked_attention, chunked_attention_reference
 from effconvert.kernels.decode_attention import decode_attention, decode_attention_reference
 from effconvert.kernels.divergence import divergence, divergence_reference
+from effconvert.kernels.sparse_divergence import sparse_divergence, sparse_divergence_reference
 
 TWICE = 2  # times the error of plain PyTorch in the same type
 
@@ -32,6 +34,26 @@ def of_divergence():
         for what, exact, kernel, plain in zip(("losses", "gradient"), *results, strict=True):
             errors = [float((some - exact).abs().max() / exact.abs().max()) for some in (kernel, plain)]
             yield f"divergence {kind} {dtype} {rows} x {columns}, {theirs} {what}", *errors
+
+
+def of_sparse_divergence():
+    """The same of the loss towards samples, or the likeliest ids and a tail."""
+    sizes = ((64, 49152, 49152, 64), (64, 128256, 128000, 64), (33, 1001, 1001, 1000), (5, 49152, 49152, 3000))
+    for kind, dtype, (rows, columns, vocabulary, count) in itertools.product(SPARSE_KINDS, (torch.float32, torch.float16, torch.bfloat16), sizes):
+        draw = torch.Generator("cuda").manual_seed(0)
+        student, teacher = (3 * torch.randn(rows, count, generator=draw, device="cuda") for count in (columns, vocabulary))
+        labels, ids = torch.arange(rows, device="cuda") % vocabulary, teacher.topk(count).indices
+        weights = torch.rand(rows, count, generator=draw, device="cuda") + 0.1
+        numbers = weights / weights.sum(-1, keepdim=True) if kind == "samples" else outcomes(teacher.log_softmax(-1), ids)
+        results = []
+        for function, kept in ((sparse_divergence_reference, torch.float64), (sparse_divergence, dtype), (sparse_divergence_reference, dtype)):
+            given = student.to(dtype).to(kept).requires_grad_()
+            losses = function(given, ids, numbers, labels, kind, vocabulary, 2.0, 0.75, 0.25)
+            losses.sum().backward()
+            results.append((losses.detach().double(), given.grad.double()))
+        for what, exact, kernel, plain in zip(("losses", "gradient"), *results, strict=True):
+            errors = [float((some - exact).abs().max() / exact.abs().max()) for some in (kernel, plain)]
+            yield f"sparse_divergence {kind} {dtype} {rows} x {columns}, {count} ids of {vocabulary} {what}", *errors
 
 
 def of_decode_attention():
@@ -97,7 +119,7 @@ def of_chunked_attention():
 def main():
     """Print each case, and exit."""
     wrong = 0
-    for name, error, plain in itertools.chain(of_decode_attention(), of_chunked_attention(), of_divergence()):
+    for name, error, plain in itertools.chain(of_decode_attention(), of_chunked_attention(), of_divergence(), of_sparse_divergence()):
         bad = not error <= max(TWICE * plain, 1e-6)
         wrong += bad
         print(f"{'WRONG' if bad else 'right'}  {name}: {error:.1e}, PyTorch {plain:.1e}", flush=True)

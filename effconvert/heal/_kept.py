@@ -20,6 +20,7 @@ from effconvert.heal._in_pieces import summed
 from effconvert.heal._objective import Head, Objective
 from effconvert.kernels._divergences import outcomes, sparse_divergence_reference
 from effconvert.kernels._kinds import SparseKind
+from effconvert.kernels.choice import runs_triton
 
 NARROW = {torch.uint8: 2**8, torch.uint16: 2**16}  # types for small whole numbers -> how many there are
 Stored = Mapping[str, Tensor]
@@ -149,6 +150,11 @@ class KeptObjective:
         how = self.kept.compared(objective), self.kept.vocabulary, objective.temperature, objective.weight, ce
 
         def loss(own: Tensor, rows: slice) -> Tensor:
-            return sparse_divergence_reference(head(own), ids[rows], numbers[rows], labels[rows], *how).sum()
+            student = head(own)
+            if runs_triton(student.device, "sparse_divergence"):
+                from effconvert.kernels.sparse_divergence import sparse_divergence  # imports triton
+            else:
+                sparse_divergence = sparse_divergence_reference
+            return sparse_divergence(student, ids[rows], numbers[rows], labels[rows], *how).sum()
 
         return summed(loss, hidden, head.parameters()) / len(hidden)

@@ -11,27 +11,19 @@ that nothing but inputs, outputs and three numbers a token is kept. A single tok
 # B = batch, G = KV heads, R = query heads that share one, RS = R where each has a state of its own, or 1, T = tokens, P = tokens before, m = features,
 # D = width of values, K = width of the window's queries and keys, C = tokens in a chunk, N = chunks.
 
-from typing import NamedTuple
-
 import torch
 import triton  # noqa: F401  # by which files with kernels are known
 from torch import Tensor
 
 from effconvert.kernels._chunks import INTERPRETED
 from effconvert.kernels._chunks_launch import TYPES  # its import registers the operations that are called here
+from effconvert.kernels._cost import Cost
 from effconvert.kernels.linear_attention import CHUNK, Window, chunked_attention_reference
 
 __all__ = ["chunked_attention", "chunked_attention_reference", "cost", "uncovered"]
 
 MEASURED = ()  # cards on which it agreed with the reference and was faster
 WIDEST = 256  # of values, and of the window's queries and keys
-
-
-class Cost(NamedTuple):
-    """What a call moves and computes at least."""
-
-    bytes: int
-    flops: int
 
 
 def cost(

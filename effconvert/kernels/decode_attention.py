@@ -13,12 +13,12 @@ keys does not matter, so a full ring of the last tokens is a cache like any othe
 # B = batch, H = query heads, Hk = KV heads, G = H/Hk, T = new tokens, S = keys, D = width of queries and keys, V = that of values, N = splits.
 
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from effconvert.kernels._cost import Cost
 from effconvert.kernels._decode import add_up, part, splits_for, tiles
 
 MEASURED = ()  # cards on which it agreed with the reference and was faster
@@ -26,13 +26,6 @@ TYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST = 2048  # bytes of the widest keys and values
 PROCESSORS = 132  # of an H100 or H200, where no card can be asked
 LOG2E = 1.4426950408889634
-
-
-class Cost(NamedTuple):
-    """What a call moves and computes at least."""
-
-    bytes: int
-    flops: int
 
 
 def cost(batch: int, heads: int, kv_heads: int, seen: int, width: int, value_width: int, tokens: int = 1, itemsize: int = 2, splits: int = 1) -> Cost:

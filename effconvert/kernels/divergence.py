@@ -11,22 +11,25 @@ computed with it: nothing of float32 and no log-softmax is stored. Reads both lo
 """
 # C = rows, V = the student's columns, U = the teacher's, K = the smaller of both: further columns are padding.
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from effconvert.kernels._cost import Cost
 from effconvert.kernels._divergences import divergence_reference
 from effconvert.kernels._kinds import KINDS, Kind
+from effconvert.kernels._rows import BLOCK, LOWEST, WARPS, check_logits, logits, register_gradient, results, slope, slope_ce, terms, wider
 
-__all__ = ["divergence", "divergence_reference"]
+__all__ = ["cost", "divergence", "divergence_reference"]
 
 MEASURED = ()  # cards on which it agreed with the reference and was faster
-BLOCK, WARPS = 4096, 8  # columns at a time, and warps for them
-LOWEST = tl.constexpr(-1e30)  # what stands for minus infinity
-TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def cost(rows: int, columns: int, theirs: int, itemsize: int = 2, gradient: bool = True) -> Cost:
+    """Return the bytes of both logits, labels, losses and the gradient, and the operations on each logit: five for its normaliser, four for the loss."""
+    shared = min(columns, theirs)
+    return Cost(rows * ((columns * (1 + gradient) + shared) * itemsize + 12), rows * (5 * (columns + shared) + 4 * shared))
 
 
 def divergence(student: Tensor, teacher: Tensor, labels: Tensor, kind: Kind = "kl", temperature: float = 1.0, weight: float = 1.0, ce: float = 0.0) -> Tensor:
@@ -47,88 +50,46 @@ def divergence(student: Tensor, teacher: Tensor, labels: Tensor, kind: Kind = "k
         ValueError: an argument has another shape, type or device; the message names it.
     """
     _check(student, teacher, labels, kind, temperature)
-    losses: Tensor = _Divergence.apply(student, teacher, labels, kind, temperature, weight, ce)  # type: ignore[no-untyped-call]
+    wanted = torch.is_grad_enabled() and student.requires_grad
+    losses: Tensor = torch.ops.effconvert.divergence(student, teacher, labels, kind, temperature, weight, ce, wanted)[0]
     return losses
 
 
-def _check(student: Tensor, teacher: Tensor, labels: Tensor, kind: Kind, temperature: float) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}, and there are {', '.join(KINDS)}")
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}, and it should be more than 0")
-    if student.ndim != 2 or student.dtype not in TYPES:
-        raise ValueError(f"student is {student.dtype} {[*student.shape]}, and it should be logits [C, V] of a floating type")
-    for name, tensor, shape in (("teacher", teacher, (len(student), "U")), ("labels", labels, (len(student),))):
-        if tensor.ndim != len(shape) or len(tensor) != len(student):
-            raise ValueError(f"{name} is {[*tensor.shape]}, and it should be [{', '.join(map(str, shape))}]")
-        if tensor.device != student.device:
-            raise ValueError(f"{name} is on {tensor.device}, and student on {student.device}")
+def _check(student: Tensor, teacher: Tensor, labels: Tensor, kind: str, temperature: float) -> None:
+    check_logits(student, labels, kind, KINDS, temperature)
+    if teacher.ndim != 2 or len(teacher) != len(student):
+        raise ValueError(f"teacher is {[*teacher.shape]}, and it should be [{len(student)}, U]")
+    if teacher.device != student.device:
+        raise ValueError(f"teacher is on {teacher.device}, and student on {student.device}")
     if teacher.dtype != student.dtype:
         raise ValueError(f"teacher is {teacher.dtype}, and student {student.dtype}; they should be the same")
-    if labels.dtype != torch.int64:
-        raise ValueError(f"labels is {labels.dtype}, and it should be torch.int64")
-    for name, tensor in (("student", student), ("teacher", teacher)):
-        if tensor.stride(1) != 1:
-            raise ValueError(f"{name} has a stride of {tensor.stride(1)} between columns, and it should be 1; give {name}.contiguous()")
+    if teacher.stride(1) != 1:
+        raise ValueError(f"teacher has a stride of {teacher.stride(1)} between columns, and it should be 1; give teacher.contiguous()")
 
 
-class _Divergence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, labels: Tensor, kind: Kind, temperature: float, weight: float, ce: float) -> Tensor:
-        losses, gradient = launch(student, teacher, labels, kind, temperature, weight, ce, ctx.needs_input_grad[0])
-        ctx.save_for_backward(gradient)
-        return losses
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, outer: Tensor) -> Any:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * outer[:, None]).to(gradient.dtype), *[None] * 6
-
-
-def launch(
-    student: Tensor, teacher: Tensor, labels: Tensor, kind: Kind, temperature: float, weight: float, ce: float, wanted: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Run the kernel: a program for each row. Returns the losses [C] and, if wanted, the gradient [C, V]."""
+@torch.library.custom_op("effconvert::divergence", mutates_args=())
+def _operation(
+    student: Tensor, teacher: Tensor, labels: Tensor, kind: str, temperature: float, weight: float, ce: float, wanted: bool
+) -> tuple[Tensor, Tensor]:
+    """Run the kernel: a program for each row. Returns the losses [C], and the gradient [C, V] if it is wanted."""
     rows, columns = student.shape
-    precise = torch.float64 if student.dtype == torch.float64 else torch.float32
-    losses, gradient = torch.empty(rows, dtype=precise, device=student.device), torch.empty_like(student) if wanted else None
-    if rows:
-        block = min(BLOCK, triton.next_power_of_2(columns))
-        place = student if gradient is None else gradient  # which is not written where no gradient is wanted
-        _rows[(rows,)](
-            student, teacher, labels, losses, place, student.stride(0), teacher.stride(0), place.stride(0), columns, min(columns, teacher.shape[1]),
-            1 / temperature, weight, ce, KIND=KINDS.index(kind), CE=ce != 0, GRADIENT=wanted, BLOCK=block,
-            ACC=tl.float64 if precise == torch.float64 else tl.float32, num_warps=WARPS,
-        )  # fmt: skip
+    losses, gradient = results(student, wanted)
+    with torch.cuda.device_of(student):  # where triton launches
+        if rows:
+            _rows[(rows,)](
+                student, teacher, labels, losses, gradient, student.stride(0), teacher.stride(0), gradient.stride(0), columns, min(columns, teacher.shape[1]),
+                1 / temperature, weight, ce, KIND=KINDS.index(kind), CE=ce != 0, GRADIENT=wanted, BLOCK=min(BLOCK, triton.next_power_of_2(columns)),
+                ACC=tl.float64 if losses.dtype == torch.float64 else tl.float32, num_warps=WARPS,
+            )  # fmt: skip
     return losses, gradient
 
 
-@triton.jit
-def _logits(row, columns, count, ACC: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Load some logits, as ACC before any arithmetic: bfloat16's is wrong in the interpreter. No probability is exp(LOWEST), for which no difference is NaN."""
-    values = tl.load(row + columns, mask=columns < count, other=-float("inf")).to(ACC)
-    return tl.where(values < LOWEST, LOWEST, values)
+@_operation.register_fake
+def _(student, teacher, labels, kind, temperature, weight, ce, wanted):  # type: ignore[no-untyped-def]
+    return results(student, wanted)
 
 
-@triton.jit
-def _wider(largest, total, values):  # type: ignore[no-untyped-def]
-    """Take more values into a running maximum and sum of exponentials."""
-    new = tl.maximum(largest, tl.max(values, 0))
-    return new, total * tl.exp(largest - new) + tl.sum(tl.exp(values - new), 0)
-
-
-@triton.jit
-def _apart(p, q):  # type: ignore[no-untyped-def]
-    """Return the terms of KL of log-probabilities."""
-    return tl.exp(p) * (p - q)
-
-
-@triton.jit
-def _middle(p, q):  # type: ignore[no-untyped-def]
-    """Return log((exp p + exp q) / 2)."""
-    high = tl.maximum(p, q)
-    return high + tl.log((tl.exp(p - high) + tl.exp(q - high)) * 0.5)
+register_gradient(_operation)
 
 
 @triton.jit
@@ -144,50 +105,35 @@ def _rows(  # type: ignore[no-untyped-def]
     s_sum, t_sum, z_sum = zero, zero, zero
     for start in range(0, V, BLOCK):  # the normalisers
         columns = start + tl.arange(0, BLOCK)
-        s_top, s_sum = _wider(s_top, s_sum, _logits(student, columns, K, ACC) * sharpness)
-        t_top, t_sum = _wider(t_top, t_sum, _logits(teacher, columns, K, ACC) * sharpness)
+        s_top, s_sum = wider(s_top, s_sum, logits(student, columns, K, ACC) * sharpness)
+        t_top, t_sum = wider(t_top, t_sum, logits(teacher, columns, K, ACC) * sharpness)
         if CE:
-            z_top, z_sum = _wider(z_top, z_sum, _logits(student, columns, V, ACC))
+            z_top, z_sum = wider(z_top, z_sum, logits(student, columns, V, ACC))
     s_norm, t_norm = s_top + tl.log(s_sum), t_top + tl.log(t_sum)
 
-    first, second = zero, zero  # KL(p || q), KL(q || p), or KL(p || m) and KL(q || m)
+    first, second = zero, zero
     for start in range(0, K, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        q = _logits(student, columns, K, ACC) * sharpness - s_norm
-        p = _logits(teacher, columns, K, ACC) * sharpness - t_norm
-        if KIND == 0:
-            first += tl.sum(_apart(p, q), 0)
-        if KIND == 1:
-            second += tl.sum(_apart(q, p), 0)
-        if KIND == 2:
-            m = _middle(p, q)
-            first += tl.sum(_apart(p, m), 0)
-            second += tl.sum(_apart(q, m), 0)
+        q = logits(student, columns, K, ACC) * sharpness - s_norm
+        p = logits(teacher, columns, K, ACC) * sharpness - t_norm
+        first, second = terms(first, second, p, q, KIND)
     loss = weight * (first + second) * (0.5 if KIND == 2 else 1.0)
 
     label = tl.load(labels + row)
-    counts = (label >= 0) & CE
     z_norm = zero
     if CE:
         z_norm = z_top + tl.log(z_sum)
-        own = tl.load(student + label, mask=counts, other=0.0).to(ACC)
-        loss += tl.where(counts, ce * (z_norm - own), 0.0)
+        own = tl.load(student + label, mask=label >= 0, other=0.0).to(ACC)
+        loss += tl.where(label >= 0, ce * (z_norm - own), 0.0)
     tl.store(losses + row, loss)
 
     if GRADIENT:
         gradient += row * g_stride
         for start in range(0, V, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            q = _logits(student, columns, K, ACC) * sharpness - s_norm
-            p = _logits(teacher, columns, K, ACC) * sharpness - t_norm
-            if KIND == 0:
-                slope = tl.exp(q) - tl.exp(p)
-            if KIND == 1:
-                slope = _apart(q, p) - tl.exp(q) * second
-            if KIND == 2:
-                slope = 0.5 * (_apart(q, _middle(p, q)) - tl.exp(q) * second)
-            slope = weight * sharpness * slope
+            q = logits(student, columns, K, ACC) * sharpness - s_norm
+            p = logits(teacher, columns, K, ACC) * sharpness - t_norm
+            rise = weight * sharpness * slope(p, q, second, KIND)
             if CE:
-                likely = tl.exp(_logits(student, columns, V, ACC) - z_norm)
-                slope += tl.where(counts, ce * (likely - tl.where(columns == label, 1.0, 0.0)), 0.0)
-            tl.store(gradient + columns, slope.to(gradient.dtype.element_ty), mask=columns < V)
+                rise += slope_ce(logits(student, columns, V, ACC), z_norm, columns, label, ce)
+            tl.store(gradient + columns, rise.to(gradient.dtype.element_ty), mask=columns < V)

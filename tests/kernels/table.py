@@ -7,6 +7,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 from tests.kernels import test_decode_attention as decode
 from tests.kernels import test_divergence as divergence
+from tests.kernels import test_sparse_divergence as sparse
 from tests.kernels.compiling import compiled
 
 
@@ -14,6 +15,12 @@ def of_divergence(dtype):
     """Yield the error of each case, and PyTorch's."""
     for kind, how in itertools.product(divergence.KINDS, divergence.WEIGHTS):
         yield from divergence.errors(kind, dtype, *how)
+
+
+def of_sparse(dtype):
+    """Yield the same."""
+    for kind, how in itertools.product(sparse.SPARSE_KINDS, divergence.WEIGHTS):
+        yield from sparse.errors(kind, dtype, *how)
 
 
 def of_decoding(dtype):
@@ -24,6 +31,7 @@ def of_decoding(dtype):
 
 KERNELS = {
     "divergence": (of_divergence, divergence.cases()),
+    "sparse_divergence": (of_sparse, [*sparse.cases()]),
     "decode_attention, a split": (of_decoding, [decode.case(*shape) for shape in decode.SHIPPED]),
     "decode_attention, the sum of splits": (None, [decode.sums(64), decode.sums(96)]),
 }

@@ -7,10 +7,11 @@ pytest.importorskip("triton")
 
 from effconvert.heal import _objective
 from effconvert.heal._objective import Head, Objective
+from effconvert.kernels import _rows
 from effconvert.kernels import divergence as operation
 from effconvert.kernels._kinds import KINDS
 from effconvert.kernels.choice import runs_triton
-from effconvert.kernels.divergence import divergence, divergence_reference
+from effconvert.kernels.divergence import cost, divergence, divergence_reference
 from tests.kernels.compiling import SHARED, compiled
 
 C, V = 6, 37
@@ -28,7 +29,7 @@ def labels(rows=C):
 
 
 def both(function, student, teacher, *more):
-    student = student.clone().requires_grad_()
+    student = student.detach().requires_grad_()  # with its strides, which a clone has not
     losses = function(student, teacher, labels(len(student)), *more)
     (losses * torch.arange(1, 1 + len(losses)).to(losses)).sum().backward()
     return losses.detach().double(), student.grad.double()
@@ -116,6 +117,26 @@ def test_what_it_does_not_take_is_refused_before_a_launch(change, message):
         divergence(**{"student": logits(), "teacher": logits(seed=1), "labels": labels(), **change})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_torch_knows_it_as_an_operation(dtype):
+    for wanted in (True, False):
+        given = (logits(dtype=dtype).requires_grad_(wanted), logits(seed=1, dtype=dtype), labels(), "jsd", 2.0, 0.75, 0.25, wanted)
+        torch.library.opcheck(torch.ops.effconvert.divergence.default, given)
+
+
+def test_of_its_gradient_there_is_none():
+    student = logits().requires_grad_()
+    (slope,) = torch.autograd.grad(divergence(student, logits(seed=1), labels()).square().sum(), student, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+
+
+def test_its_cost_is_what_it_reads_and_writes():
+    student, teacher = logits(dtype=torch.bfloat16).requires_grad_(), logits(columns=V - 2, seed=1, dtype=torch.bfloat16)
+    losses = divergence(student, teacher, labels())
+    assert cost(C, V, V - 2).bytes == sum(some.nbytes for some in (student, student, teacher, labels(), losses))
+
+
 def cases():
     """What `compiled` needs to compile the kernel as it is launched."""
     pointers = {"student": "*{}", "teacher": "*{}", "labels": "*i64", "losses": "*fp32", "gradient": "*{}"}
@@ -126,7 +147,7 @@ def cases():
             "signature": {name: kind.format(dtype) for name, kind in (pointers | numbers).items()},
             "fixed": {"KIND": kind, "CE": True, "GRADIENT": True, "BLOCK": operation.BLOCK, "ACC": "fp32"},
             "aligned": [*pointers, "s_stride", "t_stride", "g_stride", "V", "K"],  # a vocabulary is a multiple of 16
-            "warps": operation.WARPS,
+            "warps": _rows.WARPS,
         }
         for kind in range(len(KINDS))
         for dtype in ("bf16", "fp32")
