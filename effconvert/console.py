@@ -38,6 +38,12 @@ from effconvert.steps import arguments
 
 WIDTH = 110  # of output to a file or a pipe
 FILES = 12  # names of files that are shown
+TRAINED = "error of the outputs that were trained: squared, on held-out windows, relative to their size"
+LAYER_ERRORS = {  # what steps note of a layer -> its column, and what it is
+    "filters": ("filters", "filters: how far sums of waves are from the filters that they stand for, root mean square, relative to the filters' size"),
+    "before": ("error before transfer", TRAINED),
+    "after": ("after", TRAINED),
+}
 
 
 class _Output(Console):
@@ -136,7 +142,7 @@ class Terminal:
         if outcome.resumed:
             self.out.print(f"{outcome.resumed} shards were there from an interrupted run")
         if outcome.layer_errors:
-            self.transfer(outcome.layer_errors)
+            self.layer_errors(outcome.layer_errors)
         if outcome.report is None:
             place = escape(str(outcome.output))
             self.out.print(f"[bold]NOT VERIFIED[/]: {place} was written and never loaded; leave --no-verify out to have it run and measured", soft_wrap=True)
@@ -144,14 +150,16 @@ class Terminal:
         self.report(outcome.report)
         self.out.print(f"verified, and {'still in' if outcome.already_there else 'written to'} [bold]{escape(str(outcome.output))}[/]", soft_wrap=True)
 
-    def transfer(self, layer_errors: Mapping[str, Mapping[str, float]]) -> None:
-        """Print the error of each layer's new attention, before and after `transfer`."""
-        table = Table("layer", "error before transfer", "after", box=None, pad_edge=False, header_style="bold")
+    def layer_errors(self, layer_errors: Mapping[str, Mapping[str, float]]) -> None:
+        """Print the errors that steps noted of each layer."""
+        kinds = {name: title for name, (title, _) in LAYER_ERRORS.items() if any(name in errors for errors in layer_errors.values())}
+        table = Table("layer", *kinds.values(), box=None, pad_edge=False, header_style="bold")
         for layer, errors in layer_errors.items():
-            table.add_row(layer, f"{errors['before']:.3g}", f"{errors['after']:.3g}")
+            table.add_row(layer, *(f"{errors[name]:.3g}" if name in errors else "" for name in kinds))
         self.out.print()
         self.out.print(table)
-        self.out.print("squared error of the outputs that were trained, on held-out windows, relative to their size")
+        for meaning in dict.fromkeys(LAYER_ERRORS[name][1] for name in kinds):
+            self.out.print(meaning, soft_wrap=True)
 
     def report(self, report: Verification) -> None:
         """Print the verification: sizes and quality before and after."""

@@ -129,8 +129,8 @@ def _prepare(plan: Plan, partial: Path) -> None:
         shards = {}
         for path in partial.iterdir():  # of another model or recipe, and useless; `check_free` checked that effconvert wrote it
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    transfer = {key: manifest[key] for key in ("transfer",) if shards and key in manifest}
-    save_manifest(partial, {**identity(plan), **transfer, "files": dict.fromkeys([*plan.output_files, SCRATCH, *drafts.names(plan)]), "shards": shards})
+    noted = {key: manifest[key] for key in ("layer_errors",) if shards and key in manifest}
+    save_manifest(partial, {**identity(plan), **noted, "files": dict.fromkeys([*plan.output_files, SCRATCH, *drafts.names(plan)]), "shards": shards})
 
 
 def matching_manifest(plan: Plan, output: Path, verify: bool) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class Outcome:
     report: Verification | None  # None where nothing was verified or written
     resumed: int = 0  # shards that an interrupted run had finished
     already_there: bool = False  # whether this very conversion had been written before
-    layer_errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # layer -> held-out error of its attention before and after `transfer`
+    layer_errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # layer -> errors that steps noted, by the names of `console.LAYER_ERRORS`
 
 
 def convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progress: Progress | None = None, *, reuse: bool = False) -> Outcome:
@@ -192,7 +192,7 @@ def _distill(
         inner = options.model_copy(update={**switches, "output": place / "student", "overwrite": True})
         with processes.alone():
             student = convert(str(student), before, inner, progress, reuse=True).output
-        record = {key: value for key, value in read_manifest(student).items() if key in ("calibration", "transfer")}
+        record = {key: value for key, value in read_manifest(student).items() if key in ("calibration", "layer_errors")}
     tell(str(student))
     best, distilled = training.train(conversion, student, text, target, progress)
     with progress.bar(f"writing {target}", conversion.after.bytes, "bytes") as advance:
@@ -219,11 +219,11 @@ def _verify(conversion: Plan, target: Path, partial: Path, material: Material, p
 
 
 def _layer_errors(conversion: Plan, partial: Path) -> dict[str, dict[str, float]]:
-    """Return the errors that `transfer` noted in drafts, and copy them to the manifest: drafts are removed before the end."""
+    """Return the errors that steps noted in drafts, and copy them to the manifest: drafts are removed before the end."""
     manifest = read_manifest(partial)
-    errors: dict[str, dict[str, float]] = drafts.notes(conversion, partial) or manifest.get("transfer", {})
+    errors: dict[str, dict[str, float]] = drafts.notes(conversion, partial) or manifest.get("layer_errors", {})
     if errors:
-        save_manifest(partial, {**manifest, "transfer": errors})
+        save_manifest(partial, {**manifest, "layer_errors": errors})
     return errors
 
 

@@ -28,7 +28,7 @@ def record(conversion: Plan, source: dict[str, Any], report: Verification | None
     if conversion.calibration and not conversion.calibration.pending:
         record["calibration"] = conversion.calibration.record
     if layer_errors:
-        record["transfer"] = layer_errors
+        record["layer_errors"] = layer_errors
     if choices:
         record["choices"] = list(choices)
     return record

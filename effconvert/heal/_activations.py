@@ -96,8 +96,8 @@ class Activations:
         return runner.place_output(layer.index, {**stored, **changed}, self.states, batch, place)
 
     def note(self, index: int, errors: dict[str, float]) -> None:
-        """Keep the errors of a layer for the report."""
-        self.notes[index] = errors
+        """Keep errors of a layer for the report, beside those that other steps noted."""
+        self.notes[index] = {**self.notes.get(index, {}), **errors}
 
     def advance(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Go on to the next layer: its inputs are the outputs of layer `index` with the converted `tensors`.

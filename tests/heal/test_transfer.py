@@ -295,10 +295,10 @@ def test_the_recipe_beside_it_makes_it_again(taught):
 
 def test_the_manifest_and_the_outcome_say_what_it_brought(taught):
     place, outcome = taught("llama")
-    said = json.loads((place / "taught" / "effconvert.json").read_text())["transfer"]
+    said = json.loads((place / "taught" / "effconvert.json").read_text())["layer_errors"]
     assert said == outcome.layer_errors
     assert set(said) == {"0", "1"}
-    assert "transfer" not in json.loads((place / "plain" / "effconvert.json").read_text())
+    assert "layer_errors" not in json.loads((place / "plain" / "effconvert.json").read_text())
 
 
 def test_with_a_refit_it_comes_first():
@@ -410,7 +410,7 @@ def test_a_killed_run_goes_on_from_the_last_layer_to_the_same_bytes_and_notes():
     outcome = run(source, *steps)
     assert TAUGHT == [2]
     assert not changed("out", "unbroken")
-    assert manifest("out")["transfer"] == manifest("unbroken")["transfer"] == outcome.layer_errors
+    assert manifest("out")["layer_errors"] == manifest("unbroken")["layer_errors"] == outcome.layer_errors
     assert set(outcome.layer_errors) == {"0", "1", "2"}
 
 
@@ -429,8 +429,8 @@ def test_a_run_killed_after_its_layers_were_written_keeps_the_notes(monkeypatch)
     outcome = run(source, *steps, verify=True, tokens=32, context=16)
     assert not TAUGHT
     assert not changed("out", "unbroken")
-    assert manifest("out").get("transfer") == manifest("unbroken")["transfer"]
-    assert outcome.layer_errors == manifest("unbroken")["transfer"]
+    assert manifest("out").get("layer_errors") == manifest("unbroken")["layer_errors"]
+    assert outcome.layer_errors == manifest("unbroken")["layer_errors"]
 
 
 def test_the_rate_warms_up_and_cools_down():
