@@ -30,7 +30,10 @@ DESIGNS = {
     "deltanet": ("T (C + D) D", "gated DeltaNet 1.3B, 100 B tokens: WikiText perplexity 16.4, Mamba-2 16.6 (Yang et al. 2024)"),
     "rwkv": ("T D D (version 4: T M)", "on a par with Transformers of its size up to 14B (Peng et al. 2023)"),
     "aft": ("T M (conv, local: T W M; full: T T M)", "enwik8 1.209 bits a byte at linear memory (Zhai et al. 2021)"),
-    "hyena": ("T M log T", "as good as a Transformer with 20 % less compute at 2k tokens, 100 x as fast as attention at 64k (Poli et al. 2023)"),
+    "hyena": (
+        "T M log T (with --recurrence: T M (C + N))",
+        "as good as a Transformer with 20 % less compute at 2k tokens, 100 x as fast as attention at 64k (Poli et al. 2023)",
+    ),
     "linformer": ("T k D", "1.5 x as fast at 512 tokens with k = 128, a few tenths of a point of RoBERTa (Wang et al. 2020)"),
     "linformer-causal": ("T (T k / S + S)", ""),
     "nystrom": ("T m D", "IMDB 93.2, SST-2 91.4, like BERT-base (Xiong et al. 2021)"),

@@ -14,13 +14,15 @@ from effconvert.modeling.state import State
 from effconvert.surgery.mixing import _implicit
 from effconvert.surgery.mixing._call import Call
 from effconvert.surgery.mixing._convolution import Filter, by_matrix, by_transform, convolve, mean_by_lag, sums_by_lag
+from effconvert.surgery.mixing._waves import Waves
 from effconvert.surgery.mixing.hyena import Hyena
 from tests.mixers.mixing import SAME, far, in_pieces, pair, run, tokens
 from tests.surgery.rows import GROUPS, HEADS, WIDTH, close, config, random, rows
 
 TEXT = 150  # tokens: so many that they are transformed, and so few that parts of them are not
 LLAMA, BERT = config("llama", num_key_value_heads=GROUPS, max_position_embeddings=256), config(num_key_value_heads=GROUPS, max_position_embeddings=256)
-SHAPES = [{}, {"order": 4}, {"length": 20}, {"length": 1}, {"filter": "implicit"}]
+SHAPES = [{}, {"order": 4}, {"length": 20}, {"length": 1}, {"filter": "implicit"}, {"recurrence": 6}]
+BOTH = [(options, causal) for options in SHAPES for causal in (True, False) if causal or "recurrence" not in options]
 LEAKS = 1e-4  # a transform spreads what it rounds over all tokens
 
 
@@ -56,6 +58,12 @@ def long_filters(technique, weights, count, causal):
     lags = torch.arange(1 - count, count)
     if technique.filter == "implicit":
         return _implicit.taps(weights, lags).double() * (lags >= 0 if causal else 1)
+    if technique.recurrence:
+        waves = [
+            Waves.stored({name: value.double() for name, value in weights.items()}, number, technique._rows(GROUPS, number))
+            for number in range(technique.order)
+        ]
+        return pad(torch.cat([each.taps(count).flatten(0, 1) for each in waves]), (count - 1, 0))
     first = 0 if causal else -(weights["filters"].shape[1] // 2)
     taps = weights["filters"].double() / (1 + torch.arange(first, first + weights["filters"].shape[1]).abs())
     return torch.stack([taps[:, lag - first] if 0 <= lag - first < taps.shape[1] else torch.zeros(len(taps)).double() for lag in lags.tolist()], 1)
@@ -77,8 +85,7 @@ def reference(technique, weights, query, key, value, causal=True):
     return (1 + short(weights["query_taps"], query)) * (matrices[-HEADS:] @ z.repeat_interleave(shared, 1))
 
 
-@pytest.mark.parametrize("options", SHAPES, ids=named)
-@pytest.mark.parametrize("causal", [True, False], ids=["decoder", "encoder"])
+@pytest.mark.parametrize(("options", "causal"), BOTH, ids=lambda value: named(value) if isinstance(value, dict) else ["encoder", "decoder"][value])
 def test_mixing_is_the_papers_recurrence_in_any_number_of_calls(options, causal):
     technique = Hyena(**options)
     weights = trained(technique, LLAMA if causal else BERT)
@@ -95,7 +102,7 @@ def test_gates_begin_at_one_and_all_filters_but_the_last_at_one_token(options):
     _, _, value = rows(TEXT)
     last = long_filters(technique, weights, TEXT, True)[-HEADS:]
     made = mixed(technique, weights, *(1e3 * tensor for tensor in rows(TEXT)[:2]), value)
-    assert close(made, convolve(value, Filter(last.float(), 1 - TEXT), TEXT), 1e-3 if technique.filter == "implicit" else 1e-5)
+    assert close(made, convolve(value, Filter(last.float(), 1 - TEXT), TEXT), 1e-5 if technique.filter == "explicit" else 1e-3)
 
 
 @pytest.mark.parametrize("options", SHAPES, ids=named)
@@ -110,6 +117,8 @@ def test_padding_changes_nothing(options):
         made = mixed(technique, weights, *wild, live, split)
         assert far(made[:1, :, 20:], reference(technique, weights, *kept)) < SAME, split
         assert made.isfinite().all()
+    if technique.recurrence:
+        return
     live[0] = random(TEXT) > 0
     wild = [torch.where(live[:, None, :, None], tensor, 1e4) for tensor in rows(TEXT)]
     made = mixed(technique, encoding, *wild, live, causal=False)
@@ -235,8 +244,9 @@ def test_gates_do_not_turn_with_the_position():
     assert far(in_pieces(model, tokens(), (7, 1, 12))[0], expected) < SAME
 
 
-def test_gradients_are_those_of_the_recurrence():
-    technique, found = Hyena(order=3), []
+@pytest.mark.parametrize("recurrence", [None, 4])
+def test_gradients_are_those_of_the_recurrence(recurrence):
+    technique, found = Hyena(order=3, recurrence=recurrence), []
     for form in (mixed, reference):
         weights = {name: weight.clone().requires_grad_() for name, weight in trained(technique).items()}
         given = [tensor.clone().requires_grad_() for tensor in rows(TEXT)]
@@ -257,7 +267,7 @@ def test_a_conversion_fits_each_layer(model, command):
     assert torch.equal(filters[:, :groups], pad(torch.ones(3, groups, 1), (0, 15)))
     assert (filters[:, groups:, 0] > 0).all()  # attention is nearly flat, as the model is random
     assert len({tuple(each.flatten().tolist()) for each in filters}) == 3
-    assert kept["effconvert"]["replaced"][0]["options"] == {"order": 2, "filter": "explicit", "length": 16}
+    assert kept["effconvert"]["replaced"][0]["options"] == {"order": 2, "filter": "explicit", "length": 16, "recurrence": None}
 
 
 @pytest.mark.parametrize(("options", "reason"), [({"order": 1}, "--order"), ({"filter": "implicit", "length": 9}, "have no end"), ({"length": 0}, "--length")])
