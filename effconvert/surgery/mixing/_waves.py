@@ -141,7 +141,7 @@ def _modes(taps: Tensor, most: int) -> Tensor:
         seen = (left[:, :order] * sizes[:order].sqrt()).unflatten(0, (len(taps), rows))
         step = torch.linalg.lstsq(seen[:, :-1].flatten(0, 1), seen[:, 1:].flatten(0, 1)).solution  # the state's matrix of one token to the next
         modes = torch.linalg.eigvals(step)
-        upper = modes[modes.imag >= 0]
+        upper: Tensor = modes[modes.imag >= 0]
         if len(upper) <= most:
             return upper
     return taps.new_zeros(0, dtype=torch.complex128)
