@@ -48,6 +48,7 @@ SETTINGS = {
     "apertus": {**GROUPED, "attention_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "ministral3": {**GROUPED, **HEAD_DIM, "sliding_window": 8, "rope_parameters": SCALED_BY_POSITION},
     "ernie4_5": {**GROUPED, **HEAD_DIM, "use_bias": True},
+    "helium": {**GROUPED, "head_dim": 8, "attention_bias": True, "mlp_bias": True},  # its class needs heads as wide as the stream, all together
     "hunyuan_v1_dense": {**GROUPED, **HEAD_DIM},
     "exaone4": {**GROUPED, **ALTERNATING},
     "deepseek_v3": {**SHAPE, "num_key_value_heads": 4, "attention_bias": True, **LATENT},
@@ -166,6 +167,7 @@ LAYOUTS = {  # of RoPE, and its part
     "cohere2": ("interleaved", 1),
     "glm4": ("interleaved", 0.5),
     "ernie4_5": ("interleaved", 1),
+    "helium": ("interleaved", 1),
     "roformer": ("interleaved", 1),
 }
 

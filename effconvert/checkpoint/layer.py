@@ -167,6 +167,8 @@ class Layer(Parts):
 
     def _name(self, part: str, config: Config) -> str:
         place, separator, name = part.partition(f".{OWN}")
+        if separator and config is self._source and not config.replaced_at(self.source_index, place):
+            return part  # which is on no disk: a source of another family may have no module there
         if separator:
             return ".".join(filter(None, [config.place(place), OWN + name]))
         return config.tensor_name(part)

@@ -164,8 +164,13 @@ class Shape:
 
     @property
     def rotary(self) -> int:
-        """Dimensions of a head that RoPE turns, always the first ones. Some families skip layers: see `rotary_of`."""
+        """Dimensions of a head that RoPE turns, always the first ones. Some families skip layers: see `rotary_of`.
+
+        With `proportional` RoPE these are all, some of them by nothing.
+        """
         parameters = self.get("rope_parameters") or {}
+        if parameters.get("rope_type") == "proportional":
+            return self.head_dim
         part = parameters.get("partial_rotary_factor", self.get(self.family.rotary_key))
         if self.family.rotary_counts and part is not None:
             return int(part)

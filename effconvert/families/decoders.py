@@ -123,11 +123,13 @@ DECODERS: Mapping[str, Family] = {
     "llama": replace(
         LLAMA,
         defaults={
-            **{"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "rope_theta": 10000.0, "bos_token_id": 1, "eos_token_id": 2},
+            **{"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "rope_theta": 10000.0, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2},
             **sizes(4096, 11008, 32, 32, 32000),
         },
         windowed="mistral",
         latent="deepseek_v3",
+        relaid=("ernie4_5", "helium", "phi3", "glm"),
+        biased={"attention_bias": ("q", "k", "v", "o"), "mlp_bias": ("gate", "up", "down")},
         upcycled={"mixtral": {}, "granitemoe": {}, "qwen2_moe": {"norm_topk_prob": True, "qkv_bias": False}},
     ),
     "mistral": replace(
@@ -176,7 +178,13 @@ DECODERS: Mapping[str, Family] = {
             **dict.fromkeys(("q", "k", "v"), "self_attn.qkv_proj"),
             **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj"),
         },
-        defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "pad_token_id": 32000, "eos_token_id": 32000},
+        rope_types=("default", "longrope"),
+        defaults={
+            **{"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+            **{"pad_token_id": 32000, "bos_token_id": 1, "eos_token_id": 32000},
+            **sizes(3072, 8192, 32, 32, 32064),
+        },
+        relaid=("llama", "glm"),
         upcycled={"mixtral": {}},
     ),
     "cohere": replace(
@@ -194,7 +202,13 @@ DECODERS: Mapping[str, Family] = {
         lm="GlmForCausalLM",
         rope="interleaved",
         parts={**LLAMA.parts, **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj")},
-        defaults={"num_key_value_heads": 2, "head_dim": 128, "partial_rotary_factor": 0.5},
+        defaults={
+            **{"num_key_value_heads": 2, "head_dim": 128, "partial_rotary_factor": 0.5, "attention_bias": True, "max_position_embeddings": 131072},
+            **{"rms_norm_eps": 1.5625e-7, "rope_theta": 10000.0, "pad_token_id": 151329, "bos_token_id": None, "eos_token_id": [151329, 151336, 151338]},
+            **sizes(4096, 13696, 40, 32, 151552),
+        },
+        relaid=("phi3", "llama"),
+        biased={"attention_bias": ("q", "k", "v")},
     ),
     "gpt2": GPT2,
     "gpt_bigcode": replace(

@@ -198,6 +198,8 @@ ENCODERS: Mapping[str, Family] = {
         fourier="",
         stored_once="",
         with_rope={},
+        relaid=("jina_embeddings_v3",),
+        defaults={**BERT.defaults, **BERT_DEFAULTS, "max_position_embeddings": 1536, **sizes(768, 3072, 12, 12, 50000)},
         tokenizer="RoFormerTokenizer",
     ),
     "jina_embeddings_v3": replace(

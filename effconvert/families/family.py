@@ -40,6 +40,7 @@ class Family:
     rope: str = ""  # the pairs of dimensions of a head that RoPE turns: "halves" (j, j + n/2), "interleaved" (2j, 2j + 1), none
     rotary_key: str = "partial_rotary_factor"  # the fraction of a head that RoPE turns
     rotary_counts: bool = False  # `rotary_key` is a number of dimensions, not a fraction
+    rope_types: tuple[str, ...] = ()  # the types of RoPE that its config takes; empty: all
     turned_key: str = ""  # a list with 1 for each layer with RoPE, else 0; without it, every n-th layer has no RoPE, by `unturned_key`
     unturned_key: str = ""
     turns_windows: bool = False  # only layers with a window have RoPE
@@ -91,6 +92,8 @@ class Family:
     group_layer: str = ""  # in such a family, the layer inside the module of its group
     latent: str = ""  # the family that is this one with latent attention
     with_rope: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # those that are this one with RoPE, not a table -> keys it leaves out
+    relaid: tuple[str, ...] = ()  # those that are this one but for the pairs that RoPE turns and for biases, the best first
+    biased: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of these: key -> parts that have a bias by it; "" -> those that always have
     dense_first_key: str = ""  # how many layers have an FFN, before those with experts, of which the row knows nothing: it must be all
     tokenizer: str = ""  # the tokenizer's class where the files name none; a related family has another default
     float32_only: bool = False  # whether its class computes in float32 alone

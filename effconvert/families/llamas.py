@@ -48,6 +48,7 @@ LLAMAS: Mapping[str, Family] = {
         lm="PhiForCausalLM",
         parts={**{part: at for part, at in ONE_NORM.items() if part != "gate"}, "o": "self_attn.dense", "up": "mlp.fc1", "down": "mlp.fc2"},
         outer={"embed": "embed_tokens", "final_norm": "final_layernorm"},
+        biased={"": ("q", "k", "v", "o", "up", "down")},
         defaults={"partial_rotary_factor": 0.5},
         constants={"qk_layernorm": False},
     ),
@@ -106,7 +107,27 @@ LLAMAS: Mapping[str, Family] = {
         base="Ernie4_5Model",
         lm="Ernie4_5ForCausalLM",
         rope="interleaved",
-        defaults={"tie_word_embeddings": True, "num_key_value_heads": 2, "head_dim": 128},
+        relaid=("llama",),
+        biased={"use_bias": ("q", "k", "v", "o", "gate", "up", "down")},
+        defaults={
+            **{"tie_word_embeddings": True, "num_key_value_heads": 2, "head_dim": 128, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5},
+            **{"rope_theta": 500000.0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+            **sizes(1024, 3072, 18, 16, 103424),
+        },
+    ),
+    "helium": replace(
+        LLAMA,
+        base="HeliumModel",
+        lm="HeliumForCausalLM",
+        fixed_head_width=True,  # its output projection is square
+        rope="interleaved",
+        relaid=("llama",),
+        biased={"attention_bias": ("q", "k", "v"), "mlp_bias": ("gate", "up", "down")},
+        defaults={
+            **{"num_key_value_heads": 20, "head_dim": 128, "max_position_embeddings": 4096, "rms_norm_eps": 1e-8},
+            **{"rope_theta": 100000.0, "pad_token_id": 3, "bos_token_id": 1, "eos_token_id": 2},
+            **sizes(2560, 7040, 24, 20, 48000),
+        },
     ),
     "hunyuan_v1_dense": replace(
         LLAMA,

@@ -28,7 +28,12 @@ GPTJ = replace(
     rotary_counts=True,
     multi_query="",
     with_rope={},
-    defaults={"rotary_dim": 64},
+    relaid=("phi",),
+    biased={"": ("up", "down")},
+    defaults={
+        **{"rotary_dim": 64, "n_positions": 2048, "n_embd": 4096, "n_layer": 28, "n_head": 16, "vocab_size": 50400},
+        **{"bos_token_id": 50256, "eos_token_id": 50256},
+    },
 )
 BLOOM = Family(
     base="BloomModel",

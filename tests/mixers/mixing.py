@@ -90,7 +90,7 @@ ROWS = MappingProxyType(
 MATRIX = [(name, kind) for name, row in ROWS.items() for kind in row.kinds]
 # Families with the layers, masks, positions and caches of another one: what is told apart by these is not gone through for each of them.
 AS_OTHERS = ("seed_oss", "arcee", "apertus", "starcoder2", "nemotron", "ernie4_5", "olmo", "olmo3", "olmoe", "phi", "glm4", "ministral3", "hunyuan_v1_dense")
-AS_OTHERS += ("xlm-roberta", "camembert", "electra", "eurobert", "nomic_bert", "jina_embeddings_v3")
+AS_OTHERS += ("helium", "xlm-roberta", "camembert", "electra", "eurobert", "nomic_bert", "jina_embeddings_v3")
 FORMS = [(name, kind) for name, kind in MATRIX if kind not in AS_OTHERS]  # of what comes of masks and positions: one family of each kind of both
 # Saving, half precision and gradients are the same code in all families: these differ in how they are laid out.
 UNLIKE = ("llama", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox", "opt", "bert", "modernbert")

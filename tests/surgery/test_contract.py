@@ -250,6 +250,15 @@ CASES = {
             *("n_embd", "hidden_size", "n_head", "num_attention_heads", "n_inner", "intermediate_size", "n_layer", "num_hidden_layers", "n_positions"),
         ),
     ),
+    "rope-layout": Case(
+        {},
+        {},
+        [kind for kind, family in FAMILIES.items() if family.relaid],
+        "has no RoPE|turns neighbours|half a head apart",
+        parts=("q", "q.bias", "k", "k.bias"),
+        keys=("use_bias", "attention_bias", "mlp_bias", "rope_parameters", "num_key_value_heads", "head_dim", "tie_word_embeddings"),
+        pipeline=("llama", "ernie4_5"),  # others add biases of zeros, or split tensors
+    ),
     "prune-layers": Case(
         {"layers": "1", "only": "attention"},
         kinds=SUBLAYERS,

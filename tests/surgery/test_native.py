@@ -8,6 +8,7 @@ import torch
 
 from effconvert.surgery.attention.mla import Mla
 from effconvert.surgery.attention.rope import Rope
+from effconvert.surgery.attention.rope_layout import RopeLayout
 from effconvert.surgery.depth.albert import Albert
 from effconvert.surgery.ffn.moe import Moe
 from effconvert.surgery.mixing.fnet import Fnet
@@ -22,6 +23,8 @@ CASES = {  # class that is written: the family before, changes to its config, th
     "RoFormerForMaskedLM": ("bert", {}, Rope(), True),
     "JinaEmbeddingsV3ForMaskedLM": ("roberta", {}, Rope(), True),
     "GPTNeoXForCausalLM": ("gpt2", {}, Rope(), True),
+    "LlamaForCausalLM": ("glm", {}, RopeLayout(), False),
+    "PhiForCausalLM": ("codegen", {}, RopeLayout(), False),
 }
 ALONE = """
 import sys

@@ -3,15 +3,14 @@
 
 from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from effconvert.errors import ModelError, OptionError
-from effconvert.families import FAMILIES, Family
-from effconvert.families.encoders import BERT
+from effconvert.families import FAMILIES
 from effconvert.surgery._surgery import Facts, Surgery
+from effconvert.surgery.attention._restated import check_head, restate, restated
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 
 # Keys of gpt2's config -> what the others call them; of a shape's keys the families' rows know the names.
 RENAMED = {"activation_function": "hidden_act", "layer_norm_epsilon": "layer_norm_eps", "resid_pdrop": "hidden_dropout", "attn_pdrop": "attention_dropout"}
-PRETRAINING = "head.seq_relationship"  # of BERT's head; a masked language model does not read it
-HEAD = {"predictions.transform.LayerNorm": "layer_norm", "predictions.transform.": "", "predictions.": ""}  # BERT's names of the rest -> RoBERTa's
 
 
 class Rope(Surgery):
@@ -73,9 +70,7 @@ class Rope(Surgery):
             raise ModelError(f"this {config.kind} has parts of effconvert in it, for which {self._kind(config)} has no place; begin from the original")
         if config.head_dim % 2:
             raise ModelError(f"a head of this {config.kind} has {config.head_dim} numbers, and RoPE turns pairs; take a model with heads of an even width")
-        target = self.config(config)
-        if config.predicts and _renames_head(config, target.family) and target.get("hidden_act") != "gelu":
-            raise ModelError(f"the head of a {target.kind} has gelu where this {config.kind} has {target.get('hidden_act')}; save the encoder alone")
+        check_head(config, self.config(config))
 
     def is_exact(self, config: Config) -> bool:
         """Never."""
@@ -83,18 +78,9 @@ class Rope(Surgery):
 
     def config(self, config: Config) -> Config:
         """Become the family with RoPE."""
-        before, kind = config.family, self._kind(config)
-        family = FAMILIES[kind]
-        sizes = {"heads_key": config.heads, "layers_key": config.layers, "hidden_key": config.hidden, "ffn_key": config.ffn, "positions_key": config.longest}
-        raw = {RENAMED.get(key, key): value for key, value in config.raw.items() if key not in {getattr(before, name) for name in sizes}}
-        keys: dict[str, Any] = {getattr(family, name): size for name, size in sizes.items()}
-        if family.embed_key:
-            keys[family.embed_key] = config.hidden
-        if "angles" not in family.outer:
-            keys["rope_parameters"] = {"rope_type": "default", "rope_theta": self.theta}
-        target = config.become(kind)
-        keys |= {"model_type": kind, "architectures": target.raw["architectures"]}
-        return replace(target, raw={key: value for key, value in {**before.with_rope[kind], **raw, **keys}.items() if key not in family.absent})
+        kind = self._kind(config)
+        keys = {} if "angles" in FAMILIES[kind].outer else {"rope_parameters": {"rope_type": "default", "rope_theta": self.theta}}
+        return restated(config, kind, config.family.with_rope[kind], RENAMED, keys)
 
     def needs_calibration(self, config: Config) -> bool:
         """If queries and keys are fitted."""
@@ -151,17 +137,9 @@ class Rope(Surgery):
             assert config.longest
             turns = angles(config.longest, config.head_dim, self.theta)
             outer["angles"] = torch.cat([turns.sin(), turns.cos()], 1).float().to(device)  # as roformer keeps them, [T, 2 P]
-        if config.bare and "pooler" in family.outer and "pooler.dense.weight" not in outer:  # its class always has one
-            shapes = {"weight": (config.hidden, config.hidden), "bias": (config.hidden,)}
-            for name, shape in shapes.items():
-                outer[f"pooler.dense.{name}"] = torch.zeros(shape, device=device)
-        left_out = ("positions", PRETRAINING, *(() if "pooler" in family.outer else ("pooler",)))
-        for part in [part for part in outer if part.startswith(left_out)]:
+        for part in [part for part in outer if part.startswith("positions")]:
             del outer[part]
-        if _renames_head(config, family):
-            for part in [part for part in outer if part.startswith("head.")]:
-                outer.copy(part, _renamed(part))
-                del outer[part]
+        restate(outer, family)
 
     def _kind(self, config: Config) -> str:
         """Return the family to become."""
@@ -174,24 +152,12 @@ def _table(outer: Outer) -> Tensor:
     return outer["positions"][-outer.config.longest :]
 
 
-def _renames_head(config: Config, family: Family) -> bool:
-    """Whether the parts of the head have other names in `family`."""
-    return config.family.head != family.head and config.family.head["head"] == BERT.head["head"]
-
-
-def _renamed(part: str) -> str:
-    """Return the name of a part of BERT's head in RoBERTa's."""
-    for bert, roberta in HEAD.items():
-        part = part.replace(bert, roberta)
-    return part
-
-
 def _obstacle(config: Config) -> str:
     """Return why there is no family that is this one with RoPE."""
     if not config.attention:
         return f"{config.kind} does not attend, so there are no queries and keys to turn"
     if config.family.rope:
-        return f"{config.kind} has RoPE already"
+        return f"{config.kind} has RoPE already; rope-layout changes its pairs" if config.family.relaid else f"{config.kind} has RoPE already"
     if not config.has_table:
         return f"{config.kind} adds distances to its scores, and has no position table to replace"
     return f"{config.kind} has a position table, and no family of transformers is the same with RoPE; give a bert, a roberta or a gpt2"

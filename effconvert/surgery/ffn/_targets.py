@@ -8,7 +8,7 @@ from effconvert.checkpoint.shape import TOP_K_KEY
 from effconvert.errors import ModelError, OptionError
 from effconvert.families import FAMILIES
 
-CODE = ("auto_map", "layer_types", "max_window_layers")  # keys that belong to the class before
+CODE = ("auto_map", "layer_types", "max_window_layers", "partial_rotary_factor")  # keys that belong to the class before
 BALANCE = 0.02  # weight of the load-balancing loss, as in Drop-Upcycling; used once `output_router_logits` is true
 
 
