@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from effconvert.errors import ModelError
 from effconvert.families import FAMILIES
 
 SAID = yaml.safe_load(Path(__file__).with_name("downloaded.yaml").read_text())
-TECHNIQUES = {technique for group in SAID["accepted"] for technique in group["techniques"]}  # later ones are not in the table
+TECHNIQUES = {technique for group in SAID["accepted"] for technique in group["techniques"]}  # others go by more than the group
 USUAL = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
 
 
@@ -48,6 +49,15 @@ def test_the_techniques_that_a_model_allows(group, row, tmp_path):
     shared = config.family.fixed_kv_heads or getattr(theirs, "num_key_value_heads", theirs.num_attention_heads)
     width = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert ours == (theirs.num_hidden_layers, theirs.hidden_size, theirs.num_attention_heads, shared, width)
+
+
+@pytest.mark.slow
+def test_the_documents_count_the_models_of_techniques_that_go_by_more_than_the_group(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
+    counts = {name: int(number) for name, number in re.findall(r"`([a-z-]+)` takes (\d+)", page)}
+    assert counts.keys() == {"rope", "rope-layout", "chunk-ffn"}
+    rows = [row for group in SAID["accepted"] for row in group["models"].values()]
+    assert counts == Counter(name for row in rows for name in applicable(read_config(written(tmp_path, row)))[0] if name in counts)
 
 
 @pytest.mark.parametrize(("group", "row"), each("refused"))
