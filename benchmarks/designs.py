@@ -39,6 +39,7 @@ DESIGNS = (
     "rwkv --version 4",
     "aft --form conv",
     "hyena",
+    "monarch-mixer --blocks 64",
     "linformer-causal --block 64 --rank 8",
     "sparse --pattern strided --block 60",
     "sparse --pattern fixed --block 64",

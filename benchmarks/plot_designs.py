@@ -34,6 +34,7 @@ DESIGNS = {
         "T M log T (with --recurrence: T M (C + N))",
         "as good as a Transformer with 20 % less compute at 2k tokens, 100 x as fast as attention at 64k (Poli et al. 2023)",
     ),
+    "monarch-mixer": ("T M log T, and T K (M + F) in the FFN", "M2-BERT 80M: GLUE 79.9, BERT 110M 79.6, 9.1 x its throughput at 4k tokens (Fu et al. 2023)"),
     "linformer": ("T k D", "1.5 x as fast at 512 tokens with k = 128, a few tenths of a point of RoBERTa (Wang et al. 2020)"),
     "linformer-causal": ("T (T k / S + S)", ""),
     "nystrom": ("T m D", "IMDB 93.2, SST-2 91.4, like BERT-base (Xiong et al. 2021)"),

@@ -36,6 +36,7 @@ DECODERS = {
     "hyena 4": {"recurrence": 4},
     "hyena 16": {"recurrence": 16},
     "hyena 32": {"recurrence": 32},
+    "monarch-mixer": {"blocks": 96},
     "longnet": {"segments": [64, 512, 4096], "dilations": [1, 4, 16]},
     "aft simple": {"form": "simple"},
     "aft conv": {"form": "conv", "window": 64},
@@ -70,6 +71,8 @@ else:
     technique = load(name.split()[0])(**options)
     technique.check(config)
     model = model_class(family.lm)(config_class(kind).from_dict(technique.config(config).content))
+    for name, weight in model.named_parameters():
+        if name.endswith((".left", ".right")): torch.nn.init.normal_(weight, std=0.02)  # factors of matrices have no values of their own to begin with
 model = model.eval()
 decoder = kind == "llama"
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3

@@ -224,6 +224,8 @@ def plan(checkpoint: Checkpoint, surgeries: tuple[Step, ...], teacher: Checkpoin
     for surgery in surgeries:
         if surgery.undecided:
             raise ValueError(f"{surgery.name} has options without a value; call effconvert.convert.decide first")
+        if surgery.stands_for(configs[-1]) != (surgery,):
+            raise ValueError(f"{surgery.name} stands for other steps; plan those that its `stands_for` returns")
         configs[-1].check_stored_apart()
         surgery.check(configs[-1])
         check_reads_ahead(surgery, surgeries, configs)

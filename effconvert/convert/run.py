@@ -84,8 +84,9 @@ def _convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progr
         raise OptionError(f"{processes.count()} processes were started, and only distill uses more than one; run the same command by itself")
     opening = open_as_stock if options.verify or options.dry_run else open_checked  # the former imports transformers, which is slow
     checkpoint = opening(folder)
-    surgeries = _with_student(surgeries, checkpoint.config)
-    teacher, target = _teacher(surgeries, progress), expand(options.output or default_name(model, surgeries))
+    target = expand(options.output or default_name(model, surgeries))
+    surgeries = _taken_apart(surgeries, checkpoint.config)
+    teacher = _teacher(surgeries, progress)
     if not reuse and any(step.undecided for step in surgeries):
         output.check_free(target, options.overwrite)
     surgeries, choices = decide(checkpoint, surgeries, teacher, options, progress)
@@ -145,13 +146,11 @@ def _with_healing(surgeries: tuple[Step, ...], options: RunOptions) -> tuple[Ste
     return surgeries
 
 
-def _with_student(surgeries: tuple[Step, ...], config: Config) -> tuple[Step, ...]:
-    """Return the steps with those that make the student of a distillation."""
-    *before, last = surgeries
-    steps = last.student(config) if isinstance(last, Distill) else (last,)
-    if before and len(steps) > 1:
+def _taken_apart(surgeries: tuple[Step, ...], config: Config) -> tuple[Step, ...]:
+    """Return the steps with those that some of them stand for in their place."""
+    if len(surgeries) > 1 and isinstance(surgeries[-1], Distill) and surgeries[-1].makes_student:
         raise OptionError("--student-layers and --student-ffn make the student of a model as it is; put prune-layers, narrow and refit before distill instead")
-    return (*before, *steps)
+    return tuple(step for surgery in surgeries for step in surgery.stands_for(config))
 
 
 def _plan(checkpoint: Checkpoint, surgeries: tuple[Step, ...], teacher: Checkpoint | None, options: RunOptions, choices: tuple[str, ...]) -> Plan:

@@ -246,13 +246,18 @@ class Distill(Healing):
         tokens = self.train_tokens or (ENDLESS if self.minutes else TOKENS)
         return max(1, tokens // (self.windows * self.window))
 
-    def student(self, config: Config) -> tuple[Step, ...]:
+    @property
+    def makes_student(self) -> bool:
+        """Whether its options describe a student."""
+        return bool(self.student_layers or self.student_ffn)
+
+    def stands_for(self, config: Config) -> tuple[Step, ...]:
         """Return the steps that make the student that --student-layers and --student-ffn describe, and this one without these options.
 
         Raises:
             OptionError: the model has no more layers, or another model is named as the teacher.
         """
-        if not self.student_layers and not self.student_ffn:
+        if not self.makes_student:
             return (self,)
         if self.teacher:
             raise OptionError("the student of --student-layers or --student-ffn is made of MODEL, which is its teacher; leave --teacher out")

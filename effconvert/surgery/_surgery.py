@@ -104,6 +104,14 @@ class Step(Options):
         """This step as a recipe spells it."""
         return {self.name: {key.replace("_", "-"): value for key, value in self.model_dump(mode="json").items()}}
 
+    def stands_for(self, config: Config) -> tuple[Step, ...]:
+        """Return what a conversion does and records for it: itself, or the steps that it stands for. `config` is that of the model before any step.
+
+        Raises:
+            OptionError: the options do not fit that model.
+        """
+        return (self,)
+
     @classmethod
     def allowed_options(cls, config: Config) -> str:
         """Return the options that this model allows, in a few words for `inspect`. Default: those that have to be given, "as it is" if there are none.

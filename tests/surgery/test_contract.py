@@ -120,6 +120,13 @@ CASES = {
     ),
     "low-rank": Case({"rank": 6}, {"rank": 32}, UNFUSED, "in one module|has no module of its own", pipeline=("llama", "qwen2_moe", "gpt2", "bert")),
     "monarch": Case({"blocks": 8}, None, UNFUSED, "in one module|has no module of its own", pipeline=("llama", "qwen2_moe", "gpt2", "bert")),
+    "monarch-mixer": Case(
+        {"blocks": 8, "length": 12},
+        kinds=[kind for kind in UNFUSED if kind in ATTENDING],
+        refusal=f"in one module|has no module of its own|{OUT_OF_REACH}",
+        cache=True,
+        pipeline=("llama", "opt", "bert"),
+    ),
     "share-ffn": Case(
         {"width": 40},
         kinds=NARROWING,
