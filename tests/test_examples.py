@@ -12,6 +12,9 @@ from effconvert.checkpoint.manifest import read_manifest
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "examples").glob("*.*"))
 WRITES = {"convert.py": "converted", "load_and_generate.py": "streaming", "mixer.yaml": "linear", "prune.yaml": "three-layers", "recipe.yaml": "fewer-heads"}
+RECIPES = [
+    pytest.param(file, id=file.name, marks=[] if file.name == "lolcats.yaml" else pytest.mark.slow) for file in sorted((ROOT / "recipes").glob("*.yaml"))
+]
 
 
 def offline(*_):
@@ -43,7 +46,7 @@ def test_an_example_is_short_says_what_it_shows_and_runs(file, command, root, ca
         assert json.loads((root / "fewer-heads-eval.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", RECIPES)
 def test_a_recipe_has_a_plan_on_the_embedded_model(file, command, root):
     """They train for minutes, so here they are only planned."""
     done = command("run", file, "--dry-run")

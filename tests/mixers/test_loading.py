@@ -78,7 +78,9 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("order", ["import effconvert, transformers", "from transformers import AutoModel\nimport effconvert"])
+@pytest.mark.parametrize(
+    "order", [pytest.param("import effconvert, transformers", marks=pytest.mark.slow), "from transformers import AutoModel\nimport effconvert"]
+)
 def test_auto_classes_open_it_in_any_order_of_imports(folders, script, order):
     folder, _ = folders("llama")
     found = script(f"import json\n{order}\nimport transformers\nFOLDER = {str(folder)!r}\n{OPEN}")
