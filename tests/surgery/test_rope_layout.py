@@ -12,6 +12,7 @@ from effconvert.errors import ModelError, OptionError
 from effconvert.families import FAMILIES
 from effconvert.heal.refit import Refit
 from effconvert.surgery._rope import laid_out_anew, split_pairs
+from effconvert.surgery.attention._angles import part_of
 from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.attention.mla import Mla
 from effconvert.surgery.attention.rope import Rope
@@ -81,6 +82,14 @@ def test_rows_go_where_they_should():
     assert laid_out_anew(rows, 4, "interleaved", 4, "halves").tolist() == [0, 2, 1, 3, 4, 5, 6, 7]
     assert laid_out_anew(rows, 4, "interleaved", 8, "halves").tolist() == [0, 2, 4, 5, 1, 3, 6, 7]
     assert laid_out_anew(rows, 8, "halves", 4, "halves").tolist() == [0, 1, 4, 5, 2, 3, 6, 7]  # those that stand still go last
+
+
+def test_a_part_of_a_head_is_as_many_numbers_as_it_was():
+    """Classes round down what they multiply: 30 / 44 * 44 is less than 30."""
+    for width in range(2, 260, 2):
+        for count in range(2, width + 1, 2):
+            rope = {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": part_of(count, width)}}
+            assert Config({"model_type": "glm", "head_dim": width, **rope}, FAMILIES["glm"]).rotary == count
 
 
 @pytest.fixture(scope="module", params=[*FIRST, *(pytest.param(pair, marks=pytest.mark.slow) for pair in PLAIN)], ids="-".join)

@@ -73,7 +73,7 @@ def said_of(config: Config, family: Family) -> dict[str, Any]:
     """
     rope, count, width = {key: value for key, value in rope_of(config).items() if key != "partial_rotary_factor"}, turned(config), config.head_dim
     reads_part, proportional = family.rotary_key in family.defaults, rope["rope_type"] == "proportional"
-    part = {"partial_rotary_factor": _part(count, width)} if reads_part or count < width else {}
+    part = {"partial_rotary_factor": part_of(count, width)} if reads_part or count < width else {}
     _check_type(config.family, rope)
     if count < width and reads_part == proportional:
         if rope["rope_type"] not in ("default", "linear", "proportional"):
@@ -86,16 +86,16 @@ def said_of(config: Config, family: Family) -> dict[str, Any]:
     return rope | part
 
 
+def part_of(count: int, width: int) -> float:
+    """Return the part of a head that is `count` numbers, which classes multiply by its width and round down."""
+    part = count / width
+    return part if int(width * part) == count else math.nextafter(part, 1)
+
+
 def _check_type(family: Family, rope: Mapping[str, Any]) -> None:
     """Refuse a type of RoPE that a family's class does not take, or takes for another."""
     if family.rope_types and rope["rope_type"] not in family.rope_types:
         raise ModelError(f"the type of RoPE is {rope['rope_type']}, and {family.base} knows {' and '.join(family.rope_types)}")
-
-
-def _part(count: int, width: int) -> float:
-    """Return the part of a head that is `count` numbers, which classes multiply by its width and round down."""
-    part = count / width
-    return part if int(width * part) == count else math.nextafter(part, 1)
 
 
 def _llama3(frequency: float, rope: Mapping[str, Any]) -> float:
