@@ -52,7 +52,7 @@ class Distiller(StudentTrainer):
         """Get ready to ask the teacher, and return its head."""
         head = head_of(teacher) if predicts else None
         _route(teacher)
-        if self.is_fsdp_enabled:
+        if self.is_fsdp_enabled or self.zero_stage == 3:
             shard(teacher)
         return head
 
@@ -138,6 +138,6 @@ class Distiller(StudentTrainer):
 
 
 def _route(model: Any) -> None:
-    """Let a model run a function within its own call, where what wraps it (DDP, FSDP) gathers weights and gradients."""
+    """Let a model run a function within its own call, where what wraps it (DDP, FSDP, ZeRO-3) gathers weights and gradients."""
     forward = model.forward
     model.forward = lambda *given, run=None, **more: run() if run else forward(*given, **more)

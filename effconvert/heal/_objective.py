@@ -25,7 +25,7 @@ class Head:
     """The function from last hidden states [C, M] to logits [C, V], and the parameters that it has."""
 
     logits: Callable[[Tensor], Tensor]
-    given: Callable[[], Iterable[Tensor]] = tuple  # asked each time: FSDP puts others in their place
+    given: Callable[[], Iterable[Tensor]] = tuple  # asked each time: FSDP puts others in their place, ZeRO-3 gathers what is asked for
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return self.logits(hidden)

@@ -10,6 +10,7 @@ from accelerate.utils import broadcast
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
+from transformers.integrations import unset_hf_deepspeed_config
 
 from effconvert.errors import OptionError
 from effconvert.heal._balance import balance
@@ -30,10 +31,12 @@ class StudentTrainer(Trainer):  # type: ignore[misc]
         super().__init__(**more)
         self.options, self.scores = options, scores
         if self.zero_stage == 3:
-            raise OptionError(
-                "distill has not been tried with DeepSpeed's ZeRO-3, which puts the head's weights away between layers; use configs/zero2.yaml, or "
-                "configs/fsdp2.yaml, which shares the weights of both models out"
-            )
+            unset_hf_deepspeed_config()  # otherwise it shares out each model that is loaded later, such as those that the first process alone verifies
+            if not self.zero.zero3_save_16bit_model:
+                raise OptionError(
+                    "with ZeRO-3 the weights of a checkpoint are gathered only on request, and distill needs them; set zero3_save_16bit_model: true, as "
+                    "configs/zero3.yaml does"
+                )
         self.same: dict[str, str] = {}  # parameters that are as in the teacher, and their names there
         self.adapters: Adapters | None = None
         self.projections: Projections | None = None
@@ -42,9 +45,14 @@ class StudentTrainer(Trainer):  # type: ignore[misc]
         self.began = time.monotonic()
 
     @property
+    def zero(self) -> Any:
+        """What accelerate was told of DeepSpeed's ZeRO; None without it."""
+        return self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+
+    @property
     def zero_stage(self) -> int:
-        """The stage of DeepSpeed's ZeRO; 0 without it."""
-        return self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else 0
+        """The stage of ZeRO; 0 without it."""
+        return self.zero.zero_stage if self.zero else 0
 
     @property
     def shares_weights_out(self) -> bool:

@@ -5,6 +5,7 @@ that were tested.
 """
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from functools import lru_cache
@@ -265,11 +266,12 @@ def checkpoint_activations(model: Any) -> None:
 
 
 def shard(model: Any) -> None:
-    """Shard a model that is not trained over all processes (FSDP2), layer by layer."""
+    """Shard a model that is not trained over all processes (FSDP2), layer by layer; what several modules share goes with the rest of the model."""
     from torch.distributed.fsdp import fully_shard
 
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for module in model.modules():
-        if type(module).__name__ in (model._no_split_modules or ()):
+        if type(module).__name__ in (model._no_split_modules or ()) and all(uses[id(parameter)] == 1 for parameter in module.parameters()):
             fully_shard(module)
     fully_shard(model)
 
