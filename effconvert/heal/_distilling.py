@@ -167,7 +167,9 @@ def distill(setting: Setting, report: Report) -> Distilled:
     trainer.check(windows.held_out[0])
     trainer.fit_projections(windows.held_out[: options.windows])
     with quiet_transformers(), _plain_errors(setting.place):
-        trainer.train(resume_from_checkpoint=last_whole_checkpoint(setting.place))
+        checkpoint = last_whole_checkpoint(setting.place)
+        if not checkpoint or not trainer.was_done(Path(checkpoint)):
+            trainer.train(resume_from_checkpoint=checkpoint)
     curve = points(trainer.state.log_history, tokens)
     before, after = curve[0]["held_out"], min(point["held_out"] for point in curve)
     best = trainer.state.best_model_checkpoint if after < before else None

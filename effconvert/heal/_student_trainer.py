@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.integrations import unset_hf_deepspeed_config
 
 from effconvert.errors import OptionError
@@ -131,6 +131,11 @@ class StudentTrainer(Trainer):  # type: ignore[misc]
             return steps
         clock = torch.tensor(self.seconds / 60 / self.options.minutes, device=self.args.device)
         return max(steps, float(broadcast(clock)))
+
+    def was_done(self, checkpoint: Path) -> bool:
+        """Whether the training had ended with this checkpoint; its state is that of the Trainer then, which would do one more step if it went on."""
+        self.state: TrainerState = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        return self.progress() >= 1
 
     def log(self, logs: dict[str, float], *more: Any, **named: Any) -> None:
         """Add the time that training took until now, and the scores of the model to a measurement."""

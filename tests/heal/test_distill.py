@@ -230,6 +230,25 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(steps, monkeypatch):
     assert [point["tokens"] for point in curves[0]] == sorted({point["tokens"] for point in curves[1]})
 
 
+def test_a_run_that_was_stopped_behind_its_last_step_does_no_more(monkeypatch):
+    put(Path("model"), noise=1.0, only="weight")
+    run("model", Gqa(groups=1), Distill(**SHORT), place="whole")
+    with monkeypatch.context() as patched:
+        patched.setattr("effconvert.heal._distilling.points", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run("model", Gqa(groups=1), Distill(**SHORT), place="resumed")
+    assert (Path("resumed.training/checkpoints/checkpoint-40") / "config.json").is_file()
+    run("model", Gqa(groups=1), Distill(**SHORT), place="resumed")
+    whole, resumed = tensors(Path("whole")), tensors(Path("resumed"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    curves = [json.loads(Path(place, "effconvert.json").read_text())["distillation"]["curve"] for place in ("whole", "resumed")]
+    assert [(point["tokens"], point["held_out"]) for point in curves[0]] == [(point["tokens"], point["held_out"]) for point in curves[1]]
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 def test_a_checkpoint_that_a_kill_left_unfinished_is_left_out(monkeypatch):
     put(Path("model"), noise=1.0, only="weight")
     run("model", Gqa(groups=1), Distill(**SHORT), place="whole")
