@@ -29,7 +29,7 @@ class RopeLayout(Surgery):
     Some families turn neighbours (ernie4_5, helium, glm, gptj, codegen, roformer), others numbers that are half a head apart. The rows of queries and keys
     are put into the other order, and the result computes the same, in a class that more programs serve, or that more techniques of effconvert know: mla and
     moe take a llama, gqa and mixers a phi or a jina_embeddings_v3. Where RoPE turns only a part of a head and the new class turns all of it, the other pairs
-    get the frequency 0. No number is computed anew, so `--to` the old family undoes it where that is possible. docs/rope.md has the table.
+    get the frequency 0. No number is computed anew, so `--to` the old family undoes it where that is possible. docs/rope-layout.md has the table.
 
     \b
     Examples:
