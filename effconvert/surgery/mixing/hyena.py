@@ -30,13 +30,16 @@ class Hyena(Mixing):
     Values pass N long convolutions. After each a gate multiplies them: of keys, and after the last of queries. So only the gates know what tokens say, and
     filters the distance alone. The last filter of each head starts as the mean of its attention at each distance on the calibration text, over half of its
     window; all else starts neutral. Little is left of a pretrained model before --refit or --transfer, and it has to be trained on. Encoders have filters to
-    both sides. Reading a prompt of 2,048 tokens or more is faster than with softmax, and writing a token slower at every length measured.
-    Poli et al. 2023, arXiv 2302.10866; one filter for all channels of a head: Massaroli et al. 2023, arXiv 2310.18780.
+    both sides. On a CPU reading a prompt of 2,048 tokens or more is faster than with softmax, and writing a token slower at every length measured.
+    --recurrence makes each filter a sum of decaying waves, near to the mean of attention, and the conversion prints how near. Reading, training and writing
+    use these same filters; a decoder's state has a fixed size, and it writes a token faster than softmax at 8,192 tokens, slower at 512 and 2,048.
+    Poli et al. 2023, arXiv 2302.10866; one filter for all channels of a head, and the recurrence: Massaroli et al. 2023, arXiv 2310.18780.
 
     \b
     Examples:
       effconvert hyena --transfer ./SmolLM2-135M -o ./hyena
       effconvert hyena --length 512 --layers 1-29/2 --refit ./SmolLM2-135M
+      effconvert hyena --recurrence 16 --transfer ./SmolLM2-135M
     """
 
     facts: ClassVar[Facts] = Facts("models that attend", saves="time on long texts; KV cache with --recurrence", native="", exact="")
