@@ -83,7 +83,7 @@ def test_gradients_of_both_are_the_same():
 
 
 def test_whatever_is_stored_decays():
-    taps = waves(weights(size=10.0)).taps(1_000_000)
+    taps = waves(weights(size=4.0)).taps(100_000)
     assert taps.isfinite().all()
     assert float(taps[..., -1000:].abs().max()) < 1e-6 * float(taps.abs().max())
 
@@ -141,16 +141,17 @@ def test_a_model_reads_in_any_number_of_calls_with_padding_and_writes(kind, tmp_
     assert torch.equal(run(type(model).from_pretrained(tmp_path, dtype="float32"), tokens()), expected)
 
 
-def test_a_conversion_says_how_far_its_filters_are_off(model, command):
-    done = command("hyena", model, "-o", "waves", "--recurrence", 4, "--transfer", "--calibration-tokens", 256, "--no-verify")
+@pytest.mark.parametrize("heal", [[], pytest.param(["--transfer"], marks=pytest.mark.slow)], ids=["converted", "transferred"])
+def test_a_conversion_says_how_far_its_filters_are_off(model, command, heal):
+    done = command("hyena", model, "-o", "waves", "--recurrence", 4, *heal, "--calibration-tokens", 256, "--no-verify")
     assert done.exit_code == 0, done.output
     assert "filters: how far sums of waves are" in " ".join(done.output.split())
     manifest, kept = (json.loads((model.parent / "waves" / name).read_text()) for name in ("effconvert.json", "config.json"))
     assert list(manifest["layer_errors"]) == ["0", "1", "2"]
     for said in manifest["layer_errors"].values():
-        assert list(said) == ["filters", "before", "after"]
+        assert list(said) == ["filters", *(["before", "after"] if heal else [])]
         assert 0 < said["filters"] < 0.3
-        assert said["after"] <= said["before"]
+        assert not heal or said["after"] <= said["before"]
     assert kept["effconvert"]["replaced"][0]["options"]["recurrence"] == 4
 
 
