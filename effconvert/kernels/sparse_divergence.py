@@ -182,7 +182,7 @@ def _sparse_rows(  # type: ignore[no-untyped-def]
             q = logits(student, columns, U, ACC) * sharpness - q_norm
             rise = mass * tl.exp(q)
             if KIND < 3:  # the teacher spreads its tail as the student does
-                rise = slope(tl.minimum(tail + (q - (rest - q_norm)), tail), q, second, KIND)
+                rise = slope(tail + (q - (rest - q_norm)), q, second, KIND)
             rise = weight * sharpness * rise
             if CE:
                 rise += slope_ce(logits(student, columns, V, ACC), z_norm, columns, label, ce)
