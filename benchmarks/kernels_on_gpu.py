@@ -27,7 +27,7 @@ def of_divergence():
         labels = torch.arange(rows, device="cuda") % min(columns, theirs)
         results = []
         for function, kept in ((divergence_reference, torch.float64), (divergence, dtype), (divergence_reference, dtype)):
-            given = student.to(dtype).to(kept).requires_grad_()
+            given = student.to(dtype).to(kept).detach().requires_grad_()  # one of its own, whatever the types
             losses = function(given, teacher.to(dtype).to(kept), labels, kind, 2.0, 0.75, 0.25)
             losses.sum().backward()
             results.append((losses.detach().double(), given.grad.double()))
@@ -47,7 +47,7 @@ def of_sparse_divergence():
         numbers = weights / weights.sum(-1, keepdim=True) if kind == "samples" else outcomes(teacher.log_softmax(-1), ids)
         results = []
         for function, kept in ((sparse_divergence_reference, torch.float64), (sparse_divergence, dtype), (sparse_divergence_reference, dtype)):
-            given = student.to(dtype).to(kept).requires_grad_()
+            given = student.to(dtype).to(kept).detach().requires_grad_()  # one of its own, whatever the types
             losses = function(given, ids, numbers, labels, kind, vocabulary, 2.0, 0.75, 0.25)
             losses.sum().backward()
             results.append((losses.detach().double(), given.grad.double()))
