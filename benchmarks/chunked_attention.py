@@ -1,16 +1,12 @@
 """Time and peak memory of linear attention, with and without a window of softmax, by its kernels and by the reference, on one GPU.
 
-    python benchmarks/chunked_attention.py -o benchmarks/results/chunked-attention-DATE.csv
-    TRITON_INTERPRET=1 python benchmarks/chunked_attention.py --tiny      # on a CPU, to see that it runs
-
-Needs torch and triton alone. `error` is how far outputs are from the reference in float64, relative to the largest (2,048 tokens at most); `tbps` and
-`tflops` are the least bytes and operations of a forward pass (`cost`) a second. Rows are written as they come, the most telling first.
+Needs torch and triton alone; benchmarks/on_gpu.py has its command line. With --rest also the reference by torch.compile, and where there is no window
+flash-linear-attention, if it is installed. `error` is how far outputs are from the reference in float64, relative to the largest (2,048 tokens at most);
+`tbps` and `tflops` are the least bytes and operations of a forward pass (`cost`) a second. Rows are written as they come, the most telling first.
 """
 
-import argparse
-import csv
-import datetime
 import gc
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -18,11 +14,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.distill_step import versions
+from benchmarks.on_gpu import Table, baselines, left_out
 from effconvert.kernels.chunked_attention import chunked_attention, chunked_attention_reference, cost
 from effconvert.kernels.linear_attention import Window
 
-FIELDS = ["shape", "pass", "form", "batch", "tokens", "ms", "ms_p20", "ms_p80", "peak_mb", "tbps", "tflops", "error", "card", "date", "versions"]
+FIELDS = ["shape", "pass", "form", "batch", "tokens", "ms", "ms_p20", "ms_p80", "peak_mb", "tbps", "tflops", "error"]
 SHAPES = {  # KV heads, query heads that share one, width, features, window, states for a KV head
     "lolcats, 9 heads of 64": (3, 3, 64, 128, 64, 0),
     "lolcats, 32 heads of 128": (8, 4, 128, 256, 64, 0),
@@ -38,7 +34,19 @@ CELLS = [  # pass, batch, tokens
     ("with gradients", 1, 32768),
     ("step", 1, 1),
 ]
-REPEATS, WARMUP = 10, 2
+REST_SHAPES = SHAPES | {
+    "lolcats, 8 of 32 heads of 64": (8, 4, 64, 128, 64, 0),
+    "lolcats, window of 256": (8, 4, 128, 256, 256, 0),
+    "retention, 16 heads of 128": (16, 1, 128, 128, 0, 1),
+    "retention, 8 of 32 heads of 128": (8, 4, 128, 128, 0, 4),
+}
+REST = [
+    *itertools.product(("forward", "with gradients"), (1,), (512, 2048, 8192, 32768, 131072)),
+    *itertools.product(("forward", "with gradients"), (16,), (512, 2048)),
+    *itertools.product(("step",), (1, 4, 16, 64, 256), (1,)),
+]
+TINY_SHAPES, TINY = {"tiny": (1, 2, 16, 16, 8, 0), "tiny retention": (1, 2, 16, 16, 0, 2)}, [("forward", 1, 20), ("with gradients", 1, 20), ("step", 2, 1)]
+REPEATS, WARMUP = (10, 2) if torch.cuda.is_available() else (1, 1)
 
 
 def given(groups, shared, width, features, window, states, batch, tokens, device, dtype):
@@ -96,6 +104,32 @@ def timed(function, cuda):
     return sorted(found[WARMUP:]), (torch.cuda.max_memory_allocated() - before) / 1e6 if cuda else 0
 
 
+def fla(dtype):
+    """The same by flash-linear-attention, where there is a decay and no window: a state for each query head, tokens before heads."""
+    from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
+
+    def attend(query, key, value, state, fall):
+        shared, tokens = query.shape[2], query.shape[3]
+        queries = query.flatten(1, 2).transpose(1, 2).to(dtype)  # [B, T, H, m]
+        keys, values = (rows.repeat_interleave(shared, 1).transpose(1, 2).to(dtype) for rows in (key, value))
+        function = chunk_simple_gla if tokens > 1 else fused_recurrent_simple_gla
+        how = {"scale": 1.0, "initial_state": state.flatten(1, 2), "output_final_state": True}
+        out, after = function(queries, keys, values, fall.flatten(1, 2).mT, **how)
+        return out.transpose(1, 2).unflatten(1, (-1, shared)), after.unflatten(1, (-1, shared))
+
+    return attend
+
+
+def forms(windowed, tokens, table):
+    """Yield the name and the function of each form; each chunk of the reference is compiled for itself, so few of them."""
+    yield "effconvert", chunked_attention
+    yield "reference", chunked_attention_reference
+    if table.rest and table.cuda and tokens <= 2048:
+        yield "reference, torch.compile", torch.compile(chunked_attention_reference, dynamic=False)
+    if table.rest and not windowed:
+        yield from baselines(("fla", lambda: fla(torch.float32)), ("fla, bfloat16", lambda: fla(torch.bfloat16)))
+
+
 def call(function, arguments, trained):
     """Return a pass: forward, or with gradients."""
 
@@ -114,53 +148,36 @@ def call(function, arguments, trained):
 
 def main():
     """Measure, and append to a CSV."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("-o", "--output", type=Path)
-    parser.add_argument("--tiny", action="store_true")
-    chosen = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    shapes = {"tiny": (1, 2, 16, 16, 8, 0), "tiny retention": (1, 2, 16, 16, 0, 2)} if chosen.tiny else SHAPES
-    cells = [("forward", 1, 20), ("with gradients", 1, 20), ("step", 2, 1)] if chosen.tiny else CELLS
-    file = chosen.output.open("a", newline="") if chosen.output else sys.stdout
-    writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-    writer.writeheader()
-    common = {"card": torch.cuda.get_device_name() if cuda else "CPU", "date": datetime.datetime.now(datetime.UTC).date(), "versions": versions()}
+    table = Table(FIELDS)
+    cuda, shapes, cells = table.cuda, REST_SHAPES if table.rest else SHAPES, REST if table.rest else CELLS
+    if table.tiny:
+        shapes, cells = TINY_SHAPES, TINY
     for which, batch, tokens in cells:
         for shape, sizes in shapes.items():
-            for form, function in (("effconvert", chunked_attention), ("reference", chunked_attention_reference)):
-                gc.collect()
-                try:
-                    arguments = given(*sizes, batch, tokens, device, dtype)
-                    with torch.no_grad():
-                        error = float("nan")
-                        if tokens <= 2048:
-                            exact = chunked_attention_reference(**doubled(arguments))[0]
-                            error = float((function(**arguments)[0] - exact).abs().max() / exact.abs().max())
-                    times, peak = timed(call(function, arguments, which == "with gradients"), cuda)
-                except Exception as problem:
-                    print(f"{form}, {shape}, {which}, {tokens} tokens: {type(problem).__name__}: {str(problem)[:200]}", flush=True)
-                    continue
-                groups, shared, width, features, window, states = sizes
-                item = arguments["value"].itemsize
-                least = cost(batch, groups, shared, tokens, features, width, window, max(1, states), of_value=item)
-                middle = times[len(times) // 2]
-                numbers = {"ms": middle, "ms_p20": times[len(times) // 5], "ms_p80": times[len(times) * 4 // 5]}
-                row = {
-                    "shape": shape,
-                    "pass": which,
-                    "form": form,
-                    "batch": batch,
-                    "tokens": tokens,
-                    "peak_mb": f"{peak:.1f}",
-                    "error": f"{error:.1e}",
-                    **common,
-                }
-                rates = {"tbps": least.bytes, "tflops": least.flops} if which != "with gradients" else {}
-                row |= {name: f"{value:.4f}" for name, value in numbers.items()} | {name: f"{value / middle / 1e9:.3f}" for name, value in rates.items()}
-                writer.writerow(row)
-                file.flush()
-                del arguments
+            measure(table, which, batch, tokens, shape, sizes, cuda)
+
+
+def measure(table, which, batch, tokens, shape, sizes, cuda):
+    """Measure every form of a cell."""
+    for form, function in forms(sizes[4] > 0, tokens, table):
+        gc.collect()
+        try:
+            arguments = given(*sizes, batch, tokens, table.device, table.dtype)
+            with torch.no_grad():
+                error = float("nan")
+                if tokens <= 2048:
+                    exact = chunked_attention_reference(**doubled(arguments))[0]
+                    error = float((function(**arguments)[0] - exact).abs().max() / exact.abs().max())
+            times, peak = timed(call(function, arguments, which == "with gradients"), cuda)
+        except Exception as problem:
+            left_out(f"{form}, {shape}, {which}, {tokens} tokens", problem)
+            continue
+        groups, shared, width, features, window, states = sizes
+        least = cost(batch, groups, shared, tokens, features, width, window, max(1, states), of_value=arguments["value"].itemsize)
+        rates = {"tbps": least.bytes, "tflops": least.flops} if which != "with gradients" else {}
+        row = {"shape": shape, "pass": which, "form": form, "batch": batch, "tokens": tokens, "peak_mb": f"{peak:.1f}", "error": f"{error:.1e}"}
+        table.add(times, row | {name: f"{value / times[len(times) // 2] / 1e9:.3f}" for name, value in rates.items()})
+        del arguments
 
 
 if __name__ == "__main__":

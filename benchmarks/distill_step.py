@@ -1,83 +1,109 @@
 """Time and peak memory of the loss of one distillation step, with its gradients, in several forms on one GPU.
 
-    python benchmarks/distill_step.py -o benchmarks/results/distill-step-DATE.csv
-    python benchmarks/distill_step.py --tiny      # on a CPU, to see that it runs; the kernel then needs TRITON_INTERPRET=1
-
-Needs torch and triton alone, so that it runs on a bare machine; Liger and TRL are measured beside it where they are installed. All forms get the same
-numbers; how far their loss and gradients are from the first one's stands in their rows, which are written as they come.
+Needs torch and triton alone, so that it runs on a bare machine; Liger is measured beside it where it is installed. benchmarks/on_gpu.py has its command line.
+With --rest also other divergences, shapes, and what a cache keeps of a teacher (64 samples, or the 64 likeliest ids and a tail). All forms of a loss get the
+same numbers; how far their loss and gradients are from the first one's stands in their rows.
 """
 
-import argparse
-import csv
-import datetime
 import gc
 import os
 import statistics
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch.nn.functional import kl_div
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.on_gpu import Table, baselines, left_out
 from effconvert.heal import _in_pieces
+from effconvert.kernels._divergences import outcomes
 from effconvert.kernels.divergence import divergence, divergence_reference
+from effconvert.kernels.sparse_divergence import sparse_divergence, sparse_divergence_reference
 
-FIELDS = ["form", "tokens", "hidden", "vocabulary", "dtype", "ms", "ms_p20", "ms_p80", "peak_mb", "loss_error", "gradient_error", "tflops"]
-FIELDS += ["card", "date", "versions"]
+FIELDS = ["loss", "form", "tokens", "hidden", "vocabulary", "dtype", "ms", "ms_p20", "ms_p80", "peak_mb", "loss_error", "gradient_error", "tflops"]
 SHAPES = {"SmolLM2-135M": (8192, 576, 49152), "Llama-3.2-1B": (8192, 2048, 128256)}  # tokens, hidden width, vocabulary
-TINY = {"tiny": (64, 16, 96)}
-REPEATS, WARMUP = 20, 3
+REST_SHAPES = SHAPES | {"SmolLM2-135M, few tokens": (1024, 576, 49152), "Qwen3-0.6B": (8192, 1024, 151936), "Llama-3.1-8B": (4096, 4096, 128256)}
+TINY = {"tiny": (6, 16, 96)}
+LOSSES, REST_LOSSES = ("kl",), ("kl", "reverse-kl", "jsd", "samples", "kl of 64 ids")
+BETAS = {"kl": 0.0, "reverse-kl": 1.0, "jsd": 0.5}  # as Liger calls them
+KEPT = 64
+REPEATS, WARMUP = (20, 3) if torch.cuda.is_available() else (1, 1)
 
 
-def whole(hidden, weight, their_hidden, their_weight):
+def whole(function, hidden, weight, their_hidden, their_weight):
     """All logits at once."""
-    own, theirs = (hidden @ weight.T).float(), (their_hidden @ their_weight.T).float()
-    return kl_div(own.log_softmax(-1), theirs.log_softmax(-1), reduction="sum", log_target=True) / len(hidden)
+    return function(hidden @ weight.T, their_hidden @ their_weight.T, torch.full((len(hidden),), -100, device=hidden.device)).sum() / len(hidden)
 
 
-def in_pieces(rows, function):
+def in_pieces(rows, function, hidden, weight, their_hidden, their_weight):
     """The loss of effconvert, so many tokens at a time."""
+    labels = torch.full((len(hidden),), -100, device=hidden.device)
 
-    def loss(hidden, weight, their_hidden, their_weight):
-        labels = torch.full((len(hidden),), -100, device=hidden.device)
+    def part(own, at):
+        with torch.no_grad():
+            theirs = their_hidden[at] @ their_weight.T
+        return function(own @ weight.T, theirs, labels[at]).sum()
 
-        def part(own, at):
-            with torch.no_grad():
-                theirs = their_hidden[at] @ their_weight.T
-            return function(own @ weight.T, theirs, labels[at]).sum()
-
-        _in_pieces.ROWS = rows
-        return _in_pieces.summed(part, hidden, [weight]) / len(hidden)
-
-    return loss
+    _in_pieces.ROWS = rows
+    return _in_pieces.summed(part, hidden, [weight]) / len(hidden)
 
 
-def liger():
+def whole_kept(function, known, hidden, weight, *_):
+    """The same two towards what a cache has of a teacher."""
+    return function(hidden @ weight.T, *known, torch.full((len(hidden),), -100, device=hidden.device)).sum() / len(hidden)
+
+
+def kept_in_pieces(rows, function, known, hidden, weight, *_):
+    """So many tokens at a time."""
+    labels = torch.full((len(hidden),), -100, device=hidden.device)
+    _in_pieces.ROWS = rows
+    return _in_pieces.summed(lambda own, at: function(own @ weight.T, *(some[at] for some in known), labels[at]).sum(), hidden, [weight]) / len(hidden)
+
+
+def liger(beta):
     """Liger's chunked loss with gradients in the forward pass, half of it on the teacher (beta 0 is KL(teacher || student))."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    function = LigerFusedLinearJSDLoss(beta=0.0, weight_hard_loss=0.0, weight_soft_loss=1.0)
+    function = LigerFusedLinearJSDLoss(beta=beta, weight_hard_loss=0.0, weight_soft_loss=1.0)
 
     def loss(hidden, weight, their_hidden, their_weight):
-        return function(hidden, weight, their_hidden, their_weight, torch.zeros(len(hidden), dtype=torch.long, device=hidden.device))
+        labels = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
+        return function(hidden, weight, their_hidden, their_weight, labels, None, None)
 
     return loss
 
 
-def forms():
-    """Yield the name and the function of each form that can be run here."""
-    yield "all logits", whole
-    yield "all logits, torch.compile", torch.compile(whole)
+def kept_of(loss, inputs):
+    """Return ids and numbers of the teacher's distributions, as a cache has them."""
+    with torch.no_grad():
+        chunks = []
+        for hidden in inputs[2].split(1024):
+            log_probs = (hidden @ inputs[3].T).float().log_softmax(-1)
+            ids = log_probs.topk(KEPT).indices
+            numbers = outcomes(log_probs, ids)
+            chunks.append((ids, numbers[:, :-1].softmax(-1) if loss == "samples" else numbers))
+        return [torch.cat(some) for some in zip(*chunks, strict=True)]
+
+
+def forms(loss, inputs):
+    """Yield the name and the function of each form of a loss that can be run here."""
+    if loss in BETAS:
+        reference, kernel = partial(divergence_reference, kind=loss), partial(divergence, kind=loss)
+        all_at_once, few = partial(whole, reference), partial(partial, in_pieces)
+    else:
+        known, kind = kept_of(loss, inputs), loss.partition(" ")[0]
+        reference, kernel = partial(sparse_divergence_reference, kind=kind), partial(sparse_divergence, kind=kind)
+        all_at_once, few = partial(whole_kept, reference, known), lambda rows, function: partial(kept_in_pieces, rows, function, known)
+    yield "all logits", all_at_once
+    if inputs[0].is_cuda:
+        yield "all logits, torch.compile", torch.compile(all_at_once)
     for rows in (256, 1024, 4096):
-        yield f"effconvert, {rows} at a time", in_pieces(rows, divergence_reference)
-        yield f"effconvert, {rows} at a time, kernel", in_pieces(rows, divergence)
-    try:
-        yield "Liger", liger()
-    except ImportError as error:
-        print(f"left out: {error}", flush=True)
+        for name, function in (("", reference), (", kernel", kernel)):
+            yield f"effconvert, {rows} at a time{name}", few(rows, function)
+    if loss in BETAS:
+        yield from baselines(("Liger", lambda: liger(BETAS[loss])))
 
 
 def step(function, inputs):
@@ -109,59 +135,46 @@ def timed(function, inputs, cuda):
     return found[WARMUP:]
 
 
-def versions():
-    """Return the versions of what is measured."""
-    names = []
-    for name in ("torch", "triton", "liger-kernel", "trl"):
-        try:
-            names.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
-    return " ".join(names)
-
-
 def main():
     """Measure, and append to a CSV."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("-o", "--output", type=Path)
-    parser.add_argument("--tiny", action="store_true")
-    chosen = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    card = torch.cuda.get_device_name() if cuda else "CPU"
-    file = chosen.output.open("a", newline="") if chosen.output else sys.stdout
-    writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-    writer.writeheader()
-    for tokens, width, vocabulary in (TINY if chosen.tiny else SHAPES).values():
-        draw = torch.Generator(device).manual_seed(0)
-        shapes = ((tokens, width), (vocabulary, width)) * 2
-        inputs = [torch.randn(shape, generator=draw, device=device, dtype=dtype) / width**0.25 for shape in shapes]
+    table = Table(FIELDS)
+    shapes, losses = (REST_SHAPES, REST_LOSSES) if table.rest else (SHAPES, LOSSES)
+    for sizes in (TINY if table.tiny else shapes).values():
+        tokens, width, vocabulary = sizes
+        draw = torch.Generator(table.device).manual_seed(0)
+        inputs = [
+            torch.randn(shape, generator=draw, device=table.device, dtype=table.dtype) / width**0.25 for shape in ((tokens, width), (vocabulary, width)) * 2
+        ]
         for tensor in inputs[:2]:
             tensor.requires_grad_()
-        exact = None
-        for name, function in forms():
-            try:
-                gc.collect()
-                if cuda:
-                    torch.cuda.empty_cache()
-                    torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated() if cuda else 0
-                loss = step(function, inputs)
-                peak = (torch.cuda.max_memory_allocated() - before) / 1e6 if cuda else 0
-                found = [loss.double(), *(tensor.grad.double() for tensor in inputs[:2])]
-                exact = exact or found
-                errors = [float((some - other).norm() / other.norm()) for some, other in zip(found, exact, strict=True)]
-                times = sorted(timed(function, inputs, cuda))
-            except Exception as error:
-                print(f"{name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
-                continue
-            middle = statistics.median(times)
-            row = {"form": name, "tokens": tokens, "hidden": width, "vocabulary": vocabulary, "dtype": str(dtype).removeprefix("torch.")}
-            row |= {"ms": f"{middle:.3f}", "ms_p20": f"{times[len(times) // 5]:.3f}", "ms_p80": f"{times[len(times) * 4 // 5]:.3f}", "peak_mb": f"{peak:.0f}"}
-            row |= {"loss_error": f"{errors[0]:.1e}", "gradient_error": f"{max(errors[1:]):.1e}"}
-            row |= {"tflops": f"{8 * tokens * width * vocabulary / middle / 1e9:.1f}", "card": card}
-            writer.writerow({**row, "date": datetime.datetime.now(datetime.UTC).date(), "versions": versions()})
-            file.flush()
+        for loss in losses:
+            measure(table, loss, inputs)
+
+
+def measure(table, loss, inputs):
+    """Measure every form of a loss."""
+    (tokens, width), vocabulary, cuda = inputs[0].shape, len(inputs[1]), table.cuda
+    exact = None
+    for name, function in forms(loss, inputs):
+        try:
+            gc.collect()
+            if cuda:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated() if cuda else 0
+            value = step(function, inputs)
+            peak = (torch.cuda.max_memory_allocated() - before) / 1e6 if cuda else 0
+            found = [value.double(), *(tensor.grad.double() for tensor in inputs[:2])]
+            exact = exact or found
+            errors = [float((some - other).norm() / other.norm()) for some, other in zip(found, exact, strict=True)]
+            times = timed(function, inputs, cuda)
+        except Exception as error:
+            left_out(f"{name}, {loss}", error)
+            continue
+        row = {"loss": loss, "form": name, "tokens": tokens, "hidden": width, "vocabulary": vocabulary, "dtype": str(table.dtype).removeprefix("torch.")}
+        row |= {"peak_mb": f"{peak:.0f}", "loss_error": f"{errors[0]:.1e}", "gradient_error": f"{max(errors[1:]):.1e}"}
+        products = 4 if loss in BETAS else 3  # logits of both, and two gradients
+        table.add(times, row | {"tflops": f"{2 * products * tokens * width * vocabulary / statistics.median(times) / 1e9:.1f}"})
 
 
 if __name__ == "__main__":
