@@ -12,7 +12,7 @@ from effconvert.kernels.choice import cannot, runs_triton
 from effconvert.modeling import latent
 from effconvert.modeling.decoding import OPERATION, by_groups, decoded, of_one_width
 from effconvert.modeling.grouped import unique_heads
-from effconvert.modeling.packed import Packing
+from effconvert.modeling.packed import arrange
 from effconvert.modeling.places import NAME as OWN_NAME
 from effconvert.modeling.places import Own
 from effconvert.modeling.state import State
@@ -28,7 +28,7 @@ from effconvert.modeling.transformers_internals import (
     sdpa,
     sdpa_mask,
 )
-from effconvert.surgery.mixing._call import Call, Rotation, padding_first, reorder
+from effconvert.surgery.mixing._call import Call, Rotation
 from effconvert.surgery.mixing._mixing import Mixing
 
 NAME = "effconvert"  # of our function in transformers' registry
@@ -90,26 +90,16 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
     state, hidden, angles = mixing
     if not module.effconvert.config.rotary_of(module.effconvert.index):
         angles = None  # transformers passes angles to layers without RoPE too
-    tokens, scaling = query.shape[-2], kwargs.get("scaling")
-    live = _visible(attention_mask, 0, tokens, len(query), query.device)
-    causal, order, packing = module.effconvert.config.decoder, None, None
-    if causal and attention_mask is not None and state is None and (packing := _packing(attention_mask, live)):
-        query, key, value, hidden = map(packing.split, (query, key, value, hidden))
-        angles = angles and tuple(map(packing.split, angles))
-        live = packing.live
-    if causal and attention_mask is not None and live.shape[1] > 1:  # move padding to the front, so that live tokens are contiguous
-        order = padding_first(live)
-        query, key, value, hidden = (reorder(rows, order) for rows in (query, key, value, hidden))
-        live = live.gather(1, order)
-    rotation = None if angles is None else Rotation(rotary(module), angles, order)
+    causal, scaling = module.effconvert.config.decoder, kwargs.get("scaling")
+    arranged = arrange(attention_mask, query, causal, state is None)
+    query, key, value, hidden = map(arranged.rows, (query, key, value, hidden))
+    if arranged.packing:
+        angles = angles and tuple(map(arranged.packing.split, angles))
+    rotation = None if angles is None else Rotation(rotary(module), angles, arranged.order)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     padded, kernels = attention_mask is not None, getattr(module, "kernels", "auto")
-    call = Call(query, key, value, scaling, live, causal, state, hidden, rotation, kwargs.get("softcap"), padded, kernels=kernels)
-    out = module.effconvert(call)
-    if order is not None:
-        out = reorder(out, order.argsort(1))
-    if packing:
-        out = packing.join(out)
+    call = Call(query, key, value, scaling, arranged.live, causal, state, hidden, rotation, kwargs.get("softcap"), padded, kernels=kernels)
+    out = arranged.back(module.effconvert(call))
     return out.to(query.dtype).transpose(1, 2).contiguous(), None
 
 
@@ -162,22 +152,6 @@ def choose(model: Any, kernels: str) -> None:
     model.__dict__[BEFORE] = before
     for module in modules:
         module.softmax = before
-
-
-def _visible(mask: Tensor | None, back: int, tokens: int, batch: int, device: torch.device) -> Tensor:
-    """Return which new tokens may see the token `back` before them, [B, T - back]. Padding may not even see itself."""
-    if mask is None:
-        return torch.ones(batch, tokens - back, dtype=torch.bool, device=device)
-    diagonal = mask[:, 0].diagonal(mask.shape[-1] - tokens - back, -2, -1)
-    return (diagonal if mask.dtype == torch.bool else diagonal == 0).expand(batch, -1)
-
-
-def _packing(mask: Tensor, live: Tensor) -> Packing | None:
-    """Find texts that share a row, where no token is padding: the first token of each text may not see the token before it."""
-    if not bool(live.all()):
-        return None
-    follows = _visible(mask, 1, live.shape[1], len(live), live.device)
-    return Packing.from_starts(live & ~nn.functional.pad(follows, (1, 0)))
 
 
 AttentionInterface.register(NAME, attend)

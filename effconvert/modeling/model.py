@@ -85,7 +85,7 @@ class ConvertedModel(Outside, Sharing):
                 share(module, ours)
             for record in ours.replaced_in(index):
                 technique = technique_of(record)
-                if isinstance(technique, Mixing):
+                if isinstance(technique, Mixing) and record.place == technique.place:
                     install(module, technique, ours, index)
                 else:
                     put(layer, record, ours, index)

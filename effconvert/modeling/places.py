@@ -1,7 +1,8 @@
 """Techniques inside modules of transformers' models: the module at a place keeps its name, and runs the technique."""
 # B = batch, T = tokens, M = hidden width.
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from inspect import signature
 from typing import Any
 
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.replaced import OWN, Replaced
 from effconvert.modeling.attending import Attending
+from effconvert.modeling.packed import arrange
 from effconvert.modeling.state import State
 from effconvert.modeling.transformers_internals import cache_among
 from effconvert.surgery._placed import technique_of
 from effconvert.surgery._replacement import PlaceContext, Placed
+from effconvert.surgery.mixing._call import Call
 
 NAME = OWN.removesuffix(".")  # of the child module with a technique's parameters
 
@@ -26,6 +29,7 @@ class Own(nn.Module):
         super().__init__()
         self.technique: Any = technique
         self.config, self.index, self.place = config, index, place
+        self.noted: tuple[Tensor | None, State | None] | None = None  # mask of attention and state, while a layer runs whose FFN reads earlier tokens
         for name, shape in technique.parameters(config, place).items():
             if name in technique.whole_numbers:
                 self.register_buffer(name, torch.zeros(shape, dtype=torch.int64))
@@ -103,8 +107,32 @@ def put(layer: nn.Module, record: Replaced, config: Config, index: int) -> None:
     module: Any = layer.get_submodule(path)
     for part in record.drops:
         _drop(layer, path, config.parts.get(part, ""))
-    setattr(module, NAME, Own(technique_of(record), config, index, record.place))
+    own = Own(technique_of(record), config, index, record.place)
+    setattr(module, NAME, own)
+    if record.place == "ffn" and own.technique.shifts:
+        layer.register_forward_pre_hook(partial(_note, own, tuple(signature(layer.forward).parameters)), with_kwargs=True)
+        layer.register_forward_hook(partial(_forget, own), always_call=True)
     module.__class__ = _class_with_technique(type(module))  # type: ignore[arg-type]
+
+
+def _note(own: Own, names: tuple[str, ...], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Keep for an FFN what its layer is called with: the mask of attention, and the layer's state in the cache."""
+    arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+    cache = cache_among(arguments.values())
+    own.noted = arguments.get("attention_mask"), None if cache is None else cache.layers[own.index]
+
+
+def _forget(own: Own, *_: Any) -> None:
+    own.noted = None
+
+
+def _shifting(own: Own, hidden: Tensor, original: Callable[[Tensor], Tensor]) -> Tensor:
+    """Run a technique that reads earlier tokens on an FFN's inputs [B, T, M]."""
+    mask, state = own.noted or (None, None)
+    arranged = arrange(mask, hidden, own.config.decoder, state is None)
+    hidden = arranged.rows(hidden)
+    call = Call(hidden, hidden, hidden, 1.0, arranged.live, own.config.decoder, state, hidden, None, padded=mask is not None)
+    return arranged.back(own.technique.forward(own.weights, hidden, PlaceContext(original, arranged.live, call=call)))
 
 
 def _drop(layer: nn.Module, path: str, part: str) -> None:
@@ -138,6 +166,8 @@ def _class_with_technique(family: type[nn.Module]) -> type[nn.Module]:
         own: Own = getattr(self, NAME)
         arguments = {**dict(zip(names, args[1:], strict=False)), **kwargs}
         attention = Attending(self, own.config, own.index, arguments) if own.place == "attention" else None
+        if own.place == "ffn" and own.technique.shifts:
+            return _shifting(own, hidden, original)
         result: Tensor = own.technique.forward(own.weights, hidden, PlaceContext(original, _live(hidden, arguments), attention))
         if getattr(self, "weight", result) is None and self.bias is not None:  # a projection without its matrix
             result = result + self.bias

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from effconvert.checkpoint.config import Config
     from effconvert.checkpoint.layer import Layer
-    from effconvert.surgery.mixing._call import Slots
+    from effconvert.surgery.mixing._call import Call, Slots
 
 BYTES = {"float32": 4, "bool": 1, "int64": 8}
 
@@ -44,6 +44,7 @@ class PlaceContext:
     original: Callable[[Tensor], Tensor]  # the family's own module, as a function of hidden states; without the parts that were dropped
     live: Tensor  # which tokens are not padding, bool [B, T]; all True where that is not known
     attention: AttendingProtocol | None = None  # at the place of attention
+    call: Call | None = None  # at the place of the FFN of a technique that `shifts`: its hidden states with the layer's state; live tokens stand last
 
 
 class Placed(Surgery):
@@ -113,6 +114,7 @@ class Replacement(Layerwise, Placed):
     drops: ClassVar[tuple[str, ...]] = ()  # parts that it removes
     where: ClassVar[frozenset[str]] = frozenset({"layers"})  # options that choose layers, which config.json does not keep
     chunks: ClassVar[bool] = False  # whether all it does is to run the module of its place some tokens at a time
+    shifts: ClassVar[bool] = False  # whether it reads earlier tokens at the place of the FFN
     transfer_place: ClassVar[str] = ""  # the place whose output `transfer` trains it to reproduce; empty: its own
 
     def places(self, config: Config) -> tuple[str, ...]:
@@ -197,8 +199,9 @@ class Replacement(Layerwise, Placed):
         places = self.places(layer.config)
         if layer.shapes_only and layer.index == min(self.chosen(layer.config)):
             self._check_file(layer.config, layer.index)
-        for place in places:
-            shapes, values = self.parameters(layer.config, place), self.values(layer, place)
+        found = {place: self.values(layer, place) for place in places}  # all are fitted to the layer as it was
+        for place, values in found.items():
+            shapes = self.parameters(layer.config, place)
             self._check_values("values", values, shapes, place)
             for name in shapes:
                 layer[f"{place}.{OWN}{name}"] = values[name]

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import BeforeValidator, Field
 
+from effconvert.errors import ModelError
+from effconvert.surgery._replacement import PlaceContext
 from effconvert.surgery._surgery import Facts
-from effconvert.surgery.mixing import _rwkv4, _rwkv7
+from effconvert.surgery.mixing import _channel_mix, _rwkv4, _rwkv7
 from effconvert.surgery.mixing._mixing import Mixing
 
 if TYPE_CHECKING:
@@ -51,28 +53,49 @@ class Rwkv(Mixing):
     et al. 2025, arXiv 2505.03005) queries are receptances, and keys, values, outputs, norms and FFN stay. Peng et al. 2025, arXiv 2503.14456.
     --version 4: a mean of earlier values, weighted by exp(k - w distance) in each channel, times a gate. No query chooses what it sees. Keys and decays
     begin as they come closest to the attention, by least squares. Peng et al. 2023, arXiv 2305.13048.
+    --channel-mix: the FFN too becomes RWKV's, value relu(key x)^2, with a receptance in version 4, for each of whose neurons two stand: a product g u is a
+    difference of squares, and least squares mend the rest. It begins without a shift and loses little by itself; it is no smaller than the FFN.
     Both see the token before (token shift), and have to be trained again. transformers' rwkv has no class for the result: its norms, FFN and biases are
     RWKV's own. On a CPU version 7 is no faster than softmax up to 2,048 tokens, and nearly twice as fast at 8,192; version 4 is slower at 512.
 
     \b
     Examples:
       effconvert rwkv --layers 1-29/2 ./SmolLM2-135M -o ./rwkv
-      effconvert rwkv --version 4 --transfer ./SmolLM2-135M
+      effconvert rwkv --version 4 --channel-mix --transfer ./SmolLM2-135M
     """
 
     facts: ClassVar[Facts] = Facts("decoders", saves="KV cache: a state of fixed size", native="", exact="")
 
+    shifts = True
     no_encoders = "goes through a text once, from its first token; encoders see later tokens too: linear and performer are for them"
 
     version: Annotated[Literal["4", "7"], BeforeValidator(_word)] = Field("7", description="RWKV-4, or RWKV-7 with a matrix for each KV head.")
 
+    channel_mix: bool = Field(False, description="RWKV's channel mixing in place of the FFN too: it begins as the FFN, with twice the neurons.")
+
+    def places(self, config: Config) -> tuple[str, ...]:
+        """Between the projections, and with --channel-mix the FFN."""
+        return ("scores", "ffn") if self.channel_mix else ("scores",)
+
+    def dropped(self, config: Config, place: str) -> tuple[str, ...]:
+        """Return the FFN's own projections."""
+        return tuple(part for part in ("gate", "up", "down") if part in config.parts) if place == "ffn" else ()
+
+    def check(self, config: Config) -> None:
+        """Refuse families without a module for their FFN, where that is to go."""
+        if self.channel_mix and config.family.experts_key:
+            raise ModelError(f"{config.kind} has experts in place of an FFN, which channel mixing cannot take the place of; leave out --channel-mix")
+        super().check(config)
+        for place in self.places(config):
+            config.place(place)
+
     def parameters(self, config: Config, place: str = "") -> Mapping[str, tuple[int, ...]]:
         """Decays, shifts, and what the tokens' weights depend on."""
-        return self._maths.parameters(config)
+        return _channel_mix.parameters(config, self.version == "4") if place == "ffn" else self._maths.parameters(config)
 
     def initial_values(self, config: Config, index: int, place: str = "") -> Mapping[str, Tensor]:
-        """No shift, no bonus and an open gate."""
-        return self._maths.initial_values(config, index)
+        """No shift, no bonus and an open gate; channel mixing begins with calibration alone."""
+        return {} if place == "ffn" else self._maths.initial_values(config, index)
 
     def needs_calibration(self, config: Config) -> bool:
         """Decays are fitted."""
@@ -82,13 +105,37 @@ class Rwkv(Mixing):
         """Fit what can be read off the attention."""
         return self._maths.fit(layer, values)
 
+    def values(self, layer: Layer, place: str) -> Mapping[str, Tensor]:
+        """Fit channel mixing to the FFN; see `fit`."""
+        if place != "ffn" or layer.shapes_only or not layer.activations:
+            return super().values(layer, place)
+        return _channel_mix.fitted(layer, self.version == "4")
+
+    def layer(self, layer: Layer) -> None:
+        """Add the new parameters, and delete the FFN that channel mixing replaces."""
+        super().layer(layer)
+        for part in [part for place in self.places(layer.config) for part in self.dropped(layer.config, place)]:
+            for name in (part, f"{part}.bias"):
+                if name in layer:
+                    del layer[name]
+
+    def fit_bytes(self, config: Config) -> int:
+        """With --channel-mix the moments of twice the neurons, and what solving takes."""
+        return 4 * 8 * (2 * config.ffn) ** 2 if self.channel_mix else 0
+
     def cache_slots(self, config: Config) -> Slots:
         """The state, and the last token."""
-        return self._maths.cache_slots(config)
+        slots = self._maths.cache_slots(config)
+        return {**slots, _channel_mix.LAST: ((config.hidden,), "model")} if self.channel_mix else slots
 
     def mix(self, weights: Mapping[str, Tensor], call: Call) -> Tensor:
         """Mix tokens over time."""
         return self._maths.mix(weights, call)
+
+    def forward(self, weights: Mapping[str, Tensor], hidden: Tensor, context: PlaceContext) -> Tensor:
+        """Mix channels in place of the FFN."""
+        assert context.call
+        return _channel_mix.mix(weights, context.call)
 
     @property
     def _maths(self) -> Version:
