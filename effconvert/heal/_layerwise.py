@@ -205,9 +205,8 @@ class LayerRunner:
 def skeleton(config: Config, device: torch.device, architecture: str) -> Any:
     """Build a model of `config` of the class `architecture`, with buffers and without weights."""
     from accelerate import init_empty_weights
-    from transformers.initialization import no_init_weights
 
-    from effconvert.modeling.transformers_internals import attend_by
+    from effconvert.modeling.transformers_internals import attend_by, no_init_weights
 
     register()
     config = config.alone

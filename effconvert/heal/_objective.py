@@ -62,9 +62,11 @@ class Objective:
             student = head(own)
             if runs_triton(student.device, "divergence"):
                 from effconvert.kernels.divergence import divergence  # imports triton
+
+                teacher = teacher.to(student.dtype)
             else:
                 divergence = divergence_reference
-            return divergence(student, teacher.to(student.dtype), labels[rows], self.kind, self.temperature, self.weight, ce).sum()
+            return divergence(student, teacher, labels[rows], self.kind, self.temperature, self.weight, ce).sum()
 
         return summed(loss, hidden, head.parameters(), self.again) / len(hidden)
 

@@ -10,7 +10,6 @@ from accelerate.utils import broadcast
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerState
-from transformers.integrations import unset_hf_deepspeed_config
 
 from effconvert.errors import OptionError
 from effconvert.heal._balance import balance
@@ -19,6 +18,7 @@ from effconvert.heal._lora import NAMES, RATE, Adapters
 from effconvert.heal._projections import Projections
 from effconvert.heal._training_log import SCORE
 from effconvert.heal.distill import Distill
+from effconvert.modeling.transformers_internals import unset_hf_deepspeed_config
 
 Scores = Callable[[Any], Mapping[str, float]]  # model -> its scores by name
 WARMUP = 0.05  # of a training

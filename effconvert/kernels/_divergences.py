@@ -73,4 +73,4 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
 
 def _with_ce(loss: Tensor, student: Tensor, labels: Tensor, ce: float) -> Tensor:
     """Add the cross-entropy with labels [C]; those that are negative add nothing."""
-    return loss + ce * cross_entropy(student, labels, reduction="none", ignore_index=-100) if ce else loss
+    return loss + ce * cross_entropy(student, labels.clamp_min(-1), reduction="none", ignore_index=-1) if ce else loss

@@ -29,7 +29,7 @@ class Own(nn.Module):
         super().__init__()
         self.technique: Any = technique
         self.config, self.index, self.place = config, index, place
-        self.noted: tuple[Tensor | None, State | None] | None = None  # mask of attention and state, while a layer runs whose FFN reads earlier tokens
+        self.noted: tuple[Tensor | None, State | None] | None = None  # mask and state, from attention to an FFN that reads earlier tokens
         for name, shape in technique.parameters(config, place).items():
             if name in technique.whole_numbers:
                 self.register_buffer(name, torch.zeros(shape, dtype=torch.int64))
@@ -110,25 +110,21 @@ def put(layer: nn.Module, record: Replaced, config: Config, index: int) -> None:
     own = Own(technique_of(record), config, index, record.place)
     setattr(module, NAME, own)
     if record.place == "ffn" and own.technique.shifts:
-        layer.register_forward_pre_hook(partial(_note, own, tuple(signature(layer.forward).parameters)), with_kwargs=True)
-        layer.register_forward_hook(partial(_forget, own), always_call=True)
+        attention: Any = layer.get_submodule(config.attention)  # which a layer runs first, also where it computes activations again for gradients
+        attention.register_forward_pre_hook(partial(_note, own, tuple(signature(attention.forward).parameters)), with_kwargs=True)
     module.__class__ = _class_with_technique(type(module))  # type: ignore[arg-type]
 
 
 def _note(own: Own, names: tuple[str, ...], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Keep for an FFN what its layer is called with: the mask of attention, and the layer's state in the cache."""
+    """Keep for an FFN what its layer's attention is called with: the mask, and the layer's state in the cache."""
     arguments = {**dict(zip(names, args, strict=False)), **kwargs}
     cache = cache_among(arguments.values())
     own.noted = arguments.get("attention_mask"), None if cache is None else cache.layers[own.index]
 
 
-def _forget(own: Own, *_: Any) -> None:
-    own.noted = None
-
-
 def _shifting(own: Own, hidden: Tensor, original: Callable[[Tensor], Tensor]) -> Tensor:
     """Run a technique that reads earlier tokens on an FFN's inputs [B, T, M]."""
-    mask, state = own.noted or (None, None)
+    (mask, state), own.noted = own.noted or (None, None), None
     arranged = arrange(mask, hidden, own.config.decoder, state is None)
     hidden = arranged.rows(hidden)
     call = Call(hidden, hidden, hidden, 1.0, arranged.live, own.config.decoder, state, hidden, None, padded=mask is not None)

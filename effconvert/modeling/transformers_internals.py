@@ -31,6 +31,8 @@ try:
     from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.initialization import no_init_weights
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
     from transformers.integrations.integration_utils import get_available_reporting_integrations
     from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
     from transformers.modeling_outputs import BaseModelOutput
@@ -50,7 +52,9 @@ __all__ = [
     "DynamicCache",
     "DynamicLayer",
     "eager_mask",
+    "no_init_weights",
     "sdpa_mask",
+    "unset_hf_deepspeed_config",
 ]
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # of a model's argument for the cache: since 5.24, before, and before of models with states
 CHECKPOINTING = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the newer name first

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from effconvert.errors import ModelError
 from effconvert.families import FAMILIES
@@ -11,9 +12,8 @@ from effconvert.surgery.mixing import _channel_mix
 from effconvert.surgery.mixing._call import Call
 from effconvert.surgery.mixing.rwkv import Rwkv
 from tests.heal.healing import apart, opened, prose, put, run
-from tests.mixers.mixing import AS_OTHERS, CAPPED, DECODERS, SAME, far, in_pieces, positions, tokens
+from tests.mixers.mixing import AS_OTHERS, CAPPED, DECODERS, SAME, far, in_pieces, keep_no_activations, positions, tokens, with_cache
 from tests.mixers.mixing import run as logits_of
-from tests.models import cases
 
 FITTING = [kind for kind in DECODERS if FAMILIES[kind].ffn and "ffn" not in FAMILIES[kind].adds_inside and not FAMILIES[kind].experts_key]
 FITTING = [(f"{version}", kind) for kind in FITTING if kind not in (*CAPPED, *AS_OTHERS) for version in (4, 7)]
@@ -53,7 +53,7 @@ def test_it_is_the_formula_of_the_paper(receptance):
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("version", "kind"), cases(FITTING, always=("llama", "gpt2")))
+@pytest.mark.parametrize(("version", "kind"), FITTING)
 def test_the_token_before_counts_however_a_text_is_split_and_padded(version, kind):
     put(Path("model"), kind, noise=1.0)
     outcome = run("model", Rwkv(version=version, channel_mix=True))
@@ -92,6 +92,29 @@ def test_it_is_saved_read_again_and_trained():
     own = {name: parameter for name, parameter in model.named_parameters() if "mlp.effconvert." in name}
     assert len(own) == 7 * model.config.num_hidden_layers
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in own.values())
+
+
+def test_checkpointed_gradients_of_padded_rows_are_the_plain_ones():
+    put(Path("model"), noise=1.0)
+    run("model", Rwkv(channel_mix=True))
+    model, mask = shaken().train(), torch.ones(2, 20, dtype=torch.long)
+    mask[1, :6] = 0
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            keep_no_activations(model)
+        model.zero_grad()
+        model(tokens(), attention_mask=mask, labels=tokens().where(mask == 1, -100)).loss.backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None})
+    assert all(torch.allclose(gradients[1][name], gradient, atol=1e-6) for name, gradient in gradients[0].items())
+
+
+def test_a_cache_without_room_for_its_state_is_refused():
+    put(Path("model"), noise=1.0)
+    run("model", Rwkv(channel_mix=True))
+    model = opened("out", dtype=torch.float32)
+    with pytest.raises(ValueError, match="no room for the state of the mixer in layer 0; leave it out, or make one"):
+        model(tokens(), **with_cache(model, DynamicCache()))
 
 
 def test_texts_in_one_row_do_not_see_each_other():

@@ -281,4 +281,6 @@ def test_a_model_that_does_not_say_how_long_a_text_may_be_needs_the_length():
     with pytest.raises(ModelError, match="how long a text may be"):
         Hyena().check(unsaid)
     Hyena(length=9).check(unsaid)
+    with pytest.raises(OptionError, match="--length 65 is more than the 64 tokens that this model reads at most; leave it out"):
+        Hyena(length=65).check(config("llama", num_key_value_heads=GROUPS, max_position_embeddings=64))
     Hyena(filter="implicit").check(unsaid)

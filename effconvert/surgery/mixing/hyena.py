@@ -85,6 +85,8 @@ class Hyena(Mixing):
         """Refuse models that do not say how long a text may be, where that decides, and a recurrence for encoders."""
         super().check(config)
         self._lags(config)
+        if self.length and config.longest and self.length > config.longest:
+            raise OptionError(f"--length {self.length} is more than the {config.longest} tokens that this model reads at most; leave it out, which means all")
         if self.recurrence and not config.decoder:
             raise OptionError(
                 f"{config.kind} is an {config.role}, which sees later tokens too and keeps no state, so --recurrence is for decoders; leave it out"
