@@ -46,7 +46,7 @@ class StudentTrainer(Trainer):  # type: ignore[misc]
 
     @property
     def zero(self) -> Any:
-        """What accelerate was told of DeepSpeed's ZeRO; None without it."""
+        """accelerate's settings of DeepSpeed's ZeRO; None without it."""
         return self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
 
     @property

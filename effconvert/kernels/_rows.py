@@ -70,6 +70,12 @@ def slope(p, q, second, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def loss_ce(row, norm, label, ce, ACC: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the cross-entropy of a row of logits with a label; negative: none."""
+    return tl.where(label >= 0, ce * (norm - tl.load(row + label, mask=label >= 0, other=0.0).to(ACC)), 0.0)
+
+
+@triton.jit
 def slope_ce(values, norm, columns, label, ce):  # type: ignore[no-untyped-def]
     """Return the gradient of the cross-entropy with a label; negative: none."""
     likely = tl.exp(values - norm) - tl.where(columns == label, 1.0, 0.0)

@@ -19,7 +19,7 @@ from torch import Tensor
 from effconvert.kernels._cost import Cost
 from effconvert.kernels._divergences import divergence_reference
 from effconvert.kernels._kinds import KINDS, Kind
-from effconvert.kernels._rows import BLOCK, LOWEST, WARPS, check_logits, logits, register_gradient, results, slope, slope_ce, terms, wider
+from effconvert.kernels._rows import BLOCK, LOWEST, WARPS, check_logits, logits, loss_ce, register_gradient, results, slope, slope_ce, terms, wider
 
 __all__ = ["cost", "divergence", "divergence_reference"]
 
@@ -123,8 +123,7 @@ def _rows(  # type: ignore[no-untyped-def]
     z_norm = zero
     if CE:
         z_norm = z_top + tl.log(z_sum)
-        own = tl.load(student + label, mask=label >= 0, other=0.0).to(ACC)
-        loss += tl.where(label >= 0, ce * (z_norm - own), 0.0)
+        loss += loss_ce(student, z_norm, label, ce, ACC)
     tl.store(losses + row, loss)
 
     if GRADIENT:

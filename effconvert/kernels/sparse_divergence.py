@@ -20,7 +20,7 @@ from torch import Tensor
 from effconvert.kernels._cost import Cost
 from effconvert.kernels._divergences import sparse_divergence_reference
 from effconvert.kernels._kinds import SPARSE_KINDS, SparseKind
-from effconvert.kernels._rows import BLOCK, LOWEST, WARPS, check_logits, logits, register_gradient, results, slope, slope_ce, terms, wider
+from effconvert.kernels._rows import BLOCK, LOWEST, WARPS, check_logits, logits, loss_ce, register_gradient, results, slope, slope_ce, terms, wider
 
 __all__ = ["cost", "sparse_divergence", "sparse_divergence_reference"]
 
@@ -124,6 +124,39 @@ def _outcomes(student, ids, numbers, at, K, U, rest, sharpness, TAIL: tl.constex
 
 
 @triton.jit
+def _write_gradient(  # type: ignore[no-untyped-def]
+    student, ids, numbers, gradient, V, U, K, rest, p_norm, q_norm, z_norm, second, mass, label, sharpness, weight, ce,
+    KIND: tl.constexpr, TAIL: tl.constexpr, CE: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of a row as if no id had been kept, and then those of the ids over it."""
+    tail = tl.maximum(tl.load(numbers + K, mask=TAIL > 0, other=LOWEST).to(ACC), LOWEST) - p_norm
+    for start in range(0, V, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        q = logits(student, columns, U, ACC) * sharpness - q_norm
+        rise = mass * tl.exp(q)
+        if KIND < 3:  # the teacher spreads its tail as the student does
+            rise = slope(tail + (q - (rest - q_norm)), q, second, KIND)
+        rise = weight * sharpness * rise
+        if CE:
+            rise += slope_ce(logits(student, columns, V, ACC), z_norm, columns, label, ce)
+        tl.store(gradient + columns, rise.to(gradient.dtype.element_ty), mask=columns < V)
+    tl.debug_barrier()  # other threads' numbers are written over
+    for start in range(0, K, SIZE):
+        at = start + tl.arange(0, SIZE)
+        which, own, known = _outcomes(student, ids, numbers, at, K, U, rest, sharpness, TAIL, ACC)
+        written = at < K
+        if KIND < 3:
+            rise = slope(known - p_norm, own - q_norm, second, KIND)
+        else:
+            written &= known > 0
+            rise = mass * tl.exp(own - q_norm) - tl.where(written, known, 0.0)
+        rise = weight * sharpness * rise
+        if CE:
+            rise += slope_ce(logits(student, which, V, ACC), z_norm, which, label, ce)
+        tl.store(gradient + which, rise.to(gradient.dtype.element_ty), mask=written)
+
+
+@triton.jit
 def _sparse_rows(  # type: ignore[no-untyped-def]
     student, ids, numbers, kept, labels, losses, gradient, s_stride, g_stride, V, U, K, sharpness, weight, ce,
     KIND: tl.constexpr, TAIL: tl.constexpr, CE: tl.constexpr, GRADIENT: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
@@ -170,34 +203,11 @@ def _sparse_rows(  # type: ignore[no-untyped-def]
     z_norm = zero
     if CE:
         z_norm = z_top + tl.log(z_sum)
-        chosen = tl.load(student + label, mask=label >= 0, other=0.0).to(ACC)
-        loss += tl.where(label >= 0, ce * (z_norm - chosen), 0.0)
+        loss += loss_ce(student, z_norm, label, ce, ACC)
     tl.store(losses + row, loss)
 
     if GRADIENT:
-        gradient += row * g_stride
-        tail = tl.maximum(tl.load(numbers + K, mask=TAIL > 0, other=LOWEST).to(ACC), LOWEST) - p_norm
-        for start in range(0, V, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            q = logits(student, columns, U, ACC) * sharpness - q_norm
-            rise = mass * tl.exp(q)
-            if KIND < 3:  # the teacher spreads its tail as the student does
-                rise = slope(tail + (q - (rest - q_norm)), q, second, KIND)
-            rise = weight * sharpness * rise
-            if CE:
-                rise += slope_ce(logits(student, columns, V, ACC), z_norm, columns, label, ce)
-            tl.store(gradient + columns, rise.to(gradient.dtype.element_ty), mask=columns < V)
-        tl.debug_barrier()  # other threads' numbers are written over
-        for start in range(0, K, SIZE):
-            at = start + tl.arange(0, SIZE)
-            which, own, known = _outcomes(student, ids, numbers, at, K, U, rest, sharpness, TAIL, ACC)
-            written = at < K
-            if KIND < 3:
-                rise = slope(known - p_norm, own - q_norm, second, KIND)
-            else:
-                written &= known > 0
-                rise = mass * tl.exp(own - q_norm) - tl.where(written, known, 0.0)
-            rise = weight * sharpness * rise
-            if CE:
-                rise += slope_ce(logits(student, which, V, ACC), z_norm, which, label, ce)
-            tl.store(gradient + which, rise.to(gradient.dtype.element_ty), mask=written)
+        _write_gradient(
+            student, ids, numbers, gradient + row * g_stride, V, U, K, rest, p_norm, q_norm, z_norm, second, mass, label, sharpness, weight, ce,
+            KIND, TAIL, CE, SIZE, BLOCK, ACC,
+        )  # fmt: skip

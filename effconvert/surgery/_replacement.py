@@ -199,8 +199,8 @@ class Replacement(Layerwise, Placed):
         places = self.places(layer.config)
         if layer.shapes_only and layer.index == min(self.chosen(layer.config)):
             self._check_file(layer.config, layer.index)
-        found = {place: self.values(layer, place) for place in places}  # all are fitted to the layer as it was
-        for place, values in found.items():
+        fitted = {place: self.values(layer, place) for place in places}  # all are fitted to the layer as it was
+        for place, values in fitted.items():
             shapes = self.parameters(layer.config, place)
             self._check_values("values", values, shapes, place)
             for name in shapes:

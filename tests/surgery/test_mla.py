@@ -17,7 +17,7 @@ from effconvert.errors import ModelError, OptionError
 from effconvert.families import FAMILIES
 from effconvert.heal.refit import Refit
 from effconvert.surgery._rope import split_pairs
-from effconvert.surgery.attention._angles import frequencies, said_anew
+from effconvert.surgery.attention._angles import frequencies, rope_entry_of_pairs
 from effconvert.surgery.attention._latents import directions, latents
 from effconvert.surgery.attention._mla import assigned, halves, interleaved, value_latents
 from effconvert.surgery.attention.gqa import Gqa
@@ -88,7 +88,7 @@ def test_the_class_computes_what_one_head_of_latents_does(counts):
     parts = {part: rows.double() for part, rows in assigned(found, heads.moment, 0.3, CONSTANT).items()}
     raw = {"model_type": "llama", "hidden_size": 40, "num_attention_heads": 6, "num_hidden_layers": 1, "head_dim": 8, "max_position_embeddings": 64}
     config = Config(raw, FAMILIES["llama"])
-    rope, pairs = said_anew(config, counts), sum(counts)
+    rope, pairs = rope_entry_of_pairs(config, counts), sum(counts)
     divisors = rope.get("long_factor") or [1e4 ** (pair / 4) for pair in range(4)]
     angles = torch.arange(20, dtype=torch.double)[:, None] / torch.tensor(divisors, dtype=torch.double)
     original = torch.arange(20, dtype=torch.double)[:, None] * torch.tensor(frequencies(config), dtype=torch.double)

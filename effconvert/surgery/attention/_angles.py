@@ -42,7 +42,7 @@ def frequencies(config: Config) -> list[float]:
     )
 
 
-def said_anew(config: Config, counts: Sequence[int]) -> dict[str, Any]:
+def rope_entry_of_pairs(config: Config, counts: Sequence[int]) -> dict[str, Any]:
     """Return RoPE's entry in config.json for a key with so many pairs of each frequency, [P], the frequencies in order.
 
     One pair of each is plain RoPE. Else transformers has longrope: each pair has a number that its frequency is divided by. With a base of 1 that number
@@ -62,7 +62,7 @@ def turned(config: Config) -> int:
     return 2 * int(rope.get("partial_rotary_factor", 1.0) * config.head_dim // 2) if rope["rope_type"] == "proportional" else config.rotary
 
 
-def said_of(config: Config, family: Family) -> dict[str, Any]:
+def rope_entry(config: Config, family: Family) -> dict[str, Any]:
     """Return RoPE's entry in config.json for a model of `family` whose pairs turn by the same angles.
 
     A class that reads the part of a head to turn gets it so. Others turn all of a head: with `proportional` RoPE the pairs behind that part have the

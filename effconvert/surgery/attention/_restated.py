@@ -33,13 +33,13 @@ def restated(config: Config, kind: str, usual: Mapping[str, Any], renamed: Mappi
     before, family = config.family, FAMILIES[kind]
     sizes = {"heads_key": config.heads, "layers_key": config.layers, "hidden_key": config.hidden, "ffn_key": config.ffn, "positions_key": config.longest}
     own = {getattr(before, name) for name in (*sizes, "embed_key")}
-    said = {renamed.get(key, key): value for key, value in (*usual.items(), *config.raw.items()) if key not in own}
+    kept = {renamed.get(key, key): value for key, value in (*usual.items(), *config.raw.items()) if key not in own}
     shape: dict[str, Any] = {getattr(family, name): size for name, size in sizes.items()}
     if family.embed_key:
         shape[family.embed_key] = config.hidden
     target = config.become(kind)
     named = {"model_type": kind, "architectures": target.raw["architectures"]}
-    return replace(target, raw={key: value for key, value in {**said, **family.constants, **shape, **keys, **named}.items() if key not in family.absent})
+    return replace(target, raw={key: value for key, value in {**kept, **family.constants, **shape, **keys, **named}.items() if key not in family.absent})
 
 
 def check_head(config: Config, target: Config) -> None:

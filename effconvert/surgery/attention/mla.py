@@ -127,7 +127,7 @@ class Mla(Surgery):
 
     def config(self, config: Config) -> Config:
         """Become the family with latent attention."""
-        from effconvert.surgery.attention._angles import said_anew
+        from effconvert.surgery.attention._angles import rope_entry_of_pairs
 
         target, counts = config.with_defaults().become(config.family.latent), self._counts(config)
         width = 2 * sum(counts)
@@ -138,7 +138,7 @@ class Mla(Surgery):
         }
         standard = {key: value for key, value in STANDARD.items() if key not in target.raw}
         target = target.without(*CODE).with_keys(standard | keys)
-        return target.with_keys({"rope_parameters": said_anew(config.with_keys(standard), counts)})
+        return target.with_keys({"rope_parameters": rope_entry_of_pairs(config.with_keys(standard), counts)})
 
     def layer(self, layer: Layer) -> None:
         """Write the latents of a layer in place of its keys and values. The output projection stays."""

@@ -84,10 +84,10 @@ class RopeLayout(Surgery):
         """Say what is there besides the order."""
         after, kind = self.config(config), self._kind(config)
         added = sorted(_biases(after) - _biases(config))
-        said = [f"{kind} has biases where this {config.kind} has none ({', '.join(added)}): they are zeros"] if added else []
+        notes = [f"{kind} has biases where this {config.kind} has none ({', '.join(added)}): they are zeros"] if added else []
         if after.rotary != config.rotary and after.rotary == config.head_dim:
-            said += ["the pairs that RoPE leaves alone get the frequency 0 (rope_type proportional, which transformers reads; other programs may ignore it)"]
-        return "; ".join(said)
+            notes += ["the pairs that RoPE leaves alone get the frequency 0 (rope_type proportional, which transformers reads; other programs may ignore it)"]
+        return "; ".join(notes)
 
     def layer(self, layer: Layer) -> None:
         """Order the rows of queries and keys, and add biases of zeros where the class has them."""
@@ -127,12 +127,12 @@ def _become(config: Config, kind: str) -> Config:
     Raises:
         ModelError: it has no such switch.
     """
-    from effconvert.surgery.attention._angles import said_of
+    from effconvert.surgery.attention._angles import rope_entry
 
     family, biased = FAMILIES[kind], _biases(config)
     own = {*TURNS, *config.family.biased}
     usual = {key: value for key, value in config.family.defaults.items() if key not in own}
-    keys: dict[str, Any] = {"rope_parameters": said_of(config, family), "tie_word_embeddings": config.tied}
+    keys: dict[str, Any] = {"rope_parameters": rope_entry(config, family), "tie_word_embeddings": config.tied}
     keys |= {key: bool(biased & {*parts}) for key, parts in family.biased.items() if key}
     if family.kv_heads_key:
         keys |= {family.kv_heads_key: config.kv_heads, "head_dim": config.head_dim}

@@ -71,7 +71,7 @@ def recur(waves: Waves, rows: Tensor, state: Tensor, live: Tensor) -> tuple[Tens
         state: real parts, then imaginary ones, [B, G, N, D].
         live: which rows are not padding, bool [B or 1, T]; padding is in front.
     """
-    size, made = min(CHUNK, rows.shape[2]), []
+    size, outputs = min(CHUNK, rows.shape[2]), []
     taps = pad(waves.taps(size), (size - 1, 0))
     matrix = taps.flip(-1).unfold(-1, size, 1).flip(2)  # [G, R, C, C]
     for start in range(0, rows.shape[2], size):
@@ -79,9 +79,9 @@ def recur(waves: Waves, rows: Tensor, state: Tensor, live: Tensor) -> tuple[Tens
         count = new.shape[2]
         near = matrix[:, :, :count, :count].flatten(1, 2) @ new
         far = waves.readout((steps - 1).clamp_min(0)).flatten(2, 3) @ state
-        made.append((near + far).unflatten(2, (-1, count)).flatten(1, 2))
+        outputs.append((near + far).unflatten(2, (-1, count)).flatten(1, 2))
         state = _turned(state, *waves.powers(steps[:, -1:])) + torch.cat(waves.powers(torch.arange(count - 1, -1, -1, device=rows.device)[None]), 2) @ new
-    return torch.cat(made, 2), state
+    return torch.cat(outputs, 2), state
 
 
 def _turned(state: Tensor, real: Tensor, imaginary: Tensor) -> Tensor:
@@ -124,10 +124,10 @@ def _fitted(taps: Tensor, waves: int) -> dict[str, Tensor]:
 def _poles(taps: Tensor, waves: int) -> tuple[Tensor, Tensor]:
     """Return the decays and turns [K] of waves that filters [R, n] consist of, from lag 1 on; where they consist of fewer, others are added."""
     lags = taps.shape[1]
-    found = _modes(taps, waves)
-    decay = torch.cat([-found.abs().clamp_min(TINY).log(), 2.0 ** -torch.linspace(0, 8, waves).double()[: waves - len(found)]])
+    poles = _modes(taps, waves)
+    decay = torch.cat([-poles.abs().clamp_min(TINY).log(), 2.0 ** -torch.linspace(0, 8, waves).double()[: waves - len(poles)]])
     decay = decay.clamp(min(SLOWEST / max(lags, 1), FASTEST), FASTEST)
-    angle = torch.cat([found.angle().abs(), torch.zeros(waves - len(found)).double()])
+    angle = torch.cat([poles.angle().abs(), torch.zeros(waves - len(poles)).double()])
     return decay, torch.maximum(angle, STILL * decay).clamp(max=math.pi * (1 - 2.0**-8))
 
 

@@ -135,8 +135,8 @@ class Hyena(Mixing):
         last = closest.at(int(lags[0]), int(lags[-1])).float()
         values = {**values, **self._long(layer.config, layer.index, last, lags)}
         if self.recurrence:
-            made = _waves.Waves.stored(values, self.order - 1, self._rows(layer.config.kv_heads, self.order - 1)).taps(len(lags)).flatten(0, 1)
-            layer.activations.note(layer.index, {"filters": float((made - last).norm() / last.norm())})
+            taps = _waves.Waves.stored(values, self.order - 1, self._rows(layer.config.kv_heads, self.order - 1)).taps(len(lags)).flatten(0, 1)
+            layer.activations.note(layer.index, {"filters": float((taps - last).norm() / last.norm())})
         return values
 
     def cache_slots(self, config: Config) -> Slots:
@@ -194,9 +194,9 @@ class Hyena(Mixing):
         name, groups = f"past_{number}", mixed.shape[1]
         waves = Waves.stored(weights, number, self._rows(groups, number))
         state = call.read(name, {name: ((groups, self.recurrence, mixed.shape[3]), "float32")})
-        made, state = recur(waves, mixed.masked_fill(~call.live[:, None, :, None], 0), state, call.live if call.padded else call.live[:1])
+        filtered, state = recur(waves, mixed.masked_fill(~call.live[:, None, :, None], 0), state, call.live if call.padded else call.live[:1])
         call.write(**{name: state})
-        return made
+        return filtered
 
     @property
     def _endless(self) -> bool:
