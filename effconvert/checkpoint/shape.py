@@ -48,7 +48,9 @@ class Shape:
         if self.latent:
             raise ModelError(f"{self.kind} has attention of its own, with latents in place of keys and values, so its attention function cannot be changed")
         if self.family.own_attention:
-            raise ModelError(f"{self.kind} has attention of its own, outside transformers' AttentionInterface, so its attention function cannot be changed")
+            why = f"{self.kind} has attention of its own, outside transformers' AttentionInterface, so its attention function cannot be changed"
+            way = f"; `effconvert rope-layout` writes it as a {self.family.relaid[0]}, where it can" if self.family.relaid else ""
+            raise ModelError(why + way)
 
     def check_stored_apart(self) -> None:
         """Refuse models of a family that stores layers once, which no step can change.

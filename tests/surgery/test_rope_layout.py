@@ -20,6 +20,7 @@ from effconvert.surgery.attention.rope_layout import RopeLayout
 from effconvert.surgery.mixing.linear import Linear
 from effconvert.surgery.projections.low_rank import LowRank
 from tests.heal.healing import letters, opened, prose, run
+from tests.mixers.mixing import stock_config
 from tests.models import alike, logits, on_disk, save, tiny
 
 UNBIASED = {"attention_bias": False, "mlp_bias": False}  # so that every family has room for what there is
@@ -221,6 +222,11 @@ def test_techniques_that_know_the_new_family_apply():
     put(alike(build("glm"), (0, 0, 2, 2)), "doubled")
     run("doubled", RopeLayout(), Gqa(groups=2), place="pooled")
     torch.testing.assert_close(logits(opened("pooled")), logits(opened("doubled")), rtol=1e-4, atol=1e-4)
+
+
+def test_who_asks_for_a_technique_that_the_old_family_has_not_is_told_the_way():
+    with pytest.raises(ModelError, match=r"gptj has attention of its own.*; `effconvert rope-layout` writes it as a phi, where it can"):
+        Gqa(groups=1).check(stock_config(build("gptj")))
 
 
 @pytest.mark.parametrize(("kind", "step"), [("roformer", Linear(feature="elu")), ("glm", LowRank(rank=6, parts="gate"))])
