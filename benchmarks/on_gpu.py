@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "triton", "liger-kernel", "flash-linear-attention")
+PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "flash-linear-attention")
 
 
 class Table:

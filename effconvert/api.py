@@ -126,17 +126,17 @@ def load(model: str | PathLike[str], dtype: str = "auto", device: str | None = N
         model: a folder, a Hub id (`org/name` or `org/name@revision`) or a .gguf file.
         dtype: `auto` (that of the weights), float32, bfloat16 or float16.
         device: by default this machine's accelerator, or the CPU.
-        kernels: decoding steps run as Triton kernels (`triton`), without (`reference`), or as EFFCONVERT_KERNELS says, else where kernels were measured
-            to be faster, which is on no card so far (`auto`); docs/kernels.md.
+        kernels: decoding steps run as Triton kernels (`triton`), as in transformers (`reference`), or as EFFCONVERT_KERNELS says, else by what was
+            measured to be faster (`auto`): kernels on no card so far, shared KV heads without copies on a CPU; docs/kernels.md.
 
     Raises:
         OptionError: the model, type or device does not exist, or kernels cannot run there.
         ModelError: the model cannot be loaded.
     """
-    options = BenchOptions(dtype=dtype, device=device, kernels=kernels)
+    options = BenchOptions(dtype=dtype, device=device, kernels=(kernels,))  # checks them
     opened = open_model(fspath(model))
     tokenizer = loading.load_tokenizer(opened.folder) if loading.has_tokenizer(opened.folder) else None
-    return Loaded(load_model(opened, options.dtype, pick_device(options.device), options.kernels), tokenizer, opened.subject)
+    return Loaded(load_model(opened, options.dtype, pick_device(options.device), kernels), tokenizer, opened.subject)
 
 
 def _as_list(models: Models) -> list[str]:

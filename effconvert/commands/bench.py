@@ -37,7 +37,7 @@ def run(models: tuple[str, ...], **values: Any) -> None:
     Examples:
       effconvert bench ./SmolLM2-135M ./smol-mqa
       effconvert bench ./SmolLM2-135M ./smol-mqa --batch 1,16 --context 512,4096 -o bench.json
-      effconvert bench ./smol-mqa --device cuda --cache static --graphs
+      effconvert bench ./smol-mqa --device cuda --cache static --graphs --kernels reference,triton
     """
     options = BenchOptions(**given_options(values))
 
@@ -92,7 +92,7 @@ def show(benchmark: "Benchmark") -> None:
         if any(ratio_row):
             out.print(f"[dim]{line(ratio_row)}[/]", soft_wrap=True)
     dtypes = " and ".join(dict.fromkeys(subject.dtype for subject in benchmark.subjects)) if settings["dtype"] == "auto" else settings["dtype"]
-    kernels = f", kernels: {settings['kernels']}" if settings["kernels"] != "auto" else ""
+    kernels = f", kernels: {', '.join(settings['kernels'])}" if settings["kernels"] != ["auto"] else ""
     cache = f"{settings['cache']} cache" + (", CUDA graphs" if settings["graphs"] else "") + kernels
     out.print(f"\nmedians of {settings['rounds']} rounds, each of {settings['new_tokens']} steps; {dtypes}, {cache}; x: to model 1", soft_wrap=True)
     out.print(

@@ -158,6 +158,18 @@ def test_ratios_are_to_the_first_model_in_the_same_cell(run):
             assert second.ratios["peak"] == second.peak_bytes / first.peak_bytes
 
 
+def test_each_model_is_measured_by_each_way_to_decode(command, many, one):
+    benchmark = bench([str(many), str(one)], BenchOptions(**QUICK, kernels="reference,auto,reference"))
+    assert [subject.name for subject in benchmark.subjects] == [f"{way}: {folder}" for folder in ("many", "one") for way in ("reference", "auto")]
+    assert [(cell.subject, cell.failure) for cell in benchmark.cells] == [(index, "") for index in range(4)]
+    assert benchmark.settings["kernels"] == ["reference", "auto"]
+    shown = command("bench", many, "--batch", "1", *SHORT, "--rounds", "1", "--kernels", "auto,reference").output
+    assert "1 auto: " in shown
+    assert "kernels: auto, reference;" in shown
+    with pytest.raises(OptionError, match="kernels is triton, and kernels run on CUDA devices"):
+        bench([str(many)], BenchOptions(**QUICK, device="cpu", kernels="auto,triton"))
+
+
 def test_what_is_predicted_is_the_time_to_read_weights_and_cache(run):
     found, _ = run
     for cell in found.cells:
@@ -430,7 +442,8 @@ def test_the_command_fails_where_nothing_could_be_measured(command, many):
     [
         (("--batch", "0"), "--batch is '0', and it should be greater than or equal to 1"),
         (("--batch", "two"), "--batch is 'two', and it should be a whole number"),
-        (("--batch", ","), "--batch and --context need at least one number each"),
+        (("--batch", ","), "--batch, --context and --kernels need at least one value each"),
+        (("--kernels", "auto,fast"), "--kernels is 'fast', and it should be 'auto', 'triton' or 'reference'"),
         (("--context", "-5"), "--context is '-5', and it should be greater than or equal to 1"),
         (("--context", "65"), "--context 65 is too long: many reads 64 tokens"),
         (("--rounds", "0"), "--rounds is '0', and it should be greater than or equal to 1"),

@@ -40,7 +40,9 @@ def bench(models: Sequence[str], options: BenchOptions, progress: Progress | Non
     if not models:
         raise OptionError("there is no model to measure; give at least one")
     device = device_of(options)
-    opened = [open_model(model, step=progress.step) for model in models]
+    kinds = list(dict.fromkeys(options.kernels))
+    opened = [each for model in models for each in _by_kernels(open_model(model, step=progress.step), kinds)]
+    by = kinds * len(models)
     batches, contexts = list(dict.fromkeys(options.batch)), contexts_of(opened, options)
     fit_together = _fit_together(opened, options, device)
     vocabulary = min(model.subject.vocabulary for model in opened)
@@ -50,7 +52,7 @@ def bench(models: Sequence[str], options: BenchOptions, progress: Progress | Non
     passes = len(opened) * len(batches) * len(contexts) * (options.warmup + options.rounds + 1)
     with quiet_transformers(), progress.bar("measuring", passes, "steps") as advance:
         for group in [list(range(len(opened)))] if fit_together else [[index] for index in range(len(opened))]:
-            loaded = [Loaded(index, opened[index], load_measured(opened[index], options.dtype, device, options.kernels)) for index in group]
+            loaded = [Loaded(index, opened[index], load_measured(opened[index], options.dtype, device, by[index])) for index in group]
             for batch in batches:
                 for context in contexts:
                     runs = [CellRun(model, Job(batch, context, vocabulary, options, device)) for model in loaded]
@@ -64,7 +66,7 @@ def bench(models: Sequence[str], options: BenchOptions, progress: Progress | Non
         cells=tuple(replace(cell, ratios=_ratios(cell, first[cell.batch, cell.context])) for cell in cells),
         bandwidth=memory_bandwidth,
         notes=(*_notes(opened, options, contexts, fit_together), *_without_cache(opened, cells)),
-        settings={**options.model_dump(mode="json", exclude={"output"}), "context": contexts, "device": device, "seed": SEED},
+        settings={**options.model_dump(mode="json", exclude={"output"}), "context": contexts, "kernels": kinds, "device": device, "seed": SEED},
         versions=results.versions(),
         machine=results.machine(device),
         date=results.now(),
@@ -80,8 +82,16 @@ def device_of(options: BenchOptions) -> str:
     device = pick_device(options.device)
     if options.graphs and not device.startswith("cuda"):
         raise OptionError(f"--graphs replays CUDA graphs, and the device is {device}; leave it out, or give --device cuda where there is one")
-    check_kernels(options.kernels, device)
+    for kernels in options.kernels:
+        check_kernels(kernels, device)
     return device
+
+
+def _by_kernels(opened: Opened, kinds: Sequence[str]) -> list[Opened]:
+    """Return a model for each way to decode, with the way in its name where there are several."""
+    if len(kinds) == 1:
+        return [opened]
+    return [replace(opened, subject=replace(opened.subject, name=f"{kernels}: {opened.subject.name}")) for kernels in kinds]
 
 
 def contexts_of(opened: list[Opened], options: BenchOptions) -> list[int]:

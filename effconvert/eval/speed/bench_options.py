@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from effconvert.options import HomePath, Listed, Options
 
 Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Listed]
+Kinds = Annotated[tuple[Literal["auto", "triton", "reference"], ...], Listed]
 CONTEXTS = (128, 512, 2048)  # the default, as far as every model reads them
 
 
@@ -24,15 +25,18 @@ class BenchOptions(Options):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Type to compute in; auto: that of each model's weights.")
     cache: Literal["dynamic", "static"] = Field("dynamic", description="A cache that grows (dynamic), or one allocated for all tokens (static).")
     graphs: bool = Field(False, description="Replay decoding steps as a CUDA graph; needs --cache static.")
-    kernels: Literal["auto", "triton", "reference"] = Field(
-        "auto", description="Decode by Triton kernels (triton), without (reference), or where they were measured to be faster: no card so far (auto)."
+    kernels: Kinds = Field(
+        ("auto",),
+        description="Decode by Triton kernels (triton), as transformers does (reference), or by what was measured to be faster (auto): "
+        "kernels on no card so far, shared KV heads without copies on a CPU. Several: each model by each.",
+        json_schema_extra={"metavar": "auto|triton|reference,…"},
     )
     output: HomePath | None = Field(None, description="Write the results to this JSON file.", json_schema_extra={"short": "-o", "metavar": "FILE"})
 
     @model_validator(mode="after")
     def _check_together(self) -> "BenchOptions":
-        if not self.batch or self.context == ():
-            raise ValueError("--batch and --context need at least one number each; give one, or leave the option out")
+        if not self.batch or self.context == () or not self.kernels:
+            raise ValueError("--batch, --context and --kernels need at least one value each; give one, or leave the option out")
         if self.graphs and self.cache == "dynamic":
             raise ValueError("--graphs needs --cache static, as a graph replays on the same addresses; give both, or neither")
         return self
