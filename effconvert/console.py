@@ -147,7 +147,7 @@ class Terminal:
             place = escape(str(outcome.output))
             self.out.print(f"[bold]NOT VERIFIED[/]: {place} was written and never loaded; leave --no-verify out to have it run and measured", soft_wrap=True)
             return
-        self.report(outcome.report)
+        self.report(outcome.report, "original" if outcome.plan.teacher is outcome.plan.checkpoint else "MODEL")
         self.out.print(f"verified, and {'still in' if outcome.already_there else 'written to'} [bold]{escape(str(outcome.output))}[/]", soft_wrap=True)
 
     def layer_errors(self, layer_errors: Mapping[str, Mapping[str, float]]) -> None:
@@ -161,10 +161,10 @@ class Terminal:
         for meaning in dict.fromkeys(LAYER_ERRORS[name][1] for name in kinds):
             self.out.print(meaning, soft_wrap=True)
 
-    def report(self, report: Verification) -> None:
-        """Print the verification: sizes and quality before and after."""
+    def report(self, report: Verification, source: str) -> None:
+        """Print the verification: sizes and quality before and after. `source` is what the conversion began from: after others that is not the original."""
         self.out.print()
-        table = Table("verification", "original", "converted", box=None, pad_edge=False, header_style="bold")
+        table = Table("verification", source, "converted", box=None, pad_edge=False, header_style="bold")
         before, after = report.before, report.after
         table.add_row("parameters", count(before.parameters), count(after.parameters))
         if before.kv_bytes or after.kv_bytes:
@@ -173,13 +173,13 @@ class Terminal:
             table.add_row("state of mixers", size(before.state_bytes), size(after.state_bytes))
         if before.quality and after.quality:
             table.add_row("perplexity", perplexity(before.quality.perplexity), perplexity(after.quality.perplexity))
-            table.add_row("KL from the original", "", f"{after.quality.kl:.4f} nats a token")
+            table.add_row(f"KL from {'the original' if source == 'original' else source}", "", f"{after.quality.kl:.4f} nats a token")
             table.add_row("same top token", "", f"{after.quality.agreement:.1%}")
         self.out.print(table)
         if before.quality:
             q = before.quality
             self.out.print(f"on {escape(report.text)}: {q.tokens} tokens in windows of {q.context}, {report.dtype}, {report.device}", soft_wrap=True)
-            self.out.print(f"original writes:  {before.continuation!r}", soft_wrap=True, markup=False)
+            self.out.print(f"{source + ' writes:':17} {before.continuation!r}", soft_wrap=True, markup=False)
             self.out.print(f"converted writes: {after.continuation!r}", soft_wrap=True, markup=False)
         else:
             self.out.print(f"no quality was measured: {escape(report.unmeasured)}", soft_wrap=True)

@@ -211,6 +211,11 @@ def test_a_run_with_verification_shows_what_was_won_and_lost(command: Command, m
     assert re.search(r"same top token [\d.]+%", told)
     assert "57 tokens in windows of 20, bfloat16, cpu" in told
     assert "verified, and written to model-gqa-2" in told
+    healed = command("refit", "model-gqa-2", "--teacher", model, "--calibrate", "docstrings", "--calibration-tokens", "64", "-o", "healed", *EASY)
+    assert healed.exit_code == 0, healed.output
+    told = " ".join(healed.stdout.split())
+    assert re.search(r"verification MODEL converted .* KL from MODEL [\d.]+ nats a token .* MODEL writes: ", told)  # and not from the original
+    assert "original" not in told.partition("verification")[2]
 
 
 def test_a_conversion_that_may_change_nothing_shows_that_nothing_changed(command: Command, model: Path) -> None:

@@ -115,6 +115,7 @@ def _cost(past: History, report: Verification | None) -> str:
     if report is None:
         return ""
     before, after = report.before, report.after
+    original = "the original" if past.last == len(past.recipe) else "before the last conversion"
     rows: list[tuple[str, ...]] = [("parameters", f"{before.parameters:,}", f"{after.parameters:,}", f"{after.parameters / before.parameters:.3g} x")]
     if before.kv_bytes:
         rows.append(("bytes of KV cache a token", f"{before.kv_bytes:,}", f"{after.kv_bytes:,}", f"{after.kv_bytes / before.kv_bytes:.3g} x"))
@@ -124,12 +125,11 @@ def _cost(past: History, report: Verification | None) -> str:
         rows.append(("perplexity ↓", *(f"{side.perplexity:.4g}" for side in (before.quality, after.quality)), ""))
     if after.quality and after.quality.kl is not None and after.quality.agreement is not None:
         rows += [
-            ("KL from the original, nats a token ↓", "0", f"{after.quality.kl:.4g}", ""),
+            (f"KL from {original}, nats a token ↓", "0", f"{after.quality.kl:.4g}", ""),
             ("same top token ↑", "100%", f"{after.quality.agreement:.1%}", ""),
         ]
     if report.difference is not None:
         rows.append(("largest change of a logit", "", f"{report.difference:.2g}", ""))
-    original = "the original" if past.last == len(past.recipe) else "before the last conversion"
     parts = [table(["", original, THIS, "ratio"], rows)]
     if before.quality:
         prompts = f"original: {json.dumps(before.continuation, ensure_ascii=False)}\nthis:     {json.dumps(after.continuation, ensure_ascii=False)}"

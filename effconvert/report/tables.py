@@ -129,7 +129,7 @@ def verification(report: Verification) -> Table | None:
     rows = []
     if before and after:
         rows += [("perplexity", perplexity(before.perplexity), perplexity(after.perplexity))]
-        rows += [("KL from the original, nats a token", "-", number(after.kl))] if after.kl is not None else []
+        rows += [("KL(original || converted), nats a token", "-", number(after.kl))] if after.kl is not None else []
         rows += [("same most likely token", "-", f"{after.agreement:.1%}")] if after.agreement is not None else []
     rows += [("largest change of a logit (none may change)", "-", f"{report.difference:.2g}")] if report.difference is not None else []
     note = f"{report.text}: {before.tokens} tokens in windows of {before.context}, {report.dtype}, {report.device}" if before else report.unmeasured
