@@ -175,6 +175,8 @@ class RunOptions(Conversion):
     """The options of a technique's command, beside its own."""
 
     refit: bool = Field(False, description="Add `effconvert refit` as the last step: least squares towards the original's outputs.")
-    transfer: bool = Field(False, description="Add `effconvert transfer` as a step: train mixers to imitate attention, before a refit.")
+    transfer: bool = Field(
+        False, description="Add `effconvert transfer` as a step: train each layer towards the original's, before a refit; without a mixer, after it."
+    )
     distill: bool = Field(False, description="Add `effconvert distill` as the very last step: training towards the original's predictions.")
     dry_run: bool = Field(False, description="Check everything and print the plan; write nothing but the cache.")

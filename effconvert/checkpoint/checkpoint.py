@@ -39,16 +39,18 @@ class Checkpoint:
     unread: frozenset[str] = frozenset()  # those outside the layers, such as the pooler of a language model; they are copied
     remarks: tuple[str, ...] = ()  # oddities of the folder that do no harm
 
-    def layer(self, index: int, device: str, originals: range | None = None, activations: ActivationsProtocol | None = None) -> Layer:
+    def layer(
+        self, index: int, device: str, originals: range | None = None, activations: ActivationsProtocol | None = None, teacher: Config | None = None
+    ) -> Layer:
         """Return layer `index`, its tensors on `device` (cpu, or meta for shapes alone); see `Layer` for the rest."""
-        return Layer(index, self.config, self.layers[index], device, originals=originals, activations=activations)
+        return Layer(index, self.config, self.layers[index], device, originals=originals, activations=activations, teacher=teacher)
 
     def model(
         self, device: str, originals: Sequence[range] | None = None, activations: ActivationsProtocol | None = None, teacher: Config | None = None
     ) -> Model:
         """Return the model for surgeries, its tensors on `device`. Healing goes towards `teacher`, by default this model itself."""
         ranges = originals or [range(index, index + 1) for index in range(self.config.layers)]
-        layers = [self.layer(index, device, layers, activations) for index, layers in enumerate(ranges)]
+        layers = [self.layer(index, device, layers, activations, teacher) for index, layers in enumerate(ranges)]
         return Model(self.config, layers, Outer(self.config, self.prefix, self.outer, device), teacher or self.config)
 
     def layer_prefix(self, index: int) -> str:

@@ -61,6 +61,7 @@ class Layer(Parts):
     Attributes:
         index: number of the layer, from 0.
         originals: the layers of the teacher that it stands for. Of several, all but the first were dropped.
+        teacher: the config of the teacher.
         activations: of the calibration text, where a surgery needs them; None on the meta device.
     """
 
@@ -73,20 +74,21 @@ class Layer(Parts):
         below: Layer | None = None,
         originals: range | None = None,
         activations: ActivationsProtocol | None = None,
+        teacher: Config | None = None,
     ) -> None:
         super().__init__(config, stored, device, below)
-        self.index, self.activations = index, activations
+        self.index, self.activations, self.teacher = index, activations, teacher or config
         self.originals = range(index, index + 1) if originals is None else originals
         self.source_index: int = index if below is None else below.source_index
 
     def on_top(self, index: int, config: Config) -> Layer:
         """Return this layer for the next surgery."""
-        return Layer(index, config, self._stored, self._device, self, self.originals, self.activations)
+        return Layer(index, config, self._stored, self._device, self, self.originals, self.activations, self.teacher)
 
     @property
     def unchanged(self) -> Layer:
         """This layer as it was before this surgery."""
-        layer = Layer(self.index, self.config, self._stored, self._device, self._below, self.originals, self.activations)
+        layer = Layer(self.index, self.config, self._stored, self._device, self._below, self.originals, self.activations, self.teacher)
         layer.source_index = self.source_index
         return layer
 

@@ -137,8 +137,9 @@ def _convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progr
 
 def _with_healing(surgeries: tuple[Step, ...], options: RunOptions) -> tuple[Step, ...]:
     """Return the steps with those that --transfer, --refit and --distill add."""
-    wanted = ((Transfer, options.transfer), (Refit, options.refit), (Distill, options.distill))
-    surgeries = (*surgeries, *(healing() for healing, given in wanted if given))
+    transfer, refit = ([Transfer()] if options.transfer else []), ([Refit()] if options.refit else [])
+    healing = [*transfer, *refit] if any(step.transfer_first for step in surgeries) else [*refit, *transfer]
+    surgeries = (*surgeries, *healing, *([Distill()] if options.distill else []))
     if any(isinstance(step, Distill) for step in surgeries[:-1]):
         raise OptionError("distill trains the finished model, so it comes last; convert the distilled model in a conversion of its own")
     if len(surgeries) > 1 and any(isinstance(step, Transplant) for step in surgeries):

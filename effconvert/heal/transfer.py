@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from effconvert.checkpoint.config import Config
     from effconvert.checkpoint.layer import Layer, Model
 
-PROJECTIONS = {"attention": ("q", "k", "v", "o"), "ffn": ("gate", "up", "down")}  # the projections at a place
+PROJECTIONS = {"attention": ("q", "k", "v", "kv_a", "kv_b", "o"), "ffn": ("gate", "up", "down")}  # the projections at a place
 LARGER_PLACE = {part: place for place, parts in PROJECTIONS.items() for part in parts} | {"scores": "attention"}  # the place that is trained for a smaller one
 ORDER = ("attention", "ffn", "layer")
 
@@ -24,9 +24,10 @@ class Transfer(Healing):
 
     Gradient descent on one layer at a time, in the memory of one layer. A mixer's parameters and the projections around it are trained to reproduce
     the output of the original's attention; the inputs are the output of the converted layers below. A layer without any attention is trained as a
-    whole, to reproduce the output of the original's layer. Where RoPE is in place of a position table, attention is trained in all layers, towards the
-    original on its own inputs. A change that does not improve held-out windows is not kept. MODEL is the converted model. The method is the attention
-    transfer of LoLCATs (Zhang et al. 2024, arXiv 2410.10254).
+    whole, to reproduce the output of the original's layer. Without a technique in the layers, attention is trained where its matrices have other shapes
+    than the original's (gqa, mla), and so are FFNs (narrow): after a refit. Where RoPE is in place of a position table, attention is trained in all
+    layers, towards the original on its own inputs. A change that does not improve held-out windows is not kept. MODEL is the converted model. The method
+    is the attention transfer of LoLCATs (Zhang et al. 2024, arXiv 2410.10254).
 
     \b
     Examples:
@@ -42,18 +43,23 @@ class Transfer(Healing):
         from effconvert.surgery._placed import unchunked
 
         records = unchunked(config.plain_outside).replaced
+        if not records and config.attention:
+            return "trains attention and FFNs where they differ from the original's"
         if not records:
-            return f"trains attention in all {config.layers} layers" if config.attention else f"trains the {config.layers} layers, which have no attention"
+            return f"trains the {config.layers} layers, which have no attention"
         count = len({index for record in records for index in record.layers}) if config.attention else config.layers
         kinds = dict.fromkeys("a mixer" if record.place == "scores" else f"{record.technique} in place of their {record.place}" for record in records)
         return f"trains the {count} layers that have {' or '.join(kinds)}"
 
     def rewrite(self, model: Model) -> None:
-        """Refuse models in whose layers nothing is new: neither a technique, nor RoPE in place of the original's position table."""
+        """Refuse models whose layers are the original's."""
         from effconvert.surgery._placed import unchunked
 
-        if model.config.attention and not unchunked(model.config.plain_outside).replaced and not model.config.lacks_table_of(model.original):
-            raise OptionError("no technique runs in its layers, so there is nothing to train; put one in first (effconvert linear, ...), or use refit")
+        if not unchunked(model.config.plain_outside).replaced and not any(map(_places_that_differ, model.layers)):
+            raise OptionError(
+                "its attention and FFNs have the shapes of the original's, so there is nothing to train; begin with a technique (effconvert gqa, linear, ...), "
+                "or take refit or distill"
+            )
         super().rewrite(model)
 
     def changes(self, layer: Layer, originals: range) -> list[str]:
@@ -76,9 +82,7 @@ class Transfer(Healing):
         from effconvert.surgery._placed import technique_of, unchunked
 
         config = unchunked(layer.config)
-        own: dict[str, list[str]] = {}
-        if not config.attention or not config.plain_outside.replaced:
-            own["attention" if config.attention else "layer"] = []
+        own: dict[str, list[str]] = {place: [] for place in _places_that_differ(layer)}
         for record in config.replaced_in(layer.index):
             technique = technique_of(record)
             place = technique.transfer_place or LARGER_PLACE.get(record.place, record.place)
@@ -86,6 +90,18 @@ class Transfer(Healing):
             names = [f"{record.place}.{OWN}{name}" for name in technique.parameters(config, record.place) if name not in fixed]
             own.setdefault(place if names or _family_parts(layer, place) else "layer", []).extend(names)  # the layer, where nothing at the place is trainable
         return {place: [*own[place], *_family_parts(layer, place)] for place in ORDER if place in own}
+
+
+def _places_that_differ(layer: Layer) -> list[str]:
+    """Return the places where the family's own matrices have other shapes than the original's, or read other inputs; the layer, where nothing attends."""
+    config, original = layer.config, layer.teacher
+    if not config.attention:
+        return ["layer"]
+    places = ["attention"] if config.lacks_table_of(original) else []
+    for place, parts in PROJECTIONS.items():
+        mine, theirs = ({part: each.matrices[part] for part in parts if part in each.parts} for each in (config, original))
+        places += [place] if mine and mine != theirs else []
+    return places
 
 
 def _family_parts(layer: Layer, place: str) -> list[str]:

@@ -53,6 +53,7 @@ class Placed(Surgery):
     A converted model keeps the options in its config.json and the parameters in the module of the place: `mlp.effconvert.NAME`.
     """
 
+    transfer_first = True
     no_encoders: ClassVar[str] = ""  # why it refuses encoders; empty: it takes them
     no_decoders: ClassVar[str] = ""  # why it refuses decoders; empty: it takes them
     frozen: ClassVar[tuple[str, ...]] = ()  # parameters that are never trained

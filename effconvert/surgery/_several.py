@@ -18,6 +18,7 @@ class Several(Surgery):
     A conversion does those steps, and its records, recipe and model name them alone.
     """
 
+    transfer_first = True
     kinds: ClassVar[tuple[type[Step], ...]]  # the techniques, in order
 
     @abstractmethod

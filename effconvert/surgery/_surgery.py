@@ -87,6 +87,7 @@ class Step(Options):
     """A step of a conversion: a surgery or a healing method. Subclasses add options as fields, and implement these methods."""
 
     facts: ClassVar[Facts | None] = None
+    transfer_first: ClassVar[bool] = False  # whether what it puts in wants training before a refit, where both are asked for
 
     @property
     def name(self) -> str:

@@ -24,8 +24,10 @@ from effconvert.options import RunOptions
 from effconvert.recipe import read
 from effconvert.replay import replay
 from effconvert.surgery.attention.gqa import Gqa
+from effconvert.surgery.attention.mla import Mla
 from effconvert.surgery.mixing.linear import Linear
 from effconvert.surgery.mixing.streaming import Streaming
+from effconvert.surgery.width.narrow import Narrow
 from tests.heal.healing import TOKENS, heldout, prose, put, run, tensors
 
 GROUPED = {"num_key_value_heads": 2}
@@ -301,10 +303,29 @@ def test_the_manifest_and_the_outcome_say_what_it_brought(taught):
     assert "layer_errors" not in json.loads((place / "plain" / "effconvert.json").read_text())
 
 
-def test_with_a_refit_it_comes_first():
-    source = put(Path("model"))
-    outcome = run(source, Linear(window=6), transfer=True, refit=True)
-    assert [step.name for step in outcome.plan.surgeries] == ["linear", "transfer", "refit"]
+@pytest.mark.parametrize(("steps", "expected"), [((Linear(window=6),), ["transfer", "refit"]), ((Gqa(groups=2),), ["refit", "transfer"])])
+def test_mixers_are_taught_before_a_refit_and_matrices_of_another_shape_after_it(steps, expected):
+    outcome = run(put(Path("model")), *steps, transfer=True, refit=True)
+    assert [step.name for step in outcome.plan.surgeries[len(steps) :]] == expected
+
+
+@pytest.mark.parametrize(
+    ("steps", "parts"),
+    [
+        ((Gqa(groups=1, pool="mean"),), {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ((Narrow(ffn=20),), {"gate_proj", "up_proj", "down_proj"}),
+        ((Gqa(groups=2, pool="mean"), Narrow(ffn=20)), {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        ((Mla(rank=16, rope_dims=4),), {"q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}),
+    ],
+)
+def test_matrices_of_another_shape_are_taught_and_no_others(steps, parts):
+    source = put(Path("model"), attention_bias=False, mlp_bias=False)
+    run(source, *steps, place="plain")
+    outcome = run("plain", Transfer(teacher=str(source), epochs=3))
+    assert outcome.plan.notes == ["transfer: trains attention and FFNs where they differ from the original's"]
+    assert {name.split(".")[-2] for name in changed("plain", "out")} == parts
+    assert len(outcome.layer_errors) == 2
+    assert all(said["after"] < said["before"] for said in outcome.layer_errors.values())
 
 
 class Measured(Refit):

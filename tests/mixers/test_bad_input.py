@@ -270,11 +270,11 @@ def test_an_encoder_has_no_window(tmp_path):
     refused(model, ModelError, "bert is an encoder, and streaming", step("streaming", window=6))
 
 
-def test_there_is_nothing_to_transfer_in_a_model_without_mixers(tmp_path):
-    model = save(tiny("llama"), tmp_path / "model")
+def test_there_is_nothing_to_transfer_where_layers_are_those_of_the_original(tmp_path):
+    model = save(tiny("llama", num_hidden_layers=3), tmp_path / "model")
     characters(model)
-    refused(model, OptionError, "no technique runs in its layers", Transfer(teacher=str(model)))
-    refused(model, OptionError, "no technique runs in its layers", step("gqa", groups=2, pool="mean"), transfer=True)
+    refused(model, OptionError, "its attention and FFNs have the shapes of the original's", Transfer(teacher=str(model)))
+    refused(model, OptionError, "its attention and FFNs have the shapes of the original's", step("prune-layers", drop=1), transfer=True)
 
 
 def test_the_command_line_says_the_same(command, folder):

@@ -42,6 +42,7 @@ class Rope(Surgery):
     """
 
     facts: ClassVar[Facts] = Facts("bert, roberta and its like, gpt2", saves="the position table", native="roformer, jina_embeddings_v3, gpt_neox", exact="")
+    transfer_first = True
 
     to: str | None = Field(
         None, description="The family to become: roformer or jina_embeddings_v3 for a bert. Default: the first.", json_schema_extra={"metavar": "FAMILY"}
