@@ -30,8 +30,8 @@ from effconvert.eval.subject import load_model, open_model
 from effconvert.modeling.size import size_of
 from effconvert.modeling.transformers_internals import cache_among, cache_name
 
-FIELDS = ["model", "command", "class", "parameters", "active", "disk_bytes", "kv_bytes", "dtype", "context", "rounds", "decode_original", "decode"]
-FIELDS += ["decode_ratio", "decode_ratio_low", "decode_ratio_high", "prefill_ratio", "threads", "load", "date", "machine", "versions"]
+FIELDS = ["model", "command", "class", "parameters", "active", "disk_bytes", "kv_bytes", "dtype", "kernels", "context", "rounds", "decode_original"]
+FIELDS += ["decode", "decode_ratio", "decode_ratio_low", "decode_ratio_high", "prefill_ratio", "threads", "load", "date", "machine", "versions"]
 ROWS = [  # at the sizes of the tables in docs/
     "gqa --groups 3",  # changes nothing: how far two equal models seem apart
     "gqa --groups 1 --pool mean",
@@ -67,8 +67,9 @@ READS = 3  # times that each model reads the prompt
 @click.option("--context", default=512, help="Tokens in the prompt.")
 @click.option("--rounds", default=48, help="Steps of each model; results are medians.")
 @click.option("--dtype", default="bfloat16", type=click.Choice(["bfloat16", "float32"]))
+@click.option("--kernels", default="reference", help="How converted models decode: as in transformers (reference), or as effconvert.load has it (auto: mla).")
 @click.option("-o", "--output", type=Path, required=True)
-def main(model, random, rows, calibrate, work, context, rounds, dtype, output):
+def main(model, random, rows, calibrate, work, context, rounds, dtype, kernels, output):
     """Convert, measure, and append to a CSV."""
     done = list(csv.DictReader(output.open(newline=""))) if output.exists() else []
     with output.open("a", newline="") as file, TemporaryDirectory() as scratch:
@@ -78,7 +79,8 @@ def main(model, random, rows, calibrate, work, context, rounds, dtype, output):
         work = work or Path(scratch)
         model = Path(model) if model else write_random(random, work / f"random-{random}")
         about = {"model": model.name, "dtype": dtype, "context": context, "rounds": rounds, "threads": torch.get_num_threads(), "machine": machine("cpu")}
-        original = load_model(open_model(str(model)), dtype, "cpu")
+        about["kernels"] = kernels
+        original = load_model(open_model(str(model)), dtype, "cpu", "reference")
         for row in rows or ROWS:
             if any((old["model"], old["command"], old["dtype"]) == (model.name, row, dtype) for old in done):
                 continue
@@ -96,7 +98,7 @@ def main(model, random, rows, calibrate, work, context, rounds, dtype, output):
                 "disk_bytes": size.bytes,
                 "kv_bytes": size.kv_bytes,
             }
-            speed = compare(original, load_model(opened, dtype, "cpu"), context, rounds)
+            speed = compare(original, load_model(opened, dtype, "cpu", kernels), context, rounds)
             here = {"load": f"{os.getloadavg()[0]:.1f}", "date": datetime.now(UTC).date(), "versions": versions()}
             writer.writerow({**about, "command": row, **sizes, **speed, **here})
             file.flush()

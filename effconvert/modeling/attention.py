@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from effconvert.checkpoint.config import Config
-from effconvert.kernels.choice import cannot, runs_triton
+from effconvert.kernels.choice import cannot, runs_triton, wanted
 from effconvert.modeling import latent
 from effconvert.modeling.decoding import OPERATION, by_groups, decoded, of_one_width
 from effconvert.modeling.grouped import unique_heads
@@ -27,6 +27,7 @@ from effconvert.modeling.transformers_internals import (
     rotary,
     sdpa,
     sdpa_mask,
+    shared_by,
 )
 from effconvert.surgery.mixing._call import Call, Rotation
 from effconvert.surgery.mixing._mixing import Mixing
@@ -123,8 +124,9 @@ def softmax(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
 
 
 def choose(model: Any, kernels: str) -> None:
-    """Have a model on its device decode by kernels, or not: "auto", "triton" or "reference". Latent attention decodes by its latents, but for "reference".
+    """Have a model on its device decode by kernels, or not: "auto", "triton" or "reference".
 
+    But for "reference", latent attention decodes by its latents, and on a CPU query heads that share a KV head are rows of one product.
     "reference" gives a stock model the attention function back that it had.
 
     Args:
@@ -139,15 +141,17 @@ def choose(model: Any, kernels: str) -> None:
     runs, before = runs_triton(model.device, OPERATION, kernels), implementation(model.config)
     modules = [module for module in model.modules() if is_causal(module)]
     latents = [module for module in modules if latent.can_absorb(module) and kernels != "reference" and before in (NAME, *SOFTMAX)]
+    grouped = wanted(kernels) != "reference" and model.device.type == "cpu" and before == "sdpa" and any(shared_by(module) > 1 for module in modules)
     for module in modules:
         module.kernels = kernels
         latent.absorb(module, NAME if module in latents else "")
-    if not (runs or latents) or not model.can_generate() or before == NAME:
+    if not (runs or latents or grouped) or not model.can_generate() or before == NAME:
         return
     if modules:
         model.set_attn_implementation(NAME)  # which some classes answer by a warning alone
     if implementation(model.config) != NAME:
-        cannot(OPERATION, f"{type(model).__name__} does not attend through transformers' AttentionInterface", kernels)
+        if runs or latents:
+            cannot(OPERATION, f"{type(model).__name__} does not attend through transformers' AttentionInterface", kernels)
         return
     model.__dict__[BEFORE] = before
     for module in modules:

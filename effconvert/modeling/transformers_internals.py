@@ -153,6 +153,11 @@ def repeat_heads(attention: nn.Module, times: int) -> None:
     attention.num_key_value_groups = times  # type: ignore[assignment]
 
 
+def shared_by(attention: nn.Module) -> int:
+    """Return how many query heads of a module share a KV head; 1 where the family does not say."""
+    return int(getattr(attention, "num_key_value_groups", 1))
+
+
 def checkpoints(model: Any) -> bool:
     """Whether `model` recomputes activations in training (checkpointing), so that it can have no cache."""
     for name in CHECKPOINTING:

@@ -96,6 +96,26 @@ def test_families_with_attention_of_their_own_have_none_and_say_so(kind, calls):
     choose(tiny("bert"), "triton")  # which has no decoding step
 
 
+@pytest.mark.parametrize(("kind", "grouped"), [("llama", True), ("gemma3_text", True), ("llama", False), ("gptj", False)])
+def test_on_a_cpu_query_heads_that_share_a_kv_head_are_rows_of_one_product(kind, grouped, monkeypatch):
+    model = tiny(kind, **({"num_key_value_heads": 2} if grouped else {}))
+    ids, mask, before = tokens(2, sum(SIZES)), torch.ones(2, sum(SIZES), dtype=torch.long), model.config._attn_implementation
+    mask[1, :4] = 0
+    expected, _ = in_pieces(model, ids, SIZES, mask)
+    steps, real = [], attention.by_groups
+    monkeypatch.setattr(attention, "by_groups", lambda *given, **more: steps.append(given[1].shape[2]) or real(*given, **more))
+    choose(model, "auto")
+    found, _ = in_pieces(model, ids, SIZES, mask)
+    assert far(found[mask.bool()], expected[mask.bool()]) <= SAME
+    assert bool(steps) == grouped
+    assert (model.config._attn_implementation == attention.NAME) == grouped
+    steps.clear()
+    choose(model, "reference")
+    assert model.config._attn_implementation == before
+    assert torch.equal(in_pieces(model, ids, SIZES, mask)[0], expected)
+    assert not steps
+
+
 def test_narrow_keys_are_not_padded_to_the_width_of_values(calls):
     model = made("narrow-kv")
     choose(model, "triton")
@@ -180,6 +200,8 @@ def test_kernels_are_refused_where_none_can_run(monkeypatch):
     with pytest.raises(OptionError, match="--kernels is 'fast', and it should be 'auto', 'triton' or 'reference'"):
         effconvert.load(folder, kernels="fast")
     assert effconvert.load(folder, device="cpu", kernels="reference").model.config._attn_implementation == "sdpa"
+    monkeypatch.setenv("EFFCONVERT_KERNELS", "reference")
+    assert effconvert.load(folder, device="cpu").model.config._attn_implementation == "sdpa"
     monkeypatch.setenv("EFFCONVERT_KERNELS", "triton")
     with pytest.raises(OptionError, match="EFFCONVERT_KERNELS is triton, and kernels run on CUDA devices, not on cpu; unset it"):
         effconvert.load(folder, device="cpu")
