@@ -45,18 +45,19 @@ def main():
     kernels = ("reference", "triton" if table.cuda else "auto")
     with TemporaryDirectory() as scratch:
         folders = {name: written(Path(scratch), name, table) for name in TECHNIQUES}
-        for batch, contexts in ((1, (16, 24)),) if table.tiny else ((1, (1024, 4096, 16384, 65536, 131072)), (16, (1024, 4096, 16384))):
+        cells = [(1, 16), (1, 24)] if table.tiny else [(1, 1024), (1, 4096), (1, 16384), (1, 65536), (1, 131072), (16, 1024), (16, 4096), (16, 16384)]
+        for batch, context in cells:
             for cache, names in {"static": STOCK, "dynamic": tuple(TECHNIQUES)}.items():
-                options = BenchOptions(
-                    batch=(batch,), context=contexts, rounds=3, cache=cache, graphs=cache == "static" and table.cuda, kernels=kernels, device=table.device
-                )
-                benchmark = bench([str(folders[name]) for name in names], options)
-                for cell in benchmark.cells:
+                graphs = cache == "static" and table.cuda
+                options = BenchOptions(batch=batch, context=context, rounds=3, cache=cache, graphs=graphs, kernels=kernels, device=table.device)
+                for cell in bench([str(folders[name]) for name in names], options).cells:
                     technique, way = names[cell.subject // len(kernels)], kernels[cell.subject % len(kernels)]
-                    row = {"technique": technique, "kernels": way, "cache": cache, "batch": cell.batch, "context": cell.context, "failure": cell.failure}
-                    if not cell.failure:
+                    row = {"technique": technique, "kernels": way, "cache": cache, "batch": batch, "context": context, "failure": cell.failure}
+                    if cell.decode:
                         row |= {"tokens_s": f"{cell.decode_rate:.1f}", "prefill_tokens_s": f"{cell.prefill_rate:.0f}"}
-                        row |= {"of_original": f"{1 / cell.ratios['decode']:.3f}", "cache_bytes": cell.cache_bytes, "peak_bytes": cell.peak_bytes}
+                        row |= {"cache_bytes": cell.cache_bytes, "peak_bytes": cell.peak_bytes}
+                    if ratio := cell.ratios.get("decode"):  # none where the original failed
+                        row["of_original"] = f"{1 / ratio:.3f}"
                     table.add([1e3 * seconds for seconds in cell.decode.rounds] if cell.decode else [float("nan")], row)
 
 

@@ -176,7 +176,7 @@ class RunOptions(Conversion):
 
     refit: bool = Field(False, description="Add `effconvert refit` as the last step: least squares towards the original's outputs.")
     transfer: bool = Field(
-        False, description="Add `effconvert transfer` as a step: train each layer towards the original's, before a refit; without a mixer, after it."
+        False, description="Add `effconvert transfer` as a step: train layers one by one; before a refit what a technique put in, after it other matrices."
     )
     distill: bool = Field(False, description="Add `effconvert distill` as the very last step: training towards the original's predictions.")
     dry_run: bool = Field(False, description="Check everything and print the plan; write nothing but the cache.")

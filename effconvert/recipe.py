@@ -132,6 +132,8 @@ def _parse(document: Any, where: str, overrides: Mapping[str, Any]) -> Recipe:
         if name in entry and entry[name] is not None:
             nested = {} if entry[name] is True else entry[name]  # `evaluate: true` means all defaults, `false` none at all
             entry[name] = _build(kind, _python_keys(nested, kind, f"{where}, {name}"), f"{where}, {name}") if nested is not False else None
+    if isinstance(bench := entry.get("bench"), BenchOptions) and len(bench.kernels) > 1:
+        raise OptionError(f"{where}: bench measures each model once in a recipe, so give one of kernels; `effconvert bench --kernels` takes several")
     return _build(Recipe, entry, where)
 
 

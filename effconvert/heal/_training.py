@@ -13,6 +13,7 @@ from effconvert.checkpoint.replaced import OWN
 
 HELD_OUT = 8  # every eighth batch of each text length
 OWN_RATE = 10  # learning rate of a mixer's own parameters, in multiples of the rate
+EQUAL = 1e-12  # relative error that is rounding: nothing is to be learnt
 RATES = (1, 0.1, 0.01)  # multiples of the rate; the next is tried where one gained nothing
 WARMUP = 0.1  # of all steps
 
@@ -44,7 +45,7 @@ def train(layer: Layer, originals: Sequence[int], place: str, parts: list[str], 
 
     before = least = held_out_error()
     best = {part: layer[part] for part in parts}
-    for highest in [share * rate for share in RATES]:
+    for highest in [share * rate for share in RATES if before > EQUAL]:
         trainable = {part: nn.Parameter(layer[part].clone()) for part in parts}
         groups = [{"params": [value], "lr": highest * (OWN_RATE if f".{OWN}" in part else 1)} for part, value in trainable.items()]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)

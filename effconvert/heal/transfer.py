@@ -24,8 +24,8 @@ class Transfer(Healing):
 
     Gradient descent on one layer at a time, in the memory of one layer. A mixer's parameters and the projections around it are trained to reproduce
     the output of the original's attention; the inputs are the output of the converted layers below. A layer without any attention is trained as a
-    whole, to reproduce the output of the original's layer. Without a technique in the layers, attention is trained where its matrices have other shapes
-    than the original's (gqa, mla), and so are FFNs (narrow): after a refit. Where RoPE is in place of a position table, attention is trained in all
+    whole, to reproduce the output of the original's layer. Attention is also trained where its matrices have other shapes than the original's (gqa, mla),
+    and so are FFNs (narrow): best after a refit. Where RoPE is in place of a position table, attention is trained in all
     layers, towards the original on its own inputs. A change that does not improve held-out windows is not kept. MODEL is the converted model. The method
     is the attention transfer of LoLCATs (Zhang et al. 2024, arXiv 2410.10254).
 
@@ -49,7 +49,7 @@ class Transfer(Healing):
             return f"trains the {config.layers} layers, which have no attention"
         count = len({index for record in records for index in record.layers}) if config.attention else config.layers
         kinds = dict.fromkeys("a mixer" if record.place == "scores" else f"{record.technique} in place of their {record.place}" for record in records)
-        return f"trains the {count} layers that have {' or '.join(kinds)}"
+        return f"trains the {count} layers that have {' or '.join(kinds)}, and what else has other shapes than the original's"
 
     def rewrite(self, model: Model) -> None:
         """Refuse models whose layers are the original's."""
@@ -100,7 +100,7 @@ def _places_that_differ(layer: Layer) -> list[str]:
     places = ["attention"] if config.lacks_table_of(original) else []
     for place, parts in PROJECTIONS.items():
         mine, theirs = ({part: each.matrices[part] for part in parts if part in each.parts} for each in (config, original))
-        places += [place] if mine and mine != theirs else []
+        places += [place] if mine != theirs and not all(config.shares(layer.index, part) for part in mine) else []
     return places
 
 

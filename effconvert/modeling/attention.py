@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from effconvert.checkpoint.config import Config
+from effconvert.families import FAMILIES
 from effconvert.kernels.choice import cannot, runs_triton, wanted
 from effconvert.modeling import latent
 from effconvert.modeling.decoding import OPERATION, by_groups, decoded, of_one_width
@@ -141,7 +142,8 @@ def choose(model: Any, kernels: str) -> None:
     runs, before = runs_triton(model.device, OPERATION, kernels), implementation(model.config)
     modules = [module for module in model.modules() if is_causal(module)]
     latents = [module for module in modules if latent.can_absorb(module) and kernels != "reference" and before in (NAME, *SOFTMAX)]
-    grouped = wanted(kernels) != "reference" and model.device.type == "cpu" and before == "sdpa" and any(shared_by(module) > 1 for module in modules)
+    known = model.config.get_text_config().model_type in FAMILIES  # other classes may ask for the name of their attention function, as gemma4 does
+    grouped = known and wanted(kernels) != "reference" and model.device.type == "cpu" and before == "sdpa" and any(shared_by(module) > 1 for module in modules)
     for module in modules:
         module.kernels = kernels
         latent.absorb(module, NAME if module in latents else "")

@@ -71,6 +71,8 @@ def by_groups(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tens
 def of_one_width(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pad queries, keys and values with zeros to one width: PyTorch's fused attention needs it, and is several times as fast on a CPU. Outputs end in zeros."""
     more = key.shape[-1] - value.shape[-1]
+    if not more:
+        return query, key, value  # a padding of 0 copies
     return pad(query, (0, max(0, -more))), pad(key, (0, max(0, -more))), pad(value, (0, max(0, more)))
 
 

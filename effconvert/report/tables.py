@@ -124,16 +124,16 @@ def training(curve: Training) -> Table:
 
 
 def verification(report: Verification) -> Table | None:
-    """Return the table of the verification's results."""
+    """Return the table of the verification's results: of the last conversion, and what that began from."""
     before, after = report.before.quality, report.after.quality
     rows = []
     if before and after:
         rows += [("perplexity", perplexity(before.perplexity), perplexity(after.perplexity))]
-        rows += [("KL(original || converted), nats a token", "-", number(after.kl))] if after.kl is not None else []
+        rows += [("KL(before || after), nats a token", "-", number(after.kl))] if after.kl is not None else []
         rows += [("same most likely token", "-", f"{after.agreement:.1%}")] if after.agreement is not None else []
     rows += [("largest change of a logit (none may change)", "-", f"{report.difference:.2g}")] if report.difference is not None else []
     note = f"{report.text}: {before.tokens} tokens in windows of {before.context}, {report.dtype}, {report.device}" if before else report.unmeasured
-    return Table("Measured by the verification", ("", "original", "converted"), tuple(rows), note) if rows else None
+    return Table("Measured by the verification", ("", "before", "after"), tuple(rows), note) if rows else None
 
 
 def quality(report: Report) -> Iterator[Table]:

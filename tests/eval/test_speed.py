@@ -22,11 +22,12 @@ from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.commands._bench_terminal import BenchTerminal
 from effconvert.errors import EffconvertError, OptionError
 from effconvert.eval import results
+from effconvert.eval.speed import bench as benching
 from effconvert.eval.speed import memory, passes
 from effconvert.eval.speed.bench import bench
 from effconvert.eval.speed.bench_options import BenchOptions
 from effconvert.eval.speed.passes import Loaded
-from effconvert.eval.subject import open_model
+from effconvert.eval.subject import load_measured, open_model
 from effconvert.modeling.caches import kv_bytes
 from effconvert.progress import NoProgress
 from tests.heal.healing import put
@@ -158,10 +159,13 @@ def test_ratios_are_to_the_first_model_in_the_same_cell(run):
             assert second.ratios["peak"] == second.peak_bytes / first.peak_bytes
 
 
-def test_each_model_is_measured_by_each_way_to_decode(command, many, one):
+def test_each_model_is_measured_by_each_way_to_decode(command, many, one, monkeypatch):
+    asked = []
+    monkeypatch.setattr(benching, "load_measured", lambda opened, *given: asked.append((opened.subject.name, given[-1])) or load_measured(opened, *given))
     benchmark = bench([str(many), str(one)], BenchOptions(**QUICK, kernels="reference,auto,reference"))
     assert [subject.name for subject in benchmark.subjects] == [f"{way}: {folder}" for folder in ("many", "one") for way in ("reference", "auto")]
     assert [(cell.subject, cell.failure) for cell in benchmark.cells] == [(index, "") for index in range(4)]
+    assert [name.partition(": ")[0] for name, _ in asked] == [kernels for _, kernels in asked] == ["reference", "auto"] * 2
     assert benchmark.settings["kernels"] == ["reference", "auto"]
     shown = command("bench", many, "--batch", "1", *SHORT, "--rounds", "1", "--kernels", "auto,reference").output
     assert "1 auto: " in shown

@@ -141,7 +141,7 @@ def test_layers_without_a_mixer_keep_their_bytes():
     every = changed("plain", "out")
     assert {name.split(".")[2] for name in every} == {"1", "2"}
     assert set(outcome.layer_errors) == {"1", "2"}
-    assert outcome.plan.notes == ["transfer: trains the 2 layers that have a mixer"]
+    assert outcome.plan.notes == ["transfer: trains the 2 layers that have a mixer, and what else has other shapes than the original's"]
 
 
 def test_what_was_said_is_the_error_on_held_out_windows(taught):

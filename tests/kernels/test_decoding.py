@@ -112,6 +112,9 @@ def test_on_a_cpu_query_heads_that_share_a_kv_head_are_rows_of_one_product(kind,
     steps.clear()
     choose(model, "reference")
     assert model.config._attn_implementation == before
+    monkeypatch.setattr(attention, "FAMILIES", {})
+    choose(model, "auto")
+    assert model.config._attn_implementation == before  # the class of a family that nobody tested may ask for that name
     assert torch.equal(in_pieces(model, ids, SIZES, mask)[0], expected)
     assert not steps
 

@@ -90,17 +90,17 @@ HEALED = {  # what the plan says of refitting and training each, by its place
     "gated-ffn": (
         "llama",
         "nothing makes up for gated-ffn in place of their ffn: attention is refitted where it differs from the original's, and else nothing is; use transfer",
-        "trains the 2 layers that have gated-ffn in place of their ffn",
+        "trains the 2 layers that have gated-ffn in place of their ffn, and what else has other shapes than the original's",
     ),
     "softer-scores": (
         "llama",
         "in layers with a mixer only the output projection is refitted; transfer does more",
-        "trains the 2 layers that have a mixer",
+        "trains the 2 layers that have a mixer, and what else has other shapes than the original's",
     ),
     "mean-attention": (
         "modernbert",
         "in layers with mean-attention in place of their attention only the MLP's output projection is refitted; transfer does more",
-        "trains the 2 layers that have mean-attention in place of their attention",
+        "trains the 2 layers that have mean-attention in place of their attention, and what else has other shapes than the original's",
     ),
 }
 

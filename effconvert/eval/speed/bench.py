@@ -135,11 +135,12 @@ def _fit_together(opened: list[Opened], options: BenchOptions, device: str) -> b
 def _notes(opened: list[Opened], options: BenchOptions, contexts: list[int], fit_together: bool) -> list[str]:
     notes = []
     if not fit_together:
-        notes.append("the models do not fit into memory together: each was measured by itself, rounds do not alternate, and small differences mean nothing")
+        each = "" if len(options.kernels) == 1 else ", each once for every value of --kernels"
+        notes.append(f"the models do not fit into memory together{each}: rounds do not alternate, and small differences mean nothing")
     if options.context is None and contexts != list(CONTEXTS):
         missing = ", ".join(str(context) for context in CONTEXTS if context not in contexts)
         notes.append(f"no context of {missing}: not every model reads that many tokens and {options.new_tokens} new ones")
-    for model in {model.subject.name: model for model in opened}.values():
+    for model in {model.subject.digest: model for model in reversed(opened)}.values():
         notes += model.notes
         if not model.known:
             notes.append(f"effconvert does not know the layout of {model.subject.name} ({model.subject.kind}), so nothing foresees the memory of a pass")
