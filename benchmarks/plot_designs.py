@@ -94,7 +94,7 @@ def cost():
     for mixer, here in runs.items():
         read, written = ([f"{float(row[key]) / float(softmax[key]):.2f}" for row, softmax in here] for key in ("prefill_s", "decode_s"))
         cache = float(here[-1][0]["cache_mb"]) / float(here[-1][1]["cache_mb"])
-        yield f"| {mixer} | {', '.join(read)} | {', '.join(written)} | {cache:.3f} at {int(here[-1][0]['context']):,} |"
+        yield f"| {mixer} | {', '.join(read)} | {', '.join(written)} | {cache:.2g} at {int(here[-1][0]['context']):,} |"
 
 
 def smollm2():

@@ -20,8 +20,8 @@ class MonarchMixer(Several):
     steps are done, healed and written into effconvert.yaml; for their other options write them into a recipe. M2's mixer is one long convolution with a gate
     on either side; hyena has one more before the first gate, which begins as a copy. Encoders convolve to both sides, decoders to the past. Convolutions are
     evaluated by torch's Fourier transform: by Monarch factors, as in the paper, it is 5 to 6 times slower on a CPU, and not measured on a GPU. The paper
-    trains from the start, and what is left of a pretrained model has to be trained on. On a CPU it reads prompts 2 to 4 times slower than the original at
-    every length measured (512 to 8,192), as Monarch products are slow there: `hyena` alone is faster, and nearer to the original.
+    trains from the start, and what is left of a pretrained model has to be trained on. On a CPU it reads prompts 1.5 to 4 times slower than the original at
+    every length measured (512 to 16,384), as Monarch products are slow there: `hyena` alone is faster, and nearer to the original.
     Fu et al. 2023, arXiv 2310.12109; docs/mixers.md has measurements.
 
     \b
