@@ -390,6 +390,7 @@ WRONG_LAST = {
     "results in a folder": ({"evaluate": {**QUICK_EVAL, "output": "tasks"}}, "tasks is a folder"),
     "results where the output goes": ({"evaluate": {**QUICK_EVAL, "output": "b"}}, "b"),
     "results in the output": ({"bench": {**QUICK_BENCH, "output": "b/bench.json"}}, "b/bench.json"),
+    "several ways to decode": ({"bench": {**QUICK_BENCH, "kernels": "reference,auto"}}, "give one of kernels"),
     "both results in one file": ({"evaluate": {**QUICK_EVAL, "output": "x.json"}, "bench": {**QUICK_BENCH, "output": "x.json"}}, "x.json"),
 }
 

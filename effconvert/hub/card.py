@@ -132,7 +132,8 @@ def _cost(past: History, report: Verification | None) -> str:
         rows.append(("largest change of a logit", "", f"{report.difference:.2g}", ""))
     parts = [table(["", original, THIS, "ratio"], rows)]
     if before.quality:
-        prompts = f"original: {json.dumps(before.continuation, ensure_ascii=False)}\nthis:     {json.dumps(after.continuation, ensure_ascii=False)}"
+        first = "original:" if original == "the original" else "before:  "
+        prompts = f"{first} {json.dumps(before.continuation, ensure_ascii=False)}\nthis:     {json.dumps(after.continuation, ensure_ascii=False)}"
         parts.append(f"Greedy continuations of the same prompt:\n\n```text\n{prompts}\n```")
     return "\n\n".join(parts)
 

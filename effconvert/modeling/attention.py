@@ -141,13 +141,17 @@ def choose(model: Any, kernels: str) -> None:
         model.set_attn_implementation(was)
     runs, before = runs_triton(model.device, OPERATION, kernels), implementation(model.config)
     modules = [module for module in model.modules() if is_causal(module)]
-    latents = [module for module in modules if latent.can_absorb(module) and kernels != "reference" and before in (NAME, *SOFTMAX)]
-    known = model.config.get_text_config().model_type in FAMILIES  # other classes may ask for the name of their attention function, as gemma4 does
+    family = model.config.get_text_config().model_type
+    known = family in FAMILIES  # other classes may ask for the name of their attention function, as gemma4 does
+    latents = [module for module in modules if known and latent.can_absorb(module) and kernels != "reference" and before in (NAME, *SOFTMAX)]
     grouped = known and wanted(kernels) != "reference" and model.device.type == "cpu" and before == "sdpa" and any(shared_by(module) > 1 for module in modules)
     for module in modules:
         module.kernels = kernels
         latent.absorb(module, NAME if module in latents else "")
     if not (runs or latents or grouped) or not model.can_generate() or before == NAME:
+        return
+    if not known:
+        cannot(OPERATION, f"effconvert does not know the family {family}, whose class may need its own attention function", kernels)
         return
     if modules:
         model.set_attn_implementation(NAME)  # which some classes answer by a warning alone

@@ -23,6 +23,7 @@ from effconvert.heal.transfer import Transfer
 from effconvert.options import RunOptions
 from effconvert.recipe import read
 from effconvert.replay import replay
+from effconvert.surgery.attention.expand_kv import ExpandKv
 from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.attention.mla import Mla
 from effconvert.surgery.mixing.linear import Linear
@@ -326,6 +327,14 @@ def test_matrices_of_another_shape_are_taught_and_no_others(steps, parts):
     assert {name.split(".")[-2] for name in changed("plain", "out")} == parts
     assert len(outcome.layer_errors) == 2
     assert all(said["after"] < said["before"] for said in outcome.layer_errors.values())
+
+
+def test_what_computes_the_same_in_other_shapes_stays_as_it_is():
+    source = put(Path("model"), **GROUPED)
+    run(source, ExpandKv(groups=4), place="plain")
+    outcome = run("plain", Transfer(teacher=str(source), epochs=3))
+    assert not changed("plain", "out")
+    assert all(said["after"] == said["before"] for said in outcome.layer_errors.values())
 
 
 class Measured(Refit):

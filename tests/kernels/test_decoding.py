@@ -117,6 +117,9 @@ def test_on_a_cpu_query_heads_that_share_a_kv_head_are_rows_of_one_product(kind,
     assert model.config._attn_implementation == before  # the class of a family that nobody tested may ask for that name
     assert torch.equal(in_pieces(model, ids, SIZES, mask)[0], expected)
     assert not steps
+    monkeypatch.setattr(attention, "runs_triton", lambda *_: True)
+    with pytest.raises(ValueError, match="effconvert does not know the family"):
+        choose(model, "triton")
 
 
 def test_narrow_keys_are_not_padded_to_the_width_of_values(calls):

@@ -140,7 +140,7 @@ def _notes(opened: list[Opened], options: BenchOptions, contexts: list[int], fit
     if options.context is None and contexts != list(CONTEXTS):
         missing = ", ".join(str(context) for context in CONTEXTS if context not in contexts)
         notes.append(f"no context of {missing}: not every model reads that many tokens and {options.new_tokens} new ones")
-    for model in {model.subject.digest: model for model in reversed(opened)}.values():
+    for model in {model.subject.digest: model for model in opened}.values():  # once, by however many kernels
         notes += model.notes
         if not model.known:
             notes.append(f"effconvert does not know the layout of {model.subject.name} ({model.subject.kind}), so nothing foresees the memory of a pass")
