@@ -9,7 +9,7 @@ OUT=${OUT:-.}
 PYTHON=${PYTHON:-python}
 command -v nvidia-smi > /dev/null && nvidia-smi --query-gpu=name,driver_version,power.limit --format=csv,noheader
 failed=0
-for what in distill-step decode-attention chunked-attention generation; do
+for what in distill-step decode-attention chunked-attention experts generation; do
     timeout 1800 "$PYTHON" "benchmarks/$(echo $what | tr - _).py" --rest "$@" -o "$OUT/$what-rest-$(date +%F).csv" || { failed=1; echo "$what was not measured to its end"; }
 done
 exit $failed

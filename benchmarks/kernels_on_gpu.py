@@ -13,6 +13,7 @@ from effconvert.kernels._kinds import KINDS, SPARSE_KINDS
 from effconvert.kernels.chunked_attention import chunked_attention, chunked_attention_reference
 from effconvert.kernels.decode_attention import decode_attention, decode_attention_reference
 from effconvert.kernels.divergence import divergence, divergence_reference
+from effconvert.kernels.experts import ACTIVATIONS, experts, experts_reference
 from effconvert.kernels.sparse_divergence import sparse_divergence, sparse_divergence_reference
 
 TWICE = 2  # times the error of plain PyTorch in the same type
@@ -116,10 +117,39 @@ def of_chunked_attention():
             yield f"chunked_attention {shape}, {dtype}, {tokens} tokens, {what}", errors[0], max(errors[1], torch.finfo(arguments["value"].dtype).eps / 2)
 
 
+def of_experts():
+    """The same of the experts of a decoding step, and whether a CUDA graph can be made of it."""
+    sizes = ((1, 6, 2, 576, 192), (16, 8, 2, 2048, 1408), (5, 60, 4, 1000, 700))  # tokens, experts, choices, M, I
+    cases = [
+        *zip(sizes, ("silu", "silu", "gelu"), (torch.bfloat16,) * 3, strict=True),
+        (sizes[2], "relu", torch.float32),
+        (sizes[0], "gelu-tanh", torch.float16),
+    ]
+    assert {activation for _, activation, _ in cases} == ACTIVATIONS.keys()
+    for (tokens, count, choices, hidden, width), activation, dtype in cases:
+        draw = torch.Generator("cuda").manual_seed(0)
+        shapes = ((tokens, hidden), (count, 2 * width, hidden), (count, hidden, width))
+        tensors = [(torch.randn(*shape, generator=draw, device="cuda") * shape[-1] ** (-0.5 * (len(shape) > 2))).to(dtype) for shape in shapes]
+        weights, chosen = torch.rand(tokens, count, generator=draw, device="cuda").topk(choices)
+        results = []
+        for function, kept in ((experts, dtype), (experts_reference, dtype), (experts_reference, torch.float64)):
+            results.append(function(*(tensor.to(kept) for tensor in tensors), chosen, weights.to(dtype).to(kept), activation).double())
+        kernel, plain, exact = results
+        name = f"experts {dtype} {tokens} tokens, {choices} of {count}, {hidden} x {width}, {activation}"
+        yield name, *(float((some - exact).abs().max() / exact.abs().max()) for some in (kernel, plain))
+    given = (*tensors, chosen, weights.to(dtype), activation)
+    kernel, graph = experts(*given), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again = experts(*given)
+    graph.replay()
+    torch.cuda.synchronize()
+    yield "experts in a CUDA graph, from the same without", float((again - kernel).abs().max()), 0.0
+
+
 def main():
     """Print each case, and exit."""
     wrong = 0
-    for name, error, plain in itertools.chain(of_decode_attention(), of_chunked_attention(), of_divergence(), of_sparse_divergence()):
+    for name, error, plain in itertools.chain(of_decode_attention(), of_chunked_attention(), of_divergence(), of_sparse_divergence(), of_experts()):
         bad = not error <= max(TWICE * plain, 1e-6)
         wrong += bad
         print(f"{'WRONG' if bad else 'right'}  {name}: {error:.1e}, PyTorch {plain:.1e}", flush=True)

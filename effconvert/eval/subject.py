@@ -189,10 +189,12 @@ def load_model(opened: Opened, dtype: str, device: str, kernels: str = "auto") -
         raise EffconvertError(f"{opened.subject.name} takes {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; measure it on a larger machine")
     check_kernels(kernels, device)
     from effconvert.modeling.attention import choose  # imports transformers, as loading does
+    from effconvert.modeling.experts import choose_experts
 
     model = load(opened.folder, opened.config, torch_dtype, device)
     try:
         choose(model, kernels)
+        choose_experts(model, kernels)
     except ValueError as error:
         raise OptionError(str(error)) from None
     return model

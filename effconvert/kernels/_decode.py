@@ -55,7 +55,7 @@ def splits_for(programs: int, most: int, processors: int) -> int:
 
 
 @triton.jit
-def _dot(a, b):  # type: ignore[no-untyped-def]
+def dot(a, b):  # type: ignore[no-untyped-def]
     """Multiply into float32. In the interpreter products of bfloat16 are wrong, so it gets float32."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
@@ -81,10 +81,10 @@ def _take(  # type: ignore[no-untyped-def]
     key += at * k_s
     value += at * v_s
     d1, v1 = tl.arange(0, D1), tl.arange(0, V1)
-    scores = _dot(q1, tl.load(key + keys[None, :] * k_s + d1[:, None], mask=wanted[None, :] & (d1 < D)[:, None], other=0.0))  # [ROWS, BLOCK]
+    scores = dot(q1, tl.load(key + keys[None, :] * k_s + d1[:, None], mask=wanted[None, :] & (d1 < D)[:, None], other=0.0))  # [ROWS, BLOCK]
     if D2:
         d2 = D1 + tl.arange(0, D2)
-        scores += _dot(q2, tl.load(key + keys[None, :] * k_s + d2[:, None], mask=wanted[None, :] & (d2 < D)[:, None], other=0.0))
+        scores += dot(q2, tl.load(key + keys[None, :] * k_s + d2[:, None], mask=wanted[None, :] & (d2 < D)[:, None], other=0.0))
     scores *= sharpness
     if CAPPED:
         scores = cap * (2 * tl.sigmoid(2 * scores) - 1)
@@ -95,11 +95,11 @@ def _take(  # type: ignore[no-untyped-def]
     total = total * fade + tl.sum(weights, 1)
     values = tl.load(value + keys[:, None] * v_s + v1[None, :], mask=wanted[:, None] & (v1 < V)[None, :], other=0.0)
     weights = weights if INTERPRETED else weights.to(values.dtype)
-    out1 = out1 * fade[:, None] + _dot(weights, values)
+    out1 = out1 * fade[:, None] + dot(weights, values)
     if V2:
         v2 = V1 + tl.arange(0, V2)
         values = tl.load(value + keys[:, None] * v_s + v2[None, :], mask=wanted[:, None] & (v2 < V)[None, :], other=0.0)
-        out2 = out2 * fade[:, None] + _dot(weights, values)
+        out2 = out2 * fade[:, None] + dot(weights, values)
     return new, total, out1, out2
 
 

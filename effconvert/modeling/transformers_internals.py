@@ -34,6 +34,7 @@ try:
     from transformers.initialization import no_init_weights
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
     from transformers.integrations.integration_utils import get_available_reporting_integrations
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
     from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
     from transformers.modeling_outputs import BaseModelOutput
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -51,6 +52,7 @@ __all__ = [
     "Conv1D",
     "DynamicCache",
     "DynamicLayer",
+    "ExpertsInterface",
     "eager_mask",
     "no_init_weights",
     "sdpa_mask",
@@ -59,6 +61,8 @@ __all__ = [
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # of a model's argument for the cache: since 5.24, before, and before of models with states
 CHECKPOINTING = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the newer name first
 IMPLEMENTATION = "_attn_implementation"  # of a config: the name of the attention function
+EXPERTS = "_experts_implementation"  # of a config: the name of the function that computes experts
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu-tanh", "gelu_pytorch_tanh": "gelu-tanh", "relu": "relu"}  # to names of ours
 OVERRIDDEN = ("_init_weights", "_adjust_bias", "get_expanded_tied_weights_keys")  # methods of models that our classes override
 GENERATING = "_prepare_cache_for_generation"  # likewise, of models that generate
 
@@ -283,6 +287,28 @@ def shard(model: Any) -> None:
         if type(module).__name__ in (model._no_split_modules or ()) and all(uses[id(parameter)] == 1 for parameter in module.parameters()):
             fully_shard(module)
     fully_shard(model)
+
+
+def experts_by(module: nn.Module) -> str | None:
+    """Return the name of the function by which a module computes experts, "eager" for that of its class; None for a module of another kind."""
+    return getattr(getattr(module, "config", None), EXPERTS, None) if hasattr(module, "gate_up_proj") and hasattr(module, "is_transposed") else None
+
+
+def experts_function(name: str) -> Callable[..., Tensor] | None:
+    """Return transformers' function of this name, of an experts module, hidden states, ids and weights; None for "eager"."""
+    return ALL_EXPERTS_FUNCTIONS.get(name)  # type: ignore[no-any-return]
+
+
+def gated_by(experts: Any) -> str | None:
+    """Return the activation of an experts module, "silu", "gelu", "gelu-tanh" or "relu".
+
+    None where it is another one, or where the experts are in another form than `down (activation(gate x) * up x)` with the matrices [gate; up] and down.
+    """
+    odd = any(getattr(experts, name, False) for name in ("has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel"))
+    plain = type(experts)._apply_gate.__module__ == ExpertsInterface.__module__  # some classes clamp what they multiply
+    if odd or not plain or not experts.has_gate or not experts.is_concatenated:
+        return None
+    return next((ours for theirs, ours in ACTIVATIONS.items() if type(ACT2FN[theirs]) is type(experts.act_fn)), None)
 
 
 def routers(base: Any) -> dict[str, nn.Module]:

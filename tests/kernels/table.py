@@ -7,8 +7,10 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 from tests.kernels import test_decode_attention as decode
 from tests.kernels import test_divergence as divergence
+from tests.kernels import test_experts as experts
 from tests.kernels import test_sparse_divergence as sparse
 from tests.kernels.compiling import compiled
+from tests.kernels.launches import launched
 
 
 def of_divergence(dtype):
@@ -29,11 +31,24 @@ def of_decoding(dtype):
         yield decode.errors(case, dtype)
 
 
-KERNELS = {
-    "divergence": (of_divergence, divergence.cases()),
-    "sparse_divergence": (of_sparse, [*sparse.cases()]),
-    "decode_attention, a split": (of_decoding, [decode.case(*shape) for shape in decode.SHIPPED]),
-    "decode_attention, the sum of splits": (None, [decode.sums(64), decode.sums(96)]),
+def of_experts(dtype):
+    """Yield the same."""
+    for case in experts.CASES:
+        yield experts.errors(case, dtype)
+
+
+def of_kernel(name):
+    """Return what a kernel of `experts` takes, for each call."""
+    return [found for found in launched(experts.__name__) if found["kernel"] == name]
+
+
+KERNELS = {  # how far each is from float64, and what it takes
+    "divergence": (of_divergence, lambda: compiled(divergence.cases())),
+    "sparse_divergence": (of_sparse, lambda: compiled([*sparse.cases()])),
+    "decode_attention, a split": (of_decoding, lambda: compiled([decode.case(*shape) for shape in decode.SHIPPED])),
+    "decode_attention, the sum of splits": (None, lambda: compiled([decode.sums(64), decode.sums(96)])),
+    "experts, neurons": (of_experts, lambda: of_kernel("inner")),
+    "experts, the sum over experts": (None, lambda: of_kernel("outer")),
 }
 
 
@@ -46,8 +61,8 @@ def worst(pairs):
 def main():
     """Print a row for each kernel."""
     print("| kernel | fp32 | fp16 | bf16 | registers | shared memory, bytes | stack, bytes |\n|---|---|---|---|---|---|---|")
-    for name, (errors, cases) in KERNELS.items():
-        made = compiled(cases)
+    for name, (errors, compile_all) in KERNELS.items():
+        made = compile_all()
         sizes = [sorted(found[what] for found in made) for what in ("registers", "shared", "stack")]
         spans = [f"{first:,}" if first == last else f"{first:,} to {last:,}" for first, *_, last in sizes]
         print(f"| {name} | {' | '.join(worst(errors(dtype)) if errors else '' for dtype in decode.LEAST)} | {' | '.join(spans)} |", flush=True)

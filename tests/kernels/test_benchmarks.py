@@ -25,5 +25,5 @@ def test_the_rest_of_the_sweeps_runs_without_a_card():
         found[file.name.partition("-rest-")[0]] = rows
         assert all(float(value) < 1e-5 for row in rows for name, value in row.items() if name.endswith("error"))
     assert not any(row.get("failure") for rows in found.values() for row in rows)
-    cells = {"distill-step": 5 * 7, "decode-attention": 5, "chunked-attention": 3 * 2 * 2, "generation": (2 + 5) * 2 * 2}
+    cells = {"distill-step": 5 * 7, "decode-attention": 5, "chunked-attention": 3 * 2 * 2, "experts": 3 * 3, "generation": (2 + 5) * 2 * 2}
     assert {name: len(rows) for name, rows in found.items()} == cells
