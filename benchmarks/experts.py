@@ -25,7 +25,7 @@ SHAPES = {  # experts, choices, hidden width, width of an expert
     "a 1B model, moe-split of 8, 4 active": (8, 4, 2048, 1024),
     "mixtral": (8, 2, 4096, 14336),
     "qwen2_moe": (60, 4, 2048, 1408),
-    "qwen3_moe": (128, 8, 2048, 768),
+    "half of a qwen3_moe": (64, 8, 2048, 768),
 }
 TINY = {"tiny": (4, 2, 32, 16)}
 

@@ -127,7 +127,7 @@ def load(model: str | PathLike[str], dtype: str = "auto", device: str | None = N
         dtype: `auto` (that of the weights), float32, bfloat16 or float16.
         device: by default this machine's accelerator, or the CPU.
         kernels: decoding steps run as Triton kernels (`triton`), as in transformers (`reference`), or as EFFCONVERT_KERNELS says, else by what was
-            measured to be faster (`auto`): kernels on no card so far, shared KV heads without copies on a CPU; docs/kernels.md. transformers'
+            measured to be faster (`auto`): kernels on no card so far, on a CPU shared KV heads and experts without copies; docs/kernels.md. transformers'
             continuous batching (`generate_batch`) knows no attention function of ours: give `reference` for it.
 
     Raises:

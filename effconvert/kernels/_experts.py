@@ -9,7 +9,6 @@ import triton.language as tl
 
 from effconvert.kernels._decode import dot
 
-ROWS = 16  # of tokens in a tile: the fewest that tensor cores take
 PROGRAMS = 2 * 132  # as many as keep an H100 busy
 
 
@@ -28,14 +27,6 @@ def tiles(outputs: int, inputs: int, matrices: int, itemsize: int) -> Tiles:
     rows = next((rows for rows in (64, 32) if matrices * -(-outputs // rows) >= PROGRAMS), 16)
     widest = 2**13 // (rows * itemsize)  # columns, for 8 KB of a matrix at a time, and at least two times
     return Tiles(rows, max(16, min(256, widest, triton.next_power_of_2(inputs) // 2)), 4, 3)
-
-
-@triton.jit
-def _taken(chosen, c_t, expert, T, K: tl.constexpr, KP: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return which choices of each token are an expert, [ROWS, KP]."""
-    rows, choices = tl.arange(0, ROWS), tl.arange(0, KP)
-    real = (rows < T)[:, None] & (choices < K)[None, :]
-    return real & (tl.load(chosen + rows[:, None] * c_t + choices[None, :], mask=real, other=-1) == expert)
 
 
 @triton.jit
@@ -59,11 +50,11 @@ def inner(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Compute some neurons of an expert for the tokens that take it, times their weights; 0 for others. No expert is read that no token takes."""
     expert = tl.program_id(1).to(tl.int64)
-    rows = tl.arange(0, ROWS)
-    mine = _taken(chosen, c_t, expert, T, K, KP, ROWS)
+    rows, choices = tl.arange(0, ROWS), tl.arange(0, KP)
+    there = (rows < T)[:, None] & (choices < K)[None, :]
+    mine = there & (tl.load(chosen + rows[:, None] * c_t + choices[None, :], mask=there, other=-1) == expert)  # [ROWS, KP]
     takes = tl.max(mine.to(tl.int32), 1) != 0  # [ROWS]
     if tl.max(takes.to(tl.int32), 0) != 0:
-        choices = tl.arange(0, KP)
         share = tl.sum(tl.load(weights + rows[:, None] * w_t + choices[None, :], mask=mine, other=0.0).to(tl.float32), 1)  # [ROWS]
         neurons = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
         inside = neurons < F
@@ -80,6 +71,11 @@ def inner(  # type: ignore[no-untyped-def]
         tl.store(where, values.to(middle.dtype.element_ty), mask=(rows < T)[:, None] & inside[None, :])
 
 
+@triton.jit
+def _either(a, b):  # type: ignore[no-untyped-def]
+    return a | b
+
+
 @triton.jit(do_not_specialize=["T", "E"])
 def outer(  # type: ignore[no-untyped-def]
     middle, down, chosen, out, d_e, d_m, c_t, T, E,
@@ -88,10 +84,13 @@ def outer(  # type: ignore[no-untyped-def]
     """Sum some outputs of all tokens over the experts that any of them takes."""
     rows, outputs = tl.arange(0, ROWS), tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     real, inside = rows < T, outputs < M
+    pairs = tl.arange(0, ROWS * KP)  # of a token and a choice
+    there = (pairs // KP < T) & (pairs % KP < K)
+    numbers = tl.load(chosen + pairs // KP * c_t + pairs % KP, mask=there, other=0).to(tl.int64)
+    taken = tl.reduce(tl.where(there, tl.full((ROWS * KP,), 1, tl.int64) << numbers, 0), 0, _either)  # a bit for each expert
     total = tl.zeros((ROWS, OUTPUTS), tl.float32)
     for expert in range(E):
-        mine = _taken(chosen, c_t, expert, T, K, KP, ROWS)
-        if tl.max(tl.max(mine.to(tl.int32), 1), 0) != 0:
+        if (taken >> expert) & 1:
             number = tl.program_id(0).to(tl.int64) * 0 + expert  # products with strides may be larger than int32
             for at in range(0, F, INPUTS):
                 neurons = at + tl.arange(0, INPUTS)

@@ -15,13 +15,12 @@ import triton
 from torch import Tensor
 
 from effconvert.kernels._cost import Cost
-from effconvert.kernels._experts import ROWS, inner, outer, tiles
-from effconvert.kernels._gated import ACTIVATIONS
+from effconvert.kernels._experts import inner, outer, tiles
+from effconvert.kernels._gated import ACTIVATIONS, EXPERTS, TOKENS
 from effconvert.kernels._gated import experts_reference as experts_reference  # without triton, for machines that have none
 
 MEASURED = ()  # cards on which it agreed with the reference and was faster
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
-TOKENS = ROWS  # at most
 
 
 def cost(tokens: int, taken: int, hidden: int, width: int, choices: int, itemsize: int = 2) -> Cost:
@@ -36,7 +35,7 @@ def experts(hidden: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weigh
 
     Args:
         hidden: [T, M], at most 16 tokens.
-        gate_up: [E, 2 F, M].
+        gate_up: [E, 2 F, M], at most 64 experts.
         down: [E, M, F].
         chosen: the experts of each token, [T, K], int32 or int64, from 0 to E - 1.
         weights: what each counts, [T, K], of any floating type.
@@ -50,12 +49,19 @@ def experts(hidden: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weigh
     return result
 
 
-def uncovered(hidden: Tensor, activation: str | None) -> str:
-    """Return why no kernel computes experts for such tokens; empty where one does."""
+def uncovered(hidden: Tensor, gate_up: Tensor, down: Tensor, activation: str | None) -> str:
+    """Return why no kernel computes experts of such types, sizes and strides; empty where one does."""
     if hidden.dtype not in TYPES:
         return f"hidden is {hidden.dtype}, and it should be float32, float16 or bfloat16"
     if len(hidden) > TOKENS:
         return f"hidden has {len(hidden)} tokens, and it should have at most {TOKENS}"
+    if len(gate_up) > EXPERTS:
+        return f"gate_up has {len(gate_up)} experts, and it should have at most {EXPERTS}"
+    for name, tensor in (("hidden", hidden), ("gate_up", gate_up), ("down", down)):
+        if tensor.dtype != hidden.dtype:
+            return f"{name} is {tensor.dtype}, and hidden {hidden.dtype}; they should be the same"
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            return f"{name} has a stride of {tensor.stride(-1)} in its last dimension, and it should be 1; give {name}.contiguous()"
     if activation not in ACTIVATIONS:
         return f"activation is {activation}, and it should be one of {', '.join(ACTIVATIONS)}"
     return ""
@@ -65,7 +71,7 @@ def _check(hidden: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weight
     for name, tensor, sizes in (("hidden", hidden, 2), ("gate_up", gate_up, 3), ("down", down, 3), ("chosen", chosen, 2), ("weights", weights, 2)):
         if tensor.ndim != sizes:
             raise ValueError(f"{name} is {[*tensor.shape]}, and it should have {sizes} dimensions")
-    if why := uncovered(hidden, activation):
+    if why := uncovered(hidden, gate_up, down, activation):
         raise ValueError(why)
     (tokens, width), (count, _, inner_width), choices = hidden.shape, down.shape, chosen.shape[1]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, gate_up, down, weights)):
@@ -74,16 +80,13 @@ def _check(hidden: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weight
     for name, tensor, shape in [*shapes, ("chosen", chosen, [tokens, choices]), ("weights", weights, [tokens, choices])]:
         if [*tensor.shape] != shape:
             raise ValueError(f"{name} is {[*tensor.shape]}, and it should be {shape}")
-    for name, tensor in (("gate_up", gate_up), ("down", down)):
-        if tensor.dtype != hidden.dtype:
-            raise ValueError(f"{name} is {tensor.dtype}, and hidden {hidden.dtype}; they should be the same")
     if not choices:
         raise ValueError("chosen has no expert for a token")
     if chosen.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"chosen is {chosen.dtype}, and it should be int32 or int64")
     if not weights.is_floating_point():
         raise ValueError(f"weights is {weights.dtype}, and it should be of a floating type")
-    for name, tensor in (("hidden", hidden), ("gate_up", gate_up), ("down", down), ("chosen", chosen), ("weights", weights)):
+    for name, tensor in (("gate_up", gate_up), ("down", down), ("chosen", chosen), ("weights", weights)):
         if tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device}, and hidden on {hidden.device}")
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
@@ -98,7 +101,7 @@ def _operation(hidden: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, we
     if not out.numel():
         return out
     middle = torch.empty(count, tokens, inner_width, dtype=hidden.dtype, device=hidden.device)  # of experts that no token takes nothing is written
-    taken, sizes = min(count, tokens * choices), {"M": width, "F": inner_width, "K": choices, "KP": triton.next_power_of_2(choices), "ROWS": ROWS}
+    taken, sizes = min(count, tokens * choices), {"M": width, "F": inner_width, "K": choices, "KP": triton.next_power_of_2(choices), "ROWS": TOKENS}
     first, second = tiles(inner_width, width, taken, hidden.itemsize), tiles(width, inner_width, 1, hidden.itemsize)
     with torch.cuda.device_of(hidden):  # where triton launches
         inner[(-(-inner_width // first.outputs), count)](

@@ -1,19 +1,18 @@
 """Experts of a decoding step: by the kernel of `experts`, or on a CPU one after the other for one token; as transformers computes them otherwise."""
 # T = tokens, K = experts that each of them takes, M = hidden width.
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from effconvert.kernels._gated import experts_reference
+from effconvert.kernels._gated import EXPERTS, TOKENS, experts_reference
 from effconvert.kernels.choice import cannot, runs_triton, wanted
-from effconvert.modeling.transformers_internals import ExpertsInterface, experts_by, experts_function, gated_by
+from effconvert.modeling.transformers_internals import ExpertsInterface, compute_experts_by, experts_by, experts_function, gated_by
 
-NAME = "effconvert"  # of our function in transformers' registry
+OURS = "effconvert+"  # begins the name of our function in transformers' registry; then comes that which a model had
 OPERATION = "experts"
-TOKENS = 16  # at most, in a decoding step
-BEFORE = "experts_before"  # attribute of a model that has our function: the names of its own, by config
 
 
 def choose_experts(model: Any, kernels: str) -> None:
@@ -26,26 +25,37 @@ def choose_experts(model: Any, kernels: str) -> None:
         kernels: what is asked for.
 
     Raises:
-        ValueError: kernels are asked for, and cannot run here.
+        ValueError: kernels are asked for, and cannot run here or not for these experts.
     """
-    if kernels == "reference" and (was := model.__dict__.pop(BEFORE, None)):
-        model.set_experts_implementation(was)
-    modules = {module: name for module in model.modules() if (name := experts_by(module))}
-    wants = runs_triton(model.device, OPERATION, kernels) or (wanted(kernels) != "reference" and model.device.type == "cpu")
-    for module in modules:
-        module.kernels = kernels
-    if not modules or not wants or not all(name != NAME and experts_function(name) for name in modules.values()):
-        return
-    model.__dict__[BEFORE] = model.get_experts_implementation()
-    for module, name in modules.items():
-        module.experts_before, module.gated_by = name, gated_by(module)
-    model.set_experts_implementation(NAME)
+    runs = runs_triton(model.device, OPERATION, kernels)
+    for module in model.modules():
+        if not (name := experts_by(module)):
+            continue
+        module.kernels, module.gated_by, before = kernels, gated_by(module), name.removeprefix(OURS)
+        compute_experts_by(module, before)
+        if wanted(kernels) == "reference" or not (runs or model.device.type == "cpu"):
+            continue
+        if not (why := _obstacle(module, before, runs)):
+            ExpertsInterface.register(OURS + before, partial(compute, before))
+            compute_experts_by(module, OURS + before)
+        elif runs:
+            cannot(OPERATION, why, kernels)
 
 
-def compute(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+def _obstacle(module: Any, before: str, runs: bool) -> str:
+    """Return why we never compute the experts of a module."""
+    if not experts_function(before):
+        return f"its experts are computed by {before}"
+    if not module.gated_by:
+        return "its experts have biases, another layout, or another gate than silu, gelu or relu"
+    return f"it has {len(module.gate_up_proj)} experts, and it should have at most {EXPERTS}" if runs and len(module.gate_up_proj) > EXPERTS else ""
+
+
+def compute(before: str, module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     """Return the outputs of an experts module, [T, M]: a function for transformers' registry.
 
     Args:
+        before: the name of transformers' function for all that is no step of ours.
         module: of a class of transformers.
         hidden: [T, M].
         chosen: ids of experts, [T, K].
@@ -53,23 +63,23 @@ def compute(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Ten
     """
     if len(hidden) <= TOKENS and not torch.is_grad_enabled() and (step := _step(module, hidden, chosen, weights)) is not None:
         return step
-    function = experts_function(module.experts_before)
-    assert function  # `choose_experts` leaves models without one alone
+    function = experts_function(before)
+    assert function  # else `choose_experts` would have left the model alone
     return function(module, hidden, chosen, weights)
 
 
 def _step(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor | None:
-    activation = module.gated_by
+    if not (activation := getattr(module, "gated_by", None)):  # of a model that was made from the config of another one
+        return None
+    given = hidden, module.gate_up_proj, module.down_proj
     if runs_triton(hidden.device, OPERATION, module.kernels):
         from effconvert.kernels.experts import experts, uncovered  # imports triton
 
-        if why := uncovered(hidden, activation):
-            cannot(OPERATION, why, module.kernels)
-            return None
-        return experts(hidden, module.gate_up_proj, module.down_proj, chosen, weights, activation)
-    if len(hidden) > 1 or activation is None or hidden.device.type != "cpu" or torch.compiler.is_compiling():
+        if not (why := uncovered(*given, activation)):
+            return experts(*given, chosen, weights, activation)
+        cannot(OPERATION, why, module.kernels)
         return None
-    return experts_reference(hidden, module.gate_up_proj, module.down_proj, chosen, weights, activation)
-
-
-ExpertsInterface.register(NAME, compute)
+    plain = hidden.device.type == "cpu" and hidden.dtype == module.gate_up_proj.dtype and not torch.is_autocast_enabled("cpu")
+    if len(hidden) > 1 or not plain or torch.compiler.is_compiling():
+        return None
+    return experts_reference(*given, chosen, weights, activation)

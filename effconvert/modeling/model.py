@@ -32,6 +32,7 @@ from effconvert.modeling.transformers_internals import (
     cache_name,
     check_overridden,
     checkpoints,
+    choose_experts_as,
     implementation,
     keep_names,
 )
@@ -267,7 +268,9 @@ def model_class(architecture: str) -> Any:
         return stock.forward(self, *args, **kwargs)
 
     members = {"config_class": config_class(kind), "__module__": "effconvert.modeling", "forward": forward}
-    return type(CLASS + architecture, (ConvertedModel, stock), members)
+    converted = type(CLASS + architecture, (ConvertedModel, stock), members)
+    choose_experts_as(converted, stock)
+    return converted
 
 
 def _is_of(stock: Any, family: Family, kind: str) -> bool:

@@ -62,6 +62,7 @@ CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # of a model's argum
 CHECKPOINTING = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the newer name first
 IMPLEMENTATION = "_attn_implementation"  # of a config: the name of the attention function
 EXPERTS = "_experts_implementation"  # of a config: the name of the function that computes experts
+CHOOSING = "_can_set_experts_implementation"  # of a class of models: whether it has the choice
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu-tanh", "gelu_pytorch_tanh": "gelu-tanh", "relu": "relu"}  # to names of ours
 OVERRIDDEN = ("_init_weights", "_adjust_bias", "get_expanded_tied_weights_keys")  # methods of models that our classes override
 GENERATING = "_prepare_cache_for_generation"  # likewise, of models that generate
@@ -292,6 +293,17 @@ def shard(model: Any) -> None:
 def experts_by(module: nn.Module) -> str | None:
     """Return the name of the function by which a module computes experts, "eager" for that of its class; None for a module of another kind."""
     return getattr(getattr(module, "config", None), EXPERTS, None) if hasattr(module, "gate_up_proj") and hasattr(module, "is_transposed") else None
+
+
+def compute_experts_by(module: Any, name: str) -> None:
+    """Set the function by which modules with this one's config compute experts."""
+    setattr(module.config, EXPERTS, name)
+
+
+def choose_experts_as(ours: Any, stock: Any) -> None:
+    """Let a class of ours choose how experts are computed if `stock` may: transformers looks for that in the source of the class, and ours has none."""
+    _check_has(stock, CHOOSING)
+    setattr(ours, CHOOSING, classmethod(lambda _: getattr(stock, CHOOSING)()))
 
 
 def experts_function(name: str) -> Callable[..., Tensor] | None:

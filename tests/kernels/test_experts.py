@@ -6,7 +6,7 @@ from torch.nn.functional import gelu, relu, silu
 
 pytest.importorskip("triton")
 
-from effconvert.kernels.experts import ACTIVATIONS, TOKENS, cost, experts, experts_reference, uncovered
+from effconvert.kernels.experts import ACTIVATIONS, EXPERTS, TOKENS, cost, experts, experts_reference, uncovered
 from tests.kernels.compiling import SHARED
 from tests.kernels.launches import launched
 
@@ -118,6 +118,7 @@ def test_its_cost_is_the_bytes_of_what_it_reads_and_writes():
         ({"hidden": rows(1, 3, 40)}, r"hidden is \[1, 3, 40\], and it should have 2 dimensions"),
         ({"hidden": rows(3, 40).double()}, "hidden is torch.float64"),
         ({"hidden": rows(17, 40)}, "hidden has 17 tokens, and it should have at most 16"),
+        ({"gate_up": rows(65, 48, 40), "down": rows(65, 40, 24)}, "gate_up has 65 experts, and it should have at most 64"),
         ({"hidden": rows(40, 3).T}, "hidden has a stride of 3"),
         ({"hidden": rows(3, 40).requires_grad_()}, "wants a gradient"),
         ({"gate_up": rows(6, 48, 39)}, r"gate_up is \[6, 48, 39\], and it should be \[6, 48, 40\]"),
@@ -139,18 +140,23 @@ def test_what_it_does_not_take_is_refused_before_a_launch(change, message):
 
 
 def test_what_is_not_covered_has_a_reason():
-    assert uncovered(rows(TOKENS, 8), "silu") == ""
-    assert "None" in uncovered(rows(1, 8), None)
+    matrices = rows(EXPERTS, 12, 8), rows(EXPERTS, 8, 6)
+    assert uncovered(rows(TOKENS, 8), *matrices, "silu") == ""
+    assert "None" in uncovered(rows(1, 8), *matrices, None)
+    assert "and hidden torch.float16" in uncovered(rows(1, 8).half(), *matrices, "silu")
 
 
-SHIPPED = [(1, 2048, 1408, 2), (16, 2048, 1408, 2), (4, 576, 192, 2), (1, 4096, 14336, 2), (16, 4096, 1536, 8)]  # tokens, M, I, choices
+SHIPPED = [  # tokens, M, F, experts, choices
+    (1, 2048, 1408, 60, 4), (16, 2048, 1408, 60, 4), (4, 2048, 1408, 8, 2), (1, 2048, 1024, 8, 4), (16, 576, 192, 6, 2),
+    (1, 4096, 14336, 8, 2), (16, 4096, 14336, 8, 2), (1, 2048, 768, 64, 8),
+]  # fmt: skip
 
 
 def launches():
-    """The calls whose kernels are compiled: in bfloat16, and at last in float32."""
-    for number, (tokens, width, inner, choices) in enumerate([*SHIPPED, SHIPPED[1]]):
+    """The calls whose kernels are compiled: in bfloat16, and at last in float32. Nothing is written to the matrices, so they take no memory."""
+    for number, (tokens, width, inner, count, choices) in enumerate([*SHIPPED, SHIPPED[1]]):
         dtype = torch.float32 if number == len(SHIPPED) else torch.bfloat16
-        shapes = (tokens, width), (2, 2 * inner, width), (2, width, inner)
+        shapes = (tokens, width), (count, 2 * inner, width), (count, width, inner)
         choice = [torch.zeros(tokens, choices, dtype=kind) for kind in (torch.long, dtype)]
         inputs = [*(torch.empty(shape, dtype=dtype) for shape in shapes), *choice]
         yield lambda given=inputs: experts(*given)

@@ -28,7 +28,7 @@ class BenchOptions(Options):
     kernels: Kinds = Field(
         ("auto",),
         description="Decode by Triton kernels (triton), as transformers does (reference), or by what was measured to be faster (auto): "
-        "kernels on no card so far, shared KV heads without copies on a CPU. Several: each model by each.",
+        "kernels on no card so far, on a CPU shared KV heads and experts without copies. Several: each model by each.",
         json_schema_extra={"metavar": "auto|triton|reference,…"},
     )
     output: HomePath | None = Field(None, description="Write the results to this JSON file.", json_schema_extra={"short": "-o", "metavar": "FILE"})
