@@ -35,10 +35,12 @@ class Forward:
         self._model, self.ids, self.bar = model, batches, bar
         self.config: Config = model().config
 
-    def begin(self, tokens: int) -> list[Tensor]:
-        """Return the inputs of the first layer for about `tokens` tokens, spread over the text."""
+    def begin(self, tokens: int, twice: bool = False) -> list[Tensor]:
+        """Return the inputs of the first layer for about `tokens` tokens, spread over the text; with `twice` the first half of each text is read twice."""
         count = max(1, min(len(self.ids), round(tokens * len(self.ids) / sum(batch.numel() for batch in self.ids))))
         ids = [self.ids[index * len(self.ids) // count].to(device()) for index in range(count)]
+        if twice:
+            ids = [batch[:, : batch.shape[1] // 2].repeat(1, 2) for batch in ids]
         self._outer = self._model().outer
         self._runner = LayerRunner(self.config, outer_tensors(self._outer, ids), ids, device(), head=self.config.decoder)
         return self._runner.begin()

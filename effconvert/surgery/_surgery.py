@@ -33,8 +33,8 @@ class ForwardProtocol(Protocol):
     def config(self) -> Config:
         """The shape of the model."""
 
-    def begin(self, tokens: int) -> list[Tensor]:
-        """Return the inputs of the first layer for about `tokens` tokens, spread over the text."""
+    def begin(self, tokens: int, twice: bool = False) -> list[Tensor]:
+        """Return the inputs of the first layer for about `tokens` tokens, spread over the text; with `twice` the first half of each text is read twice."""
 
     def layer(self, index: int, states: Sequence[Tensor], without: str = "", weights: Mapping[str, Tensor] | None = None) -> list[Tensor]:
         """Return a layer's outputs for the inputs `states`, whole or without its attention or ffn, or with other `weights` of some parts."""

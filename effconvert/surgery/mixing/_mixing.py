@@ -4,11 +4,14 @@
 from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
-from effconvert.errors import ModelError
+from pydantic import Field
+
+from effconvert.errors import ModelError, OptionError
 from effconvert.surgery._replacement import Replacement
 from effconvert.surgery._surgery import Layers, layers_field
+from effconvert.surgery.mixing._recall import TOKENS, recall
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,16 +19,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from effconvert.checkpoint.config import Config
+    from effconvert.surgery._surgery import ForwardProtocol
     from effconvert.surgery.mixing._call import Call
 
 
 class TokenMixing(Replacement):
     """A technique that replaces softmax attention in some layers."""
 
-    where = frozenset({"layers", "keep_softmax"})
+    where = frozenset({"layers", "keep_softmax", "keep_recall"})
     leaves_windows: ClassVar[bool] = False  # whether layers with a sliding window stay: they are linear in the length already
 
     keep_softmax: Layers = layers_field("Layers to leave as they are, written like --layers: 0,-1.")
+    keep_recall: int | None = Field(
+        None,
+        ge=1,
+        description="Number of layers to leave as they are, chosen on the calibration text: those that find best what followed an earlier copy.",
+        json_schema_extra={"metavar": "N"},
+    )
 
     @property
     def nothing_chosen(self) -> str:
@@ -42,6 +52,31 @@ class TokenMixing(Replacement):
         excluded = self.named_layers("keep_softmax", config) if self.keep_softmax else set()
         excluded |= {index for index, own in enumerate(config.windows()) if own and (self.leaves_windows or own <= self.softmax_tokens)}
         return super().chosen(config) - excluded
+
+    def check(self, config: Config) -> None:
+        """Refuse a choice of layers in encoders, and one that leaves nothing to change."""
+        super().check(config)
+        if self.keep_recall and not config.decoder:
+            raise OptionError(f"--keep-recall is for decoders, whose layers look back, and {config.kind} is an {config.role}; name layers with --keep-softmax")
+        if self.keep_recall and self.keep_recall >= (count := len(self.chosen(config))):
+            raise OptionError(f"--keep-recall {self.keep_recall} leaves none of the {count} layers that could be changed; give at most {count - 1}")
+
+    @property
+    def undecided(self) -> bool:
+        """If only the number of layers to leave is known."""
+        return self.keep_recall is not None
+
+    @property
+    def rule(self) -> str:
+        """What is measured, and on how much text."""
+        return f"induction heads, on up to {TOKENS:,} tokens"
+
+    def decide(self, forward: ForwardProtocol) -> Self:
+        """Name the layers with the strongest induction heads beside those of --keep-softmax."""
+        found = recall(forward, self.chosen(forward.config))
+        kept = sorted(found, key=lambda layer: -found[layer])[: self.keep_recall]
+        named = self.named_layers("keep_softmax", forward.config) if self.keep_softmax else set()
+        return self.model_copy(update={"keep_softmax": ",".join(map(str, sorted({*kept, *named}))), "keep_recall": None})
 
 
 class Mixing(TokenMixing):
