@@ -185,6 +185,8 @@ m: features or landmarks; W: window; S: block; D: width of a head; C: chunk; M: 
 KL from the original in nats a token, on 4,096 tokens of docstrings in windows of 512, float32. Calibrated on 8,192 tokens
 of other docstrings; distilled on 65,536 tokens after `--transfer`. `python benchmarks/designs.py quality -o …`
 ([CSV](../benchmarks/results/{EMBEDDED})). One run, one text, a small model: differences of a tenth mean nothing.
+`--transfer` and what is distilled after it were measured with two windows in a step. With one, as it is since 2026-11-30,
+`linear --window 64` is at 0.080 and `deltanet` at 0.130 ([log](log.md)); the others were not measured again.
 
 ![Cache of each design against its distance from the original](designs.svg)
 

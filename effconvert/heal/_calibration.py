@@ -10,8 +10,6 @@ from torch import Tensor
 
 from effconvert.checkpoint.config import Config
 
-BATCH, BATCH_TOKENS = 2, 1024  # most windows in a batch, and most tokens in a batch of more than one
-
 
 @dataclass(frozen=True)
 class Calibration:
@@ -25,9 +23,12 @@ class Calibration:
 
     @property
     def batches(self) -> list[Tensor]:
-        """The texts of each batch, [B, T]; batches have about the same number of tokens, and the first one the longest texts."""
+        """The texts of each batch, [B, T]: a window or its pieces; the first batch has the longest texts.
+
+        A batch is a step of `transfer`: small steps learn more from a text than fewer with two windows each.
+        """
         batches = []
-        for batch, pieces in zip(self.ids.split(batch_size(self.ids.shape[1])), cycle(self.pieces), strict=False):
+        for batch, pieces in zip(self.ids.split(1), cycle(self.pieces), strict=False):
             length = batch.shape[1] // pieces
             texts = batch[:, : length * pieces].reshape(-1, length).clone()
             for place, token in enumerate(self.ends[0]):
@@ -62,8 +63,3 @@ class Calibration:
         """The manifest's entry."""
         window = self.ids.shape[1]
         return {"text": self.name, "tokens": self.ids.numel(), "windows": [window // pieces for pieces in self.pieces], "sha256": self.sha256}
-
-
-def batch_size(window: int) -> int:
-    """Return how many windows of `window` tokens make a batch."""
-    return max(1, min(BATCH, BATCH_TOKENS // window))
