@@ -8,7 +8,7 @@ from effconvert.convert.plan import Plan
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality.perplexity import windows
 from effconvert.eval.quality.text import MOST, calibration_text, read_calibration
-from effconvert.heal._calibration import Calibration
+from effconvert.heal._calibration import BATCH, Calibration
 from effconvert.modeling import loading
 from effconvert.options import Conversion
 
@@ -100,7 +100,7 @@ def calibration_bytes(plan: Plan) -> int:
     config, ids = plan.checkpoint.config, plan.calibration.ids
     window, inner = ids.shape[1], config.heads * config.head_dim
     token = 4 * (8 * config.hidden + 4 * inner) + 2 * config.heads * window  # inputs, outputs, queries and keys; attention in half precision
-    batch = 4 * window * (4 * config.heads * window + 3 * config.ffn)
+    batch = BATCH * 4 * window * (4 * config.heads * window + 3 * config.ffn)
     squares = 6 * 8 * max(config.hidden, inner) ** 2
     own = max((step.fit_bytes(shape) for step, shape in zip(plan.surgeries, plan.configs, strict=False)), default=0)
     return plan.peak + LIBRARIES + 3 * ids.numel() * token // 2 + batch + squares + own

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from effconvert.checkpoint.config import Config
 
+BATCH = 1  # windows in a batch: each batch is a step of `transfer`, and small steps learn more from a text than fewer of two windows
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -23,12 +25,9 @@ class Calibration:
 
     @property
     def batches(self) -> list[Tensor]:
-        """The texts of each batch, [B, T]: a window or its pieces; the first batch has the longest texts.
-
-        A batch is a step of `transfer`: small steps learn more from a text than fewer with two windows each.
-        """
+        """The texts of each batch, [B, T]: windows, or their pieces; the first batch has the longest texts."""
         batches = []
-        for batch, pieces in zip(self.ids.split(1), cycle(self.pieces), strict=False):
+        for batch, pieces in zip(self.ids.split(BATCH), cycle(self.pieces), strict=False):
             length = batch.shape[1] // pieces
             texts = batch[:, : length * pieces].reshape(-1, length).clone()
             for place, token in enumerate(self.ends[0]):
