@@ -10,7 +10,7 @@ from torch import Tensor
 
 from effconvert.checkpoint.config import Config
 
-BATCH = 1  # windows in a batch: each batch is a step of `transfer`, and small steps learn more from a text than fewer of two windows
+BATCH = 1  # windows in a batch: each is a step of `transfer`, and these learn more from a text than half as many of two windows
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,19 @@ def test_layers_that_were_named_stay_too():
     assert outcome.plan.config.replaced[0].layers == tuple(layer for layer in range(3) if layer != best)
 
 
+def test_layers_with_a_window_are_kept_last():
+    """Though copies stand inside their windows here, and they find them best."""
+    everywhere = put(Path("full"), "gemma3_text", num_hidden_layers=4, layer_types=["full_attention"] * 4, sliding_window=48)
+    scores = recalled(everywhere)
+    best = sorted(range(4), key=lambda layer: -scores[layer])[:2]
+    kinds = ["sliding_attention" if layer in best else "full_attention" for layer in range(4)]
+    source = put(Path("model"), "gemma3_text", num_hidden_layers=4, layer_types=kinds, sliding_window=48)
+    again = recalled(source)
+    assert min(again[layer] for layer in best) > max(again[layer] for layer in range(4) if layer not in best)
+    outcome = run(source, Linear(window=0, keep_recall=2), calibration_tokens=TOKENS)
+    assert set(outcome.plan.config.replaced[0].layers) == set(best)
+
+
 def test_what_leaves_nothing_to_choose_is_refused(tmp_path):
     config = open_checkpoint(put(Path("model"), "llama", num_hidden_layers=4)).config
     with pytest.raises(OptionError, match="--keep-recall 4 leaves none of the 4 layers that could be changed; give at most 3"):

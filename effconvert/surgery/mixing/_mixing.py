@@ -33,7 +33,7 @@ class TokenMixing(Replacement):
     keep_recall: int | None = Field(
         None,
         ge=1,
-        description="Number of layers to leave as they are, chosen on the calibration text: those that find best what followed an earlier copy.",
+        description="Decoders: number of layers to leave as they are, chosen on the calibration text: those that find best what followed an earlier copy.",
         json_schema_extra={"metavar": "N"},
     )
 
@@ -72,9 +72,9 @@ class TokenMixing(Replacement):
         return f"induction heads, on up to {TOKENS:,} tokens"
 
     def decide(self, forward: ForwardProtocol) -> Self:
-        """Name the layers with the strongest induction heads beside those of --keep-softmax."""
-        found = recall(forward, self.chosen(forward.config))
-        kept = sorted(found, key=lambda layer: -found[layer])[: self.keep_recall]
+        """Name the layers with the strongest induction heads beside those of --keep-softmax; layers with a window come last, as they recall no further."""
+        found, windows = recall(forward, self.chosen(forward.config)), forward.config.windows()
+        kept = sorted(found, key=lambda layer: (bool(windows[layer]), -found[layer]))[: self.keep_recall]
         named = self.named_layers("keep_softmax", forward.config) if self.keep_softmax else set()
         return self.model_copy(update={"keep_softmax": ",".join(map(str, sorted({*kept, *named}))), "keep_recall": None})
 
