@@ -292,7 +292,10 @@ def shard(model: Any) -> None:
 
 def experts_by(module: nn.Module) -> str | None:
     """Return the name of the function by which a module computes experts, "eager" for that of its class; None for a module of another kind."""
-    return getattr(getattr(module, "config", None), EXPERTS, None) if hasattr(module, "gate_up_proj") and hasattr(module, "is_transposed") else None
+    if not (hasattr(module, "gate_up_proj") and hasattr(module, "is_transposed")):
+        return None
+    _check_has(module.config, EXPERTS)
+    return getattr(module.config, EXPERTS)  # type: ignore[no-any-return]
 
 
 def compute_experts_by(module: Any, name: str) -> None:

@@ -87,7 +87,16 @@ def test_the_command_line_says_it_in_a_line(model, python, environment, tmp_path
 
 
 def test_no_other_file_uses_such_a_name():
-    names = {internals.IMPLEMENTATION, *internals.CACHE_NAMES[1:], *internals.CHECKPOINTING, "_model_mapping", "num_key_value_groups", "is_causal"}
+    names = {
+        internals.IMPLEMENTATION,
+        internals.EXPERTS,
+        internals.CHOOSING,
+        *internals.CACHE_NAMES[1:],
+        *internals.CHECKPOINTING,
+        "_model_mapping",
+        "num_key_value_groups",
+        "is_causal",
+    }
     names |= {"eager_attention_forward", "apply_rotary_pos_emb", *[name for _, name in IMPORTS]}
     found = []
     for path in [path for path in FILE.parents[1].rglob("*.py") if path != FILE]:
@@ -133,6 +142,31 @@ def test_functions_are_called_by_the_name_in_the_config(monkeypatch):
     assert torch.equal(model(tokens()).logits, expected)
     width = model.config.head_dim
     assert calls == [(module, (2, model.config.num_attention_heads, 20, width), None, width**-0.5) for module in attentions(model)]
+
+
+def test_experts_are_computed_by_the_name_in_the_config(monkeypatch):
+    model = tiny("mixtral")
+    modules = [module for module in model.modules() if internals.experts_by(module)]
+    assert [internals.experts_by(module) for module in modules] == ["grouped_mm"] * model.config.num_hidden_layers
+    assert [internals.gated_by(module) for module in modules] == ["silu"] * len(modules)
+    calls, computed = [], internals.experts_function("grouped_mm")
+    assert internals.experts_function("eager") is None
+    monkeypatch.setattr(internals.ExpertsInterface, "_global_mapping", dict(internals.ExpertsInterface._global_mapping))
+    internals.ExpertsInterface.register("trial", lambda module, *given: calls.append(module) or computed(module, *given))
+    expected = model(tokens()).logits
+    internals.compute_experts_by(modules[0], "trial")  # of all modules with its config
+    assert torch.equal(model(tokens()).logits, expected)
+    assert calls == modules
+    for flag in ("has_bias", "is_transposed"):  # as experts of other classes have
+        setattr(modules[0], flag, True)
+        assert internals.gated_by(modules[0]) is None
+        setattr(modules[0], flag, False)
+
+
+def test_a_version_in_which_classes_have_no_choice_of_experts_is_told():
+    with pytest.raises(EffconvertError) as refusal:
+        internals.choose_experts_as(SimpleNamespace(), SimpleNamespace)
+    assert told(refusal) == f"{internals.CHOOSING} of SimpleNamespace"
 
 
 def test_registering_is_what_makes_a_function_known(monkeypatch):

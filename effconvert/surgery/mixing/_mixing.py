@@ -73,8 +73,8 @@ class TokenMixing(Replacement):
 
     def decide(self, forward: ForwardProtocol) -> Self:
         """Name the layers with the strongest induction heads beside those of --keep-softmax; layers with a window come last, as they recall no further."""
-        found, windows = recall(forward, self.chosen(forward.config)), forward.config.windows()
-        kept = sorted(found, key=lambda layer: (bool(windows[layer]), -found[layer]))[: self.keep_recall]
+        shares, windows = recall(forward, self.chosen(forward.config)), forward.config.windows()
+        kept = sorted(shares, key=lambda layer: (bool(windows[layer]), -shares[layer]))[: self.keep_recall]
         named = self.named_layers("keep_softmax", forward.config) if self.keep_softmax else set()
         return self.model_copy(update={"keep_softmax": ",".join(map(str, sorted({*kept, *named}))), "keep_recall": None})
 

@@ -20,7 +20,7 @@ def recall(forward: ForwardProtocol, layers: Set[int]) -> dict[int, float]:
     """
     import torch
 
-    states, found = forward.begin(TOKENS, twice=True), {}
+    states, strongest = forward.begin(TOKENS, twice=True), {}
     with forward.bar(max(layers) + 1) as advance:
         for index in range(max(layers) + 1):
             if index in layers:
@@ -29,7 +29,7 @@ def recall(forward: ForwardProtocol, layers: Set[int]) -> dict[int, float]:
                     copied = capture.weights.shape[-1] // 2
                     again = torch.arange(copied, 2 * copied - 1, device=capture.weights.device)  # tokens of the second copy
                     shares.append(capture.weights[:, :, again, again - copied + 1].float().mean((0, 2)))  # [H]
-                found[index] = float(torch.stack(shares).mean(0).max())
+                strongest[index] = float(torch.stack(shares).mean(0).max())
             states = forward.layer(index, states)
             advance(1)
-    return found
+    return strongest
