@@ -20,6 +20,7 @@ from effconvert import processes
 from effconvert.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from effconvert.checkpoint.manifest import DRAFT, to_disk
 from effconvert.checkpoint.shards import FLOATS, StoredTensor, as_bytes, copy_run, header
+from effconvert.convert.files import other_files
 from effconvert.convert.output import training_folder
 from effconvert.convert.plan import Plan, Target
 from effconvert.convert.scores import scores
@@ -189,7 +190,8 @@ def _setting(plan: Plan, student: Path, data: Windows, output: Path, teacher: An
         teacher = loading.load(plan.teacher.folder, plan.teacher.config, computing).requires_grad_(False)
     model, predicts = loading.load(student, checkpoint.config, torch.float32), checkpoint.config.predicts and plan.teacher.config.predicts
     originals = originals or layers_of_the_teacher(plan)
-    return Setting(model, teacher, options, data, originals, predicts, training_folder(output) / "checkpoints", **more)
+    files = {name: student / name for name in other_files(checkpoint, checkpoint.config).files}
+    return Setting(model, teacher, options, data, originals, predicts, training_folder(output) / "checkpoints", files, **more)
 
 
 def layers_of_the_teacher(plan: Plan) -> list[range]:

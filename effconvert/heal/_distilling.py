@@ -5,7 +5,7 @@ import errno
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +88,7 @@ class Setting:
         originals: for each layer of the student, the layers of the teacher that it stands for.
         predicts: whether both have a head that predicts tokens.
         place: folder for the Trainer's checkpoints; what is there from a run with the same options is gone on with.
+        files: what each checkpoint has beside weights and configuration, such as a tokenizer: names, and where they are.
         scores: what else is measured of the student, beside the distance on held-out windows.
         kind: of Distiller.
     """
@@ -99,6 +100,7 @@ class Setting:
     originals: Sequence[range]
     predicts: bool
     place: Path
+    files: Mapping[str, Path]
     scores: Scores | None = None
     kind: type[Distiller] = Distiller
 
@@ -118,6 +120,7 @@ class Setting:
             eval_dataset=self.windows.held_out,
         )
         trainer.remove_callback(PrinterCallback)
+        trainer.files = self.files
         if self.options.keeps_unchanged:
             share(self.student, None if trainer.shares_weights_out else self.teacher, trainer.same)
         if self.options.lora:

@@ -1,5 +1,6 @@
 """A Trainer of a student: its learning rates, its checkpoints, and what its log says."""
 
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,6 +38,7 @@ class StudentTrainer(Trainer):  # type: ignore[misc]
                     "with ZeRO-3 the weights of a checkpoint are gathered only on request, and distill needs them; set zero3_save_16bit_model: true, as "
                     "configs/zero3.yaml does"
                 )
+        self.files: Mapping[str, Path] = {}  # copied to each checkpoint: names, and where they are
         self.same: dict[str, str] = {}  # parameters that are as in the teacher, and their names there
         self.adapters: Adapters | None = None
         self.projections: Projections | None = None
@@ -70,11 +72,15 @@ class StudentTrainer(Trainer):  # type: ignore[misc]
         self.adapters = Adapters(self.model, self.same, self.options.lora)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write a plain model. Adapters are in its weights; they and projections have files of their own for a run that goes on."""
+        """Write a plain model, with its tokenizer. Adapters are in its weights; they and projections have files of their own for a run that goes on."""
         if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            for name, source in self.files.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, folder / name)
             for aside in (self.adapters, self.projections):
                 if aside:
-                    aside.save(Path(output_dir or self.args.output_dir))
+                    aside.save(folder)
             state_dict = self.adapters.merged() if self.adapters else state_dict
         super()._save(output_dir, state_dict)
 

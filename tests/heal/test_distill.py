@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 from tokenizers.processors import TemplateProcessing
 
 from effconvert.checkpoint.checkpoint import open_checkpoint
+from effconvert.cli import main
 from effconvert.convert import train as training
 from effconvert.convert import training_text
 from effconvert.convert.plan import plan
@@ -228,6 +230,16 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(steps, monkeypatch):
     assert all(torch.allclose(whole[name], resumed[name], atol=1e-6) for name in whole)
     curves = [json.loads(Path(place, "effconvert.json").read_text())["distillation"]["curve"] for place in ("whole", "resumed")]
     assert [point["tokens"] for point in curves[0]] == sorted({point["tokens"] for point in curves[1]})
+
+
+def test_a_checkpoint_on_the_way_is_measured_as_any_model(monkeypatch):
+    put(Path("model"), noise=1.0, only="weight")
+    stopped(monkeypatch, Linear(), place="out")
+    checkpoint = Path("out.training/checkpoints/checkpoint-20")
+    assert (checkpoint / "tokenizer.json").read_bytes() == Path("model/tokenizer.json").read_bytes()
+    measured = CliRunner().invoke(main, ["eval", str(checkpoint), "--text", "text.txt", "--tokens", "128", "--context", "32"])
+    assert measured.exit_code == 0, measured.output
+    assert "perplexity" in measured.output
 
 
 def test_a_run_that_was_stopped_behind_its_last_step_does_no_more(monkeypatch):
