@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from effconvert.errors import ModelError
-from effconvert.modeling.transformers_internals import load_balancing_loss, routers
+from effconvert.modeling.transformers_experts import load_balancing_loss, routers
 
 
 def balance(model: Any, needed: bool) -> "Balance | None":

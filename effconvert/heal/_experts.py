@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from effconvert.checkpoint.layer import Layer
-from effconvert.modeling.transformers_internals import ACT2FN
+from effconvert.modeling.transformers_experts import ACT2FN
 from effconvert.surgery._ridge import HELD_OUT, Moments, ridge
 
 

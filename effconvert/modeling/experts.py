@@ -9,7 +9,7 @@ from torch import Tensor
 
 from effconvert.kernels._gated import EXPERTS, TOKENS, experts_reference
 from effconvert.kernels.choice import cannot, runs_triton, wanted
-from effconvert.modeling.transformers_internals import ExpertsInterface, compute_experts_by, experts_by, experts_function, gated_by
+from effconvert.modeling.transformers_experts import ExpertsInterface, compute_experts_by, experts_by, experts_function, gated_by
 
 OURS = "effconvert+"  # begins the name of our function in transformers' registry; then comes that which a model had
 OPERATION = "experts"

@@ -21,6 +21,7 @@ from effconvert.modeling.places import Own, leave_out, leave_out_decoder_ffn, pu
 from effconvert.modeling.shared import Sharing
 from effconvert.modeling.stand_ins import stand_in
 from effconvert.modeling.state import State
+from effconvert.modeling.transformers_experts import choose_experts_as
 from effconvert.modeling.transformers_internals import (
     Cache,
     DynamicCache,
@@ -32,7 +33,6 @@ from effconvert.modeling.transformers_internals import (
     cache_name,
     check_overridden,
     checkpoints,
-    choose_experts_as,
     implementation,
     keep_names,
 )

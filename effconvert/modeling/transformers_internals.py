@@ -1,7 +1,7 @@
 """All names that effconvert uses of transformers beyond its public API; the next version may not have them.
 
-No other file uses such a name. tests/mixers/test_transformers_internals.py has a test for each. If a version lacks one, the error names the versions
-that were tested.
+No other file uses such a name, but for transformers_experts.py. tests/mixers/test_transformers_internals.py has a test for each. If a version lacks one,
+the error names the versions that were tested.
 """
 
 import sys
@@ -27,14 +27,12 @@ def untested(name: str) -> EffconvertError:
 
 
 try:
-    from transformers.activations import ACT2FN
     from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
     from transformers.initialization import no_init_weights
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
     from transformers.integrations.integration_utils import get_available_reporting_integrations
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
     from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
     from transformers.modeling_outputs import BaseModelOutput
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -43,7 +41,6 @@ except ImportError as error:
     raise untested(str(error).partition(" (")[0]) from error
 
 __all__ = [
-    "ACT2FN",
     "AttentionInterface",
     "AttentionMaskInterface",
     "BaseModelOutput",
@@ -52,7 +49,6 @@ __all__ = [
     "Conv1D",
     "DynamicCache",
     "DynamicLayer",
-    "ExpertsInterface",
     "eager_mask",
     "no_init_weights",
     "sdpa_mask",
@@ -61,9 +57,6 @@ __all__ = [
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # of a model's argument for the cache: since 5.24, before, and before of models with states
 CHECKPOINTING = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the newer name first
 IMPLEMENTATION = "_attn_implementation"  # of a config: the name of the attention function
-EXPERTS = "_experts_implementation"  # of a config: the name of the function that computes experts
-CHOOSING = "_can_set_experts_implementation"  # of a class of models: whether it has the choice
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu-tanh", "gelu_pytorch_tanh": "gelu-tanh", "relu": "relu"}  # to names of ours
 OVERRIDDEN = ("_init_weights", "_adjust_bias", "get_expanded_tied_weights_keys")  # methods of models that our classes override
 GENERATING = "_prepare_cache_for_generation"  # likewise, of models that generate
 
@@ -102,13 +95,13 @@ def attention_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Ten
 
 def implementation(config: Any) -> str | None:
     """Return the name of the attention function of models with this config."""
-    _check_has(config, IMPLEMENTATION)
+    check_has(config, IMPLEMENTATION)
     return getattr(config, IMPLEMENTATION)  # type: ignore[no-any-return]
 
 
 def attend_by(config: Any, name: str) -> None:
     """Set the attention function of models with this config, without a check of the name."""
-    _check_has(config, IMPLEMENTATION)
+    check_has(config, IMPLEMENTATION)
     setattr(config, IMPLEMENTATION, name)
 
 
@@ -139,7 +132,7 @@ def rotary(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
 
 def _of_family(module: nn.Module, name: str) -> Callable[..., Any]:
     file = sys.modules[type(module).__module__]
-    _check_has(file, name)
+    check_has(file, name)
     return getattr(file, name)  # type: ignore[no-any-return]
 
 
@@ -178,12 +171,12 @@ def check_overridden(model: Any) -> None:
         EffconvertError: it lacks one.
     """
     for name in (*OVERRIDDEN, GENERATING) if hasattr(model, "generate") else OVERRIDDEN:
-        _check_has(model, name)
+        check_has(model, name)
 
 
 def compute_constant(model: Any, module: nn.Module, device: Any) -> None:
     """Give the parameters of a module, which have no memory yet, the values that the class of `model` begins with."""
-    _check_has(model, "_init_weights")
+    check_has(model, "_init_weights")
     module.to_empty(device=device)
     model._init_weights(module)
 
@@ -258,12 +251,17 @@ def _auto_classes(kind: str) -> Iterator[tuple[Any, tuple[str, ...]]]:
 
     for auto_class in vars(modeling_auto).values():
         if isinstance(auto_class, type) and (mapping := getattr(auto_class, "_model_mapping", None)) is not None:
-            _check_has(mapping, "_model_mapping")
+            check_has(mapping, "_model_mapping")
             if names := mapping._model_mapping.get(kind):
                 yield auto_class, (names,) if isinstance(names, str) else tuple(names)
 
 
-def _check_has(owner: Any, name: str) -> None:
+def check_has(owner: Any, name: str) -> None:
+    """Check that an object of transformers has a name.
+
+    Raises:
+        EffconvertError: it has not.
+    """
     if not hasattr(owner, name):
         raise untested(f"{name} of {getattr(owner, '__name__', type(owner).__name__)}")
 
@@ -288,57 +286,3 @@ def shard(model: Any) -> None:
         if type(module).__name__ in (model._no_split_modules or ()) and all(uses[id(parameter)] == 1 for parameter in module.parameters()):
             fully_shard(module)
     fully_shard(model)
-
-
-def experts_by(module: nn.Module) -> str | None:
-    """Return the name of the function by which a module computes experts, "eager" for that of its class; None for a module of another kind."""
-    if not (hasattr(module, "gate_up_proj") and hasattr(module, "is_transposed")):
-        return None
-    _check_has(module.config, EXPERTS)
-    return getattr(module.config, EXPERTS)  # type: ignore[no-any-return]
-
-
-def compute_experts_by(module: Any, name: str) -> None:
-    """Set the function by which modules with this one's config compute experts."""
-    setattr(module.config, EXPERTS, name)
-
-
-def choose_experts_as(ours: Any, stock: Any) -> None:
-    """Let a class of ours choose how experts are computed if `stock` may: transformers looks for that in the source of the class, and ours has none."""
-    _check_has(stock, CHOOSING)
-    setattr(ours, CHOOSING, classmethod(lambda _: getattr(stock, CHOOSING)()))
-
-
-def experts_function(name: str) -> Callable[..., Tensor] | None:
-    """Return transformers' function of this name, of an experts module, hidden states, ids and weights; None for "eager"."""
-    return ALL_EXPERTS_FUNCTIONS.get(name)  # type: ignore[no-any-return]
-
-
-def gated_by(experts: Any) -> str | None:
-    """Return the activation of an experts module, "silu", "gelu", "gelu-tanh" or "relu".
-
-    None where it is another one, or where the experts are in another form than `down (activation(gate x) * up x)` with the matrices [gate; up] and down.
-    """
-    odd = any(getattr(experts, name, False) for name in ("has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel"))
-    plain = type(experts)._apply_gate.__module__ == ExpertsInterface.__module__  # some classes clamp what they multiply
-    if odd or not plain or not experts.has_gate or not experts.is_concatenated:
-        return None
-    return next((ours for theirs, ours in ACTIVATIONS.items() if type(ACT2FN[theirs]) is type(experts.act_fn)), None)
-
-
-def routers(base: Any) -> dict[str, nn.Module]:
-    """Return the modules of a base model whose logits it gives where `output_router_logits` is asked for, by their names."""
-    _check_has(base, "_can_record_outputs")
-    if not (recorder := (base._can_record_outputs or {}).get("router_logits")):
-        return {}
-    kind = getattr(recorder, "target_class", recorder)
-    return {name: module for name, module in base.named_modules() if isinstance(module, kind)}
-
-
-def load_balancing_loss(logits: Tensor, chosen: int, counts: Tensor) -> Tensor:
-    """Return transformers' load-balancing loss of the router logits [N, E] of a layer, of which `chosen` are taken; `counts` says for which tokens, [B, T]."""
-    from transformers.models.mixtral import modeling_mixtral  # slow to import, and most conversions have no use for it
-
-    _check_has(modeling_mixtral, "load_balancing_loss_func")
-    loss: Tensor = modeling_mixtral.load_balancing_loss_func((logits,), logits.shape[-1], chosen, counts.to(logits.dtype))
-    return loss

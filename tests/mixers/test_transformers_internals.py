@@ -19,17 +19,19 @@ from transformers import GenerationMixin, cache_utils, masking_utils, modeling_u
 
 from effconvert.errors import EffconvertError
 from effconvert.families import FAMILIES
+from effconvert.modeling import transformers_experts as experts
 from effconvert.modeling import transformers_internals as internals
 from effconvert.modeling.model import model_class
 from effconvert.modeling.state import State
 from tests.mixers.mixing import keep_no_activations, tokens, with_cache
 from tests.models import ATTENDING, DECODERS, tiny
 
-FILE = Path(internals.__file__)
+FILES = [Path(module.__file__) for module in (internals, experts)]
 ROOT = Path(__file__).parents[2]
 IMPORTS = [
-    (node.module, alias.name)
-    for node in ast.walk(ast.parse(FILE.read_text(encoding="utf-8")))
+    (file, node.module, alias.name)
+    for file in FILES
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
     if isinstance(node, ast.ImportFrom) and node.module.startswith("transformers.")
     for alias in node.names
     if not alias.name.startswith("modeling_")  # modules, of which one name is used
@@ -67,10 +69,10 @@ def test_this_version_is_one_of_them():
 # What is imported
 
 
-@pytest.mark.parametrize(("module", "name"), IMPORTS, ids=[name for _, name in IMPORTS])
-def test_a_version_without_a_name_is_told_which_were_tested(module, name, monkeypatch):
+@pytest.mark.parametrize(("file", "module", "name"), IMPORTS, ids=[name for *_, name in IMPORTS])
+def test_a_version_without_a_name_is_told_which_were_tested(file, module, name, monkeypatch):
     monkeypatch.delattr(sys.modules[module], name)
-    spec = importlib.util.spec_from_file_location("again", FILE)
+    spec = importlib.util.spec_from_file_location("again", file)
     with pytest.raises(EffconvertError) as refusal:
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
     assert told(refusal) == f"cannot import name '{name}' from '{module}'"
@@ -89,17 +91,17 @@ def test_the_command_line_says_it_in_a_line(model, python, environment, tmp_path
 def test_no_other_file_uses_such_a_name():
     names = {
         internals.IMPLEMENTATION,
-        internals.EXPERTS,
-        internals.CHOOSING,
+        experts.EXPERTS,
+        experts.CHOOSING,
         *internals.CACHE_NAMES[1:],
         *internals.CHECKPOINTING,
         "_model_mapping",
         "num_key_value_groups",
         "is_causal",
     }
-    names |= {"eager_attention_forward", "apply_rotary_pos_emb", *[name for _, name in IMPORTS]}
+    names |= {"eager_attention_forward", "apply_rotary_pos_emb", *[name for *_, name in IMPORTS]}
     found = []
-    for path in [path for path in FILE.parents[1].rglob("*.py") if path != FILE]:
+    for path in {*FILES[0].parents[1].rglob("*.py")} - {*FILES}:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers."):
                 found += [(path.name, node.module)] * (node.module != "transformers.utils")  # whose logging is documented
@@ -146,27 +148,27 @@ def test_functions_are_called_by_the_name_in_the_config(monkeypatch):
 
 def test_experts_are_computed_by_the_name_in_the_config(monkeypatch):
     model = tiny("mixtral")
-    modules = [module for module in model.modules() if internals.experts_by(module)]
-    assert [internals.experts_by(module) for module in modules] == ["grouped_mm"] * model.config.num_hidden_layers
-    assert [internals.gated_by(module) for module in modules] == ["silu"] * len(modules)
-    calls, computed = [], internals.experts_function("grouped_mm")
-    assert internals.experts_function("eager") is None
-    monkeypatch.setattr(internals.ExpertsInterface, "_global_mapping", dict(internals.ExpertsInterface._global_mapping))
-    internals.ExpertsInterface.register("trial", lambda module, *given: calls.append(module) or computed(module, *given))
+    modules = [module for module in model.modules() if experts.experts_by(module)]
+    assert [experts.experts_by(module) for module in modules] == ["grouped_mm"] * model.config.num_hidden_layers
+    assert [experts.gated_by(module) for module in modules] == ["silu"] * len(modules)
+    calls, computed = [], experts.experts_function("grouped_mm")
+    assert experts.experts_function("eager") is None
+    monkeypatch.setattr(experts.ExpertsInterface, "_global_mapping", dict(experts.ExpertsInterface._global_mapping))
+    experts.ExpertsInterface.register("trial", lambda module, *given: calls.append(module) or computed(module, *given))
     expected = model(tokens()).logits
-    internals.compute_experts_by(modules[0], "trial")  # of all modules with its config
+    experts.compute_experts_by(modules[0], "trial")  # of all modules with its config
     assert torch.equal(model(tokens()).logits, expected)
     assert calls == modules
     for flag in ("has_bias", "is_transposed"):  # as experts of other classes have
         setattr(modules[0], flag, True)
-        assert internals.gated_by(modules[0]) is None
+        assert experts.gated_by(modules[0]) is None
         setattr(modules[0], flag, False)
 
 
 def test_a_version_in_which_classes_have_no_choice_of_experts_is_told():
     with pytest.raises(EffconvertError) as refusal:
-        internals.choose_experts_as(SimpleNamespace(), SimpleNamespace)
-    assert told(refusal) == f"{internals.CHOOSING} of SimpleNamespace"
+        experts.choose_experts_as(SimpleNamespace(), SimpleNamespace)
+    assert told(refusal) == f"{experts.CHOOSING} of SimpleNamespace"
 
 
 def test_registering_is_what_makes_a_function_known(monkeypatch):
@@ -411,12 +413,12 @@ def test_a_table_of_auto_classes_that_is_laid_out_otherwise_is_told(monkeypatch)
 
 def test_routers_that_are_recorded_are_found_and_a_model_that_does_not_say_is_told(monkeypatch):
     base = tiny("mixtral").model
-    assert [*internals.routers(base)] == [f"layers.{index}.mlp.gate" for index in range(len(base.layers))]
-    assert internals.routers(tiny("llama").model) == {}
+    assert [*experts.routers(base)] == [f"layers.{index}.mlp.gate" for index in range(len(base.layers))]
+    assert experts.routers(tiny("llama").model) == {}
     with pytest.raises(EffconvertError) as refusal:
-        internals.routers(SimpleNamespace())
+        experts.routers(SimpleNamespace())
     assert told(refusal) == "_can_record_outputs of SimpleNamespace"
     monkeypatch.delattr("transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func")
     with pytest.raises(EffconvertError) as refusal:
-        internals.load_balancing_loss(torch.zeros(2, 4), 2, torch.ones(1, 2))
+        experts.load_balancing_loss(torch.zeros(2, 4), 2, torch.ones(1, 2))
     assert told(refusal) == "load_balancing_loss_func of transformers.models.mixtral.modeling_mixtral"
