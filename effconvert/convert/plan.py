@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from inspect import getfile
 from pathlib import Path
 
@@ -198,11 +199,18 @@ class Plan:
 
 
 def code_of(surgery: Step) -> str:
-    """Return a hash of the file that a step is in; nothing where that is no file."""
+    """Return hashes of the file that a step is in, and of those that all steps share; nothing where that is no file."""
     try:
-        return file_hash(Path(getfile(type(surgery))))
+        return f"{file_hash(Path(getfile(type(surgery))))} {_shared_code()}"
     except (TypeError, OSError):
         return ""
+
+
+@cache
+def _shared_code() -> str:
+    """Return a hash of the files that techniques and healing share."""
+    shared = sorted(file for package in ("surgery", "heal") for file in (Path(__file__).parents[1] / package).rglob("_*.py"))
+    return hashlib.sha256("".join(map(file_hash, shared)).encode()).hexdigest()
 
 
 def _models(model: Model, surgeries: Sequence[Step], configs: Sequence[Config], surveys: Mapping[int, Mapping[str, Tensor]]) -> Iterator[Model]:

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from effconvert.checkpoint.checkpoint import open_checkpoint
+from effconvert.checkpoint.digest import file_hash
 from effconvert.convert import output
+from effconvert.convert import plan as planning
 from effconvert.convert.originals import stand_for
 from effconvert.convert.plan import plan
 from effconvert.convert.run import convert
@@ -55,6 +57,15 @@ def test_a_technique_that_was_changed_is_another(monkeypatch, tmp_path):
     copy.write_text("# another version")
     monkeypatch.setattr("effconvert.convert.plan.getfile", lambda _: str(copy))
     assert plan(open_checkpoint(Path("a")), (Plain(),)).fingerprint != before
+
+
+def test_a_technique_whose_helpers_were_changed_is_another(monkeypatch):
+    shared = planning._shared_code()
+    monkeypatch.setattr(planning, "file_hash", lambda path: "another" if path.name == "_recall.py" else file_hash(path))
+    assert planning._shared_code.__wrapped__() != shared
+    monkeypatch.setattr(planning, "file_hash", file_hash)
+    assert planning._shared_code.__wrapped__() == shared
+    assert shared in planning.code_of(Plain())
 
 
 def test_a_run_that_is_killed_at_its_very_end_is_ended_by_the_same_command(monkeypatch):
