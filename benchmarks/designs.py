@@ -63,11 +63,11 @@ def main(what, model, commands, output):
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         if not done:
             writer.writeheader()
-        for command in commands or DESIGNS:
-            for row, chain in (quality if what == "quality" else starts)(command):
-                if tuple(row[key] for key in KEY) not in measured:
-                    writer.writerow({**row, **measure(model, chain, int(row["tokens"]) if what == "starts" else CALIBRATION)})
-                    file.flush()
+        cells = [cell for command in commands or DESIGNS for cell in (quality if what == "quality" else starts)(command)]
+        for row, chain in sorted(cells, key=lambda cell: (len(cell[1]), int(cell[0]["tokens"]))):  # quick ones first
+            if tuple(row[key] for key in KEY) not in measured:
+                writer.writerow({**row, **measure(model, chain, int(row["tokens"]) if what == "starts" else CALIBRATION)})
+                file.flush()
 
 
 def quality(command):

@@ -21,6 +21,8 @@ WARMUP = 0.1  # of all steps
 def train(layer: Layer, originals: Sequence[int], place: str, parts: list[str], epochs: int, rate: float) -> dict[str, float]:
     """Train `parts`, keep the epoch that is best on held-out batches, and return the errors before and after.
 
+    `rate` is for a place that computes nothing right; it falls with the root of the error.
+
     The error is the mean square of the difference at the place's output, [B, T, M], relative to the mean square of the target. Empty where there is
     nothing to learn.
     """
@@ -45,6 +47,7 @@ def train(layer: Layer, originals: Sequence[int], place: str, parts: list[str], 
 
     before = least = held_out_error()
     best = {part: layer[part] for part in parts}
+    rate *= min(1, math.sqrt(before))  # AdamW's steps are as long as the rate, whatever the gradient: where little is wrong, long ones lead past it
     for highest in [share * rate for share in RATES if before > EQUAL]:
         trainable = {part: nn.Parameter(layer[part].clone()) for part in parts}
         groups = [{"params": [value], "lr": highest * (OWN_RATE if f".{OWN}" in part else 1)} for part, value in trainable.items()]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 PROJECTIONS = {"attention": ("q", "k", "v", "kv_a", "kv_b", "o"), "ffn": ("gate", "up", "down")}  # the projections at a place
 LARGER_PLACE = {part: place for place, parts in PROJECTIONS.items() for part in parts} | {"scores": "attention"}  # the place that is trained for a smaller one
 ORDER = ("attention", "ffn", "layer")
+WIDTH = 256  # of layers that are trained at the rate itself; it falls in wider ones (maximal update parametrisation, Yang et al. 2022, arXiv 2203.03466)
 
 
 class Transfer(Healing):
@@ -36,7 +37,13 @@ class Transfer(Healing):
     """
 
     epochs: int = Field(8, ge=1, le=1000, description="Passes over the text for each layer.")
-    rate: float = Field(3e-3, gt=0, le=1, description="Highest learning rate of the projections (AdamW); the mixer's own parameters get ten times that.")
+    rate: float = Field(
+        6e-3,
+        gt=0,
+        le=1,
+        description="Highest learning rate of projections (AdamW) where a layer computes nothing right; it falls with the root of a layer's relative error and "
+        "with widths beyond 256. The mixer's own parameters get ten times that.",
+    )
 
     def notes(self, config: Config) -> str:
         """Say which layers, and what is in them."""
@@ -70,10 +77,10 @@ class Transfer(Healing):
         """See `_training`."""
         from effconvert.heal._training import train
 
-        errors = []
+        errors, rate = [], self.rate * min(1, WIDTH / layer.config.hidden)
         for place, parts in self._trainable_parts(layer).items():
             targets = originals if place == "layer" else originals[:1]
-            errors += [result] if parts and (result := train(layer, targets, place, parts, self.epochs, self.rate)) else []
+            errors += [result] if parts and (result := train(layer, targets, place, parts, self.epochs, rate)) else []
         if errors and layer.activations:
             layer.activations.note(layer.index, {when: sum(error[when] for error in errors) / len(errors) for when in errors[0]})
 

@@ -1,6 +1,7 @@
 """Transfer: mixers come nearer to the attention that they replaced, on text that nobody looked at, and what was not taught stays."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -228,11 +229,24 @@ class Number(dict):
 @pytest.mark.parametrize(("held_out", "expected"), [(0.52, 1.0), (0.06, 0.1), (0.006, 0.01), (-1.0, 0.0)])
 def test_lower_rates_are_tried_where_one_gained_nothing(held_out, expected):
     """A step of the optimizer is as long as its rate. The text to learn from wants it long; that to judge by may find it too long, or the wrong way."""
-    layer = Number([5.0, held_out])
-    said = train(layer, [0], "attention", ["o"], epochs=1, rate=1.0)
+    layer, size = Number([5.0, held_out]), (25 + held_out**2) / 2
+    said = train(layer, [0], "attention", ["o"], epochs=1, rate=math.sqrt(size) / abs(held_out))  # 1, by the error
     assert float(layer["o"]) == pytest.approx(expected)
-    size = (25 + held_out**2) / 2
     assert said == pytest.approx({"before": held_out**2 / size, "after": (held_out - expected) ** 2 / size}, rel=1e-4)
+
+
+def test_steps_are_as_long_as_the_root_of_the_error_and_shorter_in_wide_layers(monkeypatch):
+    layer = Number([5.0, 0.5])
+    train(layer, [0], "attention", ["o"], epochs=1, rate=1.0)
+    assert float(layer["o"]) == pytest.approx(0.5 / math.sqrt((25 + 0.5**2) / 2))
+    rates = []
+    monkeypatch.setattr("effconvert.heal._training.train", lambda *given: rates.append(given[-1]))
+    source = put(Path("model"))
+    for width in (64, 16):
+        monkeypatch.setattr("effconvert.heal.transfer.WIDTH", width)
+        run(source, Linear(window=6), Transfer(rate=1e-3), place=f"of-{width}")
+    hidden = opened(source).config.hidden_size
+    assert {*rates} == {1e-3, 1e-3 * 16 / hidden}
 
 
 def test_texts_of_each_length_are_judged_by():
