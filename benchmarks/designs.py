@@ -64,7 +64,7 @@ def main(what, model, commands, output):
         if not done:
             writer.writeheader()
         cells = [cell for command in commands or DESIGNS for cell in (quality if what == "quality" else starts)(command)]
-        for row, chain in sorted(cells, key=lambda cell: (len(cell[1]), int(cell[0]["tokens"]))):  # quick ones first
+        for row, chain in sorted(cells, key=lambda cell: (int(cell[0]["tokens"]), "--transfer" in cell[0]["heal"])):  # quick ones first
             if tuple(row[key] for key in KEY) not in measured:
                 writer.writerow({**row, **measure(model, chain, int(row["tokens"]) if what == "starts" else CALIBRATION)})
                 file.flush()

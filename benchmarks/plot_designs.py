@@ -185,8 +185,6 @@ m: features or landmarks; W: window; S: block; D: width of a head; C: chunk; M: 
 KL from the original in nats a token, on 4,096 tokens of docstrings in windows of 512, float32. Calibrated on 8,192 tokens
 of other docstrings; distilled on 65,536 tokens after `--transfer`. `python benchmarks/designs.py quality -o …`
 ([CSV](../benchmarks/results/{EMBEDDED})). One run, one text, a small model: differences of a tenth mean nothing.
-`--transfer` and what is distilled after it were measured with two windows in a step. With one, as it is since 2026-11-30,
-`linear --window 64` is at 0.080 and `deltanet` at 0.130 ([log](log.md)); the others were not measured again.
 
 ![Cache of each design against its distance from the original](designs.svg)
 
@@ -196,7 +194,8 @@ BEGIN = f"""
 ## What the start from trained weights saves
 KL after `--transfer` on so many tokens, eight passes over them: from the conversion, whose fits see as many tokens (8,192
 where it is not healed), and from random numbers in place of q, k, v, o and all that the design adds.
-`python benchmarks/designs.py starts -o …` ([CSV](../benchmarks/results/{STARTS})).
+`python benchmarks/designs.py starts -o …` ([CSV](../benchmarks/results/{STARTS})). Measured as `transfer` was until
+2026-11-30: two windows in a step, and 3e-3 in all layers; with shorter steps all are nearer ([log](log.md)).
 """
 COST = """
 ## Time and memory

@@ -199,18 +199,18 @@ class Plan:
 
 
 def code_of(surgery: Step) -> str:
-    """Return hashes of the file that a step is in, and of those that all steps share; nothing where that is no file."""
+    """Return hashes of the file that a step is in, and of all techniques and ways of healing; nothing where that is no file."""
     try:
-        return f"{file_hash(Path(getfile(type(surgery))))} {_shared_code()}"
+        return f"{file_hash(Path(getfile(type(surgery))))} {_own_code()}"
     except (TypeError, OSError):
         return ""
 
 
 @cache
-def _shared_code() -> str:
-    """Return a hash of the files that techniques and healing share."""
-    shared = sorted(file for package in ("surgery", "heal") for file in (Path(__file__).parents[1] / package).rglob("_*.py"))
-    return hashlib.sha256("".join(map(file_hash, shared)).encode()).hexdigest()
+def _own_code() -> str:
+    """Return a hash of all techniques and ways of healing: they use each other."""
+    files = sorted(file for package in ("surgery", "heal") for file in (Path(__file__).parents[1] / package).rglob("*.py"))
+    return hashlib.sha256("".join(map(file_hash, files)).encode()).hexdigest()
 
 
 def _models(model: Model, surgeries: Sequence[Step], configs: Sequence[Config], surveys: Mapping[int, Mapping[str, Tensor]]) -> Iterator[Model]:

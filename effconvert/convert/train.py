@@ -116,7 +116,9 @@ def remarks(plan: Plan, text: TrainingText, output: Path) -> tuple[str, ...]:
     about = "at least" if options_of(plan).keeps_unchanged else "about"
     lines = [f"training takes {about} {size(training_bytes(plan))} of memory, and until it is done {size(checkpoint_bytes(plan))} of disk"]
     if is_of_another(plan, output):
-        lines.append(f"{training_folder(output)} has checkpoints of a run with other options or another text, which will be removed")
+        lines.append(
+            f"{training_folder(output)} has checkpoints of a run with other options, another text or another version of effconvert, which will be removed"
+        )
     if folder := getattr(plan.surgeries[-1], "cache_teacher", None):
         most = size(most_bytes(plan, items(plan, text)))
         lines.append(f"the original's predictions take up to {most} in {folder}; those that are there already are read")
@@ -190,7 +192,8 @@ def _setting(plan: Plan, student: Path, data: Windows, output: Path, teacher: An
         teacher = loading.load(plan.teacher.folder, plan.teacher.config, computing).requires_grad_(False)
     model, predicts = loading.load(student, checkpoint.config, torch.float32), checkpoint.config.predicts and plan.teacher.config.predicts
     originals = originals or layers_of_the_teacher(plan)
-    files = {name: student / name for name in other_files(checkpoint, checkpoint.config).files}
+    others = other_files(checkpoint, checkpoint.config)
+    files = {name: others.edits[name].encode() if name in others.edits else (student / name).read_bytes() for name in others.files}
     return Setting(model, teacher, options, data, originals, predicts, training_folder(output) / "checkpoints", files, **more)
 
 

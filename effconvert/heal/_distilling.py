@@ -88,7 +88,7 @@ class Setting:
         originals: for each layer of the student, the layers of the teacher that it stands for.
         predicts: whether both have a head that predicts tokens.
         place: folder for the Trainer's checkpoints; what is there from a run with the same options is gone on with.
-        files: what each checkpoint has beside weights and configuration, such as a tokenizer: names, and where they are.
+        files: what each checkpoint has beside weights and configuration, such as a tokenizer: names and contents.
         scores: what else is measured of the student, beside the distance on held-out windows.
         kind: of Distiller.
     """
@@ -100,7 +100,7 @@ class Setting:
     originals: Sequence[range]
     predicts: bool
     place: Path
-    files: Mapping[str, Path]
+    files: Mapping[str, bytes]
     scores: Scores | None = None
     kind: type[Distiller] = Distiller
 

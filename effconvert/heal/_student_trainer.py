@@ -1,6 +1,5 @@
 """A Trainer of a student: its learning rates, its checkpoints, and what its log says."""
 
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,7 +37,7 @@ class StudentTrainer(Trainer):  # type: ignore[misc]
                     "with ZeRO-3 the weights of a checkpoint are gathered only on request, and distill needs them; set zero3_save_16bit_model: true, as "
                     "configs/zero3.yaml does"
                 )
-        self.files: Mapping[str, Path] = {}  # copied to each checkpoint: names, and where they are
+        self.files: Mapping[str, bytes] = {}  # of each checkpoint, beside weights and configuration: names and contents
         self.same: dict[str, str] = {}  # parameters that are as in the teacher, and their names there
         self.adapters: Adapters | None = None
         self.projections: Projections | None = None
@@ -75,9 +74,9 @@ class StudentTrainer(Trainer):  # type: ignore[misc]
         """Write a plain model, with its tokenizer. Adapters are in its weights; they and projections have files of their own for a run that goes on."""
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            for name, source in self.files.items():
+            for name, content in self.files.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, folder / name)
+                (folder / name).write_bytes(content)
             for aside in (self.adapters, self.projections):
                 if aside:
                     aside.save(folder)

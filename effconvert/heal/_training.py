@@ -15,13 +15,14 @@ HELD_OUT = 8  # every eighth batch of each text length
 OWN_RATE = 10  # learning rate of a mixer's own parameters, in multiples of the rate
 EQUAL = 1e-12  # relative error that is rounding: nothing is to be learnt
 RATES = (1, 0.1, 0.01)  # multiples of the rate; the next is tried where one gained nothing
+WIDTH = 256  # inputs of matrices that are trained at the rate itself; with more it falls (maximal update parametrisation, Yang et al. 2022, arXiv 2203.03466)
 WARMUP = 0.1  # of all steps
 
 
 def train(layer: Layer, originals: Sequence[int], place: str, parts: list[str], epochs: int, rate: float) -> dict[str, float]:
     """Train `parts`, keep the epoch that is best on held-out batches, and return the errors before and after.
 
-    `rate` is for a place that computes nothing right; it falls with the root of the error.
+    `rate` is for matrices of up to `WIDTH` inputs at a place that computes nothing right; it falls with more inputs, and with the root of the error.
 
     The error is the mean square of the difference at the place's output, [B, T, M], relative to the mean square of the target. Empty where there is
     nothing to learn.
@@ -50,7 +51,7 @@ def train(layer: Layer, originals: Sequence[int], place: str, parts: list[str], 
     rate *= min(1, math.sqrt(before))  # AdamW's steps are as long as the rate, whatever the gradient: where little is wrong, long ones lead past it
     for highest in [share * rate for share in RATES if before > EQUAL]:
         trainable = {part: nn.Parameter(layer[part].clone()) for part in parts}
-        groups = [{"params": [value], "lr": highest * (OWN_RATE if f".{OWN}" in part else 1)} for part, value in trainable.items()]
+        groups = [{"params": [value], "lr": highest * _share(part, value)} for part, value in trainable.items()]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
         steps, generator = epochs * len(batches), torch.Generator().manual_seed(layer.index)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate_factor, steps=steps))
@@ -78,6 +79,12 @@ def _held_out_batches(lengths: list[int]) -> list[int]:
         same = [index for index, value in enumerate(lengths) if value == length]
         held_out += same[HELD_OUT - 1 :: HELD_OUT] or same[1:][-1:]
     return held_out or [len(lengths) - 1]
+
+
+def _share(part: str, value: Tensor) -> float:
+    """Return the learning rate of a part, [inputs] or [..., inputs], in multiples of the rate."""
+    width = min(1, WIDTH / value.shape[-1]) if value.ndim > 1 else 1
+    return width * (OWN_RATE if f".{OWN}" in part else 1)
 
 
 def _rate_factor(step: int, steps: int) -> float:

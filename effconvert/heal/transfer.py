@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 PROJECTIONS = {"attention": ("q", "k", "v", "kv_a", "kv_b", "o"), "ffn": ("gate", "up", "down")}  # the projections at a place
 LARGER_PLACE = {part: place for place, parts in PROJECTIONS.items() for part in parts} | {"scores": "attention"}  # the place that is trained for a smaller one
 ORDER = ("attention", "ffn", "layer")
-WIDTH = 256  # of layers that are trained at the rate itself; it falls in wider ones (maximal update parametrisation, Yang et al. 2022, arXiv 2203.03466)
 
 
 class Transfer(Healing):
@@ -41,8 +40,8 @@ class Transfer(Healing):
         6e-3,
         gt=0,
         le=1,
-        description="Highest learning rate of projections (AdamW) where a layer computes nothing right; it falls with the root of a layer's relative error and "
-        "with widths beyond 256. The mixer's own parameters get ten times that.",
+        description="Highest learning rate (AdamW) of projections of up to 256 inputs where they compute nothing right; it falls with the root of the relative "
+        "error, and with more inputs. The mixer's own parameters get ten times that.",
     )
 
     def notes(self, config: Config) -> str:
@@ -77,10 +76,10 @@ class Transfer(Healing):
         """See `_training`."""
         from effconvert.heal._training import train
 
-        errors, rate = [], self.rate * min(1, WIDTH / layer.config.hidden)
+        errors = []
         for place, parts in self._trainable_parts(layer).items():
             targets = originals if place == "layer" else originals[:1]
-            errors += [result] if parts and (result := train(layer, targets, place, parts, self.epochs, rate)) else []
+            errors += [result] if parts and (result := train(layer, targets, place, parts, self.epochs, self.rate)) else []
         if errors and layer.activations:
             layer.activations.note(layer.index, {when: sum(error[when] for error in errors) / len(errors) for when in errors[0]})
 

@@ -59,13 +59,13 @@ def test_a_technique_that_was_changed_is_another(monkeypatch, tmp_path):
     assert plan(open_checkpoint(Path("a")), (Plain(),)).fingerprint != before
 
 
-def test_a_technique_whose_helpers_were_changed_is_another(monkeypatch):
-    shared = planning._shared_code()
-    monkeypatch.setattr(planning, "file_hash", lambda path: "another" if path.name == "_recall.py" else file_hash(path))
-    assert planning._shared_code.__wrapped__() != shared
-    monkeypatch.setattr(planning, "file_hash", file_hash)
-    assert planning._shared_code.__wrapped__() == shared
-    assert shared in planning.code_of(Plain())
+@pytest.mark.parametrize("changed", ["_recall.py", "gqa.py", "_training.py"])
+def test_a_technique_is_another_when_what_it_may_use_was_changed(changed, monkeypatch):
+    twins()
+    before = plan(open_checkpoint(Path("a")), (Plain(),)).fingerprint
+    monkeypatch.setattr(planning, "file_hash", lambda path: "another" if path.name == changed else file_hash(path))
+    monkeypatch.setattr(planning, "_own_code", planning._own_code.__wrapped__)  # without its cache
+    assert plan(open_checkpoint(Path("a")), (Plain(),)).fingerprint != before
 
 
 def test_a_run_that_is_killed_at_its_very_end_is_ended_by_the_same_command(monkeypatch):

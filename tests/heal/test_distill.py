@@ -234,9 +234,12 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(steps, monkeypatch):
 
 def test_a_checkpoint_on_the_way_is_measured_as_any_model(monkeypatch):
     put(Path("model"), noise=1.0, only="weight")
+    Path("model/additional_chat_templates").mkdir()
+    Path("model/additional_chat_templates/tools.jinja").write_text("{{ messages }}")
     stopped(monkeypatch, Linear(), place="out")
     checkpoint = Path("out.training/checkpoints/checkpoint-20")
-    assert (checkpoint / "tokenizer.json").read_bytes() == Path("model/tokenizer.json").read_bytes()
+    for name in ("tokenizer.json", "additional_chat_templates/tools.jinja"):
+        assert (checkpoint / name).read_bytes() == Path("model", name).read_bytes()
     measured = CliRunner().invoke(main, ["eval", str(checkpoint), "--text", "text.txt", "--tokens", "128", "--context", "32"])
     assert measured.exit_code == 0, measured.output
     assert "perplexity" in measured.output
@@ -616,7 +619,7 @@ def test_checkpoints_of_other_options_are_announced_and_a_damaged_mark_is_anothe
     put(Path("model"), noise=1.0, only="weight")
     stopped(monkeypatch, Gqa(groups=1, pool="mean"))
     told = " ".join(run("model", Gqa(groups=1, pool="mean"), Distill(**{**SHORT, "rate": 1e-4}), dry_run=True).plan.notes)
-    assert "out.training has checkpoints of a run with other options or another text, which will be removed" in told
+    assert "out.training has checkpoints of a run with other options, another text or another version of effconvert, which will be removed" in told
     assert "which will be removed" not in " ".join(run("model", Gqa(groups=1, pool="mean"), Distill(**SHORT), dry_run=True).plan.notes)
     Path("out.training/effconvert-training.json").write_text("")
     assert run("model", Gqa(groups=1, pool="mean"), Distill(**SHORT)).output.is_dir()

@@ -18,7 +18,7 @@ from effconvert.convert.plan import plan
 from effconvert.errors import ModelError
 from effconvert.families import FAMILIES
 from effconvert.heal._layer import _is_held_out
-from effconvert.heal._training import _held_out_batches, _rate_factor, train
+from effconvert.heal._training import _held_out_batches, _rate_factor, _share, train
 from effconvert.heal.refit import Refit
 from effconvert.heal.transfer import Transfer
 from effconvert.options import RunOptions
@@ -235,18 +235,20 @@ def test_lower_rates_are_tried_where_one_gained_nothing(held_out, expected):
     assert said == pytest.approx({"before": held_out**2 / size, "after": (held_out - expected) ** 2 / size}, rel=1e-4)
 
 
-def test_steps_are_as_long_as_the_root_of_the_error_and_shorter_in_wide_layers(monkeypatch):
+def test_steps_are_as_long_as_the_root_of_the_error():
     layer = Number([5.0, 0.5])
     train(layer, [0], "attention", ["o"], epochs=1, rate=1.0)
     assert float(layer["o"]) == pytest.approx(0.5 / math.sqrt((25 + 0.5**2) / 2))
-    rates = []
-    monkeypatch.setattr("effconvert.heal._training.train", lambda *given: rates.append(given[-1]))
-    source = put(Path("model"))
-    for width in (64, 16):
-        monkeypatch.setattr("effconvert.heal.transfer.WIDTH", width)
-        run(source, Linear(window=6), Transfer(rate=1e-3), place=f"of-{width}")
-    hidden = opened(source).config.hidden_size
-    assert {*rates} == {1e-3, 1e-3 * 16 / hidden}
+    layer = Number([0.1, 5.0])  # with an error of 2: more than all is not wrong
+    train(layer, [0], "attention", ["o"], epochs=1, rate=0.5)
+    assert float(layer["o"]) == pytest.approx(0.5)
+
+
+def test_wide_matrices_take_shorter_steps():
+    assert [_share("q", torch.zeros(64, width)) for width in (64, 256, 512, 4096)] == [1, 1, 0.5, 1 / 16]
+    assert _share("q.bias", torch.zeros(4096)) == 1
+    assert _share("scores.effconvert.query_map", torch.zeros(8, 128, 128)) == 10
+    assert _share("scores.effconvert.gate", torch.zeros(512, 512)) == 5
 
 
 def test_texts_of_each_length_are_judged_by():
