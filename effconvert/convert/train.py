@@ -31,7 +31,7 @@ from effconvert.convert.write import write_others
 from effconvert.errors import EffconvertError, OptionError
 from effconvert.eval.training import Point, Training
 from effconvert.heal._sharing import LAYER
-from effconvert.heal._windows import Windows
+from effconvert.heal._windows import Windows, held_out
 from effconvert.modeling import loading
 from effconvert.paths import real
 from effconvert.progress import Advance, Progress
@@ -112,9 +112,12 @@ def checkpoint_bytes(plan: Plan) -> int:
 
 
 def remarks(plan: Plan, text: TrainingText, output: Path) -> tuple[str, ...]:
-    """Return what the plan says of memory, and of the disk that a teacher's predictions take."""
-    about = "at least" if options_of(plan).keeps_unchanged else "about"
+    """Return what the plan says of memory, of text that is too short, and of the disk that a teacher's predictions take."""
+    options, fresh = options_of(plan), int((~held_out(len(text.ids))).sum()) * text.ids.shape[1]
+    about = "at least" if options.keeps_unchanged else "about"
     lines = [f"training takes {about} {size(training_bytes(plan))} of memory, and until it is done {size(checkpoint_bytes(plan))} of disk"]
+    if not options.minutes and (asked := options.steps * options.windows * options.window) > fresh:
+        lines.append(f"the text has {fresh:,} tokens to train on, so it is read {asked / fresh:.1f} times; more text teaches more than the same again")
     if is_of_another(plan, output):
         lines.append(
             f"{training_folder(output)} has checkpoints of a run with other options, another text or another version of effconvert, which will be removed"

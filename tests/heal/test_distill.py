@@ -615,6 +615,16 @@ def test_what_a_stopped_run_has_written_is_no_part_of_the_disk_that_it_needs(mon
     assert run("model", Gqa(groups=1, pool="mean"), Distill(**SHORT)).output.is_dir()
 
 
+def test_a_text_that_is_read_more_than_once_is_announced():
+    put(Path("model"), noise=1.0, only="weight")
+    windows = len(prose()) // SHORT["window"]  # a token is a letter
+    fresh = int((~held_out(windows)).sum()) * SHORT["window"]
+    for tokens, said in ((fresh, False), (2 * fresh, True)):
+        steps = {**SHORT, "train_tokens": tokens, "batch_tokens": SHORT["window"]}
+        notes = " ".join(run("model", Gqa(groups=1, pool="mean"), Distill(**steps), dry_run=True).plan.notes)
+        assert (f"the text has {fresh:,} tokens to train on, so it is read 2.0 times" in notes) == said, notes
+
+
 def test_checkpoints_of_other_options_are_announced_and_a_damaged_mark_is_another_run(monkeypatch):
     put(Path("model"), noise=1.0, only="weight")
     stopped(monkeypatch, Gqa(groups=1, pool="mean"))
