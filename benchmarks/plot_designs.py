@@ -19,7 +19,7 @@ from effconvert.report.drawing import MARKERS, plain, style, svg
 
 RESULTS = Path(__file__).parent / "results"
 MODEL = Path(__file__).parent.parent / "effconvert" / "demo" / "model"
-EMBEDDED, STARTS = "designs-embedded-2026-11-29.csv", "designs-starts-embedded-2026-11-29.csv"
+EMBEDDED, STARTS = "designs-embedded-2026-11-30.csv", "designs-starts-embedded-2026-11-29.csv"
 CONTEXTS = ("512", "2048", "8192", "16384")
 # technique: what a text of T tokens costs, and what its paper says of it (all by their authors, for models trained so from the start)
 DESIGNS = {
