@@ -201,7 +201,8 @@ def grown(place):
 def test_exponents_that_overflow_do_not(causal):
     technique, omega, *given = grown(50)
     out = mixed(technique, omega, *given, causal=causal)
-    assert torch.allclose(out, reference(omega, *given, causal=causal).float(), atol=1e-4)
+    close = 3e-4  # exponents go up to 150, and exp of them is right to 150 times float32's precision; processors differ
+    assert torch.allclose(out, reference(omega, *given, causal=causal).float(), atol=close)
 
 
 @pytest.mark.parametrize("causal", [True, False])
