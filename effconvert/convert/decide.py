@@ -17,7 +17,8 @@ from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.sources import cache
 from effconvert.convert import selftext
 from effconvert.convert.calibration import check_caches, prepare
-from effconvert.convert.plan import Plan, code_of, plan
+from effconvert.convert.code import code_of
+from effconvert.convert.plan import Plan, plan
 from effconvert.convert.survey import forward_of
 from effconvert.errors import OptionError
 from effconvert.eval.results import versions

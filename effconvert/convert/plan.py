@@ -5,8 +5,6 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
-from inspect import getfile
 from pathlib import Path
 
 import psutil
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.config import CONFIG, Config
-from effconvert.checkpoint.digest import file_hash, sample
+from effconvert.checkpoint.digest import sample
 from effconvert.checkpoint.layer import ActivationsProtocol, Model
 from effconvert.checkpoint.manifest import CARD, RECIPE
 from effconvert.checkpoint.outer import outer_prefix
@@ -22,6 +20,7 @@ from effconvert.checkpoint.parts import Deferred, Parts
 from effconvert.checkpoint.replaced import STUB_FILE
 from effconvert.checkpoint.shards import ITEMSIZE, StoredTensor
 from effconvert.checkpoint.tensors import INDEX, SINGLE
+from effconvert.convert.code import code_of
 from effconvert.convert.files import other_files
 from effconvert.convert.order import check_reads_ahead, check_shared_caches, check_shared_parameters
 from effconvert.convert.originals import stand_for
@@ -196,21 +195,6 @@ class Plan:
         """Return a layer of the converted model, or the parts outside the layers, and the prefix of its names."""
         model = self.models(device)[-1]
         return ("", model.outer) if unit == OUTER else (self.layer_prefix(unit), model.layers[unit])
-
-
-def code_of(surgery: Step) -> str:
-    """Return hashes of the file that a step is in, and of all techniques and ways of healing; nothing where that is no file."""
-    try:
-        return f"{file_hash(Path(getfile(type(surgery))))} {_own_code()}"
-    except (TypeError, OSError):
-        return ""
-
-
-@cache
-def _own_code() -> str:
-    """Return a hash of all techniques and ways of healing: they use each other."""
-    files = sorted(file for package in ("surgery", "heal") for file in (Path(__file__).parents[1] / package).rglob("*.py"))
-    return hashlib.sha256("".join(map(file_hash, files)).encode()).hexdigest()
 
 
 def _models(model: Model, surgeries: Sequence[Step], configs: Sequence[Config], surveys: Mapping[int, Mapping[str, Tensor]]) -> Iterator[Model]:

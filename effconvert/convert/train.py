@@ -117,7 +117,7 @@ def remarks(plan: Plan, text: TrainingText, output: Path) -> tuple[str, ...]:
     about = "at least" if options.keeps_unchanged else "about"
     lines = [f"training takes {about} {size(training_bytes(plan))} of memory, and until it is done {size(checkpoint_bytes(plan))} of disk"]
     if not options.minutes and (asked := options.steps * options.windows * options.window) > fresh:
-        lines.append(f"the text has {fresh:,} tokens to train on, so it is read {asked / fresh:.1f} times; more text teaches more than the same again")
+        lines.append(f"the text has {fresh:,} tokens to train on, and {asked:,} are read, some of them again; more text teaches more than the same again")
     if is_of_another(plan, output):
         lines.append(
             f"{training_folder(output)} has checkpoints of a run with other options, another text or another version of effconvert, which will be removed"

@@ -10,8 +10,7 @@ import torch
 
 from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.checkpoint.digest import file_hash
-from effconvert.convert import output
-from effconvert.convert import plan as planning
+from effconvert.convert import code, output
 from effconvert.convert.originals import stand_for
 from effconvert.convert.plan import plan
 from effconvert.convert.run import convert
@@ -55,7 +54,7 @@ def test_a_technique_that_was_changed_is_another(monkeypatch, tmp_path):
     before = plan(open_checkpoint(Path("a")), (Plain(),)).fingerprint
     copy = tmp_path / "plain.py"
     copy.write_text("# another version")
-    monkeypatch.setattr("effconvert.convert.plan.getfile", lambda _: str(copy))
+    monkeypatch.setattr("effconvert.convert.code.getfile", lambda _: str(copy))
     assert plan(open_checkpoint(Path("a")), (Plain(),)).fingerprint != before
 
 
@@ -63,8 +62,8 @@ def test_a_technique_that_was_changed_is_another(monkeypatch, tmp_path):
 def test_a_technique_is_another_when_what_it_may_use_was_changed(changed, monkeypatch):
     twins()
     before = plan(open_checkpoint(Path("a")), (Plain(),)).fingerprint
-    monkeypatch.setattr(planning, "file_hash", lambda path: "another" if path.name == changed else file_hash(path))
-    monkeypatch.setattr(planning, "_own_code", planning._own_code.__wrapped__)  # without its cache
+    monkeypatch.setattr(code, "file_hash", lambda path: "another" if path.name == changed else file_hash(path))
+    monkeypatch.setattr(code, "_own_code", code._own_code.__wrapped__)  # without its cache
     assert plan(open_checkpoint(Path("a")), (Plain(),)).fingerprint != before
 
 
