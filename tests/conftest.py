@@ -27,7 +27,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # kernels run without a GPU; triton reads 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of tests over many families, run ALWAYS and a third of the others, another third for each test and option; the rest are slow tests.
+    """Of tests over many families, run ALWAYS and a quarter of the others, another quarter for each test and option; the rest are slow tests.
 
     What a family does in a way of its own shows in any test, and what a technique does in any family. Tests of the families themselves are marked `families`.
     """
@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             over[f"{item.nodeid.partition('[')[0]} {options.get('name')}"].append((kind, item))
     for test, cases in over.items():
         for index, (kind, item) in enumerate(cases):
-            if len(cases) >= MANY and kind not in ALWAYS and (crc32(test.encode()) + index) % 3:
+            if len(cases) >= MANY and kind not in ALWAYS and (crc32(test.encode()) + index) % 4:
                 item.add_marker(pytest.mark.slow)
 
 

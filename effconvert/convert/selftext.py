@@ -30,6 +30,7 @@ from effconvert.eval.results import versions
 from effconvert.heal._calibration import Calibration
 from effconvert.modeling import loading
 from effconvert.modeling.caches import kv_bytes
+from effconvert.modeling.precision import type_of
 from effconvert.modeling.size import size_of
 from effconvert.progress import Progress
 from effconvert.quiet import quiet_transformers
@@ -78,7 +79,7 @@ def prepare(plan: Plan, tokenizer: Any, count: int, length: int) -> Calibration:
 
 def memory(writer: Checkpoint, count: int, length: int) -> int:
     """Return about how many bytes of memory it takes to write: the weights, the cache of a batch with one layer's copy, logits."""
-    together, itemsize = min(count, TOGETHER), writer.computing.itemsize
+    together, itemsize = min(count, TOGETHER), type_of(writer).itemsize
     keys_and_values = together * kv_bytes(writer.config, itemsize, length)
     keys_and_values += 2 * keys_and_values // writer.config.layers  # those of a layer beside the new token's
     return size_of(writer).parameters * itemsize + keys_and_values + together * writer.config.vocabulary * 4 * COPIES + LIBRARIES
@@ -112,7 +113,7 @@ def sample(
     """
     from transformers import GenerationConfig, StoppingCriteriaList
 
-    model = loading.load(writer.folder, writer.config, writer.computing)
+    model = loading.load(writer.folder, writer.config, type_of(writer))
     start, first = beginning(tokenizer, "a"), _first(tokenizer, count, limit)
     above = [*range(limit, writer.config.vocabulary)] or None  # tokens that nobody can read
     prompt = torch.cat([torch.tensor(start, dtype=torch.long).expand(count, -1), first[:, None]], 1)  # [N, 1 or 2]
@@ -156,7 +157,7 @@ def _key(writer: Checkpoint, start: list[int], first: Tensor, length: int, limit
     """Return what identifies the samples: everything that they depend on."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     made_with = {name: versions().get(name) for name in MADE_WITH}
-    depends = [digest(writer), start, first.tolist(), length, limit, TOGETHER, SEED, str(writer.computing), accelerator and accelerator.type, made_with]
+    depends = [digest(writer), start, first.tolist(), length, limit, TOGETHER, SEED, str(type_of(writer)), accelerator and accelerator.type, made_with]
     return hashlib.sha256(json.dumps(depends).encode()).hexdigest()
 
 

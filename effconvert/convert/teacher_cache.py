@@ -20,6 +20,7 @@ from effconvert.errors import EffconvertError, OptionError
 from effconvert.heal._windows import Windows
 from effconvert.heal.distill import Distill
 from effconvert.modeling import loading
+from effconvert.modeling.precision import type_of
 from effconvert.paths import real
 from effconvert.progress import Progress
 from effconvert.quantities import size
@@ -121,7 +122,7 @@ def filled(plan: Plan, windows: Windows, progress: Progress) -> "TeacherCache":
         with _locked(folder, progress):
             _begin(folder, key_of(plan, windows))
             if missing := cache.missing:
-                teacher = loading.load(plan.teacher.folder, plan.teacher.config, plan.teacher.computing)
+                teacher = loading.load(plan.teacher.folder, plan.teacher.config, type_of(plan.teacher))
                 with progress.bar("keeping the original's predictions", sum(missing.values()), "tokens") as advance:
                     cache.fill(teacher, advance)
                 del teacher

@@ -33,6 +33,7 @@ from effconvert.eval.training import Point, Training
 from effconvert.heal._sharing import LAYER
 from effconvert.heal._windows import Windows, held_out
 from effconvert.modeling import loading
+from effconvert.modeling.precision import type_of
 from effconvert.paths import real
 from effconvert.progress import Advance, Progress
 from effconvert.quantities import duration, size
@@ -88,7 +89,7 @@ def training_bytes(plan: Plan) -> int:
         trained = sum(_trained(target, options.lora) for target in plan.targets)
         both = plan.after.parameters + plan.before.parameters  # before the weights that they share are there once
         return max(4 * both, 4 * plan.after.parameters + TRAINING * trained + activations)
-    student, teacher = TRAINING * plan.after.parameters + activations, plan.before.bytes
+    student, teacher = TRAINING * plan.after.parameters + activations, type_of(plan.teacher).itemsize * plan.before.parameters
     return max(student + 4 * config.vocabulary * config.hidden, teacher) if options.cache_teacher else student + teacher  # of a cached teacher the head alone
 
 
@@ -191,7 +192,7 @@ def _setting(plan: Plan, student: Path, data: Windows, output: Path, teacher: An
 
     options, checkpoint = options_of(plan), open_checkpoint(student)
     if teacher is None:
-        computing = torch.float32 if options.keeps_unchanged else plan.teacher.computing  # as the student's weights, of which it has some
+        computing = torch.float32 if options.keeps_unchanged else type_of(plan.teacher)  # as the student's weights, of which it has some
         teacher = loading.load(plan.teacher.folder, plan.teacher.config, computing).requires_grad_(False)
     model, predicts = loading.load(student, checkpoint.config, torch.float32), checkpoint.config.predicts and plan.teacher.config.predicts
     originals = originals or layers_of_the_teacher(plan)

@@ -18,6 +18,7 @@ from effconvert.eval.quality.text import Text
 from effconvert.eval.verification import Side, Verification
 from effconvert.modeling import loading
 from effconvert.modeling.caches import growth_bytes, state_bytes
+from effconvert.modeling.precision import type_on
 from effconvert.options import RunOptions
 from effconvert.progress import Advance, Progress
 from effconvert.quiet import quiet_transformers
@@ -27,8 +28,10 @@ PROMPT = 24  # tokens of the prompt, and of its continuation
 
 
 def measuring_dtype(plan: Plan) -> torch.dtype:
-    """Return the type to run both models in: their own, or float32 if the conversion is exact or one of them needs it."""
-    return torch.float32 if plan.is_exact or plan.config.family.float32_only else plan.checkpoint.computing
+    """Return the type to run both models in: their own, or float32 if the conversion is exact, one of them needs it, or the CPU is faster in it."""
+    if plan.is_exact or plan.config.family.float32_only:
+        return torch.float32
+    return type_on(None, plan.checkpoint.computing, max(plan.before.parameters, plan.after.parameters))
 
 
 def scratch_bytes(plan: Plan, options: RunOptions) -> int:

@@ -1,0 +1,32 @@
+"""The type of numbers that a model is run in."""
+
+import psutil
+import torch
+
+from effconvert.checkpoint.checkpoint import Checkpoint
+from effconvert.modeling.size import size_of
+
+MOST = 0.5  # of the machine's memory, for weights in float32
+
+
+def type_on(device: str | None, own: torch.dtype, parameters: int) -> torch.dtype:
+    """Return the type to run a model in on `device` (None: this machine's accelerator, or the CPU), whose weights are `own`.
+
+    It is `own`, but for half precision on a CPU without instructions for it: in float32 that computes eight times as fast. Models whose weights in float32
+    would take more than half of the machine's memory stay as they are. docs/decisions/0050-half-precision-where-a-cpu-has-it.md has the numbers.
+    """
+    on_cpu = torch.device(device).type == "cpu" if device else not torch.accelerator.is_available()
+    if not on_cpu or computes(own) or parameters * torch.float32.itemsize > MOST * psutil.virtual_memory().total:
+        return own
+    return torch.float32
+
+
+def type_of(checkpoint: Checkpoint) -> torch.dtype:
+    """Return the type to run a checkpoint in on this machine: see `type_on`."""
+    return type_on(None, checkpoint.computing, size_of(checkpoint).parameters)
+
+
+def computes(dtype: torch.dtype) -> bool:
+    """Whether the CPU has instructions to multiply matrices of such numbers (bfloat16: from AVX512 on, in part emulated; float16: AVX512-FP16)."""
+    asks = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    return dtype not in asks or (torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, asks[dtype])()))
