@@ -17,7 +17,7 @@ from effconvert.checkpoint.manifest import DRAFT, to_disk
 from effconvert.convert.output import partial_folder, replaced_folder, training_folder
 from effconvert.convert.plan import Plan
 from effconvert.errors import EffconvertError, OptionError
-from effconvert.heal._windows import Windows
+from effconvert.heal._windows import Items, Windows
 from effconvert.heal.distill import Distill
 from effconvert.modeling import loading
 from effconvert.modeling.precision import type_of
@@ -98,10 +98,13 @@ def check_cache(plan: Plan, output: Path, windows: Windows) -> None:
 
 
 def most_bytes(plan: Plan, windows: Windows) -> int:
-    """Estimate the bytes that the predictions of a text take on disk."""
+    """Return the most bytes that the predictions of a text take on disk: whole shards, and of held-out windows the last hidden states, ids, and the head."""
+    from effconvert.heal._teacher_cache import per_shard
+
     options, kept = options_of(plan), kept_of(plan)
-    needed = min(len(windows.train), options.steps * options.windows)
-    return needed * options.window * (kept.bytes_per_token + 4) + 4 * plan.teacher.config.hidden * (len(windows.held_out) * options.window + kept.vocabulary)
+    needed, size = options.steps * options.windows, per_shard(options.window)
+    trained, measured = min(len(windows.train), -(-needed // size) * size) * options.window, len(windows.held_out) * options.window
+    return trained * (kept.bytes_per_token + 4) + measured * (4 * plan.teacher.config.hidden + 4) + 4 * plan.teacher.config.hidden * kept.vocabulary
 
 
 def filled(plan: Plan, windows: Windows, progress: Progress) -> "TeacherCache":
@@ -115,7 +118,7 @@ def filled(plan: Plan, windows: Windows, progress: Progress) -> "TeacherCache":
 
     options, folder = options_of(plan), _folder(plan)
     order = torch.randperm(len(windows.train), generator=torch.Generator().manual_seed(ORDER))
-    train = [windows.train[index] for index in order.tolist()]
+    train = Items(len(order), lambda at: windows.train[int(order[at])])
     cache = TeacherCache(folder, kept_of(plan), options.temperature, train, min(len(train), options.steps * options.windows), windows.held_out)
     try:
         folder.mkdir(parents=True, exist_ok=True)

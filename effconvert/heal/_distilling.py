@@ -170,7 +170,8 @@ def distill(setting: Setting, report: Report) -> Distilled:
     trainer.check(windows.held_out[0])
     trainer.fit_projections(windows.held_out[: options.windows])
     with quiet_transformers(), _plain_errors(setting.place):
-        checkpoint = last_whole_checkpoint(setting.place)
+        with trainer.accelerator.main_process_first():  # which removes what a kill left
+            checkpoint = last_whole_checkpoint(setting.place)
         if not checkpoint or not trainer.was_done(Path(checkpoint)):
             trainer.train(resume_from_checkpoint=checkpoint)
     curve = points(trainer.state.log_history, tokens)
@@ -178,7 +179,7 @@ def distill(setting: Setting, report: Report) -> Distilled:
     best = trainer.state.best_model_checkpoint if after < before else None
     if best is None:
         report.tell("no model on the way was better on the held-out windows, so the model stays as it was; try a lower --rate, or more --train-tokens")
-    return Distilled(trainer.measure, before, after, Path(best) if best else None, curve)
+    return Distilled(trainer.measure, before, after, setting.place / Path(best).name if best else None, curve)  # the folder may have moved since
 
 
 def seconds_of(setting: Setting) -> float:

@@ -14,7 +14,8 @@ from effconvert.surgery._ridge import HELD_OUT, Moments, ridge
 def refit_experts(layer: Layer, outputs: Sequence[str], originals: Sequence[int]) -> None:
     """Fit the experts' outputs, as the router chooses them, so that the stream after the layer is the original's, whatever the layers below are.
 
-    The output after a norm is not linear in the weights before it, so such layers stay.
+    `outputs` are those of the routed experts in the order of the router, and of the shared one behind them. The output after a norm is not linear in the
+    weights before it, so such layers stay.
     """
     assert layer.activations
     if "mlp_post_norm" in layer:

@@ -22,7 +22,7 @@ def hidden_states(base: torch.nn.Module, inputs: dict[str, Tensor], layers: Sequ
     Raises:
         ModelError: transformers does not record the hidden states of this class.
     """
-    more = {"use_cache": False} if "use_cache" in signature(base.forward).parameters else {}
+    more = {"use_cache": False} if "use_cache" in signature(type(base).forward).parameters else {}
     output = base(**inputs, **more, **({"output_hidden_states": True} if layers else {}))
     if not layers:
         return [output.last_hidden_state]

@@ -157,4 +157,4 @@ class KeptObjective:
                 sparse_divergence = sparse_divergence_reference
             return sparse_divergence(student, ids[rows], numbers[rows], labels[rows], *how).sum()
 
-        return summed(loss, hidden, head.parameters()) / len(hidden)
+        return summed(loss, hidden, head.parameters(), objective.again) / len(hidden)

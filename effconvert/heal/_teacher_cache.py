@@ -1,8 +1,8 @@
 """A teacher's predictions on disk, so that it need not be in memory while a student is trained, and computes only once.
 
-A folder has shards of windows in the order in which runs use them; a longer run adds shards. Each shard has the windows' token ids beside what is kept of
-the predictions (`_kept`), is written under another name first, and is computed anew after a kill. Of the held-out windows the teacher's last hidden states
-and its head are kept, whole: KL on these is exact, whatever is kept of the others.
+A folder has shards of windows in the order in which runs use them; a longer run on the same windows adds shards. Each shard has the windows' token ids
+beside what is kept of the predictions (`_kept`), is written under another name first, and is computed anew after a kill. Of the held-out windows the
+teacher's last hidden states and its head are kept, whole: KL on these is exact, whatever is kept of the others.
 """
 # T = tokens in a window, N = those that count, M = hidden width, K = ids kept of a prediction, V = vocabulary, C = tokens at a time.
 
@@ -36,6 +36,11 @@ OPEN = 8  # shards that are kept open
 FACTS = "effconvert"  # the entry of a file's metadata
 
 
+def per_shard(window: int) -> int:
+    """Return how many windows of so many tokens are in a shard."""
+    return max(1, SHARD // window)
+
+
 @dataclass(frozen=True)
 class TeacherCache:
     """A folder of predictions, and the windows that it has to have."""
@@ -50,7 +55,7 @@ class TeacherCache:
     @property
     def per_shard(self) -> int:
         """Windows in a shard."""
-        return max(1, SHARD // len(self.train[0]["input_ids"]))
+        return per_shard(len(self.train[0]["input_ids"]))
 
     @property
     def shards(self) -> dict[Path, range]:

@@ -1,6 +1,7 @@
 """Attention function that runs a layer's mixer, registered with transformers' AttentionInterface; a pre-hook passes it the cache and hidden states."""
 # B = batch, H = query heads, Hk = KV heads, T = new tokens, N = tokens with those before, D = head width.
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -49,8 +50,19 @@ class Mixer(Own):
         self.slots = technique.cache_slots(config)
 
     def forward(self, call: Call) -> Tensor:
-        """Mix: [B, H, T, D]."""
-        weights, tokens = self.weights, call.query.shape[-2]
+        """Mix: [B, H, T, D]. Under autocast as a model of its type does, so that what is float32 there, such as sums, is so here."""
+        device = call.query.device.type
+        if not torch.is_autocast_enabled(device):
+            return self._mix(self.weights, call)
+        dtype = torch.get_autocast_dtype(device)
+        weights = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in self.weights.items()}
+        if isinstance(call.state, State):
+            call.state.to(dtype)
+        with torch.autocast(device, enabled=False):
+            return self._mix(weights, call.to(dtype))
+
+    def _mix(self, weights: Mapping[str, Tensor], call: Call) -> Tensor:
+        tokens = call.query.shape[-2]
         if not call.causal or tokens <= SLICE:
             return self.technique.mix(weights, call)
         if call.state is None:

@@ -31,6 +31,10 @@ class State(CacheLayerMixin):  # type: ignore[misc]
             self.tensors[name] = torch.zeros(len(key_states), *shape, dtype=dtype, device=key_states.device)
         self.is_initialized = True
 
+    def to(self, dtype: torch.dtype) -> None:
+        """Change the type of the tensors that are of the model's."""
+        self.tensors |= {name: self.tensors[name].to(dtype) for name, (_, kind) in self.slots.items() if kind == "model" and name in self.tensors}
+
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Count the tokens; the mixer updates the tensors itself."""
         if not self.is_initialized:

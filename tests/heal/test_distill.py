@@ -2,7 +2,9 @@
 
 import gc
 import json
+import shutil
 import weakref
+from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +21,7 @@ from effconvert.convert import training_text
 from effconvert.convert.plan import plan
 from effconvert.errors import EffconvertError, ModelError, OptionError
 from effconvert.heal import _distiller, _distilling
-from effconvert.heal._hidden import distance
+from effconvert.heal._hidden import distance, hidden_states
 from effconvert.heal._in_pieces import ROWS
 from effconvert.heal._objective import Head, Objective, head_of
 from effconvert.heal._windows import UNLABELLED, held_out, masked, repeating
@@ -109,6 +111,15 @@ def test_rows_of_padding_in_a_vocabulary_change_nothing():
     padded = torch.cat([their_weights, torch.randn(14, 12).double()])
     losses = [Objective()(hidden, matrix(weights), theirs, matrix(w), labels) for w in (their_weights, padded)]
     assert torch.equal(*losses)
+
+
+def test_a_model_without_a_head_keeps_no_cache_while_it_is_trained(monkeypatch):
+    asked, model = [], tiny("llama").model
+    forward = type(model).forward
+    monkeypatch.setattr(type(model), "forward", wraps(forward)(lambda *given, **more: asked.append(more["use_cache"]) or forward(*given, **more)))
+    _distiller._route(model)
+    hidden_states(model, {"input_ids": torch.arange(3, 20)[None]}, ())
+    assert asked == [False]
 
 
 @pytest.mark.parametrize("kind", DECODERS)
@@ -253,10 +264,11 @@ def test_a_run_that_was_stopped_behind_its_last_step_does_no_more(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             run("model", Gqa(groups=1), Distill(**SHORT), place="resumed")
     assert (Path("resumed.training/checkpoints/checkpoint-40") / "config.json").is_file()
-    run("model", Gqa(groups=1), Distill(**SHORT), place="resumed")
-    whole, resumed = tensors(Path("whole")), tensors(Path("resumed"))
+    shutil.move("resumed.training", "moved.training")
+    run("model", Gqa(groups=1), Distill(**SHORT), place="moved")
+    whole, resumed = tensors(Path("whole")), tensors(Path("moved"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    curves = [json.loads(Path(place, "effconvert.json").read_text())["distillation"]["curve"] for place in ("whole", "resumed")]
+    curves = [json.loads(Path(place, "effconvert.json").read_text())["distillation"]["curve"] for place in ("whole", "moved")]
     assert [(point["tokens"], point["held_out"]) for point in curves[0]] == [(point["tokens"], point["held_out"]) for point in curves[1]]
 
 

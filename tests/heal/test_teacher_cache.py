@@ -331,12 +331,14 @@ def test_the_recipe_beside_it_finds_the_folder():
     assert recipe.steps[-1].cache_teacher == Path("kept")
 
 
-def test_the_plan_says_what_it_takes_on_disk():
+@pytest.mark.parametrize("tokens", [2560, 1024])  # a shard has more than the second
+def test_the_plan_says_what_it_takes_on_disk(tokens):
     put(Path("model"))
-    outcome = run("model", Gqa(groups=1), Distill(**SHORT), dry_run=True)
+    options = {**SHORT, "train_tokens": tokens}
+    outcome = run("model", Gqa(groups=1), Distill(**options), dry_run=True)
     assert "take up to" in " ".join(outcome.plan.notes)
     assert not Path("kept").exists()
-    real = run("model", Gqa(groups=1), Distill(**SHORT))
+    real = run("model", Gqa(groups=1), Distill(**options))
     told = next(note for note in real.plan.notes if "take up to" in note)
     on_disk = sum(path.stat().st_size for path in Path("kept").iterdir()) / 1000
     assert on_disk <= float(told.partition("take up to ")[2].split()[0]) * 1.2

@@ -211,6 +211,22 @@ def test_under_autocast_states_keep_their_types(models, name, kind):
 
 
 @pytest.mark.parametrize(("name", "kind"), FEW)
+def test_under_autocast_a_mixer_computes_what_it_does_in_a_model_of_that_type(models, name, kind):
+    _, model = models(name, kind)
+    calls = []
+    model = shaken(model)
+    for module in model.modules():
+        if isinstance(module, Mixer):
+            module.register_forward_pre_hook(lambda mixer, args: calls.append((mixer, *args)))
+    run(model, tokens())
+    for mixer, call in list(calls):
+        with torch.autocast("cpu", torch.bfloat16):
+            made = mixer(call)
+        assert torch.equal(made, copy.deepcopy(mixer).bfloat16()(call.to(torch.bfloat16)))
+    assert calls
+
+
+@pytest.mark.parametrize(("name", "kind"), FEW)
 def test_a_model_is_saved_and_loaded_again_to_the_bit(models, name, kind, tmp_path):
     _, model = models(name, kind)
     model = shaken(model)

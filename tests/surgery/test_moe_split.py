@@ -153,6 +153,18 @@ def test_refit_brings_part_of_it_back(kind, changes, options):
     assert all(torch.equal(before[stem][0], after[stem][0]) and not torch.equal(before[stem][2], after[stem][2]) for stem in before)
 
 
+@pytest.mark.parametrize("options", [{"shared": 2}, {"shared": 0}])
+def test_a_refit_of_the_written_model_does_the_same(options):
+    put(Path("source"), noise=2.0, only="mlp.down_proj.weight", **PLAIN)  # twelve experts: files have the tenth before the second
+    step = MoeSplit(experts=12, active=6, **options)
+    run("source", step, place="plain")
+    run("source", step, Refit(), place="fitted")
+    run("plain", Refit(teacher="source"), place="again")
+    plain, fitted, again = apart(Path("source"), Path("plain"), Path("fitted"), Path("again"))
+    assert fitted < 0.9 * plain
+    assert again == pytest.approx(fitted, rel=0.05)
+
+
 def test_refit_after_dropped_layers_too():
     put(Path("source"), num_hidden_layers=4, noise=2.0, only="mlp.down_proj.weight", **PLAIN)
     steps = (PruneLayers(layers="1"), MoeSplit(experts=EXPERTS, active=3))

@@ -6,8 +6,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality import language
 from effconvert.eval.quality.eval_options import EvalOptions
@@ -18,6 +16,7 @@ from effconvert.eval.quality.running import Running
 from effconvert.eval.quality.store import Result, Store
 from effconvert.eval.quality.text import Text
 from effconvert.eval.quality.unit import Measurement
+from effconvert.eval.subject import pick_dtype
 from effconvert.progress import Advance
 
 
@@ -144,7 +143,7 @@ class Decoders:
     def _logits_bytes(self) -> int:
         if len(self.models) == 1:
             return 0
-        itemsize = getattr(torch, self.models[0].dtype).itemsize
+        itemsize = pick_dtype(self.options.dtype, self.models[0].opened).itemsize
         return self.read["tokens"] * self.models[0].opened.subject.vocabulary * itemsize
 
     def _fits_passkey(self, length: int) -> bool:

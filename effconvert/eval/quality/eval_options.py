@@ -49,7 +49,7 @@ class EvalOptions(Options):
         None, description="For encoders: sentence pairs with scores, .jsonl or .csv with sentence1, sentence2, score.", json_schema_extra={"metavar": "FILE"}
     )
     device: str | None = Field(None, description="Device. Default: this machine's accelerator, or cpu.")
-    dtype: Dtype = Field("auto", description="Type to compute in; auto: that of each model's weights, or float32 on a CPU without instructions for that.")
+    dtype: Dtype = Field("auto", description="Type to compute in; auto: that of each model's weights.")
     confirm_run_unsafe_code: bool = Field(False, description="Run tasks that execute code written by a model.")
     cache: bool = Field(True, description="Reuse earlier results from the cache; otherwise measure again.")
     output: HomePath | None = Field(None, description="Write the results to this JSON file.", json_schema_extra={"short": "-o", "metavar": "FILE"})

@@ -8,9 +8,8 @@ import torch
 
 from effconvert.errors import ModelError
 from effconvert.eval.quality.perplexity import sees_later
-from effconvert.eval.subject import Opened, load_measured
+from effconvert.eval.subject import Opened, load_measured, pick_dtype
 from effconvert.modeling.loading import load_tokenizer
-from effconvert.modeling.precision import type_on
 
 LENGTH = 24  # tokens of a text that shows whether tokens see later ones
 
@@ -19,9 +18,7 @@ class Running:
     """One of the models that are compared."""
 
     def __init__(self, opened: Opened, dtype: str, device: str) -> None:
-        self.opened, self.device = opened, device
-        own = type_on(device, opened.checkpoint.computing, opened.subject.parameters)
-        self.dtype = dtype if dtype != "auto" else str(own).removeprefix("torch.")
+        self.opened, self.dtype, self.device = opened, dtype, device
 
     @property
     def name(self) -> str:
@@ -31,7 +28,7 @@ class Running:
     @property
     def key(self) -> dict[str, str]:
         """The cache key: what its numbers depend on."""
-        return {"model": self.opened.subject.digest, "dtype": f"torch.{self.dtype}", "device": torch.device(self.device).type}
+        return {"model": self.opened.subject.digest, "dtype": str(pick_dtype(self.dtype, self.opened)), "device": torch.device(self.device).type}
 
     @cached_property
     def tokenizer(self) -> Any:

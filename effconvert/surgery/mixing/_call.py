@@ -82,6 +82,12 @@ class Call:
             rotation = Rotation(self.rotation.apply, (cos, sin))
         return replace(self, **rows, live=self.live[:, start:stop], hidden=self.hidden[:, start:stop], rotation=rotation, pending=pending)
 
+    def to(self, dtype: torch.dtype) -> Call:
+        """Return the call with numbers of another type; the state keeps its own."""
+        rows = {name: getattr(self, name).to(dtype) for name in ("query", "key", "value", "hidden")}
+        rotation = self.rotation and replace(self.rotation, parts=tuple(part.to(dtype) for part in self.rotation.parts))
+        return replace(self, **rows, rotation=rotation)
+
     @property
     def prescaled(self) -> Call:
         """The same call with most of the scaling in the queries; use it where queries and keys are multiplied in the model's dtype.
