@@ -12,18 +12,28 @@ MOST = 0.5  # of the machine's memory, for weights in float32
 def type_on(device: str | None, own: torch.dtype, parameters: int) -> torch.dtype:
     """Return the type to run a model in on `device` (None: this machine's accelerator, or the CPU), whose weights are `own`.
 
-    It is `own`, but for half precision on a CPU without instructions for it: in float32 that computes eight times as fast. Models whose weights in float32
-    would take more than half of the machine's memory stay as they are. docs/decisions/0050-half-precision-where-a-cpu-has-it.md has the numbers.
+    It is `own`, but for half precision on a CPU without instructions for it, which is several times faster in float32. Models whose weights in float32 would
+    take more than half of the machine's memory stay as they are. docs/decisions/0050-half-precision-where-a-cpu-has-it.md has the numbers.
     """
-    on_cpu = torch.device(device).type == "cpu" if device else not torch.accelerator.is_available()
-    if not on_cpu or computes(own) or parameters * torch.float32.itemsize > MOST * psutil.virtual_memory().total:
-        return own
-    return torch.float32
+    fits = parameters * torch.float32.itemsize <= MOST * psutil.virtual_memory().total
+    return torch.float32 if _on_cpu(device) and not computes(own) and fits else own
 
 
 def type_of(checkpoint: Checkpoint) -> torch.dtype:
     """Return the type to run a checkpoint in on this machine: see `type_on`."""
     return type_on(None, checkpoint.computing, size_of(checkpoint).parameters)
+
+
+def slow(device: str | None, dtype: torch.dtype, option: str) -> str:
+    """Say that `device` is slow in a type, and which option changes it; "" where it is not."""
+    if not _on_cpu(device) or computes(dtype):
+        return ""
+    name = str(dtype).removeprefix("torch.")
+    return f"this CPU has no instructions for {name}, and reads texts several times as fast with {option} float32"
+
+
+def _on_cpu(device: str | None) -> bool:
+    return torch.device(device).type == "cpu" if device else not torch.accelerator.is_available()
 
 
 def computes(dtype: torch.dtype) -> bool:

@@ -21,8 +21,9 @@ from effconvert.eval.quality.running import Running
 from effconvert.eval.quality.store import Result, Store
 from effconvert.eval.quality.text import Text, default_text, read_text
 from effconvert.eval.results import Evaluation
-from effconvert.eval.subject import open_model, pick_device
+from effconvert.eval.subject import open_model, pick_device, pick_dtype
 from effconvert.modeling.loading import has_tokenizer
+from effconvert.modeling.precision import slow
 from effconvert.paths import expand
 from effconvert.progress import NoProgress, Progress
 from effconvert.quiet import quiet_transformers
@@ -55,6 +56,8 @@ def prepare(models: Sequence[str], options: EvalOptions, scratch: Path, progress
     text = read_text(options.text) if options.text else default_text()
     device = pick_device(options.device)
     running = [Running(open_model(model, progress.step), options.dtype, device) for model in models]
+    if said := next(filter(None, (slow(device, pick_dtype(options.dtype, model.opened), "--dtype") for model in running)), ""):
+        progress.log(said)
     for model in running:
         if (role := model.opened.role) != (first := running[0].opened.role):
             raise OptionError(

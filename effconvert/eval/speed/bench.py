@@ -16,6 +16,7 @@ from effconvert.eval.speed import memory
 from effconvert.eval.speed.bench_options import CONTEXTS, BenchOptions
 from effconvert.eval.speed.passes import SEED, Job, Loaded, Runner, Seconds, bandwidth, writes
 from effconvert.eval.subject import Opened, check_kernels, load_measured, open_model, pick_device, pick_dtype
+from effconvert.modeling.precision import slow
 from effconvert.progress import Advance, NoProgress, Progress
 from effconvert.quiet import quiet_transformers
 
@@ -148,7 +149,9 @@ def _notes(opened: list[Opened], options: BenchOptions, contexts: list[int], fit
             why = "has no language-model head and writes no tokens" if model.decoder else "is an encoder and writes no tokens"
             why = "is an encoder-decoder, whose writing is not measured" if model.role == "encoder-decoder" else why
             notes.append(f"{model.subject.name} {why}: prefill only{', of a text as source and target' if model.role == 'encoder-decoder' else ''}")
-    if len({pick_dtype(options.dtype, model) for model in opened}) > 1:
+    types = {pick_dtype(options.dtype, model): None for model in opened}
+    notes += filter(None, (slow(device_of(options), dtype, "--dtype") for dtype in types))
+    if len(types) > 1:
         notes.append("the models compute in different types; give --dtype to compare the architectures alone")
     if options.cache == "static":
         notes.append(f"a static cache is allocated for the context and {options.new_tokens} new tokens, and every step reads all of it: its bytes are those")

@@ -85,7 +85,10 @@ class Call:
     def to(self, dtype: torch.dtype) -> Call:
         """Return the call with numbers of another type; the state keeps its own."""
         rows = {name: getattr(self, name).to(dtype) for name in ("query", "key", "value", "hidden")}
-        rotation = self.rotation and replace(self.rotation, parts=tuple(part.to(dtype) for part in self.rotation.parts))
+        rotation = self.rotation
+        if rotation:
+            cos, sin = rotation.parts
+            rotation = replace(rotation, parts=(cos.to(dtype), sin.to(dtype)))
         return replace(self, **rows, rotation=rotation)
 
     @property

@@ -1,0 +1,54 @@
+"""Half precision on a CPU without instructions for it: verification runs in float32, and eval, bench and distill say what is slow."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from effconvert.convert.run import convert
+from effconvert.modeling import precision
+from effconvert.options import RunOptions
+from effconvert.surgery.attention.gqa import Gqa
+
+
+@pytest.fixture(params=[True, False])
+def able(request, monkeypatch):
+    """Whether the CPU has the instructions."""
+    monkeypatch.setattr(precision, "computes", lambda dtype: request.param or dtype == torch.float32)
+    return request.param
+
+
+def test_float32_takes_the_place_of_half_precision_where_it_is_faster_and_fits(able):
+    faster = torch.bfloat16 if able else torch.float32
+    assert precision.type_on("cpu", torch.bfloat16, 1000) == precision.type_on(None, torch.bfloat16, 1000) == faster
+    assert precision.type_on("cpu", torch.float16, 1000) == (torch.float16 if able else torch.float32)
+    assert precision.type_on("cpu", torch.float32, 1000) == torch.float32
+    assert precision.type_on("cpu", torch.bfloat16, 10**15) == torch.bfloat16  # more than there is memory
+    assert precision.type_on("cuda:0", torch.bfloat16, 1000) == torch.bfloat16
+
+
+def test_every_cpu_computes_in_float32_and_says_of_half_precision_whether_it_does():
+    assert precision.computes(torch.float32)
+    assert {type(precision.computes(dtype)) for dtype in (torch.bfloat16, torch.float16)} == {bool}
+
+
+def test_verification_says_in_which_type_it_ran(able, llama):
+    outcome = convert(str(llama), (Gqa(groups=2, pool="mean"),), RunOptions(output=Path("out"), tokens=64, context=32))
+    assert outcome.report.dtype == ("bfloat16" if able else "float32")
+
+
+def test_what_is_slow_is_said_with_what_to_give(able, llama, command):
+    slow = {
+        "eval": command("eval", llama, "--tokens", 64, "--context", 32, "--passkey", ""),
+        "bench": command("bench", llama, "--context", 16, "--new-tokens", 2, "--rounds", 1),
+        "distill": command(
+            "distill", llama, "--teacher", llama, "--precision", "bfloat16", "--window", 32, "--batch-tokens", 64, "--train-tokens", 1024, "--dry-run"
+        ),
+    }
+    for name, result in slow.items():
+        said = " ".join((result.output + result.stderr).split())
+        assert result.exit_code == 0, said
+        option = "--precision" if name == "distill" else "--dtype"
+        assert (f"no instructions for bfloat16, and reads texts several times as fast with {option} float32" in said) != able, name
+    plain = command("eval", llama, "--tokens", 64, "--context", 32, "--passkey", "", "--dtype", "float32")
+    assert "no instructions" not in plain.output + plain.stderr
