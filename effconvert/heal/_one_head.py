@@ -20,7 +20,7 @@ PREFIX = f"attention.{OWN}"
 NEGLIGIBLE = 1e-5  # relative error below which there is nothing to heal
 
 
-class Head(ABC):
+class OneHead(ABC):
     """The head as parts of a layer. Matrices have their bias as a last column."""
 
     place: ClassVar[str]  # whose output is that of attention
@@ -58,7 +58,7 @@ class Head(ABC):
         """Assign the values that are cached."""
 
 
-class OwnHead(Head):
+class OwnHead(OneHead):
     """The head of `narrow-kv`."""
 
     place = "attention"
@@ -67,30 +67,30 @@ class OwnHead(Head):
 
     @property
     def pairs(self) -> int:
-        """See `Head`."""
+        """See `OneHead`."""
         return len(self.layer[f"{PREFIX}pairs"]) if f"{PREFIX}pairs" in self.layer else 0
 
     def queries(self) -> Tensor:
-        """See `Head`."""
+        """See `OneHead`."""
         return self._with_bias("q")
 
     def assign_queries(self, weights: Tensor) -> None:
-        """See `Head`."""
+        """See `OneHead`."""
         self._assign("q", weights)
 
     def values(self) -> tuple[Tensor, int]:
-        """See `Head`."""
+        """See `OneHead`."""
         return self._with_bias("kv")[2 * self.pairs :], 1
 
     def latents(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """See `Head`."""
+        """See `OneHead`."""
         outputs = self.layer[self.output]
         if len(self.layer[f"{PREFIX}q"]) // self.heads > 2 * self.pairs:
             return None
         return self.values()[0], outputs, outputs.new_zeros(len(outputs))
 
     def assign_latents(self, weights: Tensor) -> None:
-        """See `Head`."""
+        """See `OneHead`."""
         self._assign("kv", torch.cat([self._with_bias("kv")[: 2 * self.pairs], weights]))
 
     def _with_bias(self, name: str) -> Tensor:
@@ -100,7 +100,7 @@ class OwnHead(Head):
         self.layer[PREFIX + name], self.layer[f"{PREFIX}{name}_bias"] = weights[:, :-1].float(), weights[:, -1].float()
 
 
-class LatentHead(Head):
+class LatentHead(OneHead):
     """That of a family with latent attention without unturned keys, as `mla` writes it. Queries have no bias, and the last latent is a constant."""
 
     place = "o"
@@ -110,48 +110,48 @@ class LatentHead(Head):
 
     @property
     def pairs(self) -> int:
-        """See `Head`."""
+        """See `OneHead`."""
         return int(self.layer.config.get("qk_rope_head_dim")) // 2
 
     def queries(self) -> Tensor:
-        """See `Head`; the last column is 0."""
+        """See `OneHead`; the last column is 0."""
         rows = halves(self.layer["q"].unflatten(0, (self.heads, -1)), self.pairs).flatten(0, 1)
         return torch.cat([rows, rows.new_zeros(len(rows), 1)], 1)
 
     def assign_queries(self, weights: Tensor) -> None:
-        """See `Head`."""
+        """See `OneHead`."""
         self.layer["q"] = interleaved(weights[:, :-1].unflatten(0, (self.heads, -1)), self.pairs).flatten(0, 1).float()
 
     def values(self) -> tuple[Tensor, int]:
-        """See `Head`."""
+        """See `OneHead`."""
         return self.layer["kv_b"] @ value_latents(self.layer), self.heads
 
     def latents(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """See `Head`."""
+        """See `OneHead`."""
         by_head = torch.einsum("mhd,hdr->mhr", *(self.layer[part].unflatten(dim, (self.heads, -1)) for part, dim in (("o", 1), ("kv_b", 0))))
         return value_latents(self.layer)[:-1], by_head[..., :-1].flatten(1), by_head[..., -1].sum(1)
 
     def assign_latents(self, weights: Tensor) -> None:
-        """See `Head`."""
+        """See `OneHead`."""
         weight, bias = self.layer["kv_a"].clone(), self.layer["kv_a.bias"].clone()
         weight[: len(weights)], bias[: len(weights)] = weights[:, :-1], weights[:, -1]
         self.layer["kv_a"], self.layer["kv_a.bias"] = weight, bias
 
 
-def kind_of(config: Config, index: int) -> type[Head] | None:
+def kind_of(config: Config, index: int) -> type[OneHead] | None:
     """Return the kind of one head that a layer has by its config; None where it has another kind of attention."""
     if any(record.technique == "narrow-kv" for record in config.replaced_in(index)):
         return OwnHead
     return LatentHead if config.latent and not config.get("qk_nope_head_dim") and "attention" not in config.skips(index) else None
 
 
-def head_of(layer: Layer) -> Head | None:
+def one_head_of(layer: Layer) -> OneHead | None:
     """Return the one head of a layer; None where it has another kind of attention."""
     kind = kind_of(layer.config, layer.index)
     return kind(layer) if kind and (kind is OwnHead or {"q", "kv_a", "o"} <= {*layer}) else None
 
 
-def refit_head(head: Head, original: int) -> None:
+def refit_head(head: OneHead, original: int) -> None:
     """Fit q to the scores of the original's layer, then o and the values to its attention's output, on the same inputs."""
     windows = _windows(head, original)
     if _relative_error(head, windows) < NEGLIGIBLE:
@@ -166,7 +166,7 @@ def refit_head(head: Head, original: int) -> None:
         _fit_output(head, windows)
 
 
-def _windows(head: Head, original: int) -> list[AttentionWindow]:
+def _windows(head: OneHead, original: int) -> list[AttentionWindow]:
     """Return each window inside the original's attention, on this layer's inputs."""
     layer = head.layer
     assert layer.activations
@@ -185,7 +185,7 @@ def _windows(head: Head, original: int) -> list[AttentionWindow]:
     return windows
 
 
-def _relative_error(head: Head, windows: Sequence[AttentionWindow]) -> float:
+def _relative_error(head: OneHead, windows: Sequence[AttentionWindow]) -> float:
     """Return the distance of attention's output from its targets, relative to their norm."""
     layer = head.layer
     assert layer.activations
@@ -195,7 +195,7 @@ def _relative_error(head: Head, windows: Sequence[AttentionWindow]) -> float:
     return float((error / max(sum(float(window.target.square().sum()) for window in windows), 1e-30)) ** 0.5)
 
 
-def _fit_queries(head: Head, windows: Sequence[AttentionWindow]) -> None:
+def _fit_queries(head: OneHead, windows: Sequence[AttentionWindow]) -> None:
     layer = head.layer
     assert layer.activations
     weights = head.queries().to(windows[0].inputs)
@@ -219,7 +219,7 @@ def _fit_queries(head: Head, windows: Sequence[AttentionWindow]) -> None:
     head.assign_queries(torch.cat([fitted, fitted.new_zeros(len(fitted), 1)], 1))
 
 
-def _attend_anew(head: Head, windows: Sequence[AttentionWindow]) -> None:
+def _attend_anew(head: OneHead, windows: Sequence[AttentionWindow]) -> None:
     """Replace the original's attention weights in the windows by the layer's own."""
     layer = head.layer
     assert layer.activations
@@ -228,7 +228,7 @@ def _attend_anew(head: Head, windows: Sequence[AttentionWindow]) -> None:
         window.weights.copy_(own)
 
 
-def _fit_output(head: Head, windows: Sequence[AttentionWindow]) -> None:
+def _fit_output(head: OneHead, windows: Sequence[AttentionWindow]) -> None:
     """Ridge regression of the output projection."""
     moments, weights = (Moments(), Moments()), head.layer[head.output]
     rows, count = head.values()

@@ -44,9 +44,9 @@ class Refit(Healing):
 
     def changes(self, layer: Layer, originals: range) -> list[str]:
         """Queries, values and outputs of attention; the MLP's output where a technique replaces all of attention."""
-        from effconvert.heal._one_head import head_of
+        from effconvert.heal._one_head import one_head_of
 
-        if head := head_of(layer):
+        if head := one_head_of(layer):
             return [*head.parts]
         changing = ["q", "q.bias", "v", "v.bias", "o", *(["down"] if _without_attention(layer) else [])]
         return [] if any(layer.config.shares(layer.index, part) for part in changing) else changing
@@ -54,11 +54,11 @@ class Refit(Healing):
     def heal(self, layer: Layer, originals: range) -> None:
         """See `_layer`."""
         from effconvert.heal._layer import refit_attention, refit_output
-        from effconvert.heal._one_head import head_of, refit_head
+        from effconvert.heal._one_head import one_head_of, refit_head
 
         if not self.changes(layer, originals):
             return
-        if head := head_of(layer):
+        if head := one_head_of(layer):
             refit_head(head, originals[0])
         elif _without_attention(layer):
             refit_output(layer, originals)

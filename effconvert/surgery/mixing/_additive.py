@@ -91,16 +91,16 @@ def fit_terms(texts: Sequence[Texts], start: Terms, cells: Tensor | None = None,
     Keys follow positions: together from zeros, keys would first be fitted to what positions explain. Inputs are whitened: a few steps would else see
     the largest directions alone.
     """
+    change = Terms(torch.zeros_like(start.key), start.near.clone(), start.causal)  # of the key's term, for white inputs
+    unknown = [tensor.requires_grad_() for tensor in ([change.key] if keys else []) + ([change.near] if change.near.numel() else [])]
+    if not unknown:
+        return start
     fit, held_out = split(texts)
     inputs = torch.cat([texts[number].inputs.flatten(0, 1) for number in fit]).double()
     moment = inputs.T @ inputs / len(inputs)
     values, vectors = torch.linalg.eigh(moment + DAMPING * moment.diagonal().mean().clamp_min(TINY) * torch.eye(len(moment)).to(moment))
     whitening = (vectors * values.rsqrt()).float()  # [M, M]
     white = [Texts(text.inputs @ whitening, text.weights, text.queries) for text in texts]
-    change = Terms(torch.zeros_like(start.key), start.near.clone(), start.causal)  # of the key's term, for white inputs
-    unknown = [tensor.requires_grad_() for tensor in ([change.key] if keys else []) + ([change.near] if change.near.numel() else [])]
-    if not unknown:
-        return start
     optimizer = torch.optim.LBFGS(unknown, max_iter=STEPS, history_size=20, line_search_fn="strong_wolfe")
 
     def closure() -> float:

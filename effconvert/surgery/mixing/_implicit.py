@@ -33,11 +33,11 @@ def initial(filters: int, index: int) -> dict[str, Tensor]:
     return {**values, "fall": torch.full((filters,), math.log(math.expm1(1 / 32)))}
 
 
-def taps(weights: Mapping[str, Tensor], lags: Tensor) -> Tensor:
-    """Return the filters at these lags, [F, n]: the network times the window, and at lag 0 a number of its own."""
+def taps(weights: Mapping[str, Tensor], lags: Tensor, rows: slice = slice(None)) -> Tensor:
+    """Return some filters at these lags, [F, n]: the network times the window, and at lag 0 a number of its own."""
     network = {name: weight.float() for name, weight in weights.items()}
-    window = (-softplus(network["fall"])[:, None] * lags.abs()).exp()
-    return linear(network["last"], _features(network, lags)) * window + network["own"][:, None] * (lags == 0)
+    last, fall, own = (network[name][rows] for name in ("last", "fall", "own"))
+    return linear(last, _features(network, lags)) * (-softplus(fall)[:, None] * lags.abs()).exp() + own[:, None] * (lags == 0)
 
 
 def fitted(weights: Mapping[str, Tensor], target: Tensor, lags: Tensor) -> dict[str, Tensor]:

@@ -239,4 +239,4 @@ class Hyena(Mixing):
             first = 0 if call.causal else -(taps.shape[1] // 2)
             return Filter(taps / (1 + torch.arange(first, first + taps.shape[1], device=taps.device).abs()), first)
         lags = torch.arange(0 if call.causal else 1 - tokens, tokens, device=call.key.device)
-        return Filter(_implicit.taps(weights, lags)[own], int(lags[0]))
+        return Filter(_implicit.taps(weights, lags, own), int(lags[0]))
