@@ -22,7 +22,7 @@ from effconvert.convert.decide import decide
 from effconvert.convert.plan import Plan, plan
 from effconvert.convert.survey import surveyed
 from effconvert.convert.transplant import transplanted
-from effconvert.convert.verify import Material, check_memory, prepare, scratch_bytes, verify
+from effconvert.convert.verify import Material, prepare, scratch_bytes, verify
 from effconvert.convert.write import is_unfinished, write
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality.text import default_text, read_text
@@ -103,15 +103,14 @@ def _convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progr
         reuse = True
     if reuse and manifest:
         return Outcome(conversion, target, verification(manifest), already_there=True)
-    output.check(conversion, target, options.overwrite, max(conversion.draft_bytes, scratch_bytes(conversion, options) if options.verify else 0))
+    material = prepare(conversion, text, options) if text else None
+    output.check(conversion, target, options.overwrite, scratch_bytes(conversion, material) if material else 0)
     if to_train:
         training.check_training(conversion, target, to_train)
         conversion = replace(conversion, remarks=(*conversion.remarks, *training.remarks(conversion, to_train, target)))
         if options.dry_run:
             conversion = replace(conversion, remarks=(*conversion.remarks, *training.time_remark(conversion, to_train, progress)))
-    memory = check_memory(conversion, options) if options.verify else 0
-    material = prepare(conversion, text, options) if text else None
-    progress.plan(model, conversion, target, memory)
+    progress.plan(model, conversion, target, material.memory if material else 0)
     if options.dry_run:
         return Outcome(conversion, target, None)
     if conversion.calibration and not to_train:
