@@ -16,7 +16,7 @@ from effconvert.checkpoint.digest import file_hash
 from effconvert.checkpoint.manifest import read_manifest, save_manifest
 from effconvert.convert import drafts, output, selftext, training_text, written
 from effconvert.convert import train as training
-from effconvert.convert.calibration import check_caches
+from effconvert.convert.calibration import check_caches, check_memory
 from effconvert.convert.calibration import prepare as prepare_calibration
 from effconvert.convert.decide import decide
 from effconvert.convert.plan import Plan, plan
@@ -105,6 +105,8 @@ def _convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progr
         return Outcome(conversion, target, verification(manifest), already_there=True)
     material = prepare(conversion, text, options) if text else None
     output.check(conversion, target, options.overwrite, scratch_bytes(conversion, material) if material else 0)
+    if conversion.calibration and (options.dry_run or not to_train) and is_unfinished(conversion, output.partial_folder(target)):
+        check_memory(conversion)  # the steps before a distillation are a conversion of their own
     if to_train:
         training.check_training(conversion, target, to_train)
         conversion = replace(conversion, remarks=(*conversion.remarks, *training.remarks(conversion, to_train, target)))
