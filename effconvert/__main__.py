@@ -3,6 +3,8 @@
 import os
 import sys
 
+from effconvert.errors import INTERRUPTED, STOPPED, is_interrupt
+
 SPINS = "10000"  # rounds that a thread waits actively before it sleeps; libgomp's own default is 300000 (decision 25)
 CHOICES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # by which a user may have decided that
 
@@ -21,9 +23,15 @@ def main() -> None:
         sys.stdout.write(page())
     else:
         limit_spinning()
-        from effconvert.cli import main as commands
+        try:
+            from effconvert.cli import main as commands
 
-        commands(prog_name="effconvert")
+            commands(prog_name="effconvert")
+        except (Exception, KeyboardInterrupt) as error:  # while libraries load: a command has its own answer
+            if not is_interrupt(error):
+                raise
+            print(STOPPED, file=sys.stderr)
+            sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

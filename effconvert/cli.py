@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from effconvert import commands, steps
-from effconvert.errors import BROKEN_PIPE, EffconvertError
+from effconvert.errors import BROKEN_PIPE, INTERRUPTED, STOPPED, EffconvertError, is_interrupt
 from effconvert.overview import page
 from effconvert.version import __version__
 
@@ -41,7 +41,7 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Turn our errors into a line and an exit code."""
         try:
-            return super().invoke(ctx)
+            return self._invoke(ctx)
         except EffconvertError as error:
             click.echo(f"Error: {' '.join(str(error).split())}", err=True)  # one line, whatever somebody named a file
             ctx.exit(error.exit_code)
@@ -52,8 +52,16 @@ class Commands(click.Group):
             click.echo(f"Error: {error.filename or 'a file'} cannot be used ({error.strerror}); mend that, and run the same command again", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
-            click.echo("\nStopped. What is finished is kept, and the same command goes on from there.", err=True)
-            sys.exit(130)
+            click.echo(STOPPED, err=True)
+            sys.exit(INTERRUPTED)
+
+    def _invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if is_interrupt(error):
+                raise KeyboardInterrupt from error
+            raise
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -1,5 +1,8 @@
 """The errors of effconvert. A message names the cause, what is needed, and what to do next."""
 
+from collections.abc import Iterator
+
+STOPPED, INTERRUPTED = "\nStopped. What is finished is kept, and the same command goes on from there.", 130  # message and exit code after Ctrl-C
 BROKEN_PIPE = 141  # exit code where nobody reads the output on, as of `head -1`: 128 + SIGPIPE, like that of other tools
 
 # Names of errors of libraries that mean: no network.
@@ -36,9 +39,17 @@ class TechniqueError(EffconvertError):
 
 def is_offline(error: BaseException) -> bool:
     """Whether the network is missing, by the type of `error` or of one that caused it: nobody's mistake, and exit code 1."""
+    return any(type(link).__name__ in OFFLINE or isinstance(link, ConnectionError) for link in _chain(error))
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether `error` is an interrupt by the user, or what a library made of one: transformers' lazy imports raise ModuleNotFoundError then."""
+    return any(isinstance(link, KeyboardInterrupt) for link in _chain(error))
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield `error`, what caused it, and so on."""
     link: BaseException | None = error
     while link is not None:
-        if type(link).__name__ in OFFLINE or isinstance(link, ConnectionError):
-            return True
+        yield link
         link = link.__cause__ or link.__context__
-    return False

@@ -70,10 +70,10 @@ class Options(BaseModel):
     def unknown(cls, name: str) -> str:
         """Return the message for an unknown option `name`, with the nearest known one."""
         flag, known = name.replace("_", "-"), [field.replace("_", "-") for field in cls.model_fields]
-        if near := get_close_matches(flag, known, n=1):
-            return f"there is no option --{flag}; did you mean --{near[0]}?"
         if flag in ELSEWHERE:
             return f"there is no option --{flag} here; {ELSEWHERE[flag]}"
+        if near := get_close_matches(flag, known, n=1):
+            return f"there is no option --{flag}; did you mean --{near[0]}?"
         return f"there is no option --{flag}; there are {', '.join('--' + field for field in known)}, and --help shows all"
 
     @classmethod
@@ -85,8 +85,8 @@ class Options(BaseModel):
             return f"--{name.replace('_', '-')} is {shown(value)}, and it should be a value, not yes or no"
         if any(isinstance(part, str | Path) and ("\0" in str(part) or not _encodable(str(part))) for part in parts):
             return f"--{name.replace('_', '-')} is {shown(value)}, which has a character that no name can have; leave it out"
-        if field and isinstance(value, str) and _metavar(field) == LAYERS:
-            return _layers_error(f"--{name.replace('_', '-')}", value)
+        if field and isinstance(value, str | list | tuple) and _metavar(field) == LAYERS:
+            return _layers_error(f"--{name.replace('_', '-')}", as_typed(value))
         return ""
 
     @classmethod
@@ -104,7 +104,11 @@ class Options(BaseModel):
         if error["type"] == "string_pattern_mismatch":  # whose message is the pattern itself
             description = cls.model_fields[name].description or ""
             return f"{option} is {shown(error['input'])}, and it should be as in its description: {description.rstrip('.')}"
-        requirement = error["msg"].replace("Input should be", "it should be").removesuffix(".")
+        if error["type"].endswith("too_short"):  # at least one is asked for everywhere
+            return f"{option} is empty, and something is needed there: {(cls.model_fields[name].description or '').rstrip('.')}"
+        requirement = error["msg"].removeprefix("Value error, ").replace("Input should be", "it should be").removesuffix(".")
+        if requirement.startswith(option):  # one of ours that says it all
+            return str(requirement)
         return f"{option} is {shown(error['input'])}, and {requirement[0].lower()}{requirement[1:]}"
 
 

@@ -17,7 +17,7 @@ from effconvert import steps as known_steps
 from effconvert.errors import EffconvertError, OptionError
 from effconvert.eval.quality.eval_options import EvalOptions
 from effconvert.eval.speed.bench_options import BenchOptions
-from effconvert.options import CALIBRATION_WORDS, Conversion, Options, shown
+from effconvert.options import CALIBRATION_WORDS, LAYERS, Conversion, Options, RunOptions, shown
 from effconvert.paths import expand, found_from, real
 from effconvert.surgery._surgery import Step
 
@@ -56,6 +56,16 @@ class Recipe(Conversion):
     evaluate: EvalOptions | None = Field(None, description="Run `effconvert eval` on the original and the results; writes OUTPUT-eval.json.")
     bench: BenchOptions | None = Field(None, description="Run `effconvert bench` on the same models; writes OUTPUT-bench.json.")
     report: bool = Field(False, description="Write the report, OUTPUT-report.html.")
+
+    @classmethod
+    def unknown(cls, name: str) -> str:
+        """Return the message for an unknown key: steps and options of `effconvert run` have places of their own."""
+        flag = name.replace("_", "-")
+        if flag in known_steps.catalogue():
+            return f"--{flag} is a step; write it into `steps`, like `steps: [..., {flag}]`"
+        if name in RunOptions.model_fields:
+            return f"--{flag} is no key of a recipe; it is an option of the command: effconvert run RECIPE --{flag}"
+        return super().unknown(name)
 
     @property
     def target(self) -> Path:
@@ -153,8 +163,11 @@ def step(entry: Any, where: str) -> Step:
     if name not in known:
         near = get_close_matches(str(name), known, n=1)
         raise OptionError(f"{where}: there is no technique {shown(name)}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"))
-    technique = known_steps.load(name)
-    return _build(technique, _python_keys({} if options is None else options, technique, f"{where} ({name})"), f"{where} ({name})")
+    technique, where = known_steps.load(name), f"{where} ({name})"
+    values = _python_keys({} if options is None else options, technique, where)
+    if unknown := [key for key in values if key not in technique.model_fields]:
+        raise OptionError(f"{where}: {as_keys('; '.join(known_steps.explained(key, technique.unknown(key)) for key in unknown))}")
+    return _build(technique, values, where)
 
 
 def _python_keys(entry: Any, kind: type[Options], where: str) -> dict[str, Any]:
@@ -245,6 +258,8 @@ def schema() -> dict[str, Any]:
     for definition in definitions.values():
         for value in definition.get("properties", {}).values():
             kinds = value.get("anyOf", [value])
+            if value.get("metavar") == LAYERS:  # `layers: 3` and `layers: [0, 1-3]` too
+                value["anyOf"] = [*kinds, {"type": "integer"}, {"type": "array", "items": {"anyOf": [{"type": "integer"}, {"type": "string"}]}}]
             if any(kind.get("type") == "array" for kind in kinds):  # `tasks: piqa` and `batch: 1` mean a list of one
                 several = value.pop("anyOf", None) or [{key: value.pop(key) for key in ("type", "items") if key in value}]
                 value["anyOf"] = [*several, {"type": "string"}, {"type": "integer"}]

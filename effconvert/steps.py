@@ -38,6 +38,16 @@ def load(name: str) -> "type[Step]":
     return step
 
 
+def explained(name: str, message: str) -> str:
+    """Return the `message` for an unknown option `name` of a step, or where it has no reason of its own, which healing methods have the option."""
+    field, flag = name.replace("-", "_"), name.replace("_", "-")
+    methods = [method for method in healing_methods() if field in load(method).model_fields]
+    if not methods or not message.startswith(f"there is no option --{flag};"):
+        return message
+    commands = " or ".join(f"`effconvert {method}`" for method in methods)
+    return f"--{flag} is an option of {commands}: run that on the result, or write a recipe with `{methods[0]}: {{{flag}: ...}}`"
+
+
 def arguments(name: str, options: Mapping[str, Any]) -> list[str]:
     """Return the options of step `name` as a user types them: without those that are not set, and switches only where they differ from the default.
 

@@ -5,9 +5,11 @@ import os
 import pty
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
+from types import ModuleType
 
 import click
 import pytest
@@ -20,7 +22,7 @@ from effconvert.__main__ import main as module_main
 from effconvert.cli import main
 from effconvert.console import Terminal
 from effconvert.convert.run import convert
-from effconvert.errors import BROKEN_PIPE, OptionError
+from effconvert.errors import BROKEN_PIPE, INTERRUPTED, STOPPED, OptionError
 from effconvert.options import RunOptions
 from effconvert.quantities import count
 from effconvert.surgery.attention.gqa import Gqa
@@ -319,6 +321,60 @@ def test_the_demo_names_the_text_that_it_calibrated_on(model: Path, capsys: pyte
 def test_an_unknown_option_leads_to_all_of_them_and_teacher_to_refit(command: Command) -> None:
     assert "--help shows all" in command("gqa", "--sizes", "2", "model").stderr
     assert "effconvert refit MODEL --teacher ORIGINAL" in command("gqa", "--teacher", "original", "model").stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--train-tokens", "1000"), "--train-tokens is an option of `effconvert distill`: run that on the result, or write a recipe with `distill: {train-"),
+        (("--distill", "--lora", "8"), "--lora is an option of `effconvert distill`"),
+        (("--refit", "--epochs", "3"), "--epochs is an option of `effconvert transfer`"),
+        (("--rate", "3"), "--rate is an option of `effconvert distill` or `effconvert transfer`"),
+    ],
+)
+def test_an_option_of_healing_leads_to_its_command(command: Command, options: tuple[str, ...], told: str) -> None:
+    assert told in command("gqa", "--groups", "2", "model", *options).stderr
+
+
+def test_a_technique_with_a_reason_of_its_own_says_that_first(command: Command) -> None:
+    assert "the width of the stream stays" in command("narrow", "--hidden", "32", "model").stderr  # which distill has as an option, too
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("eval", "small", "--samples", "no.json", "--tasks", "piqa"), 'Error: --samples is neither JSON like {"piqa": [0, 2]} nor a JSON file'),
+        (("report", "small", "-o", "page.htm"), "Error: --output is 'page.htm', and it should end in .html, such as report.html"),
+    ],
+    ids=lambda value: value[0],
+)
+def test_what_our_own_rules_refuse_is_said_in_our_own_words(command: Command, arguments: tuple[str, ...], told: str) -> None:
+    assert command(*arguments).stderr.startswith(told)
+
+
+def test_ctrl_c_while_libraries_load_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Loading(ModuleType):
+        def __getattr__(self, name: str) -> object:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "effconvert.cli", Loading("effconvert.cli"))
+    monkeypatch.setattr(sys, "argv", ["effconvert", "list"])
+    monkeypatch.setenv(CHOICES[0], SPINS)
+    with pytest.raises(SystemExit) as stopped:
+        module_main()
+    assert (stopped.value.code, capsys.readouterr().err) == (INTERRUPTED, f"{STOPPED}\n")
+
+
+def test_ctrl_c_that_a_library_turned_into_another_error_is_still_that(command: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object, **__: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise ModuleNotFoundError("Could not import module 'GenerationConfig'") from error
+
+    monkeypatch.setattr("effconvert.convert.run.convert", load)
+    result = command("gqa", "--groups", "2", model)
+    assert (result.exit_code, result.stderr) == (INTERRUPTED, f"{STOPPED}\n")
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from effconvert.steps import catalogue
 from effconvert.steps import load as technique
 from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.attention.mqa import Mqa
+from effconvert.surgery.depth.prune_layers import PruneLayers
 from tests.convert.conftest import one_line
 from tests.convert.test_sources import gguf  # noqa: F401 (a fixture)
 from tests.models import save, tiny
@@ -591,6 +592,7 @@ MISTAKES = {  # options on the command line, and as a step
     "no divisor": (["gqa", "--groups", "3", "--pool", "mean"], {"gqa": {"groups": 3, "pool": "mean"}}),
     "too many": (["gqa", "--groups", "8", "--pool", "mean"], {"gqa": {"groups": 8, "pool": "mean"}}),
     "nothing to do": (["expand-kv"], {"expand-kv": {}}),
+    "option of healing": (["gqa", "--groups", "2", "--train-tokens", "1000"], {"gqa": {"groups": 2, "train-tokens": 1000}}),
     "layers": (["gqa", "--groups", "2", "--pool", "mean", "--layers", "0-1"], {"gqa": {"groups": 2, "layers": "0-1"}}),
     "technique": (["gqq"], {"gqq": {}}),
 }
@@ -630,6 +632,24 @@ def test_an_error_names_the_file_the_recipe_and_the_step(model, refused):
     assert refused(recipe(), recipe(output="b", steps=["mqb"])).startswith("Error: recipe.yaml, recipe 2, step 1: there is no technique")
     assert refused(recipe(), recipe(output="b", evaluate={"token": 5})).startswith("Error: recipe.yaml, recipe 2, evaluate: there is no option token;")
     assert refused(recipe(), recipe(output="b", modle="x")).startswith("Error: recipe.yaml, recipe 2: there is no option modle; did you mean model?")
+
+
+def test_what_has_another_place_than_a_key_of_the_recipe_is_told_that(refused):
+    assert refused(recipe(refit=True)).endswith("refit is a step; write it into `steps`, like `steps: [..., refit]`")
+    assert refused({**recipe(), "dry-run": True}).endswith("it is an option of the command: effconvert run RECIPE --dry-run")
+
+
+def test_what_is_empty_is_said_to_be(refused):
+    assert refused(recipe(steps=[])).endswith("steps is empty, and something is needed there: Steps in order, each with its options")
+    assert "model is empty, and something is needed there" in refused(recipe(model=""))
+
+
+def test_layers_can_be_a_list():
+    assert PruneLayers(layers=[1, "2-3"]) == PruneLayers(layers="1,2-3")
+    with pytest.raises(OptionError, match="layers 3-1 runs backwards"):
+        PruneLayers(layers=[0, "3-1"])
+    with pytest.raises(OptionError, match="should be numbers and ranges"):
+        PruneLayers(layers=[0, {}])
 
 
 def test_an_error_about_a_model_names_the_recipe_among_several(model, refused):
@@ -871,6 +891,7 @@ FITTING = {
     "evaluated as it comes": recipe(evaluate={}, bench={}),
     "tasks": recipe(evaluate={"tasks": ["piqa"], "samples": {"piqa": [0, 2]}, "batch-size": "auto", "num-fewshot": 5}),
     "true": recipe(evaluate=True, bench=True),
+    "layers as yaml writes them": recipe(steps=[{"prune-layers": {"layers": [1, "2-3"]}}, {"streaming": {"window": 8, "layers": 0}}]),
     "nothing": {**recipe(steps=[{"mqa": {"pool": "mean"}}], evaluate=None, bench=None), "output": None},
 }
 MISFITS = {

@@ -8,7 +8,8 @@ import click
 from click.shell_completion import CompletionItem
 
 from effconvert.errors import OptionError
-from effconvert.options import Options
+from effconvert.options import Options, RunOptions
+from effconvert.steps import explained
 
 
 class OptionsCommand(click.Command):
@@ -36,8 +37,10 @@ class OptionsCommand(click.Command):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            messages = [kind.unknown(error.option_name.lstrip("-")) for kind in self.kinds()]
-            raise OptionError(next((message for message in messages if "did you mean" in message), messages[0])) from None
+            name, kinds = error.option_name.lstrip("-"), self.kinds()
+            messages = [kind.unknown(name) for kind in kinds]
+            message = next((message for message in messages if "did you mean" in message), messages[0])
+            raise OptionError(explained(name, message) if RunOptions in kinds else message) from None
 
 
 def parameters(kind: type[Options]) -> list[click.Parameter]:

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import psutil
+import torch
+
 from effconvert.checkpoint.config import Config
 from effconvert.convert import selftext
 from effconvert.convert.plan import Plan
@@ -9,6 +12,7 @@ from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality.perplexity import windows
 from effconvert.eval.quality.text import MOST, calibration_text, read_calibration
 from effconvert.heal._calibration import BATCH, Calibration
+from effconvert.heal.refit import Refit
 from effconvert.modeling import loading
 from effconvert.options import Conversion
 
@@ -95,12 +99,39 @@ def special_ends(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def calibration_bytes(plan: Plan) -> int:
-    """Estimate the bytes of memory of `calibrate` with a refit, which takes most. Fragmentation adds half to the activations."""
+    """Estimate the most bytes of memory that calibration takes."""
     assert plan.calibration
-    config, ids = plan.checkpoint.config, plan.calibration.ids
-    window, inner = ids.shape[1], config.heads * config.head_dim
-    token = 4 * (8 * config.hidden + 4 * inner) + 2 * config.heads * window  # inputs, outputs, queries and keys; attention in half precision
+    rest, token = _bytes(plan)
+    return rest + plan.calibration.ids.numel() * token
+
+
+def check_memory(plan: Plan) -> None:
+    """Refuse a calibration that does not fit. On an accelerator the activations are in its own memory, which nobody asks here.
+
+    Raises:
+        OptionError: there is not enough memory; the message says how many tokens would fit.
+    """
+    assert plan.calibration
+    need, free = calibration_bytes(plan), psutil.virtual_memory().available
+    if need <= free or torch.accelerator.is_available():
+        return
+    (rest, token), (count, window) = _bytes(plan), plan.calibration.ids.shape
+    fits = 1 << max(0, (free - rest) // token).bit_length() >> 1  # a power of two below, as what is free changes
+    advice = f"give --calibration-tokens {fits}" if fits >= LEAST * window else "convert on a larger machine, or take options that need no calibration"
+    raise OptionError(f"calibration on {count * window} tokens takes up to {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; {advice}")
+
+
+def _bytes(plan: Plan) -> tuple[int, int]:
+    """Return the most bytes of memory that calibration takes beside the tokens' activations, and of these for each token; fragmentation adds half to them."""
+    assert plan.calibration
+    steps = [*zip(plan.surgeries, plan.configs, strict=False)]
+    config, window = plan.checkpoint.config, plan.calibration.ids.shape[1]
+    inner = config.heads * config.head_dim
+    # Hidden states before and after a layer, and of a technique; beside them those of the original, and the inputs and targets of healing.
+    token = 4 * config.hidden * (8 if any(step.needs_original(shape) for step, shape in steps) else 3)
+    if any(isinstance(step, Refit) for step in plan.surgeries):
+        token += 16 * inner + 2 * config.heads * window  # queries and keys; attention in half precision
     batch = BATCH * 4 * window * (4 * config.heads * window + 3 * config.ffn)
     squares = 6 * 8 * max(config.hidden, inner) ** 2
-    own = max((step.fit_bytes(shape) for step, shape in zip(plan.surgeries, plan.configs, strict=False)), default=0)
-    return plan.peak + LIBRARIES + 3 * ids.numel() * token // 2 + batch + squares + own
+    own = max((step.fit_bytes(shape) for step, shape in steps), default=0)
+    return plan.peak + LIBRARIES + batch + squares + own, 3 * token // 2

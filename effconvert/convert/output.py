@@ -40,7 +40,7 @@ def lock_file(output: Path) -> Path:
 
 
 def check(plan: Plan, output: Path, overwrite: bool, scratch: int) -> None:
-    """Refuse an output folder that cannot be used, before anything is written. Verification needs `scratch` bytes beside it.
+    """Refuse an output folder that cannot be used, before anything is written. Verification needs `scratch` bytes beside it, for logits.
 
     Raises:
         OptionError: it exists, cannot be written, has too little room, or would touch the source.
@@ -90,9 +90,10 @@ def _check_room(plan: Plan, output: Path, scratch: int) -> None:
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise OptionError(f"{output} cannot be made: {place} is not a folder that you may write to; give another --output")
     present = sum(file.stat().st_size for file in partial_folder(output).rglob("*") if file.is_file())
-    free, need = shutil.disk_usage(place).free + present, plan.disk + scratch
+    free, need = shutil.disk_usage(place).free + present, plan.disk + max(plan.draft_bytes, scratch)
     if free < need:
-        raise OptionError(f"{output} needs {need / 1e9:.2f} GB and {place} has {free / 1e9:.2f} GB free; make room, or give an --output on another disk")
+        fewer = f", or fewer --tokens: {scratch / 1e9:.2f} GB are for logits" if plan.disk + plan.draft_bytes <= free else ""
+        raise OptionError(f"{output} needs {need / 1e9:.2f} GB and {place} has {free / 1e9:.2f} GB free; make room, or give an --output on another disk{fewer}")
 
 
 @contextlib.contextmanager

@@ -16,13 +16,13 @@ from effconvert.checkpoint.digest import file_hash
 from effconvert.checkpoint.manifest import read_manifest, save_manifest
 from effconvert.convert import drafts, output, selftext, training_text, written
 from effconvert.convert import train as training
-from effconvert.convert.calibration import check_caches
+from effconvert.convert.calibration import check_caches, check_memory
 from effconvert.convert.calibration import prepare as prepare_calibration
 from effconvert.convert.decide import decide
 from effconvert.convert.plan import Plan, plan
 from effconvert.convert.survey import surveyed
 from effconvert.convert.transplant import transplanted
-from effconvert.convert.verify import Material, check_memory, prepare, scratch_bytes, verify
+from effconvert.convert.verify import Material, prepare, scratch_bytes, verify
 from effconvert.convert.write import is_unfinished, write
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality.text import default_text, read_text
@@ -103,15 +103,16 @@ def _convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progr
         reuse = True
     if reuse and manifest:
         return Outcome(conversion, target, verification(manifest), already_there=True)
-    output.check(conversion, target, options.overwrite, max(conversion.draft_bytes, scratch_bytes(conversion, options) if options.verify else 0))
+    material = prepare(conversion, text, options) if text else None
+    output.check(conversion, target, options.overwrite, scratch_bytes(conversion, material) if material else 0)
+    if conversion.calibration and (options.dry_run or not to_train) and is_unfinished(conversion, output.partial_folder(target)):
+        check_memory(conversion)  # the steps before a distillation are a conversion of their own
     if to_train:
         training.check_training(conversion, target, to_train)
         conversion = replace(conversion, remarks=(*conversion.remarks, *training.remarks(conversion, to_train, target)))
         if options.dry_run:
             conversion = replace(conversion, remarks=(*conversion.remarks, *training.time_remark(conversion, to_train, progress)))
-    memory = check_memory(conversion, options) if options.verify else 0
-    material = prepare(conversion, text, options) if text else None
-    progress.plan(model, conversion, target, memory)
+    progress.plan(model, conversion, target, material.memory if material else 0)
     if options.dry_run:
         return Outcome(conversion, target, None)
     if conversion.calibration and not to_train:

@@ -1,6 +1,6 @@
 """Verify a conversion: reload it from disk in transformers, run it, and measure it beside the original."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,57 @@ def measuring_dtype(plan: Plan) -> torch.dtype:
     return type_on(None, plan.checkpoint.computing, max(plan.before.parameters, plan.after.parameters))
 
 
-def scratch_bytes(plan: Plan, options: RunOptions) -> int:
+@dataclass(frozen=True)
+class Material:
+    """The inputs of both models."""
+
+    tokenizer: Any
+    windows: Tensor  # token ids, [N, T]
+    text: str
+    unmeasured: str  # why no quality can be measured; empty where it can
+    memory: int = 0  # bytes that verification takes
+    texts: tuple[Tensor, ...] = ()  # token ids [T] for checking an exact conversion, beside the beginning of the first window
+
+
+def prepare(plan: Plan, text: Text, options: RunOptions) -> Material:
+    """Prepare the tokens to measure on, before anything is written.
+
+    Raises:
+        OptionError: the text is too short, or there is not enough memory.
+        ModelError: the tokenizer is damaged or does not belong to the model.
+    """
+    config = plan.checkpoint.config
+    material = _material(plan, text, min(options.context, config.longest or options.context), options.tokens)
+    material = replace(material, memory=_memory(plan, material.windows.shape[1]))
+    if not plan.is_exact:
+        return material
+    return replace(material, texts=tuple(exact.texts(config, options.tokens, psutil.virtual_memory().available - material.memory)))
+
+
+def _material(plan: Plan, text: Text, context: int, tokens: int) -> Material:
+    config, folder = plan.checkpoint.config, plan.checkpoint.folder
+    random = torch.randint(config.vocabulary, (1, min(context, 2 * PROMPT)), generator=torch.Generator().manual_seed(0))
+    if not config.decoder:
+        why = "an encoder-decoder; effconvert eval measures targets given sources" if config.encoder_decoder else "an encoder and predicts no next token"
+        return Material(None, random, text.name, f"{config.kind} is {why}")
+    if not config.predicts:
+        return Material(None, random, text.name, f"{config.architecture} has no language-model head")
+    if not loading.has_tokenizer(folder):
+        return Material(None, random, text.name, "the model has no tokenizer")
+    try:
+        tokenizer = loading.load_tokenizer(folder)
+    except ModelError as error:
+        raise ModelError(f"{error}, or use --no-verify") from error
+    return Material(tokenizer, perplexity.windows(tokenizer, text, context, tokens, config.vocabulary), text.name, "")
+
+
+def scratch_bytes(plan: Plan, material: Material) -> int:
     """Return the disk that the original's logits take while the two models are compared."""
-    return options.tokens * plan.config.vocabulary * measuring_dtype(plan).itemsize
+    return 0 if material.unmeasured else material.windows.numel() * plan.config.vocabulary * measuring_dtype(plan).itemsize
 
 
-def check_memory(plan: Plan, options: RunOptions) -> int:
-    """Return the bytes of memory that verification takes.
+def _memory(plan: Plan, context: int) -> int:
+    """Return the bytes of memory that verification takes with windows of `context` tokens.
 
     Raises:
         OptionError: that much is not free.
@@ -49,15 +93,21 @@ def check_memory(plan: Plan, options: RunOptions) -> int:
     states = state_bytes(plan.config, itemsize)
     states += 2 * states // plan.config.layers  # a layer's state beside the new tokens, and once more when it is sliced
     weights = max(plan.before.parameters, plan.after.parameters) * itemsize + states
-    # One window's logits, twice, and the libraries. Pages mapped from files can be dropped and do not count.
-    size = weights + 2 * scratch_bytes(plan, options) * options.context // options.tokens + plan.peak + LIBRARIES
-    free = psutil.virtual_memory().available
-    if size > free:
+    token = 2 * plan.config.vocabulary * itemsize  # logits, twice
+    # Beside that the libraries. Pages mapped from files can be dropped and do not count.
+    rest = weights + plan.peak + LIBRARIES
+    size, free = rest + context * token, psutil.virtual_memory().available
+    if size <= free:
+        return size
+    if (fits := (free - rest) // token) >= PROMPT:
         raise OptionError(
-            f"verification loads the model whole, which takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; "
-            "use --no-verify here (writing takes one layer at a time), and measure on a larger machine"
+            f"verification takes {size / 1e9:.1f} GB with windows of {context} tokens, and {free / 1e9:.1f} GB are free; "
+            f"give --context {1 << fits.bit_length() - 1}"  # a power of two below, as what is free changes
         )
-    return size
+    raise OptionError(
+        f"verification loads the model whole, which takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; "
+        "use --no-verify here (writing takes one layer at a time), and measure on a larger machine"
+    )
 
 
 def check_finite(folder: Path, plan: Plan, advance: Advance) -> None:
@@ -71,42 +121,6 @@ def check_finite(folder: Path, plan: Plan, advance: Advance) -> None:
             if tensor.dtype in FLOATS:
                 tensor.read("cpu")
             advance(tensor.stop - tensor.start)
-
-
-@dataclass(frozen=True)
-class Material:
-    """The inputs of both models."""
-
-    tokenizer: Any
-    windows: Tensor  # token ids, [N, T]
-    text: str
-    unmeasured: str  # why no quality can be measured; empty where it can
-    texts: tuple[Tensor, ...] = ()  # token ids [T] for checking an exact conversion, beside the beginning of the first window
-
-
-def prepare(plan: Plan, text: Text, options: RunOptions) -> Material:
-    """Prepare the tokens to measure on, before anything is written.
-
-    Raises:
-        OptionError: the text is too short.
-        ModelError: the tokenizer is damaged or does not belong to the model.
-    """
-    config, folder = plan.checkpoint.config, plan.checkpoint.folder
-    context = min(options.context, config.longest or options.context)
-    random = torch.randint(config.vocabulary, (1, min(context, 2 * PROMPT)), generator=torch.Generator().manual_seed(0))
-    texts = tuple(exact.texts(config, options.tokens, psutil.virtual_memory().available - check_memory(plan, options))) if plan.is_exact else ()
-    if not config.decoder:
-        why = "an encoder-decoder; effconvert eval measures targets given sources" if config.encoder_decoder else "an encoder and predicts no next token"
-        return Material(None, random, text.name, f"{config.kind} is {why}", texts)
-    if not config.predicts:
-        return Material(None, random, text.name, f"{config.architecture} has no language-model head", texts)
-    if not loading.has_tokenizer(folder):
-        return Material(None, random, text.name, "the model has no tokenizer", texts)
-    try:
-        tokenizer = loading.load_tokenizer(folder)
-    except ModelError as error:
-        raise ModelError(f"{error}, or use --no-verify") from error
-    return Material(tokenizer, perplexity.windows(tokenizer, text, context, options.tokens, config.vocabulary), text.name, "", texts)
 
 
 def verify(plan: Plan, folder: Path, material: Material, scratch: Path, progress: Progress) -> Verification:

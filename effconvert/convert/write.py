@@ -48,9 +48,10 @@ def write(plan: Plan, partial: Path, advance: Advance) -> int:
 
 
 def is_unfinished(plan: Plan, partial: Path) -> bool:
-    """Whether a shard of `plan` is still missing in `partial`."""
-    stamps: dict[str, list[int]] = read_manifest(partial)["shards"]
-    return not all((partial / name).is_file() and stamps.get(name) == _stamp(partial / name) for name in plan.shards)
+    """Whether a shard of `plan` is still missing in `partial`, which need not be there, or may be another conversion's."""
+    manifest = read_manifest(partial)
+    stamps = manifest.get("shards") if manifest.get("fingerprint") == plan.fingerprint else None
+    return not isinstance(stamps, dict) or not all((partial / name).is_file() and stamps.get(name) == _stamp(partial / name) for name in plan.shards)
 
 
 def _stamp(path: Path) -> list[int]:

@@ -9,6 +9,7 @@ from effconvert.errors import OptionError
 from effconvert.eval.results import Benchmark, Evaluation, Row, ShapedSubject, Subject, Value
 from effconvert.eval.subject import open_model
 from effconvert.eval.verification import Side, Verification
+from effconvert.paths import real
 from effconvert.quantities import count, perplexity, size
 from effconvert.report.doubts import doubts
 from effconvert.report.facts import Card, Report, beside_original, better, command_line, lineage
@@ -26,6 +27,8 @@ def gather(folder: Path, files: Sequence[Path]) -> Report:
     """
     if not folder.is_dir():
         raise OptionError(f"there is no folder {folder}; give the folder of a model, such as one that effconvert wrote")
+    if twice := [path for number, path in enumerate(files) if real(path) in map(real, files[:number])]:
+        raise OptionError(f"{twice[0]} is given twice, and would count twice; give each file of results once")
     results = {name: read_results(path) for name, path in zip(names(files), files, strict=True)}
     manifest = read_manifest(folder)
     subject = open_model(str(folder)).subject

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field
 from pydantic.fields import FieldInfo
 
 from effconvert.errors import OptionError
-from effconvert.options import Options
+from effconvert.options import Options, as_typed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -227,7 +227,7 @@ class Surgery(Step):
 
 
 RANGE = r"-?\d+(-\d+(/\d+)?)?"
-Layers = Annotated[str | None, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+Layers = Annotated[str | None, BeforeValidator(lambda value: as_typed(value) if isinstance(value, int | list | tuple) else value)]
 
 
 def layers_field(description: str) -> Any:

@@ -18,10 +18,16 @@ from transformers import AutoConfig
 
 import effconvert
 import effconvert.convert.run
-import effconvert.surgery.attention.gqa  # before somebody becomes nobody, who may not even read Python's own files
+from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.checkpoint.shards import header
 from effconvert.cli import main
+from effconvert.convert import output, verify
+from effconvert.convert.plan import plan
+from effconvert.errors import OptionError
+from effconvert.eval.quality.text import Text
 from effconvert.families import FAMILIES
+from effconvert.options import RunOptions
+from effconvert.surgery.attention.gqa import Gqa
 from tests.models import save, tiny
 
 ASKER, MODEL = 2, 1  # exit codes: whose fault it is
@@ -513,6 +519,29 @@ def test_a_text_of_three_words_is_measured_in_one_short_window_only_where_few_to
     result = command(*asked, "--tokens", 17)
     assert result.exit_code == 0, result.output  # and the report says so
     assert "16 tokens in windows of 17" in result.stdout
+
+
+@pytest.mark.parametrize("more", [("--context", 10**9, "--tokens", 100), ("--tokens", 10**9)], ids=lambda more: more[0])
+def test_more_tokens_than_the_text_has_need_no_memory_or_disk(command: Command, model: Path, more: tuple[object, ...]) -> None:
+    Path("text.txt").write_text("Three short words " * 20)
+    result = command("gqa", "--groups", 2, "--pool", "mean", model, "--text", "text.txt", "--dry-run", *more)
+    assert result.exit_code == 0, result.output
+
+
+def test_too_little_room_for_logits_is_refused_by_the_option_that_asks_for_them(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = Text("text", "Three short words " * 20)
+    conversion = plan(open_checkpoint(model), (Gqa(groups=2, pool="mean"),))
+    material = verify.prepare(conversion, text, RunOptions())
+    token = 2 * 258 * 4  # bytes of its logits, twice
+    available = material.memory - 10 * token  # of a window of 64
+    monkeypatch.setattr(verify.psutil, "virtual_memory", lambda: SimpleNamespace(available=available, total=10**12))
+    with pytest.raises(OptionError, match=r"with windows of 64 tokens, and [\d.]+ GB are free; give --context 32$"):
+        verify.prepare(conversion, text, RunOptions())
+    verify.prepare(conversion, text, RunOptions(context=32))
+    scratch = verify.scratch_bytes(conversion, material)
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: SimpleNamespace(free=conversion.disk + scratch - 1))
+    with pytest.raises(OptionError, match=r"or fewer --tokens: [\d.]+ GB are for logits$"):
+        output.check(conversion, Path("out"), False, scratch)
 
 
 def test_a_text_of_one_token_is_refused(refused_late: Check, model: Path) -> None:

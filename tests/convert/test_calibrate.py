@@ -4,7 +4,9 @@ import gzip
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from effconvert.convert.run import convert
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality.text import calibration_text, default_text
 from effconvert.heal._calibration import Calibration
+from effconvert.heal.refit import Refit
 from effconvert.options import RunOptions
 from tests.convert.test_seam import Plain
 from tests.heal.healing import letters, put
@@ -89,6 +92,11 @@ def weights(folder):
 def refit(model, *more, tokens=TOKENS):
     """A command that calibrates: the model is healed towards itself."""
     return ("refit", model, "--teacher", model, "-o", "out", "--no-verify", "--calibration-tokens", tokens, *more)
+
+
+def planned(tokens=TOKENS, steps=None):
+    conversion = plan(open_checkpoint(Path("model")), steps or (Looking(),))
+    return replace(conversion, calibration=calibration.prepare(conversion, RunOptions(calibrate="text.txt", calibration_tokens=tokens)))
 
 
 def ids_of(model=Path("model"), **options):
@@ -320,6 +328,38 @@ def test_a_dry_run_says_all_errors_and_writes_nothing(refused, command, contents
     look(dry_run=True)
     assert contents(Path()) == before
     assert not SOLVED
+
+
+def test_more_tokens_than_memory_has_room_for_are_refused_with_how_many_fit(model, monkeypatch):
+    Path("text.txt").write_text(words(16 * TOKENS))
+    conversion, tokens = planned(16 * TOKENS), 16 * TOKENS
+    rest, token = calibration._bytes(conversion)
+    free = rest + 9 * TOKENS * token
+    monkeypatch.setattr(calibration.psutil, "virtual_memory", lambda: SimpleNamespace(available=free, total=10**12))
+    with pytest.raises(OptionError, match=rf"^calibration on {tokens} tokens takes up to [\d.]+ GB of memory, and [\d.]+ GB are free; give --calib.* 2048$"):
+        calibration.check_memory(conversion)
+    calibration.check_memory(replace(planned(2048), peak=conversion.peak))
+    monkeypatch.setattr(calibration.psutil, "virtual_memory", lambda: SimpleNamespace(available=0, total=10**12))
+    with pytest.raises(OptionError, match="convert on a larger machine"):
+        calibration.check_memory(conversion)
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_memory_for_calibration_is_asked_for_before_anything_is_written(model, text, monkeypatch, contents, dry_run):
+    before = contents(Path())
+    with monkeypatch.context() as patched:
+        patched.setattr(calibration, "LIBRARIES", 10**15)
+        with pytest.raises(OptionError, match="calibration on 256 tokens takes up to"):
+            look(dry_run=dry_run)
+    assert contents(Path()) == before
+
+
+def test_only_refit_is_taken_to_keep_the_attention_of_all_tokens(model, text):
+    config = planned().checkpoint.config
+    attention = 2 * config.heads * 32
+    healed, looking = (calibration._bytes(planned(steps=steps))[1] for steps in ((Refit(),), (Looking(),)))
+    assert looking == 3 * 4 * config.hidden * 3 // 2
+    assert healed > looking + attention
 
 
 # Killed

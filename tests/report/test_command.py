@@ -81,6 +81,11 @@ def test_what_is_no_results_file_is_refused(command, converted, content, part):
     refused(command("report", converted, "bad.json"), 2, "bad.json", part)
 
 
+def test_a_file_that_is_given_twice_is_refused(command, converted, results):
+    same = Path("..") / Path.cwd().name / results[0].name
+    refused(command("report", converted, *results, same), 2, f"{same} is given twice")
+
+
 def test_results_that_contradict_themselves_are_refused(command, converted, subjects):
     good, fast = evaluation(*subjects), benchmark(*subjects)
     row, cell = good.rows[0], fast.cells[0]
