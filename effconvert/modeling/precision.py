@@ -12,11 +12,12 @@ MOST = 0.5  # of the machine's memory, for weights in float32
 def type_on(device: str | None, own: torch.dtype, parameters: int) -> torch.dtype:
     """Return the type to run a model in on `device` (None: this machine's accelerator, or the CPU), whose weights are `own`.
 
-    It is `own`, but for half precision on a CPU without instructions for it, which is several times faster in float32. Models whose weights in float32 would
-    take more than half of the machine's memory stay as they are. docs/decisions/0050-half-precision-where-a-cpu-has-it.md has the numbers.
+    It is `own`, but for bfloat16 on a CPU without instructions for it, which is several times faster in float32. Models whose weights in float32 would take
+    more than half of the machine's memory stay as they are, and so does float16: its overflow has to be seen.
+    docs/decisions/0050-bfloat16-where-a-cpu-has-it.md has the numbers.
     """
     fits = parameters * torch.float32.itemsize <= MOST * psutil.virtual_memory().total
-    return torch.float32 if _on_cpu(device) and not computes(own) and fits else own
+    return torch.float32 if own == torch.bfloat16 and _on_cpu(device) and not computes(own) and fits else own
 
 
 def type_of(checkpoint: Checkpoint) -> torch.dtype:

@@ -288,11 +288,11 @@ def test_a_model_without_a_tokenizer_is_refused(refused, model):
 
 
 def test_a_model_that_does_not_fit_into_memory_is_refused_unless_its_text_is_there(model, monkeypatch, writing):
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 300_000_000}))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 300_000_000, "total": 10**12}))
     with pytest.raises(OptionError, match=r"takes 0\.3 GB, and 0\.3 GB are free; give --calibrate FILE, or --calibrate docstrings"):
         prepared()
     with monkeypatch.context() as patched:
-        patched.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10**10}))
+        patched.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10**10, "total": 10**12}))
         look()
     assert not prepared().pending
     assert len(writing) == 1
