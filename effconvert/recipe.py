@@ -166,7 +166,10 @@ def step(entry: Any, where: str) -> Step:
     technique, where = known_steps.load(name), f"{where} ({name})"
     values = _python_keys({} if options is None else options, technique, where)
     if unknown := [key for key in values if key not in technique.model_fields]:
-        raise OptionError(f"{where}: {as_keys('; '.join(known_steps.explained(key, technique.unknown(key)) for key in unknown))}")
+        messages = [(key, technique.unknown(key)) for key in unknown]
+        if name not in known_steps.healing_methods():
+            messages = [(key, known_steps.explained(key, message)) for key, message in messages]
+        raise OptionError(f"{where}: {'; '.join(as_keys(message) for _, message in messages)}")
     return _build(technique, values, where)
 
 

@@ -12,7 +12,6 @@ from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality.perplexity import windows
 from effconvert.eval.quality.text import MOST, calibration_text, read_calibration
 from effconvert.heal._calibration import BATCH, Calibration
-from effconvert.heal.refit import Refit
 from effconvert.modeling import loading
 from effconvert.options import Conversion
 
@@ -99,7 +98,7 @@ def special_ends(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def calibration_bytes(plan: Plan) -> int:
-    """Estimate the most bytes of memory that calibration takes."""
+    """Estimate the bytes of memory that calibration takes."""
     assert plan.calibration
     rest, token = _bytes(plan)
     return rest + plan.calibration.ids.numel() * token
@@ -112,13 +111,14 @@ def check_memory(plan: Plan) -> None:
         OptionError: there is not enough memory; the message says how many tokens would fit.
     """
     assert plan.calibration
-    need, free = calibration_bytes(plan), psutil.virtual_memory().available
+    # What this process has already is in the estimate, and no longer free.
+    need, free = calibration_bytes(plan), psutil.virtual_memory().available + psutil.Process().memory_info().rss
     if need <= free or torch.accelerator.is_available():
         return
     (rest, token), (count, window) = _bytes(plan), plan.calibration.ids.shape
     fits = 1 << max(0, (free - rest) // token).bit_length() >> 1  # a power of two below, as what is free changes
     advice = f"give --calibration-tokens {fits}" if fits >= LEAST * window else "convert on a larger machine, or take options that need no calibration"
-    raise OptionError(f"calibration on {count * window} tokens takes up to {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; {advice}")
+    raise OptionError(f"calibration on {count * window} tokens takes about {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; {advice}")
 
 
 def _bytes(plan: Plan) -> tuple[int, int]:
@@ -129,7 +129,7 @@ def _bytes(plan: Plan) -> tuple[int, int]:
     inner = config.heads * config.head_dim
     # Hidden states before and after a layer, and of a technique; beside them those of the original, and the inputs and targets of healing.
     token = 4 * config.hidden * (8 if any(step.needs_original(shape) for step, shape in steps) else 3)
-    if any(isinstance(step, Refit) for step in plan.surgeries):
+    if any(step.keeps_attention for step in plan.surgeries):
         token += 16 * inner + 2 * config.heads * window  # queries and keys; attention in half precision
     batch = BATCH * 4 * window * (4 * config.heads * window + 3 * config.ffn)
     squares = 6 * 8 * max(config.hidden, inner) ** 2

@@ -98,7 +98,7 @@ def check_cache(plan: Plan, output: Path, windows: Windows) -> None:
 
 
 def most_bytes(plan: Plan, windows: Windows) -> int:
-    """Return the most bytes that the predictions of a text take on disk: whole shards, and of held-out windows the last hidden states, ids, and the head."""
+    """Return about how many bytes predictions take on disk at most: whole shards, and of held-out windows the last hidden states, ids, and the head."""
     from effconvert.heal._teacher_cache import per_shard
 
     options, kept = options_of(plan), kept_of(plan)
@@ -139,7 +139,7 @@ def filled(plan: Plan, windows: Windows, progress: Progress) -> "TeacherCache":
 
 def record(cache: "TeacherCache") -> dict[str, Any]:
     """Return what the manifest says of the cache."""
-    tokens = sum(len(item["input_ids"]) for item in cache.train[: cache.needed])
+    tokens = cache.needed * len(cache.train[0]["input_ids"])
     return {"kind": type(cache.kept).__name__.lower(), "size": cache.kept.size, "windows": cache.needed, "bytes_per_token": round(cache.disk / tokens, 1)}
 
 

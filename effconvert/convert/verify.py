@@ -27,13 +27,6 @@ LIBRARIES = 330_000_000  # bytes; measured on SmolLM2 beyond the sizes below: 0.
 PROMPT = 24  # tokens of the prompt, and of its continuation
 
 
-def measuring_dtype(plan: Plan) -> torch.dtype:
-    """Return the type to run both models in: their own, or float32 if the conversion is exact, one of them needs it, or the CPU is faster in it."""
-    if plan.is_exact or plan.config.family.float32_only:
-        return torch.float32
-    return type_on(None, plan.checkpoint.computing, max(plan.before.parameters, plan.after.parameters))
-
-
 @dataclass(frozen=True)
 class Material:
     """The inputs of both models."""
@@ -42,6 +35,7 @@ class Material:
     windows: Tensor  # token ids, [N, T]
     text: str
     unmeasured: str  # why no quality can be measured; empty where it can
+    dtype: torch.dtype = torch.float32  # type to run both models in
     memory: int = 0  # bytes that verification takes
     texts: tuple[Tensor, ...] = ()  # token ids [T] for checking an exact conversion, beside the beginning of the first window
 
@@ -55,7 +49,8 @@ def prepare(plan: Plan, text: Text, options: RunOptions) -> Material:
     """
     config = plan.checkpoint.config
     material = _material(plan, text, min(options.context, config.longest or options.context), options.tokens)
-    material = replace(material, memory=_memory(plan, material.windows.shape[1]))
+    window = material.windows.shape[1]
+    material = replace(material, dtype=(dtype := _dtype(plan, window)), memory=_memory(plan, window, dtype))
     if not plan.is_exact:
         return material
     return replace(material, texts=tuple(exact.texts(config, options.tokens, psutil.virtual_memory().available - material.memory)))
@@ -80,22 +75,35 @@ def _material(plan: Plan, text: Text, context: int, tokens: int) -> Material:
 
 def scratch_bytes(plan: Plan, material: Material) -> int:
     """Return the disk that the original's logits take while the two models are compared."""
-    return 0 if material.unmeasured else material.windows.numel() * plan.config.vocabulary * measuring_dtype(plan).itemsize
+    return 0 if material.unmeasured else material.windows.numel() * plan.config.vocabulary * material.dtype.itemsize
 
 
-def _memory(plan: Plan, context: int) -> int:
+def _dtype(plan: Plan, context: int) -> torch.dtype:
+    """Return the type to run both models in: float32 if the conversion is exact, one of them needs it, or the CPU is faster in it and it fits; else theirs."""
+    if plan.is_exact or plan.config.family.float32_only:
+        return torch.float32
+    own = plan.checkpoint.computing
+    faster = type_on(None, own, max(plan.before.parameters, plan.after.parameters))
+    rest, token = _bytes(plan, faster)
+    return faster if rest + context * token <= psutil.virtual_memory().available else own
+
+
+def _bytes(plan: Plan, dtype: torch.dtype) -> tuple[int, int]:
+    """Return the bytes of memory that verification takes beside logits, and those of the logits of each token of a window."""
+    states = state_bytes(plan.config, dtype.itemsize)
+    states += 2 * states // plan.config.layers  # a layer's state beside the new tokens, and once more when it is sliced
+    weights = max(plan.before.parameters, plan.after.parameters) * dtype.itemsize + states
+    # Beside that the libraries. Pages mapped from files can be dropped and do not count.
+    return weights + plan.peak + LIBRARIES, 2 * plan.config.vocabulary * dtype.itemsize  # logits, twice
+
+
+def _memory(plan: Plan, context: int, dtype: torch.dtype) -> int:
     """Return the bytes of memory that verification takes with windows of `context` tokens.
 
     Raises:
         OptionError: that much is not free.
     """
-    itemsize = measuring_dtype(plan).itemsize
-    states = state_bytes(plan.config, itemsize)
-    states += 2 * states // plan.config.layers  # a layer's state beside the new tokens, and once more when it is sliced
-    weights = max(plan.before.parameters, plan.after.parameters) * itemsize + states
-    token = 2 * plan.config.vocabulary * itemsize  # logits, twice
-    # Beside that the libraries. Pages mapped from files can be dropped and do not count.
-    rest = weights + plan.peak + LIBRARIES
+    rest, token = _bytes(plan, dtype)
     size, free = rest + context * token, psutil.virtual_memory().available
     if size <= free:
         return size
@@ -137,7 +145,7 @@ def verify(plan: Plan, folder: Path, material: Material, scratch: Path, progress
             with progress.bar("measuring the original", count, "tokens") as advance:
                 original = _run(plan, plan.checkpoint.folder, material, advance, record=scratch)
             with progress.bar("measuring the converted model", count, "tokens") as advance:
-                recorded = LogitsFile(scratch, measuring_dtype(plan), plan.checkpoint.config.vocabulary)
+                recorded = LogitsFile(scratch, material.dtype, plan.checkpoint.config.vocabulary)
                 converted = _run(plan, folder, material, advance, reference=recorded)
     finally:
         scratch.unlink(missing_ok=True)
@@ -148,7 +156,7 @@ def verify(plan: Plan, folder: Path, material: Material, scratch: Path, progress
     _check(plan.after, converted.side, "the converted model")
     texts = [_beginning(material), *material.texts]
     difference, compared = exact.compare(texts, original.logits, converted.logits) if plan.is_exact else (None, 0)
-    dtype = str(measuring_dtype(plan)).removeprefix("torch.")
+    dtype = str(material.dtype).removeprefix("torch.")
     return Verification(original.side, converted.side, difference, material.text, dtype, original.device, material.unmeasured, compared)
 
 
@@ -164,7 +172,7 @@ class Run:
 
 def _run(plan: Plan, folder: Path, material: Material, advance: Advance, record: Path | None = None, reference: LogitsFile | None = None) -> Run:
     config = plan.config if folder != plan.checkpoint.folder else plan.checkpoint.config
-    whole, windows, has_quality = loading.load(folder, config, measuring_dtype(plan)), material.windows, not material.unmeasured
+    whole, windows, has_quality = loading.load(folder, config, material.dtype), material.windows, not material.unmeasured
     model = loading.measurable(whole, config)
     parameters = sum(parameter.numel() for name, parameter in whole.named_parameters() if not config.family.is_buffer(name))
     prompt = windows[0, :PROMPT]

@@ -42,6 +42,11 @@ class Refit(Healing):
 
         return "; ".join(notes + _notes_by_place(unchunked(config)))
 
+    @property
+    def keeps_attention(self) -> bool:
+        """Always: queries are fitted to its scores."""
+        return True
+
     def changes(self, layer: Layer, originals: range) -> list[str]:
         """Queries, values and outputs of attention; the MLP's output where a technique replaces all of attention."""
         from effconvert.heal._one_head import one_head_of

@@ -6,14 +6,14 @@ import torch
 from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.modeling.size import size_of
 
-MOST = 0.5  # of the machine's memory, for weights in float32
+MOST = 0.25  # of the machine's memory, for weights in float32
 
 
 def type_on(device: str | None, own: torch.dtype, parameters: int) -> torch.dtype:
     """Return the type to run a model in on `device` (None: this machine's accelerator, or the CPU), whose weights are `own`.
 
     It is `own`, but for bfloat16 on a CPU without instructions for it, which is several times faster in float32. Models whose weights in float32 would take
-    more than half of the machine's memory stay as they are, and so does float16: its overflow has to be seen.
+    more than a quarter of the machine's memory stay as they are, and so does float16: its overflow has to be seen.
     docs/decisions/0050-bfloat16-where-a-cpu-has-it.md has the numbers.
     """
     fits = parameters * torch.float32.itemsize <= MOST * psutil.virtual_memory().total
@@ -30,7 +30,7 @@ def slow(device: str | None, dtype: torch.dtype, option: str) -> str:
     if not _on_cpu(device) or computes(dtype):
         return ""
     name = str(dtype).removeprefix("torch.")
-    return f"this CPU has no instructions for {name}, and reads texts several times as fast with {option} float32"
+    return f"torch has no fast {name} on this CPU, and reads texts several times as fast with {option} float32"
 
 
 def _on_cpu(device: str | None) -> bool:

@@ -179,6 +179,11 @@ class Step(Options):
         """Whether it runs the layers of the original on the inputs of the converted ones."""
         return False
 
+    @property
+    def keeps_attention(self) -> bool:
+        """Whether it keeps the attention of all calibration tokens, [H, T, T] for each text."""
+        return False
+
     def fit_bytes(self, config: Config) -> int:
         """Estimate the bytes of memory that fitting a layer takes beside what every calibration takes."""
         return 0

@@ -26,6 +26,7 @@ from effconvert.convert.plan import plan
 from effconvert.errors import OptionError
 from effconvert.eval.quality.text import Text
 from effconvert.families import FAMILIES
+from effconvert.modeling import precision
 from effconvert.options import RunOptions
 from effconvert.surgery.attention.gqa import Gqa
 from tests.models import save, tiny
@@ -530,9 +531,10 @@ def test_more_tokens_than_the_text_has_need_no_memory_or_disk(command: Command, 
 
 def test_too_little_room_for_logits_is_refused_by_the_option_that_asks_for_them(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = Text("text", "Three short words " * 20)
+    monkeypatch.setattr(precision, "computes", lambda _: True)
     conversion = plan(open_checkpoint(model), (Gqa(groups=2, pool="mean"),))
     material = verify.prepare(conversion, text, RunOptions())
-    token = 2 * 258 * 4  # bytes of its logits, twice
+    token = 2 * 258 * 2  # bytes of its logits, twice
     available = material.memory - 10 * token  # of a window of 64
     monkeypatch.setattr(verify.psutil, "virtual_memory", lambda: SimpleNamespace(available=available, total=10**12))
     with pytest.raises(OptionError, match=r"with windows of 64 tokens, and [\d.]+ GB are free; give --context 32$"):

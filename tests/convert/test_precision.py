@@ -1,11 +1,16 @@
 """bfloat16 on a CPU without instructions for it: verification runs in float32, and eval, bench and distill say what is slow."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from effconvert.checkpoint.checkpoint import open_checkpoint
+from effconvert.convert import verify
+from effconvert.convert.plan import plan
 from effconvert.convert.run import convert
+from effconvert.eval.quality.text import Text
 from effconvert.modeling import precision
 from effconvert.options import RunOptions
 from effconvert.surgery.attention.gqa import Gqa
@@ -14,6 +19,7 @@ from effconvert.surgery.attention.gqa import Gqa
 @pytest.fixture(params=[True, False])
 def able(request, monkeypatch):
     """Whether the CPU has the instructions."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(precision, "computes", lambda dtype: request.param or dtype == torch.float32)
     return request.param
 
@@ -37,6 +43,15 @@ def test_verification_says_in_which_type_it_ran(able, llama):
     assert outcome.report.dtype == ("bfloat16" if able else "float32")
 
 
+def test_verification_stays_in_bfloat16_where_float32_does_not_fit(able, llama, monkeypatch):
+    conversion = plan(open_checkpoint(llama), (Gqa(groups=2, pool="mean"),))
+    text = Text("text", "Three short words " * 20)
+    assert verify.prepare(conversion, text, RunOptions()).dtype == (torch.bfloat16 if able else torch.float32)
+    rest, token = verify._bytes(conversion, torch.bfloat16)
+    monkeypatch.setattr(verify.psutil, "virtual_memory", lambda: SimpleNamespace(available=rest + 64 * token, total=10**12))
+    assert verify.prepare(conversion, text, RunOptions()).dtype == torch.bfloat16
+
+
 def test_what_is_slow_is_said_with_what_to_give(able, llama, command):
     slow = {
         "eval": command("eval", llama, "--tokens", 64, "--context", 32, "--passkey", ""),
@@ -49,6 +64,6 @@ def test_what_is_slow_is_said_with_what_to_give(able, llama, command):
         said = " ".join((result.output + result.stderr).split())
         assert result.exit_code == 0, said
         option = "--precision" if name == "distill" else "--dtype"
-        assert (f"no instructions for bfloat16, and reads texts several times as fast with {option} float32" in said) != able, name
+        assert (f"torch has no fast bfloat16 on this CPU, and reads texts several times as fast with {option} float32" in said) != able, name
     plain = command("eval", llama, "--tokens", 64, "--context", 32, "--passkey", "", "--dtype", "float32")
-    assert "no instructions" not in plain.output + plain.stderr
+    assert "no fast" not in plain.output + plain.stderr

@@ -123,8 +123,8 @@ def test_the_plan_says_how_long_it_takes_after_a_few_steps():
     ("options", "error", "message"),
     [
         ({"limit": 3}, OptionError, "--limit is for lm-eval's tasks, and none is named"),
-        ({"cache_kind": "topk"}, OptionError, "--cache-kind is for --cache-teacher, which is not given"),
-        ({"cache_size": 16}, OptionError, "--cache-size is for --cache-teacher, which is not given"),
+        ({"cache_kind": "topk"}, OptionError, "--cache-kind does nothing without --cache-teacher"),
+        ({"cache_size": 16}, OptionError, "--cache-size does nothing without --cache-teacher"),
         ({"minutes": 1, "cache_teacher": "cache"}, OptionError, "--minutes alone does not say how many; give --train-tokens"),
         ({"student_layers": 2, "teacher": "model"}, OptionError, "is made of MODEL, which is its teacher; leave --teacher out"),
         ({"student_layers": 3}, OptionError, "--student-layers 3 is not fewer than the 3 layers of the model"),

@@ -91,6 +91,11 @@ class Rope(Surgery):
         """Likewise: its scores are what they are fitted to."""
         return self.needs_calibration(config)
 
+    @property
+    def keeps_attention(self) -> bool:
+        """Likewise."""
+        return self.fit == "scores"
+
     def needs_survey(self, config: Config) -> bool:
         """Likewise, if the embeddings go through a norm, which is fitted."""
         return self.needs_calibration(config) and "embed_norm" in config.family.outer
