@@ -34,8 +34,8 @@ clean:
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[report]'
 	@touch $@
 
-.venv/tested: .venv/bin/pip pyproject.toml constraints.txt  ## All that .venv/installed has, and more, in one go. Not compiled: it takes a minute, and tests import less.
-	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[test]'
+.venv/tested: .venv/bin/pip pyproject.toml constraints.txt  ## All that .venv/installed has, and more, in one go.
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	@touch .venv/installed $@
 
 .venv-oldest/tested: PYTHON := $(OLDEST)
