@@ -88,6 +88,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EFFCONVERT_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.fixture(autouse=True)
+def _half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run bfloat16 as CPUs with instructions for it do, so that tests have the same numbers and words on all."""
+    monkeypatch.setattr("effconvert.modeling.precision.computes", lambda _: True)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _no_flushing() -> Iterator[None]:
     """Do not wait for the disk, which takes a tenth of the time: no test cuts the power. Processes that tests start do."""

@@ -12,6 +12,7 @@ from effconvert.convert.plan import plan
 from effconvert.convert.run import convert
 from effconvert.eval.quality.text import Text
 from effconvert.modeling import precision
+from effconvert.modeling.precision import computes
 from effconvert.options import RunOptions
 from effconvert.surgery.attention.gqa import Gqa
 
@@ -34,8 +35,8 @@ def test_float32_takes_the_place_of_bfloat16_where_it_is_faster_and_fits(able):
 
 
 def test_every_cpu_computes_in_float32_and_says_of_half_precision_whether_it_does():
-    assert precision.computes(torch.float32)
-    assert {type(precision.computes(dtype)) for dtype in (torch.bfloat16, torch.float16)} == {bool}
+    assert computes(torch.float32)
+    assert {type(computes(dtype)) for dtype in (torch.bfloat16, torch.float16)} == {bool}
 
 
 def test_verification_says_in_which_type_it_ran(able, llama):

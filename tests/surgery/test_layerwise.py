@@ -131,7 +131,7 @@ def test_layers_that_run_backwards_are_refused_as_that(layers, source, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "layers", ["", "all", "1-", "-", "1,,2", "1, 2", "--1", "-3--1", "1;2", "0-1-2", ",1", "1,", "1\n", 1.5, True, False, [1], {"a": 1}], ids=repr
+    "layers", ["", "all", "1-", "-", "1,,2", "1, 2", "--1", "-3--1", "1;2", "0-1-2", ",1", "1,", "1\n", 1.5, True, False, [1.5], {"a": 1}], ids=repr
 )
 def test_what_names_no_layers_is_refused_by_its_value(layers):
     with pytest.raises(OptionError, match=r"^--layers is "):
