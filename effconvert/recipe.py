@@ -166,10 +166,9 @@ def step(entry: Any, where: str) -> Step:
     technique, where = known_steps.load(name), f"{where} ({name})"
     values = _python_keys({} if options is None else options, technique, where)
     if unknown := [key for key in values if key not in technique.model_fields]:
-        messages = [(key, technique.unknown(key)) for key in unknown]
-        if name not in known_steps.healing_methods():
-            messages = [(key, known_steps.explained(key, message)) for key, message in messages]
-        raise OptionError(f"{where}: {'; '.join(as_keys(message) for _, message in messages)}")
+        heals = name in known_steps.healing_methods()
+        messages = [technique.unknown(key) if heals else known_steps.explained(key, technique.unknown(key)) for key in unknown]
+        raise OptionError(f"{where}: {'; '.join(map(as_keys, messages))}")
     return _build(technique, values, where)
 
 

@@ -111,12 +111,12 @@ def check_memory(plan: Plan) -> None:
         OptionError: there is not enough memory; the message says how many tokens would fit.
     """
     assert plan.calibration
-    # What this process has already is in the estimate, and no longer free.
-    need, free = calibration_bytes(plan), psutil.virtual_memory().available + psutil.Process().memory_info().rss
-    if need <= free or torch.accelerator.is_available():
+    need, free = calibration_bytes(plan), psutil.virtual_memory().available
+    room = free + psutil.Process().memory_info().rss  # what this process has already is in the estimate
+    if need <= room or torch.accelerator.is_available():
         return
     (rest, token), (count, window) = _bytes(plan), plan.calibration.ids.shape
-    fits = 1 << max(0, (free - rest) // token).bit_length() >> 1  # a power of two below, as what is free changes
+    fits = 1 << max(0, (room - rest) // token).bit_length() >> 1  # a power of two below, as what is free changes
     advice = f"give --calibration-tokens {fits}" if fits >= LEAST * window else "convert on a larger machine, or take options that need no calibration"
     raise OptionError(f"calibration on {count * window} tokens takes about {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; {advice}")
 

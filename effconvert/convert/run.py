@@ -104,14 +104,7 @@ def _convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progr
     if reuse and manifest:
         return Outcome(conversion, target, verification(manifest), already_there=True)
     material = prepare(conversion, text, options) if text else None
-    output.check(conversion, target, options.overwrite, scratch_bytes(conversion, material) if material else 0)
-    if conversion.calibration and (options.dry_run or not to_train) and is_unfinished(conversion, output.partial_folder(target)):
-        check_memory(conversion)  # the steps before a distillation are a conversion of their own
-    if to_train:
-        training.check_training(conversion, target, to_train)
-        conversion = replace(conversion, remarks=(*conversion.remarks, *training.remarks(conversion, to_train, target)))
-        if options.dry_run:
-            conversion = replace(conversion, remarks=(*conversion.remarks, *training.time_remark(conversion, to_train, progress)))
+    conversion = _checked(conversion, material, to_train, target, options, progress)
     progress.plan(model, conversion, target, material.memory if material else 0)
     if options.dry_run:
         return Outcome(conversion, target, None)
@@ -134,6 +127,22 @@ def _convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progr
         output.publish(conversion, partial, target, options.overwrite, record)
         training.discard(target)
     return Outcome(conversion, target, report, resumed, layer_errors=layer_errors)
+
+
+def _checked(
+    conversion: Plan, material: Material | None, to_train: training_text.TrainingText | None, target: Path, options: RunOptions, progress: Progress
+) -> Plan:
+    """Check that disk and memory are enough, before anything is written, and return the plan with what is to be said of a training."""
+    output.check(conversion, target, options.overwrite, scratch_bytes(conversion, material) if material else 0)
+    if conversion.calibration and (options.dry_run or not to_train) and is_unfinished(conversion, output.partial_folder(target)):
+        check_memory(conversion)  # the steps before a distillation are a conversion of their own
+    if not to_train:
+        return conversion
+    training.check_training(conversion, target, to_train)
+    remarks = training.remarks(conversion, to_train, target)
+    if options.dry_run:
+        remarks += training.time_remark(conversion, to_train, progress)
+    return replace(conversion, remarks=(*conversion.remarks, *remarks))
 
 
 def _with_healing(surgeries: tuple[Step, ...], options: RunOptions) -> tuple[Step, ...]:
