@@ -21,6 +21,10 @@ class CachedDistiller(Distiller):
         counts = inputs["counts"]
         return Predictions([inputs["hidden"][counts]], self.teacher_head), inputs["labels"][counts]
 
+    def teachers_held_out(self, inputs: dict[str, Tensor]) -> Predictions:
+        """Return what the windows have with them."""
+        return self.teachers(inputs)[0]
+
     def compared(self, own: Predictions, labels: Tensor, inputs: dict[str, Tensor], training: bool) -> Tensor:
         """Return the loss towards what is kept, or on held-out windows towards the teacher's own predictions."""
         if "hidden" in inputs or own.head is None:

@@ -18,6 +18,7 @@ from effconvert.heal._windows import Item
 from effconvert.heal.distill import Distill
 from effconvert.modeling.transformers_internals import shard
 
+KEPT = 2**28  # numbers of the teacher on held-out windows that may be kept from one measurement to the next: a gigabyte
 NOTHING = 1e-3  # of the loss and gradient of a student that is something else: rounding
 
 
@@ -47,6 +48,7 @@ class Distiller(StudentTrainer):
                 raise ModelError("every weight is as in the original, so --unchanged-rate 0 leaves nothing to train; leave it out")
         _route(self.model)
         self.teacher_head = self.use(teacher, predicts)
+        self.held_out: dict[bytes, Tensor] = {}  # a batch of held-out windows -> the teacher's last hidden states of tokens that count, [N, M]
 
     def use(self, teacher: Any, predicts: bool) -> Head | None:
         """Get ready to ask the teacher, and return its head."""
@@ -113,8 +115,19 @@ class Distiller(StudentTrainer):
 
     def compared(self, own: Predictions, labels: Tensor, inputs: dict[str, Tensor], training: bool) -> Tensor:
         """Return the loss of what the student computes for a batch of windows."""
-        objective, hidden = (self.objective, self.options.hidden) if training else (Objective(), 0.0)
-        return self.loss(own, self.teachers(inputs)[0], labels, objective, hidden)
+        if training:
+            return self.loss(own, self.teachers(inputs)[0], labels, self.objective, self.options.hidden)
+        return self.loss(own, self.teachers_held_out(inputs), labels, Objective(), 0.0)
+
+    def teachers_held_out(self, inputs: dict[str, Tensor]) -> Predictions:
+        """Return what the teacher computes for a batch of held-out windows: once for all measurements, if it can be kept."""
+        numbers = len(self.eval_dataset) * self.options.window * self.teacher.config.get_text_config().hidden_size  # alike in all processes
+        if self.teacher_head is None or numbers > KEPT:
+            return self.teachers(inputs)[0]
+        batch = b"".join(inputs[key].cpu().numpy().tobytes() for key in ("input_ids", "counts"))
+        if batch not in self.held_out:
+            self.held_out[batch] = self.teachers(inputs)[0].hidden[-1].cpu()
+        return Predictions([self.held_out[batch].to(self.args.device)], self.teacher_head)
 
     def check(self, item: Item) -> None:
         """Ask whether the teacher as its own student has neither loss nor gradient: what is minimised must be least there.

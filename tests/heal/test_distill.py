@@ -288,6 +288,22 @@ def test_a_checkpoint_that_a_kill_left_unfinished_is_left_out(monkeypatch):
     assert all(torch.allclose(whole[name], resumed[name], atol=1e-6) for name in whole)
 
 
+def test_the_original_sees_each_held_out_window_once(monkeypatch):
+    asked, teachers = [], _distiller.Distiller.teachers
+    monkeypatch.setattr(_distiller.Distiller, "teachers", lambda self, inputs: (asked.append(self.model.training), teachers(self, inputs))[1])
+    monkeypatch.setattr(_distiller.Distiller, "check", lambda *_: None)
+    put(Path("model"), noise=1.0, only="weight")
+
+    def curve(place):
+        run("model", Gqa(groups=1, pool="mean"), Distill(**SHORT), place=place)
+        return [point["held_out"] for point in json.loads(Path(place, "effconvert.json").read_text())["distillation"]["curve"]]
+
+    kept, once = curve("out"), asked.count(False)
+    monkeypatch.setattr(_distiller, "KEPT", 0)
+    assert curve("again") == kept
+    assert asked.count(False) - once == len(kept) * once
+
+
 def test_another_text_is_another_run():
     put(Path("model"), noise=1.0, only="weight")
     first = run("model", Gqa(groups=1), Distill(**SHORT), place="first").plan.fingerprint
