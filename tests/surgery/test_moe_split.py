@@ -202,7 +202,8 @@ EXACT = {(4, 4, 0): True, (4, 4, None): True, (8, 8, 4): True, (8, 8, 1): False,
 @pytest.mark.parametrize(
     ("kind", "changes", "options", "error", "said"),
     [
-        ("llama", PLAIN, {"experts": 5}, OptionError, "--experts 5 does not divide the 48 neurons of this model's FFN; give 2, 3, 4, 6, 8, 12, 16, 24, 48"),
+        ("llama", PLAIN, {"experts": 5}, OptionError, "--experts 5 does not divide the 48 neurons of this model's FFN; give 2, 3, 4, 6, 12"),
+        ("llama", PLAIN, {"experts": 8}, OptionError, "--experts 8 makes experts 6 wide, and torch runs only multiples of 4; give 2, 3, 4, 6, 12"),
         ("llama", PLAIN, {"active": 5}, OptionError, "--active 5 is more than --experts 4"),
         ("llama", PLAIN, {"active": 2, "shared": 2}, OptionError, "--shared 2 leaves the router none of the --active 2 parts"),
         ("qwen2", {}, {"shared": 0}, OptionError, "a qwen2_moe always has a shared expert; give --shared 1 or more"),
@@ -218,6 +219,13 @@ def test_what_cannot_be_split_is_refused(kind, changes, options, error, said):
     with pytest.raises(error, match=said):
         split(tiny(kind, **changes), **options)
     assert not Path("out").exists()
+
+
+def test_experts_that_no_16_bit_type_can_run_are_refused_there_and_announced_elsewhere():
+    with pytest.raises(OptionError, match="--experts 4 makes experts 12 wide, and torch runs only multiples of 8; give 2, 3, 6"):
+        split(tiny("llama", **PLAIN).bfloat16())
+    assert "its experts are 12 wide, so it runs in float32 alone" in " ".join(split(tiny("llama", **PLAIN)).plan.notes)
+    assert "float32 alone" not in " ".join(split(tiny("llama", **PLAIN), place="wide", experts=3, active=3).plan.notes)
 
 
 def test_layers_that_share_their_ffn_are_refused():

@@ -9,6 +9,7 @@ from effconvert.errors import ModelError, OptionError
 from effconvert.families import FAMILIES
 
 CODE = ("auto_map", "layer_types", "max_window_layers", "partial_rotary_factor")  # keys that belong to the class before
+ROW = 16  # bytes
 BALANCE = 0.02  # weight of the load-balancing loss, as in Drop-Upcycling; used once `output_router_logits` is true
 
 
@@ -24,6 +25,16 @@ def check_dense(config: Config, chosen: set[int]) -> None:
             raise OptionError(f"layer {index} has {other or 'nothing'} in place of its FFN, and experts are made from one; begin from the original")
         if config.shares(index, "down"):
             raise OptionError(f"layer {index} shares its FFN with others, and would store its own again as experts; begin from the original")
+
+
+def expert_step(config: Config) -> int:
+    """Return what the width of an expert must be a multiple of: torch multiplies by experts (grouped_mm) where a row of them is a multiple of 16 bytes."""
+    return ROW // (4 if "float32" in (config.get("dtype"), config.get("torch_dtype")) else 2)
+
+
+def width_note(width: int) -> str:
+    """Return the note on experts that run in float32 alone."""
+    return f"its experts are {width} wide, so it runs in float32 alone: torch needs multiples of 8 in bfloat16 and float16" if width % (ROW // 2) else ""
 
 
 def become_sparse(target: Config, chosen: set[int], experts: int, active: int, width: int, shared: int = 0) -> Config:

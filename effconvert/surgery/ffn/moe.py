@@ -12,7 +12,7 @@ from pydantic import Field
 from effconvert.checkpoint.replaced import DEEPEST
 from effconvert.errors import OptionError
 from effconvert.surgery._surgery import Facts, Layerwise
-from effconvert.surgery.ffn._targets import become_sparse, check_dense, choose, with_experts
+from effconvert.surgery.ffn._targets import become_sparse, check_dense, choose, expert_step, width_note, with_experts
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -81,10 +81,12 @@ class Moe(Layerwise):
             raise OptionError(f"--top-k {self.top_k} is more than --experts {self.experts}; give at most {self.experts}")
         if self.experts * self.granularity > DEEPEST:
             raise OptionError(f"--experts {self.experts} times --granularity {self.granularity} is more experts than any model has; give at most {DEEPEST}")
-        if config.ffn % self.granularity:
-            fits = [number for number in range(1, 65) if config.ffn % number == 0]
+        step = expert_step(config)
+        if config.ffn % (self.granularity * step):
+            fits = ", ".join(str(number) for number in range(2, 65) if config.ffn % (number * step) == 0)
             raise OptionError(
-                f"--granularity {self.granularity} does not divide the {config.ffn} neurons of this model's FFN; give {', '.join(map(str, fits[1:])) or 1}"
+                f"--granularity {self.granularity} does not divide the {config.ffn} neurons of this model's FFN into experts {step} wide or a multiple of it, "
+                f"which torch needs; give {fits or 1}"
             )
         check_dense(config, self.chosen(config))
 
@@ -98,6 +100,7 @@ class Moe(Layerwise):
         notes += ["random noise or neurons change the logits"] if self.noise or self.drop_upcycling else []
         if self.granularity > 1:
             notes.append("in bfloat16 the slices of two experts can tie, and then a few tokens get some of each")
+        notes += [note] if (note := width_note(config.ffn // self.granularity)) else []
         return "; ".join(notes)
 
     def config(self, config: Config) -> Config:

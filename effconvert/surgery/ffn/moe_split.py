@@ -11,7 +11,7 @@ from pydantic import Field
 
 from effconvert.errors import OptionError
 from effconvert.surgery._surgery import Facts, Layerwise
-from effconvert.surgery.ffn._targets import become_sparse, check_dense, choose, with_experts
+from effconvert.surgery.ffn._targets import become_sparse, check_dense, choose, expert_step, width_note, with_experts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,6 +66,8 @@ class MoeSplit(Layerwise):
         with_experts(config)
         if config.ffn % self.experts:
             raise OptionError(f"--experts {self.experts} does not divide the {config.ffn} neurons of this model's FFN; give {_divisors(config)}")
+        if (width := config.ffn // self.experts) % (step := expert_step(config)):
+            raise OptionError(f"--experts {self.experts} makes experts {width} wide, and torch runs only multiples of {step}; give {_divisors(config)}")
         if self.active > self.experts:
             raise OptionError(f"--active {self.active} is more than --experts {self.experts}; give at most {self.experts}")
         if self.shared is not None and self.shared >= self.active:
@@ -84,9 +86,9 @@ class MoeSplit(Layerwise):
 
     def notes(self, config: Config) -> str:
         """Say what becomes cheaper, and what does not."""
-        if self.active == self.experts:
-            return "all experts run, so nothing becomes cheaper"
-        return f"a token runs {self.active} of {self.experts} parts of an FFN; the size on disk and in memory stays"
+        cheaper = f"a token runs {self.active} of {self.experts} parts of an FFN; the size on disk and in memory stays"
+        notes = ["all experts run, so nothing becomes cheaper" if self.active == self.experts else cheaper, width_note(config.ffn // self.experts)]
+        return "; ".join(filter(None, notes))
 
     def config(self, config: Config) -> Config:
         """Become the family with experts."""
@@ -158,4 +160,5 @@ class MoeSplit(Layerwise):
 
 def _divisors(config: Config) -> str:
     """Return the numbers of parts, up to 64, that an FFN can be cut into."""
-    return ", ".join(str(number) for number in range(2, 65) if config.ffn % number == 0)
+    step = expert_step(config)
+    return ", ".join(str(number) for number in range(2, 65) if config.ffn % (number * step) == 0)
