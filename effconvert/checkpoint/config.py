@@ -286,7 +286,7 @@ class Config(Records):
         if family is None or window < 2 or any(self.windows()) or (family.layers_alike and len(layers) < self.layers):
             return None
         try:
-            own = self if family == self.family else self.become(self.family.windowed)
+            own = self if family == self.family else self.with_defaults().become(self.family.windowed)
         except ModelError:
             return None
         kinds = ["sliding_attention" if index in layers else "full_attention" for index in range(self.layers)]

@@ -157,4 +157,5 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tie_word_embeddings": (lambda value: isinstance(value, bool), "true or false"),
     DECODER_SKIPS: (lambda value: value == ["mlp"], 'the list ["mlp"]'),
     "use_sliding_window": (lambda value: isinstance(value, bool), "true or false"),
+    "return_dict": (lambda value: value is True, "true"),
 }

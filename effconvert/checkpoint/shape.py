@@ -213,6 +213,17 @@ class Shape:
             return length
         return length - int(self.get("pad_token_id") or 0) - 1
 
+    @property
+    def stated_length(self) -> int:
+        """The longest context in tokens.
+
+        Raises:
+            ModelError: config.json does not say.
+        """
+        if self.longest is None:
+            raise ModelError(f"config.json of this {self.kind} does not say how long a text may be ({self.family.positions_key}); write it there")
+        return self.longest
+
     def get(self, key: str) -> Any:
         """Return the value of `key`, else transformers' default, else None."""
         return self.raw.get(key, self.family.defaults.get(key))

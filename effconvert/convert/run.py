@@ -1,6 +1,7 @@
 """One conversion from end to end: locate, plan, stream, verify, publish."""
 
 import os
+import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -40,6 +41,8 @@ from effconvert.paths import expand
 from effconvert.progress import NoProgress, Progress
 from effconvert.surgery._placed import open_checked
 from effconvert.surgery._surgery import Step
+
+FAULTS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)  # what transformers and torch raise where they cannot run a model
 
 
 @dataclass(frozen=True)
@@ -223,9 +226,16 @@ def _verify(conversion: Plan, target: Path, partial: Path, material: Material, p
         return verify(conversion, partial, material, partial / output.SCRATCH, progress)
     except Exception as error:  # also a bug of a technique: its next version must not find the old shards
         output.forget_shards(partial)
-        if not isinstance(error, ModelError):
+        if not isinstance(error, (ModelError, *FAULTS)):
             raise
-        raise ModelError(f"{error}; {target} was not written, and the unsound result is in {partial}") from error
+        said = error if isinstance(error, ModelError) else f"while the models were run, {_place(error)} said: {error}"
+        raise ModelError(f"{said}; {target} was not written, and the unsound result is in {partial}") from error
+
+
+def _place(error: Exception) -> str:
+    """Return the type of an error, and the file and line that raised it."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} ({'/'.join(Path(last.filename).parts[-3:])}:{last.lineno})"
 
 
 def _layer_errors(conversion: Plan, partial: Path) -> dict[str, dict[str, float]]:

@@ -189,6 +189,11 @@ def test_a_quantised_model_is_refused_by_the_name_of_the_method(refused: Check, 
     assert "quantised (gptq)" in refused(MODEL, *gqa(model))
 
 
+def test_outputs_as_tuples_are_refused(refused: Check, model: Path) -> None:
+    edit(model / "config.json", return_dict=False)
+    assert "return_dict = False, where true is needed; mend the file" in refused(MODEL, *gqa(model))
+
+
 @pytest.mark.parametrize("value", ["gptq", ["gptq"], 4])
 def test_a_strange_quantization_config_is_refused_as_well(refused: Check, model: Path, value: object) -> None:
     edit(model / "config.json", quantization_config=value)

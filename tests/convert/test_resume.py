@@ -338,6 +338,20 @@ def test_verification_that_fails_leaves_what_was_written_and_no_output(model: Pa
     assert "shards were there" not in again.stdout  # what was condemned is not used again
 
 
+def test_what_a_library_raises_while_models_run_is_said_in_a_line(model: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    from effconvert.convert import run
+
+    def failing(*_: object) -> None:
+        raise RuntimeError("strides should be multiple of 16 bytes")
+
+    monkeypatch.setattr(run, "verify", failing)
+    result = command("gqa", "--groups", "2", "--pool", "mean", "model", "-o", "out")
+    assert result.exit_code == 1
+    assert "while the models were run, RuntimeError (tests/convert/test_resume.py:" in result.stderr
+    assert "said: strides should be multiple of 16 bytes; out was not written" in result.stderr
+    assert not Path("out").exists()
+
+
 def test_the_record_in_the_output_names_every_file_and_what_was_done(model: Path, command: Command) -> None:
     assert command(*gqa()).exit_code == 0
     record = json.loads(Path("out/effconvert.json").read_text())

@@ -239,6 +239,14 @@ def test_what_cannot_be_turned_is_refused_with_the_reason(kind, changes, step, e
     assert not Path("out").exists()
 
 
+def test_a_model_that_does_not_say_how_long_a_text_may_be_is_refused():
+    put(tiny("gpt2"))
+    path = Path("source/config.json")
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "n_positions"}))
+    with pytest.raises(ModelError, match=r"does not say how long a text may be \(n_positions\); write it there"):
+        run("source", Rope())
+
+
 def test_a_base_is_a_number():
     with pytest.raises(OptionError, match="--theta is inf"):
         Rope(theta=float("inf"))

@@ -192,6 +192,12 @@ def test_without_sinks_a_family_with_windows_of_its_own_is_written_as_that():
     assert Streaming(window=6, sinks=2).config(config("llama", architectures=["LlamaForCausalLM"])).replaced
 
 
+def test_what_a_config_leaves_out_is_the_default_of_its_own_family():
+    left_out = config("llama", architectures=["LlamaForCausalLM"]).without("num_key_value_heads", "max_position_embeddings")
+    written = Streaming(window=6, sinks=0).config(left_out).raw
+    assert (written["num_key_value_heads"], written["max_position_embeddings"]) == (HEADS, 2048)
+
+
 def test_a_conversion_adds_no_tensor_and_says_what_mixes(model, command):
     done = command("streaming", "--window", 8, "--sinks", 2, "--keep-softmax", "0", model, "-o", "out", "--no-verify")
     assert done.exit_code == 0, done.output

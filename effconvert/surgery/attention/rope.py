@@ -140,8 +140,7 @@ class Rope(Surgery):
         if "angles" in family.outer:
             from effconvert.surgery.attention._turned import angles
 
-            assert config.longest
-            turns = angles(config.longest, config.head_dim, self.theta)
+            turns = angles(config.stated_length, config.head_dim, self.theta)
             outer["angles"] = torch.cat([turns.sin(), turns.cos()], 1).float().to(device)  # as roformer keeps them, [T, 2 P]
         for part in [part for part in outer if part.startswith("positions")]:
             del outer[part]
@@ -154,8 +153,7 @@ class Rope(Surgery):
 
 def _table(outer: Outer) -> Tensor:
     """Return the table, [T, M], without rows for padding, which are its first."""
-    assert outer.config.longest
-    return outer["positions"][-outer.config.longest :]
+    return outer["positions"][-outer.config.stated_length :]
 
 
 def _obstacle(config: Config) -> str:

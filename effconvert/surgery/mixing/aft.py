@@ -13,7 +13,6 @@ from pydantic import Field, model_validator
 from effconvert.errors import OptionError
 from effconvert.surgery._surgery import Facts
 from effconvert.surgery.mixing._mixing import Mixing
-from effconvert.surgery.mixing.linformer import longest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,9 +65,9 @@ class Aft(Mixing):
     def check(self, config: Config) -> None:
         """Refuse tables of positions that have no end, that have columns for no pair, or that would be larger than the model."""
         super().check(config)
-        if self.form == "local" and self.window and self.window > (most := longest(config)):
+        if self.form == "local" and self.window and self.window > (most := config.stated_length):
             raise OptionError(f"--window {self.window} is more than the {most} tokens that {config.kind} reads; give at most that, or leave it out")
-        if self._absolute and longest(config) > LONGEST and self.form == "full":
+        if self._absolute and config.stated_length > LONGEST and self.form == "full":
             raise OptionError(
                 f"--form full has a number for each pair of the {config.longest} tokens that it reads; it does that up to {LONGEST}, so take local or conv"
             )
@@ -92,7 +91,7 @@ class Aft(Mixing):
         inner, distances = config.heads * config.head_dim, self._window if config.decoder else 2 * self._window - 1
         shapes: dict[str, tuple[int, ...]] = {"key": (inner, config.hidden), "gate": (inner, config.hidden)}
         if self.form != "simple":
-            rows = (longest(config),) if self._absolute else ()
+            rows = (config.stated_length,) if self._absolute else ()
             shapes["table"] = (config.heads, *rows, *(rows if self.form == "full" else (distances,)))
         return shapes
 

@@ -199,6 +199,4 @@ def fit_filter(pairs: Iterable[tuple[Tensor, Tensor]], count: int) -> Tensor:
 
 def frequencies(config: Config) -> int:
     """Return the number of frequencies of a filter: for the model's longest text, or one token more where that is odd."""
-    from effconvert.surgery.mixing.linformer import longest
-
-    return (longest(config) + 1) // 2 + 1
+    return (config.stated_length + 1) // 2 + 1

@@ -209,9 +209,7 @@ class Hyena(Mixing):
 
     def _lags(self, config: Config) -> range:
         """Return the distances for which an explicit filter has a number; of one without an end, those to which its initial values are fitted."""
-        from effconvert.surgery.mixing.linformer import longest
-
-        length = 512 if self._endless else self.length or longest(config)
+        length = 512 if self._endless else self.length or config.stated_length
         return range(0 if config.decoder else 1 - length, length)
 
     def _long(self, config: Config, index: int, last: Tensor, lags: Tensor) -> Mapping[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from effconvert.errors import ModelError, OptionError
+from effconvert.errors import OptionError
 from effconvert.surgery._surgery import Facts
 from effconvert.surgery.mixing._mixing import Mixing
 
@@ -57,7 +57,7 @@ class Linformer(Mixing):
     def check(self, config: Config) -> None:
         """Refuse a rank above the length of the longest text, and models that do not say how long that is."""
         super().check(config)
-        limit = longest(config)
+        limit = config.stated_length
         if self.rank > limit:
             raise OptionError(f"--rank {self.rank} is more than the {limit} tokens of this model's longest text; give at most {limit}, which is exact")
 
@@ -71,17 +71,17 @@ class Linformer(Mixing):
 
     def parameters(self, config: Config, place: str = "") -> Mapping[str, tuple[int, ...]]:
         """The matrices, E for keys and F for values."""
-        shape = (config.kv_heads if self.share == "none" else 1, self.rank, longest(config))
+        shape = (config.kv_heads if self.share == "none" else 1, self.rank, config.stated_length)
         return {"key_map": shape} if self.share == "key-value" else {"key_map": shape, "value_map": shape}
 
     def initial_values(self, config: Config, index: int, place: str = "") -> Mapping[str, Tensor]:
         """Means of consecutive tokens."""
-        means = segment_means(self.rank, longest(config))
+        means = segment_means(self.rank, config.stated_length)
         return {name: means.expand(shape).clone() for name, shape in self.parameters(config).items()}
 
     def needs_calibration(self, config: Config) -> bool:
         """If the matrix for values is fitted and is not the identity."""
-        return self.projections == "data" and self.share != "key-value" and self.rank < longest(config)
+        return self.projections == "data" and self.share != "key-value" and self.rank < config.stated_length
 
     def fit(self, layer: Layer, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Fit F so that attention to the K mixtures, times F, is closest to attention to the tokens: ridge regression from the means.
@@ -188,17 +188,6 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, alive: Tensor, s
     out = functional.scaled_dot_product_attention(query.flatten(2, 3), key, value, visible, scale=scaling)
     output: Tensor = out.unflatten(2, query.shape[2:4]).flatten(1, 2)
     return output
-
-
-def longest(config: Config) -> int:
-    """Return n, the longest text in tokens.
-
-    Raises:
-        ModelError: config.json does not say.
-    """
-    if config.longest is None:
-        raise ModelError(f"config.json of this {config.kind} does not say how long a text may be ({config.family.positions_key}); write it there")
-    return config.longest
 
 
 def _refuse_longer(live: Tensor, limit: int) -> None:
