@@ -67,6 +67,11 @@ class LentLayer(CacheLayerMixin):  # type: ignore[misc]
         self.lender, self.is_sliding = lender, lender.is_sliding
         lender.__class__ = _lending(lender.__class__)
 
+    @property
+    def is_croppable(self) -> bool:
+        """As the earlier layer's cache."""
+        return bool(self.lender.is_croppable)
+
     def lazy_initialization(self, *_: Any, **__: Any) -> None:
         """Do nothing: no tensor is stored."""
         self.is_initialized = True

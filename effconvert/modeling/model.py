@@ -7,6 +7,7 @@ from typing import Any
 
 import transformers
 from torch import nn
+from transformers.utils import logging
 
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.replaced import CLASS, KIND, STUB, STUB_FILE, decode, encode, read
@@ -39,6 +40,10 @@ from effconvert.modeling.transformers_internals import (
 from effconvert.surgery._placed import check_replaced, technique_of
 from effconvert.surgery.mixing._mixing import Mixing
 
+logger = logging.get_logger(__name__)
+DYNAMIC = (None, "dynamic")  # values of `cache_implementation` that suit every model
+NO_ROOM = "has no room for what the converted layers cache"
+MIXED = ("scores", "attention", "layer")  # places of techniques that compute attention by themselves, and know of padding alone
 PARSED = "_effconvert"  # the attribute of a transformers config that caches our own
 
 
@@ -96,7 +101,7 @@ class ConvertedModel(Outside, Sharing):
         if ours.shared:
             self._share(layers_of(self, ours), ours)
         self._initialize()
-        self._mixes = bool(ours.plain_outside.replaced)
+        self._mixes = any(record.place in MIXED for record in ours.replaced)
         if ours.family.decoder and self.base_model is not self:  # type: ignore[attr-defined]
             self.base_model.register_forward_pre_hook(_with_cache, with_kwargs=True)  # type: ignore[attr-defined]
 
@@ -104,10 +109,24 @@ class ConvertedModel(Outside, Sharing):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load a model as transformers does; parameters of techniques that are never trained stay so."""
         loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
-        for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for module in model.modules():
             if isinstance(module, Own):
                 module.freeze()
+        model._forget_settings_of_the_original()
         return loaded
+
+    def _forget_settings_of_the_original(self) -> None:
+        """Remove from the generation config, which is the original's, what this model cannot do."""
+        settings, ours = getattr(self, "generation_config", None), own_config(self.config)
+        if settings is None or ours.encoder_decoder:
+            return
+        if settings.cache_implementation not in DYNAMIC and needs_own_cache(ours):
+            logger.warning(f"generation_config.json names cache_implementation {settings.cache_implementation!r}, which {NO_ROOM}; the dynamic one is used")
+            settings.cache_implementation = None
+        if settings.prompt_lookup_num_tokens and any(cache.technique and cache.technique.cache_slots(ours) for cache in caches(ours)):
+            logger.warning("generation_config.json asks for prompt lookup (prompt_lookup_num_tokens), which the states of mixers cannot follow; it is left out")
+            settings.prompt_lookup_num_tokens = None
 
     def _initialize(self) -> None:
         """Set the initial values of techniques, except where weights will be loaded."""
@@ -138,11 +157,12 @@ class ConvertedModel(Outside, Sharing):
             self._set_softmax(name)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if own_config(self.config).encoder_decoder:  # techniques are in its encoder alone, which has no cache
+        ours = own_config(self.config)
+        if ours.encoder_decoder or not needs_own_cache(ours):  # techniques of an encoder-decoder are in its encoder, which has no cache
             return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         requested = generation_config.cache_implementation
-        if requested not in (None, "dynamic"):
-            raise ValueError(f"cache_implementation={requested!r} has no room for the states of mixers; leave it out")
+        if requested not in DYNAMIC:
+            raise ValueError(f"cache_implementation={requested!r} {NO_ROOM}; leave it out")
         generation_config.cache_implementation = None  # transformers refuses it together with a cache
         name = cache_name(self)
         if generation_config.use_cache and model_kwargs.get(name) is None:
@@ -187,6 +207,11 @@ def _refuse(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     if cache_among(arguments.values()) is not None or arguments.get("use_cache"):
         raise ValueError("several texts in one row (position_ids that begin anew) cannot be gone on with in a cache; leave use_cache and the cache out")
     return args, {**kwargs, "use_cache": False}
+
+
+def needs_own_cache(config: Config) -> bool:
+    """Return whether some layer caches something else than the keys and values of the family's own layers."""
+    return config.family.shares_kv_in_our_class or any(cache.technique or cache.lender is not None or not cache.width for cache in caches(config))
 
 
 def cache_for(config: Any) -> Cache:

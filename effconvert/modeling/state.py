@@ -24,6 +24,11 @@ class State(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self.slots, self.tensors, self.tokens = slots, dict[str, Tensor](), 0
 
+    @property
+    def is_croppable(self) -> bool:
+        """Whether tokens can be removed: from a count alone."""
+        return not self.slots
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the tensors for a batch of this size."""
         for name, (shape, kind) in self.slots.items():

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from effconvert.convert.run import convert
 from effconvert.errors import OptionError
@@ -230,7 +230,13 @@ def test_models_of_other_types_are_compared_in_their_own(llama, tmp_path):
 
 
 def test_what_a_model_writes_is_looked_at(llama, tmp_path, monkeypatch):
-    stuck = SimpleNamespace(generate=lambda ids, max_new_tokens, **_: torch.cat([ids, torch.full((1, max_new_tokens), 50)], 1), device="cpu")
+    settings = GenerationConfig(eos_token_id=2, repetition_penalty=9.0)
+
+    def generate(ids, max_new_tokens, **_):
+        assert (stuck.generation_config.eos_token_id, stuck.generation_config.repetition_penalty) == (2, None)  # a penalty would hide loops
+        return torch.cat([ids, torch.full((1, max_new_tokens), 50)], 1)
+
+    stuck = SimpleNamespace(generate=generate, device="cpu", generation_config=settings)
     monkeypatch.setattr("effconvert.eval.quality.running.load_measured", lambda *_: stuck)
     monkeypatch.setattr(
         "effconvert.eval.quality.language.measure", lambda _, cut, *rest: [SimpleNamespace(loss=1.0, tokens=9, kl=None, same=None) for _ in cut]
@@ -243,4 +249,5 @@ def test_what_a_model_writes_is_looked_at(llama, tmp_path, monkeypatch):
     assert row(evaluation, "generation", "loops").better is None
     letter = AutoTokenizer.from_pretrained(llama).decode([50])
     assert evaluation.continuations == (letter * written,)
+    assert stuck.generation_config is settings
     assert evaluation.prompt

@@ -78,13 +78,13 @@ class Decoders:
             return language.generation(model.model, model.tokenizer, passages, length, advance)
 
         count, length = min(language.PROMPTS, len(passages.windows)), self.new_tokens
-        return Measurement({**model.key, "what": "generation", "length": length, **self._text_key(index)}, "letting it write", count, "documents", run)
+        return Measurement({**model.key, "what": "greedy generation", "length": length, **self._text_key(index)}, "letting it write", count, "documents", run)
 
     def _passkey(self, model: Running, length: int) -> Measurement:
         def run(advance: Advance) -> Result:
             return language.passkey(model.model, model.tokenizer, length, advance)
 
-        return Measurement({**model.key, "what": "passkey", "length": length}, f"passkey in {length} tokens", length * language.KEYS, "tokens", run)
+        return Measurement({**model.key, "what": "greedy passkey", "length": length}, f"passkey in {length} tokens", length * language.KEYS, "tokens", run)
 
     def _task(self, harness: Any, name: str, model: Running) -> Measurement:
         def run(advance: Advance) -> Result:

@@ -21,6 +21,7 @@ from effconvert.eval.quality.text import Text
 
 ROWS = 64  # positions whose distributions are in float32 at a time
 LEAST = 32  # tokens of a text to measure on, unless fewer are asked for
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")  # settings of a model's own
 ROUNDING = 1e-3  # of the largest number; experts, for one, round differently with other tokens in a batch
 
 
@@ -237,9 +238,16 @@ def continuation(model: Any, tokenizer: Any, prompt: Tensor, length: int) -> str
 
 @torch.inference_mode()
 def greedy(model: Any, tokenizer: Any, prompt: Tensor, length: int) -> list[int]:
-    """Return the greedy continuation of `prompt` [T], at most `length` tokens."""
-    ids = prompt[None].to(model.device)
-    unset = {"temperature": None, "top_p": None, "top_k": None, "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id}
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=length, **unset)
+    """Return the greedy continuation of `prompt` [T], at most `length` tokens; settings such as a repetition penalty do not count."""
+    from transformers import GenerationConfig
+
+    ids, usual = prompt[None].to(model.device), model.generation_config
+    special = {name: getattr(usual, name) for name in SPECIAL_TOKENS}
+    # Put on the model: the settings of a config that is handed to `generate` are filled up from the model's own.
+    model.generation_config = GenerationConfig(**special, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)
+    try:
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=length)
+    finally:
+        model.generation_config = usual
     tokens: list[int] = out[0, ids.shape[1] :].tolist()
     return tokens
