@@ -21,7 +21,7 @@ from effconvert.convert import run
 from effconvert.convert.run import Outcome
 from effconvert.eval.quality import evaluate as evaluation
 from effconvert.eval.quality.eval_options import EvalOptions
-from effconvert.eval.results import Benchmark, Evaluation, Subject
+from effconvert.eval.results import Benchmark, Evaluation, Subject, check_output, save
 from effconvert.eval.speed import bench as timing
 from effconvert.eval.speed.bench_options import BenchOptions
 from effconvert.eval.subject import load_model, open_model, pick_device
@@ -88,22 +88,33 @@ def transplant(
 
 @_takes(EvalOptions)
 def evaluate(models: Models, /, progress: Progress | None = None, **options: Any) -> Evaluation:
-    """Measure how good models are, the original first; `options` are those of `EvalOptions`.
+    """Measure how good models are, the original first; `options` are those of `EvalOptions`: with `output` the results are written to that file too.
 
     Raises:
         OptionError, ModelError, EffconvertError: see `effconvert.eval.quality.evaluate.evaluate`.
     """
-    return evaluation.evaluate(_as_list(models), EvalOptions(**options), progress)
+    evaluated: Evaluation = _saved(evaluation.evaluate, _as_list(models), EvalOptions(**options), progress)
+    return evaluated
 
 
 @_takes(BenchOptions)
 def bench(models: Models, /, progress: Progress | None = None, **options: Any) -> Benchmark:
-    """Measure how fast models are, the original first; `options` are those of `BenchOptions`.
+    """Measure how fast models are, the original first; `options` are those of `BenchOptions`: with `output` the results are written to that file too.
 
     Raises:
         OptionError, ModelError, EffconvertError: see `effconvert.eval.speed.bench.bench`.
     """
-    return timing.bench(_as_list(models), BenchOptions(**options), progress)
+    benchmark: Benchmark = _saved(timing.bench, _as_list(models), BenchOptions(**options), progress)
+    return benchmark
+
+
+def _saved(measure: Callable[..., Any], models: Sequence[str], options: EvalOptions | BenchOptions, progress: Progress | None) -> Any:
+    """Measure, and write the results where `output` says."""
+    check_output(options.output, models)
+    results = measure(models, options, progress)
+    if options.output:
+        save(results, options.output)
+    return results
 
 
 @dataclass(frozen=True)

@@ -260,7 +260,8 @@ def converted(model):
 
 
 def test_evaluation_is_what_the_command_writes(converted, command):
-    found = effconvert.evaluate(converted, **QUICK_EVAL)
+    found = effconvert.evaluate(converted, **QUICK_EVAL, output="by-python.json")
+    assert read(Path("by-python.json")) == found
     assert isinstance(found, Evaluation)
     assert dataclasses.is_dataclass(found)
     arguments = ["--tokens", 60, "--context", 20, "--no-generation", "--passkey", ","]
@@ -274,7 +275,8 @@ def test_evaluation_is_what_the_command_writes(converted, command):
 
 def test_a_benchmark_is_what_the_command_writes_but_for_its_seconds(converted, command, monkeypatch):
     monkeypatch.setattr("effconvert.eval.speed.bench.bandwidth", lambda device: 1e10)  # which takes seconds to measure
-    found = effconvert.bench(converted, **QUICK_BENCH)
+    found = effconvert.bench(converted, **QUICK_BENCH, output="by-python.json")
+    assert read(Path("by-python.json")).subjects == found.subjects
     assert isinstance(found, Benchmark)
     result = command("bench", *converted, "--rounds", 1, "--warmup", 0, "--batch", 1, "--context", 8, "--new-tokens", 1, "-o", "b.json")
     assert result.exit_code == 0, result.output

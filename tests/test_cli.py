@@ -74,6 +74,18 @@ def test_effconvert_runs_as_a_module(python: str, environment: dict[str, str]) -
     assert done.stdout.startswith("effconvert, version ")
 
 
+def test_a_character_that_the_output_has_no_place_for_is_a_question_mark(python: str, environment: dict[str, str], model: Path) -> None:
+    code = "import sys; from effconvert.__main__ import replace_what_cannot_be_printed as ready; ready(); print('0.44 \u00b1 0.01'); sys.exit('\u00b1')"
+    done = subprocess.run([python, "-c", code], env={**environment, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("0.44 ? 0.01\n", "?\n")
+
+
+def test_a_list_may_be_given_in_several_parts(command: Command, model: Path) -> None:
+    sizes = command("bench", model, *("--context", "8", "--context", "16", "--batch", "1", "--rounds", "1", "--new-tokens", "1", "-o", "b.json"))
+    assert sizes.exit_code == 0, sizes.output
+    assert [cell["context"] for cell in json.loads(Path("b.json").read_text())["cells"]] == [8, 16]
+
+
 @pytest.mark.parametrize("own", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
 def test_threads_wait_for_each_other_briefly_unless_the_user_says_how(own: dict[str, str], python: str, environment: dict[str, str]) -> None:
     """libgomp reads the variables when torch loads it, so they have to be there before."""

@@ -205,6 +205,11 @@ def test_a_model_of_the_hub_is_run_again_at_its_very_commit(commit, llama, done,
     same("out", "again", but=RECORDS)
 
 
+def test_another_folder_of_that_name_is_no_snapshot():
+    assert sources.commit(Path("hub/models--lab--tiny/snapshots/abc")) == "abc"
+    assert sources.commit(Path("training/snapshots/step100")) is None
+
+
 def test_a_snapshot_that_was_given_as_a_folder_is_run_again(llama, done, same):
     snapshot = Path("hub/models--lab--tiny/snapshots", "a" * 40)
     shutil.copytree(llama, snapshot)
@@ -384,7 +389,7 @@ WRONG_LAST = {
     "output of the draft": ({"output": "out.partial"}, "out.partial"),
     "text to verify on": ({"verify": True, "text": "gone.txt"}, "gone.txt"),
     "text to evaluate on": ({"evaluate": {**QUICK_EVAL, "text": "gone.txt"}}, "gone.txt"),
-    "folder of tasks": ({"evaluate": {**QUICK_EVAL, "include-path": "gone"}}, "gone"),
+    "folder of tasks": ({"evaluate": {**QUICK_EVAL, "tasks": "piqa", "include-path": "gone"}}, "gone"),
     "device": ({"evaluate": {**QUICK_EVAL, "device": "abacus"}}, "abacus"),
     "device of bench": ({"bench": {**QUICK_BENCH, "device": "abacus"}}, "abacus"),
     "context of bench": ({"bench": {**QUICK_BENCH, "context": [4096]}}, "context 4096 is too long"),
@@ -637,6 +642,7 @@ def test_an_error_names_the_file_the_recipe_and_the_step(model, refused):
 def test_what_has_another_place_than_a_key_of_the_recipe_is_told_that(refused):
     assert refused(recipe(refit=True)).endswith("refit is a step; write it into `steps`, like `steps: [..., refit]`")
     assert refused({**recipe(), "dry-run": True}).endswith("it is an option of the command: effconvert run RECIPE --dry-run")
+    assert refused({**recipe(), "no-verify": True}).endswith("there is no option no-verify here; write `verify: false` in a recipe, and verify=False in Python")
 
 
 def test_what_is_empty_is_said_to_be(refused):

@@ -117,6 +117,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             header = json.loads(opened.read(length))
         header.pop("__metadata__", None)
         stored = [_entry(file, name, entry, 8 + length) for name, entry in header.items()]
+    except PermissionError:
+        raise ModelError(f"{file} may not be read; make it readable") from None
     except OSError as error:
         raise ModelError(f"{file} cannot be read ({error.strerror}){advice}") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
 from click.shell_completion import CompletionItem
@@ -53,13 +53,26 @@ def parameters(kind: type[Options]) -> list[click.Parameter]:
             options.append(click.Option([f"{flag}/--no-{flag[2:]}" if field.default else flag], is_flag=True, default=None, help=field.description))
             continue
         metavar = extra.get("metavar") or _metavar(field.annotation)
+        several: dict[str, Any] = {"multiple": True, "callback": _joined} if _is_list(field.annotation) else {}
         default_text = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         default = "  [required]" if field.is_required() else f"  [default: {default_text}]" if default_text not in (None, "") else ""
         names = [flag] + ([str(extra["short"])] if "short" in extra else [])
         options.append(
-            click.Option(names, metavar=str(metavar), help=f"{field.description}{default}", shell_complete=_completion(field.annotation, str(metavar)))
+            click.Option(
+                names, metavar=str(metavar), help=f"{field.description}{default}", shell_complete=_completion(field.annotation, str(metavar)), **several
+            )
         )
     return options
+
+
+def _is_list(kind: Any) -> bool:
+    """Return whether an option of this type is a list, or none."""
+    return get_origin(kind) is tuple or (get_origin(kind) in (Union, UnionType, Annotated) and any(map(_is_list, get_args(kind))))
+
+
+def _joined(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> str | None:
+    """Join the values of a list that is given in several parts: `--tasks piqa --tasks arc_easy` as `--tasks piqa,arc_easy`."""
+    return ",".join(values) if values else None
 
 
 def _completion(kind: Any, metavar: str) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
