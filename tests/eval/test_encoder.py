@@ -202,6 +202,8 @@ def test_pairs_are_read_from_json_lines_and_csv_alike(tmp_path):
         ("pairs.csv", "sentence1,sentence2,score\na,b\n", "is not rows with"),
         ("pairs.csv", "sentence1,sentence2,score\na,b,1\na,b,2\n", "has 2 pairs"),
         ("pairs.csv", "", "has 0 pairs"),
+        ("pairs.csv", "sentence1,sentence2,score\na,b,1\na,b,nan\na,b,3\n", "has a score that is no number in row 2; mend that row"),
+        ("pairs.csv", "sentence1,sentence2,score\na,b,1\na,c,1\na,d,1\n", "has the same score in all rows"),
         ("pairs.csv", b"sentence1,sentence2,score\n\xff,b,1\n", "is not rows with"),
     ],
 )
@@ -242,8 +244,20 @@ def test_encoders_and_decoders_are_not_compared(bert, llama):
 def test_what_is_for_decoders_is_refused_for_encoders_and_the_other_way_round(bert, llama, pairs):
     with pytest.raises(OptionError, match="give --pairs, not --tasks"):
         measure(bert, tasks="piqa")
+    with pytest.raises(OptionError, match="--passkey is for models that predict the next token, and bert is an encoder"):
+        measure(bert, passkey="256")
     with pytest.raises(OptionError, match="--pairs is for encoders"):
         measure(llama, pairs=pairs)
+
+
+def test_a_model_without_a_head_is_measured_by_pairs_or_beside_another(bert, text, pairs, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(bert, bare)
+    AutoModel.from_pretrained(bert).save_pretrained(bare)
+    with pytest.raises(OptionError, match="bare has no head, so nothing can be measured of it alone; give --pairs FILE, or another model"):
+        measure(bare, text=text)
+    assert {row.task for row in measure(bare, text=text, pairs=pairs).rows} == {"pairs"}
+    assert measure(bare, bare, text=text).rows
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,10 @@ def test_lines_without_a_pair_are_refused(bart, line):
 def test_what_measures_other_models_is_refused(bart, llama, tmp_path):
     with pytest.raises(OptionError, match="--tasks is for decoders"):
         measure(bart, tasks="piqa")
+    with pytest.raises(OptionError, match="--passkey is for models that predict the next token, and bart is an encoder-decoder"):
+        measure(bart, passkey="256")
+    with pytest.raises(OptionError, match="--context 500 is more than the 64 tokens that all of the models read; give at most 64"):
+        measure(bart, context=500)
     with pytest.raises(OptionError, match="--pairs is for encoders"):
         measure(bart, pairs=written(*ROWS))
     with pytest.raises(OptionError, match=r"another kind than tiny \(encoder-decoder, decoder\)"):

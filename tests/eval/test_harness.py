@@ -380,6 +380,16 @@ def test_a_task_that_fails_while_it_runs_says_so_in_a_line(command, llama, tasks
     refused(command, 2, ("pick", "a fault of the task"), llama, *EASY, "--tasks", "pick", "--include-path", tasks)
 
 
+def test_an_answer_that_is_longer_than_what_is_read_is_said(command, llama, tasks):
+    told = ("an answer in the task pick is longer than the 2 tokens that are read at a time", "give a larger --max-length")
+    refused(command, 2, told, llama, *EASY, "--tasks", "pick", "--include-path", tasks, "--max-length", 2)
+
+
+@pytest.mark.parametrize("option", [("--max-length", 32), ("--batch-size", 7), ("--include-path", "tasks")])
+def test_what_is_for_tasks_alone_is_refused_without_any(command, llama, option):
+    refused(command, 2, f"{option[0]} is for lm-eval's tasks, and none is named", llama, *EASY, *option)
+
+
 def test_a_task_that_is_not_there_is_named_beside_the_nearest_of_the_askers_own_and_lm_evals(command, llama, tasks):
     choices(tasks, name="hellaswagg")
     told = ("there is no task 'helaswagg'; the nearest are", "hellaswagg", "hellaswag")

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 from effconvert.options import CONTEXT, TEXT, TOKENS, HomePath, Listed, Names, Options
 from effconvert.paths import expand
 
+FOR_TASKS = ("num_fewshot", "limit", "samples", "apply_chat_template", "max_length", "batch_size", "include_path")  # without effect on other measurements
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -56,8 +57,7 @@ class EvalOptions(Options):
 
     @model_validator(mode="after")
     def _one_choice(self) -> "EvalOptions":
-        task_options = {"num_fewshot": self.num_fewshot, "limit": self.limit, "samples": self.samples, "apply_chat_template": self.apply_chat_template or None}
-        if not self.tasks and (names := [name for name, value in task_options.items() if value is not None]):
+        if not self.tasks and (names := [name for name in FOR_TASKS if getattr(self, name) != type(self).model_fields[name].default]):
             raise ValueError(f"--{names[0].replace('_', '-')} is for lm-eval's tasks, and none is named; give --tasks, or leave it out")
         if self.limit is not None and self.samples is not None:
             raise ValueError("--limit and --samples both choose documents; give one of them")

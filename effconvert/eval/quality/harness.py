@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,11 @@ class Harness:
             except Exception as error:  # the task's own Python may raise anything
                 if is_offline(error):
                     raise _reason(error, (name,)) from error
+                if isinstance(error, AssertionError) and "max_length" in (extract_tb(error.__traceback__)[-1].line or ""):
+                    raise OptionError(
+                        f"an answer in the task {name} is longer than the {lm.max_length} tokens that are read at a time; give a larger --max-length "
+                        "if the models read more, or leave the task out"
+                    ) from error
                 raise OptionError(f"the task {name} failed ({type(error).__name__}: {error}); fix it, or leave it out") from error
         notes = (f"{name}: {truncations.count} inputs were longer than the model reads and lost their beginning",) if truncations.count else ()
         return Result(tuple(self._samples(name, results)), notes=notes)
@@ -135,18 +141,20 @@ class Harness:
     @cached_property
     def _definitions(self) -> dict[str, str]:
         """A hash of each task's configuration and documents."""
-        hashes = {}
-        for name, task in self.tasks.items():
-            digest = sha256(json.dumps(task.dump_config(), default=_source, sort_keys=True).encode())
-            chosen = self.options.samples.get(name) if self.options.samples else None
-            for _, document in task.doc_iterator(limit=_count(self._limit, task), samples=list(chosen) if chosen else None):
-                digest.update(json.dumps(document, default=str, sort_keys=True).encode())
-            for document in (task.fewshot_docs() or ()) if task.get_config("num_fewshot") else ():
-                digest.update(json.dumps(document, default=str, sort_keys=True).encode())
-            for file in self._own_code:
-                digest.update(file.read_bytes())
-            hashes[name] = digest.hexdigest()
-        return hashes
+        with _quiet(self.show_bars):
+            return {name: self._definition(name, task) for name, task in self.tasks.items()}
+
+    def _definition(self, name: str, task: Any) -> str:
+        """Return a hash of a task's configuration and documents."""
+        digest = sha256(json.dumps(task.dump_config(), default=_source, sort_keys=True).encode())
+        chosen = self.options.samples.get(name) if self.options.samples else None
+        for _, document in task.doc_iterator(limit=_count(self._limit, task), samples=list(chosen) if chosen else None):
+            digest.update(json.dumps(document, default=str, sort_keys=True).encode())
+        for document in (task.fewshot_docs() or ()) if task.get_config("num_fewshot") else ():
+            digest.update(json.dumps(document, default=str, sort_keys=True).encode())
+        for file in self._own_code:
+            digest.update(file.read_bytes())
+        return digest.hexdigest()
 
     @property
     def _own_code(self) -> list[Path]:
