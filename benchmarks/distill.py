@@ -1,4 +1,4 @@
-"""Distil a converted model in several ways, and write down how far each comes: the tables of docs/distill.md.
+"""Distil a converted model in several ways, and write down how far each comes: the tables of docs/distill-results.md.
 
     python benchmarks/distill.py MODEL --convert "gqa --groups 1 --refit" --options "" --options "--rate 1e-3" -o results/distill-….csv
 

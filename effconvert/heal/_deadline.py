@@ -6,16 +6,31 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+MEASURING = 0.2  # share of the time that measurements may take
+FEWEST = 2  # measurements after the first, the last among them
+
 
 class Deadline(TrainerCallback):  # type: ignore[misc]
-    """Measures the model and saves it when each part of the time is over, and ends the training with the last."""
+    """Measures the model and saves it when each part of the time is over, and ends the training with the last.
 
-    def __init__(self, progress: Callable[[], float], parts: int) -> None:
-        self.progress, self.parts, self.over = progress, parts, 0
+    Args:
+        progress: returns the share of the time that is over.
+        measured: returns the share of the time that the first measurement took.
+        parts: of the time; they are fewer where so many measurements would take more than MEASURING of it.
+    """
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
+    def __init__(self, progress: Callable[[], float], measured: Callable[[], float], parts: int) -> None:
+        self.progress, self.measured, self.parts, self.over = progress, measured, parts, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Begin with the part at which a run that goes on was stopped."""
-        self.over = self._part()
+        if state.global_step:
+            self._choose_parts()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Learn from the first measurement how long one takes."""
+        if not state.global_step:
+            self._choose_parts()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Ask the Trainer for what is due."""
@@ -25,6 +40,10 @@ class Deadline(TrainerCallback):  # type: ignore[misc]
         if part == self.parts:
             control.should_training_stop = True
         self.over = part
+
+    def _choose_parts(self) -> None:
+        self.parts = max(FEWEST, min(self.parts, int(MEASURING / max(self.measured(), 1e-9))))
+        self.over = self._part()
 
     def _part(self) -> int:
         return min(self.parts, int(self.progress() * self.parts))

@@ -16,7 +16,7 @@ from effconvert.heal._balance import balance
 from effconvert.heal._deadline import rate
 from effconvert.heal._lora import NAMES, RATE, Adapters
 from effconvert.heal._projections import Projections
-from effconvert.heal._training_log import SCORE
+from effconvert.heal._training_log import SCORE, first_measurement
 from effconvert.heal.distill import Distill
 from effconvert.modeling.transformers_internals import unset_hf_deepspeed_config
 
@@ -132,10 +132,15 @@ class StudentTrainer(Trainer):  # type: ignore[misc]
     def progress(self) -> float:
         """Return the share of the training that is over, by the first process's clock if minutes are limited."""
         steps: float = self.state.global_step / self.options.steps
-        if not self.options.minutes:
-            return steps
-        clock = torch.tensor(self.seconds / 60 / self.options.minutes, device=self.args.device)
-        return max(steps, float(broadcast(clock)))
+        return max(steps, self._share_of_minutes(self.seconds)) if self.options.minutes else steps
+
+    def measured(self) -> float:
+        """Return the share of the minutes that the first measurement took, and what came before it, by the first process's clock."""
+        return self._share_of_minutes(first_measurement(self.state.log_history)["seconds"])
+
+    def _share_of_minutes(self, seconds: float) -> float:
+        assert self.options.minutes
+        return float(broadcast(torch.tensor(seconds / 60 / self.options.minutes, device=self.args.device)))
 
     def was_done(self, checkpoint: Path) -> bool:
         """Whether the training had ended with this checkpoint; its state is that of the Trainer then, which would do one more step if it went on."""

@@ -51,6 +51,11 @@ class Clock(TrainerCallback):  # type: ignore[misc]
         self.seconds = min(self.seconds, time.monotonic() - self.began)
 
 
+def first_measurement(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return what a Trainer's log has of the measurement before the first step."""
+    return next(entry for entry in history if "eval_loss" in entry)
+
+
 def points(history: Sequence[dict[str, Any]], tokens: int) -> list[dict[str, Any]]:
     """Return the curve of a Trainer's log, for steps of so many tokens."""
     losses = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}

@@ -30,7 +30,7 @@ class Distill(Healing):
     Held-out text decides: what is best there is the result, and the model stays as it is if nothing is better.
     It needs the model and the original in memory, and four numbers for each weight. A run that was stopped goes on from its last checkpoint.
     MODEL is the converted model.
-    Hinton et al. 2015, arXiv 1503.02531; docs/distill.md has measurements.
+    Hinton et al. 2015, arXiv 1503.02531; docs/distill-results.md has numbers.
 
     \b
     Examples:

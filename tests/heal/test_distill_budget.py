@@ -44,6 +44,20 @@ def test_minutes_end_a_training_and_measure_it_at_each_tenth(steady):
     assert curve()[-1]["held_out"] < curve()[0]["held_out"]
 
 
+def test_measurements_are_fewer_where_they_would_take_much_of_the_time(steady, monkeypatch):
+    """A fifth of it at most, with two after the first; and the same ones in a run that goes on."""
+    monkeypatch.setattr(Distiller, "seconds", property(lambda self: 2.9 + 3.01 * self.state.global_step))  # the first one took a twentieth of the minute
+    put(Path("model"), noise=1.0, only="weight")
+    run("model", POOLED, Distill(**QUICK, minutes=1.0), place="whole")
+    assert [point["tokens"] // 128 for point in curve("whole")] == [0, 5, 10, 14, 19]
+    stopped_at(monkeypatch, 11, lambda: run("model", POOLED, Distill(**QUICK, minutes=1.0)))
+    run("model", POOLED, Distill(**QUICK, minutes=1.0))
+    assert curve() == curve("whole")
+    monkeypatch.setattr(Distiller, "seconds", property(lambda self: 45.0 + 3.01 * self.state.global_step))
+    run("model", POOLED, Distill(**QUICK, minutes=1.0), place="short")
+    assert [point["tokens"] // 128 for point in curve("short")] == [0, 5]
+
+
 def test_tokens_end_it_where_they_are_fewer(steady):
     put(Path("model"), noise=1.0, only="weight")
     outcome = run("model", POOLED, Distill(**QUICK, minutes=1.0, train_tokens=1024))
