@@ -155,7 +155,11 @@ def _run(recipe: Recipe, progress: Progress) -> Replay:
     evaluation = evaluate(models, recipe.evaluate, progress) if recipe.evaluate else None
     if evaluation:
         save(evaluation, files["evaluate"])
-    benchmark = (_earlier_benchmark(files["bench"], models, recipe) or bench(models, recipe.bench, progress)) if recipe.bench else None
+    benchmark = _earlier_benchmark(files["bench"], models, recipe) if recipe.bench else None
+    if benchmark:
+        progress.log(f"{files['bench']} has the speeds of these models, measured on {benchmark.date}; remove it to measure them again")
+    elif recipe.bench:
+        benchmark = bench(models, recipe.bench, progress)
     if benchmark:
         save(benchmark, files["bench"])
     if recipe.report:
