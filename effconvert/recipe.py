@@ -166,10 +166,18 @@ def step(entry: Any, where: str) -> Step:
     technique, where = known_steps.load(name), f"{where} ({name})"
     values = _python_keys({} if options is None else options, technique, where)
     if unknown := [key for key in values if key not in technique.model_fields]:
-        heals = name in known_steps.healing_methods()
-        messages = [technique.unknown(key) if heals else known_steps.explained(key, technique.unknown(key)) for key in unknown]
-        raise OptionError(f"{where}: {'; '.join(map(as_keys, messages))}")
+        raise OptionError(f"{where}: {'; '.join(as_keys(_unknown_in_step(name, key)) for key in unknown)}")
     return _build(technique, values, where)
+
+
+def _unknown_in_step(name: str, key: str) -> str:
+    """Return the message for an unknown option of a step, which may have its place elsewhere in the recipe."""
+    flag, message = key.replace("_", "-"), known_steps.load(name).unknown(key)
+    if flag in known_steps.catalogue():
+        return f"--{flag} is a step of its own; write it behind this one, like `steps: [{name}: {{...}}, {flag}]`"
+    if key in Recipe.model_fields:
+        return f"--{flag} is for all steps; give it beside `steps`, not in one of them"
+    return message if name in known_steps.healing_methods() else known_steps.explained(key, message)
 
 
 def _python_keys(entry: Any, kind: type[Options], where: str) -> dict[str, Any]:

@@ -642,6 +642,12 @@ def test_an_error_names_the_file_the_recipe_and_the_step(model, refused):
 def test_what_has_another_place_than_a_key_of_the_recipe_is_told_that(refused):
     assert refused(recipe(refit=True)).endswith("refit is a step; write it into `steps`, like `steps: [..., refit]`")
     assert refused({**recipe(), "dry-run": True}).endswith("it is an option of the command: effconvert run RECIPE --dry-run")
+    assert refused(recipe(steps=[{"gqa": {"groups": 2, "refit": True}}])).endswith(
+        "refit is a step of its own; write it behind this one, like `steps: [gqa: {...}, refit]`"
+    )
+    assert refused(recipe(steps=[{"gqa": {"groups": 2, "calibrate": "x.txt"}}])).endswith(
+        "calibrate is for all steps; give it beside `steps`, not in one of them"
+    )
     assert refused({**recipe(), "no-verify": True}).endswith("there is no option no-verify here; write `verify: false` in a recipe, and verify=False in Python")
 
 
