@@ -16,16 +16,16 @@ def limit_spinning() -> None:
         os.environ[CHOICES[0]] = SPINS
 
 
-def replace_what_cannot_be_printed() -> None:
+def replace_unprintable() -> None:
     """Print `?` for characters that the encoding of the output lacks, such as ± in a pipe on Windows: no result may be lost for that."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # a caller may have put something else there
+        if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")
 
 
 def main() -> None:
     """Show the first page, or load the commands and run one."""
-    replace_what_cannot_be_printed()
+    replace_unprintable()
     if sys.argv[1:] in ([], ["-h"], ["--help"]) and "_EFFCONVERT_COMPLETE" not in os.environ:  # which Click's shell completion sets
         from effconvert.overview import page
 

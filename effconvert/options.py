@@ -66,6 +66,10 @@ class Options(BaseModel):
         except ValidationError as error:
             raise OptionError("; ".join(self._message(dict(detail)) for detail in error.errors())) from None
 
+    def changed(self, *names: str) -> list[str]:
+        """Return those of these options that have another value than the default, as a user types them."""
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != type(self).model_fields[name].default]
+
     @classmethod
     def unknown(cls, name: str) -> str:
         """Return the message for an unknown option `name`, with the nearest known one."""

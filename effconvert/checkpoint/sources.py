@@ -173,7 +173,7 @@ def repair_digits(tokenizer: Any, path: Path) -> None:
 
 def commit(folder: Path) -> str | None:
     """Return the commit of a Hub snapshot, which names its folder in huggingface_hub's cache; None for other folders."""
-    snapshots = folder.parent
+    snapshots = folder.absolute().parent
     return folder.name if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--") else None
 
 

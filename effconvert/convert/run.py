@@ -42,7 +42,7 @@ from effconvert.progress import NoProgress, Progress
 from effconvert.surgery._placed import open_checked
 from effconvert.surgery._surgery import Step
 
-FAULTS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)  # what transformers and torch raise where they cannot run a model
+PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -226,16 +226,16 @@ def _verify(conversion: Plan, target: Path, partial: Path, material: Material, p
         return verify(conversion, partial, material, partial / output.SCRATCH, progress)
     except Exception as error:  # also a bug of a technique: its next version must not find the old shards
         output.forget_shards(partial)
-        if not isinstance(error, (ModelError, *FAULTS)):
+        raised = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        refused = isinstance(error, RuntimeError | ValueError) and not isinstance(error, torch.OutOfMemoryError) and PACKAGE not in raised.parents
+        if not isinstance(error, ModelError) and not refused:
             raise
-        said = error if isinstance(error, ModelError) else f"while the models were run, {_place(error)} said: {error}"
-        raise ModelError(f"{said}; {target} was not written, and the unsound result is in {partial}") from error
+        why = error if isinstance(error, ModelError) else f"{'/'.join(raised.parts[-3:])} cannot run it ({type(error).__name__}: {_first_line(error)})"
+        raise ModelError(f"{why}; {target} was not written, and the unsound result is in {partial}") from error
 
 
-def _place(error: Exception) -> str:
-    """Return the type of an error, and the file and line that raised it."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__} ({'/'.join(Path(last.filename).parts[-3:])}:{last.lineno})"
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
 
 
 def _layer_errors(conversion: Plan, partial: Path) -> dict[str, dict[str, float]]:

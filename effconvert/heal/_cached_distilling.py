@@ -21,7 +21,7 @@ class CachedDistiller(Distiller):
         counts = inputs["counts"]
         return Predictions([inputs["hidden"][counts]], self.teacher_head), inputs["labels"][counts]
 
-    def teachers_held_out(self, inputs: dict[str, Tensor]) -> Predictions:
+    def held_out_predictions(self, inputs: dict[str, Tensor]) -> Predictions:
         """Return what the windows have with them."""
         return self.teachers(inputs)[0]
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-MEASURING = 0.2  # share of the time that measurements may take
-FEWEST = 2  # measurements after the first, the last among them
+MEASURING = 0.2  # share of the time that measurements may take,
+FEWEST = 2  # but for so many after the first
 
 
 class Deadline(TrainerCallback):  # type: ignore[misc]
@@ -15,7 +15,7 @@ class Deadline(TrainerCallback):  # type: ignore[misc]
 
     Args:
         progress: returns the share of the time that is over.
-        measured: returns the share of the time that the first measurement took.
+        measured: returns the share of the time that a measurement takes.
         parts: of the time; they are fewer where so many measurements would take more than MEASURING of it.
     """
 
@@ -43,7 +43,7 @@ class Deadline(TrainerCallback):  # type: ignore[misc]
 
     def _choose_parts(self) -> None:
         self.parts = max(FEWEST, min(self.parts, int(MEASURING / max(self.measured(), 1e-9))))
-        self.over = self._part()
+        self.over = min(self._part(), self.parts - 1)  # the last part ends with a measurement, however long the first took
 
     def _part(self) -> int:
         return min(self.parts, int(self.progress() * self.parts))

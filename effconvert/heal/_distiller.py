@@ -18,7 +18,7 @@ from effconvert.heal._windows import Item
 from effconvert.heal.distill import Distill
 from effconvert.modeling.transformers_internals import shard
 
-KEPT = 2**28  # numbers of the teacher on held-out windows that may be kept from one measurement to the next: a gigabyte
+MOST_KEPT = 2**28  # numbers of the teacher on held-out windows, from one measurement to the next: a gigabyte
 NOTHING = 1e-3  # of the loss and gradient of a student that is something else: rounding
 
 
@@ -117,12 +117,12 @@ class Distiller(StudentTrainer):
         """Return the loss of what the student computes for a batch of windows."""
         if training:
             return self.loss(own, self.teachers(inputs)[0], labels, self.objective, self.options.hidden)
-        return self.loss(own, self.teachers_held_out(inputs), labels, Objective(), 0.0)
+        return self.loss(own, self.held_out_predictions(inputs), labels, Objective(), 0.0)
 
-    def teachers_held_out(self, inputs: dict[str, Tensor]) -> Predictions:
+    def held_out_predictions(self, inputs: dict[str, Tensor]) -> Predictions:
         """Return what the teacher computes for a batch of held-out windows: once for all measurements, if it can be kept."""
-        numbers = len(self.eval_dataset) * self.options.window * self.teacher.config.get_text_config().hidden_size  # alike in all processes
-        if self.teacher_head is None or numbers > KEPT:
+        numbers = len(self.eval_dataset) * self.options.window * self.teacher.config.get_text_config().hidden_size
+        if self.teacher_head is None or numbers > MOST_KEPT or self.shares_weights_out:  # processes that share a teacher out must all run it
             return self.teachers(inputs)[0]
         batch = b"".join(inputs[key].cpu().numpy().tobytes() for key in ("input_ids", "counts"))
         if batch not in self.held_out:

@@ -135,8 +135,8 @@ class StudentTrainer(Trainer):  # type: ignore[misc]
         return max(steps, self._share_of_minutes(self.seconds)) if self.options.minutes else steps
 
     def measured(self) -> float:
-        """Return the share of the minutes that the first measurement took, and what came before it, by the first process's clock."""
-        return self._share_of_minutes(first_measurement(self.state.log_history)["seconds"])
+        """Return the share of the minutes that the first measurement took, by the first process's clock; it ran the teacher too."""
+        return self._share_of_minutes(first_measurement(self.state.log_history)["measuring"])
 
     def _share_of_minutes(self, seconds: float) -> float:
         assert self.options.minutes
@@ -149,9 +149,12 @@ class StudentTrainer(Trainer):  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *more: Any, **named: Any) -> None:
         """Add the time that training took until now, and the scores of the model to a measurement."""
+        began = time.monotonic()
         if "eval_loss" in logs and self.scores:
             with torch.no_grad(), self.accelerator.autocast():
                 logs |= {f"{SCORE}{name}": value for name, value in self.scores(self.model).items()}
+        if "eval_loss" in logs:
+            logs["measuring"] = logs["eval_runtime"] + time.monotonic() - began
         if "eval_loss" in logs and self.balance:
             logs[f"{SCORE}most used expert"] = self.balance.most_used(self.accelerator)
         logs["seconds"], self.began = round(self.seconds, 1), time.monotonic()

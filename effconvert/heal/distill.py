@@ -163,9 +163,8 @@ class Distill(Healing):
 
     @model_validator(mode="after")
     def _what_a_cache_has(self) -> Self:
-        without_effect = [name for name in ("cache_kind", "cache_size") if getattr(self, name) != type(self).model_fields[name].default]
-        if without_effect and not self.cache_teacher:
-            raise ValueError(f"--{without_effect[0].replace('_', '-')} does nothing without --cache-teacher; give that too")
+        if not self.cache_teacher and (without_effect := self.changed("cache_kind", "cache_size")):
+            raise ValueError(f"{without_effect[0]} does nothing without --cache-teacher; give that too")
         if self.cache_teacher and self.minutes and not self.train_tokens:
             raise ValueError("--cache-teacher keeps the predictions of the tokens to train on, and --minutes alone does not say how many; give --train-tokens")
         if self.cache_teacher and self.cache_kind == "samples" and self.objective != "kl":

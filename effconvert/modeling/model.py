@@ -41,9 +41,8 @@ from effconvert.surgery._placed import check_replaced, technique_of
 from effconvert.surgery.mixing._mixing import Mixing
 
 logger = logging.get_logger(__name__)
-DYNAMIC = (None, "dynamic")  # values of `cache_implementation` that suit every model
+DYNAMIC = (None, "dynamic")  # values of `cache_implementation` that mean the default
 NO_ROOM = "has no room for what the converted layers cache"
-MIXED = ("scores", "attention", "layer")  # places of techniques that compute attention by themselves, and know of padding alone
 PARSED = "_effconvert"  # the attribute of a transformers config that caches our own
 
 
@@ -101,7 +100,7 @@ class ConvertedModel(Outside, Sharing):
         if ours.shared:
             self._share(layers_of(self, ours), ours)
         self._initialize()
-        self._mixes = any(record.place in MIXED for record in ours.replaced)
+        self._mixes = any(not technique_of(record).by_token for record in ours.plain_outside.replaced)
         if ours.family.decoder and self.base_model is not self:  # type: ignore[attr-defined]
             self.base_model.register_forward_pre_hook(_with_cache, with_kwargs=True)  # type: ignore[attr-defined]
 

@@ -115,6 +115,7 @@ class Replacement(Layerwise, Placed):
     drops: ClassVar[tuple[str, ...]] = ()  # parts that it removes
     where: ClassVar[frozenset[str]] = frozenset({"layers"})  # options that choose layers, which config.json does not keep
     chunks: ClassVar[bool] = False  # whether all it does is to run the module of its place some tokens at a time
+    by_token: ClassVar[bool] = False  # whether it computes each token by itself, so that any mask and several texts in a row are right
     shifts: ClassVar[bool] = False  # whether it reads earlier tokens at the place of the FFN
     transfer_place: ClassVar[str] = ""  # the place whose output `transfer` trains it to reproduce; empty: its own
 

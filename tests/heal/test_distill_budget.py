@@ -46,16 +46,19 @@ def test_minutes_end_a_training_and_measure_it_at_each_tenth(steady):
 
 def test_measurements_are_fewer_where_they_would_take_much_of_the_time(steady, monkeypatch):
     """A fifth of it at most, with two after the first; and the same ones in a run that goes on."""
-    monkeypatch.setattr(Distiller, "seconds", property(lambda self: 2.9 + 3.01 * self.state.global_step))  # the first one took a twentieth of the minute
+    monkeypatch.setattr(Distiller, "measured", lambda self: 0.05)  # of the minute
+    monkeypatch.setattr(Distiller, "seconds", property(lambda self: 2.9 + 3.01 * self.state.global_step))
     put(Path("model"), noise=1.0, only="weight")
     run("model", POOLED, Distill(**QUICK, minutes=1.0), place="whole")
     assert [point["tokens"] // 128 for point in curve("whole")] == [0, 5, 10, 14, 19]
     stopped_at(monkeypatch, 11, lambda: run("model", POOLED, Distill(**QUICK, minutes=1.0)))
     run("model", POOLED, Distill(**QUICK, minutes=1.0))
     assert curve() == curve("whole")
-    monkeypatch.setattr(Distiller, "seconds", property(lambda self: 45.0 + 3.01 * self.state.global_step))
-    run("model", POOLED, Distill(**QUICK, minutes=1.0), place="short")
-    assert [point["tokens"] // 128 for point in curve("short")] == [0, 5]
+    for before, steps in ((45.0, [0, 5]), (70.0, [0, 1])):  # also where the first measurement ends after the minute
+        monkeypatch.setattr(Distiller, "measured", lambda self, before=before: before / 60)
+        monkeypatch.setattr(Distiller, "seconds", property(lambda self, before=before: before + 3.01 * self.state.global_step))
+        run("model", POOLED, Distill(**QUICK, minutes=1.0), place=f"after-{before}")
+        assert [point["tokens"] // 128 for point in curve(f"after-{before}")] == steps
 
 
 def test_tokens_end_it_where_they_are_fewer(steady):

@@ -204,6 +204,7 @@ EXACT = {(4, 4, 0): True, (4, 4, None): True, (8, 8, 4): True, (8, 8, 1): False,
     [
         ("llama", PLAIN, {"experts": 5}, OptionError, "--experts 5 does not divide the 48 neurons of this model's FFN; give 2, 3, 4, 6, 12"),
         ("llama", PLAIN, {"experts": 8}, OptionError, "--experts 8 makes experts 6 wide, and torch runs only multiples of 4; give 2, 3, 4, 6, 12"),
+        ("llama", {**PLAIN, "intermediate_size": 50}, {}, ModelError, "the 50 neurons of this model's FFN cannot be cut into experts whose width"),
         ("llama", PLAIN, {"active": 5}, OptionError, "--active 5 is more than --experts 4"),
         ("llama", PLAIN, {"active": 2, "shared": 2}, OptionError, "--shared 2 leaves the router none of the --active 2 parts"),
         ("qwen2", {}, {"shared": 0}, OptionError, "a qwen2_moe always has a shared expert; give --shared 1 or more"),

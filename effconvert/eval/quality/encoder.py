@@ -130,8 +130,8 @@ def read_pairs(path: Path) -> Pairs:
         raise OptionError(
             f"--pairs {path} is not rows with sentence1, sentence2 and score ({type(error).__name__}: {error}); give such a .jsonl or .csv file"
         ) from None
-    if not all(map(math.isfinite, pairs.scores)):
-        raise OptionError(f"--pairs {path} has a score that is no number in row {1 + [*map(math.isfinite, pairs.scores)].index(False)}; mend that row")
+    if wrong := [number for number, score in enumerate(pairs.scores, 1) if not math.isfinite(score)]:
+        raise OptionError(f"--pairs {path} has a score that is no number in row {wrong[0]}; mend that row")
     if len(set(pairs.scores)) == 1:
         raise OptionError(f"--pairs {path} has the same score in all rows, so there is no order to compare; give pairs that are more and less alike")
     if len(pairs.scores) < 3:

@@ -58,8 +58,7 @@ class EncoderDecoders:
             raise OptionError(f'{given} is for {kind}; give --text FILE.jsonl, with a "source" and a "target" in each line')
         self.models, self.store = models, store
         self.file, self.logits_file = scratch / "logits", LogitsFile(scratch / "logits", torch.float32, 0)
-        if options.passkey and "passkey" in options.model_fields_set:
-            raise OptionError(f"--passkey is for models that predict the next token, and {models[0].name} is an encoder-decoder; leave it out")
+        options.refuse_passkey(models[0].name, "an encoder-decoder")
         first = models[0]
         longest = min((model.opened.subject.longest for model in models if model.opened.subject.longest), default=options.context)
         if options.context > longest and "context" in options.model_fields_set:

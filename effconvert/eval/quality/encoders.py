@@ -29,8 +29,7 @@ class Encoders:
     def __init__(self, models: Sequence[Running], options: EvalOptions, text: Text, store: Store, scratch: Path, show_bars: bool) -> None:
         if options.tasks:
             raise OptionError(f"lm-eval's tasks need a model that predicts the next token, and {models[0].name} is an encoder; give --pairs, not --tasks")
-        if options.passkey and "passkey" in options.model_fields_set:
-            raise OptionError(f"--passkey is for models that predict the next token, and {models[0].name} is an encoder; leave it out")
+        options.refuse_passkey(models[0].name, "an encoder")
         if len(models) == 1 and not models[0].opened.head and not options.pairs:
             raise OptionError(
                 f"{models[0].name} has no head, so nothing can be measured of it alone; give --pairs FILE, or another model to compare its hidden states with"

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
+from effconvert.errors import OptionError
 from effconvert.options import CONTEXT, TEXT, TOKENS, HomePath, Listed, Names, Options
 from effconvert.paths import expand
 
@@ -57,10 +58,19 @@ class EvalOptions(Options):
 
     @model_validator(mode="after")
     def _one_choice(self) -> "EvalOptions":
-        if not self.tasks and (names := [name for name in FOR_TASKS if getattr(self, name) != type(self).model_fields[name].default]):
-            raise ValueError(f"--{names[0].replace('_', '-')} is for lm-eval's tasks, and none is named; give --tasks, or leave it out")
+        if not self.tasks and (names := self.changed(*FOR_TASKS)):
+            raise ValueError(f"{names[0]} is for lm-eval's tasks, and none is named; give --tasks, or leave it out")
         if self.limit is not None and self.samples is not None:
             raise ValueError("--limit and --samples both choose documents; give one of them")
         if self.limit is not None and self.limit > 1 and self.limit != int(self.limit):
             raise ValueError(f"--limit {self.limit} should be a whole number of documents, or a fraction below 1")
         return self
+
+    def refuse_passkey(self, model: str, kind: str) -> None:
+        """Refuse lengths of passkeys for a model that cannot write one.
+
+        Raises:
+            OptionError: some were given.
+        """
+        if self.passkey and self.changed("passkey"):
+            raise OptionError(f"--passkey is for models that predict the next token, and {model} is {kind}; leave it out")

@@ -86,7 +86,8 @@ class Harness:
             except Exception as error:  # the task's own Python may raise anything
                 if is_offline(error):
                     raise _reason(error, (name,)) from error
-                if isinstance(error, AssertionError) and "max_length" in (extract_tb(error.__traceback__)[-1].line or ""):
+                last = extract_tb(error.__traceback__)[-1]
+                if isinstance(error, AssertionError) and "lm_eval" in Path(last.filename).parts and "max_length" in (last.line or ""):
                     raise OptionError(
                         f"an answer in the task {name} is longer than the {lm.max_length} tokens that are read at a time; give a larger --max-length "
                         "if the models read more, or leave the task out"

@@ -40,6 +40,7 @@ class Recursive(Replacement):
       effconvert recursive --groups 10 --lora-rank 32 --pattern cyclic ./SmolLM2-135M -o ./recursive
     """
 
+    by_token: ClassVar[bool] = True
     facts: ClassVar[Facts] = Facts(
         "models whose layers are alike, with projections that are modules of their own", saves="parameters", native="", exact="with --lora-rank at full rank"
     )

@@ -29,7 +29,19 @@ def check_dense(config: Config, chosen: set[int]) -> None:
 
 def expert_step(config: Config) -> int:
     """Return what the width of an expert must be a multiple of: torch multiplies by experts (grouped_mm) where a row of them is a multiple of 16 bytes."""
-    return ROW // (4 if "float32" in (config.get("dtype"), config.get("torch_dtype")) else 2)
+    return ROW // (2 if (config.get("dtype") or config.get("torch_dtype")) in ("bfloat16", "float16") else 4)
+
+
+def parts_of_ffn(config: Config) -> str:
+    """Return the numbers of parts, up to 64, into which an FFN can be cut so that torch can multiply by them.
+
+    Raises:
+        ModelError: there is none.
+    """
+    step = expert_step(config)
+    if fits := [number for number in range(2, 65) if config.ffn % (number * step) == 0]:
+        return ", ".join(map(str, fits))
+    raise ModelError(f"the {config.ffn} neurons of this model's FFN cannot be cut into experts whose width is a multiple of {step}, which torch needs")
 
 
 def width_note(width: int) -> str:

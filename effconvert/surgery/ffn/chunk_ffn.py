@@ -34,6 +34,7 @@ class ChunkFfn(Replacement):
       effconvert chunk-ffn --size 128 openai-community/gpt2
     """
 
+    by_token: ClassVar[bool] = True
     facts: ClassVar[Facts] = Facts("models whose FFN is a module of its own", saves="memory of activations", native="", exact="always")
     place: ClassVar[str] = "ffn"
     chunks = True

@@ -40,6 +40,7 @@ class Glu(Replacement):
       effconvert glu --activation swiglu --layers 6-11 distilbert/distilbert-base-uncased
     """
 
+    by_token: ClassVar[bool] = True
     facts: ClassVar[Facts] = Facts(
         "models whose FFN is a module without a gate", saves="nothing: larger, to be trained", native="", exact="geglu of GELU, reglu of ReLU, swiglu of SiLU"
     )

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from effconvert.checkpoint.replaced import DEEPEST
-from effconvert.errors import OptionError
+from effconvert.errors import ModelError, OptionError
 from effconvert.surgery._surgery import Facts, Layerwise
-from effconvert.surgery.ffn._targets import become_sparse, check_dense, choose, expert_step, width_note, with_experts
+from effconvert.surgery.ffn._targets import become_sparse, check_dense, choose, expert_step, parts_of_ffn, width_note, with_experts
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -82,11 +82,12 @@ class Moe(Layerwise):
         if self.experts * self.granularity > DEEPEST:
             raise OptionError(f"--experts {self.experts} times --granularity {self.granularity} is more experts than any model has; give at most {DEEPEST}")
         step = expert_step(config)
+        if config.ffn % step:
+            raise ModelError(f"experts would be {config.ffn} wide, as this model's FFN is, and torch runs only multiples of {step}; take another model")
         if config.ffn % (self.granularity * step):
-            fits = ", ".join(str(number) for number in range(2, 65) if config.ffn % (number * step) == 0)
             raise OptionError(
                 f"--granularity {self.granularity} does not divide the {config.ffn} neurons of this model's FFN into experts {step} wide or a multiple of it, "
-                f"which torch needs; give {fits or 1}"
+                f"which torch needs; give {parts_of_ffn(config)}"
             )
         check_dense(config, self.chosen(config))
 

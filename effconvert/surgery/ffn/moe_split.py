@@ -11,7 +11,7 @@ from pydantic import Field
 
 from effconvert.errors import OptionError
 from effconvert.surgery._surgery import Facts, Layerwise
-from effconvert.surgery.ffn._targets import become_sparse, check_dense, choose, expert_step, width_note, with_experts
+from effconvert.surgery.ffn._targets import become_sparse, check_dense, choose, expert_step, parts_of_ffn, width_note, with_experts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,15 +59,15 @@ class MoeSplit(Layerwise):
     @classmethod
     def allowed_options(cls, config: Config) -> str:
         """The numbers of experts, with the family of the result."""
-        return f"--experts {_divisors(config)} --active K, as a {' or a '.join(with_experts(config))}"
+        return f"--experts {parts_of_ffn(config)} --active K, as a {' or a '.join(with_experts(config))}"
 
     def check(self, config: Config) -> None:
         """Refuse models without a matching family with experts, and numbers that contradict each other."""
         with_experts(config)
         if config.ffn % self.experts:
-            raise OptionError(f"--experts {self.experts} does not divide the {config.ffn} neurons of this model's FFN; give {_divisors(config)}")
+            raise OptionError(f"--experts {self.experts} does not divide the {config.ffn} neurons of this model's FFN; give {parts_of_ffn(config)}")
         if (width := config.ffn // self.experts) % (step := expert_step(config)):
-            raise OptionError(f"--experts {self.experts} makes experts {width} wide, and torch runs only multiples of {step}; give {_divisors(config)}")
+            raise OptionError(f"--experts {self.experts} makes experts {width} wide, and torch runs only multiples of {step}; give {parts_of_ffn(config)}")
         if self.active > self.experts:
             raise OptionError(f"--active {self.active} is more than --experts {self.experts}; give at most {self.experts}")
         if self.shared is not None and self.shared >= self.active:
@@ -156,9 +156,3 @@ class MoeSplit(Layerwise):
                 f"a {kinds} has no shared expert; leave out --shared" if shared else f"a {kinds} always has a shared expert; give --shared 1 or more"
             )
         return become_sparse(fitting[0], self.chosen(config), self.experts - shared, self.active - shared, width, shared * width)
-
-
-def _divisors(config: Config) -> str:
-    """Return the numbers of parts, up to 64, that an FFN can be cut into."""
-    step = expert_step(config)
-    return ", ".join(str(number) for number in range(2, 65) if config.ffn % (number * step) == 0)

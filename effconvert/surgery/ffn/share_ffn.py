@@ -42,6 +42,7 @@ class ShareFfn(Replacement):
       effconvert share-ffn --layers 11-18 --group 2 --refit ./SmolLM2-135M
     """
 
+    by_token: ClassVar[bool] = True
     facts: ClassVar[Facts] = Facts("models with an FFN whose output projection is a module", saves="parameters", native="", exact="")
 
     where: ClassVar[frozenset[str]] = frozenset({"layers", "width", "group", "drop_decoder"})

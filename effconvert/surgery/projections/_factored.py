@@ -5,7 +5,7 @@ from __future__ import annotations  # type imports stay lazy: `--help` must not 
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 class Factored(Replacement):
     """Two factors, `left` and `right`, in place of each chosen projection; some forms have an order beside them."""
+
+    by_token: ClassVar[bool] = True
 
     parts: str = Field("mlp", description="Projections: mlp, attention, all, or a list of q, k, v, o, gate, up, down.", json_schema_extra={"metavar": "PARTS"})
 
