@@ -20,6 +20,7 @@ from effconvert.report.drawing import MARKERS, plain, style, svg
 RESULTS = Path(__file__).parent / "results"
 MODEL = Path(__file__).parent.parent / "effconvert" / "demo" / "model"
 EMBEDDED, STARTS = "designs-embedded-2026-11-30.csv", "designs-starts-embedded-2026-11-29.csv"
+HALF = "--layers 1-29/2"
 CONTEXTS = ("512", "2048", "8192", "16384")
 # technique: what a text of T tokens costs, and what its paper says of it (all by their authors, for models trained so from the start)
 DESIGNS = {
@@ -99,14 +100,18 @@ def cost():
 
 def smollm2():
     """Yield a row for each design on SmolLM2: perplexity, times the original's on the same text."""
-    yield "| design | converted | `--refit` | `--transfer` |"
-    yield "|---|---|---|---|"
+    yield f"| design | converted | `--refit` | `--transfer` | in every second layer (`{HALF}`), `--refit` | `--transfer` |"
+    yield "|---|---|---|---|---|---|"
     found = {}
-    for file in sorted(RESULTS.glob("mixers-s*.csv")):
+    for file in sorted(RESULTS.glob("mixers-*smollm2*.csv")):
         for row in rows(file.name):
-            found.setdefault(row["command"], {})[row["heal"]] = f"{float(row['after']) / float(row['before']):,.2f}"
+            if "before" in row:  # results of `effconvert eval` have other columns
+                command, half = row["command"].removesuffix(f" {HALF}"), row["command"].endswith(HALF)
+                found.setdefault(command, {})[half, row["heal"]] = f"{float(row['after']) / float(row['before']):,.2f}"
+    shown = [(False, ""), (False, "--refit"), (False, "--transfer"), (True, "--refit"), (True, "--transfer")]
     for command, healed in found.items():
-        yield f"| `{command}` | {' | '.join(healed.get(heal, '') for heal in ('', '--refit', '--transfer'))} |"
+        if any(key in healed for key in shown):
+            yield f"| `{command}` | {' | '.join(healed.get(key, '') for key in shown)} |"
 
 
 def minilm():
