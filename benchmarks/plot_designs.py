@@ -209,9 +209,9 @@ PyTorch, no kernels. Below 1 is faster. Lengths are those that were measured, fr
 those in benchmarks/results whose names begin with `scaling-`. Runs differ by a fifth.
 """
 SMOLLM2 = """
-## Quality: SmolLM2-135M-Instruct, all layers
-Perplexity on Wikipedia, times the original's on the same text. Rows come from several days, texts and calibrations;
-[mixers.md](mixers.md) says which. Empty: not measured.
+## Quality: SmolLM2-135M-Instruct
+Perplexity on Wikipedia, times the original's on the same text, with the design in all 30 layers or in every second one.
+Rows come from several days, texts and calibrations; [mixers.md](mixers.md) says which. Empty: not measured.
 """
 MINILM = """
 ## Quality: MiniLM, an encoder
