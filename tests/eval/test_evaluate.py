@@ -255,7 +255,7 @@ def test_no_model_is_refused(command):
     [
         (2, r"there is no folder .*nowhere/model", ["nowhere/model"]),
         (2, r"--context 65 is more than the 64 tokens that tiny reads; give at most 64", ["MODEL", *EASY, "--context", "65"]),
-        (2, r"--max-length 65 is more than the 64 tokens", ["MODEL", *EASY, "--max-length", "65"]),
+        (2, r"--max-length 65 is more than the 64 tokens", ["MODEL", *EASY, "--tasks", "pick", "--max-length", "65"]),
         (2, r"--device qpu cannot be used here; give one of cpu", ["MODEL", *EASY, "--device", "qpu"]),
         (2, r"--device meta holds no numbers", ["MODEL", *EASY, "--device", "meta"]),
         (2, r"--output . is a folder", ["MODEL", "-o", "."]),
