@@ -76,9 +76,9 @@ class Options(BaseModel):
         flag, known = name.replace("_", "-"), [field.replace("_", "-") for field in cls.model_fields]
         if flag in ELSEWHERE:
             return f"there is no option --{flag} here; {ELSEWHERE[flag]}"
-        positive = flag.removeprefix("no-")
-        if positive != flag and positive in known:
-            return f"there is no option {flag} here; write `{positive}: false` in a recipe, and {positive.replace('-', '_')}=False in Python"
+        switch = flag.removeprefix("no-")
+        if switch != flag and switch in known and cls.model_fields[switch.replace("-", "_")].default is True:  # the command line has that option
+            return f"there is no option {flag} here; write `{switch}: false` in a recipe, and {switch.replace('-', '_')}=False in Python"
         if near := get_close_matches(flag, known, n=1):
             return f"there is no option --{flag}; did you mean --{near[0]}?"
         return f"there is no option --{flag}; there are {', '.join('--' + field for field in known)}, and --help shows all"

@@ -86,9 +86,8 @@ class Refit(Healing):
                 layer.later(partial(self._refit_experts, originals=layer.originals))
 
     def _refit_experts(self, layer: Layer, originals: range) -> None:
-        outputs = [
-            f"experts.{expert}.down" for expert in range(layer.config.experts)
-        ]  # in the order of the router's rows; a stored layer begins with the shared one
+        # In the order of the router's rows: a stored layer begins with the shared expert.
+        outputs = [f"experts.{expert}.down" for expert in range(layer.config.experts)]
         outputs += ["shared_down"] if "shared_down" in layer else []
         for part in outputs:
             layer[part] = layer[part]

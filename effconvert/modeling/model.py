@@ -10,11 +10,12 @@ from torch import nn
 from transformers.utils import logging
 
 from effconvert.checkpoint.config import Config
-from effconvert.checkpoint.replaced import CLASS, KIND, STUB, STUB_FILE, decode, encode, read
+from effconvert.checkpoint.replaced import CLASS, KIND, STUB, STUB_FILE
 from effconvert.errors import ModelError
 from effconvert.families import CONVERTIBLE, Family
 from effconvert.modeling.attention import NAME, SOFTMAX, install
 from effconvert.modeling.caches import caches
+from effconvert.modeling.converted_config import ConvertedConfig, own_config
 from effconvert.modeling.grouped import Grouped, share
 from effconvert.modeling.lent import LentLayer, lend
 from effconvert.modeling.outside import Outside, has_no_table
@@ -37,36 +38,12 @@ from effconvert.modeling.transformers_internals import (
     implementation,
     keep_names,
 )
-from effconvert.surgery._placed import check_replaced, technique_of
+from effconvert.surgery._placed import technique_of
 from effconvert.surgery.mixing._mixing import Mixing
 
 logger = logging.get_logger(__name__)
 DYNAMIC = (None, "dynamic")  # values of `cache_implementation` that mean the default
 NO_ROOM = "has no room for what the converted layers cache"
-PARSED = "_effconvert"  # the attribute of a transformers config that caches our own
-
-
-class ConvertedConfig:
-    """Mixin for configs of converted models. The key `effconvert` has their records: replaced places, and shared KV heads."""
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build the config from the content of config.json."""
-        own = Config(*read({"model_type": cls.model_type, **config_dict}))  # type: ignore[attr-defined]
-        check_replaced(own)
-        records = {key: config_dict[key] for key in ("effconvert", "auto_map") if key in config_dict}
-        return super().from_dict({**own.raw, **records}, **kwargs)  # type: ignore[misc]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the content of config.json."""
-        return encode(*decode(_plain(self)))
-
-    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
-        """Return the config of what reads text; of an encoder or a decoder alone in transformers' class, which writes one's keys over the other's."""
-        ours = own_config(self)
-        if not ours.encoder_decoder or decoder == encoder:
-            return super().get_text_config(decoder, encoder)  # type: ignore[misc]
-        return type(transformers.AutoConfig.for_model(ours.kind)).from_dict(dict(ours.raw)).get_text_config(decoder, encoder)
 
 
 class ConvertedModel(Outside, Sharing):
@@ -228,28 +205,6 @@ def cache_for(config: Any) -> Cache:
         else:
             layers.append(stock[index] if index < len(stock) else DynamicLayer())
     return Cache(layers=layers)
-
-
-def own_config(config: Any) -> Config:
-    """Return our config of a transformers config. It is parsed once, and cached on the object if that is of our class: stock ones would save it."""
-    own: Config | None = config.__dict__.get(PARSED)
-    if own is None:
-        own = Config(*decode(_plain(config)))
-        if isinstance(config, ConvertedConfig):
-            config.__dict__[PARSED] = own
-    return own
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    """Return the content of a transformers config without ours."""
-    parsed = config.__dict__.pop(PARSED, None)
-    try:
-        stock: Any = super(ConvertedConfig, config) if isinstance(config, ConvertedConfig) else config
-        content: dict[str, Any] = stock.to_dict()
-        return content
-    finally:
-        if parsed is not None:
-            config.__dict__[PARSED] = parsed
 
 
 def layers_of(model: Any, config: Config) -> list[nn.Module]:

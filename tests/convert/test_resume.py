@@ -17,6 +17,7 @@ from click.testing import Result
 from filelock import FileLock
 
 from effconvert.cli import main
+from effconvert.errors import ModelError
 
 MANIFEST = "effconvert.convert.write.save_manifest"  # once a shard
 FINAL = "effconvert.convert.output.save_manifest"  # once before the first shard, once before the move, once after it
@@ -319,17 +320,25 @@ def test_ctrl_c_ends_with_130_and_a_line_and_the_same_command_goes_on(
     assert contents(Path("out")) == unbroken
 
 
-def test_verification_that_fails_leaves_what_was_written_and_no_output(model: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+LIBRARY = (
+    RuntimeError("strides should be multiple of 16 bytes\nand more"),
+    "test_resume.py cannot run it (RuntimeError: strides should be multiple of 16 bytes)",
+)
+
+
+@pytest.mark.parametrize(("error", "told"), [(ModelError("it computes nonsense"), "it computes nonsense"), LIBRARY], ids=["model", "library"])
+def test_verification_that_fails_leaves_what_was_written_and_no_output(
+    error: Exception, told: str, model: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from effconvert.convert import run
-    from effconvert.errors import ModelError
 
     def failing(*_: object) -> None:
-        raise ModelError("it computes nonsense")
+        raise error
 
     monkeypatch.setattr(run, "verify", failing)
     result = command("gqa", "--groups", "2", "--pool", "mean", "model", "-o", "out")
     assert result.exit_code == 1
-    assert "it computes nonsense; out was not written" in result.stderr
+    assert f"{told}; out was not written" in result.stderr
     assert not Path("out").exists()
     monkeypatch.undo()
     os.chdir(model.parent)
@@ -343,20 +352,6 @@ def test_a_fault_of_effconvert_is_no_fault_of_the_model(model: Path, command: Co
 
     monkeypatch.setattr(perplexity, "nll_loss", None)  # which its own line calls then
     assert isinstance(command("gqa", "--groups", "2", "--pool", "mean", "model", "-o", "out").exception, TypeError)
-
-
-def test_what_a_library_raises_while_models_run_is_said_in_a_line(model: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    from effconvert.convert import run
-
-    def failing(*_: object) -> None:
-        raise RuntimeError("strides should be multiple of 16 bytes\nand more")
-
-    monkeypatch.setattr(run, "verify", failing)
-    result = command("gqa", "--groups", "2", "--pool", "mean", "model", "-o", "out")
-    assert result.exit_code == 1
-    told = "tests/convert/test_resume.py cannot run it (RuntimeError: strides should be multiple of 16 bytes); out was not written"
-    assert told in result.stderr
-    assert not Path("out").exists()
 
 
 def test_the_record_in_the_output_names_every_file_and_what_was_done(model: Path, command: Command) -> None:

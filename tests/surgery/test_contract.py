@@ -19,8 +19,8 @@ from effconvert.checkpoint.replaced import KIND, OUTSIDE
 from effconvert.convert.run import convert
 from effconvert.errors import ModelError
 from effconvert.families import FAMILIES
+from effconvert.modeling.converted_config import own_config
 from effconvert.modeling.loading import class_of
-from effconvert.modeling.model import own_config
 from effconvert.options import RunOptions
 from effconvert.steps import load
 from effconvert.steps import techniques as catalogue
