@@ -149,7 +149,7 @@ def test_a_forward_reads_no_file_and_parses_no_config(tmp_path, monkeypatch):
     out = convert(str(source), (Linear(window=6),), RunOptions(output=tmp_path / "out", verify=False)).output
     parsed, made = [], []
     real = replaced.decode
-    monkeypatch.setattr("effconvert.modeling.model.decode", lambda given: parsed.append(given) or real(given))
+    monkeypatch.setattr("effconvert.modeling.converted_config.decode", lambda given: parsed.append(given) or real(given))
     monkeypatch.setattr("effconvert.checkpoint.replaced.decode", lambda given: parsed.append(given) or real(given))
     begin = Linear.__init__
     monkeypatch.setattr(Linear, "__init__", lambda self, **given: made.append(given) or begin(self, **given))
