@@ -82,7 +82,10 @@ class Objective:
 
 def scaled(logits: Tensor, cap: float | None, divisor: float | None, factor: float | None) -> Tensor:
     """Return the products of a head's matrix as the model's logits."""
-    logits = logits * (factor or 1) / (divisor or 1)
+    if factor:
+        logits = logits * factor
+    if divisor:
+        logits = logits / divisor
     return cap * torch.tanh(logits / cap) if cap else logits
 
 

@@ -20,8 +20,8 @@ def divergence_reference(
     shared = min(student.shape[1], teacher.shape[1])
     loss = student.new_zeros(len(student))
     if weight:
-        q = (student[:, :shared] / temperature).log_softmax(-1)
-        p = (teacher[:, :shared].to(student.dtype) / temperature).clamp_min_(LOWEST).log_softmax(-1)
+        q = _at_temperature(student[:, :shared], temperature).log_softmax(-1)
+        p = _at_temperature(teacher[:, :shared].to(student.dtype), temperature).clamp_min(LOWEST).log_softmax(-1)
         loss = weight * _apart(p, q, kind)
     return _with_ce(loss, student, labels, ce)
 
@@ -34,7 +34,7 @@ def sparse_divergence_reference(
     student = student.to(_precise(student))
     loss = student.new_zeros(len(student))
     if weight:
-        q = (student[:, :vocabulary] / temperature).log_softmax(-1)
+        q = _at_temperature(student[:, :vocabulary], temperature).log_softmax(-1)
         if kind == "samples":
             loss = -weight * (numbers * q.gather(-1, ids)).sum(-1)
         else:
@@ -54,6 +54,10 @@ def outcomes(log_probs: Tensor, ids: Tensor) -> Tensor:
 
 def _precise(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _at_temperature(logits: Tensor, temperature: float) -> Tensor:
+    return logits if temperature == 1 else logits / temperature  # a division by 1 would still be a pass over all of them
 
 
 def _apart(p: Tensor, q: Tensor, kind: Kind) -> Tensor:
