@@ -18,6 +18,7 @@ from transformers import PrinterCallback, TrainingArguments
 from effconvert import processes
 from effconvert.checkpoint.shards import read_header
 from effconvert.errors import EffconvertError, ModelError
+from effconvert.heal._allocator import keep_freed_memory
 from effconvert.heal._deadline import Deadline
 from effconvert.heal._distiller import Distiller
 from effconvert.heal._sharing import share
@@ -106,6 +107,8 @@ class Setting:
 
     def trainer(self, **arguments: Any) -> Distiller:
         """Return the Trainer, with some arguments in place of the usual ones."""
+        if self.student.device.type == "cpu":
+            keep_freed_memory()
         if self.options.gradient_checkpointing:
             checkpoint_activations(self.student)
         trainer = self.kind(
