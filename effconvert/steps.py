@@ -60,6 +60,6 @@ def arguments(name: str, options: Mapping[str, Any]) -> list[str]:
         if isinstance(value, bool):
             field = fields.get(key.replace("-", "_"))
             words += [] if value == (field.default if field else False) else [f"--{'' if value else 'no-'}{key}"]
-        elif value is not None:
-            words += [f"--{key}", as_typed(value)]
+        elif value is not None and (typed := as_typed(value)):  # an empty list is one that is not set
+            words += [f"--{key}", typed]
     return words

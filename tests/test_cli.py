@@ -313,6 +313,19 @@ def test_a_shell_completes_commands_options_their_words_and_files(python: str, e
     assert completions(python, environment, "effconvert", "gqa", "--pool", "me") == ["plain,mean"]
     assert completions(python, environment, "effconvert", "gqa", "mod") == ["file,mod"]
     assert completions(python, environment, "effconvert", "gqa", "--calibrate", "my") == ["file,my"]
+    assert completions(python, environment, "effconvert", "distill", "small", "--teacher", "my") == ["file,my"]
+
+
+def test_steps_that_nothing_follows_offer_nothing_and_say_why(command: Command, model: Path) -> None:
+    assert "--transfer " in command("gqa", "--help").stdout
+    for name, options, told in [
+        ("distill", ["--teacher", model], "distill trains the finished model, so it comes last"),
+        ("transplant", ["--base", model, "--instruct", model], "so it is a conversion of its own"),
+    ]:
+        assert "--transfer " not in command(name, "--help").stdout
+        result = command(name, model, *options, "--refit", "--dry-run")
+        assert result.exit_code == 2
+        assert told in " ".join(result.stderr.split())
 
 
 def test_the_demo_says_first_what_it_is_about_to_show(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """Click parameters built from option classes, which check the values: so command line, recipes and Python give the same errors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -9,7 +9,7 @@ from click.shell_completion import CompletionItem
 
 from effconvert.errors import OptionError
 from effconvert.options import Options, RunOptions
-from effconvert.steps import explained
+from effconvert.steps import explained, healing_methods
 
 
 class OptionsCommand(click.Command):
@@ -29,7 +29,9 @@ class OptionsCommand(click.Command):
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Build the options on first use."""
         if not self.params:
-            self.params = [*self.arguments, *(option for kind in self.kinds() for option in parameters(kind))]
+            kinds = self.kinds()
+            hidden = healing_methods() if any(getattr(kind, "last", False) for kind in kinds) else []  # nothing may follow: refused, and not offered
+            self.params = [*self.arguments, *(option for kind in kinds for option in parameters(kind, hidden))]
         return super().get_params(ctx)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -43,14 +45,16 @@ class OptionsCommand(click.Command):
             raise OptionError(explained(name, message) if RunOptions in kinds else message) from None
 
 
-def parameters(kind: type[Options]) -> list[click.Parameter]:
-    """Build a Click option for each field."""
+def parameters(kind: type[Options], hidden: Container[str] = ()) -> list[click.Parameter]:
+    """Build a Click option for each field; `--help` does not show those that are `hidden`."""
     options: list[click.Parameter] = []
     for name, field in kind.model_fields.items():
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
         flag = f"--{name.replace('_', '-')}"
         if field.annotation is bool:
-            options.append(click.Option([f"{flag}/--no-{flag[2:]}" if field.default else flag], is_flag=True, default=None, help=field.description))
+            options.append(
+                click.Option([f"{flag}/--no-{flag[2:]}" if field.default else flag], is_flag=True, default=None, help=field.description, hidden=name in hidden)
+            )
             continue
         metavar = extra.get("metavar") or _metavar(field.annotation)
         several: dict[str, Any] = {"multiple": True, "callback": _joined} if _is_list(field.annotation) else {}
@@ -82,7 +86,7 @@ def _completion(kind: Any, metavar: str) -> Callable[[click.Context, click.Param
     def complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
         if words:
             return [CompletionItem(word) for word in words if word.startswith(incomplete)]
-        return [CompletionItem(incomplete, type="file")] if {"FILE", "DIR"} & {*metavar.split("|")} else []
+        return [CompletionItem(incomplete, type="file")] if {"FILE", "DIR", "MODEL"} & {*metavar.split("|")} else []
 
     return complete
 

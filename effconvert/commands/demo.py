@@ -12,7 +12,7 @@ First the plan, then a table. Lower perplexity is better; the original's is the 
 
 
 @click.command(name="demo")
-@click.option("--output", "-o", metavar="DIR", help="Keep the converted models in this folder.")
+@click.option("--output", "-o", type=click.Path(), metavar="DIR", help="Keep the converted models in this folder.")
 def command(output: str | None) -> None:
     """Convert a small embedded model, and show what each rule costs.
 

@@ -7,8 +7,8 @@ import click
 
 @click.command(name="run")
 @click.argument("recipe", type=click.Path(), metavar="RECIPE")
-@click.option("--model", metavar="MODEL", help="Convert this model instead of the recipe's.")
-@click.option("--output", "-o", metavar="DIR", help="Write to this folder instead of the recipe's.")
+@click.option("--model", type=click.Path(), metavar="MODEL", help="Convert this model instead of the recipe's.")
+@click.option("--output", "-o", type=click.Path(), metavar="DIR", help="Write to this folder instead of the recipe's.")
 @click.option("--overwrite", is_flag=True, default=None, help="Replace output folders if effconvert wrote them.")
 @click.option("--dry-run", is_flag=True, help="Print the plan of the whole chain, with every error that can be foreseen; write nothing but the cache.")
 def command(recipe: str, dry_run: bool, **values: Any) -> None:

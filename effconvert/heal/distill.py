@@ -2,7 +2,7 @@
 
 from __future__ import annotations  # type imports stay lazy: `--help` must not load torch
 
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -40,6 +40,7 @@ class Distill(Healing):
       effconvert distill ./SmolLM2-135M --student-layers 20 --minutes 30 --passkey 256,1024
     """
 
+    last: ClassVar[bool] = True
     data: str = Field(
         "docstrings",
         description="Text to train on: a text file, JSON lines or parquet with a `text` or `messages` in each row, a dataset on the Hub (owner/name, or "
