@@ -30,7 +30,7 @@ class OptionsCommand(click.Command):
         """Build the options on first use."""
         if not self.params:
             kinds = self.kinds()
-            hidden = healing_methods() if any(getattr(kind, "last", False) for kind in kinds) else []  # nothing may follow: refused, and not offered
+            hidden = healing_methods() if any(getattr(kind, "comes_last", False) for kind in kinds) else []  # nothing may follow: refused, and not offered
             self.params = [*self.arguments, *(option for kind in kinds for option in parameters(kind, hidden))]
         return super().get_params(ctx)
 

@@ -40,7 +40,7 @@ class Distill(Healing):
       effconvert distill ./SmolLM2-135M --student-layers 20 --minutes 30 --passkey 256,1024
     """
 
-    last: ClassVar[bool] = True
+    comes_last: ClassVar[bool] = True
     data: str = Field(
         "docstrings",
         description="Text to train on: a text file, JSON lines or parquet with a `text` or `messages` in each row, a dataset on the Hub (owner/name, or "

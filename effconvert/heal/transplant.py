@@ -29,7 +29,7 @@ class Transplant(Step):
       effconvert transplant ./pruned --base HuggingFaceTB/SmolLM2-135M --instruct HuggingFaceTB/SmolLM2-135M-Instruct --dry-run
     """
 
-    last: ClassVar[bool] = True
+    comes_last: ClassVar[bool] = True
     base: str = Field(description="The model that MODEL was converted from: folder, Hub id or .gguf file.", json_schema_extra={"metavar": "MODEL"})
     instruct: str = Field(
         description="A model that the base was trained on to, with the same tensors: folder, Hub id or .gguf file.", json_schema_extra={"metavar": "MODEL"}

@@ -88,7 +88,7 @@ class Step(Options):
 
     facts: ClassVar[Facts | None] = None
     transfer_first: ClassVar[bool] = False  # whether what it puts in wants training before a refit, where both are asked for
-    last: ClassVar[bool] = False  # whether no other step may follow it
+    comes_last: ClassVar[bool] = False  # whether no other step may follow it
 
     @property
     def name(self) -> str:
