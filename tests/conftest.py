@@ -92,6 +92,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def _half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run bfloat16 as CPUs with instructions for it do, so that tests have the same numbers and words on all."""
     monkeypatch.setattr("effconvert.modeling.precision.computes", lambda _: True)
+    monkeypatch.setattr("effconvert.modeling.precision.multiplies_bfloat16", lambda: False)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -33,7 +33,7 @@ from effconvert.eval.training import Point, Training
 from effconvert.heal._sharing import LAYER
 from effconvert.heal._windows import Windows, held_out
 from effconvert.modeling import loading
-from effconvert.modeling.precision import slow, type_of
+from effconvert.modeling.precision import fast, slow, type_of
 from effconvert.paths import real
 from effconvert.progress import Advance, Progress
 from effconvert.quantities import duration, size
@@ -117,7 +117,7 @@ def remarks(plan: Plan, text: TrainingText, output: Path) -> tuple[str, ...]:
     options, fresh = options_of(plan), int((~held_out(len(text.ids))).sum()) * text.ids.shape[1]
     about = "at least" if options.keeps_unchanged else "about"
     lines = [f"training takes {about} {size(training_bytes(plan))} of memory, and until it is done {size(checkpoint_bytes(plan))} of disk"]
-    if options.precision == "bfloat16" and (said := slow(None, torch.bfloat16, "--precision")):
+    if said := {"bfloat16": slow(None, torch.bfloat16, "--precision"), "auto": fast(None, "--precision")}.get(options.precision):
         lines.append(said)
     if not options.minutes and (asked := options.steps * options.windows * options.window) > fresh:
         lines.append(f"the text has {fresh:,} tokens to train on, and {asked:,} are read, some of them again; more text teaches more than the same again")

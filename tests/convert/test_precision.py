@@ -39,6 +39,16 @@ def test_every_cpu_computes_in_float32_and_says_of_half_precision_whether_it_doe
     assert {type(computes(dtype)) for dtype in (torch.bfloat16, torch.float16)} == {bool}
 
 
+@pytest.mark.parametrize(("precision", "faster", "said"), [("auto", True, True), ("auto", False, False), ("float32", True, False), ("bfloat16", True, False)])
+def test_a_training_in_float32_says_that_bfloat16_is_faster(precision, faster, said, llama, command, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr("effconvert.modeling.precision.multiplies_bfloat16", lambda: faster)
+    options = ["--teacher", llama, "--precision", precision, "--window", 32, "--batch-tokens", 64, "--minutes", 1, "--dry-run"]
+    result = command("distill", llama, *options)
+    assert result.exit_code == 0
+    assert ("several times as fast with --precision bfloat16" in " ".join((result.output + result.stderr).split())) == said
+
+
 def test_verification_says_in_which_type_it_ran(able, llama):
     outcome = convert(str(llama), (Gqa(groups=2, pool="mean"),), RunOptions(output=Path("out"), tokens=64, context=32))
     assert outcome.report.dtype == ("bfloat16" if able else "float32")
