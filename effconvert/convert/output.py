@@ -15,13 +15,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from effconvert.checkpoint.manifest import DRAFT, foreign_files, read_manifest, save_manifest, to_disk
+from effconvert.checkpoint.manifest import DRAFT, MANIFEST, foreign_files, read_manifest, save_manifest, to_disk
 from effconvert.convert import drafts
 from effconvert.convert.plan import TOKENIZER, Plan
 from effconvert.errors import EffconvertError, OptionError
 from effconvert.version import __version__
 
 SCRATCH = f"logits{DRAFT}"  # in `OUT.partial` while two models are compared
+MARK = "effconvert-training.json"  # in `OUT.training`: which conversion it belongs to
 
 
 def partial_folder(output: Path) -> Path:
@@ -128,8 +129,7 @@ def _prepare(plan: Plan, partial: Path) -> None:
     shards = manifest.get("shards") if manifest.get("fingerprint") == plan.fingerprint else None
     if not isinstance(shards, dict):
         shards = {}
-        for path in partial.iterdir():  # of another model or recipe, and useless; `check_free` checked that effconvert wrote it
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        empty(partial, MANIFEST)  # of another model or recipe, and useless; `check_free` checked that effconvert wrote it
     noted = {key: manifest[key] for key in ("layer_errors",) if shards and key in manifest}
     save_manifest(partial, {**identity(plan), **noted, "files": dict.fromkeys([*plan.output_files, SCRATCH, *drafts.names(plan)]), "shards": shards})
 
@@ -167,16 +167,12 @@ def publish(plan: Plan, partial: Path, output: Path, overwrite: bool, record: di
     final = {**identity(plan), **record, "files": {name: (partial / name).stat().st_size for name in plan.output_files}}
     save_manifest(partial, {**final, "shards": read_manifest(partial)["shards"]})  # for the next try, if this one is killed
     to_disk(partial)
-    old = replaced_folder(output)
     if output.exists():
-        if old.exists():
-            shutil.rmtree(old)
-        output.rename(old)
+        remove(replaced_folder(output), MANIFEST)
+        output.rename(replaced_folder(output))
     partial.rename(output)
     to_disk(output.parent)
-    save_manifest(output, final)
-    if old.exists():
-        shutil.rmtree(old)
+    _finish(output, final)
 
 
 def complete(output: Path, manifest: dict[str, Any]) -> None:
@@ -188,12 +184,32 @@ def complete(output: Path, manifest: dict[str, Any]) -> None:
     lock = lock_file(output)
     try:
         with FileLock(lock, timeout=0):
-            save_manifest(output, {key: value for key, value in manifest.items() if key != "shards"})
-            if replaced_folder(output).exists():
-                shutil.rmtree(replaced_folder(output))
+            _finish(output, {key: value for key, value in manifest.items() if key != "shards"})
             lock.unlink(missing_ok=True)
     except Timeout:
         raise OptionError(f"another effconvert is writing {output}; wait for it, or give another --output") from None
+
+
+def _finish(output: Path, manifest: dict[str, Any]) -> None:
+    """Remove what is of no more use beside an output, and then write its final manifest: without that, `complete` does so again."""
+    remove(replaced_folder(output), MANIFEST)
+    if (training_folder(output) / MARK).is_file():
+        remove(training_folder(output), MARK)
+    save_manifest(output, manifest)
+
+
+def remove(folder: Path, mark: str) -> None:
+    """Remove a folder of ours, if it is there, and last the file by which it is known for that: a kill on the way leaves one that still is."""
+    if folder.exists():
+        empty(folder, mark)
+        shutil.rmtree(folder)
+
+
+def empty(folder: Path, mark: str) -> None:
+    """Remove all that is in a folder but the file `mark`."""
+    for path in folder.iterdir():
+        if path.name != mark:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def identity(plan: Plan) -> dict[str, Any]:

@@ -128,7 +128,6 @@ def _convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progr
         if report:  # `push` checks that the folder is what was verified
             record["sha256"] = {name: file_hash(partial / name) for name in conversion.output_files}
         output.publish(conversion, partial, target, options.overwrite, record)
-        training.discard(target)
     return Outcome(conversion, target, report, resumed, layer_errors=layer_errors)
 
 

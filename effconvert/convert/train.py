@@ -21,7 +21,7 @@ from effconvert.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from effconvert.checkpoint.manifest import DRAFT, to_disk
 from effconvert.checkpoint.shards import FLOATS, StoredTensor, as_bytes, copy_run, header
 from effconvert.convert.files import other_files
-from effconvert.convert.output import training_folder
+from effconvert.convert.output import MARK, remove, training_folder
 from effconvert.convert.plan import Plan, Target
 from effconvert.convert.scores import scores
 from effconvert.convert.teacher_cache import check_cache, filled, most_bytes, options_of
@@ -41,7 +41,6 @@ from effconvert.quantities import duration, size
 if TYPE_CHECKING:
     from effconvert.heal._distilling import Setting
 
-MARK = "effconvert-training.json"  # in OUT.training: which conversion it belongs to
 CHECKPOINTS = 4  # at a time: the last two, the best, and one that is being written
 TRAINING = 16  # bytes for each weight: itself, its gradient and the two moments of AdamW, in float32
 
@@ -214,7 +213,7 @@ def begin(plan: Plan, output: Path) -> Path:
     """Make the folder for checkpoints; one of another conversion is emptied."""
     folder = training_folder(output)
     if is_of_another(plan, output):
-        shutil.rmtree(folder)
+        remove(folder, MARK)
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / f"{MARK}{DRAFT}"
     draft.write_text(json.dumps({"fingerprint": plan.fingerprint}), encoding="utf-8")
@@ -230,13 +229,6 @@ def is_of_another(plan: Plan, output: Path) -> bool:
         return False
     except (ValueError, KeyError, TypeError):  # a kill left it half-written
         return True
-
-
-def discard(output: Path) -> None:
-    """Remove the checkpoints, when everything is written."""
-    folder = training_folder(output)
-    if (folder / MARK).is_file():
-        shutil.rmtree(folder)
 
 
 def write_trained(plan: Plan, trained: Checkpoint, partial: Path, advance: Advance) -> None:

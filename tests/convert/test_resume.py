@@ -140,6 +140,37 @@ def test_a_run_killed_while_it_replaces_an_output_loses_nothing(unbroken: dict[s
     assert sorted(path.name for path in Path().iterdir()) == ["model", "out", "unbroken"]
 
 
+@pytest.mark.parametrize(("where", "moment"), [("effconvert.convert.output.remove", "before"), ("effconvert.convert.output.empty", "after")])
+def test_a_run_killed_while_it_removes_the_old_output_is_finished_by_the_same_command(
+    unbroken: dict[str, str], killed: Kill, command: Command, contents: Contents, where: str, moment: str
+) -> None:
+    assert command(*gqa(groups=1)).exit_code == 0
+    killed(where, moment, 2, gqa("--overwrite"))
+    assert Path("out.replaced/effconvert.json").is_file()
+    result = command(*gqa())
+    assert result.exit_code == 0, result.output
+    assert contents(Path("out")) == unbroken
+    assert sorted(path.name for path in Path().iterdir()) == ["model", "out", "unbroken"]
+
+
+def test_a_run_killed_while_it_removes_what_another_left_is_no_strangers(unbroken: dict[str, str], killed: Kill, command: Command, contents: Contents) -> None:
+    killed(MANIFEST, "after", 3, gqa("--pool", "first"))
+    killed("effconvert.convert.output.empty", "after", 1, gqa())
+    assert [path.name for path in Path("out.partial").iterdir()] == ["effconvert.json"]
+    result = command(*gqa())
+    assert result.exit_code == 0, result.output
+    assert contents(Path("out")) == unbroken
+
+
+def test_checkpoints_of_a_training_that_was_killed_at_its_end_are_removed(unbroken: dict[str, str], killed: Kill, command: Command) -> None:
+    killed(FINAL, "before", 3, gqa())
+    Path("out.training/checkpoints").mkdir(parents=True)
+    Path("out.training/effconvert-training.json").write_text("{}")
+    result = command(*gqa())
+    assert "was there already" in result.stdout
+    assert sorted(path.name for path in Path().iterdir()) == ["model", "out", "unbroken"]
+
+
 def test_an_old_output_that_waits_after_a_kill_comes_to_no_harm_from_a_command_that_fails(model: Path, command: Command, contents: Contents) -> None:
     assert command(*gqa(groups=1)).exit_code == 0
     old = contents(Path("out"))
