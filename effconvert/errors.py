@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-STOPPED, INTERRUPTED = "\nStopped. What is finished is kept, and the same command goes on from there.", 130  # message and exit code after Ctrl-C
+STOPPED = "\nStopped. Conversions, trainings and evaluations keep what is finished: the same command goes on from there."  # after Ctrl-C,
+INTERRUPTED = 130  # with this exit code
 BROKEN_PIPE = 141  # exit code where nobody reads the output on, as of `head -1`: 128 + SIGPIPE, like that of other tools
 
 # Names of errors of libraries that mean: no network.

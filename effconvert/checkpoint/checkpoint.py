@@ -149,7 +149,9 @@ def check_quantised(folder: Path, config: Config, tensors: Mapping[str, StoredTe
             check_plain(folder, name)
     except ModelError as error:
         raise UnknownLayoutError(str(error)) from None
-    if all(tensor.dtype in FLOATS for name, tensor in tensors.items() if name.endswith(".weight")):
+    weights = {name: tensor for name, tensor in tensors.items() if name.endswith(".weight")}
+    matrices = [name for name, tensor in weights.items() if len(tensor.shape) == 2 and re.search(rf"{config.layer_pattern}\.", name)]
+    if matrices and all(tensor.dtype in FLOATS for tensor in weights.values()):
         raise ModelError(
             f"config.json of {folder} says that it is quantised ({method}), and its tensors are plain numbers: remove quantization_config from it, "
             "since transformers would read them as quantised"

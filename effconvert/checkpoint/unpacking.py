@@ -23,7 +23,7 @@ from effconvert.quiet import quiet_transformers
 
 VERSION = 2  # of what is unpacked: folders of other versions in the cache are not taken
 FACTORS = "rope_freqs.weight"  # what each frequency of RoPE is divided by
-LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # of all Llama 3.1 and later
+LLAMA_3: dict[str, Any] = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # of all Llama 3.1 and later
 BLOCK = re.compile(r"blk\.(\d+)\.")
 
 

@@ -66,7 +66,8 @@ def read_by(stock: str, build: Callable[[], tuple[Any, Any]], tensors: Shapes) -
             options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, "device_map": {"": "meta"}}
             model, info = kind.from_pretrained(None, config=own, state_dict=empty, **options)
     except Exception as error:  # classes raise anything over a strange config
-        raise ModelError(f"{stock} cannot be built from config.json ({type(error).__name__}: {' '.join(str(error).split())}); mend the file") from error
+        advice = "install that, or take the checkpoint that it was made from" if isinstance(error, ImportError) else "mend the file"
+        raise ModelError(f"{stock} cannot be built from config.json ({type(error).__name__}: {' '.join(str(error).split())}); {advice}") from error
     names = {what: sorted(name if isinstance(name, str) else str(name[0]) for name in info[what]) for what in ("missing_keys", "mismatched_keys")}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Reading(stock, parameters, tuple(names["missing_keys"]), tuple(names["mismatched_keys"]), frozenset(info["unexpected_keys"]))

@@ -23,10 +23,11 @@ from effconvert.checkpoint.shards import header
 from effconvert.cli import main
 from effconvert.convert import output, verify
 from effconvert.convert.plan import plan
-from effconvert.errors import OptionError
+from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality.text import Text
 from effconvert.families import FAMILIES
 from effconvert.modeling import precision
+from effconvert.modeling.stock import read_by
 from effconvert.options import RunOptions
 from effconvert.surgery.attention.gqa import Gqa
 from tests.models import save, tiny
@@ -187,6 +188,25 @@ def test_json_that_is_nested_too_deep_is_the_models_fault(refused: Check, model:
 def test_a_quantised_model_is_refused_by_the_name_of_the_method(refused: Check, model: Path) -> None:
     edit(model / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     assert "quantised (gptq)" in refused(MODEL, *gqa(model))
+
+
+def test_codes_in_the_place_of_weights_are_not_taken_for_plain_numbers(refused: Check, model: Path) -> None:
+    tensors = {name: tensor for file in model.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    for name in [name for name, tensor in tensors.items() if "layers" in name and tensor.dim() == 2]:
+        tensors[name.replace(".weight", ".W_q")] = tensors.pop(name).to(torch.uint8)  # as of HQQ
+    for file in [*model.glob("*.safetensors*")]:
+        file.unlink()
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    edit(model / "config.json", quantization_config={"quant_method": "hqq"})
+    assert "is quantised (hqq), and surgery needs the numbers themselves" in refused(MODEL, *gqa(model))
+
+
+def test_a_class_that_wants_another_package_is_no_reason_to_mend_the_file() -> None:
+    def build() -> None:
+        raise ImportError("pip install bitsandbytes")
+
+    with pytest.raises(ModelError, match=r"pip install bitsandbytes\); install that, or take the checkpoint that it was made from"):
+        read_by("LlamaForCausalLM", build, {})
 
 
 def test_outputs_as_tuples_are_refused(refused: Check, model: Path) -> None:

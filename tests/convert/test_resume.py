@@ -17,7 +17,7 @@ from click.testing import Result
 from filelock import FileLock
 
 from effconvert.cli import main
-from effconvert.errors import ModelError
+from effconvert.errors import STOPPED, ModelError
 
 MANIFEST = "effconvert.convert.write.save_manifest"  # once a shard
 FINAL = "effconvert.convert.output.save_manifest"  # once before the first shard, once before the move, once after it
@@ -344,7 +344,7 @@ def test_ctrl_c_ends_with_130_and_a_line_and_the_same_command_goes_on(
     run.send_signal(signal.SIGINT)
     _, told = run.communicate(timeout=20)
     assert run.returncode == 130
-    assert told.strip().splitlines() == ["Stopped. What is finished is kept, and the same command goes on from there."]
+    assert told.strip().splitlines() == [STOPPED.strip()]
     assert not Path("out").exists()
     result = command(*gqa())
     assert (f"{finished} shards were there" in result.stdout) == (finished > 0)
