@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
+from glob import escape
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +23,7 @@ from effconvert.errors import EffconvertError, ModelError
 from effconvert.quiet import quiet_transformers
 
 VERSION = 2  # of what is unpacked: folders of other versions in the cache are not taken
+HEAD = "output.weight"
 FACTORS = "rope_freqs.weight"  # what each frequency of RoPE is divided by
 LLAMA_3: dict[str, Any] = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # of all Llama 3.1 and later
 BLOCK = re.compile(r"blk\.(\d+)\.")
@@ -42,7 +44,9 @@ def unpack_gguf(path: Path, place: Path) -> Path:
         return folder
     place.mkdir(parents=True, exist_ok=True)
     with FileLock(place.with_name(f".{place.name}.lock")):
-        for left in place.glob(f"{folder.name}.*"):  # by an unpacking that was killed
+        if (folder / CONFIG).is_file():  # another process unpacked it meanwhile
+            return folder
+        for left in place.glob(f"{escape(folder.name)}.*"):  # by an unpacking that was killed
             shutil.rmtree(left, ignore_errors=True)
         with quiet_transformers(), TemporaryDirectory(dir=place, prefix=f"{folder.name}.") as scratch:
             draft = Path(scratch) / "model"
@@ -75,8 +79,9 @@ def _read(path: Path, scratch: Path) -> tuple[Any, Any]:
             )
         tokenizer = transformers.AutoTokenizer.from_pretrained(alone, gguf_file=path.name)
         repair_digits(tokenizer, file)
-        _check_complete(path, file, model, sorted(read["missing_keys"]))
+        check_complete(path, file, model, sorted(read["missing_keys"]))
         restore_rope(path, file, model.config)
+        restore_scale(model.config)
     except ModelError:
         raise
     except Exception as error:  # a damaged file raises anything: struct.error, a bare Exception, ...
@@ -89,12 +94,18 @@ def _field(file: Any, name: str) -> Any:
     return None if field is None else field.contents()
 
 
-def _check_complete(path: Path, file: Any, model: Any, missing: Sequence[str]) -> None:
+def check_complete(path: Path, file: Any, model: Any, missing: Sequence[str]) -> None:
     """Refuse a file that has fewer numbers than the model, which transformers would fill with random ones, or more, which it would drop."""
     if missing:
-        raise ModelError(f"{path} has no tensors for {missing[0]} and {len(missing) - 1} more of the model; it is damaged or a part of one, take a whole file")
+        more = f" (and {len(missing) - 1} more)" if missing[1:] else ""
+        raise ModelError(
+            f"{path} has no tensors for {missing[0]}{more}; it is damaged, a part of a model, or of a kind that transformers {transformers.__version__} "
+            "does not read; take a whole file, or the model's safetensors"
+        )
     layers = model.config.get_text_config().num_hidden_layers
-    own = [tensor for tensor in file.tensors if not tensor.name.startswith("rope_") and not ((at := BLOCK.match(tensor.name)) and int(at[1]) >= layers)]
+    tied = model.get_output_embeddings() is not None and model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    own = [tensor for tensor in file.tensors if not tensor.name.startswith("rope_") and not (tied and tensor.name == HEAD)]
+    own = [tensor for tensor in own if not ((block := BLOCK.match(tensor.name)) and int(block[1]) >= layers)]  # those predict several tokens at once
     held = sum(math.prod(map(int, tensor.shape)) for tensor in own)
     taken = sum({tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}.values())
     if held > taken:
@@ -105,30 +116,42 @@ def _check_complete(path: Path, file: Any, model: Any, missing: Sequence[str]) -
 
 
 def restore_rope(path: Path, file: Any, config: Any) -> None:
-    """Write the scaling of RoPE into the config, which transformers does not read from most GGUF files.
+    """Write into the config what transformers does not read of RoPE from most GGUF files: its base, and how it is scaled.
 
     Raises:
-        ModelError: it is of a kind that the file does not tell enough of.
+        ModelError: the scaling is of a kind that is not restored here.
     """
-    text = config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or {}
+    text, architecture = config.get_text_config(), _field(file, "general.architecture")
+    every = getattr(text, "rope_parameters", None)
+    if not isinstance(every, dict):
+        return
+    rope = every.get("full_attention", every)  # layers with a window have RoPE of their own, which is never scaled
+    if base := _field(file, f"{architecture}.rope.freq_base"):
+        rope["rope_theta"] = float(base)
     if rope.get("rope_type", "default") != "default":
         return
-    architecture = _field(file, "general.architecture")
-    kind = _field(file, f"{architecture}.rope.scaling.type")
+    kind, factor = _field(file, f"{architecture}.rope.scaling.type"), _field(file, f"{architecture}.rope.scaling.factor")
+    if old := _field(file, f"{architecture}.rope.scale_linear"):  # as files of 2023 have it
+        kind, factor = "linear", old
     factors = next((torch.from_numpy(tensor.data.copy()).float() for tensor in file.tensors if tensor.name == FACTORS), None)
     if factors is not None and not bool((factors == 1).all()):
         scaling = {"factor": float(factors.max()), **LLAMA_3}
-        expected = _llama3_factors(2 * len(factors), float(rope.get("rope_theta", 10000.0)), **scaling)
-        if torch.allclose(factors, expected, rtol=1e-3):
-            text.rope_parameters = {**rope, "rope_type": "llama3", **scaling}
-            return
-        kind = FACTORS
+        expected = _llama3_factors(2 * len(factors), rope["rope_theta"], **scaling)
+        kind = "llama3" if torch.allclose(factors, expected, rtol=1e-3) else FACTORS
+        rope.update({"rope_type": kind, **scaling})
     elif any(tensor.name.startswith("rope_factors_") for tensor in file.tensors):
         kind = "longrope"
-    if kind in (None, "none"):
-        return
-    raise ModelError(f"{path} scales RoPE ({kind}), which transformers {transformers.__version__} does not read from it; take the model's safetensors")
+    elif kind == "linear" and factor:
+        rope.update({"rope_type": kind, "factor": float(factor)})
+    if kind not in (None, "none", "llama3", "linear"):
+        raise ModelError(f"{path} scales RoPE ({kind}), which transformers {transformers.__version__} does not read from it; take the model's safetensors")
+
+
+def restore_scale(config: Any) -> None:
+    """Write into the config of a large Gemma by what its scores are divided, which no GGUF file says: llama.cpp knows it by the size of the model."""
+    text = config.get_text_config()
+    if (scale := getattr(text, "query_pre_attn_scalar", None)) and text.head_dim != scale:
+        text.query_pre_attn_scalar = text.hidden_size // text.num_attention_heads
 
 
 def _llama3_factors(dims: int, theta: float, factor: float, low_freq_factor: float, high_freq_factor: float, original_max_position_embeddings: int) -> Tensor:

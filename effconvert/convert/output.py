@@ -7,6 +7,7 @@ then. Only files that a manifest lists with their size are removed. Files that s
 import contextlib
 import errno
 import filecmp
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -157,8 +158,8 @@ def forget_shards(partial: Path) -> None:
     save_manifest(partial, {**read_manifest(partial), "shards": {}})
 
 
-def publish(plan: Plan, partial: Path, output: Path, overwrite: bool, record: dict[str, Any]) -> None:
-    """Complete the manifest with `record`, and rename `partial` to `output`, replacing an old output.
+def publish(plan: Plan, partial: Path, output: Path, overwrite: bool, record: dict[str, Any]) -> list[Path]:
+    """Complete the manifest with `record`, rename `partial` to `output`, replacing an old output, and return what could not be removed after that.
 
     Raises:
         OptionError: somebody put files there meanwhile.
@@ -172,11 +173,11 @@ def publish(plan: Plan, partial: Path, output: Path, overwrite: bool, record: di
         output.rename(replaced_folder(output))
     partial.rename(output)
     to_disk(output.parent)
-    _finish(output, final)
+    return _finish(output, final)
 
 
-def complete(output: Path, manifest: dict[str, Any]) -> None:
-    """Finish the `publish` of a run that was killed: the output is in its place, and the final manifest is missing.
+def complete(output: Path, manifest: dict[str, Any]) -> list[Path]:
+    """Finish the `publish` of a run that was killed: the output is in its place, and the final manifest is missing. Return what could not be removed.
 
     Raises:
         OptionError: another effconvert is writing there.
@@ -184,22 +185,47 @@ def complete(output: Path, manifest: dict[str, Any]) -> None:
     lock = lock_file(output)
     try:
         with FileLock(lock, timeout=0):
-            _finish(output, {key: value for key, value in manifest.items() if key != "shards"})
+            kept = _finish(output, {key: value for key, value in manifest.items() if key != "shards"})
             lock.unlink(missing_ok=True)
+            return kept
     except Timeout:
         raise OptionError(f"another effconvert is writing {output}; wait for it, or give another --output") from None
 
 
-def _finish(output: Path, manifest: dict[str, Any]) -> None:
-    """Remove what is of no more use beside an output, and then write its final manifest: without that, `complete` does so again."""
-    remove(replaced_folder(output), MANIFEST)
-    if (training_folder(output) / MARK).is_file():
-        remove(training_folder(output), MARK)
+def _finish(output: Path, manifest: dict[str, Any]) -> list[Path]:
+    """Remove what is of no more use beside an output, and then write its final manifest: without that, `complete` does so again.
+
+    Returns:
+        What could not be removed, or has files of somebody else.
+    """
+    kept, old = list[Path](), replaced_folder(output)
+    leftovers = {old: MANIFEST, **({training_folder(output): MARK} if trained_for(output) == manifest["fingerprint"] else {})}
+    for folder, mark in leftovers.items():
+        try:
+            if folder == old and foreign_files(old):
+                kept.append(old)
+            else:
+                remove(folder, mark)
+        except OSError:
+            kept.append(folder)
     save_manifest(output, manifest)
+    return kept
+
+
+def trained_for(output: Path) -> str | None:
+    """Return the fingerprint of the conversion whose checkpoints are beside `output`: empty if a kill left it half-written, None if there is none."""
+    try:
+        return str(json.loads((training_folder(output) / MARK).read_text(encoding="utf-8"))["fingerprint"])
+    except OSError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def remove(folder: Path, mark: str) -> None:
     """Remove a folder of ours, if it is there, and last the file by which it is known for that: a kill on the way leaves one that still is."""
+    if folder.is_symlink():
+        raise OSError(errno.ELOOP, "it is a link", str(folder))
     if folder.exists():
         empty(folder, mark)
         shutil.rmtree(folder)

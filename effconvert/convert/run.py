@@ -2,7 +2,7 @@
 
 import os
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ def _convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progr
         conversion, moved = transplanted(conversion, progress)
     manifest = output.matching_manifest(conversion, target, options.verify)
     if manifest and "shards" in manifest and not options.dry_run:  # a run that was killed before it wrote the final manifest
-        output.complete(target, manifest)
+        _say_kept(output.complete(target, manifest), progress)
         reuse = True
     if reuse and manifest:
         return Outcome(conversion, target, verification(manifest), already_there=True)
@@ -127,8 +127,14 @@ def _convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progr
         output.write_texts(partial, written.texts(model, conversion, target, options, record))
         if report:  # `push` checks that the folder is what was verified
             record["sha256"] = {name: file_hash(partial / name) for name in conversion.output_files}
-        output.publish(conversion, partial, target, options.overwrite, record)
+        kept = output.publish(conversion, partial, target, options.overwrite, record)
+    _say_kept(kept, progress)
     return Outcome(conversion, target, report, resumed, layer_errors=layer_errors)
+
+
+def _say_kept(folders: Sequence[Path], progress: Progress) -> None:
+    for folder in folders:
+        progress.log(f"{folder} is of no more use, and could not be removed or has files of somebody else; remove it")
 
 
 def _checked(

@@ -21,7 +21,7 @@ from effconvert.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from effconvert.checkpoint.manifest import DRAFT, to_disk
 from effconvert.checkpoint.shards import FLOATS, StoredTensor, as_bytes, copy_run, header
 from effconvert.convert.files import other_files
-from effconvert.convert.output import MARK, remove, training_folder
+from effconvert.convert.output import MARK, remove, trained_for, training_folder
 from effconvert.convert.plan import Plan, Target
 from effconvert.convert.scores import scores
 from effconvert.convert.teacher_cache import check_cache, filled, most_bytes, options_of
@@ -52,7 +52,7 @@ def check_training(plan: Plan, output: Path, text: TrainingText) -> None:
         OptionError: the reason.
     """
     folder = training_folder(output)
-    if folder.is_symlink() or (folder.exists() and not (folder / MARK).is_file()):
+    if folder.is_symlink() or (folder.exists() and not (folder / MARK).is_file() and {path.name for path in folder.iterdir()} - {f"{MARK}{DRAFT}"}):
         raise OptionError(f"{folder} is in the way and effconvert did not write it; move it, or give another --output")
     if processes.count() == 1 and (gpus := torch.cuda.device_count()) > 1:
         raise OptionError(
@@ -223,12 +223,7 @@ def begin(plan: Plan, output: Path) -> Path:
 
 def is_of_another(plan: Plan, output: Path) -> bool:
     """Whether there are checkpoints of another conversion, or of other options."""
-    try:
-        return bool(json.loads((training_folder(output) / MARK).read_text(encoding="utf-8"))["fingerprint"] != plan.fingerprint)
-    except OSError:
-        return False
-    except (ValueError, KeyError, TypeError):  # a kill left it half-written
-        return True
+    return trained_for(output) not in (None, plan.fingerprint)
 
 
 def write_trained(plan: Plan, trained: Checkpoint, partial: Path, advance: Advance) -> None:

@@ -16,5 +16,5 @@ def keep_freed_memory() -> None:
     """
     if platform.libc_ver()[0] == "glibc" and not any(name in os.environ for name in CHOICES):
         libc = ctypes.CDLL(None)
-        libc.mallopt(MMAP_THRESHOLD, LARGE)
-        libc.mallopt(TRIM_THRESHOLD, LARGE)
+        if libc.mallopt(MMAP_THRESHOLD, LARGE):  # older versions than 2.35 refuse so much, and one threshold alone would only do harm
+            libc.mallopt(TRIM_THRESHOLD, LARGE)

@@ -37,7 +37,7 @@ def fast(device: str | None, option: str) -> str:
     """Say that `device` is a CPU which multiplies bfloat16 faster than float32, and which option has it do so; "" elsewhere."""
     if not _on_cpu(device) or not multiplies_bfloat16():
         return ""
-    return f"this CPU has instructions for bfloat16, and computes several times as fast with {option} bfloat16"
+    return f"this CPU has instructions for bfloat16, and computes faster with {option} bfloat16"
 
 
 def _on_cpu(device: str | None) -> bool:
@@ -46,7 +46,7 @@ def _on_cpu(device: str | None) -> bool:
 
 def multiplies_bfloat16() -> bool:
     """Whether the CPU has AVX512-BF16 or AMX; AVX512 alone emulates bfloat16."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return torch.backends.mkldnn.is_available() and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def computes(dtype: torch.dtype) -> bool:

@@ -66,7 +66,7 @@ def read_by(stock: str, build: Callable[[], tuple[Any, Any]], tensors: Shapes) -
             options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, "device_map": {"": "meta"}}
             model, info = kind.from_pretrained(None, config=own, state_dict=empty, **options)
     except Exception as error:  # classes raise anything over a strange config
-        advice = "install that, or take the checkpoint that it was made from" if isinstance(error, ImportError) else "mend the file"
+        advice = "install that package" if isinstance(error, ImportError) else "mend the file"
         raise ModelError(f"{stock} cannot be built from config.json ({type(error).__name__}: {' '.join(str(error).split())}); {advice}") from error
     names = {what: sorted(name if isinstance(name, str) else str(name[0]) for name in info[what]) for what in ("missing_keys", "mismatched_keys")}
     parameters = sum(parameter.numel() for parameter in model.parameters())

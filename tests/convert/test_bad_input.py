@@ -205,7 +205,7 @@ def test_a_class_that_wants_another_package_is_no_reason_to_mend_the_file() -> N
     def build() -> None:
         raise ImportError("pip install bitsandbytes")
 
-    with pytest.raises(ModelError, match=r"pip install bitsandbytes\); install that, or take the checkpoint that it was made from"):
+    with pytest.raises(ModelError, match=r"pip install bitsandbytes\); install that package"):
         read_by("LlamaForCausalLM", build, {})
 
 

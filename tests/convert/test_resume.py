@@ -162,13 +162,26 @@ def test_a_run_killed_while_it_removes_what_another_left_is_no_strangers(unbroke
     assert contents(Path("out")) == unbroken
 
 
-def test_checkpoints_of_a_training_that_was_killed_at_its_end_are_removed(unbroken: dict[str, str], killed: Kill, command: Command) -> None:
+@pytest.mark.parametrize("own", [True, False])
+def test_checkpoints_of_a_training_that_was_killed_at_its_end_are_removed(unbroken: dict[str, str], killed: Kill, command: Command, own: bool) -> None:
     killed(FINAL, "before", 3, gqa())
     Path("out.training/checkpoints").mkdir(parents=True)
-    Path("out.training/effconvert-training.json").write_text("{}")
+    mark = {"fingerprint": json.loads(Path("out/effconvert.json").read_text())["fingerprint"] if own else "another"}
+    Path("out.training/effconvert-training.json").write_text(json.dumps(mark))
     result = command(*gqa())
     assert "was there already" in result.stdout
-    assert sorted(path.name for path in Path().iterdir()) == ["model", "out", "unbroken"]
+    assert Path("out.training").exists() != own
+
+
+def test_what_cannot_be_removed_is_named_and_the_output_is_whole(unbroken: dict[str, str], killed: Kill, command: Command, contents: Contents) -> None:
+    assert command(*gqa(groups=1)).exit_code == 0
+    killed("effconvert.convert.output.remove", "before", 2, gqa("--overwrite"))
+    Path("out.replaced").rename("elsewhere")
+    Path("out.replaced").symlink_to("elsewhere")
+    result = command(*gqa())
+    assert "out.replaced is of no more use, and could not be removed" in " ".join(result.stderr.split())
+    assert contents(Path("out")) == unbroken
+    assert Path("elsewhere/model.safetensors.index.json").exists() or Path("elsewhere/model.safetensors").exists()
 
 
 def test_an_old_output_that_waits_after_a_kill_comes_to_no_harm_from_a_command_that_fails(model: Path, command: Command, contents: Contents) -> None:

@@ -8,15 +8,18 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from click.testing import Result
+from gguf import GGUFReader
 
 from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.checkpoint.sources import locate
+from effconvert.checkpoint.unpacking import check_complete, restore_rope, restore_scale
 from effconvert.errors import EffconvertError, ModelError
 from effconvert.eval.quality.text import read_calibration
 from effconvert.modeling import loading as stock
@@ -229,6 +232,7 @@ def write_gguf(
     writer.add_eos_token_id(1)
     if scaling:
         writer.add_rope_scaling_type(RopeScalingType(scaling))
+        writer.add_rope_scaling_factor(4.0)
     random = numpy.random.default_rng(0)
     shapes = {
         "token_embd": (len(pieces), width),
@@ -265,7 +269,7 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"without": "blk.0.attn_k"}, "has no tensors for model.layers.0.self_attn.k_proj.weight and 0 more of the model"),
+        ({"without": "blk.0.attn_k"}, "has no tensors for model.layers.0.self_attn.k_proj.weight; it is damaged"),
         ({"extra": {"blk.0.attn_q.bias": [1.0] * 32}}, "has 32 numbers that transformers"),
         ({"extra": {"rope_freqs.weight": [1.0, 2.0, 2.5, 7.0]}}, "scales RoPE (rope_freqs.weight)"),
         ({"extra": {"rope_factors_long.weight": [1.0, 2.0, 2.5, 7.0]}}, "scales RoPE (longrope)"),
@@ -294,6 +298,35 @@ def test_the_scaled_frequencies_of_llama_3_are_written_into_the_config() -> None
     assert len(set(factors.tolist())) == 3  # short waves as they are, one between, long ones divided by 8
     folder = locate(str(write_gguf(Path("scaled.gguf"), extra={"rope_freqs.weight": factors.tolist()}, theta=theta)))
     torch.testing.assert_close(transformers.AutoModelForCausalLM.from_pretrained(folder).model.rotary_emb.inv_freq, scaled)
+
+
+def test_a_linear_scaling_is_written_into_the_config() -> None:
+    folder = locate(str(write_gguf(Path("linear.gguf"), scaling="linear", theta=500.0)))
+    assert json.loads((folder / "config.json").read_text())["rope_parameters"] == {"rope_theta": 500.0, "rope_type": "linear", "factor": 4.0}
+
+
+@pytest.mark.parametrize(("width", "scale"), [(256, 256), (128, 168)])
+def test_large_gemmas_divide_their_scores_by_the_width_of_a_share_of_the_stream(width: int, scale: int) -> None:
+    config = transformers.Gemma3TextConfig(hidden_size=5376, num_attention_heads=32, num_key_value_heads=16, head_dim=width)
+    restore_scale(config)
+    assert config.query_pre_attn_scalar == scale
+
+
+def test_a_base_of_rope_that_transformers_does_not_read_is_restored(gguf: Path) -> None:
+    config = transformers.Gemma3TextConfig()
+    restore_rope(gguf, GGUFReader(write_gguf(Path("base.gguf"), theta=500.0)), config)
+    assert (config.rope_parameters["full_attention"]["rope_theta"], config.rope_parameters["sliding_attention"]["rope_theta"]) == (500.0, 10000.0)
+
+
+def test_a_head_that_is_stored_beside_the_same_embedding_is_no_number_too_many(gguf: Path) -> None:
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=260, hidden_size=32, num_hidden_layers=1, tie_word_embeddings=True))
+    table = SimpleNamespace(name="token_embd.weight", shape=(32, 260))
+    check_complete(gguf, SimpleNamespace(tensors=[table, SimpleNamespace(name="output.weight", shape=(32, 260))]), model, [])
+    others = sum(parameter.numel() for parameter in model.parameters()) - 32 * 260
+    rest = SimpleNamespace(name="blk.0.ffn_up.weight", shape=(others,))
+    check_complete(gguf, SimpleNamespace(tensors=[table, rest, SimpleNamespace(name="output.weight", shape=(32, 260))]), model, [])
+    with pytest.raises(ModelError, match="has 1 numbers that"):
+        check_complete(gguf, SimpleNamespace(tensors=[table, rest, SimpleNamespace(name="blk.0.attn_q.bias", shape=(1,))]), model, [])
 
 
 def test_factors_of_one_scale_nothing() -> None:
