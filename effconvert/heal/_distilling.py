@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from transformers import PrinterCallback, TrainingArguments
 from effconvert import processes
 from effconvert.checkpoint.shards import read_header
 from effconvert.errors import EffconvertError, ModelError
-from effconvert.heal._allocator import keep_freed_memory
+from effconvert.heal._allocator import freed_memory_is_kept
 from effconvert.heal._deadline import Deadline
 from effconvert.heal._distiller import Distiller
 from effconvert.heal._sharing import share
@@ -77,6 +77,10 @@ def _plain_errors(place: Path) -> Iterator[None]:
         raise
 
 
+def _memory(setting: "Setting") -> AbstractContextManager[None]:
+    return freed_memory_is_kept() if setting.student.device.type == "cpu" else nullcontext()
+
+
 @dataclass(frozen=True)
 class Setting:
     """What is trained, towards what, on what, and where its checkpoints are.
@@ -107,8 +111,6 @@ class Setting:
 
     def trainer(self, **arguments: Any) -> Distiller:
         """Return the Trainer, with some arguments in place of the usual ones."""
-        if self.student.device.type == "cpu":
-            keep_freed_memory()
         if self.options.gradient_checkpointing:
             checkpoint_activations(self.student)
         trainer = self.kind(
@@ -172,7 +174,7 @@ def distill(setting: Setting, report: Report) -> Distilled:
     trainer.add_callback(Reporter(report, lambda: int(trainer.seconds) if options.minutes else trainer.state.global_step * tokens, tokens))
     trainer.check(windows.held_out[0])
     trainer.fit_projections(windows.held_out[: options.windows])
-    with quiet_transformers(), _plain_errors(setting.place):
+    with quiet_transformers(), _plain_errors(setting.place), _memory(setting):
         with trainer.accelerator.main_process_first():  # which removes what a kill left
             checkpoint = last_whole_checkpoint(setting.place)
         if not checkpoint or not trainer.was_done(Path(checkpoint)):
@@ -192,7 +194,7 @@ def seconds_of(setting: Setting) -> float:
     trainer.add_callback(clock)
     trainer.fit_projections(setting.windows.held_out[: setting.options.windows])
     batch = setting.windows.held_out[: trainer.args.per_device_eval_batch_size]
-    with quiet_transformers(), _plain_errors(setting.place):
+    with quiet_transformers(), _plain_errors(setting.place), _memory(setting):
         trainer.train()
         trainer.evaluate(batch)  # the first one runs the teacher too
         began = time.monotonic()
