@@ -136,14 +136,15 @@ def restore_rope(path: Path, file: Any, config: Any) -> None:
     factors = next((torch.from_numpy(tensor.data.copy()).float() for tensor in file.tensors if tensor.name == FACTORS), None)
     if factors is not None and not bool((factors == 1).all()):
         scaling = {"factor": float(factors.max()), **LLAMA_3}
-        expected = _llama3_factors(2 * len(factors), rope["rope_theta"], **scaling)
-        kind = "llama3" if torch.allclose(factors, expected, rtol=1e-3) else FACTORS
-        rope.update({"rope_type": kind, **scaling})
+        kind = FACTORS
+        if torch.allclose(factors, _llama3_factors(2 * len(factors), rope["rope_theta"], **scaling), rtol=1e-3):
+            kind = "llama3"
+            rope.update({"rope_type": kind, **scaling})
     elif any(tensor.name.startswith("rope_factors_") for tensor in file.tensors):
         kind = "longrope"
     elif kind == "linear" and factor:
         rope.update({"rope_type": kind, "factor": float(factor)})
-    if kind not in (None, "none", "llama3", "linear"):
+    if kind not in (None, "none", rope.get("rope_type")):
         raise ModelError(f"{path} scales RoPE ({kind}), which transformers {transformers.__version__} does not read from it; take the model's safetensors")
 
 

@@ -194,7 +194,13 @@ def test_a_hub_that_cannot_be_reached_is_an_error_of_one_line(hub: Run) -> None:
 
 
 def write_gguf(
-    path: Path, without: str = "", extra: Mapping[str, Sequence[float]] | None = None, scaling: str = "", theta: float = 10000.0, parts: int = 1
+    path: Path,
+    without: str = "",
+    extra: Mapping[str, Sequence[float]] | None = None,
+    scaling: str = "",
+    factor: float = 4.0,
+    theta: float = 10000.0,
+    parts: int = 1,
 ) -> Path:
     """Write a random Llama of one layer with 4 KV heads in float32, with the alphabet of bytes as its tokenizer.
 
@@ -203,6 +209,7 @@ def write_gguf(
         without: a tensor that it lacks.
         extra: more tensors.
         scaling: of RoPE.
+        factor: of the scaling; 0 leaves it out.
         theta: of RoPE.
         parts: number of files.
     """
@@ -232,7 +239,8 @@ def write_gguf(
     writer.add_eos_token_id(1)
     if scaling:
         writer.add_rope_scaling_type(RopeScalingType(scaling))
-        writer.add_rope_scaling_factor(4.0)
+        if factor:
+            writer.add_rope_scaling_factor(factor)
     random = numpy.random.default_rng(0)
     shapes = {
         "token_embd": (len(pieces), width),
@@ -274,6 +282,7 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"extra": {"rope_freqs.weight": [1.0, 2.0, 2.5, 7.0]}}, "scales RoPE (rope_freqs.weight)"),
         ({"extra": {"rope_factors_long.weight": [1.0, 2.0, 2.5, 7.0]}}, "scales RoPE (longrope)"),
         ({"scaling": "yarn"}, "scales RoPE (yarn)"),
+        ({"scaling": "linear", "factor": 0.0}, "scales RoPE (linear)"),
     ],
 )
 def test_what_transformers_would_make_up_or_leave_out_of_a_gguf_file_is_refused(change: dict[str, Any], said: str) -> None:
