@@ -4,7 +4,7 @@ import os
 import sys
 from io import TextIOWrapper
 
-from effconvert.errors import INTERRUPTED, STOPPED, is_interrupt
+from effconvert.errors import INTERRUPTED, STOPPED, is_interrupt, remember_interrupts
 
 SPINS = "10000"  # rounds that a thread waits actively before it sleeps; libgomp's own default is 300000 (decision 25)
 CHOICES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # by which a user may have decided that
@@ -32,6 +32,7 @@ def main() -> None:
         sys.stdout.write(page())
     else:
         limit_spinning()
+        remember_interrupts()
         try:
             from effconvert.cli import main as commands
 

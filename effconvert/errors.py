@@ -1,10 +1,14 @@
 """The errors of effconvert. A message names the cause, what is needed, and what to do next."""
 
+import signal
 from collections.abc import Iterator
+from types import FrameType
 
 STOPPED = "\nStopped. Conversions, trainings and evaluations keep what is finished: the same command goes on from there."  # after Ctrl-C,
 INTERRUPTED = 130  # with this exit code
 BROKEN_PIPE = 141  # exit code where nobody reads the output on, as of `head -1`: 128 + SIGPIPE, like that of other tools
+
+_interrupts: list[int] = []  # signals of them that came
 
 # Names of errors of libraries that mean: no network.
 OFFLINE = ("ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectTimeout", "ConnectError", "DatasetNotFoundError", "HfHubHTTPError")
@@ -43,9 +47,20 @@ def is_offline(error: BaseException) -> bool:
     return any(type(link).__name__ in OFFLINE or isinstance(link, ConnectionError) for link in _chain(error))
 
 
+def remember_interrupts() -> None:
+    """Remember Ctrl-C in this process: a library that is loading may lose it, and fail later for what it then lacks. A shell may have turned it off."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        _interrupts.append(number)
+        signal.default_int_handler(number, frame)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
+
+
 def is_interrupt(error: BaseException) -> bool:
-    """Whether `error` is an interrupt by the user, or what a library made of one: transformers' lazy imports raise ModuleNotFoundError then."""
-    return any(isinstance(link, KeyboardInterrupt) for link in _chain(error))
+    """Whether `error` is an interrupt by the user, or came of one: transformers' lazy imports make ModuleNotFoundError of it, others lose it."""
+    return bool(_interrupts) or any(isinstance(link, KeyboardInterrupt) for link in _chain(error))
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -48,17 +48,20 @@ def explained(name: str, message: str) -> str:
     return f"--{flag} is an option of {commands}: run that on the result, or write a recipe with `{methods[0]}: {{{flag}: ...}}`"
 
 
-def arguments(name: str, options: Mapping[str, Any]) -> list[str]:
+def arguments(name: str, options: Mapping[str, Any], defaults: bool = True) -> list[str]:
     """Return the options of step `name` as a user types them: without those that are not set, and switches only where they differ from the default.
 
+    Without `defaults` only what differs from the default: for titles, as a training has twenty options.
     Manifests of other versions may have steps and switches that this one has not; such a switch is taken to be off by default.
     """
     from effconvert.options import as_typed  # imports pydantic, which `--help` does without
 
     words, fields = list[str](), load(name).model_fields if name in catalogue() else {}
     for key, value in options.items():
+        field = fields.get(key.replace("-", "_"))
+        if not defaults and field and as_typed(value) == as_typed(field.default):
+            continue
         if isinstance(value, bool):
-            field = fields.get(key.replace("-", "_"))
             words += [] if value == (field.default if field else False) else [f"--{'' if value else 'no-'}{key}"]
         elif value is not None and (typed := as_typed(value)):  # an empty list is one that is not set
             words += [f"--{key}", typed]

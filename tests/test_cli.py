@@ -383,6 +383,7 @@ def test_ctrl_c_while_libraries_load_is_no_traceback(monkeypatch: pytest.MonkeyP
             raise KeyboardInterrupt
 
     monkeypatch.setitem(sys.modules, "effconvert.cli", Loading("effconvert.cli"))
+    monkeypatch.setattr("effconvert.__main__.remember_interrupts", lambda: None)  # in this process it is pytest's
     monkeypatch.setattr(sys, "argv", ["effconvert", "list"])
     monkeypatch.setenv(CHOICES[0], SPINS)
     with pytest.raises(SystemExit) as stopped:
@@ -400,6 +401,26 @@ def test_ctrl_c_that_a_library_turned_into_another_error_is_still_that(command: 
     monkeypatch.setattr("effconvert.convert.run.convert", load)
     result = command("gqa", "--groups", "2", model)
     assert (result.exit_code, result.stderr) == (INTERRUPTED, f"{STOPPED}\n")
+
+
+def test_ctrl_c_that_a_library_lost_is_remembered(python: str, environment: dict[str, str]) -> None:
+    lost = """
+        import os, signal, sys
+        from effconvert import __main__, cli, errors
+
+        def load(*_, **__):
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except KeyboardInterrupt:
+                pass
+            raise errors.ModelError("the tokenizer cannot be loaded")
+
+        cli.Commands.get_command = lambda *_: cli.click.Command("gqa", callback=load)
+        sys.argv = ["effconvert", "gqa"]
+        __main__.main()
+    """
+    done = subprocess.run([python, "-c", dedent(lost)], env=environment, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (INTERRUPTED, f"{STOPPED}\n")
 
 
 @pytest.mark.parametrize(
@@ -440,6 +461,13 @@ def test_all_techniques_are_listed_by_kind_and_without_torch(python, environment
         assert summary in done.stdout
     assert done.stdout.index("attention\n") < done.stdout.index("gqa") < done.stdout.index("depth\n") < done.stdout.index("prune-layers")
     assert "saves KV cache" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["list", "kernels"])
+def test_lists_fit_a_narrow_terminal_and_are_whole_lines_in_a_pipe(command: Command, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    assert max(map(len, command(name).stdout.splitlines())) > 100
+    monkeypatch.setattr(f"effconvert.commands.{name}.columns", lambda: 60)
+    assert max(map(len, command(name).stdout.splitlines())) <= 60
 
 
 @pytest.mark.parametrize("arguments", [["list"], ["gqa", "--groups", "2", "--pool", "mean", "model", "--dry-run"]], ids=lambda a: a[0])

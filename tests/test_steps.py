@@ -17,3 +17,9 @@ from effconvert.steps import arguments
 )
 def test_options_are_written_as_the_command_line_takes_them(name, options, typed):
     assert arguments(name, options) == typed
+
+
+def test_titles_leave_out_what_has_its_default():
+    options = {"train-tokens": 2048, "window": 64, "packing": "joined", "objective": "kl", "ce": 0.0, "hidden": 0.5, "tasks": [], "minutes": None}
+    assert arguments("distill", options, defaults=False) == ["--train-tokens", "2048", "--window", "64", "--hidden", "0.5"]
+    assert arguments("of-another-version", {"size": 3}, defaults=False) == ["--size", "3"]

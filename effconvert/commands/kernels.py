@@ -2,7 +2,7 @@
 
 import click
 
-WIDTH = 100  # of the text, in characters
+from effconvert.commands._width import columns
 
 
 @click.command(name="kernels")
@@ -24,7 +24,7 @@ def command() -> None:
     from effconvert.kernels.choice import VARIABLE, obstacle, operations, runs_triton, wanted
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    missing = obstacle(device)
+    missing, width = obstacle(device), columns()
     try:
         asked = wanted()
     except ValueError as error:
@@ -33,11 +33,11 @@ def command() -> None:
     click.echo(f"{VARIABLE}: {asked}\n")
     for name, operation in operations().items():
         click.secho(name.replace("_", "-"), bold=True)
-        click.echo(click.wrap_text(operation.summary, WIDTH, "  ", "  "))
+        click.echo(click.wrap_text(operation.summary, width, "  ", "  "))
         why = "it has no kernel" if not operation.kernel else missing
         if not why and not runs_triton(device, name):
             why = f"{VARIABLE} says so" if asked == "reference" else "the kernel was never measured on this card"
         measured = f"; measured on {', '.join(operation.measured) or 'no card'}" if operation.kernel else ""
         refused = asked == "triton" and operation.kernel and missing  # as everything that would call it says
         runs = f"an error, as {why}" if refused else f"the reference, as {why}" if why else "the kernel"
-        click.echo(f"  here: {runs}{measured}\n")
+        click.echo(click.wrap_text(f"here: {runs}{measured}", width, "  ", "  ") + "\n")

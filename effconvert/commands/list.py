@@ -1,9 +1,8 @@
 """List the techniques: where each applies and what it saves."""
 
-import shutil
-import sys
-
 import click
+
+from effconvert.commands._width import columns
 
 
 @click.command(name="list")
@@ -20,15 +19,14 @@ def command() -> None:
     from effconvert import steps
 
     width = 2 + max(map(len, steps.techniques()))
-    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10**6  # a pipe gets each line whole
-    indent = " " * (2 + width)
+    most, indent = columns(), " " * (2 + width)
     for kind, techniques in steps.by_kind().items():
         click.secho(kind, bold=True)
         for name, summary in techniques.items():
-            lines = click.wrap_text(summary, columns, indent, indent)
+            lines = click.wrap_text(summary, most, indent, indent)
             click.echo(f"  {click.style(name, bold=True)}{lines[2 + len(name) :]}")
             if facts := steps.load(name).facts:
                 opens = f"opens as {facts.native}" if facts.native else "needs effconvert"
                 exact = f"exact {facts.exact}" if facts.exact else "never exact"
-                click.echo(click.wrap_text(f"for {facts.applies}; saves {facts.saves}; {opens}; {exact}", columns, indent, indent))
+                click.echo(click.wrap_text(f"for {facts.applies}; saves {facts.saves}; {opens}; {exact}", most, indent, indent))
         click.echo()

@@ -79,6 +79,8 @@ def read_text(plan: Plan) -> TrainingText:
     else:
         (ids, tokens), predicted = _joined(plan, tokenizer, rows, between), None
         have = f"{tokens} tokens"
+    if talk and not len(ids):
+        raise OptionError(f"{name} has no conversation in which the assistant answers, and only answers are trained on; give one that has them")
     if len(ids) < LEAST:
         need = f"at least {LEAST}" if predicted is not None else LEAST * options.window
         raise OptionError(f"{name} has {have}, and --window {options.window} needs {need}; give a longer --data")

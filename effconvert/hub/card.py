@@ -78,7 +78,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _steps(recipe: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:
-    return ", then ".join(" ".join([name, *arguments(name, options)]) for step in recipe for name, options in step.items())
+    return ", then ".join(" ".join([name, *arguments(name, options, defaults=False)]) for step in recipe for name, options in step.items())
 
 
 def _link(past: History) -> str:
@@ -115,7 +115,7 @@ def _cost(past: History, report: Verification | None) -> str:
     if report is None:
         return ""
     before, after = report.before, report.after
-    original = "the original" if past.last == len(past.recipe) else "before the last conversion"
+    original = "the original" if past.from_original else "before the last conversion"
     rows: list[tuple[str, ...]] = [("parameters", f"{before.parameters:,}", f"{after.parameters:,}", f"{after.parameters / before.parameters:.3g} x")]
     if before.kv_bytes:
         rows.append(("bytes of KV cache a token", f"{before.kv_bytes:,}", f"{after.kv_bytes:,}", f"{after.kv_bytes / before.kv_bytes:.3g} x"))
@@ -227,7 +227,7 @@ def _limits(
             f"Verified: reloaded from disk in transformers, every number finite, parameters and cache as planned. Computed in {plain(report.dtype)} on "
             f"{plain(report.device)}{f', with {plain(made_with)}' if made_with else ''}."
         )
-        if past.last < len(past.recipe):
+        if not past.from_original:
             yield f"The verification compares the last conversion ({plain(_steps(past.recipe[-past.last :]))}) with the model before it."
         if quality:
             yield (

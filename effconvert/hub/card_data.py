@@ -48,6 +48,11 @@ class History:
         return list(dict.fromkeys(name for step in self.recipe for name in step))
 
     @property
+    def from_original(self) -> bool:
+        """Whether the last conversion began from the first original, so that the verification compares with that."""
+        return self.last == len(self.recipe)
+
+    @property
     def healed(self) -> bool:
         """Whether the recipe has healing steps."""
         return not set(self.techniques) <= {*steps.techniques(), "transplant"}  # which recovers nothing
@@ -118,7 +123,7 @@ def metadata(
     carried: dict[str, Any] = {key: words for key in CARRIED if (words := _words(before.get(key)))}
     task = auto_class(config)[1]
     tags = _words(before.get("tags")) or []
-    scores = [*_verified(report, task), *(score for value in results if isinstance(value, Evaluation) for score in _scores(value, task))]
+    scores = [*_verified(past, report, task), *(score for value in results if isinstance(value, Evaluation) for score in _scores(value, task))]
     return ModelCardData(
         base_model=past.source if past.hub else _words(before.get("base_model")),
         # Of the Hub's four relations (finetune, adapter, merge, quantized) none is true of surgery alone.
@@ -137,12 +142,13 @@ def _words(value: Any) -> str | list[str] | None:
     return value if isinstance(value, str) and value else None
 
 
-def _verified(report: Verification | None, task: str | None) -> list[EvalResult]:
+def _verified(past: History, report: Verification | None, task: str | None) -> list[EvalResult]:
     quality = report and report.after.quality
     if not report or not quality:
         return []
     about: dict[str, Any] = {"dataset_type": "text", "dataset_name": report.text, "dataset_args": {"tokens": quality.tokens, "context": quality.context}}
-    values = {"perplexity": quality.perplexity, "kl_from_original": quality.kl, "same_top_token_as_original": quality.agreement}
+    distances = {"kl_from_original": quality.kl, "same_top_token_as_original": quality.agreement} if past.from_original else {}
+    values = {"perplexity": quality.perplexity, **distances}
     return [EvalResult(task or "other", metric_type=metric, metric_value=value, **about) for metric, value in values.items() if value is not None]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from effconvert.checkpoint.digest import matters
 from effconvert.eval.results import Evaluation, Timing
-from effconvert.report.facts import Report, beside_original, better
+from effconvert.report.facts import Report, beside_original, better, first_original
 
 FEW_DOCUMENTS = 100  # an accuracy then has a standard error of up to 0.05
 FEW_ROUNDS = 5
@@ -39,7 +39,11 @@ def _of_the_model(report: Report, folder: Path) -> Iterator[str]:
         return
     if verification.after.parameters != report.subject.parameters:
         yield f"The verification was of a model with {verification.after.parameters} parameters, and this one has {report.subject.parameters}."
-    if report.original and verification.before.parameters != report.original.parameters:
+    source = manifest.source
+    if source.made_by:
+        first = first_original(source)
+        yield f"The verification compares the last conversion with {source.model}, from which that began, and not with the first original, {first}."
+    elif report.original and verification.before.parameters != report.original.parameters:
         yield (
             f"The original in the results, {report.labels[0]}, has {report.original.parameters} parameters, "
             f"and the model that was converted had {verification.before.parameters}: they are not the same."

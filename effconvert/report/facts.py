@@ -73,14 +73,24 @@ class Report:
 
 
 def command_line(recipe: Sequence[dict[str, dict[str, Any]]]) -> str:
-    """Write a recipe as options on the command line."""
-    return ", then ".join(" ".join([name, *arguments(name, options)]) for step in recipe for name, options in step.items())
+    """Write a recipe as options on the command line, those that differ from the defaults."""
+    return ", then ".join(" ".join([name, *arguments(name, options, defaults=False)]) for step in recipe for name, options in step.items())
 
 
 def lineage(source: Source) -> str:
     """Name the source of a model, back to the first that effconvert did not write."""
     conversion = source.made_by
     return source.model + (f" (which is {command_line(conversion.recipe)}, from {lineage(conversion.source)})" if conversion and conversion.source else "")
+
+
+def first_original(source: Source) -> str:
+    """Name the first model that led to one, which effconvert did not write."""
+    return first_original(source.made_by.source) if source.made_by and source.made_by.source else source.model
+
+
+def began_from(source: Source) -> str:
+    """Name what the last conversion began from, and was compared with: the original, or a model that effconvert had written."""
+    return source.model if source.made_by else "the original"
 
 
 def beside_original(report: Report) -> Iterator[tuple[Cell, Cell]]:

@@ -8,11 +8,11 @@ from pathlib import Path
 from effconvert.errors import OptionError
 from effconvert.eval.results import Benchmark, Evaluation, Row, ShapedSubject, Subject, Value
 from effconvert.eval.subject import open_model
-from effconvert.eval.verification import Side, Verification
+from effconvert.eval.verification import Side
 from effconvert.paths import real
 from effconvert.quantities import count, perplexity, size
 from effconvert.report.doubts import doubts
-from effconvert.report.facts import Card, Report, beside_original, better, command_line, lineage
+from effconvert.report.facts import Card, Report, began_from, beside_original, better, command_line, first_original, lineage
 from effconvert.report.inputs import Manifest, names, read_manifest, read_results
 from effconvert.report.tables import number, score
 from effconvert.steps import arguments
@@ -79,7 +79,7 @@ def _verdict(manifest: Manifest | None) -> str:
         return "Not verified by effconvert, which did not write this model."
     if not manifest.verified:
         return "NOT VERIFIED: this model was written and never loaded. Convert it again without --no-verify."
-    return "Verified: reloaded from disk in transformers, run, and compared with its original."
+    return f"Verified: reloaded from disk in transformers, run, and compared with {began_from(manifest.source)}."
 
 
 def _cards(report: Report) -> Iterator[Card]:
@@ -95,23 +95,24 @@ def _cards(report: Report) -> Iterator[Card]:
         worse = sum(better(row, value) is False for row, value in tested)
         improved = sum(better(row, value) is True for row, value in tested)
         yield Card("significantly worse", "", f"{worse} of {len(tested)}", note=f"measured differences; {improved} significantly better, at the 5 % level")
-    yield from _distance(rows, verified)
+    yield from _distance(rows, report.manifest)
     if cells := [cell for cell, _ in beside_original(report) if cell.decode and "decode" in cell.ratios]:
         cell = max(cells, key=lambda cell: (-cell.batch, cell.context))
         yield Card("decode time", "", f"{cell.ratios['decode']:.3g} x", note=f"of the original's, batch {cell.batch}, context {cell.context}")
 
 
-def _distance(rows: Sequence[tuple[Row, Value | None, Value | None]], verified: Verification | None) -> Iterator[Card]:
+def _distance(rows: Sequence[tuple[Row, Value | None, Value | None]], manifest: Manifest | None) -> Iterator[Card]:
     """Yield the distance of the model from the original on text: from the evaluation with error bars, or from the verification."""
     texts = {}
     for row, original, value in rows:
         if row.task == "text" and value:
             texts[row.metric] = (score(original) if original else "", *_with_note(value, row.documents))
-    first, last = (verified.before.quality, verified.after.quality) if verified else (None, None)
-    if first and last:
-        texts.setdefault("perplexity", (perplexity(first.perplexity), perplexity(last.perplexity), "in the verification"))
+    verified = manifest.report if manifest else None
+    if manifest and verified and verified.before.quality and (last := verified.after.quality):
+        model = began_from(manifest.source)
+        texts.setdefault("perplexity", (perplexity(verified.before.quality.perplexity), perplexity(last.perplexity), f"in the verification; before: {model}"))
         if last.agreement is not None:
-            texts.setdefault("same_top_token", ("", f"{last.agreement:.1%}", "as the original, in the verification"))
+            texts.setdefault("same_top_token", ("", f"{last.agreement:.1%}", f"as {model}, in the verification"))
     for metric, name in (("perplexity", "perplexity"), ("same_top_token", "same top token")):
         if metric in texts:
             before, after, note = texts[metric]
@@ -128,7 +129,7 @@ def _card(what: str, before: int | None, after: int, show: Callable[[int], str])
 
 
 def _missing(report: Report) -> dict[str, str]:
-    original = report.original.name if report.original else report.manifest.source.model if report.manifest else "ORIGINAL"
+    original = report.original.name if report.original else first_original(report.manifest.source) if report.manifest else "ORIGINAL"
     models = shlex.join([original, report.model])
     missing = {}
     if not report.evaluations:

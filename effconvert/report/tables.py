@@ -11,7 +11,7 @@ from effconvert.eval.training import Training
 from effconvert.eval.verification import Verification
 from effconvert.families import ENCODER_DECODERS
 from effconvert.quantities import count, perplexity, size
-from effconvert.report.facts import Report, better, lineage
+from effconvert.report.facts import Report, began_from, better, lineage
 
 CONTEXTS = (1024, 4096, 8192, 32768, 131072)
 
@@ -232,9 +232,10 @@ def cache(report: Report) -> Table | None:
 
 def writes(report: Report) -> Iterator[Table]:
     """Yield the tables of the models' continuations of the same prompt."""
-    verified = report.manifest and report.manifest.report
-    if verified and (verified.before.continuation or verified.after.continuation):
-        both = (("original", repr(verified.before.continuation)), ("converted", repr(verified.after.continuation)))
+    manifest = report.manifest
+    verified = manifest and manifest.report
+    if manifest and verified and (verified.before.continuation or verified.after.continuation):
+        both = ((began_from(manifest.source), repr(verified.before.continuation)), ("converted", repr(verified.after.continuation)))
         yield Table("What they write, in the verification", ("", "continuation"), both)
     for name, evaluation in report.evaluations.items():
         if any(evaluation.continuations):

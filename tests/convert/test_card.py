@@ -129,6 +129,9 @@ def test_a_model_that_was_converted_twice_is_traced_to_its_root() -> None:
     assert yaml.safe_load(recipe) == [{"expand-kv": {"heads": 4}}, {"gqa": {"groups": 2, "pool": "mean"}}]
     assert COMMIT in card.text
     assert "| before the last conversion |" in card.text
+    assert [result.metric_type for result in card.data.eval_results] == ["perplexity"]  # the others are not of the original
+    first = ModelCard(render(manifest(LOCAL), CONFIG, ""))
+    assert [result.metric_type for result in first.data.eval_results] == ["perplexity", "kl_from_original", "same_top_token_as_original"]
 
 
 def test_a_step_that_is_no_surgery_makes_it_a_finetune() -> None:

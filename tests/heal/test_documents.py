@@ -98,6 +98,12 @@ def test_templates_that_are_missing_or_write_the_past_anew_or_refuse_are_refused
     assert letters().decode(said_first.ids[0][said_first.predicted[0]]) == "the sea\n"
 
 
+def test_a_mark_of_byte_order_is_no_part_of_a_text():
+    Path("plain.txt").write_text(prose(50))
+    Path("marked.txt").write_text(prose(50), encoding="utf-8-sig")
+    assert read_calibration("marked.txt").content == read_calibration("plain.txt").content
+
+
 @pytest.mark.parametrize("file", ["text.parquet", "text.jsonl"])
 def test_rows_with_a_text_are_joined_or_have_windows_of_their_own(file):
     texts = [prose(50, seed=seed) for seed in range(60)]
@@ -129,8 +135,14 @@ def test_a_model_is_trained_on_conversations(more):
         ({"packing": "documents"}, OptionError, "needs documents, and --data docstrings is one text"),
         ({"data": "talk.jsonl", "recall": 0.5}, OptionError, "--recall copies passages within full windows"),
         ({"data": "few.jsonl"}, OptionError, r"few\.jsonl has . windows, and --window 32 needs at least 4"),
-        ({"data": "neither.jsonl"}, OptionError, "has no column `text` with a text in each row, and no `messages` with a role and a content each"),
-        ({"data": "wrong.jsonl"}, OptionError, "no `messages` with a role and a content each"),
+        ({"data": "neither.jsonl"}, OptionError, "from row 1 on: it has neither; each row needs a `text`, or each `messages` with a role and a content each"),
+        ({"data": "wrong.jsonl"}, OptionError, "from row 1 on: its `messages` are no list of messages with a role each"),
+        ({"data": "tools.jsonl"}, OptionError, "from row 1 on: a message has no text as its content, such as a call of a tool"),
+        ({"data": "null.jsonl"}, OptionError, "from row 3 on: its `text` is no text"),
+        ({"data": "mixed.jsonl"}, OptionError, "from row 2 on: it is a conversation, and others are texts"),
+        ({"data": "blank.jsonl"}, OptionError, r"blank\.jsonl has no row with a text; give another"),
+        ({"data": "asked.jsonl"}, OptionError, "no conversation in which the assistant answers, and only answers are trained on"),
+        ({"data": "list.jsonl"}, OptionError, "give a text file, or JSON lines with a `text` in each row"),
     ],
 )
 def test_what_cannot_be_is_refused(options, error, message):
@@ -140,6 +152,12 @@ def test_what_cannot_be_is_refused(options, error, message):
     rows_to("few.jsonl", conversations(1))
     rows_to("neither.jsonl", [{"other": "a"}])
     rows_to("wrong.jsonl", [{"messages": [{"from": "user", "value": "a"}]}])
+    rows_to("tools.jsonl", [{"messages": [{"role": "assistant", "content": None}]}])
+    rows_to("null.jsonl", [{"text": "a"}, {"text": "b"}, {"text": None}])
+    rows_to("mixed.jsonl", [{"text": "a"}, *conversations(1)])
+    rows_to("blank.jsonl", [{"text": text} for text in ("", " ", "\n")])
+    rows_to("asked.jsonl", [{"messages": TALK[:1]}] * 50)
+    Path("list.jsonl").write_text("[1]\n[2]\n")
     before = {path.name for path in Path().iterdir()}
     with pytest.raises(error, match=message):
         run("model", Gqa(groups=1), Distill(**{**SHORT, **options}))

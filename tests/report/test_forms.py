@@ -55,7 +55,7 @@ def test_the_three_forms_say_the_same(converted, results, tmp_path):
 def test_what_was_measured_is_what_is_shown(converted, results, tmp_path):
     made = report(converted, results, tmp_path / "out.html")
     markdown = plain((tmp_path / "out.md").read_text())
-    assert made.summary == "gqa --groups 2 --pool mean --grouping adjacent, from tiny"
+    assert made.summary == "gqa --groups 2 --pool mean, from tiny"
     assert "| hellaswag | acc_norm ↑ | 0.4312 ± 0.0049 | 0.3987 ± 0.0049 | -0.0325 ± 0.0041 | ▼ worse (p < 0.001) | 82.1% | 0.25 | 10042 |" in markdown
     assert "| piqa | acc ↑ | 0.684 ± 0.011 | 0.676 ± 0.011 | -0.0087 ± 0.0092 | ○ not significant (p = 0.34) | 95.3% | 0.5 | 1838 |" in markdown
     assert "| wikitext | word_perplexity ↓ | 33.4 ± 2.8 | 41.9 ± 2.8 | +8.46 ± 0.93 | ▼ worse (p < 0.001) | - | - | 62 |" in markdown
@@ -98,6 +98,24 @@ def test_without_results_the_verification_is_shown_and_what_would_add_the_rest(c
     ]
     assert "of it, only what the cards say is known here" in text_of(tmp_path / "out.html")
     assert "384 B" in markdown  # of the original, from the manifest
+
+
+def test_a_model_that_was_converted_twice_is_compared_with_what_the_last_conversion_began_from(llama, converted, subjects, tmp_path):
+    convert(str(converted), (Gqa(groups=1, pool="mean"),), RunOptions(output=tmp_path / "twice", tokens=120, context=40))
+    made = report(tmp_path / "twice", [], tmp_path / "out.html")
+    markdown = plain((tmp_path / "out.md").read_text())
+    assert made.verdict.endswith("and compared with tiny-gqa-2.")
+    assert {card.what: card.note for card in made.cards if card.note} == {
+        "perplexity": "in the verification; before: tiny-gqa-2",
+        "same top token": "as tiny-gqa-2, in the verification",
+    }
+    told = "The verification compares the last conversion with tiny-gqa-2, from which that began, and not with the first original, tiny."
+    assert told in made.doubts
+    assert "| tiny-gqa-2 | '" in markdown
+    assert next(iter(made.missing.values())) == "effconvert eval tiny twice -o eval.json"
+    save(evaluation(subjects[0], open_model(str(tmp_path / "twice")).subject), tmp_path / "eval.json")
+    doubts = report(tmp_path / "twice", [tmp_path / "eval.json"], tmp_path / "with.html").doubts
+    assert not any("they are not the same" in doubt for doubt in doubts)
 
 
 def test_a_model_that_was_never_verified_is_called_that_at_the_top(llama, tmp_path):

@@ -7,7 +7,7 @@ versions, so `Text.name` states the version.
 import ast
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -93,11 +93,15 @@ def name_of(value: str) -> str:
     return path.name if (path := expand(value)).is_file() else value
 
 
+class RowError(ValueError):
+    """A row of a dataset is neither a text nor a conversation; the text says why."""
+
+
 def read_rows(value: str, option: str) -> Iterator[str | Conversation]:
-    """Yield the rows of JSON lines, of parquet or of a dataset on the Hub as they come: its column `text`, or else `messages`; never both.
+    """Yield the rows of JSON lines, of parquet or of a dataset on the Hub as they come: its column `text`, or else `messages`; never both, nor a blank text.
 
     Raises:
-        OptionError: it is none of these, or a row has neither.
+        OptionError: it is none of these, a row has neither, or all texts are blank.
         EffconvertError: the Hub cannot be reached.
     """
     path = expand(value)
@@ -107,7 +111,7 @@ def read_rows(value: str, option: str) -> Iterator[str | Conversation]:
     hub = not path.exists() and name.count("/") == 1 and path.suffix not in FILES
     if not path.is_file() and not hub:
         raise OptionError(f"{option} {value} is neither a file nor the name of a dataset on the Hub (owner/name, owner/name:config); give one")
-    kinds = set[type]()
+    kinds, number, blank = set[type](), 0, 0
     try:
         with quiet_datasets():
             kind = "parquet" if path.suffix == ".parquet" else "json"
@@ -116,31 +120,41 @@ def read_rows(value: str, option: str) -> Iterator[str | Conversation]:
                 if hub
                 else datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
             )
-            for row in rows:
-                content = row["text"] if isinstance(row.get("text"), str) else _messages(row["messages"])
+            for number, row in enumerate(rows, 1):  # noqa: B007 (named in errors)
+                content = row["text"] if isinstance(row.get("text"), str) else _messages(row)
                 kinds.add(type(content))
                 if len(kinds) > 1:
-                    raise KeyError("text")
-                yield content
-    except KeyError:
-        columns = "no column `text` with a text in each row, and no `messages` with a role and a content each"
-        raise OptionError(f"{option} {value} has {columns}; give a dataset that has one, or a text file") from None
+                    raise RowError("it is a text, and others are conversations" if isinstance(content, str) else "it is a conversation, and others are texts")
+                if isinstance(content, str) and not content.strip():
+                    blank += 1
+                else:
+                    yield content
+    except RowError as error:
+        need = "each row needs a `text`, or each `messages` with a role and a content each"
+        raise OptionError(f"{option} {value} cannot be used from row {number} on: {error}; {need}; mend it, or give a text file") from None
     except Exception as error:  # a damaged file, a missing dataset or no network: libraries raise many types
         if is_offline(error):
             raise EffconvertError(f"{option} {value} is not here, and the Hub cannot be reached or has no such dataset; try again with a network") from error
-        raise OptionError(f"{option} {value} cannot be read ({type(error).__name__}: {error}); give a text file") from None
+        raise OptionError(
+            f"{option} {value} cannot be read ({type(error).__name__}: {error}); give a text file, or JSON lines with a `text` in each row"
+        ) from None
+    if blank == number:
+        raise OptionError(f"{option} {value} has no row with a text; give another")
 
 
-def _messages(value: Any) -> Conversation:
+def _messages(row: Mapping[str, Any]) -> Conversation:
     """Return the messages of a conversation.
 
     Raises:
-        KeyError: it is none.
+        RowError: it is none.
     """
+    value = row.get("messages")
+    if value is None:
+        raise RowError("its `text` is no text" if "text" in row else "it has neither")
     if not isinstance(value, list) or not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in value):
-        raise KeyError("messages")
+        raise RowError("its `messages` are no list of messages with a role each")
     if not all(isinstance(message.get("content"), str | list) for message in value):
-        raise KeyError("content")  # such as calls of tools, which are no text
+        raise RowError("a message has no text as its content, such as a call of a tool")
     return tuple(value)
 
 
@@ -161,7 +175,7 @@ def read_pieces(path: Path, option: str) -> Iterator[str]:
     """
     empty = True
     try:
-        with expand(path).open(encoding="utf-8") as file:
+        with expand(path).open(encoding="utf-8-sig") as file:
             while lines := file.readlines(PIECE):
                 piece = "".join(lines)
                 empty = empty and not piece.strip()
