@@ -45,8 +45,10 @@ def decide(
             step.check(before.config)
             check_caches(before.config, "the model", f"give the options that {step.name} would choose, or choose before the cache is shared")
             if before.needs_text:
+                earlier = complete[-1].name
                 raise OptionError(
-                    f"{step.name} chooses by running the model, and {complete[-1].name} before it is not fitted yet; put {step.name} first, or convert twice"
+                    f"{step.name} chooses by running the model, and {earlier} before it is not fitted yet; convert twice, "
+                    f"or put {step.name} first, where {earlier} can follow it"
                 )
             calibration = selftext.write(before, prepare(before, options), progress)
             choice = _decide(step, replace(before, calibration=calibration), progress)

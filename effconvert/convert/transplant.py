@@ -31,7 +31,7 @@ from effconvert.surgery._placed import open_checked
 TAKEN = (*TOKENIZER, *TEMPLATES, "generation_config.json")  # files that are the instruct model's
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")  # entries of config.json that are the instruct model's
 HARMLESS = {*SPECIAL, "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"}  # entries that may differ
-COMPUTES = re.compile(r"rope|rotary|theta|act|eps|window|cap|scal|tie|norm|bias|mult")  # entries that may not
+COMPUTES = re.compile(r"rope|rotary|theta|act|eps|cap|scal|tie|norm|bias|mult|head|expert|causal|group|top_?k")  # entries that may not; windows: see below
 Found = Mapping[str, str]  # name of a tensor of the converted model -> name of the base's with the same bytes
 
 
@@ -97,6 +97,8 @@ def _differences(base: Checkpoint, instruct: Checkpoint) -> list[str]:
             raise ModelError(f"{name}: {' and '.join(descriptions)}; tensors can only be exchanged where both have the same")
     first, second = (_entries(model.folder) for model in (base, instruct))
     different = sorted(key for key in {**first, **second} if key not in HARMLESS and (first.get(key) or None) != (second.get(key) or None))
+    if base.config.windows() != instruct.config.windows():  # families write them in several entries, of which some say nothing where another is off
+        raise ModelError("config.json of --base and --instruct differ in the windows of their layers, so the tensors that stay would not fit")
     if wrong := [key for key in different if COMPUTES.search(key)]:
         values = f"{wrong[0]} = {first.get(wrong[0])} and {second.get(wrong[0])}"
         raise ModelError(f"config.json of --base and --instruct differ in what is computed ({values}), so the tensors that stay would not fit")

@@ -10,6 +10,8 @@ from effconvert.errors import OptionError
 from effconvert.heal._healing import Healing
 from effconvert.surgery.projections._parts import FACTORED
 
+FFN = ("ffn", "gate", "up", "down")
+
 if TYPE_CHECKING:
     from effconvert.checkpoint.config import Config
     from effconvert.checkpoint.layer import Layer, Model
@@ -144,7 +146,8 @@ def _notes_by_place(config: Config) -> list[str]:
             "layers that share parameters stay as they are; in those after them the outputs of attention and MLP are fitted to the original's hidden states"
         )
     for record in config.replaced:
-        name = f"{record.technique} in place of their {record.place}"
+        places = [other.place for other in config.replaced if other.technique == record.technique and {other.place, record.place} <= {*FFN}]
+        name = f"{record.technique} in place of their {', '.join(dict.fromkeys(places or [record.place]))}"
         linear = "down" in config.parts and not any("down" in other.drops for index in record.layers for other in config.replaced_in(index))
         if record.place == "embed" and all(config.shares(layer, "o") and config.shares(layer, "down") for layer in range(config.layers)):
             notes.append(f"all layers share the parameters that would make up for {record.technique}, so nothing is refitted")
@@ -166,7 +169,7 @@ def _notes_by_place(config: Config) -> list[str]:
             notes.append(f"in layers with {name} only the MLP's output projection is refitted; transfer does more")
         elif "o" in record.drops:
             notes.append(f"in layers with {name} nothing is refitted; use transfer")
-        elif record.place in ("ffn", "gate", "up", "down"):
+        elif record.place in FFN:
             notes.append(f"nothing makes up for {name}: attention is refitted where it differs from the original's, and else nothing is; use transfer")
         elif record.place in ("q", "k", "v"):
             notes.append(f"in layers with {name} that stays as it is, and the rest of attention is refitted")

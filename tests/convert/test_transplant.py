@@ -227,6 +227,10 @@ def turned():
     Path("instruct/config.json").write_text(json.dumps(config))
 
 
+def many_heads():
+    put(Path("instruct"), num_attention_heads=8, num_key_value_heads=8, head_dim=4)
+
+
 REFUSALS = [
     (lambda: put(Path("instruct"), vocab_size=256), ModelError, "the base has F32 of 128 x 32 and the instruct model has F32 of 256 x 32"),
     (lambda: put(Path("instruct"), "qwen2"), ModelError, "--base is a llama and --instruct a qwen2"),
@@ -234,8 +238,23 @@ REFUSALS = [
     (lambda: put(Path("instruct"), attention_bias=False), ModelError, "the instruct model has none of that name"),
     (trained, ModelError, "no tensor of converted is that of --base base: its weights were trained since, or it is of another model"),
     (turned, ModelError, "differ in what is computed .*rope_theta.* so the tensors that stay would not fit"),
+    (many_heads, ModelError, "differ in what is computed .*head.* so the tensors that stay would not fit"),
     (lambda: shutil.rmtree("instruct"), OptionError, "instruct"),
 ]
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_windows_count_only_where_they_are_used(used):
+    for folder, most in (("base", 4), ("instruct", 1)):
+        put(Path(folder), "qwen2", noise=0.5 * (folder == "instruct"), use_sliding_window=used, sliding_window=8, max_window_layers=most)
+        config = json.loads(Path(folder, "config.json").read_text())
+        Path(folder, "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "layer_types"}))
+    run("base", Gqa(groups=1, pool="mean"), place="converted")
+    if used:
+        with pytest.raises(ModelError, match="differ in the windows of their layers"):
+            run("converted", BOTH, dry_run=True)
+    else:
+        assert "become those of instruct" in " ".join(run("converted", BOTH, dry_run=True).plan.notes)
 
 
 @pytest.mark.parametrize(("change", "error", "message"), REFUSALS)

@@ -459,7 +459,7 @@ def test_layers_are_chosen_of_what_the_steps_before_leave():
     run(Path("one"), PruneLayers(drop=2), place="two")
     assert Path("once/model.safetensors").read_bytes() == Path("two/model.safetensors").read_bytes()
     run(source, Gqa(groups=2, pool="mean"), PruneLayers(drop=1), place="grouped")
-    with pytest.raises(OptionError, match="gqa before it is not fitted yet; put prune-layers first, or convert twice"):
+    with pytest.raises(OptionError, match="gqa before it is not fitted yet; convert twice, or put prune-layers first, where gqa can follow"):
         run(source, Gqa(groups=2), PruneLayers(drop=1), place="fitted")
     assert not Path("fitted").exists()
 

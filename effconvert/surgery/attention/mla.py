@@ -221,6 +221,7 @@ def _obstacle(config: Config) -> str:
         "it has a sliding window": any(config.windows()),
         "its queries have a bias": bool(config.get("attention_bias")),
         "its scores have a factor of their own": bool(family.scale_key),
+        "it is not written as a llama, and `effconvert rope-layout --to llama` may write it so": "llama" in family.relaid,
         "a layer of its family computes more than a llama's (biases of queries, for instance)": not family.latent,
     }
     return next((reason for reason, holds in reasons.items() if holds), "")

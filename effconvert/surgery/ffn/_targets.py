@@ -85,7 +85,9 @@ def with_experts(config: Config) -> dict[str, Config]:
             f"{kind} has no gate in its FFN, and the experts of transformers' families have one; take a llama, mistral, qwen2, qwen3, olmo2 or granite"
         )
     if not family.upcycled:
-        raise ModelError(f"{kind} computes what no family with experts does that effconvert knows; take a llama, mistral, qwen2, qwen3, olmo2, granite or phi3")
+        way = "write it as a llama by `effconvert rope-layout --to llama`, where that can, or " if "llama" in family.relaid else ""
+        known = "a llama, mistral, qwen2, qwen3, olmo2, granite or phi3"
+        raise ModelError(f"{kind} computes what no family with experts does that effconvert knows; {way}take {known}")
     configs: dict[str, Config] = {}
     reasons: dict[str, None] = {}
     for target, keys in family.upcycled.items():
