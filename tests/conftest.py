@@ -20,26 +20,37 @@ from effconvert.cli import main
 from effconvert.families import CONVERTIBLE
 
 ALWAYS = {"llama", "gpt2", "bert"}  # families that every test goes through
-MANY = 12  # families of a test that goes through all that it can
+FAMILY = {kind: index for index, kind in enumerate(CONVERTIBLE)}
+MANY = 8  # families of a test that goes through all that it can
 SHARDS = 5  # of the tiny model, at least
 os.environ["TRITON_INTERPRET"] = "1"  # kernels run without a GPU; triton reads it when it is imported, which torch may do at any time
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of tests over many families, run ALWAYS and a quarter of the others, another quarter for each test and option; the rest are slow tests.
+    """Mark as slow most of the tests that are alike.
 
-    What a family does in a way of its own shows in any test, and what a technique does in any family. Tests of the families themselves are marked `families`.
+    Of a test over many families run ALWAYS and an eighth of the others, another eighth for each technique: what a family does in a way of its own shows with
+    any technique, and what a technique does in any family. All tests of a technique go through the same families, which are converted once. Tests of the
+    families themselves are marked `families`. Of a test that is marked `few(N)` every Nth of the remaining cases runs, and the first.
     """
-    over: defaultdict[str, list[tuple[str, pytest.Item]]] = defaultdict(list)
+    over, few = defaultdict[str, list[tuple[str, str, pytest.Item]]](list), defaultdict[str, list[pytest.Item]](list)
     for item in items:
         options = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        kind = options.get("kind")
-        if kind in CONVERTIBLE and not item.get_closest_marker("families"):
-            over[f"{item.nodeid.partition('[')[0]} {options.get('name')}"].append((kind, item))
-    for test, cases in over.items():
-        for index, (kind, item) in enumerate(cases):
-            if len(cases) >= MANY and kind not in ALWAYS and (crc32(test.encode()) + index) % 4:
+        name, kind = options.get("done") or (options.get("name"), options.get("kind"))
+        test = item.nodeid.partition("[")[0]
+        if kind in FAMILY and not item.get_closest_marker("families"):
+            over[f"{test} {name}"].append((name or test, kind, item))
+        if item.get_closest_marker("few"):
+            few[test].append(item)
+    for cases in over.values():
+        for key, kind, item in cases:
+            if len(cases) >= MANY and kind not in ALWAYS and (crc32(key.encode()) + FAMILY[kind]) % 8:
+                item.add_marker(pytest.mark.slow)
+    for alike in few.values():
+        for index, item in enumerate(item for item in alike if not item.get_closest_marker("slow")):
+            (every,) = item.get_closest_marker("few").args  # type: ignore[union-attr]  # all of these have it
+            if index % every:
                 item.add_marker(pytest.mark.slow)
 
 

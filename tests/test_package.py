@@ -79,6 +79,7 @@ def test_a_report_without_matplotlib_is_refused_with_what_installs_it(model, pyt
     assert [path.name for path in Path().iterdir()] == ["model"]
 
 
+@pytest.mark.slow
 def test_a_recipe_with_a_report_is_refused_before_anything_is_written_and_one_without_needs_none(model, python, environment):
     text = "model: model\noutput: out\nsteps: [{gqa: {groups: 2, pool: mean}}]\nverify: false\n"
     Path("recipe.yaml").write_text(text + "report: true\n")

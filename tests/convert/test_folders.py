@@ -366,6 +366,7 @@ def mutate(seed, folder):
         _index(draw, folder)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("seed", range(0, 100, 10))
 def test_whatever_is_refused_is_refused_in_the_plan(seed, tmp_path):
     opened = 0

@@ -39,6 +39,7 @@ def test_every_cpu_computes_in_float32_and_says_of_half_precision_whether_it_doe
     assert {type(computes(dtype)) for dtype in (torch.bfloat16, torch.float16)} == {bool}
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("precision", "faster", "said"), [("auto", True, True), ("auto", False, False), ("float32", True, False), ("bfloat16", True, False)])
 def test_a_training_in_float32_says_that_bfloat16_is_faster(precision, faster, said, llama, command, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
@@ -63,6 +64,7 @@ def test_verification_stays_in_bfloat16_where_float32_does_not_fit(able, llama, 
     assert verify.prepare(conversion, text, RunOptions()).dtype == torch.bfloat16
 
 
+@pytest.mark.few(4)
 def test_what_is_slow_is_said_with_what_to_give(able, llama, command):
     slow = {
         "eval": command("eval", llama, "--tokens", 64, "--context", 32, "--passkey", ""),

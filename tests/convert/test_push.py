@@ -119,6 +119,7 @@ def sent_as_it_is(held: dict[str, bytes]) -> dict[str, bytes]:
     return {name: data for name, data in held.items() if name not in ("README.md", "effconvert.json", "effconvert.yaml", ".gitattributes")}
 
 
+@pytest.mark.slow
 def test_a_pushed_model_is_loaded_as_its_card_says_and_is_the_same_to_the_last_bit(server: Hub, push: Push, shell: Shell, folder: Path) -> None:
     before = files(folder)
     (folder / FOREIGN).write_text("dear diary")

@@ -92,6 +92,7 @@ def killed(nursery: multiprocessing.context.ForkServerContext) -> Kill:
     return run
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("where", "moment", "nth", "finished"),
     [

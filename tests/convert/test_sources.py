@@ -95,6 +95,7 @@ def test_a_model_is_fetched_by_its_id_and_converted_as_from_a_folder(
     assert len(server.asked) > asked
 
 
+@pytest.mark.slow
 def test_a_revision_is_fetched_by_its_name(server: Hub, hub: Run) -> None:
     done = hub("lab/tiny", "--revision", "v1")
     assert done.returncode == 0, done.stderr
@@ -104,6 +105,7 @@ def test_a_revision_is_fetched_by_its_name(server: Hub, hub: Run) -> None:
     assert source["revision"] == "v1"
 
 
+@pytest.mark.slow
 def test_the_commit_that_was_fetched_is_recorded_and_nothing_said_about_progress_to_a_pipe(hub: Run) -> None:
     done = hub("lab/tiny")
     assert done.returncode == 0, done.stderr
@@ -111,6 +113,7 @@ def test_the_commit_that_was_fetched_is_recorded_and_nothing_said_about_progress
     assert COMMIT in Path("out/effconvert.json").read_text()  # `main` will be another model tomorrow
 
 
+@pytest.mark.slow
 def test_what_is_fetched_leaves_the_process_as_loud_as_it_was(server: Hub, python: str, environment: dict[str, str], tmp_path: Path) -> None:
     code = (
         "from effconvert.checkpoint.sources import fetch; from tests.convert.test_sources import voices\n"
@@ -121,6 +124,7 @@ def test_what_is_fetched_leaves_the_process_as_loud_as_it_was(server: Hub, pytho
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_revision_that_does_not_exist_is_named(hub: Run) -> None:
     told = refused(hub("lab/tiny", "--revision", "v2"), 2)
     assert "lab/tiny has no revision 'v2'" in told
@@ -132,6 +136,7 @@ def test_a_model_that_does_not_exist_is_named(hub: Run) -> None:
     assert "hf auth login" in told
 
 
+@pytest.mark.slow
 def test_a_name_without_an_owner_is_sought_on_the_hub_as_well(hub: Run) -> None:
     assert f"{NOTHING!r}" in refused(hub(NOTHING), 2)
 
@@ -176,6 +181,7 @@ def test_a_model_that_cannot_be_converted_is_refused_before_its_weights_are_fetc
     assert all("lab/measured" in path for path in weights)
 
 
+@pytest.mark.slow
 def test_a_hub_that_is_in_trouble_is_an_error_of_one_line(server: Hub, hub: Run) -> None:
     server.fails = True
     told = refused(hub("lab/tiny", HF_HUB_ETAG_TIMEOUT="2"), 2)

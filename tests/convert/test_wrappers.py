@@ -147,6 +147,7 @@ def logits_with_image(model, kind):
     return seen
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_the_language_model_is_converted_and_nothing_else_changes(kind):
     """Copies of heads pool to themselves, so that every logit stays, of texts with an image too."""
@@ -172,6 +173,7 @@ def test_what_was_converted_is_measured(kind):
     assert outcome.report.after.quality is not None
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", ["gemma3", "paligemma", "qwen2_vl", "smolvlm"])
 def test_as_many_heads_as_there_are_change_no_logit(kind):
     model = put(kind)
@@ -180,6 +182,7 @@ def test_as_many_heads_as_there_are_change_no_logit(kind):
     torch.testing.assert_close(logits(opened("out")), logits(model))
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", SETTINGS)
 @torch.inference_mode()
 def test_the_language_model_reads_text_inside_as_its_family_does_alone(kind):

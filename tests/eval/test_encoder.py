@@ -260,6 +260,7 @@ def test_a_model_without_a_head_is_measured_by_pairs_or_beside_another(bert, tex
     assert measure(bare, bare, text=text).rows
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("kind", "context"),
     [

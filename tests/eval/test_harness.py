@@ -78,6 +78,7 @@ def ours(model, tasks, names, **options):
     return {(held.task, held.metric): (held.values[0].value, held.values[0].error) for held in found.rows if held.task != "text"}
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("names", "how"),
     [
@@ -254,6 +255,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_what_has_changed_is_measured_again(model, tasks, computed, change):
     given = {"tasks": "pick", "include_path": tasks}
@@ -264,6 +266,7 @@ def test_what_has_changed_is_measured_again(model, tasks, computed, change):
     assert again.rows == measure(model, **given, cache=False).rows
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     "setting", [{"num_fewshot": 1}, {"limit": 5}, {"samples": {"pick": [3]}}, {"max_length": 50}, {"dtype": "float32"}, {"batch_size": 2}], ids=str
 )
@@ -319,6 +322,7 @@ print(Harness(EvalOptions(tasks="pick", include_path=Path(sys.argv[1])), show_ba
 """
 
 
+@pytest.mark.slow
 def test_a_task_with_python_has_one_key_in_every_process(scripted, python, environment):
     (scripted / "pick.yaml").write_text((scripted / "pick.yaml").read_text() + "process_docs: !function code.documents\n")
     with (scripted / "code.py").open("a") as file:
@@ -335,6 +339,7 @@ def test_another_function_of_a_tasks_python_is_measured_again(llama, scripted, c
     assert computed == ["pick", "pick"]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"samples": 1}', b"\xff"])
 def test_a_damaged_cache_is_measured_again(llama, tasks, computed, tmp_path, content):
     first = measure(llama, tasks="pick", include_path=tasks)
@@ -471,6 +476,7 @@ def test_a_task_that_executes_what_a_model_writes_is_refused_unless_it_is_allowe
     assert row(evaluation, "write", "exact_match").documents == 2
 
 
+@pytest.mark.slow
 def test_a_group_of_ones_own_may_hold_lm_evals_tasks(command, llama, tasks, offline):
     (tasks / "mine.yaml").write_text(yaml.safe_dump({"group": "mine", "task": ["pick", "piqa"], "aggregate_metric_list": [{"metric": "acc"}]}))
     result = command("eval", llama, *EASY, "--tasks", "mine", "--include-path", tasks)

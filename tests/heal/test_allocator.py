@@ -48,6 +48,7 @@ def test_a_freed_tensor_makes_room_for_the_next_and_only_meanwhile():
     assert inside < after / 3
 
 
+@pytest.mark.slow
 def test_the_environment_decides_before_it():
     inside, after = fetched(MALLOC_MMAP_THRESHOLD_="131072")
     assert inside > after / 2

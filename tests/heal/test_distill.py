@@ -191,6 +191,7 @@ def test_held_out_windows_are_from_all_over():
     assert chosen.min() < 20
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("steps", [(Gqa(groups=1, pool="mean"),), (Linear(),), (MoeSplit(experts=4, active=2),), (Gqa(groups=1), Refit())])
 def test_it_closes_a_part_of_the_gap_and_says_how_much(steps):
     put(Path("model"), attention_bias=False, mlp_bias=False, noise=1.0, only="weight")
@@ -311,6 +312,7 @@ def test_another_text_is_another_run():
     assert run("model", Gqa(groups=1), Distill(**SHORT), place="second").plan.fingerprint != first
 
 
+@pytest.mark.slow
 def test_after_a_factorised_embedding_and_dropped_layers_too():
     put(Path("model"), noise=1.0, only="weight", num_hidden_layers=3)
     run("model", FactorEmbed(rank=12), Distill(**SHORT), place="factored")
@@ -465,6 +467,7 @@ def test_distance_of_hidden_states_is_that_of_the_definition(kind):
     assert distance(theirs, theirs, kind) < 1e-6
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("kind", "head"), [("bert", True), ("distilbert", True), ("modernbert", True), ("electra", True), ("bert", False), ("llama", False)])
 def test_encoders_and_models_without_a_head_are_distilled_too(kind, head):
     put(Path("model"), kind, noise=1.0, only="weight", **THREE.get(kind, {"num_hidden_layers": 3}))
@@ -479,6 +482,7 @@ def test_encoders_and_models_without_a_head_are_distilled_too(kind, head):
     assert told["after"] < 0.97 * told["before"]
 
 
+@pytest.mark.slow
 def test_hidden_states_of_a_shorter_model_go_towards_those_after_the_dropped_layers():
     put(Path("model"), noise=1.0, only="weight", num_hidden_layers=4)
     told = {}
@@ -599,6 +603,7 @@ def test_no_cache_is_kept_while_it_trains(monkeypatch):
     assert all(output.past_key_values is None for output in seen)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("ce", "hidden"), [(0.5, 0.0), (0.5, 0.5), (0.25, 0.125)])
 def test_shares_are_of_the_whole_loss(ce, hidden):
     put(Path("model"), noise=1.0, only="weight")

@@ -104,6 +104,7 @@ def test_a_mark_of_byte_order_is_no_part_of_a_text():
     assert read_calibration("marked.txt").content == read_calibration("plain.txt").content
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("file", ["text.parquet", "text.jsonl"])
 def test_rows_with_a_text_are_joined_or_have_windows_of_their_own(file):
     texts = [prose(50, seed=seed) for seed in range(60)]

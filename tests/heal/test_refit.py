@@ -97,6 +97,7 @@ def test_a_step_that_changes_nothing_leaves_nothing_to_refit():
 # Something to heal
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", SHARING)
 def test_after_sharing_heads_a_model_comes_nearer_to_its_original(pooled, kind):
     plain, refitted = apart(*pooled(kind))
@@ -104,6 +105,7 @@ def test_after_sharing_heads_a_model_comes_nearer_to_its_original(pooled, kind):
     assert refitted < plain
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("kind", "pool"), [("gpt2", "mean"), ("llama", "pca"), ("qwen3", "pca"), ("gpt2", "pca")])
 def test_after_pooling_in_other_ways_too(kind, pool):
     source = put(Path("model"), kind)
@@ -115,6 +117,7 @@ def test_after_pooling_in_other_ways_too(kind, pool):
     assert refitted < plain
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", HEALED)
 def test_every_family_recovers_from_noise_in_o(kind):
     source, student = put(Path("model"), kind), put(Path("student"), kind, noise=0.5, only=f"{FAMILIES[kind].parts['o']}.weight")
@@ -124,6 +127,7 @@ def test_every_family_recovers_from_noise_in_o(kind):
     assert after < 0.05 * before
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", [kind for kind in HEALED if kind not in (*NORMED, *CLIPPED)])
 def test_every_family_without_a_norm_of_queries_recovers_from_noise_in_q(kind):
     """q is fused with k and v in some; a perturbed k can be undone in q no less."""
@@ -136,6 +140,7 @@ def test_every_family_without_a_norm_of_queries_recovers_from_noise_in_q(kind):
     assert len(q) == 2  # of both layers
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", SHARING)
 def test_attention_of_each_layer_comes_nearer_on_held_out_text(pooled, kind):
     """Each layer by itself: its output, for what reaches it in the converted model, beside that of the original's layer for the same."""
@@ -162,6 +167,7 @@ def off(original, folder):
     return found
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", BIASED)
 def test_noise_in_biases_is_recovered_from(kind):
     suffix = f"{FAMILIES[kind].parts['v']}.bias"
@@ -218,6 +224,7 @@ def test_a_model_of_half_precision_is_refitted_as_it_is_stored():
     assert refitted < 0.9 * plain
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("seed", range(4))
 def test_of_a_text_that_says_nothing_little_is_learnt(seed, monkeypatch):
     """Of noise in 64 tokens all that can be learnt is wrong, and most of it is not confirmed by the window held out, of 8 tokens. Without that it is done."""
@@ -282,6 +289,7 @@ DEEP = {"num_hidden_layers": 6}
 LINEAR = ["llama", "mistral", "qwen2", "granite", "gemma", "phi3", "cohere", "glm", "opt", "gpt_neox"]  # nothing between down and what it is added to
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", [*LINEAR, "gpt2", "gptj", "codegen", "bloom"])
 def test_after_dropping_layers_a_refit_makes_held_out_text_no_worse(kind):
     source = put(Path("model"), kind, **{FAMILIES[kind].layers_key: 4})

@@ -291,6 +291,7 @@ def told(place="out"):
     return json.loads(Path(place, "effconvert.json").read_text())["distillation"]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("more", [{}, {"cache_kind": "topk", "cache_size": 16, "objective": "reverse-kl"}, {"temperature": 2.0, "ce": 0.1}])
 def test_a_second_run_reads_what_the_first_one_kept(more, monkeypatch):
     put(Path("model"), noise=1.0, only="weight")

@@ -100,6 +100,7 @@ def taught(tmp_path_factory):
     return find
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", CASES)
 def test_attention_of_each_layer_comes_nearer_on_text_that_nobody_saw(taught, name):
     place, outcome = taught(name)
@@ -180,6 +181,7 @@ def test_the_same_text_gives_the_same_bytes(taught):
     assert not changed("out", place / "taught")
 
 
+@pytest.mark.slow
 def test_another_text_more_epochs_and_another_rate_give_others(taught):
     place, _ = taught("llama")
     Path("other.txt").write_text(prose(seed=1))
@@ -188,6 +190,7 @@ def test_another_text_more_epochs_and_another_rate_give_others(taught):
         assert changed(f"out-{index}", place / "taught")
 
 
+@pytest.mark.slow
 def test_the_best_epoch_is_kept_and_not_the_last():
     """Where there is so little text that it is learnt by heart."""
     place = Path()
@@ -381,6 +384,7 @@ class Measured(Refit):
 ERRORS = []
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", ["qwen3-grouped", "gpt2", "gpt_neox", "bert"])
 def test_a_refit_after_it_makes_no_layer_worse_on_its_own_held_out_windows(taught, name):
     place, _ = taught(name)

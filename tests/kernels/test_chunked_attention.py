@@ -84,6 +84,7 @@ def assert_same(arguments, back=True):
         assert float((found - expected).abs().max()) <= 1e-13 * float(expected.abs().max().clamp_min(1))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("form", "dtype"),
     [
@@ -105,6 +106,7 @@ def test_it_is_at_most_twice_as_far_from_the_formula_as_pytorch(form, dtype):
         assert error <= max(2 * theirs, MIXED if found.dtype == torch.float32 != dtype else LEAST[found.dtype])
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     "form",
     [

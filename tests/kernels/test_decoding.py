@@ -71,6 +71,7 @@ def calls(monkeypatch):
     return found
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_the_reference(name, calls):
     model, ids, mask = made(name), tokens(2, sum(SIZES)), torch.ones(2, sum(SIZES), dtype=torch.long)

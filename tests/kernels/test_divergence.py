@@ -49,6 +49,7 @@ def errors(kind, dtype, temperature, weight, ce):
         yield [float((some - expected).abs().max() / expected.abs().max()) for some in (found, other)]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", LEAST, ids=str)
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
@@ -64,6 +65,7 @@ def test_its_gradient_is_that_of_its_loss(kind):
     assert torch.autograd.gradcheck(lambda some: divergence(some, teacher, targets, kind, 2.0, 0.75, 0.25), student)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("columns", "theirs", "block"), [(37, 37, 16), (37, 30, 16), (30, 37, 16), (1, 1, 16), (64, 64, 32), (33, 17, 16)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_odd_sizes_blocks_and_padded_vocabularies(columns, theirs, block, kind, monkeypatch):

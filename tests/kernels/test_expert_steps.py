@@ -35,6 +35,7 @@ def sparse_layers(model):
     return sum(experts.experts_by(module) is not None for module in model.modules())
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_those_of_transformers(kind, calls):
     model, ids = tiny(kind), tokens(1, sum(SIZES))
@@ -55,6 +56,7 @@ def test_logits_are_those_of_transformers(kind, calls):
         assert not calls
 
 
+@pytest.mark.slow
 def test_in_a_class_of_ours_too(calls, tmp_path):
     config = load("streaming")(window=8, sinks=2).config(stock_config(tiny("mixtral")))
     model = model_class("MixtralForCausalLM")(config_class("mixtral").from_dict(config.content)).eval()

@@ -45,6 +45,7 @@ def errors(case, dtype):
     return [float((some.double() - exact).abs().max() / exact.abs().max()) for some in (found, plain)]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("dtype", LEAST, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_the_formula(case, dtype):

@@ -46,6 +46,7 @@ def errors(kind, dtype, temperature, weight, ce):
         yield [float((some - expected).abs().max() / expected.abs().max()) for some in (found, other)]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", SPARSE_KINDS)
 @pytest.mark.parametrize("dtype", LEAST, ids=str)
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
@@ -54,6 +55,7 @@ def test_it_is_the_formula(kind, dtype, weights):
         assert error <= max(2 * theirs, LEAST[dtype])
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", SPARSE_KINDS)
 def test_its_gradient_is_that_of_its_loss(kind):
     ids, numbers = kept(kind, 2, 4, 2)
@@ -72,6 +74,7 @@ SIZES = [  # columns, of which belong to the vocabulary, ids kept, columns at a 
 ]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("kind", SPARSE_KINDS)
 def test_odd_sizes_blocks_and_padded_vocabularies(sizes, kind, monkeypatch):

@@ -211,6 +211,7 @@ def test_gradients_are_those_of_copies_added_up(models, kind, checkpointing):
                 assert part in "qkv"
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("name", "kind"), MIXED, ids=map("-".join, MIXED))
 def test_mixers_see_each_head_once(models, name, kind, tmp_path):
     model, grouped = models(kind)
@@ -249,6 +250,7 @@ def test_the_heads_can_be_repeated_again_and_then_it_is_a_stock_checkpoint(model
     assert far(run(back, tokens()), run(repeated(model), tokens())) <= SAME
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_heads_become_one(models, kind, tmp_path):
     _, grouped = models(kind)
@@ -271,6 +273,7 @@ def alike_again(grouped):
     return model
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_refit_brings_it_nearer_to_its_original(kind, tmp_path):
     model = tiny(kind)
@@ -282,6 +285,7 @@ def test_a_refit_brings_it_nearer_to_its_original(kind, tmp_path):
     assert (run(healed, ids) - expected).square().mean() < (run(plain, ids) - expected).square().mean()
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mixer_on_top_of_it_can_be_taught(kind, tmp_path):
     steps = (Gqa(groups=2, pool="mean"), mixer("linear", kind), Transfer(epochs=1))

@@ -105,6 +105,7 @@ def test_importing_both_makes_no_family_of_transformers(script):
     assert not [name for name in told if name.startswith("transformers.models.") and ".modeling_" in name and ".auto." not in name]
 
 
+@pytest.mark.slow
 def test_the_module_that_is_waited_for_is_found_as_it_would_be_without_us(script):
     """Its source, for tracebacks and debuggers; anew when somebody reloads it; by other finders that wait for it; and not where transformers is not."""
     told = script("""
@@ -199,6 +200,7 @@ print(json.dumps(found))
         assert ("pip install effconvert" if how.endswith("True") else "trust_remote_code") in said, (how, said)
 
 
+@pytest.mark.slow
 def test_trusted_code_opens_it_without_an_import_of_ones_own(folders, script):
     folder, model = folders("llama")
     told = script(

@@ -41,6 +41,7 @@ def test_each_text_is_read_as_if_it_were_alone(name, kind):
     assert far(again.logits, made) <= SAME
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if "llama" in row.kinds])
 def test_gradients_are_those_of_the_texts_alone(name):
     _, model = pair("llama", (name, small(name, "llama")))

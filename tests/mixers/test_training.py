@@ -11,6 +11,7 @@ from tests.mixers.mixing import ROWS, pair, run, small, tokens
 KINDS = {name: "llama" if "llama" in row.kinds else "bert" for name, row in ROWS.items()}
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", ROWS)
 def test_trainer_teaches_a_text_and_saves_what_it_has_taught(name, tmp_path):
     kind, length = KINDS[name], 20

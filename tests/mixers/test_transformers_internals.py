@@ -78,6 +78,7 @@ def test_a_version_without_a_name_is_told_which_were_tested(file, module, name, 
     assert told(refusal) == f"cannot import name '{name}' from '{module}'"
 
 
+@pytest.mark.slow
 def test_the_command_line_says_it_in_a_line(model, python, environment, tmp_path):
     code = "import transformers.masking_utils as m\ndel m.eager_mask\nfrom effconvert.__main__ import main\nmain()"
     command = [python, "-W", "ignore", "-c", code, "gqa", "model", "--groups", "2", "--output", "out"]

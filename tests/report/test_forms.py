@@ -135,6 +135,7 @@ def test_a_model_that_effconvert_did_not_write_is_told_apart(llama, tmp_path):
     assert made.commands == ("effconvert report tiny",)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("kind", "told", "pictures"),
     [

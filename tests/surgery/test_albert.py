@@ -126,6 +126,7 @@ def test_a_group_that_is_the_same_layer_twice_is_fitted_well():
     assert error_of(model) < 1e-3
 
 
+@pytest.mark.slow
 def test_fitted_layers_are_nearer_than_the_first_of_each_group():
     model = bare(num_hidden_layers=4)
     run("source", Albert(groups=2))
@@ -188,6 +189,7 @@ def test_the_norm_of_a_group_is_the_least_squares_fit_of_each_channel():
     assert (seen["layer"]["mlp_post_norm.bias"] - seen["bias"]).abs().max() < 0.08 * seen["gain"].abs().max()
 
 
+@pytest.mark.slow
 def test_share_layers_fits_behind_norms_too():
     put(Path("source"), "bert", num_hidden_layers=4)
     run("source", ShareLayers(groups=2))
@@ -250,6 +252,7 @@ def test_the_matrix_behind_the_norm_is_the_weighted_least_squares_fit():
     assert (predicted - best).abs().max() < 1e-3 * best.abs().max()
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(monkeypatch):
     bare(num_hidden_layers=4)
     goes_on_after_a_kill(monkeypatch, Albert(groups=2, embedding=12))

@@ -53,6 +53,7 @@ def test_it_is_the_formula_of_the_paper(receptance):
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("version", "kind"), FITTING)
 def test_the_token_before_counts_however_a_text_is_split_and_padded(version, kind):
     put(Path("model"), kind, noise=1.0)

@@ -594,6 +594,7 @@ def test_what_was_planned_is_what_transformers_loads(done, opened, sources):
     assert outcome.plan.disk >= sum(tensor.nbytes for tensor in tensors(outcome.output).values())
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("name", "kind"), ONCE, ids=map("-".join, ONCE))
 def test_the_report_holds_what_was_measured(name, kind, tmp_path):
     source = save(build(kind, CASES[name].small_from), tmp_path / "source")
@@ -617,6 +618,7 @@ def test_a_converted_model_survives_being_saved_and_loaded_by_transformers(opene
     assert torch.equal(logits(read_back(save(opened, tmp_path / "again"))), expected)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("name", "kind"), ONCE, ids=map("-".join, ONCE))
 def test_the_same_input_gives_the_same_bytes_in_shards_or_in_one(name, kind, tmp_path):
     source = save(build(kind, CASES[name].small_from), tmp_path / "source", max_shard_size="40KB")
@@ -653,6 +655,7 @@ def test_nothing_is_written_on_a_dry_run(name, tmp_path):
     assert not any("out" in path.name for path in tmp_path.iterdir())
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", CASES)
 def test_a_base_model_without_its_head_is_converted_too(name, tmp_path):
     kind = first_of(name, "qwen2", "distilbert")

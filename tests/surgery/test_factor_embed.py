@@ -347,6 +347,7 @@ def test_nothing_reads_or_holds_the_table_whole(monkeypatch):
     assert table.abs().sum(1).nonzero().flatten().tolist() == [3, 7]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("later", [(Gqa(groups=2), Refit()), (PruneLayers(layers="1"),), (Moe(experts=4),), (LowRank(rank=8), Refit())])
 def test_later_steps_work_on_what_it_leaves(later):
     put(Path("source"), num_hidden_layers=3, mlp_bias=False, **TIED)

@@ -423,6 +423,7 @@ def far(original, folder, layer):
     return float((made - wanted).norm() / wanted.norm())
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("kind", "step"),
     [("bert", Fnet()), *((kind, Fnet(keep_softmax="-1")) for kind in ENCODERS), ("bert", Fnet(filter="scale")), ("modernbert", Fnet(filter="gfnet"))],

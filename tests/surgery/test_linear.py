@@ -77,6 +77,7 @@ def test_mixing_is_the_papers_equation(options):
     assert torch.allclose(mixed(technique, weights, *rows(TOKENS)), reference(technique, weights, *rows(TOKENS)).float(), atol=EXACT)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("options", EACH, ids=lambda options: f"{options['feature']}-{options['window']}")
 def test_any_number_of_calls_gives_the_same(options, split):

@@ -141,6 +141,7 @@ def test_a_token_at_a_time_gives_the_same_logits_and_saving_changes_nothing(kind
     assert json.loads(Path("again/config.json").read_text())["effconvert"] == json.loads(Path("out/config.json").read_text())["effconvert"]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_to_the_same_bytes(monkeypatch):
     put(Path("source"))
     steps = (LowRank(rank=6, parts="all"), Refit())
@@ -265,6 +266,7 @@ def test_list_and_help_say_what_it_is():
     assert LowRank.allowed_options(planned(rank=4).checkpoint.config) == "--ratio R, or --rank 1 to 32"
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("kind", "parts"), [("llama", "all"), ("granite", "gate"), ("opt", "down")])
 def test_refit_brings_part_of_it_back(kind, parts):
     put(Path("source"), kind, noise=1.0, only="weight", num_hidden_layers=3)

@@ -75,6 +75,7 @@ def experts(folder, index=0):
     return open_checkpoint(folder).layer(index, "cpu")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("kind", "changes", "options", "name"), CASES)
 def test_the_logits_stay_and_the_files_are_as_stock_writes_them(kind, changes, options, name, tmp_path):
     model = tiny(kind, **changes)

@@ -64,6 +64,7 @@ def test_all_experts_together_are_the_ffn(kind, changes, options, name):
     assert before < after < 1.1 * before
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("kind", "changes", "options", "name"), TARGETS)
 def test_a_token_gets_the_sum_of_the_experts_that_its_router_chooses(kind, changes, options, name):
     put(Path("source"), kind, **changes)
@@ -139,6 +140,7 @@ def test_neurons_without_any_energy_are_split_as_well():
     assert torch.bincount(_balanced(torch.zeros(12, 3)), minlength=3).tolist() == [4, 4, 4]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("kind", "changes", "options"), [("llama", PLAIN, {}), ("llama", PLAIN, {"shared": 0}), ("qwen3", {}, {}), ("granite", {"residual_multiplier": 2.5}, {})]
 )

@@ -156,6 +156,7 @@ def test_heads_that_compute_what_others_do_go_and_nothing_is_lost(kind, kv_heads
     assert opened("out").num_parameters() == outcome.plan.after.parameters < outcome.plan.before.parameters
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", [kind for kind in GROUPING if "k_norm" not in FAMILIES[kind].per_kv_head and not FAMILIES[kind].fixed_head_width])
 def test_every_family_that_knows_the_width_of_its_heads_opens_with_fewer(kind):
     put(Path("model"), kind, num_key_value_heads=4)

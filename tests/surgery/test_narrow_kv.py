@@ -211,6 +211,7 @@ def test_the_pair_of_each_angle_survives_bfloat16_and_is_not_trained():
     assert all(parameter.grad is not None for name, parameter in model.named_parameters() if ".effconvert." in name and name not in names)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", ["gpt_neox", "gemma2", "opt"])
 def test_refit_and_transfer_bring_part_of_it_back(kind):
     put(Path("source"), kind, noise=1.0, only="weight")

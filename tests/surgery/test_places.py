@@ -63,6 +63,7 @@ def test_an_example_is_short(file):
     assert steps.techniques()[file.stem.replace("_", "-")] == file.read_text().splitlines()[0].strip('"')
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, (_, kinds) in EXACT.items() for kind in kinds])
 def test_neutral_options_change_no_logit(name, kind, tmp_path):
     folder = source(kind, tmp_path)
@@ -71,6 +72,7 @@ def test_neutral_options_change_no_logit(name, kind, tmp_path):
     torch.testing.assert_close(logits(opened(tmp_path / "out")), logits(opened(folder)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, (_, kinds) in CHANGING.items() for kind in kinds])
 def test_what_changes_something_is_written_opened_and_saved_again(name, kind, tmp_path):
     folder = source(kind, tmp_path)

@@ -104,6 +104,7 @@ def passing(forward):
 # What is left
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_without_whole_layers_a_model_is_its_own_class_and_computes_what_the_others_do(kind):
     source = save(tiny(kind, **deep(kind)), Path("model"))
@@ -147,6 +148,7 @@ def test_the_norm_goes_with_what_it_is_for_but_not_where_both_read_it():
     assert read_config(Path("cohere")).with_skips("ffn", [1]).lacks(1) == {"gate", "up", "down"}
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", [kind for kind in DECODERS if kind in ADDING])
 def test_tokens_one_by_one_are_the_whole_text_though_layer_0_does_not_attend(kind):
     source = save(tiny(kind, **deep(kind)), Path("model"))
@@ -283,6 +285,7 @@ def test_the_first_layer_of_a_modernbert_stays():
 # How they are chosen
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "cohere", "opt", "gpt_neox", "gpt2", "granite"])
 @pytest.mark.parametrize("by", ["search", "influence"])
 def test_the_layer_that_adds_nothing_is_chosen(kind, by):
@@ -297,6 +300,7 @@ def test_the_layer_that_adds_nothing_is_chosen(kind, by):
     assert apart(source, Path("out"))[0] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("kind", "only"),
     [("llama", "attention"), ("llama", "mlp"), ("cohere", "attention"), ("cohere", "mlp"), ("modernbert", "mlp"), ("qwen3_moe", "mlp"), ("granitemoe", "mlp")],
@@ -333,6 +337,7 @@ def test_by_angle_a_run_is_chosen_over_which_the_stream_turns_least(kind):
     assert asked()["layers"] == ("2,3" if kind != "bert" else f"{best},{best + 1}")
 
 
+@pytest.mark.slow
 def test_the_search_drops_one_after_the_other_by_what_each_costs_then(monkeypatch):
     source, tried = put(Path("model"), noise=0.3, **deep("llama", 6)), []
     real = Forward.divergence
@@ -375,6 +380,7 @@ def divergence(original, folder):
     return sum(apart_by(*pair) for pair in pairs) / sum(one[..., 0].numel() for one, _ in pairs)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", [*(kind for kind in DECODERS if kind not in AS_OTHERS), "untied"])
 def test_the_divergence_is_that_of_the_predictions_a_slice_of_the_vocabulary_at_a_time(kind, monkeypatch):
     """Families scale and cap their logits, narrow what the head reads, or keep it under another name."""
@@ -499,6 +505,7 @@ def changed(one, other):
     return {name for first, second, name in pairs if not torch.equal(first, second)}
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "cohere", "gpt_neox", "granite"])
 def test_a_refit_makes_up_for_attention_that_was_dropped(kind):
     source = put(Path("model"), kind, **deep(kind))

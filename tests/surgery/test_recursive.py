@@ -73,6 +73,7 @@ def test_shared_matrix_and_differences_of_full_rank_are_the_weights():
         torch.testing.assert_close(shared + left @ right, weight)
 
 
+@pytest.mark.slow
 def test_the_error_falls_with_the_rank_and_is_below_that_without_differences():
     put(Path("source"), num_hidden_layers=4)
     errors = []
@@ -161,6 +162,7 @@ def test_refit_changes_the_differences_of_outputs_and_nothing_that_is_shared():
     assert any("differences of the outputs" in note for note in outcome.plan.notes)
 
 
+@pytest.mark.slow
 def test_transfer_trains_the_differences_and_nothing_that_is_shared():
     put(Path("source"), num_hidden_layers=4)
     run("source", Recursive(groups=1, lora_rank=4, layers="2-3"), place="plain")
@@ -182,6 +184,7 @@ def test_a_sublayer_without_its_output_adds_nothing():
     assert not product_of(zero_sublayer(layer, "ffn"), "down").any()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_to_the_same_bytes(monkeypatch):
     put(Path("source"), num_hidden_layers=4)
     steps = (Recursive(groups=2, lora_rank=4), Refit())

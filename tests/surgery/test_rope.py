@@ -136,6 +136,7 @@ def off(*folders):
     return [float((weights - original).abs().sum(-1).mean()) for weights in found]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("kind", "to"), [TARGETS[0], TARGETS[1], TARGETS[3]])
 def test_a_fit_finds_what_positions_did(kind, to):
     put(by_place(kind))

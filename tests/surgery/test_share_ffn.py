@@ -74,6 +74,7 @@ def equal_ffns(kind, layers=3):
     return model
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("gains", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "phi3", "gemma2", "bert", "opt", "falcon", "distilbert"])
 def test_layers_that_have_the_same_ffn_lose_nothing(kind, gains):
@@ -121,6 +122,7 @@ def test_sums_for_the_common_projection_are_those_of_scaled_neurons_and_shifted_
     torch.testing.assert_close(found.cross, expected.cross)
 
 
+@pytest.mark.slow
 def test_gains_are_better_and_a_wide_ffn_and_refit_are_better_still():
     stored(build(layers=4))
     run("model", ShareFfn(gains=False), place="plain")
@@ -180,6 +182,7 @@ def test_few_huge_tokens_do_not_decide():
     assert huge < 3 * apart("even")[0] + 0.05
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("saved", [1, 2, 3])
 def test_a_killed_run_goes_on_to_the_same_bytes(saved, monkeypatch):
     stored(build(layers=4))
@@ -200,6 +203,7 @@ def test_other_steps_come_before_and_after():
         run("model", Narrow(ffn=24), ShareFfn())
 
 
+@pytest.mark.slow
 def test_transfer_trains_the_gains_and_not_what_is_shared():
     stored(build(layers=4))
     run("model", ShareFfn(), place="shared")

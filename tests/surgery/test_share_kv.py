@@ -112,6 +112,7 @@ def test_pooling_across_layers_is_exact_where_the_reader_sees_a_linear_map_of_th
         assert (outputs[1] - outputs[0]).abs().max() < 1e-3 * outputs[0].abs().max()
 
 
+@pytest.mark.slow
 def test_what_is_fitted_to_readers_is_better_and_refit_betters_both():
     put(Path("model"), num_hidden_layers=4)
     for folder, steps in {"first": [ShareKv(**PAIRS, pool="first")], "pca": [ShareKv(**PAIRS)], "healed": [ShareKv(**PAIRS), Refit()]}.items():
@@ -192,6 +193,7 @@ def test_pairs_are_the_cheapest_without_a_common_layer():
             assert sorted(pairs(config, costs, count)) == sorted(cheapest)
 
 
+@pytest.mark.slow
 def test_the_pairs_that_are_chosen_cost_less_than_others():
     put(Path("model"), num_hidden_layers=6)
     outcome = run("model", ShareKv(drop=2), place="chosen")

@@ -54,6 +54,7 @@ def test_groups_are_neighbours_or_every_nth():
     assert [number for number, group in enumerate(groups_of(range(12), 5, "contiguous")) for _ in group] == albert
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("pattern", "first"), [("contiguous", {0, 2}), ("cyclic", {0, 1})])
 @pytest.mark.parametrize("pool", ["fitted", "first"])
 def test_matrices_are_stored_once_and_norms_by_each_layer(pattern, first, pool):
@@ -90,6 +91,7 @@ def test_layers_that_compute_the_same_are_fitted_well():
     assert error_of("out") < 0.02
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
 def test_a_fitted_layer_is_better_than_the_first(kind):
     put(Path("source"), kind, noise=1.0, only="weight", **({"n_layer": 3} if kind == "gpt2" else {"num_hidden_layers": 3}))
@@ -130,6 +132,7 @@ def test_a_token_at_a_time_gives_the_same_and_copies_and_saving_change_nothing()
     assert torch.equal(logits(copy.deepcopy(model)), logits(model))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_to_the_same_bytes(monkeypatch):
     put(Path("source"), num_hidden_layers=4)
     steps = (ShareLayers(groups=2), Refit())

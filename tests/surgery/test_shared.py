@@ -83,6 +83,7 @@ def opened(folder):
     return model.eval()
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("what", [what for what in SHARES if what != "cache"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_is_shared_is_on_disk_and_in_memory_once(what, tied):

@@ -74,6 +74,7 @@ def test_mixing_is_one_softmax_over_the_window_and_the_first_tokens(window, sink
     assert torch.allclose(made, reference(*rows(TOKENS), window, sinks).float(), atol=EXACT)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize(("window", "sinks"), SHAPES)
 def test_any_number_of_calls_gives_the_same(window, sinks, split):
