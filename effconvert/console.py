@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from effconvert import processes
+from effconvert.checkpoint.manifest import read_manifest
 from effconvert.checkpoint.replaced import CLASS
 from effconvert.convert import selftext
 from effconvert.convert.calibration import calibration_bytes
@@ -147,7 +148,9 @@ class Terminal:
             place = escape(str(outcome.output))
             self.out.print(f"[bold]NOT VERIFIED[/]: {place} was written and never loaded; leave --no-verify out to have it run and measured", soft_wrap=True)
             return
-        self.report(outcome.report, "original" if outcome.plan.teacher is outcome.plan.checkpoint else "MODEL")
+        checkpoint = outcome.plan.checkpoint
+        original = outcome.plan.teacher is checkpoint and not read_manifest(checkpoint.folder)
+        self.report(outcome.report, "original" if original else "MODEL")
         self.out.print(f"verified, and {'still in' if outcome.already_there else 'written to'} [bold]{escape(str(outcome.output))}[/]", soft_wrap=True)
 
     def layer_errors(self, layer_errors: Mapping[str, Mapping[str, float]]) -> None:

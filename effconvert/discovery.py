@@ -5,13 +5,19 @@ The first line of a file is the summary in the list of commands. It is read with
 
 import os
 from collections.abc import Iterable, Iterator
+from functools import cache
 from types import ModuleType
 from typing import Any
 
 
 def summaries(folders: Iterable[str]) -> dict[str, str]:
     """Map each file of Python in `folders` and the folders inside, as a command is spelt, to its first line; sorted."""
-    return dict(sorted((_command(file), _summary(file)) for file, _ in _files(folders)))
+    return dict(_summaries(tuple(folders)))
+
+
+@cache  # a plan asks many times
+def _summaries(folders: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((_command(file), _summary(file)) for file, _ in _files(folders)))
 
 
 def folder(folders: Iterable[str], name: str) -> str:

@@ -1,6 +1,7 @@
 """The errors of effconvert. A message names the cause, what is needed, and what to do next."""
 
 import signal
+import time
 from collections.abc import Iterator
 from types import FrameType
 
@@ -8,7 +9,8 @@ STOPPED = "\nStopped. Conversions, trainings and evaluations keep what is finish
 INTERRUPTED = 130  # with this exit code
 BROKEN_PIPE = 141  # exit code where nobody reads the output on, as of `head -1`: 128 + SIGPIPE, like that of other tools
 
-_interrupts: list[int] = []  # signals of them that came
+SOON = 30.0  # seconds within which an error comes of an interrupt that was lost
+_interrupts: list[float] = []  # when they came
 
 # Names of errors of libraries that mean: no network.
 OFFLINE = ("ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectTimeout", "ConnectError", "DatasetNotFoundError", "HfHubHTTPError")
@@ -51,7 +53,7 @@ def remember_interrupts() -> None:
     """Remember Ctrl-C in this process: a library that is loading may lose it, and fail later for what it then lacks. A shell may have turned it off."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        _interrupts.append(number)
+        _interrupts.append(time.monotonic())
         signal.default_int_handler(number, frame)
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -60,7 +62,7 @@ def remember_interrupts() -> None:
 
 def is_interrupt(error: BaseException) -> bool:
     """Whether `error` is an interrupt by the user, or came of one: transformers' lazy imports make ModuleNotFoundError of it, others lose it."""
-    return bool(_interrupts) or any(isinstance(link, KeyboardInterrupt) for link in _chain(error))
+    return bool(_interrupts and time.monotonic() < _interrupts[-1] + SOON) or any(isinstance(link, KeyboardInterrupt) for link in _chain(error))
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

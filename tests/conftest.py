@@ -23,6 +23,7 @@ ALWAYS = {"llama", "gpt2", "bert"}  # families that every test goes through
 FAMILY = {kind: index for index, kind in enumerate(CONVERTIBLE)}
 MANY = 8  # families of a test that goes through all that it can
 SHARDS = 5  # of the tiny model, at least
+os.environ["HF_EVALUATE_OFFLINE"] = "1"  # else metrics of lm-eval ask the network for what is here
 os.environ["TRITON_INTERPRET"] = "1"  # kernels run without a GPU; triton reads it when it is imported, which torch may do at any time
 
 
@@ -32,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     Of a test over many families run ALWAYS and an eighth of the others, another eighth for each technique: what a family does in a way of its own shows with
     any technique, and what a technique does in any family. All tests of a technique go through the same families, which are converted once. Tests of the
-    families themselves are marked `families`. Of a test that is marked `few(N)` every Nth of the remaining cases runs, and the first.
+    families themselves are marked `families`. Of a test that is marked `few(N)` the first case runs, and one in N of the others.
     """
     over, few = defaultdict[str, list[tuple[str, str, pytest.Item]]](list), defaultdict[str, list[pytest.Item]](list)
     for item in items:
@@ -41,16 +42,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         test = item.nodeid.partition("[")[0]
         if kind in FAMILY and not item.get_closest_marker("families"):
             over[f"{test} {name}"].append((name or test, kind, item))
-        if item.get_closest_marker("few"):
+        if item.get_closest_marker("few") and kind not in ALWAYS:
             few[test].append(item)
     for cases in over.values():
         for key, kind, item in cases:
             if len(cases) >= MANY and kind not in ALWAYS and (crc32(key.encode()) + FAMILY[kind]) % 8:
                 item.add_marker(pytest.mark.slow)
     for alike in few.values():
-        for index, item in enumerate(item for item in alike if not item.get_closest_marker("slow")):
+        for item in alike[1:]:
             (every,) = item.get_closest_marker("few").args  # type: ignore[union-attr]  # all of these have it
-            if index % every:
+            if crc32(item.nodeid.encode()) % every:  # not every Nth: crossed parameters would give the same value of one of them each time
                 item.add_marker(pytest.mark.slow)
 
 

@@ -124,10 +124,17 @@ STEPS = {
 
 @pytest.mark.parametrize("steps", STEPS)
 def test_steps_are_objects_mappings_or_bare_names(steps, model, contents, command):
-    done = effconvert.convert("model", *STEPS[steps], output="out", verify=False)
+    text = {"calibrate": "docstrings", "calibration_tokens": 256}
+    done = effconvert.convert("model", *STEPS[steps], output="out", verify=False, **text)
     Path("r.yaml").write_text(
         yaml.safe_dump(
-            {"model": "model", "output": "other", "verify": False, "steps": [step if isinstance(step, str | dict) else step.recipe for step in STEPS[steps]]}
+            {
+                "model": "model",
+                "output": "other",
+                "verify": False,
+                **text,
+                "steps": [step if isinstance(step, str | dict) else step.recipe for step in STEPS[steps]],
+            }
         )
     )
     assert command("run", "r.yaml").exit_code == 0

@@ -31,7 +31,9 @@ from effconvert.surgery._placed import open_checked
 TAKEN = (*TOKENIZER, *TEMPLATES, "generation_config.json")  # files that are the instruct model's
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")  # entries of config.json that are the instruct model's
 HARMLESS = {*SPECIAL, "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"}  # entries that may differ
-COMPUTES = re.compile(r"rope|rotary|theta|act|eps|cap|scal|tie|norm|bias|mult|head|expert|causal|group|top_?k")  # entries that may not; windows: see below
+# Entries that may not, beside heads and windows, which families write in several entries, some of which say nothing where another is off.
+COMPUTES = re.compile(r"rope|rotary|theta|act|eps|cap|scal|tie|norm|bias|mult|expert|causal|group|top_?k|parallel|alibi|clip|attn_config|original_max")
+UNUSED = re.compile(r"dropout|^pooler_|^summary_|^classifier_|^initializer")  # entries of training, and of heads for other tasks
 Found = Mapping[str, str]  # name of a tensor of the converted model -> name of the base's with the same bytes
 
 
@@ -97,9 +99,16 @@ def _differences(base: Checkpoint, instruct: Checkpoint) -> list[str]:
             raise ModelError(f"{name}: {' and '.join(descriptions)}; tensors can only be exchanged where both have the same")
     first, second = (_entries(model.folder) for model in (base, instruct))
     different = sorted(key for key in {**first, **second} if key not in HARMLESS and (first.get(key) or None) != (second.get(key) or None))
-    if base.config.windows() != instruct.config.windows():  # families write them in several entries, of which some say nothing where another is off
-        raise ModelError("config.json of --base and --instruct differ in the windows of their layers, so the tensors that stay would not fit")
-    if wrong := [key for key in different if COMPUTES.search(key)]:
+    for what, one, other in (
+        ("heads", *((config.heads, config.kv_heads, config.head_dim) for config in (base.config, instruct.config))),
+        ("windows of their layers", base.config.windows(), instruct.config.windows()),
+    ):
+        if one != other:
+            raise ModelError(
+                f"--base and --instruct differ in the {what} ({one} and {other}), so the tensors that stay would not fit; give a model that was trained on "
+                "from the base"
+            )
+    if wrong := [key for key in different if COMPUTES.search(key) and not UNUSED.search(key)]:
         values = f"{wrong[0]} = {first.get(wrong[0])} and {second.get(wrong[0])}"
         raise ModelError(f"config.json of --base and --instruct differ in what is computed ({values}), so the tensors that stay would not fit")
     return [f"config.json of base and instruct model differ in {some(different)}, and the output keeps what the converted model has"] if different else []

@@ -92,7 +92,7 @@ def _summary(past: History, report: Verification | None, manifest: Mapping[str, 
         lines[0] += f" The original's card names {', '.join(map(plain, base_models))} as its base model."
     if report is None:
         lines.append("**Not verified**: this checkpoint was written and never loaded or run.")
-    elif report.difference is not None:
+    elif past.exact(report):
         lines.append("The conversion is exact: logits changed by no more than rounding.")
     elif not past.healed:
         lines.append("**Not healed**: the architecture was changed and nothing was refitted or trained, so quality is lost. The numbers below show how much.")
@@ -236,7 +236,7 @@ def _limits(
             )
         else:
             yield f"No quality was measured at the conversion: {plain(report.unmeasured)}."
-    if not past.healed and (report is None or report.difference is None):
+    if not past.healed and not (report and past.exact(report)):
         yield "No healing: no weights were refitted or trained after the surgery."
     if not any(isinstance(result, Evaluation) for result in results):
         yield "No task was evaluated."

@@ -41,6 +41,7 @@ class History:
     revision: str | None  # its commit, where that is known
     recipe: tuple[Mapping[str, Mapping[str, Any]], ...]  # all steps since
     last: int  # number of steps in the last conversion, which the verification covers
+    from_original: bool  # whether that began from the first original, so that the verification compares with it
 
     @property
     def techniques(self) -> list[str]:
@@ -48,14 +49,13 @@ class History:
         return list(dict.fromkeys(name for step in self.recipe for name in step))
 
     @property
-    def from_original(self) -> bool:
-        """Whether the last conversion began from the first original, so that the verification compares with that."""
-        return self.last == len(self.recipe)
-
-    @property
     def healed(self) -> bool:
         """Whether the recipe has healing steps."""
         return not set(self.techniques) <= {*steps.techniques(), "transplant"}  # which recovers nothing
+
+    def exact(self, report: Verification) -> bool:
+        """Whether nothing was lost since the original: the one conversion that there was may change no logit, and did not."""
+        return self.from_original and report.difference is not None
 
 
 def history(manifest: Mapping[str, Any]) -> History:
@@ -66,7 +66,7 @@ def history(manifest: Mapping[str, Any]) -> History:
     """
     steps: list[Mapping[str, Mapping[str, Any]]] = []
     try:
-        last = len(manifest["recipe"])
+        last, from_original = len(manifest["recipe"]), not manifest["source"].get("made_by")
         while True:
             steps = [*manifest["recipe"], *steps]
             source = manifest["source"]
@@ -81,7 +81,7 @@ def history(manifest: Mapping[str, Any]) -> History:
         raise ModelError("effconvert.json is damaged: it does not say what was converted, and how; convert again") from None
     # A folder in huggingface_hub's cache is named like its commit.
     hub = bool(commit and commit != model and HUB_ID.match(model))
-    return History(model, hub, commit or source.get("revision"), tuple(steps), last)
+    return History(model, hub, commit or source.get("revision"), tuple(steps), last, from_original)
 
 
 def verification(manifest: Mapping[str, Any]) -> Verification | None:

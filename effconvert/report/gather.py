@@ -85,10 +85,12 @@ def _verdict(manifest: Manifest | None) -> str:
 def _cards(report: Report) -> Iterator[Card]:
     this, original, verified = report.subject, report.original, report.manifest.report if report.manifest else None
     before = original or (verified.before if verified else None)
-    yield _card("parameters", before.parameters if before else None, this.parameters, count)
+    source = report.manifest.source if report.manifest else None
+    note = f"before: {began_from(source)}" if source and source.made_by and not original else ""
+    yield _card("parameters", before.parameters if before else None, this.parameters, count, note)
     yield _card("on disk", original.bytes if original else None, this.bytes, size)
     if isinstance(this, ShapedSubject) and (this.kv_bytes or this.state_bytes):
-        yield _card("KV cache a token", before.kv_bytes if isinstance(before, ShapedSubject | Side) else None, this.kv_bytes, size)
+        yield _card("KV cache a token", before.kv_bytes if isinstance(before, ShapedSubject | Side) else None, this.kv_bytes, size, note)
     rows = list(report.rows())
     tested = [(row, value) for row, _, value in rows if value and value.difference is not None and value.significant is not None]
     if tested:
@@ -124,8 +126,8 @@ def _with_note(value: Value, documents: int) -> tuple[str, str]:
     return number(value.value, value.error), f"{error}{documents} documents"
 
 
-def _card(what: str, before: int | None, after: int, show: Callable[[int], str]) -> Card:
-    return Card(what, show(before) if before else "", show(after), f"{after / before:.3g} x" if before else "")
+def _card(what: str, before: int | None, after: int, show: Callable[[int], str], note: str = "") -> Card:
+    return Card(what, show(before) if before else "", show(after), f"{after / before:.3g} x" if before else "", note)
 
 
 def _missing(report: Report) -> dict[str, str]:

@@ -250,7 +250,7 @@ def provenance(report: Report) -> Iterator[Table]:
     if report.manifest:
         source = report.manifest.source
         versions = _pairs(report.manifest.versions)
-        rows += [("effconvert that converted it", report.manifest.effconvert), ("original", lineage(source))]
+        rows += [("effconvert that converted it", report.manifest.effconvert), ("converted from", lineage(source))]
         rows += [(what, value) for what, value in (("revision", source.revision), ("commit", source.commit), ("versions", versions)) if value]
     rows += [(f"SHA-256 of {label}", subject.digest) for label, subject in zip(report.labels, report.subjects, strict=True)]
     rows += [(f"commit of {label}", subject.commit) for label, subject in zip(report.labels, report.subjects, strict=True) if subject.commit]

@@ -130,6 +130,10 @@ def test_a_model_that_was_converted_twice_is_traced_to_its_root() -> None:
     assert COMMIT in card.text
     assert "| before the last conversion |" in card.text
     assert [result.metric_type for result in card.data.eval_results] == ["perplexity"]  # the others are not of the original
+    exact = report(difference=0.0)
+    assert "The conversion is exact" in render(manifest(measured=exact), CONFIG, "")
+    assert "The conversion is exact" not in render(manifest({**LOCAL, "made_by": once}, exact), CONFIG, "")
+    assert "Not healed" in render(manifest({**LOCAL, "made_by": once}, exact), CONFIG, "")
     first = ModelCard(render(manifest(LOCAL), CONFIG, ""))
     assert [result.metric_type for result in first.data.eval_results] == ["perplexity", "kl_from_original", "same_top_token_as_original"]
 

@@ -238,9 +238,26 @@ REFUSALS = [
     (lambda: put(Path("instruct"), attention_bias=False), ModelError, "the instruct model has none of that name"),
     (trained, ModelError, "no tensor of converted is that of --base base: its weights were trained since, or it is of another model"),
     (turned, ModelError, "differ in what is computed .*rope_theta.* so the tensors that stay would not fit"),
-    (many_heads, ModelError, "differ in what is computed .*head.* so the tensors that stay would not fit"),
+    (many_heads, ModelError, r"differ in the heads \(\(4, 4, 8\) and \(8, 8, 4\)\), so the tensors that stay would not fit"),
     (lambda: shutil.rmtree("instruct"), OptionError, "instruct"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "values", "refused"),
+    [("gpt_neox", "use_parallel_residual", (True, False), True), ("llama", "head_dim", (8, None), False), ("llama", "attention_dropout", (0.0, 0.1), False)],
+)
+def test_entries_count_that_change_what_is_computed(kind, key, values, refused):
+    pair(kind)
+    for folder, value in zip(("base", "instruct"), values, strict=True):
+        file = Path(folder, "config.json")
+        file.write_text(json.dumps({name: kept for name, kept in {**json.loads(file.read_text()), key: value}.items() if kept is not None}))
+    run("base", Gqa(groups=1, pool="mean"), place="converted")
+    if refused:
+        with pytest.raises(ModelError, match=f"differ in what is computed .{key}"):
+            run("converted", BOTH, dry_run=True)
+    else:
+        assert "become those of instruct" in " ".join(run("converted", BOTH, dry_run=True).plan.notes)
 
 
 @pytest.mark.parametrize("used", [False, True])
@@ -251,7 +268,7 @@ def test_windows_count_only_where_they_are_used(used):
         Path(folder, "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "layer_types"}))
     run("base", Gqa(groups=1, pool="mean"), place="converted")
     if used:
-        with pytest.raises(ModelError, match="differ in the windows of their layers"):
+        with pytest.raises(ModelError, match=r"differ in the windows of their layers \(\[None, None\] and \[None, 8\]\)"):
             run("converted", BOTH, dry_run=True)
     else:
         assert "become those of instruct" in " ".join(run("converted", BOTH, dry_run=True).plan.notes)

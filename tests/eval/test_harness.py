@@ -395,6 +395,7 @@ def test_what_is_for_tasks_alone_is_refused_without_any(command, llama, option):
     refused(command, 2, f"{option[0]} is for lm-eval's tasks, and none is named", llama, *EASY, *option)
 
 
+@pytest.mark.slow  # lm-eval reads all of its tasks
 def test_a_task_that_is_not_there_is_named_beside_the_nearest_of_the_askers_own_and_lm_evals(command, llama, tasks):
     choices(tasks, name="hellaswagg")
     told = ("there is no task 'helaswagg'; the nearest are", "hellaswagg", "hellaswag")

@@ -49,7 +49,7 @@ def errors(kind, dtype, temperature, weight, ce):
         yield [float((some - expected).abs().max() / expected.abs().max()) for some in (found, other)]
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", LEAST, ids=str)
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)

@@ -65,7 +65,7 @@ def test_what_was_measured_is_what_is_shown(converted, results, tmp_path):
     assert (cards["perplexity"].before, cards["perplexity"].after) == ("7.5 ± 1.0", "11.3")
     assert (cards["same top token"].after, cards["same top token"].note) == ("0.710", "± 0.012, one standard error, 8 documents")
     assert made.missing == {}
-    assert f"| original | tiny |\n| versions | python {platform.python_version()}, " in markdown
+    assert f"| converted from | tiny |\n| versions | python {platform.python_version()}, " in markdown
     assert f"| SHA-256 of tiny-gqa-2 | {made.subject.digest} |" in markdown
     page = (tmp_path / "out.html").read_text()
     assert page.count("<svg") == 2 + 2 * 4 + 2 + 1  # differences, speed of two batch sizes, layers, cache
@@ -106,6 +106,8 @@ def test_a_model_that_was_converted_twice_is_compared_with_what_the_last_convers
     markdown = plain((tmp_path / "out.md").read_text())
     assert made.verdict.endswith("and compared with tiny-gqa-2.")
     assert {card.what: card.note for card in made.cards if card.note} == {
+        "parameters": "before: tiny-gqa-2",
+        "KV cache a token": "before: tiny-gqa-2",
         "perplexity": "in the verification; before: tiny-gqa-2",
         "same top token": "as tiny-gqa-2, in the verification",
     }

@@ -245,7 +245,7 @@ def test_copies_in_bases_of_their_own_become_what_they_were(kind, rule, tmp_path
     assert not close(logits(converted(source, Gqa(groups=2, pool="mean"), tmp_path / "mean")), expected, 0.05)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("rule", ["pca", "aligned"])
 @pytest.mark.parametrize("kind", ["llama", "cohere", "glm", "qwen3"])
 def test_heads_that_several_query_heads_share_become_what_they_were(kind, rule, tmp_path):
@@ -262,7 +262,7 @@ def test_copies_in_a_gpt2_with_biases_become_the_one_head_of_a_gpt_bigcode(rule,
     assert not close(logits(converted(source, Mqa(pool="mean"), tmp_path / "mean")), expected, 0.05)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("rule", ["pca", "aligned"])
 @pytest.mark.parametrize("kind", ["llama", "glm", "qwen3", "olmo2"])
 def test_copies_that_lie_apart_are_found(kind, rule, tmp_path):

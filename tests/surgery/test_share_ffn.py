@@ -74,7 +74,7 @@ def equal_ffns(kind, layers=3):
     return model
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("gains", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "phi3", "gemma2", "bert", "opt", "falcon", "distilbert"])
 def test_layers_that_have_the_same_ffn_lose_nothing(kind, gains):

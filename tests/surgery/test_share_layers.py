@@ -54,7 +54,6 @@ def test_groups_are_neighbours_or_every_nth():
     assert [number for number, group in enumerate(groups_of(range(12), 5, "contiguous")) for _ in group] == albert
 
 
-@pytest.mark.few(4)
 @pytest.mark.parametrize(("pattern", "first"), [("contiguous", {0, 2}), ("cyclic", {0, 1})])
 @pytest.mark.parametrize("pool", ["fitted", "first"])
 def test_matrices_are_stored_once_and_norms_by_each_layer(pattern, first, pool):

@@ -121,7 +121,7 @@ def read_rows(value: str, option: str) -> Iterator[str | Conversation]:
                 else datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
             )
             for number, row in enumerate(rows, 1):  # noqa: B007 (named in errors)
-                content = row["text"] if isinstance(row.get("text"), str) else _messages(row)
+                content = row["text"] if isinstance(row.get("text"), str) else "" if _empty(row) else _messages(row)
                 kinds.add(type(content))
                 if len(kinds) > 1:
                     raise RowError("it is a text, and others are conversations" if isinstance(content, str) else "it is a conversation, and others are texts")
@@ -131,7 +131,7 @@ def read_rows(value: str, option: str) -> Iterator[str | Conversation]:
                     yield content
     except RowError as error:
         need = "each row needs a `text`, or each `messages` with a role and a content each"
-        raise OptionError(f"{option} {value} cannot be used from row {number} on: {error}; {need}; mend it, or give a text file") from None
+        raise OptionError(f"{option} {value} cannot be used from row {number} on: {error}; {need}; give one that has them, or a text file") from None
     except Exception as error:  # a damaged file, a missing dataset or no network: libraries raise many types
         if is_offline(error):
             raise EffconvertError(f"{option} {value} is not here, and the Hub cannot be reached or has no such dataset; try again with a network") from error
@@ -140,6 +140,10 @@ def read_rows(value: str, option: str) -> Iterator[str | Conversation]:
         ) from None
     if blank == number:
         raise OptionError(f"{option} {value} has no row with a text; give another")
+
+
+def _empty(row: Mapping[str, Any]) -> bool:
+    return "text" in row and row["text"] is None and row.get("messages") is None
 
 
 def _messages(row: Mapping[str, Any]) -> Conversation:
