@@ -415,6 +415,7 @@ def test_ctrl_c_that_a_library_lost_is_remembered(python: str, environment: dict
                 pass
             raise errors.ModelError("the tokenizer cannot be loaded")
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell turns off for what runs in the background
         cli.Commands.get_command = lambda *_: cli.click.Command("gqa", callback=load)
         sys.argv = ["effconvert", "gqa"]
         __main__.main()
