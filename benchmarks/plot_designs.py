@@ -19,7 +19,8 @@ from effconvert.report.drawing import MARKERS, plain, style, svg
 
 RESULTS = Path(__file__).parent / "results"
 MODEL = Path(__file__).parent.parent / "effconvert" / "demo" / "model"
-EMBEDDED, STARTS = "designs-embedded-2026-11-30.csv", "designs-starts-embedded-2026-11-29.csv"
+EMBEDDED = "designs-embedded-2026-11-30.csv"
+STARTS, EARLIER = "designs-starts-embedded-2026-12-01.csv", "designs-starts-embedded-2026-11-29.csv"
 HALF = "--layers 1-29/2"
 CONTEXTS = ("512", "2048", "8192", "16384")
 # technique: what a text of T tokens costs, and what its paper says of it (all by their authors, for models trained so from the start)
@@ -48,7 +49,7 @@ DESIGNS = {
 
 def page():
     """Return docs/designs.md."""
-    parts = [HEAD, *kinds(), QUALITY, *quality(), BEGIN, *starts(), COST, *cost(), SMOLLM2, *smollm2(), MINILM, *minilm()]
+    parts = [HEAD, *kinds(), QUALITY, *quality(), BEGIN, *starts(STARTS), BEFORE, *starts(EARLIER), COST, *cost(), SMOLLM2, *smollm2(), MINILM, *minilm()]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -71,13 +72,13 @@ def quality():
         yield f"| `{command}` | {int(state) / 1000:,.0f} kB | {' | '.join(cells)} |"
 
 
-def starts():
+def starts(file):
     """Yield a row for each design on the embedded model: KL after more and more tokens of transfer, from both starts."""
-    tokens = sorted({int(row["tokens"]) for row in rows(STARTS)})
+    tokens = sorted({int(row["tokens"]) for row in rows(file)})
     yield f"| design | {' | '.join(f'{count:,}' for count in tokens)} | {' | '.join(f'random, {count:,}' for count in tokens)} |"
     yield "|---" * (1 + 2 * len(tokens)) + "|"
-    for command in dict.fromkeys(row["command"] for row in rows(STARTS)):
-        found = {(row["start"], int(row["tokens"])): f"{float(row['kl']):.3f}" for row in rows(STARTS) if row["command"] == command}
+    for command in dict.fromkeys(row["command"] for row in rows(file)):
+        found = {(row["start"], int(row["tokens"])): f"{float(row['kl']):.3f}" for row in rows(file) if row["command"] == command}
         yield f"| `{command}` | {' | '.join(found.get((start, count), '') for start in ('fitted', 'random') for count in tokens)} |"
 
 
@@ -199,8 +200,11 @@ BEGIN = f"""
 ## What the start from trained weights saves
 KL after `--transfer` on so many tokens, eight passes over them: from the conversion, whose fits see as many tokens (8,192
 where it is not healed), and from random numbers in place of q, k, v, o and all that the design adds.
-`python benchmarks/designs.py starts -o …` ([CSV](../benchmarks/results/{STARTS})). Measured as `transfer` was until
-2026-11-30: two windows in a step, and 3e-3 in all layers; with shorter steps all are nearer ([log](log.md)).
+`python benchmarks/designs.py starts -o …`, 2026-12-01 ([CSV](../benchmarks/results/{STARTS})). Empty: not measured.
+"""
+BEFORE = f"""
+The same as `transfer` was until 2026-11-30, with two windows in a step and 3e-3 in all layers
+([CSV](../benchmarks/results/{EARLIER})):
 """
 COST = """
 ## Time and memory
