@@ -106,11 +106,11 @@ def check_complete(path: Path, file: Any, model: Any, missing: Sequence[str]) ->
     tied = model.get_output_embeddings() is not None and model.get_output_embeddings().weight is model.get_input_embeddings().weight
     own = [tensor for tensor in file.tensors if not tensor.name.startswith("rope_") and not (tied and tensor.name == HEAD)]
     own = [tensor for tensor in own if not ((block := BLOCK.match(tensor.name)) and int(block[1]) >= layers)]  # those predict several tokens at once
-    held = sum(math.prod(map(int, tensor.shape)) for tensor in own)
+    stored = sum(math.prod(map(int, tensor.shape)) for tensor in own)
     taken = sum({tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}.values())
-    if held > taken:
+    if stored > taken:
         raise ModelError(
-            f"{path} has {held - taken:,} numbers that transformers {transformers.__version__} does not read into a {type(model).__name__} "
+            f"{path} has {stored - taken:,} numbers that transformers {transformers.__version__} does not read into a {type(model).__name__} "
             "(often biases or norms); take the model's safetensors"
         )
 

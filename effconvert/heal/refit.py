@@ -10,11 +10,11 @@ from effconvert.errors import OptionError
 from effconvert.heal._healing import Healing
 from effconvert.surgery.projections._parts import FACTORED
 
-FFN = ("ffn", "gate", "up", "down")
-
 if TYPE_CHECKING:
     from effconvert.checkpoint.config import Config
     from effconvert.checkpoint.layer import Layer, Model
+
+FFN = ("ffn", "gate", "up", "down")  # places of a layer's FFN
 
 
 class Refit(Healing):

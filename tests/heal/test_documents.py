@@ -11,7 +11,7 @@ from effconvert.convert import training_text
 from effconvert.convert.plan import plan
 from effconvert.convert.training_text import items, read_text
 from effconvert.errors import ModelError, OptionError
-from effconvert.eval.quality.text import read_calibration
+from effconvert.eval.quality.text import read_calibration, read_rows
 from effconvert.heal._documents import predicted_tokens, windows_of_conversations, windows_of_texts
 from effconvert.heal.distill import Distill
 from effconvert.surgery.attention.gqa import Gqa
@@ -96,6 +96,11 @@ def test_templates_that_are_missing_or_write_the_past_anew_or_refuse_are_refused
         windows_of_conversations(talking("{% if messages[0].role == 'user' %}{{ raise_exception('no users') }}{% endif %}"), [TALK[1:2], TALK], 32, 99)
     said_first = windows_of_conversations(talking(), [TALK[1:]], 200, 99)
     assert letters().decode(said_first.ids[0][said_first.predicted[0]]) == "the sea\n"
+
+
+def test_rows_without_anything_are_skipped_among_conversations():
+    rows_to("talk.jsonl", [{"text": None, **row} for row in conversations(2)] + [{"text": None, "messages": None}])
+    assert [type(row) for row in read_rows("talk.jsonl", "--data")] == [tuple, tuple]
 
 
 def test_a_mark_of_byte_order_is_no_part_of_a_text():

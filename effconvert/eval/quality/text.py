@@ -122,13 +122,13 @@ def read_rows(value: str, option: str) -> Iterator[str | Conversation]:
             )
             for number, row in enumerate(rows, 1):  # noqa: B007 (named in errors)
                 content = row["text"] if isinstance(row.get("text"), str) else "" if _empty(row) else _messages(row)
+                if isinstance(content, str) and not content.strip():
+                    blank += 1
+                    continue
                 kinds.add(type(content))
                 if len(kinds) > 1:
                     raise RowError("it is a text, and others are conversations" if isinstance(content, str) else "it is a conversation, and others are texts")
-                if isinstance(content, str) and not content.strip():
-                    blank += 1
-                else:
-                    yield content
+                yield content
     except RowError as error:
         need = "each row needs a `text`, or each `messages` with a role and a content each"
         raise OptionError(f"{option} {value} cannot be used from row {number} on: {error}; {need}; give one that has them, or a text file") from None
