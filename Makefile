@@ -2,6 +2,7 @@
 PYTHON ?= python3
 OLDEST ?= python3.11
 BIN := .venv/bin
+INSTALL := install --quiet --no-compile  # Python compiles what it imports; all that is installed takes a minute
 
 .PHONY: demo test test-newest test-oldest real fix clean
 
@@ -31,15 +32,15 @@ clean:
 	$(PYTHON) -m venv .venv
 
 .venv/installed: .venv/bin/pip pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[report]'
+	$(BIN)/pip $(INSTALL) --constraint constraints.txt --editable '.[report]'
 	@touch $@
 
 .venv/tested: .venv/bin/pip pyproject.toml constraints.txt  ## All that .venv/installed has, and more, in one go.
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/pip $(INSTALL) --constraint constraints.txt --editable '.[test]'
 	@touch .venv/installed $@
 
 .venv-oldest/tested: PYTHON := $(OLDEST)
 .venv-%/tested: constraints-%.txt pyproject.toml
 	$(PYTHON) -m venv --clear .venv-$*
-	.venv-$*/bin/pip install --quiet --constraint $< --editable '.[test]'
+	.venv-$*/bin/pip $(INSTALL) --constraint $< --editable '.[test]'
 	@touch $@

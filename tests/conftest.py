@@ -31,7 +31,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # kernels run without a GPU; triton reads 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as slow most of the tests that are alike.
 
-    Of a test over many families run ALWAYS and an eighth of the others, another eighth for each technique: what a family does in a way of its own shows with
+    Of a test over many families run ALWAYS and a twelfth of the others, another twelfth for each technique: what a family does in a way of its own shows with
     any technique, and what a technique does in any family. All tests of a technique go through the same families, which are converted once. Tests of the
     families themselves are marked `families`. Of a test that is marked `few(N)` the first case runs, and one in N of the others.
     """
@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             few[test].append(item)
     for cases in over.values():
         for key, kind, item in cases:
-            if len(cases) >= MANY and kind not in ALWAYS and (crc32(key.encode()) + FAMILY[kind]) % 8:
+            if len(cases) >= MANY and kind not in ALWAYS and (crc32(key.encode()) + FAMILY[kind]) % 12:
                 item.add_marker(pytest.mark.slow)
     for alike in few.values():
         for item in alike[1:]:
@@ -115,6 +115,20 @@ def _no_flushing() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _large_batches() -> Iterator[None]:
+    """Run eight windows at a time where users run one: the same text in fewer calls of each layer, and in fewer steps of `transfer`."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("effconvert.heal._calibration.BATCH", 8)
+        yield
+
+
+@pytest.fixture
+def one_window_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run one window at a time, as users do: for tests of how it is done, and of what `transfer` learns."""
+    monkeypatch.setattr("effconvert.heal._calibration.BATCH", 1)
+
+
 @pytest.fixture
 def command() -> Callable[..., Result]:
     """Run a command line in this process."""
@@ -133,7 +147,7 @@ def contents() -> Callable[[Path], dict[str, str]]:
 def environment() -> dict[str, str]:
     """What a subprocess needs to find the effconvert that is tested."""
     package = str(Path(effconvert.__file__).parents[1])
-    return {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
@@ -144,7 +158,7 @@ def with_technique(tmp_path: Path, environment: dict[str, str], python: str) -> 
         site = tmp_path / "site"
         shutil.copytree(Path(effconvert.__file__).parent, site / "effconvert", ignore=shutil.ignore_patterns("__pycache__"))
         (site / f"effconvert/surgery/{name}.py").write_text(text)
-        own = {**environment, "PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": ""}  # compiled once, not by every command
+        own = {**environment, "PYTHONPATH": str(site)}
         held = {"env": own, "capture_output": True, "text": True, "timeout": 100}
         return lambda *arguments: subprocess.run([python, "-m", "effconvert", *map(str, arguments)], **held)
 

@@ -3,6 +3,7 @@
 import base64
 import fnmatch
 import json
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import huggingface_hub
+import pytest
 
 from tests.hub_state import LARGE, Hub, Repo, Request, blob, sha256
 
@@ -34,6 +38,21 @@ def variables(hub: Hub, environment: dict[str, str], home: Path) -> dict[str, st
     """Return `environment` of somebody whose Hub is `hub` and who has never used one before."""
     clean = {key: value for key, value in environment.items() if not key.startswith(("HF_", "HUGGING")) and not key.lower().endswith("_proxy")}
     return {**clean, "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+@contextmanager
+def answering(endpoint: str, home: Path) -> Iterator[None]:
+    """Tell huggingface_hub in this process, after its import, that the Hub is at `endpoint`, and that nobody has used it before."""
+    told = {"ENDPOINT": endpoint, "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}", "HF_HUB_DISABLE_XET": True}
+    told |= {"HF_HUB_CACHE": str(home / "hf" / "hub"), "HF_TOKEN_PATH": str(home / "token"), "HF_HUB_ETAG_TIMEOUT": 2}
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in told.items():
+            patched.setattr(huggingface_hub.constants, name, value)
+        for name in [name for name in os.environ if name.lower().endswith("_proxy") or name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")]:
+            patched.delenv(name)
+        huggingface_hub.close_session()
+        yield
+    huggingface_hub.close_session()
 
 
 class RefusalError(Exception):

@@ -124,7 +124,8 @@ STEPS = {
 
 @pytest.mark.parametrize("steps", STEPS)
 def test_steps_are_objects_mappings_or_bare_names(steps, model, contents, command):
-    text = {"calibrate": "docstrings", "calibration_tokens": 256}
+    Path("text.txt").write_text("There and back again, many times; where we go, nobody knows. " * 8)
+    text = {"calibrate": "text.txt", "calibration_tokens": 256}
     done = effconvert.convert("model", *STEPS[steps], output="out", verify=False, **text)
     Path("r.yaml").write_text(
         yaml.safe_dump(

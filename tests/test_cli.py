@@ -225,7 +225,8 @@ def test_a_run_with_verification_shows_what_was_won_and_lost(command: Command, m
     assert re.search(r"same top token [\d.]+%", told)
     assert "57 tokens in windows of 20, bfloat16, cpu" in told
     assert "verified, and written to model-gqa-2" in told
-    healed = command("refit", "model-gqa-2", "--teacher", model, "--calibrate", "docstrings", "--calibration-tokens", "64", "-o", "healed", *EASY)
+    Path("text.txt").write_text("There and back again, many times. " * 8)
+    healed = command("refit", "model-gqa-2", "--teacher", model, "--calibrate", "text.txt", "--calibration-tokens", "64", "-o", "healed", *EASY)
     assert healed.exit_code == 0, healed.output
     told = " ".join(healed.stdout.split())
     assert re.search(r"verification MODEL converted .* KL from MODEL [\d.]+ nats a token .* MODEL writes: ", told)  # and not from the original
@@ -471,7 +472,9 @@ def test_lists_fit_a_narrow_terminal_and_are_whole_lines_in_a_pipe(command: Comm
     assert max(map(len, command(name).stdout.splitlines())) <= 60
 
 
-@pytest.mark.parametrize("arguments", [["list"], ["gqa", "--groups", "2", "--pool", "mean", "model", "--dry-run"]], ids=lambda a: a[0])
+@pytest.mark.parametrize(
+    "arguments", [["list"], pytest.param(["gqa", "--groups", "2", "--pool", "mean", "model", "--dry-run"], marks=pytest.mark.slow)], ids=lambda a: a[0]
+)
 def test_a_reader_that_stops_reading_is_no_error(arguments: list[str], model: Path, python: str, environment: dict[str, str]) -> None:
     theirs, ours = os.pipe()
     os.close(theirs)

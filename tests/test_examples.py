@@ -10,7 +10,8 @@ import pytest
 from effconvert.checkpoint.manifest import read_manifest
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted((ROOT / "examples").glob("*.*"))
+MORE = ("mixer.yaml", "prune.yaml")  # as recipe.yaml, with other techniques
+EXAMPLES = [pytest.param(file, id=file.name, marks=[pytest.mark.slow] if file.name in MORE else []) for file in sorted((ROOT / "examples").glob("*.*"))]
 WRITES = {"convert.py": "converted", "load_and_generate.py": "streaming", "mixer.yaml": "linear", "prune.yaml": "three-layers", "recipe.yaml": "fewer-heads"}
 RECIPES = [
     pytest.param(file, id=file.name, marks=[] if file.name == "lolcats.yaml" else pytest.mark.slow) for file in sorted((ROOT / "recipes").glob("*.yaml"))
@@ -30,7 +31,7 @@ def root(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", EXAMPLES)
 def test_an_example_is_short_says_what_it_shows_and_runs(file, command, root, capsys):
     lines = file.read_text(encoding="utf-8").splitlines()
     assert len(lines) < 25

@@ -91,6 +91,7 @@ CASES = {
 }
 
 
+@pytest.mark.usefixtures("one_window_a_batch")
 @pytest.mark.parametrize("name", CASES)
 def test_conversion_is_as_recorded(name, tmp_path):
     case, golden = CASES[name], json.loads(RECORD.read_text())

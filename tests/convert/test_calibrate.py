@@ -126,6 +126,7 @@ def test_windows_are_the_same_each_time_and_another_text_gives_others(model, tex
     assert ids_of(model).sha256 != first.sha256
 
 
+@pytest.mark.usefixtures("one_window_a_batch")
 def test_an_encoders_windows_are_cut_into_texts_of_several_lengths_with_ends_of_their_own():
     windows = 200 + torch.arange(5 * 32).view(5, 32)
     batches = Calibration("text", windows, (1, 4), ((101, 100), (102,))).batches
@@ -159,6 +160,7 @@ def test_encoders_are_calibrated_on_long_and_short_texts(kind, ends, lengths):
         assert bool((batch[:, -1] == 2).all()) == ends
 
 
+@pytest.mark.usefixtures("one_window_a_batch")
 def test_windows_are_as_long_as_asked_for_and_run_one_at_a_time(model):
     Path("text.txt").write_text(words(3000))
     assert ids_of(model, calibration_window=20).ids.shape == (TOKENS // 20, 20)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from logging.handlers import BufferingHandler
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 from click.testing import Result
 from huggingface_hub import ModelCard
@@ -21,7 +20,7 @@ from effconvert.eval.subject import open_model
 from effconvert.options import RunOptions
 from effconvert.surgery.attention.gqa import Gqa
 from tests.convert.conftest import one_line
-from tests.hub import serve, variables
+from tests.hub import answering, serve, variables
 from tests.hub_state import Hub, Repo
 
 Command = Callable[..., Result]
@@ -80,11 +79,7 @@ def shell(server: Hub, python: str, environment: dict[str, str], tmp_path: Path)
 
 @pytest.fixture
 def push(server: Hub, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Push]:
-    """Run `effconvert push` in this process, where huggingface_hub has to be told of the server after its import; hold that no token is told to anybody."""
-    for name, value in {"ENDPOINT": server.endpoint, "HF_HUB_DISABLE_XET": True, "HF_TOKEN_PATH": str(tmp_path / "token")}.items():
-        monkeypatch.setattr(huggingface_hub.constants, name, value)
-    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
-        monkeypatch.delenv(name)
+    """Run `effconvert push` in this process; hold that no token is told to anybody."""
     told = []
 
     def run(folder: Path, *more: str, token: str = WRITE) -> Result:
@@ -93,9 +88,8 @@ def push(server: Hub, command: Command, tmp_path: Path, monkeypatch: pytest.Monk
         told.append(result.output)
         return result
 
-    huggingface_hub.close_session()
-    yield run
-    huggingface_hub.close_session()
+    with answering(server.endpoint, tmp_path):
+        yield run
     published = [data for repo in server.repos.values() for files in repo.commits.values() for data in files.values()]
     for token in (WRITE, READ, OTHER):
         assert not any(token in text for text in told)

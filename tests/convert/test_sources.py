@@ -18,16 +18,18 @@ from click.testing import Result
 from gguf import GGUFReader
 
 from effconvert.checkpoint.checkpoint import open_checkpoint
-from effconvert.checkpoint.sources import locate
+from effconvert.checkpoint.sources import fetch, locate
 from effconvert.checkpoint.unpacking import check_complete, restore_rope, restore_scale
 from effconvert.errors import EffconvertError, ModelError
 from effconvert.eval.quality.text import read_calibration
 from effconvert.modeling import loading as stock
-from tests.hub import serve, variables
+from tests.convert.conftest import one_line
+from tests.hub import answering, serve, variables
 from tests.hub_state import Hub, Repo
 
 Command = Callable[..., Result]
 Run = Callable[..., subprocess.CompletedProcess[str]]
+Refused = Callable[..., str]
 COMMIT, OLDER = "a" * 40, "b" * 40
 TOKEN = "hf_" + "t0psecret" * 4
 NOTHING = "no-such-model"
@@ -56,15 +58,19 @@ def hub(server: Hub, python: str, environment: dict[str, str], tmp_path: Path) -
     return run
 
 
-def refused(done: subprocess.CompletedProcess[str], code: int) -> str:
-    """Return the one line that a command gave up with."""
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    assert not Path("out").exists()
-    assert not Path("out.partial").exists()
-    (line,) = [line for line in done.stderr.splitlines() if line]  # no bar of progress either: this is no terminal
-    assert line.startswith("Error: ")
-    return line
+@pytest.fixture
+def gives_up(server: Hub, command: Command, tmp_path: Path) -> Refused:
+    """Return the one line that the same conversion gives up with, in this process."""
+
+    def run(model: str, *more: str, code: int, endpoint: str = "") -> str:
+        with answering(endpoint or server.endpoint, tmp_path):
+            done = command("gqa", "--groups", "2", "--pool", "mean", model, "-o", "out", "--no-verify", *more)
+        assert done.exit_code == code, done.stderr
+        assert not Path("out").exists()
+        assert not Path("out.partial").exists()
+        return one_line(done)  # no bar of progress either: this is no terminal
+
+    return run
 
 
 def test_a_model_is_fetched_by_its_id_and_converted_as_from_a_folder(
@@ -124,40 +130,36 @@ def test_what_is_fetched_leaves_the_process_as_loud_as_it_was(server: Hub, pytho
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
-def test_a_revision_that_does_not_exist_is_named(hub: Run) -> None:
-    told = refused(hub("lab/tiny", "--revision", "v2"), 2)
+def test_a_revision_that_does_not_exist_is_named(gives_up: Refused) -> None:
+    told = gives_up("lab/tiny", "--revision", "v2", code=2)
     assert "lab/tiny has no revision 'v2'" in told
 
 
-def test_a_model_that_does_not_exist_is_named(hub: Run) -> None:
-    told = refused(hub("lab/tyni"), 2)
+def test_a_model_that_does_not_exist_is_named(gives_up: Refused) -> None:
+    told = gives_up("lab/tyni", code=2)
     assert "'lab/tyni'" in told
     assert "hf auth login" in told
 
 
-@pytest.mark.slow
-def test_a_name_without_an_owner_is_sought_on_the_hub_as_well(hub: Run) -> None:
-    assert f"{NOTHING!r}" in refused(hub(NOTHING), 2)
+def test_a_name_without_an_owner_is_sought_on_the_hub_as_well(gives_up: Refused) -> None:
+    assert f"{NOTHING!r}" in gives_up(NOTHING, code=2)
 
 
-def test_a_gated_model_is_named_with_what_to_do(hub: Run) -> None:
-    told = refused(hub("lab/gated"), 1)
+def test_a_gated_model_is_named_with_what_to_do(gives_up: Refused) -> None:
+    told = gives_up("lab/gated", code=1)
     assert "lab/gated is gated" in told
     assert "hf auth login" in told
 
 
-def test_a_model_on_the_hub_without_safetensors_is_refused_by_its_id(server: Hub, hub: Run) -> None:
+def test_a_model_on_the_hub_without_safetensors_is_refused_by_its_id(server: Hub, gives_up: Refused) -> None:
     files = server.repos["lab/tiny"].commits[COMMIT]
     server.repos["lab/tiny"].commits[COMMIT] = {name: data for name, data in files.items() if "safetensors" not in name}
-    told = refused(hub("lab/tiny"), 1)
+    told = gives_up("lab/tiny", code=1)
     assert "safetensors" in told
     assert "lab/tiny" in told or "lab--tiny" in told
 
 
-def test_a_model_that_cannot_be_converted_is_refused_before_its_weights_are_fetched(
-    server: Hub, python: str, environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_model_that_cannot_be_converted_is_refused_before_its_weights_are_fetched(server: Hub, gives_up: Refused, tmp_path: Path) -> None:
     files = server.repos["lab/tiny"].commits[COMMIT]
     config, index = json.loads(files["config.json"]), json.loads(files["model.safetensors.index.json"])
     unknown = {**files, "config.json": json.dumps({**config, "model_type": "mamba", "state_size": 16}).encode()}
@@ -165,14 +167,9 @@ def test_a_model_that_cannot_be_converted_is_refused_before_its_weights_are_fetc
     quantised = {**files, "model.safetensors.index.json": json.dumps({**index, "weight_map": packed}).encode()}
     repos = {"lab/mamba": unknown, "lab/measured": unknown, "lab/gptq": quantised, "lab/gguf": {"README.md": b"", "tiny-q4.gguf": b"GGUF"}}
     server.repos |= {name: Repo({COMMIT: content}, {"main": COMMIT}) for name, content in repos.items()}
-    code = (
-        "from effconvert.checkpoint.sources import fetch; from effconvert.errors import ModelError\n"
-        "for name in ('lab/mamba', 'lab/gptq', 'lab/gguf'):\n    try: fetch(name, None, to_convert=True)\n    except ModelError as error: print(error)\n"
-        "fetch('lab/measured', None)"  # measuring needs no known family
-    )
-    done = subprocess.run([python, "-c", code], env=variables(server, environment, tmp_path), capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    told = done.stdout.splitlines()
+    told = [gives_up(name, code=1) for name in ("lab/mamba", "lab/gptq", "lab/gguf")]
+    with answering(server.endpoint, tmp_path):
+        fetch("lab/measured", None)  # measuring needs no known family
     assert "the family 'mamba', which effconvert does not know: it has recurrent layers" in told[0]
     assert "q_proj.qweight, which is of GPTQ or AWQ quantisation" in told[1]
     assert "lab/gguf has no config.json on the Hub, and holds GGUF files; give the path of one of them" in told[2]
@@ -181,17 +178,16 @@ def test_a_model_that_cannot_be_converted_is_refused_before_its_weights_are_fetc
     assert all("lab/measured" in path for path in weights)
 
 
-@pytest.mark.slow
-def test_a_hub_that_is_in_trouble_is_an_error_of_one_line(server: Hub, hub: Run) -> None:
+def test_a_hub_that_is_in_trouble_is_an_error_of_one_line(server: Hub, gives_up: Refused) -> None:
     server.fails = True
-    told = refused(hub("lab/tiny", HF_HUB_ETAG_TIMEOUT="2"), 2)
+    told = gives_up("lab/tiny", code=2)
     assert "'lab/tiny'" in told
 
 
-def test_a_hub_that_cannot_be_reached_is_an_error_of_one_line(hub: Run) -> None:
+def test_a_hub_that_cannot_be_reached_is_an_error_of_one_line(gives_up: Refused) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        told = refused(hub("lab/tiny", HF_ENDPOINT=f"http://127.0.0.1:{closed.getsockname()[1]}"), 2)
+        told = gives_up("lab/tiny", endpoint=f"http://127.0.0.1:{closed.getsockname()[1]}", code=2)
     assert "'lab/tiny'" in told
     assert "cannot be reached" in told
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from effconvert.errors import ModelError, OptionError
-from effconvert.eval.quality.perplexity import LogitsFile, kv_bytes, measure, summary, windows
+from effconvert.eval.quality.perplexity import LogitsFile, kv_bytes, measure, summary, tokenize, windows
 from effconvert.eval.quality.text import EVALUATION_MODULES, Text, default_text, docstrings
+from tests.eval.evaluating import byte_tokenizer, metaspace_tokenizer
 from tests.models import tiny
 
 
@@ -28,6 +29,18 @@ TEXT = Text("letters", "the quick brown fox jumps over the lazy dog" * 10)
 @pytest.mark.parametrize(("context", "tokens", "shape"), [(32, 128, (4, 32)), (32, 127, (3, 32)), (512, 100, (1, 100)), (512, 4096, (1, 430)), (2, 2, (1, 2))])
 def test_windows_hold_no_more_than_was_asked_for(context, tokens, shape):
     assert windows(Letters(), TEXT, context, tokens, 128).shape == shape
+
+
+@pytest.mark.parametrize("form", ["bytes", "words", "blanks first"])
+def test_of_a_long_text_only_the_beginning_is_tokenized_and_its_tokens_are_the_same(form):
+    content = default_text().content[:60_000] + " " * 40_000 + default_text().content[:20_000]
+    tokenizer = {"bytes": byte_tokenizer, "words": lambda: byte_tokenizer(merges_of=content), "blanks first": lambda: metaspace_tokenizer(content)}[form]()
+    whole = tokenizer(content, add_special_tokens=False, return_offsets_mapping=True)
+    for count in (1, 100, 2000, len(whole.input_ids), len(content)):
+        few = tokenize(tokenizer, content, count, return_offsets_mapping=True)
+        assert few.input_ids[:count] == whole.input_ids[:count]
+        assert few.offset_mapping[:count] == whole.offset_mapping[:count]
+        assert len(few.input_ids) < len(whole.input_ids) or count > 2000
 
 
 def test_each_window_begins_as_the_tokenizer_begins_a_text():

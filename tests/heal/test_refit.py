@@ -39,12 +39,6 @@ BIASED = ["llama", "qwen2", "glm", "gpt2"]  # of the tiny models
 SHARING = [kind for kind in GROUPING if kind in HEALED and kind in DECODERS]
 
 
-@pytest.fixture(autouse=True)
-def _large_batches(monkeypatch):
-    """Eight windows at a time: the same text in fewer calls of each layer."""
-    monkeypatch.setattr("effconvert.heal._calibration.BATCH", 8)
-
-
 @pytest.fixture(scope="module")
 def pooled(tmp_path_factory):
     """A model, it with half its KV heads, which are means, and that refitted; each family once."""

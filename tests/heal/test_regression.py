@@ -139,6 +139,7 @@ def test_slopes_are_those_of_autograd(name):
     torch.testing.assert_close(bent, gradient(problem, weights, [first]) - gradient(problem, zero, [first]), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.few(3)
 @pytest.mark.usefixtures("_exact")
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_with_enough_steps_the_least_squares_solution_is_reached(name, monkeypatch):
@@ -154,6 +155,7 @@ def test_with_enough_steps_the_least_squares_solution_is_reached(name, monkeypat
     assert fitted[1] <= fitted[2] * 1.2
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_few_steps_that_are_taken_get_near(name):
     problem = PROBLEMS[name](24)

@@ -285,6 +285,7 @@ def test_a_refit_brings_it_nearer_to_its_original(kind, tmp_path):
     assert (run(healed, ids) - expected).square().mean() < (run(plain, ids) - expected).square().mean()
 
 
+@pytest.mark.usefixtures("one_window_a_batch")
 @pytest.mark.few(4)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mixer_on_top_of_it_can_be_taught(kind, tmp_path):

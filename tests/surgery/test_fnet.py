@@ -334,6 +334,7 @@ def test_half_precision_is_run_and_stays_what_it_is(filter):
     assert (made.float() - expected).abs().max() < 0.1 * expected.abs().max()
 
 
+@pytest.mark.usefixtures("one_window_a_batch")
 @pytest.mark.parametrize("filter", ["scale", "gfnet"])
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_what_is_learnable_comes_nearer_to_the_attention_than_nothing(kind, filter):
@@ -423,6 +424,7 @@ def far(original, folder, layer):
     return float((made - wanted).norm() / wanted.norm())
 
 
+@pytest.mark.usefixtures("one_window_a_batch")
 @pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("kind", "step"),
@@ -448,6 +450,7 @@ def test_layers_are_taught_as_a_whole(kind, step):
     assert any("effconvert." in part for part in parts) == (step.filter != "none")
 
 
+@pytest.mark.usefixtures("one_window_a_batch")
 def test_a_native_model_is_taught_by_a_command_of_its_own():
     source = save(tiny("bert"), Path("source"))
     run(source, Fnet(), place="plain")

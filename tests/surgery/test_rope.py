@@ -153,6 +153,7 @@ def test_a_fit_finds_what_positions_did(kind, to):
     assert fitted_later < 1.2 * fitted
 
 
+@pytest.mark.usefixtures("one_window_a_batch")
 def test_attention_is_trained_where_the_table_is_gone():
     put(by_place())
     run("source", Rope(fit="none"), place="turned")

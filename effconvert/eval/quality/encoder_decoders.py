@@ -175,7 +175,7 @@ def _rows(text: Text, tokenizer: Any, tokens: int) -> list[Strings]:
 
 def _halves(text: Text, tokenizer: Any, context: int, tokens: int) -> list[Strings]:
     """Cut the first `tokens` tokens of a text into windows that leave room for two special tokens in each half, and each window in two."""
-    spans = offsets(tokenizer, text.content)[:tokens]
+    spans = offsets(tokenizer, text.content, tokens)[:tokens]
     half = min(context - 2, len(spans)) // 2
     if half < 4:
         lacking = "a longer --text" if len(spans) < 8 else "a --context of at least 10"

@@ -110,7 +110,7 @@ def _reads(model: Running) -> int | None:
 
 def _passages(tokenizer: Any, text: Text, body: int, tokens: int) -> tuple[str, ...]:
     """Cut the first `tokens` tokens of `text` into passages of `body` tokens."""
-    spans = offsets(tokenizer, text.content)[:tokens]
+    spans = offsets(tokenizer, text.content, tokens)[:tokens]
     body = min(body, len(spans))
     if body < 8:
         raise OptionError(f"{text.name} has {len(spans)} tokens, and at least 8 are needed to mask some; give a longer --text")

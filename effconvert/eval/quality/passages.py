@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from effconvert.errors import ModelError, OptionError
-from effconvert.eval.quality.perplexity import beginning, windows
+from effconvert.eval.quality.perplexity import beginning, tokenize, windows
 from effconvert.eval.quality.text import Text
 
 
@@ -34,7 +34,7 @@ def cut(tokenizer: Any, text: Text, context: int, tokens: int, vocabulary: int) 
         ModelError: the tokenizer does not belong to the model, or gives no offsets of its tokens.
     """
     ids = windows(tokenizer, text, context, tokens, vocabulary)  # [N, T]
-    spans, start = offsets(tokenizer, text.content), len(beginning(tokenizer, text.content))
+    spans, start = offsets(tokenizer, text.content, tokens), len(beginning(tokenizer, text.content))
     body = ids.shape[1] - start
     content, sizes = [], []
     for first in range(0, len(ids) * body, body):
@@ -62,7 +62,7 @@ def recut(tokenizer: Any, first: Passages, other: Any, vocabulary: int, longest:
         if ids.max() >= vocabulary:
             raise ModelError(f"the tokenizer of {name} gives the token {int(ids.max())} and the model has {vocabulary}: they do not belong together")
         passages.append(ids)
-        sizes.append(len(content[offsets(other, content)[not start][0] :].encode()))
+        sizes.append(len(content[offsets(other, content, 2)[not start][0] :].encode()))
     return Passages(tuple(passages), tuple(sizes), first.content, alike=False)
 
 
@@ -71,13 +71,13 @@ def same(first: Any, other: Any, content: tuple[str, ...]) -> bool:
     return all(first(text, verbose=False).input_ids == other(text, verbose=False).input_ids for text in content)
 
 
-def offsets(tokenizer: Any, content: str) -> list[tuple[int, int]]:
-    """Return the start and end of each token in `content`.
+def offsets(tokenizer: Any, content: str, count: int) -> list[tuple[int, int]]:
+    """Return the start and end of at least the first `count` tokens in `content`, if it has as many.
 
     Raises:
         ModelError: this kind of tokenizer gives no offsets.
     """
     if not tokenizer.is_fast:
         raise ModelError("the tokenizer gives no offsets of its tokens, so nothing can be counted in bytes; save a fast one (tokenizer.json) beside the model")
-    spans: list[tuple[int, int]] = tokenizer(content, add_special_tokens=False, return_offsets_mapping=True, verbose=False).offset_mapping
+    spans: list[tuple[int, int]] = tokenize(tokenizer, content, count, return_offsets_mapping=True).offset_mapping
     return spans

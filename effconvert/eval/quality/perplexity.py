@@ -20,6 +20,8 @@ from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality.text import Text
 
 ROWS = 64  # positions whose distributions are in float32 at a time
+CHARACTERS = 8  # of a text that are tokenized for each token that is needed; more if these do not do
+SLACK = 64  # tokens before a cut, which may be others than in the whole text
 LEAST = 32  # tokens of a text to measure on, unless fewer are asked for
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")  # settings of a model's own
 ROUNDING = 1e-3  # of the largest number; experts, for one, round differently with other tokens in a batch
@@ -71,7 +73,7 @@ def windows(tokenizer: Any, text: Text, context: int, tokens: int, vocabulary: i
         OptionError: the text is too short for a window.
         ModelError: the tokenizer gives tokens that the model does not have.
     """
-    plain = tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids
+    plain = tokenize(tokenizer, text.content, tokens).input_ids
     start = beginning(tokenizer, text.content)
     body = min(context - len(start), tokens)
     if len(plain) < (need := min(LEAST, max(body, 2))):
@@ -86,6 +88,17 @@ def windows(tokenizer: Any, text: Text, context: int, tokens: int, vocabulary: i
     if batch.max() >= vocabulary:
         raise ModelError(f"the tokenizer gives the token {int(batch.max())} and the model has {vocabulary}: they do not belong together")
     return batch
+
+
+def tokenize(tokenizer: Any, content: str, count: int, **more: bool) -> Any:
+    """Return what the tokenizer makes of `content` without special tokens, or of so much of its beginning that the first `count` tokens are the same."""
+    length = CHARACTERS * (count + SLACK)
+    while length < len(content):
+        encoded = tokenizer(content[:length], add_special_tokens=False, verbose=False, **more)
+        if len(encoded.input_ids) >= count + SLACK:
+            return encoded
+        length *= 2
+    return tokenizer(content, add_special_tokens=False, verbose=False, **more)
 
 
 def beginning(tokenizer: Any, content: str) -> list[int]:
