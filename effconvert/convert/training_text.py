@@ -16,7 +16,8 @@ from effconvert.convert.selftext import SELF
 from effconvert.convert.teacher_cache import options_of
 from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality.perplexity import beginning
-from effconvert.eval.quality.text import PIECE, ROWS, Conversation, calibration_text, name_of, read_pieces, read_rows
+from effconvert.eval.quality.rows import Conversation, has_rows, read_rows
+from effconvert.eval.quality.text import PIECE, calibration_text, name_of, read_pieces
 from effconvert.heal._documents import Filled, predicted_tokens, windows_of_conversations, windows_of_texts
 from effconvert.heal._windows import MOST_HELD_OUT, Windows, held_out, masked, next_tokens, repeating, unlabelled
 from effconvert.heal.distill import Distill
@@ -96,7 +97,7 @@ def _rows(options: Distill) -> tuple[str, Iterator[str | Conversation], str]:
         OptionError: it cannot be read, or --packing documents has none.
     """
     path = expand(options.data)
-    if options.data != DOCSTRINGS and not (path.is_file() and not path.name.endswith(ROWS)):
+    if options.data != DOCSTRINGS and not (path.is_file() and not has_rows(path)):
         return name_of(options.data), read_rows(options.data, "--data"), BETWEEN
     if options.packing == "documents":
         raise OptionError(f"--packing documents needs documents, and --data {options.data} is one text; give JSON lines, parquet or a dataset")

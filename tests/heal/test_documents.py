@@ -11,7 +11,7 @@ from effconvert.convert import training_text
 from effconvert.convert.plan import plan
 from effconvert.convert.training_text import items, read_text
 from effconvert.errors import ModelError, OptionError
-from effconvert.eval.quality.text import read_calibration, read_rows
+from effconvert.eval.quality.text import read_calibration
 from effconvert.heal._documents import predicted_tokens, windows_of_conversations, windows_of_texts
 from effconvert.heal.distill import Distill
 from effconvert.surgery.attention.gqa import Gqa
@@ -98,11 +98,6 @@ def test_templates_that_are_missing_or_write_the_past_anew_or_refuse_are_refused
     assert letters().decode(said_first.ids[0][said_first.predicted[0]]) == "the sea\n"
 
 
-def test_rows_without_anything_are_skipped_among_conversations():
-    rows_to("talk.jsonl", [{"text": None, **row} for row in conversations(2)] + [{"text": None, "messages": None}])
-    assert [type(row) for row in read_rows("talk.jsonl", "--data")] == [tuple, tuple]
-
-
 def test_a_mark_of_byte_order_is_no_part_of_a_text():
     Path("plain.txt").write_text(prose(50))
     Path("marked.txt").write_text(prose(50), encoding="utf-8-sig")
@@ -147,7 +142,7 @@ def test_a_model_is_trained_on_conversations(more):
         ({"data": "mixed.jsonl"}, OptionError, "from row 2 on: it is a conversation, and others are texts"),
         ({"data": "blank.jsonl"}, OptionError, r"blank\.jsonl has no row with a text; give another"),
         ({"data": "asked.jsonl"}, OptionError, "no conversation in which the assistant answers, and only answers are trained on"),
-        ({"data": "list.jsonl"}, OptionError, "give a text file, or JSON lines with a `text` in each row"),
+        ({"data": "list.jsonl"}, OptionError, "from row 1 on: it is no JSON object"),
     ],
 )
 def test_what_cannot_be_is_refused(options, error, message):

@@ -191,6 +191,7 @@ def test_another_text_more_epochs_and_another_rate_give_others(taught):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_window_a_batch")
 def test_the_best_epoch_is_kept_and_not_the_last():
     """Where there is so little text that it is learnt by heart."""
     place = Path()

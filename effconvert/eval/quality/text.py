@@ -7,15 +7,14 @@ versions, so `Text.name` states the version.
 import ast
 import importlib.util
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-from effconvert.errors import EffconvertError, OptionError, is_offline
+from effconvert.errors import OptionError
+from effconvert.eval.quality.rows import has_rows, read_rows
 from effconvert.paths import expand
-from effconvert.quiet import quiet_datasets
 
 # Held-out modules: the embedded model was not trained on these, and nothing may be calibrated on them.
 EVALUATION_MODULES = (
@@ -31,8 +30,6 @@ EVALUATION_MODULES = (
     "optparse",
 )
 
-FILES = (".txt", ".md", ".json", ".jsonl", ".gz", ".csv", ".parquet")  # endings of file names, which no dataset's name has
-ROWS = (".jsonl", ".jsonl.gz", ".parquet")  # endings of names of files that hold rows
 MOST = 20_000_000  # characters of a dataset that are read to calibrate on
 PIECE = 4_000_000  # characters at a time
 
@@ -43,9 +40,6 @@ class Text:
 
     name: str
     content: str
-
-
-Conversation = tuple[dict[str, Any], ...]  # messages with `role` and `content`
 
 
 @cache  # parsing takes half a second, and a recipe or a caller of the API asks more than once
@@ -68,14 +62,14 @@ def calibration_text() -> Text:
 
 
 def read_calibration(value: str, option: str = "--calibrate") -> Text:
-    """Return the text that an option names: a text file, JSON lines or parquet with a `text` in each row, or the training split of a dataset on the Hub.
+    """Return the text that an option names: a text file, JSON or parquet with a `text` in each row, or the training split of a dataset on the Hub.
 
     Raises:
         OptionError: it is none of these, or has no text.
         EffconvertError: the Hub cannot be reached.
     """
     path = expand(value)
-    if path.is_file() and not path.name.endswith(ROWS):
+    if path.is_file() and not has_rows(path):
         return read_text(path, option)
     texts, size = list[str](), 0
     for row in read_rows(value, option):
@@ -91,75 +85,6 @@ def read_calibration(value: str, option: str = "--calibrate") -> Text:
 def name_of(value: str) -> str:
     """Return the name of a text in tables, for the value of an option that names a file or a dataset."""
     return path.name if (path := expand(value)).is_file() else value
-
-
-class RowError(ValueError):
-    """A row of a dataset is neither a text nor a conversation; the text says why."""
-
-
-def read_rows(value: str, option: str) -> Iterator[str | Conversation]:
-    """Yield the rows of JSON lines, of parquet or of a dataset on the Hub as they come: its column `text`, or else `messages`; never both, nor a blank text.
-
-    Raises:
-        OptionError: it is none of these, a row has neither, or all texts are blank.
-        EffconvertError: the Hub cannot be reached.
-    """
-    path = expand(value)
-    import datasets
-
-    name, _, config = value.partition(":")
-    hub = not path.exists() and name.count("/") == 1 and path.suffix not in FILES
-    if not path.is_file() and not hub:
-        raise OptionError(f"{option} {value} is neither a file nor the name of a dataset on the Hub (owner/name, owner/name:config); give one")
-    kinds, number, blank = set[type](), 0, 0
-    try:
-        with quiet_datasets():
-            kind = "parquet" if path.suffix == ".parquet" else "json"
-            rows = (
-                datasets.load_dataset(name, config or None, split="train", streaming=True)
-                if hub
-                else datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
-            )
-            for number, row in enumerate(rows, 1):  # noqa: B007 (named in errors)
-                content = row["text"] if isinstance(row.get("text"), str) else "" if _empty(row) else _messages(row)
-                if isinstance(content, str) and not content.strip():
-                    blank += 1
-                    continue
-                kinds.add(type(content))
-                if len(kinds) > 1:
-                    raise RowError("it is a text, and others are conversations" if isinstance(content, str) else "it is a conversation, and others are texts")
-                yield content
-    except RowError as error:
-        need = "each row needs a `text`, or each `messages` with a role and a content each"
-        raise OptionError(f"{option} {value} cannot be used from row {number} on: {error}; {need}; give one that has them, or a text file") from None
-    except Exception as error:  # a damaged file, a missing dataset or no network: libraries raise many types
-        if is_offline(error):
-            raise EffconvertError(f"{option} {value} is not here, and the Hub cannot be reached or has no such dataset; try again with a network") from error
-        raise OptionError(
-            f"{option} {value} cannot be read ({type(error).__name__}: {error}); give a text file, or JSON lines with a `text` in each row"
-        ) from None
-    if blank == number:
-        raise OptionError(f"{option} {value} has no row with a text; give another")
-
-
-def _empty(row: Mapping[str, Any]) -> bool:
-    return "text" in row and row["text"] is None and row.get("messages") is None
-
-
-def _messages(row: Mapping[str, Any]) -> Conversation:
-    """Return the messages of a conversation.
-
-    Raises:
-        RowError: it is none.
-    """
-    value = row.get("messages")
-    if value is None:
-        raise RowError("its `text` is no text" if "text" in row else "it has neither")
-    if not isinstance(value, list) or not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in value):
-        raise RowError("its `messages` are no list of messages with a role each")
-    if not all(isinstance(message.get("content"), str | list) for message in value):
-        raise RowError("a message has no text as its content, such as a call of a tool")
-    return tuple(value)
 
 
 def read_text(path: Path, option: str = "--text") -> Text:
