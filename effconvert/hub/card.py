@@ -14,8 +14,8 @@ from huggingface_hub import ModelCardData
 from effconvert.eval.results import Benchmark, Cell, Evaluation, Row, Value
 from effconvert.eval.verification import Verification
 from effconvert.hub.card_data import History, auto_class, front_matter, history, metadata, training, verification
-from effconvert.hub.publishable import cut_paths, without_paths
 from effconvert.modeling import loading
+from effconvert.publishable import cut_paths, without_paths
 from effconvert.steps import arguments
 
 THIS = "this model"
@@ -95,7 +95,8 @@ def _summary(past: History, report: Verification | None, manifest: Mapping[str, 
     elif past.exact(report):
         lines.append("The conversion is exact: logits changed by no more than rounding.")
     elif not past.healed:
-        lines.append("**Not healed**: the architecture was changed and nothing was refitted or trained, so quality is lost. The numbers below show how much.")
+        how_much = "The numbers below show how much" if report.after.quality else "How much was not measured at the conversion"
+        lines.append(f"**Not healed**: the architecture was changed and nothing was refitted or trained, so quality is lost. {how_much}.")
     return "\n\n".join(lines)
 
 

@@ -29,9 +29,9 @@ from effconvert.eval.results import Benchmark, Evaluation
 from effconvert.hub.card import render
 from effconvert.hub.card_data import training
 from effconvert.hub.hub_errors import explain_errors
-from effconvert.hub.publishable import last_name, without_paths
 from effconvert.hub.push_options import PushOptions
 from effconvert.progress import NoProgress, Progress
+from effconvert.publishable import last_name, without_paths
 from effconvert.quiet import quiet_hub
 from effconvert.report.inputs import read_results
 from effconvert.surgery._placed import open_checked

@@ -37,6 +37,7 @@ class Report:
     manifest: Manifest | None
     evaluations: dict[str, Evaluation] = field(default_factory=dict)  # file name -> its content
     benchmarks: dict[str, Benchmark] = field(default_factory=dict)
+    recipe: str = ""  # YAML
     commands: tuple[str, ...] = ()  # that reproduce everything
 
     @property

@@ -1,15 +1,21 @@
 """Build a report from a model's folder, its manifest, and results files."""
 
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import yaml
+
+from effconvert.checkpoint.belonging import text_of
+from effconvert.checkpoint.manifest import RECIPE
 from effconvert.errors import OptionError
 from effconvert.eval.results import Benchmark, Evaluation, Row, ShapedSubject, Subject, Value
 from effconvert.eval.subject import open_model
 from effconvert.eval.verification import Side
 from effconvert.paths import real
+from effconvert.publishable import without_paths
 from effconvert.quantities import count, perplexity, size
 from effconvert.report.doubts import doubts
 from effconvert.report.facts import Card, Report, began_from, beside_original, better, command_line, first_original, lineage
@@ -52,7 +58,10 @@ def gather(folder: Path, files: Sequence[Path]) -> Report:
         evaluations={name: content for name, content in results.items() if isinstance(content, Evaluation)},
         benchmarks={name: content for name, content in results.items() if isinstance(content, Benchmark)},
     )
-    report = replace(report, cards=tuple(_cards(report)), missing=_missing(report), commands=tuple(_commands(report)))
+    if manifest:
+        written = _written_recipe(folder)
+        report = replace(report, recipe=_yaml(written or _recipe(manifest)), commands=tuple(_conversion(report, manifest, bool(written))))
+    report = replace(report, cards=tuple(_cards(report)), missing=_missing(report), commands=(*report.commands, *_measurements(report)))
     return replace(report, doubts=tuple(doubts(report, folder)))
 
 
@@ -144,15 +153,39 @@ def _missing(report: Report) -> dict[str, str]:
     return missing
 
 
-def _commands(report: Report) -> Iterator[str]:
-    if report.manifest:
-        source, steps = report.manifest.source, [item for step in report.manifest.recipe for item in step.items()]
-        if len(steps) == 1:
-            name, options = steps[0]
-            revision = ["--revision", source.commit or source.revision or ""] if source.commit or source.revision else []
-            yield shlex.join(["effconvert", name, *arguments(name, options), source.model, *revision, "-o", report.model])
-        else:
-            yield shlex.join(["effconvert", "run", "recipe.yaml", "-o", report.model]) + "  # the recipe above"
+def _written_recipe(folder: Path) -> dict[str, Any]:
+    """Return the recipe beside the weights, which names what the model was calibrated on, without folders of this machine; empty if there is none."""
+    try:
+        recipe = yaml.safe_load(text_of(folder / RECIPE) or "")
+    except (yaml.YAMLError, RecursionError):
+        return {}
+    return without_paths(recipe) if isinstance(recipe, dict) and recipe.get("steps") else {}
+
+
+def _recipe(manifest: Manifest) -> dict[str, Any]:
+    source = manifest.source
+    return {"model": source.model, "revision": source.commit or source.revision, "steps": list(manifest.recipe)}
+
+
+def _yaml(recipe: Mapping[str, Any]) -> str:
+    return str(yaml.safe_dump({key: value for key, value in recipe.items() if value}, sort_keys=False, allow_unicode=True))
+
+
+def _conversion(report: Report, manifest: Manifest, written: bool) -> Iterator[str]:
+    """Yield the command that converts the model again."""
+    source, steps = manifest.source, [item for step in manifest.recipe for item in step.items()]
+    if written:
+        yield shlex.join(["effconvert", "run", f"{report.model}/{RECIPE}", "-o", f"{report.model}-again"])
+    elif len(steps) == 1:
+        name, options = steps[0]
+        revision = ["--revision", source.commit or source.revision or ""] if source.commit or source.revision else []
+        yield shlex.join(["effconvert", name, *arguments(name, options), source.model, *revision, "-o", report.model])
+    else:
+        yield shlex.join(["effconvert", "run", "recipe.yaml", "-o", report.model]) + "  # the recipe above"
+
+
+def _measurements(report: Report) -> Iterator[str]:
+    """Yield the commands that measure and report."""
     for name, content in report.results.items():
         models = shlex.join([subject.name for subject in content.subjects])
         yield f"effconvert {'eval' if isinstance(content, Evaluation) else 'bench'} {models} -o {shlex.quote(name)}  # with the settings below"

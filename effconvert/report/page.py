@@ -9,14 +9,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from effconvert.errors import EffconvertError, OptionError
 from effconvert.report import tables
 from effconvert.report.facts import Report
-from effconvert.report.inputs import Manifest
 
 PICTURE = ".png"  # of a training
 FORMS = (".html", ".json", ".md", PICTURE)
@@ -123,15 +121,8 @@ def _content(report: Report) -> dict[str, Any]:
         "shapes": tables.shapes(report),
         "cache": tables.cache(report),
         "provenance": list(tables.provenance(report)),
-        "recipe": _recipe(report.manifest) if report.manifest else "",
         "writes": list(tables.writes(report)),
     }
-
-
-def _recipe(manifest: Manifest) -> str:
-    source = manifest.source
-    recipe = {"model": source.model, "revision": source.commit or source.revision, "steps": list(manifest.recipe)}
-    return str(yaml.safe_dump({key: value for key, value in recipe.items() if value}, sort_keys=False, allow_unicode=True))
 
 
 def _template(name: str, autoescape: bool) -> Template:

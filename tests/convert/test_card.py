@@ -16,7 +16,7 @@ from effconvert.eval.verification import Side, Verification
 from effconvert.families import FAMILIES
 from effconvert.hub.card import render
 from effconvert.hub.card_data import auto_class
-from effconvert.hub.publishable import cut_paths, without_paths
+from effconvert.publishable import cut_paths, without_paths
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 COMMIT = "a" * 40
@@ -191,6 +191,7 @@ def test_what_was_not_verified_not_measured_or_not_changed_is_said() -> None:
     bare = Side(1000, 0, None, "")
     encoder = render(manifest(measured=report(before=bare, after=bare, unmeasured="bert is an encoder")), {"architectures": ["BertForMaskedLM"]}, "")
     assert "No quality was measured at the conversion: bert is an encoder." in encoder
+    assert "so quality is lost. How much was not measured at the conversion." in encoder
     assert "KV cache" not in encoder
     assert "AutoModelForMaskedLM" in encoder
     assert ModelCard(encoder).data.eval_results is None
