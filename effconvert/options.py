@@ -143,7 +143,11 @@ def _encodable(text: str) -> bool:
 
 
 # The text to measure on: the same options for every command that measures.
-TEXT: Any = Field(None, description="Text file to measure on. Default: docstrings of the standard library.", json_schema_extra={"metavar": "FILE"})
+TEXT: Any = Field(
+    None,
+    description="Text to measure on: a file, of JSON and parquet the `text` in each row. Default: docstrings of the standard library.",
+    json_schema_extra={"metavar": "FILE"},
+)
 TOKENS: Any = Field(4096, ge=2, le=10**9, description="Tokens of the text to measure on.")
 CONTEXT: Any = Field(512, ge=2, le=10**9, description="Tokens in each window; compare perplexities only at the same context.")
 
@@ -166,9 +170,9 @@ class Conversion(Options):
     context: int = CONTEXT
     calibrate: str | None = Field(
         None,
-        description="Text to run the model on, for steps that need to see what it computes: a text file, a file of JSON lines with a `text`, a dataset on the "
-        "Hub (owner/name, or owner/name:config), `self` (the model writes it, which loads the model whole, once), or `docstrings` (of the standard library, "
-        "other modules than --text has). Default: self; docstrings for models that write no text, such as encoders.",
+        description="Text to run the model on, for steps that need to see what it computes: a text file, JSON or parquet with a `text` in each row, a dataset "
+        "on the Hub (owner/name, or owner/name:config), `self` (the model writes it, which loads the model whole, once), or `docstrings` (of the standard "
+        "library, other modules than --text has). Default: self; docstrings for models that write no text, such as encoders.",
         json_schema_extra={"metavar": "FILE|DATASET|self|docstrings"},
     )
     calibration_tokens: int = Field(16384, ge=64, le=10**9, description="Tokens of the calibration text; more are better and slower.")

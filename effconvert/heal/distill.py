@@ -43,7 +43,7 @@ class Distill(Healing):
     comes_last: ClassVar[bool] = True
     data: str = Field(
         "docstrings",
-        description="Text to train on: a text file, JSON lines or parquet with a `text` or `messages` in each row, a dataset on the Hub (owner/name, or "
+        description="Text to train on: a text file, JSON or parquet with a `text` or `messages` in each row, a dataset on the Hub (owner/name, or "
         "owner/name:config), or `docstrings` of the standard library. Messages are written by the chat template, and what the assistant says is predicted.",
         json_schema_extra={"metavar": "FILE|DATASET|docstrings"},
     )

@@ -10,7 +10,7 @@ import pytest
 
 from effconvert.errors import OptionError
 from effconvert.eval.quality.rows import read_rows
-from effconvert.eval.quality.text import read_calibration
+from effconvert.eval.quality.text import read_calibration, read_text
 
 TALK = [{"role": "user", "content": "what is it"}, {"role": "assistant", "content": "a bird"}]
 IN_PARTS = [{"role": "user", "content": [{"type": "text", "text": "what "}, {"type": "text", "text": "is it"}]}, TALK[1]]
@@ -93,3 +93,13 @@ def test_what_is_wrong_is_said_with_its_row(content, said):
     Path("a.json").write_text(content)
     with pytest.raises(OptionError, match=said):
         rows("a.json")
+
+
+def test_texts_to_measure_on_are_rows_too_and_pairs_to_translate_stay_as_they_are():
+    Path("a.jsonl").write_text(lines([{"text": "this"}, {"text": "one"}]))
+    assert read_text(Path("a.jsonl")).content == "this\n\none"
+    Path("pairs.jsonl").write_text(lines([{"source": "this", "target": "dies"}]))
+    assert read_text(Path("pairs.jsonl")).content == lines([{"source": "this", "target": "dies"}])
+    Path("talk.jsonl").write_text(lines([{"messages": TALK}]))
+    with pytest.raises(OptionError, match=r"--text talk\.jsonl has conversations"):
+        read_text(Path("talk.jsonl"))

@@ -30,6 +30,15 @@ def has_rows(path: Path) -> bool:
     return path.name.lower().endswith(ROWS)
 
 
+def has_pairs(path: Path) -> bool:
+    """Whether a file of rows has pairs to translate (`source`, `target`), by its first row."""
+    try:
+        _, row = next(_of_file(path), (0, None))
+    except Exception:  # damaged; reading it says why
+        return False
+    return isinstance(row, dict) and "source" in row and "text" not in row
+
+
 def read_rows(value: str, option: str) -> Iterator[str | Conversation]:
     """Yield the rows of a file or of a dataset on the Hub as they come: the column `text`, or `messages` where that is blank; never both, nor a blank row.
 

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from effconvert.errors import OptionError
-from effconvert.eval.quality.rows import has_rows, read_rows
+from effconvert.eval.quality.rows import has_pairs, has_rows, read_rows
 from effconvert.paths import expand
 
 # Held-out modules: the embedded model was not trained on these, and nothing may be calibrated on them.
@@ -69,8 +69,10 @@ def read_calibration(value: str, option: str = "--calibrate") -> Text:
         EffconvertError: the Hub cannot be reached.
     """
     path = expand(value)
-    if path.is_file() and not has_rows(path):
-        return read_text(path, option)
+    return read_text(path, option) if path.is_file() else _of_rows(value, option)
+
+
+def _of_rows(value: str, option: str) -> Text:
     texts, size = list[str](), 0
     for row in read_rows(value, option):
         if not isinstance(row, str):
@@ -88,11 +90,13 @@ def name_of(value: str) -> str:
 
 
 def read_text(path: Path, option: str = "--text") -> Text:
-    """Return the UTF-8 file `path`, the value of `option`, as a text.
+    """Return the UTF-8 file `path`, the value of `option`, as a text; of JSON and parquet the `text` in each row, unless the rows are pairs to translate.
 
     Raises:
-        OptionError: the file does not exist, is not UTF-8 text, or is empty.
+        OptionError: the file does not exist, is not UTF-8 text, is empty, or has other rows.
     """
+    if expand(path).is_file() and has_rows(path) and not has_pairs(expand(path)):
+        return _of_rows(str(path), option)
     return Text(path.name, "".join(read_pieces(path, option)))
 
 
