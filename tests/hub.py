@@ -51,8 +51,10 @@ def answering(endpoint: str, home: Path) -> Iterator[None]:
         for name in [name for name in os.environ if name.lower().endswith("_proxy") or name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")]:
             patched.delenv(name)
         huggingface_hub.close_session()
-        yield
-    huggingface_hub.close_session()
+        try:
+            yield
+        finally:
+            huggingface_hub.close_session()
 
 
 class RefusalError(Exception):

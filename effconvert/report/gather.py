@@ -157,7 +157,7 @@ def _written_recipe(folder: Path) -> dict[str, Any]:
     """Return the recipe beside the weights, which names what the model was calibrated on, without folders of this machine; empty if there is none."""
     try:
         recipe = yaml.safe_load(text_of(folder / RECIPE) or "")
-    except (yaml.YAMLError, RecursionError):
+    except Exception:  # PyYAML raises many types over dates and numbers
         return {}
     return without_paths(recipe) if isinstance(recipe, dict) and recipe.get("steps") else {}
 
@@ -175,7 +175,7 @@ def _conversion(report: Report, manifest: Manifest, written: bool) -> Iterator[s
     """Yield the command that converts the model again."""
     source, steps = manifest.source, [item for step in manifest.recipe for item in step.items()]
     if written:
-        yield shlex.join(["effconvert", "run", f"{report.model}/{RECIPE}", "-o", f"{report.model}-again"])
+        yield shlex.join(["effconvert", "run", f"{report.model}/{RECIPE}", "-o", f"{report.model}-again"]) + f"  # in the folder that has {report.model}"
     elif len(steps) == 1:
         name, options = steps[0]
         revision = ["--revision", source.commit or source.revision or ""] if source.commit or source.revision else []

@@ -1,6 +1,7 @@
 """The numbers of the table, against their definitions."""
 
 import math
+from string import ascii_lowercase
 
 import pytest
 import torch
@@ -10,6 +11,17 @@ from effconvert.eval.quality.perplexity import LogitsFile, kv_bytes, measure, su
 from effconvert.eval.quality.text import EVALUATION_MODULES, Text, default_text, docstrings
 from tests.eval.evaluating import byte_tokenizer, metaspace_tokenizer
 from tests.models import tiny
+
+
+def word_pieces():
+    """Letters, as BERT's tokenizer has them: a word of more than 100 is one unknown token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["[UNK]", *ascii_lowercase, *(f"##{letter}" for letter in ascii_lowercase)]
+    tokenizer = Tokenizer(models.WordPiece({piece: index for index, piece in enumerate(pieces)}, unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
 
 
 class Letters:
@@ -41,6 +53,12 @@ def test_of_a_long_text_only_the_beginning_is_tokenized_and_its_tokens_are_the_s
         assert few.input_ids[:count] == whole.input_ids[:count]
         assert few.offset_mapping[:count] == whole.offset_mapping[:count]
         assert len(few.input_ids) < len(whole.input_ids) or count > 2000
+
+
+def test_a_word_is_not_cut_where_only_the_beginning_is_tokenized():
+    content = "1234567890 " * 122 + "123456789 " * 68 + f"{'x' * 150} " * 200  # the first 2,112 characters end in the 191st word
+    tokenizer = word_pieces()
+    assert tokenize(tokenizer, content, 200).input_ids[:200] == tokenizer(content, add_special_tokens=False).input_ids[:200]
 
 
 def test_each_window_begins_as_the_tokenizer_begins_a_text():

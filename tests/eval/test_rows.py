@@ -40,6 +40,9 @@ def test_a_file_is_read_whatever_it_is_called(name):
 
 def test_arrays_and_what_is_compressed_are_read():
     Path("a.json").write_text(json.dumps([{"text": "this"}, {"text": "one"}], indent=1))
+    Path("a.jsonl").write_text('\n [{"text": "this"},\n{"text": "one"}]')
+    Path("one.json").write_text(json.dumps({"text": "this"}, indent=1))
+    assert rows("a.jsonl") == [*rows("one.json"), "one"] == ["this", "one"]
     Path("a.jsonl.gz").write_bytes(gzip.compress(lines([{"text": "this"}, {"text": "one"}]).encode()))
     assert rows("a.json") == rows("a.jsonl.gz") == ["this", "one"]
 
@@ -78,11 +81,19 @@ def test_a_table_without_rows_or_without_both_columns_is_refused():
         rows(parquet("other.parquet", body=["a", "b"]))
 
 
+def test_a_path_that_is_not_there_is_no_dataset_on_the_hub():
+    for name in ("data/train.jsonl", "data/train.JSONL"):
+        with pytest.raises(OptionError, match="is neither a file nor the name of a dataset"):
+            rows(name)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         ('{"text": "a"}\n\n{"text": "b"\n', r"from row 3 on: it is no JSON \(Expecting ',' delimiter\)"),
-        ('{\n "text": "a"\n}\n', "from row 1 on: it is no JSON"),
+        ('{\n "other": "a"\n}\n', "from row 1 on: it has neither"),
+        ('{"text": "a \\ud83d"}\n', r"from row 1 on: its text has half of a character \(a lone surrogate\)"),
+        (lines([{"messages": [{"role": "user", "content": [{"type": "reasoning", "text": "a"}]}]}]), "from row 1 on: a message has no text"),
         ('{"text": "a"}\n7\n', "from row 2 on: it is no JSON object"),
         ('[{"text": "a"}, {"text": 7}]', "from row 2 on: its `text` is no text"),
         ('[{"text": "a"}', r"cannot be read \(JSONDecodeError"),

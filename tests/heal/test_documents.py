@@ -142,7 +142,7 @@ def test_a_model_is_trained_on_conversations(more):
         ({"data": "mixed.jsonl"}, OptionError, "from row 2 on: it is a conversation, and others are texts"),
         ({"data": "blank.jsonl"}, OptionError, r"blank\.jsonl has no row with a text; give another"),
         ({"data": "asked.jsonl"}, OptionError, "no conversation in which the assistant answers, and only answers are trained on"),
-        ({"data": "list.jsonl"}, OptionError, "from row 1 on: it is no JSON object"),
+        ({"data": "list.jsonl"}, OptionError, "cannot be read .*; give a text file .*, or JSON lines with a `text` in each row"),
     ],
 )
 def test_what_cannot_be_is_refused(options, error, message):

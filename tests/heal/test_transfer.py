@@ -156,7 +156,7 @@ def test_what_was_said_is_the_error_on_held_out_windows(taught):
 
 
 def heldout_ids(place, count):
-    """All windows, of which the second batch of eight is held out, or the last one of eight batches."""
+    """All windows; the last batch is held out."""
     planned = plan(open_checkpoint(place / "model"), (Linear(window=6), Transfer()))
     ids = prepare(planned, RunOptions(calibrate=str(place / "text.txt"), calibration_tokens=count)).ids
     assert len(ids) in (8, 16)
@@ -165,7 +165,7 @@ def heldout_ids(place, count):
 
 @torch.inference_mode()
 def squared_error(place, which, ids, held_out=slice(8, None)):
-    """Of the first layer, whose inputs are the embeddings in both."""
+    """Of the first layer on the second batch of eight windows, whose inputs are the embeddings in both."""
     outputs = []
     for folder in (place / which, place / "model"):
         model = opened(folder)

@@ -21,7 +21,7 @@ from effconvert.eval.quality.text import Text
 
 ROWS = 64  # positions whose distributions are in float32 at a time
 CHARACTERS = 8  # of a text that are tokenized for each token that is needed; more if these do not do
-SLACK = 64  # tokens before a cut, which may be others than in the whole text
+SLACK = 64  # tokens before the end, which may be others than in the whole text
 LEAST = 32  # tokens of a text to measure on, unless fewer are asked for
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")  # settings of a model's own
 ROUNDING = 1e-3  # of the largest number; experts, for one, round differently with other tokens in a batch
@@ -94,7 +94,8 @@ def tokenize(tokenizer: Any, content: str, count: int, **more: bool) -> Any:
     """Return what the tokenizer makes of `content` without special tokens, or of so much of its beginning that the first `count` tokens are the same."""
     length = CHARACTERS * (count + SLACK)
     while length < len(content):
-        encoded = tokenizer(content[:length], add_special_tokens=False, verbose=False, **more)
+        end = max(content.rfind(blank, 0, length) for blank in " \n")  # a word that is cut may be other tokens from its first letter on
+        encoded = tokenizer(content[: max(end, 0)], add_special_tokens=False, verbose=False, **more)
         if len(encoded.input_ids) >= count + SLACK:
             return encoded
         length *= 2

@@ -13,6 +13,7 @@ from effconvert.quiet import quiet_datasets
 FILES = (".txt", ".md", ".json", ".jsonl", ".gz", ".csv", ".parquet")  # endings of file names, which no dataset's name has
 ROWS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")  # endings of names of files that hold rows
 COLUMNS = ("text", "messages")  # all that is read
+BATCH = 1000  # rows of parquet in memory at a time
 
 Conversation = tuple[dict[str, Any], ...]  # messages with `role` and `content`
 
@@ -47,13 +48,13 @@ def read_rows(value: str, option: str) -> Iterator[str | Conversation]:
         EffconvertError: the Hub cannot be reached.
     """
     path = expand(value)
-    name = value.partition(":")[0]
-    hub = not path.exists() and name.count("/") == 1 and path.suffix not in FILES
+    name, _, config = value.partition(":")
+    hub = not path.exists() and name.count("/") == 1 and path.suffix.lower() not in FILES
     if not path.is_file() and not hub:
         raise OptionError(f"{option} {value} is neither a file nor the name of a dataset on the Hub (owner/name, owner/name:config); give one")
     kinds, number = set[type](), 0
     try:
-        for number, row in _of_hub(value) if hub else _of_file(path):  # noqa: B007 (named in errors)
+        for number, row in _of_hub(name, config) if hub else _of_file(path):  # noqa: B007 (named in errors)
             if not (content := _content(row)):
                 continue
             kinds.add(type(content))
@@ -62,21 +63,22 @@ def read_rows(value: str, option: str) -> Iterator[str | Conversation]:
             yield content
     except RowError as error:
         need = "each row needs a `text`, or each `messages` with a role and a content each"
-        raise OptionError(f"{option} {value} cannot be used from row {error.number or number} on: {error}; {need}; give others, or a text file") from None
+        raise OptionError(
+            f"{option} {value} cannot be used from row {error.number or number} on: {error}; {need}; give others, or a text file (.txt)"
+        ) from None
     except Exception as error:  # a damaged file, a missing dataset or no network: libraries raise many types
         if is_offline(error):
             raise EffconvertError(f"{option} {value} is not here, and the Hub cannot be reached or has no such dataset; try again with a network") from error
         raise OptionError(
-            f"{option} {value} cannot be read ({type(error).__name__}: {error}); give a text file, or JSON lines with a `text` in each row"
+            f"{option} {value} cannot be read ({type(error).__name__}: {error}); give a text file (.txt), or JSON lines with a `text` in each row"
         ) from None
     if not kinds:
         raise OptionError(f"{option} {value} has no row with a text; give another")
 
 
-def _of_hub(value: str) -> Iterator[tuple[int, Any]]:
+def _of_hub(name: str, config: str) -> Iterator[tuple[int, Any]]:
     import datasets
 
-    name, _, config = value.partition(":")
     with quiet_datasets():
         yield from enumerate(datasets.load_dataset(name, config or None, split="train", streaming=True), 1)
 
@@ -88,15 +90,16 @@ def _of_file(path: Path) -> Iterator[tuple[int, Any]]:
 
         with ParquetFile(path) as file:
             columns = [name for name in COLUMNS if name in file.schema_arrow.names]
-            batches = file.iter_batches(columns=columns) if file.metadata.num_rows else ()
+            batches = file.iter_batches(BATCH, columns=columns) if file.metadata.num_rows else ()
             yield from enumerate((row for batch in batches for row in batch.to_pylist() or [{}]), 1)
         return
     opening = gzip.open if path.suffix.lower() == ".gz" else open
     with opening(path, "rt", encoding="utf-8-sig") as lines:
-        array = not path.name.lower().endswith((".jsonl", ".jsonl.gz")) and lines.read(1) == "["
+        first = next((line for line in lines if line.strip()), "")
         lines.seek(0)
-        if array:
-            yield from enumerate(json.load(lines), 1)
+        if first.lstrip().startswith("[") or not (".jsonl" in path.suffixes or _is_json(first)):  # an array, or one object over several lines
+            whole = json.load(lines)
+            yield from enumerate(whole if isinstance(whole, list) else [whole], 1)
             return
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -104,6 +107,14 @@ def _of_file(path: Path) -> Iterator[tuple[int, Any]]:
                     yield number, json.loads(line)
                 except json.JSONDecodeError as error:
                     raise RowError(f"it is no JSON ({error.msg})", number) from None
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return True
 
 
 def _content(row: Any) -> str | Conversation:
@@ -116,7 +127,7 @@ def _content(row: Any) -> str | Conversation:
         raise RowError("it is no JSON object")
     text, messages = (row.get(name) for name in COLUMNS)
     if isinstance(text, str) and text.strip():
-        return text
+        return _sound(text)
     if messages is None and (text is None or isinstance(text, str)) and any(name in row for name in COLUMNS):
         return ""
     if messages is None:
@@ -127,13 +138,21 @@ def _content(row: Any) -> str | Conversation:
 
 
 def _said(content: Any) -> str:
-    """Return what a message says, which may be in parts.
+    """Return what a message says as one text: templates of models that read text alone would write parts as Python does.
 
     Raises:
         RowError: it is no text.
     """
     parts = content if isinstance(content, list) else [{"text": content}]
-    texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
-    if len(texts) < len(parts):
+    said = [part["text"] for part in parts if isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)]
+    if len(said) < len(parts):
         raise RowError("a message has no text as its content, such as a call of a tool or a picture")
-    return "".join(texts)
+    return _sound("".join(said))
+
+
+def _sound(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RowError("its text has half of a character (a lone surrogate)") from None
+    return text
