@@ -2,7 +2,8 @@
 PYTHON ?= python3
 OLDEST ?= python3.11
 BIN := .venv/bin
-INSTALL := install --quiet --no-compile  # Python compiles what it imports; all that is installed takes a minute
+INSTALL := install --quiet --no-compile  # pip compiles on one core
+COMPILE = $(@D)/bin/python -m compileall -q -j 0 $(@D)/lib > /dev/null || true  # of some packages there are files that no Python reads
 
 .PHONY: demo test test-newest test-oldest real fix clean
 
@@ -33,14 +34,17 @@ clean:
 
 .venv/installed: .venv/bin/pip pyproject.toml constraints.txt
 	$(BIN)/pip $(INSTALL) --constraint constraints.txt --editable '.[report]'
+	@$(COMPILE)
 	@touch $@
 
 .venv/tested: .venv/bin/pip pyproject.toml constraints.txt  ## All that .venv/installed has, and more, in one go.
 	$(BIN)/pip $(INSTALL) --constraint constraints.txt --editable '.[test]'
+	@$(COMPILE)
 	@touch .venv/installed $@
 
 .venv-oldest/tested: PYTHON := $(OLDEST)
 .venv-%/tested: constraints-%.txt pyproject.toml
 	$(PYTHON) -m venv --clear .venv-$*
 	.venv-$*/bin/pip $(INSTALL) --constraint $< --editable '.[test]'
+	@$(COMPILE)
 	@touch $@

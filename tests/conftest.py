@@ -147,7 +147,7 @@ def contents() -> Callable[[Path], dict[str, str]]:
 def environment() -> dict[str, str]:
     """What a subprocess needs to find the effconvert that is tested."""
     package = str(Path(effconvert.__file__).parents[1])
-    return {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}  # compiled once, not by every command
 
 
 @pytest.fixture
