@@ -20,7 +20,7 @@ from effconvert.errors import ModelError, OptionError
 from effconvert.eval.quality.text import Text
 
 ROWS = 64  # positions whose distributions are in float32 at a time
-CHARACTERS = 8  # of a text that are tokenized for each token that is needed; more if these do not do
+CHARACTERS = 8  # of a text that are tokenized for each token that is needed; more if these are too few
 SLACK = 64  # tokens before the end, which may be others than in the whole text
 LEAST = 32  # tokens of a text to measure on, unless fewer are asked for
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")  # settings of a model's own

@@ -23,7 +23,7 @@ class RowError(ValueError):
 
     def __init__(self, reason: str, number: int = 0) -> None:
         super().__init__(reason)
-        self.number = number  # of the row, from 1, where it was not yielded; else 0
+        self.number = number  # of the row, from 1, if it could not be yielded; else 0
 
 
 def has_rows(path: Path) -> bool:
@@ -144,10 +144,10 @@ def _said(content: Any) -> str:
         RowError: it is no text.
     """
     parts = content if isinstance(content, list) else [{"text": content}]
-    said = [part["text"] for part in parts if isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)]
-    if len(said) < len(parts):
+    texts = [part["text"] for part in parts if isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)]
+    if len(texts) < len(parts):
         raise RowError("a message has no text as its content, such as a call of a tool or a picture")
-    return _sound("".join(said))
+    return _sound("".join(texts))
 
 
 def _sound(text: str) -> str:
