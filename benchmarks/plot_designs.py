@@ -200,15 +200,15 @@ BEGIN = f"""
 ## What the start from trained weights saves
 KL after `--transfer` on so many tokens, eight passes over them: from the conversion, whose fits see as many tokens (8,192
 where it is not healed), and from random numbers in place of q, k, v, o and all that the design adds.
-`python benchmarks/designs.py starts -o …`, 2026-12-01 ([CSV](../benchmarks/results/{STARTS})). Empty: not measured.
+`python benchmarks/designs.py starts -o …`, 2026-12-01 ([CSV](../benchmarks/results/{STARTS})).
 
 **The start saves three quarters of 8,192 tokens**: from random numbers no design but `rwkv --version 4` is there as near as
-it is from trained weights at 2,048. More text makes up for it in four of those measured at 32,768: RetNet, DeltaNet,
-`rwkv --version 4` and `hyena` are then nearer than from trained weights at 8,192, the others not.
+it is from trained weights at 2,048. More text makes up for it in five of the seventeen: at 32,768 RetNet, DeltaNet,
+`rwkv --version 4`, `hyena` and `monarch-mixer` are nearer than from trained weights at 8,192, the others not.
 """
 BEFORE = f"""
 The same as `transfer` was until 2026-11-30, with two windows in a step and 3e-3 in all layers
-([CSV](../benchmarks/results/{EARLIER})):
+([CSV](../benchmarks/results/{EARLIER})). Empty: not measured.
 """
 COST = """
 ## Time and memory
