@@ -26,8 +26,8 @@ class Attending:
     def angles(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosines and sines of each rotary pair for the new tokens, [B or 1, T, P], in the dtype of `like`."""
         count, layout = self.config.rotary_of(self.index), self.config.family.rope
-        tokens = self.arguments["position_embeddings"][0].shape[-2]
-        first = torch.ones(1, 1, tokens, count // 2, dtype=like.dtype, device=like.device)
+        batch, tokens, _ = self.arguments["position_embeddings"][0].shape
+        first = torch.ones(batch, 1, tokens, count // 2, dtype=like.dtype, device=like.device)
         unit = join_pairs(first, torch.zeros_like(first), first[..., :0], layout)  # turned by the family's own function, whatever its angles are
         cos, sin, _ = split_pairs(rotary(self.module)(unit, unit, *self.arguments["position_embeddings"])[0], count, layout)
         return cos[:, 0].to(like.dtype), sin[:, 0].to(like.dtype)

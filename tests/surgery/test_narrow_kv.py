@@ -160,7 +160,7 @@ def test_heads_that_compute_the_same_in_other_bases_are_kept_once():
     assert apart("source", "less")[0] > 1e-4
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_neox", "smollm3"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_neox", "phi3", "glm", "smollm3"])
 def test_a_token_at_a_time_gives_the_same_logits_padding_nothing_and_saving_the_same(kind):
     put(Path("source"), kind)
     run("source", NarrowKv(keep=0.4))
@@ -168,11 +168,12 @@ def test_a_token_at_a_time_gives_the_same_logits_padding_nothing_and_saving_the_
     ids = torch.arange(3, 27)[None]
     with torch.no_grad():
         whole, (steps, _) = model(ids).logits, in_pieces(model, ids, [1] * ids.shape[1])
-        padded = model(
-            torch.cat([ids.new_zeros(1, 5), ids], 1), attention_mask=torch.tensor([[0] * 5 + [1] * 24]), position_ids=torch.arange(-5, 24)[None].clamp_min(0)
-        )
+        mask, positions = torch.tensor([[0] * 5 + [1] * 24, [1] * 29]), torch.stack([torch.arange(-5, 24).clamp_min(0), torch.arange(29)])
+        rows = torch.cat([torch.cat([ids.new_zeros(1, 5), ids], 1), torch.arange(31, 60)[None]])
+        padded = model(rows, attention_mask=mask, position_ids=positions)
     assert (steps - whole).abs().max() <= SAME * whole.abs().max()
-    assert (padded.logits[:, 5:] - whole).abs().max() <= SAME * whole.abs().max()
+    assert (padded.logits[:1, 5:] - whole).abs().max() <= SAME * whole.abs().max()
+    assert model.generate(rows, attention_mask=mask, max_new_tokens=2, do_sample=False).shape == (2, 31)
     model.save_pretrained("again")
     assert torch.equal(logits(opened("again")), logits(model))
     assert json.loads(Path("again/config.json").read_text())["effconvert"] == json.loads(Path("out/config.json").read_text())["effconvert"]
