@@ -23,7 +23,6 @@ from rich.text import Text
 
 from effconvert import processes
 from effconvert.checkpoint.manifest import read_manifest
-from effconvert.checkpoint.replaced import CLASS
 from effconvert.convert import selftext
 from effconvert.convert.calibration import calibration_bytes
 from effconvert.convert.in_words import differences, shape
@@ -112,8 +111,7 @@ class Terminal:
             self.out.print(f"[bold]note[/]  {escape(note)}", soft_wrap=True)
         need = f"needs about {size(plan.peak)} of memory to write and {size(plan.disk + plan.draft_bytes)} of disk"
         self.out.print(need + (f", {size(verify_bytes)} of memory to verify" if verify_bytes else ""), soft_wrap=True)
-        name = plan.config.architecture
-        opens = f"{CLASS}{name}, where effconvert is installed" if plan.config.needs_effconvert else f"{name} in stock transformers"
+        opens = f"{plan.config.opened_by}{', where effconvert is installed' if plan.config.needs_effconvert else ' in stock transformers'}"
         self.out.print(f"loads as {escape(opens)}" + ("; no logit may change" if plan.is_exact else ""), soft_wrap=True)
 
     def step(self, what: str) -> None:
@@ -192,7 +190,7 @@ class Terminal:
     def inspection(self, inspection: Inspection) -> None:
         """Print the shape, parts and sizes of a model, and the techniques that fit."""
         config, checkpoint = inspection.checkpoint.config, inspection.checkpoint
-        self.out.print(f"[bold]{escape(self.model)}[/]: {config.kind} ({escape(config.architecture)}), {config.role}, {checkpoint.dtype}", soft_wrap=True)
+        self.out.print(f"[bold]{escape(self.model)}[/]: {config.kind} ({escape(config.opened_by)}), {config.role}, {checkpoint.dtype}", soft_wrap=True)
         if config.encoder_decoder:
             self.out.print("layers are the encoder's; the decoder is outside them, and is copied")
         self.out.print(f"{shape(config)}, width {config.hidden}, vocabulary {config.get('vocab_size')}")

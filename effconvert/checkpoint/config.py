@@ -10,7 +10,7 @@ from typing import Any
 
 from effconvert.checkpoint import patterns
 from effconvert.checkpoint.records import Records
-from effconvert.checkpoint.replaced import OUTSIDE, SKIPS, Replaced, by_layer, encode, overlap
+from effconvert.checkpoint.replaced import CLASS, OUTSIDE, SKIPS, Replaced, by_layer, encode, overlap
 from effconvert.checkpoint.shape import DECODER_SKIPS
 from effconvert.checkpoint.shared import Shared, clash_of, renumber
 from effconvert.checkpoint.wrappers import Wrapper
@@ -43,6 +43,11 @@ class Config(Records):
         """The class that the checkpoint was saved from."""
         classes = (self.wrapper.raw if self.wrapper else self.raw).get("architectures")
         return str((classes or [self.family.lm])[0])
+
+    @property
+    def opened_by(self) -> str:
+        """The class that a folder opens as: one of effconvert's, where the model has parts of effconvert in it."""
+        return f"{CLASS}{self.architecture}" if self.needs_effconvert else self.architecture
 
     @property
     def predicts(self) -> bool:

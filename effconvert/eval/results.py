@@ -54,6 +54,7 @@ class ShapedSubject(Subject):
     mixers: tuple[str, ...] = ()  # the mixer of each layer, "" for softmax attention; no entries where all layers have that
     state_bytes: int = 0  # of mixers' states for a sequence of any length
     growth_bytes: int = 0  # the part of kv_bytes that is mixers' states; an average
+    cached: tuple[int, ...] = ()  # bytes of keys and values of a token in each layer; no entries in results of earlier versions
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from effconvert.checkpoint.belonging import ADAPTER
 from effconvert.checkpoint.checkpoint import Checkpoint
 from effconvert.checkpoint.config import Config
 from effconvert.checkpoint.digest import digest
+from effconvert.checkpoint.shards import ITEMSIZE
 from effconvert.errors import EffconvertError, OptionError, UnknownLayoutError
 from effconvert.eval.results import ShapedSubject, Subject
 from effconvert.kernels.choice import runs_triton
-from effconvert.modeling.caches import state_bytes
+from effconvert.modeling.caches import caches, mixer_of, state_bytes
 from effconvert.modeling.loading import load, measurable
 from effconvert.modeling.size import size_of
 from effconvert.modeling.stock import open_as_stock
@@ -92,7 +93,7 @@ def open_model(model: str, step: Callable[[str], None] = lambda _: None) -> Open
         digest=digest(checkpoint),
         commit=sources.commit(folder),
         kind=config.kind,
-        architecture=config.architecture,
+        architecture=config.opened_by,
         dtype=str(checkpoint.computing).removeprefix("torch."),
         parameters=size.parameters,
         bytes=size.bytes,
@@ -109,6 +110,7 @@ def open_model(model: str, step: Callable[[str], None] = lambda _: None) -> Open
         mixers=mixers if any(mixers) else (),
         state_bytes=size.state_bytes,
         growth_bytes=size.growth_bytes,
+        cached=tuple(cache.width * ITEMSIZE[checkpoint.dtype] for cache in caches(config)),
     )
     return Opened(subject, checkpoint, config)
 
@@ -134,7 +136,8 @@ def _of_unknown_layout(model: Unknown, shown: str) -> Opened:
 
 def _mixer(config: Config, index: int) -> str:
     """Name the mixer of a layer, "" for softmax attention."""
-    return "no attention" if "attention" in config.skips(index) else " ".join(dict.fromkeys(record.technique for record in config.replaced_in(index)))
+    record = mixer_of(config, index)
+    return "no attention" if "attention" in config.skips(index) else record.technique if record else ""
 
 
 def pick_device(name: str | None) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from effconvert.checkpoint.config import Config
+from effconvert.checkpoint.replaced import Replaced
 from effconvert.surgery._placed import technique_of
 from effconvert.surgery._replacement import Replacement
 
@@ -22,7 +23,7 @@ class LayerCache:
 def caches(config: Config) -> Iterator[LayerCache]:
     """Yield the cache of each layer; encoders have none."""
     for index, window in enumerate(config.windows()):
-        record = next((record for record in config.replaced_in(index) if record.place == "scores" or ("k" in record.drops and record.place != "k")), None)
+        record = mixer_of(config, index)
         if not config.decoder:
             yield LayerCache()
         elif config.cache_of(index) != index:
@@ -32,6 +33,11 @@ def caches(config: Config) -> Iterator[LayerCache]:
             yield LayerCache(technique.cached_width(config), window, technique)
         else:
             yield LayerCache(0 if "attention" in config.skips(index) else config.cached_numbers, window)
+
+
+def mixer_of(config: Config, index: int) -> Replaced | None:
+    """Return the record of what a layer has in place of softmax attention, or of its keys and values; None where it has neither."""
+    return next((record for record in config.replaced_in(index) if record.place == "scores" or ("k" in record.drops and record.place != "k")), None)
 
 
 def kv_bytes(config: Config, itemsize: int, context: int) -> int:

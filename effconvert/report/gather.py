@@ -142,14 +142,14 @@ def _card(what: str, before: int | None, after: int, show: Callable[[int], str],
 def _missing(report: Report) -> dict[str, str]:
     original = report.original.name if report.original else first_original(report.manifest.source) if report.manifest else "ORIGINAL"
     models = shlex.join([original, report.model])
-    missing = {}
+    missing, where = {}, "" if "/" in original else "  # in a folder that has both models"
     if not report.evaluations:
-        missing["quality on tasks, with error bars"] = f"effconvert eval {models} -o eval.json"
+        missing["quality on tasks, with error bars"] = f"effconvert eval {models} -o eval.json{where}"
     if not report.benchmarks:
-        missing["speed and memory against context"] = f"effconvert bench {models} -o bench.json"
+        missing["speed and memory against context"] = f"effconvert bench {models} -o bench.json{where}"
     if missing:
         files = [*report.results, *([] if report.evaluations else ["eval.json"]), *([] if report.benchmarks else ["bench.json"])]
-        missing["this report with them"] = shlex.join(["effconvert", "report", report.model, *files])
+        missing["this report with them"] = shlex.join(["effconvert", "report", report.model, *files, "--overwrite"])
     return missing
 
 
@@ -189,4 +189,4 @@ def _measurements(report: Report) -> Iterator[str]:
     for name, content in report.results.items():
         models = shlex.join([subject.name for subject in content.subjects])
         yield f"effconvert {'eval' if isinstance(content, Evaluation) else 'bench'} {models} -o {shlex.quote(name)}  # with the settings below"
-    yield shlex.join(["effconvert", "report", report.model, *report.results])
+    yield shlex.join(["effconvert", "report", report.model, *report.results, "--overwrite"])

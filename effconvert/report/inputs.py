@@ -83,6 +83,8 @@ def read_results(path: Path) -> Evaluation | Benchmark:
     except ValueError:
         raise OptionError(f"{path} has an impossible number, or text that is not Unicode; measure again") from None
     models = len(results.subjects)
+    if isinstance(results, Benchmark) and len(set(results.settings.get("kernels") or ())) > 1:
+        raise OptionError(f"{path} has each model by several --kernels, and a report compares models; measure again by one of them")
     if len({subject.digest for subject in results.subjects}) < models:
         raise OptionError(f"{path} measures the same model twice, so it cannot compare; measure again, the original and the converted model")
     consistent = models > 0 and all(subject.parameters > 0 for subject in results.subjects)

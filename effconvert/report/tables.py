@@ -203,10 +203,9 @@ def _milliseconds(timing: Timing | None) -> str:
 
 def cache_bytes(subject: ShapedSubject, context: int) -> float:
     """Return the bytes of the cache of one sequence of `context` tokens; a window of W keeps W - 1, as in transformers' cache."""
-    growing = [window for window, mixer in zip(subject.windows, subject.mixers or [""] * subject.layers, strict=True) if not mixer]
-    tokens = sum(context if window is None else min(context, window - 1) for window in growing)
-    softmax = (subject.kv_bytes - subject.growth_bytes) / max(1, len(growing))  # of a layer
-    return subject.state_bytes + subject.growth_bytes * context + softmax * tokens
+    cached = subject.cached or [(subject.kv_bytes - subject.growth_bytes) / subject.layers] * subject.layers  # the mean, where each layer's is not written
+    tokens = [context if window is None else min(context, window - 1) for window in subject.windows]
+    return subject.state_bytes + subject.growth_bytes * context + sum(width * count for width, count in zip(cached, tokens, strict=True))
 
 
 def longest(subjects: Sequence[Subject]) -> int:

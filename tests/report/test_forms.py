@@ -11,13 +11,22 @@ from pathlib import Path
 import pytest
 from transformers import MambaConfig, MambaForCausalLM
 
+from effconvert.checkpoint.shards import ITEMSIZE
 from effconvert.convert.run import convert
 from effconvert.errors import OptionError
 from effconvert.eval.results import save
 from effconvert.eval.subject import open_model
+from effconvert.modeling.caches import kv_bytes
 from effconvert.options import RunOptions
 from effconvert.report import report
+from effconvert.report.tables import cache_bytes
 from effconvert.surgery.attention.gqa import Gqa
+from effconvert.surgery.attention.narrow_kv import NarrowKv
+from effconvert.surgery.attention.share_kv import ShareKv
+from effconvert.surgery.ffn.chunk_ffn import ChunkFfn
+from effconvert.surgery.mixing.streaming import Streaming
+from effconvert.surgery.projections.monarch import Monarch
+from tests.heal.healing import prose, put, run
 from tests.models import save as save_model
 from tests.models import tiny
 from tests.report.examples import HOSTILE, benchmark, evaluation
@@ -92,9 +101,9 @@ def test_without_results_the_verification_is_shown_and_what_would_add_the_rest(c
     assert "Measured by the verification" in markdown
     assert f"same most likely token | - | {made.manifest.report.after.quality.agreement:.1%}" in markdown
     assert list(made.missing.values()) == [
-        "effconvert eval tiny tiny-gqa-2 -o eval.json",
-        "effconvert bench tiny tiny-gqa-2 -o bench.json",
-        "effconvert report tiny-gqa-2 eval.json bench.json",
+        "effconvert eval tiny tiny-gqa-2 -o eval.json  # in a folder that has both models",
+        "effconvert bench tiny tiny-gqa-2 -o bench.json  # in a folder that has both models",
+        "effconvert report tiny-gqa-2 eval.json bench.json --overwrite",
     ]
     assert "of it, only what the cards say is known here" in text_of(tmp_path / "out.html")
     assert "384 B" in markdown  # of the original, from the manifest
@@ -114,7 +123,7 @@ def test_a_model_that_was_converted_twice_is_compared_with_what_the_last_convers
     told = "The verification compares the last conversion with tiny-gqa-2, from which that began, and not with the first original, tiny."
     assert told in made.doubts
     assert "| tiny-gqa-2 | '" in markdown
-    assert next(iter(made.missing.values())) == "effconvert eval tiny twice -o eval.json"
+    assert next(iter(made.missing.values())) == "effconvert eval tiny twice -o eval.json  # in a folder that has both models"
     save(evaluation(subjects[0], open_model(str(tmp_path / "twice")).subject), tmp_path / "eval.json")
     doubts = report(tmp_path / "twice", [tmp_path / "eval.json"], tmp_path / "with.html").doubts
     assert not any("they are not the same" in doubt for doubt in doubts)
@@ -134,7 +143,7 @@ def test_a_model_that_effconvert_did_not_write_is_told_apart(llama, tmp_path):
     made = report(llama, [], tmp_path / "out.html")
     assert made.verified is None
     assert "not written by effconvert" in made.summary
-    assert made.commands == ("effconvert report tiny",)
+    assert made.commands == ("effconvert report tiny --overwrite",)
 
 
 @pytest.mark.few(4)
@@ -303,3 +312,36 @@ def test_a_training_is_shown_as_a_curve_and_a_table(converted, tmp_path):
     assert picture.startswith(b"\x89PNG")
     assert b"nats a token from 0.4 to 0.1" in picture  # for those who do not see it
     assert "(out.png)" in (tmp_path / "out.md").read_text()
+
+
+WINDOWS = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4, "sliding_window": 6}
+CACHED = {  # a family, changes of its config, a step
+    "FFNs in pieces": ("llama", {}, ChunkFfn(size=4)),
+    "thin FFNs": ("llama", {}, Monarch(blocks=4, parts="mlp")),
+    "narrow heads": ("llama", {}, NarrowKv(keep=0.5)),
+    "a window": ("llama", {}, Streaming(window=8, layers="0")),
+    "a layer that reads another's": ("gemma3_text", WINDOWS, ShareKv(layers="3")),
+}
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_the_cache_on_the_page_is_that_of_the_plan(name, tmp_path):
+    kind, changes, step = CACHED[name]
+    put(tmp_path / "model", kind, **changes)
+    (tmp_path / "text.txt").write_text(prose())
+    run(tmp_path / "model", step)
+    opened = open_model("out")
+    for context in (4, 8, 60):
+        assert cache_bytes(opened.subject, context) == kv_bytes(opened.known, ITEMSIZE[opened.checkpoint.dtype], context)
+    mixers = set(opened.subject.mixers)
+    assert mixers == {"a window": {"streaming", ""}, "narrow heads": {"narrow-kv"}}.get(name, set())
+    earlier = replace(opened.subject, cached=())  # as results of earlier versions have it
+    assert cache_bytes(earlier, 4) == pytest.approx(cache_bytes(opened.subject, 4))
+
+
+def test_speeds_by_several_kernels_are_no_comparison_of_models(converted, subjects, tmp_path):
+    found = benchmark(*subjects)
+    twice = replace(found, subjects=(subjects[1], subjects[1]), settings={**found.settings, "kernels": ["reference", "triton"]})
+    save(twice, tmp_path / "bench.json")
+    with pytest.raises(OptionError, match=r"each model by several --kernels, and a report compares models; measure again by one of them"):
+        report(converted, [tmp_path / "bench.json"], tmp_path / "out.html")

@@ -32,7 +32,7 @@ class Decoders:
         for model in models:
             if not model.opened.head:
                 raise ModelError(
-                    f"{model.name} is a {model.opened.subject.architecture}, which has no language-model head to measure; give the model with its head"
+                    f"{model.name} is a {model.opened.config.architecture}, which has no language-model head to measure; give the model with its head"
                 )
         if options.pairs:
             raise OptionError("--pairs is for encoders, and these models predict the next token; leave it out")
