@@ -52,7 +52,8 @@ def check(plan: Plan, output: Path, overwrite: bool, scratch: int) -> None:
             raise OptionError(f"--output {output} is in the home folder of somebody who has none here; give another")
         if output.name in ("", ".."):
             raise OptionError(f"--output '{output}' is not the name of a new folder; give one")
-        _check_source(plan.checkpoint.folder, output)
+        for folder in {plan.checkpoint.folder, plan.teacher.folder, *plan.folders.values()}:
+            _check_source(folder, output)
         check_free(output, overwrite)
         _check_room(plan, output, scratch)
     except OSError as error:
@@ -81,7 +82,7 @@ def check_free(output: Path, overwrite: bool) -> None:
 
 def _check_source(source: Path, output: Path) -> None:
     source = source.resolve()
-    for folder in (output, partial_folder(output), replaced_folder(output)):
+    for folder in (output, partial_folder(output), replaced_folder(output), training_folder(output)):
         target = folder.resolve()
         if source == target or source in target.parents or target in source.parents or (folder.exists() and folder.samefile(source)):
             raise OptionError(f"{folder}, which is needed for the output, and the model {source} lie one inside the other; give another --output")

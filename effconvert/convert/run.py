@@ -193,7 +193,12 @@ def _write(conversion: Plan, partial: Path, target: Path, progress: Progress) ->
     if conversion.needs_calibration and is_unfinished(conversion, partial):
         from effconvert.convert.calibrate import calibrate  # imports transformers, so only where it is needed
 
-        calibrate(conversion, partial, progress)
+        try:
+            calibrate(conversion, partial, progress)
+        except Exception as error:
+            if not (reason := _refusal(error)):
+                raise
+            raise ModelError(f"calibration failed: {reason}; give a model that transformers runs") from error
     with progress.bar(f"writing {target}", conversion.after.bytes, "bytes") as advance:
         return write(conversion, partial, advance)
 
@@ -207,7 +212,7 @@ def _distill(
         teacher = getattr(conversion.surgeries[-1], "teacher", None)  # healing before it goes towards the same model
         before = tuple(step.model_copy(update={"teacher": teacher}) if teacher and isinstance(step, Healing) else step for step in before)
         switches = dict.fromkeys(("verify", "refit", "transfer", "distill", "dry_run"), False)
-        inner = options.model_copy(update={**switches, "output": place / "student", "overwrite": True})
+        inner = options.model_copy(update={**switches, "revision": None, "output": place / "student", "overwrite": True})  # the model is a folder by now
         with processes.alone():
             student = convert(str(student), before, inner, progress, reuse=True).output
         record = {key: value for key, value in read_manifest(student).items() if key in ("calibration", "layer_errors")}
@@ -231,16 +236,17 @@ def _verify(conversion: Plan, target: Path, partial: Path, material: Material, p
         return verify(conversion, partial, material, partial / output.SCRATCH, progress)
     except Exception as error:  # also a bug of a technique: its next version must not find the old shards
         output.forget_shards(partial)
-        raised = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        refused = isinstance(error, RuntimeError | ValueError) and not isinstance(error, torch.OutOfMemoryError) and PACKAGE not in raised.parents
-        if not isinstance(error, ModelError) and not refused:
+        if not (why := str(error) if isinstance(error, ModelError) else _refusal(error)):
             raise
-        why = error if isinstance(error, ModelError) else f"{'/'.join(raised.parts[-3:])} cannot run it ({type(error).__name__}: {_first_line(error)})"
         raise ModelError(f"{why}; {target} was not written, and the unsound result is in {partial}") from error
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
+def _refusal(error: Exception) -> str:
+    """Say which library refused to run a model, and why; empty where the error is another."""
+    raised = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    if not isinstance(error, RuntimeError | ValueError) or isinstance(error, torch.OutOfMemoryError) or PACKAGE in raised.parents:
+        return ""
+    return f"{'/'.join(raised.parts[-3:])} cannot run it ({type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')})"
 
 
 def _layer_errors(conversion: Plan, partial: Path) -> dict[str, dict[str, float]]:

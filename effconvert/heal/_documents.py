@@ -59,7 +59,7 @@ def windows_of_conversations(tokenizer: Any, conversations: Iterable[Conversatio
         raise ModelError("the tokenizer has no chat template, so conversations cannot be written as text; give a model that has one, or --data with a `text`")
 
     def pieces() -> Iterator[Piece]:
-        for number, messages in enumerate(conversations):
+        for number, messages in enumerate(conversations, 1):
             text, spans = _written(tokenizer, messages, number)
             encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             by_assistant = [any(begin <= first < end for begin, end in spans) for first, _ in encoded.offset_mapping]

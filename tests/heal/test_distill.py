@@ -14,6 +14,7 @@ import transformers
 from click.testing import CliRunner
 from tokenizers.processors import TemplateProcessing
 
+from effconvert.checkpoint import sources
 from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.cli import main
 from effconvert.convert import train as training
@@ -303,6 +304,38 @@ def test_the_original_sees_each_held_out_window_once(monkeypatch):
     monkeypatch.setattr(_distiller, "MOST_KEPT", 0)
     assert curve("again") == kept
     assert asked.count(False) - once == len(kept) * once
+
+
+def test_a_model_of_the_hub_is_converted_and_distilled_at_its_revision(monkeypatch):
+    """The steps before the distillation are a conversion of their own, of the folder that was fetched."""
+    snapshot, asked = put(Path("hub/models--lab--tiny/snapshots", "a" * 40), noise=1.0, only="weight"), []
+    monkeypatch.setattr(sources, "fetch", lambda model, revision, to_convert: asked.append((model, revision)) or snapshot)
+    run("lab/tiny", Gqa(groups=1, pool="mean"), Distill(**SHORT), revision="v1")
+    assert asked == [("lab/tiny", "v1")]
+    assert f"revision: {'a' * 40}" in Path("out/effconvert.yaml").read_text()
+
+
+def test_a_checkpoint_of_a_run_is_not_trained_into_the_output_of_that_run(monkeypatch):
+    put(Path("model"), noise=1.0, only="weight")
+    stopped(monkeypatch, Gqa(groups=1, pool="mean"))
+    checkpoint = next(Path("out.training/checkpoints").glob("checkpoint-*"))
+    before = tensors(checkpoint)
+    for student, teacher in ((checkpoint, "model"), ("model", str(checkpoint))):
+        with pytest.raises(OptionError, match=r"out\.training, which is needed for the output, and the model .* lie one inside the other"):
+            run(student, Distill(**SHORT, teacher=teacher))
+    assert tensors(checkpoint).keys() == before.keys()
+
+
+@pytest.mark.parametrize("output", ["teacher", "teacher/inside"])
+def test_an_output_in_place_of_the_teacher_is_refused(output):
+    put(Path("model"))
+    for place in ("teacher", "student"):
+        run("model" if place == "teacher" else "teacher", Gqa(groups=2 if place == "teacher" else 1, pool="mean"), place=place)
+    before = Path("teacher/effconvert.json").read_bytes()
+    with pytest.raises(OptionError, match="lie one inside the other"):
+        run("student", Refit(teacher="teacher"), place=output, overwrite=True)
+    assert Path("teacher/effconvert.json").read_bytes() == before
+    assert not Path("teacher/inside").exists()
 
 
 def test_another_text_is_another_run():

@@ -92,7 +92,7 @@ def test_templates_that_are_missing_or_write_the_past_anew_or_refuse_are_refused
         windows_of_conversations(letters(), [TALK], 32, 99)
     with pytest.raises(ModelError, match="writes earlier messages in another way once more follow"):
         windows_of_conversations(talking("{{ messages | length }}" + TEMPLATE), [TALK], 32, 99)
-    with pytest.raises(OptionError, match=r"refuses conversation 1 of --data .*no users"):
+    with pytest.raises(OptionError, match=r"refuses conversation 2 of --data .*no users"):
         windows_of_conversations(talking("{% if messages[0].role == 'user' %}{{ raise_exception('no users') }}{% endif %}"), [TALK[1:2], TALK], 32, 99)
     said_first = windows_of_conversations(talking(), [TALK[1:]], 200, 99)
     assert letters().decode(said_first.ids[0][said_first.predicted[0]]) == "the sea\n"
