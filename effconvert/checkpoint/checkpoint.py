@@ -6,7 +6,7 @@ Opening reads only the config and the headers: kilobytes, whatever the model's s
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     for index, layer in enumerate(layers):  # layers that store something for later ones come first
         for first in config.leaders(index):
             layer |= {name: tensor for name, tensor in layers[first].items() if config.stored_in(index, name) == first}
+    embed, head = f"{prefix}{config.family.outer['embed']}.weight", f"{head_prefix(prefix)}{config.family.head.get('head')}.weight"
+    if config.tied and head in outer and embed not in outer and not config.replaced_outside("embed"):
+        outer[embed] = replace(outer.pop(head), name=embed)  # safetensors' save_model keeps one name of a tensor that has two
     checkpoint = Checkpoint(folder, config, prefix, outer, tuple(layers), tuple(ignored), remarks=remarks)
     check_types(checkpoint)
     check_shapes(checkpoint)

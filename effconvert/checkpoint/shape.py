@@ -11,6 +11,7 @@ from effconvert.errors import ModelError
 from effconvert.families import EXPERTS_KEYS, Family
 
 TOP_K_KEY = "num_experts_per_tok"
+PART = "partial_rotary_factor"  # key of the part of a head that RoPE turns
 DECODER_SKIPS = "decoder_skips"  # key of config.json for all layers of the decoder behind an encoder: ["mlp"], as in transformers' `per_layer_config`
 
 
@@ -168,12 +169,12 @@ class Shape:
     def rotary(self) -> int:
         """Dimensions of a head that RoPE turns, always the first ones. Some families skip layers: see `rotary_of`.
 
-        With `proportional` RoPE these are all, some of them by nothing.
+        With `proportional` RoPE these are all, some of them by nothing. Classes without a default for a part of a head take no notice of one.
         """
-        parameters = self.get("rope_parameters") or {}
-        if parameters.get("rope_type") == "proportional":
+        parameters, key = self.get("rope_parameters") or {}, self.family.rotary_key
+        if parameters.get("rope_type") == "proportional" or (self.family.rope and key == PART and PART not in self.family.defaults):
             return self.head_dim
-        part = parameters.get("partial_rotary_factor", self.get(self.family.rotary_key))
+        part = parameters.get(PART, self.get(key))
         if self.family.rotary_counts and part is not None:
             return int(part)
         return int(self.head_dim * (1 if part is None else part)) if self.family.rope else 0

@@ -17,6 +17,7 @@ from effconvert.modeling.loading import class_of
 from effconvert.options import RunOptions
 from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.depth.prune_layers import PruneLayers
+from tests.heal.healing import prose, put, run
 from tests.mixers.mixing import with_cache
 from tests.models import logits, on_disk, save, tiny
 
@@ -166,3 +167,33 @@ def test_a_fused_tensor_that_cannot_be_taken_apart_is_refused():
     save_file({**tensors, name: tensors[name][:-1].contiguous()}, "model/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"has no nomic_bert\.layers\.0\.self_attn\.q_proj\.weight, which nomic_bert needs"):
         open_checkpoint(Path("model"))
+
+
+def test_a_tied_table_that_is_stored_as_the_head_alone_is_read():
+    """As safetensors' save_model writes it, which keeps one name of a tensor that has two."""
+    model = tiny("llama", tie_word_embeddings=True)
+    plain = save(model, Path("plain"))
+    tensors = on_disk(save(model, Path("model")))
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, "model/model.safetensors", metadata={"format": "pt"})
+    for folder in (Path("model"), plain):
+        convert(str(folder), (Gqa(groups=2, pool="mean"),), RunOptions(output=Path(f"{folder}-2"), verify=False))
+    ours, theirs = on_disk(Path("model-2")), on_disk(Path("plain-2"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert plan(open_checkpoint(Path("model")), ()).before.parameters == plan(open_checkpoint(plain), ()).before.parameters
+
+
+@pytest.mark.parametrize(("kind", "turned"), [("llama", 8), ("phi3", 4)])
+def test_a_part_of_a_head_is_turned_where_the_class_reads_that(kind, turned):
+    model = tiny(kind, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5})
+    assert open_checkpoint(save(model, Path("model"))).config.rotary == turned
+    angles = model.model.rotary_emb(torch.zeros(1, 3, 8), torch.arange(3)[None])[0]
+    assert angles.shape[-1] == turned
+
+
+def test_a_model_that_transformers_cannot_run_is_refused_in_a_sentence():
+    put(Path("model"), "mixtral", hidden_size=45, head_dim=8)
+    Path("text.txt").write_text(prose())
+    with pytest.raises(ModelError, match=r"calibration failed: .* cannot run it \(RuntimeError: .*16 bytes.*; give a model that transformers runs"):
+        run("model", Gqa(groups=2))

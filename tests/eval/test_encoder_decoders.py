@@ -70,6 +70,15 @@ def test_of_a_plain_text_each_window_is_cut_in_two(bart):
     assert [note for note in evaluation.notes if "the first half of each window is the source" in note]
 
 
+def test_rows_with_a_text_are_a_plain_text(bart):
+    texts = ("abcdefgh" + "ABCDEFGH" + "ijkl", "nopIJKLMNOP")
+    Path("rows.jsonl").write_text("".join(json.dumps({"text": text, "source": "a library"}) + "\n" for text in texts))
+    Path("plain.txt").write_text("\n\n".join(texts))
+    evaluation, plain = (measure(bart, text=Path(name), context=18, tokens=32) for name in ("rows.jsonl", "plain.txt"))
+    assert [note for note in evaluation.notes if "the first half of each window is the source" in note]
+    assert row(evaluation, "targets", "perplexity") == row(plain, "targets", "perplexity")
+
+
 def test_what_is_longer_than_the_models_read_is_cut_and_noted(bart):
     evaluation = measure(bart, text=written(("x" * 100, "short"), ROWS[0]))
     assert [note for note in evaluation.notes if "bart: 1 of 4 sources and targets are longer than the 64 tokens" in note]

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from effconvert.convert.run import convert
@@ -130,6 +131,17 @@ def test_a_model_that_copies_finds_every_passkey_and_one_that_does_not_none(toke
 def test_a_passkey_can_be_found_with_a_tokenizer_that_writes_a_blank_before_a_text():
     [found] = passkey(Model(copy), metaspace_tokenizer(FILLER + PLAIN + "The pass key is 1. Remember it."), 400, quietly).samples
     assert found.value == 1
+
+
+def test_a_passkey_is_asked_for_in_a_text_that_goes_on():
+    """Some tokenizers end each text."""
+    tokenizer = byte_tokenizer(begin=True)
+    ids, answer = hide(tokenizer, 71432, 0.5, 300)
+    begin, end = tokenizer.bos_token, tokenizer.eos_token
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (begin, end)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{begin} $A {end}", special_tokens=special)
+    assert tokenizer("a").input_ids[-1] == tokenizer.eos_token_id
+    assert hide(tokenizer, 71432, 0.5, 300) == (ids, answer)
 
 
 def test_a_passkey_that_does_not_fit_is_refused_or_left_out(llama, tmp_path):

@@ -315,10 +315,12 @@ def test_a_chain_gives_the_bytes_of_the_commands_one_after_the_other(tmp_path):
     assert all(torch.equal(both[name], two[name]) for name in both)
 
 
+UNEVEN = {"hidden_size": 42, "num_attention_heads": 3, "num_key_value_heads": 3}
 REFUSED = [
     ("llama", PLAIN, {"top_k": 5}, OptionError, "--top-k 5 is more than --experts 4; give at most 4"),
     ("llama", PLAIN, {"granularity": 5}, OptionError, "--granularity 5 does not divide the 48 neurons .* give 2, 3, 4, 6"),
     ("llama", {**PLAIN, "intermediate_size": 50}, {}, ModelError, "experts would be 50 wide, as this model's FFN is, and torch runs only multiples of 4"),
+    ("llama", {**PLAIN, **UNEVEN}, {}, ModelError, "hidden states are 42 wide, and torch multiplies by experts only where that is a multiple of 4"),
     ("llama", PLAIN, {"granularity": 8}, OptionError, "into experts 4 wide or a multiple of it, which torch needs; give 2, 3, 4, 6, 12"),
     ("llama", PLAIN, {"experts": 1024, "granularity": 48}, OptionError, "more experts than any model has"),
     ("llama", PLAIN, {"experts": 1}, OptionError, "--experts is 1, and it should be greater than or equal to 2"),

@@ -52,7 +52,7 @@ class EncoderDecoders:
     def __init__(self, models: Sequence[Running], options: EvalOptions, text: Text, store: Store, scratch: Path, show_bars: bool) -> None:
         for model in models:
             if not model.opened.head:
-                raise ModelError(f"{model.name} is a {model.opened.subject.architecture}, which has no head that predicts tokens; give the model with its head")
+                raise ModelError(f"{model.name} is a {model.opened.config.architecture}, which has no head that predicts tokens; give the model with its head")
         if options.tasks or options.pairs:
             given, kind = ("--tasks", "decoders") if options.tasks else ("--pairs", "encoders")
             raise OptionError(f'{given} is for {kind}; give --text FILE.jsonl, with a "source" and a "target" in each line')
@@ -63,7 +63,7 @@ class EncoderDecoders:
         longest = min((model.opened.subject.longest for model in models if model.opened.subject.longest), default=options.context)
         if options.context > longest and "context" in options.model_fields_set:
             raise OptionError(f"--context {options.context} is more than the {longest} tokens that all of the models read; give at most {longest}")
-        if text.name.endswith(".jsonl"):
+        if text.pairs:
             self.notes: list[str] = []
             self.strings = _rows(text, first.tokenizer, options.tokens)
         else:

@@ -97,8 +97,7 @@ def hide(tokenizer: Any, key: int, depth: float, length: int) -> tuple[list[int]
         return f"{TASK}{FILLER * before}{KEY.format(key)}{FILLER * (fillers - before)}{QUESTION}"
 
     def tokens(fillers: int) -> tuple[list[int], list[int]]:
-        prompt_tokens: list[int] = tokenizer(prompt(fillers), verbose=False).input_ids
-        whole: list[int] = tokenizer(f"{prompt(fillers)} {key}", verbose=False).input_ids
+        prompt_tokens, whole = (_going_on(tokenizer, text) for text in (prompt(fillers), f"{prompt(fillers)} {key}"))
         return prompt_tokens, whole[len(prompt_tokens) :]
 
     empty, with_filler = (sum(map(len, tokens(fillers))) for fillers in (0, 1))
@@ -106,6 +105,12 @@ def hide(tokenizer: Any, key: int, depth: float, length: int) -> tuple[list[int]
     while fillers and sum(map(len, tokens(fillers))) > length:
         fillers -= 1
     return tokens(fillers)
+
+
+def _going_on(tokenizer: Any, text: str) -> list[int]:
+    """Return the tokens of a text that goes on: without the end of the text that some tokenizers add."""
+    ids: list[int] = tokenizer(text, verbose=False).input_ids
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
 
 
 def shortest(tokenizer: Any) -> int:

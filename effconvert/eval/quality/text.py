@@ -40,6 +40,7 @@ class Text:
 
     name: str
     content: str
+    pairs: bool = False  # whether it is JSON lines, each with a text to translate and its translation
 
 
 @cache  # parsing takes half a second, and a recipe or a caller of the API asks more than once
@@ -95,9 +96,10 @@ def read_text(path: Path, option: str = "--text") -> Text:
     Raises:
         OptionError: the file does not exist, is not UTF-8 text, is empty, or has other rows.
     """
-    if expand(path).is_file() and has_rows(path) and not has_pairs(expand(path)):
+    pairs = expand(path).is_file() and has_rows(path) and has_pairs(expand(path))
+    if expand(path).is_file() and has_rows(path) and not pairs:
         return _of_rows(str(path), option)
-    return Text(path.name, "".join(read_pieces(path, option)))
+    return Text(path.name, "".join(read_pieces(path, option)), pairs)
 
 
 def read_pieces(path: Path, option: str) -> Iterator[str]:

@@ -28,8 +28,15 @@ def check_dense(config: Config, chosen: set[int]) -> None:
 
 
 def expert_step(config: Config) -> int:
-    """Return what the width of an expert must be a multiple of: torch multiplies by experts (grouped_mm) where a row of them is a multiple of 16 bytes."""
-    return ROW // (2 if (config.get("dtype") or config.get("torch_dtype")) in ("bfloat16", "float16") else 4)
+    """Return what the width of an expert must be a multiple of: torch multiplies by experts (grouped_mm) where a row of them is a multiple of 16 bytes.
+
+    Raises:
+        ModelError: the model's own width is none.
+    """
+    step = ROW // (2 if (config.get("dtype") or config.get("torch_dtype")) in ("bfloat16", "float16") else 4)
+    if config.hidden % step:
+        raise ModelError(f"hidden states are {config.hidden} wide, and torch multiplies by experts only where that is a multiple of {step}; take another model")
+    return step
 
 
 def parts_of_ffn(config: Config) -> str:
