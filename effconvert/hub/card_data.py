@@ -20,6 +20,7 @@ from effconvert.eval.verification import Verification
 CARRIED = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag", "datasets")
 # Tags of files that a conversion leaves behind.
 FORMATS = {"coreml", "exl2", "gguf", "jax", "mlx", "onnx", "openvino", "pytorch", "tf", "tflite", "transformers.js"}
+ON_TEXT = {"text", "masked", "states", "targets"}  # of our own measurements, those on the text that was given
 # Ending of a transformers class -> the Auto class that opens it, and the Hub's name of its task.
 TASKS = {
     "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
@@ -146,19 +147,22 @@ def _verified(past: History, report: Verification | None, task: str | None) -> l
     quality = report and report.after.quality
     if not report or not quality:
         return []
-    about: dict[str, Any] = {"dataset_type": "text", "dataset_name": report.text, "dataset_args": {"tokens": quality.tokens, "context": quality.context}}
+    # Scores of one type and config are one entry: without configs, those of an evaluation would stand under this text.
+    about: dict[str, Any] = {"dataset_type": "text", "dataset_name": report.text, "dataset_config": "verification"}
+    about["dataset_args"] = {"tokens": quality.tokens, "context": quality.context}
     distances = {"kl_from_original": quality.kl, "same_top_token_as_original": quality.agreement} if past.from_original else {}
     values = {"perplexity": quality.perplexity, **distances}
     return [EvalResult(task or "other", metric_type=metric, metric_value=value, **about) for metric, value in values.items() if value is not None]
 
 
 def _scores(evaluation: Evaluation, task: str | None) -> list[EvalResult]:
-    fewshot = evaluation.settings.get("num_fewshot")
+    fewshot, text = evaluation.settings.get("num_fewshot"), str(evaluation.settings.get("text"))
     return [
         EvalResult(
             task_type=task or "other",
             dataset_type=row.task,
-            dataset_name=row.task,
+            dataset_name=text if row.task in ON_TEXT else row.task,
+            dataset_config=text if row.task in ON_TEXT else None,
             dataset_args={"documents": row.documents, "version": row.version} | ({"num_few_shot": fewshot} if fewshot is not None else {}),
             metric_type=row.metric,
             metric_value=value.value,

@@ -111,6 +111,17 @@ def test_what_stays_true_of_a_converted_model_is_carried_over_and_the_rest_is_no
     assert "best of all" not in card.text
 
 
+def test_scores_on_one_text_do_not_stand_under_another() -> None:
+    """The Hub joins results of one task and type of dataset, unless their configs differ."""
+    row = Row("text", "perplexity", "lower", None, 8, "1", (Value(7.5, 0.3),))
+    card = ModelCard(render(manifest(), CONFIG, ORIGINAL, [evaluation("tiny", rows=(row,), settings={"text": "novel.txt"})]))
+    (model,) = card.data.to_dict()["model-index"]
+    found = {entry["dataset"]["name"]: {metric["type"]: metric["value"] for metric in entry["metrics"]} for entry in model["results"]}
+    assert found["novel.txt"] == {"perplexity": 7.5}
+    assert len(found) == 2
+    assert {metrics["perplexity"] for metrics in found.values()} > {7.5}
+
+
 def test_a_local_model_has_the_base_model_that_its_card_names() -> None:
     card = ModelCard(render(manifest(LOCAL), CONFIG, ORIGINAL))
     assert card.data.base_model == "lab/older"
