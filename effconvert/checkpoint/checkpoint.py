@@ -105,7 +105,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     layers: list[dict[str, StoredTensor]] = [{} for _ in range(config.layers)]
     for name, tensor in tensors.items():
         if not (match := pattern.match(name)):
-            if OWN in name and not config.replaced_outside(outer_part(name, prefix, config).partition(f".{OWN}")[0]):
+            place = outer_part(name, prefix, config).partition(f".{OWN}")[0].removeprefix("old_")  # a head under its former name
+            if OWN in name and not config.replaced_outside(place):
                 raise ModelError(f"{folder} holds {name}, for which its config.json has no place; take the file that effconvert wrote")
             outer[name] = tensor
             continue

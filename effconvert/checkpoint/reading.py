@@ -63,6 +63,8 @@ def read_config(folder: Path) -> Config:
     if not isinstance(kind, str) or family is None:
         raise UnknownLayoutError(unknown_family(path, raw))
     raw = family.renamed(raw)
+    if raw.get("rope_scaling") and raw.get("rope_parameters"):
+        raw = {key: value for key, value in raw.items() if key != "rope_parameters"}  # transformers reads the former key where both are there
     family = family.of(raw)
     check_depth(raw, family)
     config = Config(raw, family, replaced, shared, wrapper)
@@ -150,6 +152,7 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "decoder_sparse_step": _integer(1),
     "mlp_only_layers": (_numbers, "a list of the numbers of layers"),
     "rope_parameters": (_ropes, "a mapping"),
+    "rope_scaling": (_ropes, "a mapping"),
     "partial_rotary_factor": (_fraction, "a number from 0 to 1"),
     "rotary_pct": (_fraction, "a number from 0 to 1"),
     "no_rope_layers": (_numbers, "a list with 1 for each layer that RoPE turns, and 0 for each other,"),

@@ -166,12 +166,17 @@ class Shape:
         return float(self.get(self.family.scale_key)) if self.family.scale_key else self.head_dim**-0.5
 
     @property
+    def ropes(self) -> Mapping[str, Any]:
+        """What config.json says of RoPE, under the present key or under the former."""
+        return self.get("rope_parameters") or self.get("rope_scaling") or {}
+
+    @property
     def rotary(self) -> int:
         """Dimensions of a head that RoPE turns, always the first ones. Some families skip layers: see `rotary_of`.
 
         With `proportional` RoPE these are all, some of them by nothing. Classes without a default for a part of a head take no notice of one.
         """
-        parameters, key = self.get("rope_parameters") or {}, self.family.rotary_key
+        parameters, key = self.ropes, self.family.rotary_key
         if parameters.get("rope_type") == "proportional" or (self.family.rope and key == PART and PART not in self.family.defaults):
             return self.head_dim
         part = parameters.get(PART, self.get(key))

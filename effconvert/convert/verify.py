@@ -22,6 +22,7 @@ from effconvert.modeling.precision import type_on
 from effconvert.options import RunOptions
 from effconvert.progress import Advance, Progress
 from effconvert.quiet import quiet_transformers
+from effconvert.surgery._placed import open_checked
 
 LIBRARIES = 330_000_000  # bytes; measured on SmolLM2 beyond the sizes below: 0.32 GB in float32, 0.03 GB in bfloat16
 PROMPT = 24  # tokens of the prompt, and of its continuation
@@ -141,6 +142,7 @@ def verify(plan: Plan, folder: Path, material: Material, scratch: Path, progress
         with quiet_transformers():
             with progress.bar("checking every number", plan.after.bytes, "bytes") as advance:
                 check_finite(folder, plan, advance)
+            open_checked(folder)  # as the next command will
             count = material.windows.numel() + sum(map(len, material.texts))
             with progress.bar("measuring the original", count, "tokens") as advance:
                 original = _run(plan, plan.checkpoint.folder, material, advance, record=scratch)

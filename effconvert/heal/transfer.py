@@ -63,8 +63,8 @@ class Transfer(Healing):
 
         if not unchunked(model.config.plain_outside).replaced and not any(map(_places_that_differ, model.layers)):
             raise OptionError(
-                "its attention and FFNs have the shapes of the original's, so there is nothing to train; begin with a technique (effconvert gqa, linear, ...), "
-                "or take refit or distill"
+                "its attention and FFNs have the shapes of the original's, or are experts, so there is nothing that transfer trains; take refit or distill, or "
+                "begin with a technique that changes attention (effconvert gqa, linear, ...)"
             )
         super().rewrite(model)
 

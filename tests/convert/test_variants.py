@@ -1,5 +1,6 @@
 """Families that are laid out in several ways, by switches in config.json or in files: each way is read, counted and converted as transformers runs it."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from effconvert.families import FAMILIES
 from effconvert.modeling.caches import kv_bytes
 from effconvert.modeling.loading import class_of
 from effconvert.options import RunOptions
+from effconvert.surgery.attention._angles import frequencies
 from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.depth.prune_layers import PruneLayers
 from tests.heal.healing import prose, put, run
@@ -190,6 +192,16 @@ def test_a_part_of_a_head_is_turned_where_the_class_reads_that(kind, turned):
     assert open_checkpoint(save(model, Path("model"))).config.rotary == turned
     angles = model.model.rotary_emb(torch.zeros(1, 3, 8), torch.arange(3)[None])[0]
     assert angles.shape[-1] == turned
+
+
+def test_of_two_entries_on_rope_the_one_that_transformers_reads_counts():
+    folder = save(tiny("llama"), Path("model"))
+    content = json.loads((folder / "config.json").read_text())
+    both = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_scaling": {"rope_type": "linear", "factor": 4.0}, "rope_theta": 1e4}
+    (folder / "config.json").write_text(json.dumps({**content, **both}))
+    theirs = class_of(open_checkpoint(folder).config).from_pretrained(folder).model.rotary_emb.inv_freq
+    assert theirs[0] == 0.25
+    assert frequencies(open_checkpoint(folder).config) == pytest.approx(theirs.tolist())
 
 
 def test_a_model_that_transformers_cannot_run_is_refused_in_a_sentence():

@@ -202,7 +202,7 @@ def test_a_tied_head_has_the_same_factors_and_nothing_of_its_own_on_disk():
 def test_of_an_untied_model_one_or_both_are_replaced(kind, where, places):
     source = put(Path("source"), kind)
     outcome = run(source, FactorEmbed(rank=8, where=where))
-    config = read_config(Path("out"))
+    config = open_checked(Path("out")).config
     assert tuple(record.place for record in config.replaced) == places
     model, plain = opened("out"), tiny(kind)
     for place, kept, new in zip(("embed", "head"), *([m.get_input_embeddings(), m.get_output_embeddings()] for m in (plain, model)), strict=True):

@@ -79,6 +79,15 @@ def test_nothing_is_lost_where_all_is_kept(kind, changes):
     assert all(torch.equal(tensors(Path("out"))[name], tensor) for name, tensor in stays.items())
 
 
+def test_a_part_of_a_head_that_the_class_before_did_not_read_is_left_out():
+    original = opened(source("source", max_position_embeddings=256))
+    content = json.loads(Path("source/config.json").read_text())
+    Path("source/config.json").write_text(json.dumps({**content, "partial_rotary_factor": 0.5}))
+    run("source", Mla(rank=16))
+    expected, found = logits(original, 250), logits(opened("out"), 250)
+    assert (found - expected).abs().max() <= 3 * SAME * expected.abs().max()
+
+
 @pytest.mark.parametrize("counts", [[1, 1, 1, 1], [3, 3, 3, 3], [0, 2, 1, 3]])
 def test_the_class_computes_what_one_head_of_latents_does(counts):
     """In float64, through the norm, with the angles that config.json says."""

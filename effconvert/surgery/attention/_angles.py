@@ -14,7 +14,7 @@ LARGEST = 3e38  # base that fits into float32, in which transformers computes an
 
 def rope_of(config: Config) -> Mapping[str, Any]:
     """Return what config.json says of RoPE, in transformers' present words."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope = dict(config.ropes)
     rope.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
     rope.setdefault("rope_type", rope.pop("type", "default"))
     return rope

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from effconvert.surgery._surgery import ForwardProtocol
 
 TOKENS = 4096  # of the calibration text, for the choice
-CODE = ("auto_map", "layer_types", "max_window_layers", "rope_theta", "rope_scaling")  # keys that belong to the class before
+CODE = ("auto_map", "layer_types", "max_window_layers", "rope_theta", "rope_scaling", "partial_rotary_factor")  # keys that belong to the class before
 STANDARD = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, "max_position_embeddings": 4096}  # where config.json leaves them out
 CONSTANT = 4096.0  # a latent so large that the norm divides by it alone; a power of two, within float16
 VLLM = "not for vLLM, whose class of this family has no biases and other RoPE (docs/mla.md)"

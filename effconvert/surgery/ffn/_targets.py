@@ -116,8 +116,7 @@ def _as(config: Config, kind: str) -> Config:
     target, family, windows = config.with_defaults().become(kind), FAMILIES[kind], config.windows()
     if config.rotary != config.head_dim:
         raise ModelError(f"{config.kind} rotates {config.rotary} of the {config.head_dim} dimensions of a head by RoPE, and {kind} rotates all")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if "longrope" in (rope.get("rope_type"), rope.get("type")):
+    if "longrope" in (config.ropes.get("rope_type"), config.ropes.get("type")):
         raise ModelError(f"{config.kind} with longrope changes its angles when a text gets long, and {kind} does not")
     keys: dict[str, Any] = {family.scale_key: config.scale} if family.scale_key else {}
     if family.layers_alike or not family.windowed:
