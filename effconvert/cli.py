@@ -34,7 +34,7 @@ class Commands(click.Group):
             from difflib import get_close_matches
 
             known = self.list_commands(ctx)
-            near = get_close_matches(cmd_name, known, n=1)
+            near = [name for name in known if name.startswith(f"{cmd_name}-")] or get_close_matches(cmd_name, known, n=1)
             raise click.UsageError(f"there is no command {cmd_name!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"), ctx)
         return None
 

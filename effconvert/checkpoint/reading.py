@@ -63,8 +63,8 @@ def read_config(folder: Path) -> Config:
     if not isinstance(kind, str) or family is None:
         raise UnknownLayoutError(unknown_family(path, raw))
     raw = family.renamed(raw)
-    if raw.get("rope_scaling") and raw.get("rope_parameters"):
-        raw = {key: value for key, value in raw.items() if key != "rope_parameters"}  # transformers reads the former key where both are there
+    if raw.get("rope_scaling") and isinstance(ropes := raw.get("rope_parameters"), dict) and not any(isinstance(rope, dict) for rope in ropes.values()):
+        raw = {key: value for key, value in raw.items() if key != "rope_parameters"}  # transformers reads the former key; of RoPE by layer it joins both
     family = family.of(raw)
     check_depth(raw, family)
     config = Config(raw, family, replaced, shared, wrapper)

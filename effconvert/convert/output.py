@@ -20,6 +20,7 @@ from effconvert.checkpoint.manifest import DRAFT, MANIFEST, foreign_files, read_
 from effconvert.convert import drafts
 from effconvert.convert.plan import TOKENIZER, Plan
 from effconvert.errors import EffconvertError, OptionError
+from effconvert.heal.distill import Distill
 from effconvert.version import __version__
 
 SCRATCH = f"logits{DRAFT}"  # in `OUT.partial` while two models are compared
@@ -52,8 +53,9 @@ def check(plan: Plan, output: Path, overwrite: bool, scratch: int) -> None:
             raise OptionError(f"--output {output} is in the home folder of somebody who has none here; give another")
         if output.name in ("", ".."):
             raise OptionError(f"--output '{output}' is not the name of a new folder; give one")
-        for folder in {plan.checkpoint.folder, plan.teacher.folder, *plan.folders.values()}:
-            _check_source(folder, output)
+        trains = isinstance(plan.surgeries[-1], Distill) if plan.surgeries else False
+        for folder in {plan.checkpoint.folder, plan.teacher.folder, *plan.others}:
+            _check_source(folder, output, trains)
         check_free(output, overwrite)
         _check_room(plan, output, scratch)
     except OSError as error:
@@ -80,9 +82,9 @@ def check_free(output: Path, overwrite: bool) -> None:
             raise OptionError(f"{folder} is in the way and effconvert did not write all of it; move it, or give another --output")
 
 
-def _check_source(source: Path, output: Path) -> None:
+def _check_source(source: Path, output: Path, trains: bool) -> None:
     source = source.resolve()
-    for folder in (output, partial_folder(output), replaced_folder(output), training_folder(output)):
+    for folder in (output, partial_folder(output), replaced_folder(output), *([training_folder(output)] if trains else [])):
         target = folder.resolve()
         if source == target or source in target.parents or target in source.parents or (folder.exists() and folder.samefile(source)):
             raise OptionError(f"{folder}, which is needed for the output, and the model {source} lie one inside the other; give another --output")

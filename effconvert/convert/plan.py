@@ -71,6 +71,7 @@ class Plan:
     trained_on: str = ""  # identifies the text of a distillation, or the models of a transplant
     surveys: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)  # number of a step that needs one -> what it has measured
     folders: Mapping[str, Path] = field(default_factory=dict)  # those of `files` that another model has -> its folder
+    others: tuple[Path, ...] = ()  # folders of further models that it is made from
 
     @property
     def before(self) -> Size:

@@ -2,8 +2,10 @@
 
 import os
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +94,8 @@ def _convert(model: str, surgeries: tuple[Step, ...], options: RunOptions, progr
     teacher = _teacher(surgeries, progress)
     if not reuse and any(step.undecided for step in surgeries):
         output.check_free(target, options.overwrite)
-    surgeries, choices = decide(checkpoint, surgeries, teacher, options, progress)
+    with _running_a_model():
+        surgeries, choices = decide(checkpoint, surgeries, teacher, options, progress)
     conversion = _plan(checkpoint, surgeries, teacher, options, choices)
     to_train = training_text.read_text(conversion) if isinstance(surgeries[-1], Distill) else None
     conversion, moved = replace(conversion, trained_on=to_train.sha256 if to_train else ""), dict[str, Any]()
@@ -183,22 +186,21 @@ def _plan(checkpoint: Checkpoint, surgeries: tuple[Step, ...], teacher: Checkpoi
         check_caches(conversion.configs[number], "the model", f"do {conversion.surgeries[number].name} before the cache is shared")
     if conversion.needs_text:
         conversion = replace(conversion, calibration=prepare_calibration(conversion, options))
+    elif options.calibrate:
+        unread = f"--calibrate {options.calibrate} is not read, as no step looks at a text"
+        conversion = replace(conversion, remarks=(*conversion.remarks, unread))
     return conversion
 
 
 def _write(conversion: Plan, partial: Path, target: Path, progress: Progress) -> int:
     """Compute what the steps need of a text, write the model, and return how many shards were there already."""
-    if conversion.surveying and is_unfinished(conversion, partial):
-        conversion = surveyed(conversion, progress)
-    if conversion.needs_calibration and is_unfinished(conversion, partial):
-        from effconvert.convert.calibrate import calibrate  # imports transformers, so only where it is needed
+    with _running_a_model():
+        if conversion.surveying and is_unfinished(conversion, partial):
+            conversion = surveyed(conversion, progress)
+        if conversion.needs_calibration and is_unfinished(conversion, partial):
+            from effconvert.convert.calibrate import calibrate  # imports transformers, so only where it is needed
 
-        try:
             calibrate(conversion, partial, progress)
-        except Exception as error:
-            if not (reason := _refusal(error)):
-                raise
-            raise ModelError(f"calibration failed: {reason}; give a model that transformers runs") from error
     with progress.bar(f"writing {target}", conversion.after.bytes, "bytes") as advance:
         return write(conversion, partial, advance)
 
@@ -241,6 +243,19 @@ def _verify(conversion: Plan, target: Path, partial: Path, material: Material, p
         raise ModelError(f"{why}; {target} was not written, and the unsound result is in {partial}") from error
 
 
+@contextmanager
+def _running_a_model() -> Iterator[None]:
+    """Say in a sentence that transformers cannot run a model, where nothing of a technique was in the way, nor the memory too small."""
+    try:
+        yield
+    except Exception as error:
+        files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+        inside = dropwhile(lambda file: "transformers" not in file.parts, files)  # of the model
+        if any(PACKAGE in file.parents for file in inside) or "allocate" in str(error) or not (reason := _refusal(error)):
+            raise
+        raise ModelError(f"calibration failed: {reason}; give a model that transformers runs") from error
+
+
 def _refusal(error: Exception) -> str:
     """Say which library refused to run a model, and why; empty where the error is another."""
     raised = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
@@ -264,7 +279,7 @@ def _teacher(surgeries: tuple[Step, ...], progress: Progress) -> Checkpoint | No
     if len(names) > 1:
         raise OptionError(f"the steps name different teachers ({', '.join(sorted(names))}); heal towards one at a time")
     if not names and isinstance(surgeries[0], Healing):
-        raise OptionError("--teacher is needed: the model that this one was made from")
+        raise OptionError("--teacher is needed: the model that this one was made from; or begin with a technique, and heal after it")
     return open_checked(sources.locate(names.pop(), None, progress.step, to_convert=True)) if names else None
 
 

@@ -76,6 +76,7 @@ def transplanted(plan: Plan, progress: Progress) -> tuple[Plan, dict[str, Any]]:
             shards=shards,
             files=tuple(sorted([*taken, *rest])),
             folders=dict.fromkeys(taken, instruct.folder),
+            others=(base.folder, instruct.folder),
             edits={name: text for name, text in {**plan.edits, **files.edits}.items() if name in (taken if name in files.edits else rest)},
             remarks=(*plan.remarks, *remarks),
             trained_on=f"{record['base_sha256']} {record['instruct_sha256']}",

@@ -142,7 +142,8 @@ def _card(what: str, before: int | None, after: int, show: Callable[[int], str],
 def _missing(report: Report) -> dict[str, str]:
     original = report.original.name if report.original else first_original(report.manifest.source) if report.manifest else "ORIGINAL"
     models = shlex.join([original, report.model])
-    missing, where = {}, "" if "/" in original else "  # in a folder that has both models"
+    from_hub = "/" in original or (report.manifest and report.manifest.source.commit)
+    missing, where = {}, "" if from_hub else "  # in a folder that has both models"
     if not report.evaluations:
         missing["quality on tasks, with error bars"] = f"effconvert eval {models} -o eval.json{where}"
     if not report.benchmarks:

@@ -203,9 +203,15 @@ def _milliseconds(timing: Timing | None) -> str:
 
 def cache_bytes(subject: ShapedSubject, context: int) -> float:
     """Return the bytes of the cache of one sequence of `context` tokens; a window of W keeps W - 1, as in transformers' cache."""
-    cached = subject.cached or [(subject.kv_bytes - subject.growth_bytes) / subject.layers] * subject.layers  # the mean, where each layer's is not written
     tokens = [context if window is None else min(context, window - 1) for window in subject.windows]
-    return subject.state_bytes + subject.growth_bytes * context + sum(width * count for width, count in zip(cached, tokens, strict=True))
+    keys = sum(width * count for width, count in zip(subject.cached or _mean_cached(subject), tokens, strict=True))
+    return subject.state_bytes + subject.growth_bytes * context + keys
+
+
+def _mean_cached(subject: ShapedSubject) -> list[float]:
+    """Return the bytes of a token in each layer, for results that do not say: the same in all layers with softmax attention."""
+    softmax = [not mixer for mixer in subject.mixers] if "" in subject.mixers else [True] * subject.layers
+    return [has * (subject.kv_bytes - subject.growth_bytes) / sum(softmax) for has in softmax]
 
 
 def longest(subjects: Sequence[Subject]) -> int:

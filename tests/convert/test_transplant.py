@@ -198,6 +198,16 @@ def test_a_dry_run_writes_nothing():
     assert {path.name for path in Path().iterdir()} - {"cache"} == before - {"cache"}
 
 
+@pytest.mark.parametrize("place", ["base", "instruct"])
+def test_an_output_in_place_of_what_it_is_made_from_is_refused(place):
+    pair()
+    run("base", Gqa(groups=1, pool="mean"), place="converted")
+    before = Path(place, "config.json").read_bytes()
+    with pytest.raises(OptionError, match="lie one inside the other"):
+        run("converted", BOTH, place=place, overwrite=True)
+    assert Path(place, "config.json").read_bytes() == before
+
+
 def renamed():
     shutil.move("base", "other-name")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import DynamicCache, FalconForCausalLM
+from transformers import AutoConfig, DynamicCache, FalconForCausalLM
 
 from effconvert.checkpoint.checkpoint import open_checkpoint
 from effconvert.convert.plan import plan
@@ -19,6 +19,7 @@ from effconvert.options import RunOptions
 from effconvert.surgery.attention._angles import frequencies
 from effconvert.surgery.attention.gqa import Gqa
 from effconvert.surgery.depth.prune_layers import PruneLayers
+from effconvert.surgery.embedding.factor_embed import FactorEmbed
 from tests.heal.healing import prose, put, run
 from tests.mixers.mixing import with_cache
 from tests.models import logits, on_disk, save, tiny
@@ -204,8 +205,21 @@ def test_of_two_entries_on_rope_the_one_that_transformers_reads_counts():
     assert frequencies(open_checkpoint(folder).config) == pytest.approx(theirs.tolist())
 
 
-def test_a_model_that_transformers_cannot_run_is_refused_in_a_sentence():
+def test_of_rope_by_layer_both_entries_stay_as_they_are():
+    """Classes with RoPE by layer join them."""
+    ropes = {"sliding_attention": {"rope_type": "default", "rope_theta": 5e5}, "full_attention": {"rope_type": "default", "rope_theta": 2e4}}
+    folder = save(tiny("gemma3_text", rope_parameters=ropes), Path("model"))
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}))
+    convert("model", (Gqa(groups=2, pool="mean"),), RunOptions(output=Path("out"), verify=False))
+    theirs, ours = (AutoConfig.from_pretrained(place).rope_parameters for place in ("model", "out"))
+    assert theirs["full_attention"]["rope_type"] == "linear"
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("step", [Gqa(groups=2), FactorEmbed(rank=8)])  # which look at activations, and at the model as a whole
+def test_a_model_that_transformers_cannot_run_is_refused_in_a_sentence(step):
     put(Path("model"), "mixtral", hidden_size=45, head_dim=8)
     Path("text.txt").write_text(prose())
     with pytest.raises(ModelError, match=r"calibration failed: .* cannot run it \(RuntimeError: .*16 bytes.*; give a model that transformers runs"):
-        run("model", Gqa(groups=2))
+        run("model", step)

@@ -335,8 +335,8 @@ def test_the_cache_on_the_page_is_that_of_the_plan(name, tmp_path):
         assert cache_bytes(opened.subject, context) == kv_bytes(opened.known, ITEMSIZE[opened.checkpoint.dtype], context)
     mixers = set(opened.subject.mixers)
     assert mixers == {"a window": {"streaming", ""}, "narrow heads": {"narrow-kv"}}.get(name, set())
-    earlier = replace(opened.subject, cached=())  # as results of earlier versions have it
-    assert cache_bytes(earlier, 4) == pytest.approx(cache_bytes(opened.subject, 4))
+    earlier = replace(opened.subject, cached=())  # as results of earlier versions have it, which is enough where layers with keys have as many
+    assert kind == "gemma3_text" or cache_bytes(earlier, 60) == pytest.approx(cache_bytes(opened.subject, 60))
 
 
 def test_speeds_by_several_kernels_are_no_comparison_of_models(converted, subjects, tmp_path):
