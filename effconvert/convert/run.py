@@ -186,10 +186,16 @@ def _plan(checkpoint: Checkpoint, surgeries: tuple[Step, ...], teacher: Checkpoi
         check_caches(conversion.configs[number], "the model", f"do {conversion.surgeries[number].name} before the cache is shared")
     if conversion.needs_text:
         conversion = replace(conversion, calibration=prepare_calibration(conversion, options))
-    elif options.calibrate:
-        unread = f"--calibrate {options.calibrate} is not read, as no step looks at a text"
-        conversion = replace(conversion, remarks=(*conversion.remarks, unread))
-    return conversion
+    return replace(conversion, remarks=(*conversion.remarks, *_unheeded(conversion, options)))
+
+
+def _unheeded(conversion: Plan, options: RunOptions) -> Iterator[str]:
+    """Yield what is said of options that do nothing, or not all that they say."""
+    if options.calibrate and not conversion.needs_text:
+        yield f"--calibrate {options.calibrate} is not read, as no step looks at a text"
+    longest = conversion.checkpoint.config.longest
+    if options.verify and longest and options.context > longest and "context" in options.model_fields_set:
+        yield f"--context {options.context} is more than the model reads; the verification's windows have {longest} tokens"
 
 
 def _write(conversion: Plan, partial: Path, target: Path, progress: Progress) -> int:

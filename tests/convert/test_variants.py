@@ -223,3 +223,14 @@ def test_a_model_that_transformers_cannot_run_is_refused_in_a_sentence(step):
     Path("text.txt").write_text(prose())
     with pytest.raises(ModelError, match=r"calibration failed: .* cannot run it \(RuntimeError: .*16 bytes.*; give a model that transformers runs"):
         run("model", step)
+
+
+def test_options_that_do_nothing_are_said():
+    put(Path("model"), max_position_embeddings=48)
+    for options, said in (
+        ({"calibrate": "nowhere.txt"}, "--calibrate nowhere.txt is not read, as no step looks at a text"),
+        ({"context": 100}, "--context 100 is more than the model reads; the verification's windows have 48 tokens"),
+        ({}, ""),
+    ):
+        outcome = convert("model", (Gqa(groups=2, pool="mean"),), RunOptions(output=Path("out"), dry_run=True, **options))
+        assert [remark for remark in outcome.plan.remarks if "--" in remark] == ([said] if said else [])
