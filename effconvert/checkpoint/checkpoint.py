@@ -128,9 +128,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     for index, layer in enumerate(layers):  # layers that store something for later ones come first
         for first in config.leaders(index):
             layer |= {name: tensor for name, tensor in layers[first].items() if config.stored_in(index, name) == first}
-    embed, head = f"{prefix}{config.family.outer['embed']}.weight", f"{head_prefix(prefix)}{config.family.head.get('head')}.weight"
-    if config.tied and head in outer and embed not in outer and not config.replaced_outside("embed"):
-        outer[embed] = replace(outer.pop(head), name=embed)  # safetensors' save_model keeps one name of a tensor that has two
+    embed, head = f"{prefix}{config.family.outer['embed']}.weight", re.compile(rf"{re.escape(head_prefix(prefix) + config.family.head['head'])}\..*weight")
+    if config.tied and embed not in outer and not config.replaced_outside("embed"):  # safetensors' save_model keeps one name of a tensor that has two
+        for name in [name for name, tensor in outer.items() if head.fullmatch(name) and tensor.shape[:-1] == (config.vocabulary,)]:
+            outer[embed] = replace(outer.pop(name), name=embed)
     checkpoint = Checkpoint(folder, config, prefix, outer, tuple(layers), tuple(ignored), remarks=remarks)
     check_types(checkpoint)
     check_shapes(checkpoint)

@@ -172,12 +172,21 @@ def test_a_fused_tensor_that_cannot_be_taken_apart_is_refused():
         open_checkpoint(Path("model"))
 
 
-def test_a_tied_table_that_is_stored_as_the_head_alone_is_read():
+TIED = {  # family -> names of the table and of the head
+    "llama": ("model.embed_tokens.weight", "lm_head.weight"),
+    "roberta": ("roberta.embeddings.word_embeddings.weight", "lm_head.decoder.weight"),
+    "bert": ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
+}
+
+
+@pytest.mark.parametrize("kind", TIED)
+def test_a_tied_table_that_is_stored_as_the_head_alone_is_read(kind):
     """As safetensors' save_model writes it, which keeps one name of a tensor that has two."""
-    model = tiny("llama", tie_word_embeddings=True)
+    table, head = TIED[kind]
+    model = tiny(kind, tie_word_embeddings=True)
     plain = save(model, Path("plain"))
     tensors = on_disk(save(model, Path("model")))
-    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    tensors[head] = tensors.pop(table)
     save_file(tensors, "model/model.safetensors", metadata={"format": "pt"})
     for folder in (Path("model"), plain):
         convert(str(folder), (Gqa(groups=2, pool="mean"),), RunOptions(output=Path(f"{folder}-2"), verify=False))
