@@ -186,12 +186,12 @@ def _plan(checkpoint: Checkpoint, surgeries: tuple[Step, ...], teacher: Checkpoi
         check_caches(conversion.configs[number], "the model", f"do {conversion.surgeries[number].name} before the cache is shared")
     if conversion.needs_text:
         conversion = replace(conversion, calibration=prepare_calibration(conversion, options))
-    return replace(conversion, remarks=(*conversion.remarks, *_unheeded(conversion, options)))
+    return replace(conversion, remarks=(*conversion.remarks, *_unheeded(conversion, options, bool(choices))))
 
 
-def _unheeded(conversion: Plan, options: RunOptions) -> Iterator[str]:
-    """Yield what is said of options that do nothing, or not all that they say."""
-    if options.calibrate and not conversion.needs_text:
+def _unheeded(conversion: Plan, options: RunOptions, has_chosen: bool) -> Iterator[str]:
+    """Yield what is said of options that do nothing, or not all that they say. A choice of a step's options reads the text before there is a plan."""
+    if options.calibrate and not conversion.needs_text and not has_chosen:
         yield f"--calibrate {options.calibrate} is not read, as no step looks at a text"
     longest = conversion.checkpoint.config.longest
     if options.verify and longest and options.context > longest and "context" in options.model_fields_set:

@@ -134,7 +134,7 @@ def test_what_follows_sees_all_tokens_of_a_text_at_once(steps):
 def test_transfer_alone_has_nothing_to_train():
     Path("text.txt").write_text(healing.prose())
     healing.put(Path("source"))
-    with pytest.raises(OptionError, match="nothing to train"):
+    with pytest.raises(OptionError, match="nothing that transfer trains"):
         healing.run("source", ChunkFfn(size=8), Transfer())
 
 
