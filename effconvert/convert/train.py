@@ -116,8 +116,8 @@ def remarks(plan: Plan, text: TrainingText, output: Path) -> tuple[str, ...]:
     options, fresh = options_of(plan), int((~held_out(len(text.ids))).sum()) * text.ids.shape[1]
     about = "at least" if options.keeps_unchanged else "about"
     lines = [f"training takes {about} {size(training_bytes(plan))} of memory, and until it is done {size(checkpoint_bytes(plan))} of disk"]
-    if said := {"bfloat16": slow(None, torch.bfloat16, "--precision"), "auto": fast(None, "--precision")}.get(options.precision):
-        lines.append(said)
+    if remark := {"bfloat16": slow(None, torch.bfloat16, "--precision"), "auto": fast(None, "--precision")}.get(options.precision):
+        lines.append(remark)
     if not options.minutes and (asked := options.steps * options.windows * options.window) > fresh:
         lines.append(f"the text has {fresh:,} tokens to train on, and {asked:,} are read, some of them again; more text teaches more than the same again")
     if is_of_another(plan, output):

@@ -340,6 +340,12 @@ REFUSED = [
 ]
 
 
+def test_where_its_widths_do_not_fit_inspection_does_not_list_it(tmp_path):
+    config = open_checkpoint(save(tiny("llama", **PLAIN, **UNEVEN), tmp_path / "model")).config
+    with pytest.raises(ModelError, match="hidden states are 42 wide"):
+        Moe.allowed_options(config)
+
+
 @pytest.mark.parametrize(("kind", "changes", "options", "error", "sentence"), REFUSED, ids=[sentence[:40] for *_, sentence in REFUSED])
 def test_what_cannot_be_is_refused_with_the_reason_and_leaves_nothing(kind, changes, options, error, sentence, tmp_path):
     source = save(tiny(kind, **changes), tmp_path / "source")

@@ -56,8 +56,8 @@ def prepare(models: Sequence[str], options: EvalOptions, scratch: Path, progress
     text = read_text(options.text) if options.text else default_text()
     device = pick_device(options.device)
     running = [Running(open_model(model, progress.step), options.dtype, device) for model in models]
-    if said := next(filter(None, (slow(device, pick_dtype(options.dtype, model.opened), "--dtype") for model in running)), ""):
-        progress.log(said)
+    if remark := next(filter(None, (slow(device, pick_dtype(options.dtype, model.opened), "--dtype") for model in running)), ""):
+        progress.log(remark)
     for model in running:
         if (role := model.opened.role) != (first := running[0].opened.role):
             raise OptionError(

@@ -28,15 +28,8 @@ def check_dense(config: Config, chosen: set[int]) -> None:
 
 
 def expert_step(config: Config) -> int:
-    """Return what the width of an expert must be a multiple of: torch multiplies by experts (grouped_mm) where a row of them is a multiple of 16 bytes.
-
-    Raises:
-        ModelError: the model's own width is none.
-    """
-    step = ROW // (2 if (config.get("dtype") or config.get("torch_dtype")) in ("bfloat16", "float16") else 4)
-    if config.hidden % step:
-        raise ModelError(f"hidden states are {config.hidden} wide, and torch multiplies by experts only where that is a multiple of {step}; take another model")
-    return step
+    """Return what the widths of an expert must be multiples of: torch multiplies by experts (grouped_mm) where a row of them is a multiple of 16 bytes."""
+    return ROW // (2 if (config.get("dtype") or config.get("torch_dtype")) in ("bfloat16", "float16") else 4)
 
 
 def parts_of_ffn(config: Config) -> str:
@@ -95,6 +88,8 @@ def with_experts(config: Config) -> dict[str, Config]:
         way = "write it as a llama by `effconvert rope-layout --to llama`, where that can, or " if "llama" in family.relaid else ""
         known = "a llama, mistral, qwen2, qwen3, olmo2, granite or phi3"
         raise ModelError(f"{kind} computes what no family with experts does that effconvert knows; {way}take {known}")
+    if config.hidden % (step := expert_step(config)):
+        raise ModelError(f"hidden states are {config.hidden} wide, and torch multiplies by experts only where that is a multiple of {step}; take another model")
     configs: dict[str, Config] = {}
     reasons: dict[str, None] = {}
     for target, keys in family.upcycled.items():
